@@ -1,0 +1,106 @@
+// The only pybind11 file: ints and floats in, one params struct out, one call. The GIL is released around each.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "error.h"
+#include "fp8.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using Address = uintptr_t;
+// packed, absmax, absmax_code, nested_absmax, nested_table, nested_offset, n, k
+using Weight = std::tuple<Address, Address, Address, Address, Address, float, int64_t, int64_t>;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+qlk::WeightView weight_view(const Weight& w) {
+    return {at<const uint8_t>(std::get<0>(w)), at<const float>(std::get<1>(w)), at<const uint8_t>(std::get<2>(w)),
+            at<const float>(std::get<3>(w)),   at<const float>(std::get<4>(w)), std::get<5>(w),
+            std::get<6>(w),                    std::get<7>(w)};
+}
+
+qlk::DType dtype_of(int code) {
+    QLK_CHECK(code >= 0 && code <= 2, "unknown dtype code " + std::to_string(code));
+    return static_cast<qlk::DType>(code);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native kernels of qlora_kernels; called through qlora_kernels.backends.";
+    using Released = py::call_guard<py::gil_scoped_release>;
+
+    m.def(
+        "quantize",
+        [](Address weight, Address packed, Address absmax, int64_t count, int dtype, int threads) {
+            return qlk::cpu::quantize({at<const void>(weight), at<uint8_t>(packed), at<float>(absmax), count,
+                                       dtype_of(dtype), threads});
+        },
+        Released());
+    m.def(
+        "quantize_absmax",
+        [](Address absmax, Address table, Address code, Address nested_absmax, Address offset, int64_t count,
+           int threads) {
+            qlk::cpu::quantize_absmax({at<const float>(absmax), at<const float>(table), at<uint8_t>(code),
+                                       at<float>(nested_absmax), at<float>(offset), count, threads});
+        },
+        Released());
+    m.def(
+        "dequantize",
+        [](const Weight& weight, Address out, int64_t row_begin, int64_t row_end, int dtype, int threads) {
+            qlk::cpu::dequantize({weight_view(weight), at<void>(out), row_begin, row_end, dtype_of(dtype), threads});
+        },
+        Released());
+    m.def(
+        "linear_forward",
+        [](const Weight& weight, Address x, Address lora_a, Address lora_b, Address bias, Address y, Address u,
+           int64_t rows, int64_t r, float scaling, float dropout, uint64_t seed, int dtype, int threads) {
+            qlk::cpu::linear_forward({weight_view(weight), at<const void>(x), at<const void>(lora_a),
+                                      at<const void>(lora_b), at<const float>(bias), at<void>(y), at<void>(u), rows, r,
+                                      scaling, dropout, seed, dtype_of(dtype), threads});
+        },
+        Released());
+    m.def(
+        "linear_backward",
+        [](const Weight& weight, Address dy, Address x, Address u, Address lora_a, Address lora_b, Address dx,
+           Address da, Address db, int64_t rows, int64_t r, float scaling, float dropout, uint64_t seed, int dtype,
+           int threads) {
+            qlk::cpu::linear_backward({weight_view(weight), at<const void>(dy), at<const void>(x), at<const void>(u),
+                                       at<const void>(lora_a), at<const void>(lora_b), at<void>(dx), at<float>(da),
+                                       at<float>(db), rows, r, scaling, dropout, seed, dtype_of(dtype), threads});
+        },
+        Released());
+
+    m.def("nf4_levels", [] { return std::vector<float>(qlk::kLevels, qlk::kLevels + 16); });
+    m.def("e4m3_table", [] {
+        std::vector<float> table(256);
+        for (int byte = 0; byte < 256; ++byte) table[byte] = qlk::e4m3_value(static_cast<uint8_t>(byte)) / qlk::kE4M3Max;
+        return table;
+    });
+    m.def("scratch_peak_bytes", &qlk::cpu::scratch_peak_bytes, py::arg("reset") = false,
+          "Most bytes of scratch one thread has used since the last reset.");
+    m.def("build_info", [] {
+        py::dict info;
+        info["version"] = QLK_VERSION;
+        info["compiler"] =
+#if defined(__clang__)
+            "clang " __clang_version__;
+#else
+            "gcc " __VERSION__;
+#endif
+        info["isas_built"] = qlk::cpu::isas_built();
+        info["isas_available"] = qlk::cpu::isas_available();
+        info["isa_in_use"] = qlk::cpu::isa_in_use();
+        info["cuda_archs"] = std::vector<std::string>();
+        return info;
+    });
+}

@@ -1,0 +1,157 @@
+// Picks the instruction set at run time, once for every call.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "../error.h"
+#include "isa.h"
+
+#if defined(QLK_HAVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace qlk::cpu {
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
+extern const Kernels kernels;
+}
+
+namespace {
+
+struct Candidate {
+    const Kernels* kernels;
+    bool available;
+};
+
+#if defined(QLK_HAVE_AVX2)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// CPUID leaf 7, asked directly: compilers older than the instructions have no name for them.
+bool cpuid7(unsigned subleaf, char reg, int bit) {
+    unsigned a = 7, b = 0, c = subleaf, d = 0;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    const unsigned value = reg == 'a' ? a : d;
+    return (value >> bit) & 1;
+}
+
+bool has_avx512_bf16() {
+    return has_avx512() && cpuid7(1, 'a', 5);
+}
+#endif
+
+#if defined(QLK_HAVE_AMX)
+bool has_amx() {
+    // CPUID.7.0:EDX bits 24 (AMX-TILE) and 22 (AMX-BF16); then Linux must grant the tile state, feature 18
+    // (Documentation/arch/x86/xstate.rst).
+    constexpr int kRequestPermission = 0x1023;
+    constexpr int kTileData = 18;
+    return has_avx512_bf16() && cpuid7(0, 'd', 24) && cpuid7(0, 'd', 22) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+struct Registry {
+    Candidate list[5];
+    int count = 0;
+    Registry() {
+#if defined(QLK_HAVE_AVX2)
+        __builtin_cpu_init();
+#endif
+#if defined(QLK_HAVE_AMX)
+        list[count++] = {&amx::kernels, has_amx()};
+#endif
+#if defined(QLK_HAVE_AVX512_BF16)
+        list[count++] = {&avx512_bf16::kernels, has_avx512_bf16()};
+#endif
+#if defined(QLK_HAVE_AVX512)
+        list[count++] = {&avx512::kernels, has_avx512()};
+#endif
+#if defined(QLK_HAVE_AVX2)
+        list[count++] = {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                             __builtin_cpu_supports("f16c")};
+#endif
+        list[count++] = {&portable::kernels, true};
+    }
+    std::string names(bool available_only) const {
+        std::string text;
+        for (int i = 0; i < count; ++i) {
+            if (available_only && !list[i].available) continue;
+            text += (text.empty() ? "" : ",") + std::string(list[i].kernels->name);
+        }
+        return text;
+    }
+};
+
+const Registry& registry() {
+    static const Registry instance;
+    return instance;
+}
+
+const Kernels& select() {
+    const Registry& all = registry();
+    const char* forced = std::getenv("QLORA_KERNELS_CPU_ISA");
+    if (forced == nullptr || *forced == 0) {
+        for (int i = 0; i < all.count; ++i) {
+            if (all.list[i].available) return *all.list[i].kernels;
+        }
+    } else {
+        for (int i = 0; i < all.count; ++i) {
+            if (all.list[i].available && std::strcmp(forced, all.list[i].kernels->name) == 0) {
+                return *all.list[i].kernels;
+            }
+        }
+    }
+    fail(__FILE__, __LINE__, "instruction set",
+         "QLORA_KERNELS_CPU_ISA=" + std::string(forced ? forced : "") + " is not to be had here; built in: " +
+             all.names(false) + "; available on this machine: " + all.names(true));
+}
+
+}  // namespace
+
+int64_t quantize(const QuantizeParams& params) {
+    return select().quantize(params);
+}
+
+void dequantize(const DequantizeParams& params) {
+    select().dequantize(params);
+}
+
+void linear_forward(const LinearForwardParams& params) {
+    select().linear_forward(params);
+}
+
+void linear_backward(const LinearBackwardParams& params) {
+    select().linear_backward(params);
+}
+
+const char* isa_in_use() {
+    return select().name;
+}
+
+const char* isas_built() {
+    static const std::string names = registry().names(false);
+    return names.c_str();
+}
+
+const char* isas_available() {
+    static const std::string names = registry().names(true);
+    return names.c_str();
+}
+
+}  // namespace qlk::cpu

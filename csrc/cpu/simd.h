@@ -1,0 +1,151 @@
+// Vector primitives and number conversions for one instruction set. Every file that includes this is compiled once
+// for each set, so all of it lives in that set's namespace: nothing here may be shared between them by the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+#define QLK_INLINE inline __attribute__((always_inline))
+
+namespace qlk::cpu::QLK_ISA {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
+
+// ------------------------------------------------------------------------------------------------ float32 vectors
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+using Vec = __m512;
+QLK_INLINE Vec vload(const float* p) { return _mm512_loadu_ps(p); }
+QLK_INLINE void vstore(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+QLK_INLINE Vec vset(float x) { return _mm512_set1_ps(x); }
+QLK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+using Vec = __m256;
+QLK_INLINE Vec vload(const float* p) { return _mm256_loadu_ps(p); }
+QLK_INLINE void vstore(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+QLK_INLINE Vec vset(float x) { return _mm256_set1_ps(x); }
+QLK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+#else
+constexpr int kWidth = 4;
+typedef float Vec __attribute__((vector_size(16)));
+QLK_INLINE Vec vload(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+QLK_INLINE void vstore(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+QLK_INLINE Vec vset(float x) { return Vec{x, x, x, x}; }
+QLK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
+
+// The sum of the lanes, always in the same order.
+QLK_INLINE float vsum(Vec v) {
+    float lane[kWidth];
+    vstore(lane, v);
+    for (int stride = kWidth / 2; stride > 0; stride /= 2) {
+        for (int i = 0; i < stride; ++i) lane[i] += lane[i + stride];
+    }
+    return lane[0];
+}
+
+// ---------------------------------------------------------------------------------------------------- conversions
+
+QLK_INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+QLK_INLINE float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Round to nearest even; NaN stays NaN.
+QLK_INLINE uint16_t bf16_bits(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+#if defined(__F16C__)
+QLK_INLINE float fp16_value(uint16_t bits) { return _cvtsh_ss(bits); }
+QLK_INLINE uint16_t fp16_bits(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+QLK_INLINE float fp16_value(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+    const uint32_t rest = h & 0x7fffu;
+    if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+    if (rest >= 0x0400u) return float_of(sign | ((rest << 13) + (112u << 23)));
+    // Subnormal: rest * 2^-24, exact in float32.
+    const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    return float_of(sign | bits_of(magnitude));
+}
+QLK_INLINE uint16_t fp16_bits(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
+    if (rest < 0x38800000u) {
+        // Below 2^-14: adding 0.5 leaves the subnormal's bits, rounded to nearest even, at the end of the mantissa.
+        const float shifted = float_of(rest) + 0.5f;
+        return static_cast<uint16_t>(sign | (bits_of(shifted) - 0x3f000000u));
+    }
+    const uint32_t rounded = rest + 0xfffu + ((rest >> 13) & 1u);
+    return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
+}
+#endif
+
+QLK_INLINE void to_float(const float* src, float* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(float)); }
+
+QLK_INLINE void to_float(const bf16* src, float* dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = float_of(static_cast<uint32_t>(src[i].bits) << 16);
+}
+
+QLK_INLINE void to_float(const fp16* src, float* dst, int64_t n) {
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+    }
+#endif
+    for (; i < n; ++i) dst[i] = fp16_value(src[i].bits);
+}
+
+QLK_INLINE void from_float(const float* src, float* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(float)); }
+
+QLK_INLINE void from_float(const float* src, bf16* dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) dst[i].bits = bf16_bits(src[i]);
+}
+
+QLK_INLINE void from_float(const float* src, fp16* dst, int64_t n) {
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (; i < n; ++i) dst[i].bits = fp16_bits(src[i]);
+}
+
+QLK_INLINE float rounded(float x, const float*) { return x; }
+QLK_INLINE float rounded(float x, const bf16*) { return float_of(static_cast<uint32_t>(bf16_bits(x)) << 16); }
+QLK_INLINE float rounded(float x, const fp16*) { return fp16_value(fp16_bits(x)); }
+
+}  // namespace qlk::cpu::QLK_ISA

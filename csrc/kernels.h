@@ -1,0 +1,112 @@
+// The whole native interface: one POD params struct and one function for each operation.
+//
+// Sizes: N = out_features, K = in_features, M = rows of x (tokens), r = rank. Matrices are row-major and
+// contiguous. Pointers are to memory of the device that runs the function; nothing is kept after the call.
+#pragma once
+
+#include <cstdint>
+
+#include "nf4.h"
+
+namespace qlk {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// A quantized weight [n, k]; the blocks of 64 run over the flat tensor.
+struct WeightView {
+    const uint8_t* packed;       // [(n * k + 1) / 2], two codes a byte, the first in the high nibble
+    const float* absmax;         // [blocks] or null when the constants are double-quantized
+    const uint8_t* absmax_code;  // [blocks] or null
+    const float* nested_absmax;  // [(blocks + 255) / 256]
+    const float* nested_table;   // [256]
+    float nested_offset;
+    int64_t n;
+    int64_t k;
+};
+
+struct QuantizeParams {
+    const void* weight;  // [count] of dtype
+    uint8_t* packed;     // [(count + 1) / 2]
+    float* absmax;       // [(count + 63) / 64]
+    int64_t count;
+    DType dtype;
+    int threads;
+};
+
+struct QuantizeAbsmaxParams {
+    const float* absmax;     // [count]
+    const float* table;      // [256]
+    uint8_t* code;           // [count]
+    float* nested_absmax;    // [(count + 255) / 256]
+    float* offset;           // [1]
+    int64_t count;
+    int threads;
+};
+
+struct DequantizeParams {
+    WeightView weight;
+    void* out;          // [row_end - row_begin, k] of dtype
+    int64_t row_begin;
+    int64_t row_end;
+    DType dtype;
+    int threads;
+};
+
+// y = x W^T + u B^T + bias with u = scaling / (1 - p) * mask(x) A^T, mask by Philox(seed) with probability p.
+struct LinearForwardParams {
+    WeightView weight;
+    const void* x;       // [m, k] of dtype
+    const void* lora_a;  // [r, k] of dtype, or null
+    const void* lora_b;  // [n, r] of dtype, or null
+    const float* bias;   // [n] or null
+    void* y;             // [m, n] of dtype
+    void* u;             // [m, r] of dtype, or null
+    int64_t m;
+    int64_t r;
+    float scaling;
+    float dropout;
+    uint64_t seed;
+    DType dtype;
+    int threads;
+};
+
+// dx = dy W + mask(v A), v = scaling / (1 - p) * dy B; da = v^T mask(x); db = dy^T u.
+struct LinearBackwardParams {
+    WeightView weight;
+    const void* dy;      // [m, n] of dtype
+    const void* x;       // [m, k] of dtype, or null when da is
+    const void* u;       // [m, r] of dtype, or null when db is
+    const void* lora_a;  // [r, k] of dtype, or null
+    const void* lora_b;  // [n, r] of dtype, or null
+    void* dx;            // [m, k] of dtype, or null
+    float* da;           // [r, k], or null
+    float* db;           // [n, r], or null
+    int64_t m;
+    int64_t r;
+    float scaling;
+    float dropout;
+    uint64_t seed;
+    DType dtype;
+    int threads;
+};
+
+namespace cpu {
+
+// Returns the flat index of the first non-finite element, or -1 when all are finite; then packed and absmax are filled.
+int64_t quantize(const QuantizeParams& params);
+void quantize_absmax(const QuantizeAbsmaxParams& params);
+void dequantize(const DequantizeParams& params);
+void linear_forward(const LinearForwardParams& params);
+void linear_backward(const LinearBackwardParams& params);
+
+// Instruction sets, best first: those built in, and the one in use (QLORA_KERNELS_CPU_ISA forces one; it is read at
+// every call, an unknown or unavailable name throws).
+const char* isa_in_use();
+// Comma-separated names.
+const char* isas_built();
+const char* isas_available();
+// Most bytes of scratch any thread has used since the last reset.
+int64_t scratch_peak_bytes(bool reset);
+
+}  // namespace cpu
+}  // namespace qlk

@@ -1,0 +1,101 @@
+"""The autograd Functions: thin, saving x, A, B, U and references to the packed weight, and nothing of size N x K."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .nf4 import NF4Weight
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + bias + scaling * (dropout(x) A^T) B^T, with gradients for x, bias, A and B."""
+
+    @staticmethod
+    def forward(ctx, x, bias, lora_A, lora_B, n, scaling, dropout, seed, *pieces):
+        y, u = ops.linear_forward(x, *pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
+        needs_A, needs_B = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if needs_A else None, u if needs_B else None, lora_A, lora_B, seed, *pieces)
+        ctx.k, ctx.scaling, ctx.dropout = x.shape[1], scaling, dropout
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, u, lora_A, lora_B, seed, *pieces = ctx.saved_tensors
+        need_dx, need_dbias, need_dA, need_dB = ctx.needs_input_grad[:4]
+        dy = dy.contiguous()
+        dbias = dy.sum(0, dtype=torch.float32 if dy.dtype != torch.float64 else None) if need_dbias else None
+        dx = dA = dB = None
+        if need_dx or need_dA or need_dB:
+            dx, dA, dB = ops.linear_backward(
+                dy, *pieces, ctx.k, x, u, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, need_dx, need_dA, need_dB
+            )
+        return (
+            dx if need_dx else None,
+            dbias.to(ctx.bias_dtype) if need_dbias else None,
+            dA if need_dA else None,
+            dB if need_dB else None,
+            *([None] * (len(pieces) + 4)),
+        )
+
+
+def linear(
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """A linear layer on a 4-bit weight, with a low-rank term fused in; differentiable in x, bias, lora_A and lora_B.
+
+    Equivalent in plain torch, with ``W = weight.dequantize(x.dtype)``::
+
+        F.linear(x, W, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout), lora_A), lora_B)
+
+    but W is never formed, and the low-rank term costs no extra pass over the output. Products accumulate in float32.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32 (float64 runs on a slow reference path). Under autocast it is cast
+            to autocast's dtype, as F.linear does.
+        weight: the quantized weight [N, K], on x's device.
+        bias: [N], of x's dtype or float32.
+        lora_A: [r, K], of x's dtype or float32, or None.
+        lora_B: [N, r], likewise.
+        scaling: the factor s of the low-rank term, alpha / r or alpha / sqrt(r).
+        dropout: probability in [0, 1) of dropping an element of x on the low-rank path.
+        seed: int64 tensor with one element that determines the dropout mask (Philox 4x32-10); drawn from torch's
+            generator when not given.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes or devices that do not fit; the message names the tensor.
+        RuntimeError: for a gradient of the weight, or a second derivative.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        bias = _cast(bias, dtype)
+        lora_A, lora_B = _cast(lora_A, dtype), _cast(lora_B, dtype)
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x should be [..., {k}] for a weight [{n}, {k}], found {list(x.shape)}")
+    if dropout > 0.0 and lora_A is not None and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    rows = x.reshape(-1, k).contiguous()
+    y = _Linear.apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)
+    return y.view(*x.shape[:-1], n)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """To autocast's dtype, unless it is float32, which the kernels take as it is and cast inside."""
+    return tensor if tensor is None or tensor.dtype == torch.float32 else tensor.to(dtype)

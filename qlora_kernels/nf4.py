@@ -1,0 +1,249 @@
+"""NF4 weights: quantize, dequantize, and the five plain tensors that hold one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import ops
+from .errors import require
+
+BLOCK_SIZE = 64  # weights per absmax
+NESTED_BLOCK_SIZE = 256  # absmax per nested_absmax
+
+#: The pieces of a double-quantized weight, in the order the operations take them.
+PIECES = ("packed", "absmax", "nested_absmax", "nested_offset", "nested_table")
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """A frozen weight [N, K] in 4-bit NormalFloat, every piece a plain tensor.
+
+    Attributes:
+        packed: uint8 [ceil(N*K/2)], two codes a byte, the first in the high nibble, row-major.
+        absmax: uint8 [ceil(N*K/64)] codes into ``nested_table``, or float32 constants when not double-quantized.
+        nested_absmax: float32 [ceil(blocks/256)], or None.
+        nested_offset: float32 [1], the mean of the constants, or None.
+        nested_table: float32 [256], or None.
+        shape: (N, K).
+        dtype: the default type of :meth:`dequantize`.
+
+    The formats are those of Dettmers et al. 2023 (arXiv 2305.14314): block 64, constants in FP8, block 256.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+    nested_table: torch.Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def pieces(self) -> tuple[torch.Tensor | None, ...]:
+        """The five tensors (None where there is no double quantization), as the operations take them."""
+        return (self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.nested_table)
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def requires_grad(self) -> bool:
+        """Always False: a 4-bit weight is frozen, only adapters, bias and inputs get gradients."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> NF4Weight:
+        if requires_grad:
+            raise RuntimeError(
+                "an NF4 weight is frozen and has no gradient; train its adapters (rank > 0), or the dense layer "
+                "that QLinear.to_linear() returns"
+            )
+        return self
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def size(self, dim: int | None = None):
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and constants, without the 256-entry table, which all weights have in common."""
+        parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage in bits: 4 + 8/64 + 32/(64*256) = 4.127 with double quantization, 4.5 without."""
+        return 8 * self.nbytes / max(self.numel(), 1)
+
+    def dequantize(
+        self, dtype: torch.dtype | None = None, *, row_begin: int = 0, row_end: int | None = None
+    ) -> torch.Tensor:
+        """The weight, or rows [row_begin, row_end) of it, as a dense tensor.
+
+        Each element is round_to_dtype(float32(level) * float32(absmax)): one rounding, the same bits on every
+        device and instruction set.
+
+        Args:
+            dtype: float32, bfloat16, float16 or float64; by default :attr:`dtype`.
+            row_begin: first row.
+            row_end: one past the last row; by default N.
+
+        Returns:
+            Tensor [row_end - row_begin, K].
+
+        Raises:
+            TypeError: for another dtype.
+            ValueError: for a range outside [0, N].
+        """
+        rows, columns = self.shape
+        end = rows if row_end is None else row_end
+        dtype = self.dtype if dtype is None else dtype
+        return ops.dequantize(*self.pieces, rows, columns, dtype, row_begin, end)
+
+    def to(self, *args, **kwargs) -> NF4Weight:
+        """A copy on another device (``.to(device)``), with another default dtype (``.to(dtype)``), or both.
+
+        The codes and constants never change.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        moved = {
+            name: None if piece is None else piece.to(device=device, non_blocking=non_blocking)
+            for name, piece in zip(PIECES, self.pieces, strict=True)
+        }
+        return replace(self, dtype=self.dtype if dtype is None else dtype, **moved)
+
+    def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Plain tensors under ``prefix + name``, with the shape as int64 [2]; what safetensors stores."""
+        state = {prefix + n: p for n, p in zip(PIECES, self.pieces, strict=True) if p is not None}
+        state[prefix + "shape"] = torch.tensor(list(self.shape), dtype=torch.int64)
+        return state
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, torch.Tensor], prefix: str = "", dtype: torch.dtype = torch.float32
+    ) -> NF4Weight:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            KeyError: when a piece is missing.
+            ValueError, TypeError: when a piece's shape or dtype is not that of the format.
+        """
+        for name in ("packed", "absmax", "shape"):
+            if prefix + name not in state:
+                raise KeyError(f"no tensor '{prefix + name}': not an NF4 weight, or one that is incomplete")
+        shape = state[prefix + "shape"]
+        if shape.dtype != torch.int64 or shape.numel() != 2:
+            raise ValueError(f"'{prefix}shape' should be int64 [2], found {shape.dtype} {list(shape.shape)}")
+        pieces = {name: state.get(prefix + name) for name in PIECES}
+        weight = cls(shape=torch.Size(shape.tolist()), dtype=dtype, **pieces)
+        ops.check_weight(*weight.pieces, *weight.shape)
+        return weight
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes one safetensors file, whole or not at all."""
+        from .files import save_safetensors
+
+        save_safetensors(self.state_dict(), path, metadata={"format": "qlora_kernels.nf4", "dtype": str(self.dtype)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> NF4Weight:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: for a truncated or foreign file.
+        """
+        from .files import load_safetensors
+
+        tensors, metadata = load_safetensors(path)
+        try:
+            weight = cls.from_state_dict(tensors)
+        except KeyError as error:
+            raise ValueError(f"{os.fspath(path)}: {error.args[0]}") from None
+        name = (metadata or {}).get("dtype", "torch.float32").removeprefix("torch.")
+        return weight.to(device, getattr(torch, name, torch.float32))
+
+    def __repr__(self) -> str:
+        return (
+            f"NF4Weight(shape={tuple(self.shape)}, bits_per_weight={self.bits_per_weight:.3f}, "
+            f"dtype={self.dtype}, device='{self.device}')"
+        )
+
+
+def default_nested_table(device: str | torch.device = "cpu") -> torch.Tensor:
+    """The second-level table, float32 [256]: entry b is the FP8 E4M3 value of byte b, divided by 448."""
+    return ops.default_nested_table().to(device)
+
+
+def quantize(
+    weight: torch.Tensor,
+    double_quant: bool = True,
+    *,
+    nested_table: torch.Tensor | None = None,
+    name: str = "weight",
+) -> NF4Weight:
+    """Quantizes a weight to NF4: block 64, and by default its constants to FP8, block 256.
+
+    Equivalent in plain torch, with ``levels`` the 16 NF4 levels (any K; blocks run over the flat tensor)::
+
+        blocks = weight.float().reshape(-1, 64)
+        absmax = blocks.abs().amax(1, keepdim=True)
+        codes = (blocks / absmax).unsqueeze(-1).sub(levels).abs().argmin(-1)
+
+    Args:
+        weight: float32, bfloat16 or float16 [N, K], finite.
+        double_quant: store the constants in 8 bits (4.127 bits per weight) rather than float32 (4.5).
+        nested_table: float32 [256], another table for the second level, entries in [-1, 1].
+        name: what to call the tensor in errors.
+
+    Returns:
+        The quantized weight, on the same device.
+
+    Raises:
+        TypeError: for a dtype other than those three.
+        ValueError: for a tensor that is not two-dimensional, is empty, or holds NaN or infinity (with the first
+            bad index).
+    """
+    require(isinstance(weight, torch.Tensor), TypeError, f"{name} should be a tensor, found {type(weight).__name__}")
+    require(
+        weight.dtype in (torch.float32, torch.bfloat16, torch.float16),
+        TypeError,
+        f"{name} should be float32, bfloat16 or float16 to be quantized, found {weight.dtype}",
+    )
+    require(weight.dim() == 2, ValueError, f"{name} should be [N, K], found shape {list(weight.shape)}")
+    require(weight.numel() > 0, ValueError, f"{name} is empty: shape {list(weight.shape)}")
+    weight = weight.detach()
+    packed, absmax = ops.quantize(weight.contiguous(), name)
+    nested_absmax = nested_offset = None
+    if double_quant:
+        table = default_nested_table(weight.device) if nested_table is None else nested_table
+        absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax, table)
+        nested_table = table
+    else:
+        require(nested_table is None, ValueError, "nested_table was given, but double_quant=False has no use for it")
+    return NF4Weight(packed, absmax, nested_absmax, nested_offset, nested_table, weight.shape, weight.dtype)
+
+
+def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The dense weight; see :meth:`NF4Weight.dequantize`."""
+    return weight.dequantize(dtype)

@@ -1,0 +1,403 @@
+"""The operations: schema, checks and fake implementation together. Below this file there are only pointers and sizes.
+
+Five operations, each under one name on every floor: ``quantize``, ``quantize_absmax``, ``dequantize``,
+``linear_forward`` and ``linear_backward``, all in ``torch.ops.qlora_kernels``. A quantized weight travels as its five
+pieces (see :class:`qlora_kernels.NF4Weight`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .errors import require
+
+_library = torch.library.Library("qlora_kernels", "DEF")
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? nested_table"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_LINEAR_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _blocks(n: int, k: int) -> int:
+    return (n * k + 63) // 64
+
+
+def check_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_table: Tensor | None,
+    n: int,
+    k: int,
+) -> None:
+    """Checks the pieces of a quantized weight [n, k] against each other.
+
+    Raises:
+        TypeError: when a piece has another dtype than the format's.
+        ValueError: when a piece has another size, is on another device, is not contiguous, or is missing.
+        RuntimeError: when a piece asks for a gradient.
+    """
+    require(n > 0 and k > 0, ValueError, f"a quantized weight needs N > 0 and K > 0, found [{n}, {k}]")
+    blocks = _blocks(n, k)
+    nested = (nested_absmax, nested_offset, nested_table)
+    if any(piece is None for piece in nested):
+        require(
+            all(piece is None for piece in nested),
+            ValueError,
+            "nested_absmax, nested_offset and nested_table come together: all three, or none",
+        )
+        expected = [("packed", packed, torch.uint8, (n * k + 1) // 2), ("absmax", absmax, torch.float32, blocks)]
+    else:
+        expected = [
+            ("packed", packed, torch.uint8, (n * k + 1) // 2),
+            ("absmax", absmax, torch.uint8, blocks),
+            ("nested_absmax", nested_absmax, torch.float32, (blocks + 255) // 256),
+            ("nested_offset", nested_offset, torch.float32, 1),
+            ("nested_table", nested_table, torch.float32, 256),
+        ]
+    device = packed.device
+    for name, piece, dtype, size in expected:
+        if piece.dtype != dtype:
+            raise TypeError(f"{name} of a weight [{n}, {k}] should be {dtype}, found {piece.dtype}")
+        if piece.numel() != size:
+            raise ValueError(f"{name} of a weight [{n}, {k}] should have {size} elements, found {piece.numel()}")
+        if piece.device != device:
+            raise ValueError(f"packed is on {device}, but {name} on {piece.device}; move the weight as a whole")
+        if not piece.is_contiguous():
+            raise ValueError(f"{name} should be contiguous")
+        if piece.requires_grad:
+            raise RuntimeError(f"an NF4 weight is frozen and has no gradient, but {name} asks for one")
+
+
+# ---------------------------------------------------------------------------------------------------- quantize
+
+_library.define("quantize(Tensor weight, str name='weight') -> (Tensor packed, Tensor absmax)", tags=_TAGS)
+
+
+def _check_quantize(weight: Tensor) -> None:
+    require(weight.dim() == 2, ValueError, f"weight should be [N, K], found shape {list(weight.shape)}")
+    require(
+        weight.dtype in (torch.float32, torch.bfloat16, torch.float16),
+        TypeError,
+        f"weight should be float32, bfloat16 or float16, found {weight.dtype}",
+    )
+    require(weight.is_contiguous(), ValueError, "weight should be contiguous")
+
+
+def _quantize(weight: Tensor, name: str = "weight"):
+    _check_quantize(weight)
+    return backends.of(weight).quantize(weight, name)
+
+
+@torch.library.register_fake("qlora_kernels::quantize", lib=_library)
+def _quantize_fake(weight, name="weight"):
+    _check_quantize(weight)
+    count = weight.numel()
+    return (
+        weight.new_empty((count + 1) // 2, dtype=torch.uint8),
+        weight.new_empty((count + 63) // 64, dtype=torch.float32),
+    )
+
+
+# --------------------------------------------------------------------------------------------- quantize_absmax
+
+_library.define(
+    "quantize_absmax(Tensor absmax, Tensor nested_table) -> (Tensor code, Tensor nested_absmax, Tensor nested_offset)",
+    tags=_TAGS,
+)
+
+
+def _check_quantize_absmax(absmax: Tensor, nested_table: Tensor) -> None:
+    for name, tensor in (("absmax", absmax), ("nested_table", nested_table)):
+        require(tensor.dtype == torch.float32, TypeError, f"{name} should be float32, found {tensor.dtype}")
+        require(tensor.dim() == 1, ValueError, f"{name} should have one dimension, found {list(tensor.shape)}")
+        require(tensor.is_contiguous(), ValueError, f"{name} should be contiguous")
+    require(
+        nested_table.numel() == 256, ValueError, f"nested_table should have 256 entries, found {nested_table.numel()}"
+    )
+    require(
+        absmax.device == nested_table.device,
+        ValueError,
+        f"absmax is on {absmax.device}, but nested_table on {nested_table.device}",
+    )
+
+
+def _quantize_absmax(absmax: Tensor, nested_table: Tensor):
+    _check_quantize_absmax(absmax, nested_table)
+    return backends.of(absmax).quantize_absmax(absmax, nested_table)
+
+
+@torch.library.register_fake("qlora_kernels::quantize_absmax", lib=_library)
+def _quantize_absmax_fake(absmax, nested_table):
+    _check_quantize_absmax(absmax, nested_table)
+    count = absmax.numel()
+    return (
+        absmax.new_empty(count, dtype=torch.uint8),
+        absmax.new_empty((count + 255) // 256),
+        absmax.new_empty(1),
+    )
+
+
+# -------------------------------------------------------------------------------------------------- dequantize
+
+_library.define(
+    f"dequantize({_WEIGHT}, SymInt n, SymInt k, ScalarType dtype, SymInt row_begin, SymInt row_end) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def _check_dequantize(pieces, n, k, dtype, row_begin, row_end) -> None:
+    check_weight(*pieces, n, k)
+    require(
+        dtype in _LINEAR_DTYPES,
+        TypeError,
+        f"a weight dequantizes to float32, bfloat16, float16 or float64, not to {dtype}",
+    )
+    require(
+        0 <= row_begin <= row_end <= n,
+        ValueError,
+        f"rows [{row_begin}, {row_end}) are not within a weight of {n} rows",
+    )
+
+
+def _dequantize(
+    packed, absmax, nested_absmax, nested_offset, nested_table, n: int, k: int, dtype, row_begin: int, row_end: int
+):
+    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
+    _check_dequantize(pieces, n, k, dtype, row_begin, row_end)
+    return backends.of(packed).dequantize(pieces, n, k, dtype, row_begin, row_end)
+
+
+@torch.library.register_fake("qlora_kernels::dequantize", lib=_library)
+def _dequantize_fake(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, dtype, row_begin, row_end):
+    _check_dequantize((packed, absmax, nested_absmax, nested_offset, nested_table), n, k, dtype, row_begin, row_end)
+    return packed.new_empty((row_end - row_begin, k), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------- linear_forward
+
+_library.define(
+    f"linear_forward(Tensor x, {_WEIGHT}, SymInt n, Tensor? bias, Tensor? lora_A, Tensor? lora_B,"
+    " float scaling, float dropout, Tensor? seed) -> (Tensor y, Tensor u)",
+    tags=_TAGS,
+)
+
+
+def _check_activation(name: str, x: Tensor, columns: int, device: torch.device) -> None:
+    if x.dtype not in _LINEAR_DTYPES:
+        raise TypeError(f"{name} should be bfloat16, float16, float32 or float64, found {x.dtype}")
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise ValueError(f"{name} should be [M, {columns}], found {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, but the weight on {device}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} should be contiguous")
+
+
+def _check_lora(
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    dropout: float,
+    seed: Tensor | None,
+) -> int:
+    """The rank, 0 without adapters."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout should be in [0, 1), found {dropout}")
+    if lora_A is None or lora_B is None:
+        require(lora_A is None and lora_B is None, ValueError, "lora_A and lora_B come together: both, or neither")
+        return 0
+    r = lora_A.shape[0] if lora_A.dim() == 2 else -1
+    for name, tensor, shape in (("lora_A", lora_A, [r, k]), ("lora_B", lora_B, [n, r])):
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} should be {'[r, K]' if name == 'lora_A' else '[N, r]'} = {shape}, found {list(tensor.shape)}"
+            )
+        if tensor.dtype not in (dtype, torch.float32):
+            raise TypeError(f"{name} should be {dtype}, as the input is, or float32; found {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but the weight on {device}")
+    if dropout > 0.0:
+        require(
+            seed is not None and seed.dtype == torch.int64 and seed.numel() == 1,
+            ValueError,
+            "dropout needs a seed: an int64 tensor with one element",
+        )
+    return r
+
+
+def _check_forward(x, pieces, n, bias, lora_A, lora_B, dropout, seed) -> int:
+    if x.dim() != 2:
+        raise ValueError(f"x should be [M, K], found {list(x.shape)}")
+    k = x.shape[1]
+    check_weight(*pieces, n, k)
+    device = pieces[0].device
+    _check_activation("x", x, k, device)
+    if bias is not None:
+        if list(bias.shape) != [n]:
+            raise ValueError(f"bias should be [{n}], found {list(bias.shape)}")
+        if bias.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"bias should be {x.dtype}, as x is, or float32; found {bias.dtype}")
+        if bias.device != device:
+            raise ValueError(f"bias is on {bias.device}, but the weight on {device}")
+    return _check_lora(lora_A, lora_B, n, k, x.dtype, device, dropout, seed)
+
+
+def _linear_forward(
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    nested_table,
+    n: int,
+    bias,
+    lora_A,
+    lora_B,
+    scaling: float,
+    dropout: float,
+    seed,
+):
+    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
+    _check_forward(x, pieces, n, bias, lora_A, lora_B, dropout, seed)
+    return backends.of(x).linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
+
+
+@torch.library.register_fake("qlora_kernels::linear_forward", lib=_library)
+def _linear_forward_fake(
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    nested_table,
+    n,
+    bias,
+    lora_A,
+    lora_B,
+    scaling,
+    dropout,
+    seed,
+):
+    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
+    r = _check_forward(x, pieces, n, bias, lora_A, lora_B, dropout, seed)
+    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], r))
+
+
+# --------------------------------------------------------------------------------------------- linear_backward
+
+_library.define(
+    f"linear_backward(Tensor dy, {_WEIGHT}, SymInt k, Tensor? x, Tensor? u, Tensor? lora_A, Tensor? lora_B,"
+    " float scaling, float dropout, Tensor? seed, bool need_dx, bool need_dA, bool need_dB)"
+    " -> (Tensor dx, Tensor dA, Tensor dB)",
+    tags=_TAGS,
+)
+
+
+def _check_backward(dy, pieces, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB) -> int:
+    if dy.dim() != 2:
+        raise ValueError(f"dy should be [M, N], found {list(dy.shape)}")
+    m, n = dy.shape
+    check_weight(*pieces, n, k)
+    device = pieces[0].device
+    _check_activation("dy", dy, n, device)
+    r = _check_lora(lora_A, lora_B, n, k, dy.dtype, device, dropout, seed)
+    if need_dA or need_dB:
+        require(lora_A is not None, ValueError, "gradients for lora_A and lora_B need lora_A and lora_B")
+    for name, tensor, needed, columns in (("x", x, need_dA, k), ("u", u, need_dB, r)):
+        if needed:
+            require(tensor is not None, ValueError, f"{name} is needed for the gradient that was asked for")
+            _check_activation(name, tensor, columns, device)
+            require(
+                tensor.shape[0] == m and tensor.dtype == dy.dtype,
+                ValueError,
+                f"{name} should be {dy.dtype} [{m}, {columns}], found {tensor.dtype} {list(tensor.shape)}",
+            )
+    return r
+
+
+def _linear_backward(
+    dy,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    nested_table,
+    k: int,
+    x,
+    u,
+    lora_A,
+    lora_B,
+    scaling: float,
+    dropout: float,
+    seed,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+):
+    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
+    _check_backward(dy, pieces, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB)
+    return backends.of(dy).linear_backward(
+        dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB
+    )
+
+
+@torch.library.register_fake("qlora_kernels::linear_backward", lib=_library)
+def _linear_backward_fake(
+    dy,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    nested_table,
+    k,
+    x,
+    u,
+    lora_A,
+    lora_B,
+    scaling,
+    dropout,
+    seed,
+    need_dx,
+    need_dA,
+    need_dB,
+):
+    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
+    r = _check_backward(dy, pieces, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB)
+    m, n = dy.shape
+    return (
+        dy.new_empty((m, k) if need_dx else (0,)),
+        dy.new_empty((r, k) if need_dA else (0,), dtype=lora_A.dtype if need_dA else None),
+        dy.new_empty((n, r) if need_dB else (0,), dtype=lora_B.dtype if need_dB else None),
+    )
+
+
+for _name, _function in (
+    ("quantize", _quantize),
+    ("quantize_absmax", _quantize_absmax),
+    ("dequantize", _dequantize),
+    ("linear_forward", _linear_forward),
+    ("linear_backward", _linear_backward),
+):
+    _library.impl(_name, _function, "CPU")
+    _library.impl(_name, _function, "CUDA")
+
+quantize = torch.ops.qlora_kernels.quantize.default
+quantize_absmax = torch.ops.qlora_kernels.quantize_absmax.default
+dequantize = torch.ops.qlora_kernels.dequantize.default
+linear_forward = torch.ops.qlora_kernels.linear_forward.default
+linear_backward = torch.ops.qlora_kernels.linear_backward.default
+
+
+@functools.lru_cache(maxsize=1)
+def default_nested_table() -> Tensor:
+    """float32 [256] on the CPU: entry b is the FP8 E4M3 value of byte b, divided by 448."""
+    return torch.tensor(backends.native().e4m3_table(), dtype=torch.float32)

@@ -1,0 +1,71 @@
+"""Drives csrc/CMakeLists.txt; everything else about the package is in pyproject.toml."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def compiler() -> str:
+    """The C++ compiler to use, after one that is missing or too old has been turned into one sentence."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = next((path for path in map(shutil.which, candidates) if path), None)
+    wanted = "qlora_kernels needs a C++17 compiler (g++ 9 or clang 10, or newer)"
+    if found is None:
+        sys.exit(f"{wanted}, and found none; install one (Debian, Ubuntu: apt-get install g++) or set CXX")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(
+            "#include <optional>\n#include <string_view>\n"
+            "int main() { if constexpr (sizeof(int) > 1) return std::optional<int>(0).value(); }\n"
+        )
+        probe = [found, "-std=c++17", "-fopenmp", "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        if subprocess.run(probe, capture_output=True).returncode != 0:
+            sys.exit(f"{wanted} with OpenMP, and {found} is not one; install a newer one or set CXX")
+    return found
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        import pybind11
+
+        version = re.search(r'__version__ = "(.*)"', (ROOT / "qlora_kernels/version.py").read_text()).group(1)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT / "csrc"),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_CXX_COMPILER={compiler()}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DQLK_VERSION={version}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}/out",
+        ]
+        # A build folder that outlived its temporary environment names tools that are gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for command in (configure, ["cmake", "--build", str(build)]):
+            if subprocess.run(command).returncode != 0:
+                sys.exit(f"building the native extension failed at '{' '.join(command[:2])}'; its message is above")
+        built = next((build / "out").glob("_C*.so"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built, target.with_suffix(".part"))
+        os.replace(target.with_suffix(".part"), target)
+
+
+setup(ext_modules=[Extension("qlora_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

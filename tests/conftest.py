@@ -1,0 +1,77 @@
+"""What the tests have in common: the instruction sets of this machine, weights, and the numerics contract."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from qlora_kernels import backends, quantize
+
+ISAS = tuple(backends.native().build_info()["isas_available"].split(","))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch) -> str:
+    """Runs the test once for each instruction set that this machine has."""
+    monkeypatch.setenv("QLORA_KERNELS_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def forced(isa: str):
+    """A context in which the kernels use one instruction set."""
+    patch = pytest.MonkeyPatch.context()
+
+    class Context:
+        def __enter__(self):
+            self.patch = patch.__enter__()
+            self.patch.setenv("QLORA_KERNELS_CPU_ISA", isa)
+
+        def __exit__(self, *error):
+            return patch.__exit__(*error)
+
+    return Context()
+
+
+def make_weight(n: int, k: int, double_quant: bool = True, dtype: torch.dtype = torch.float32):
+    """A quantized weight [n, k] whose rows differ in scale."""
+    weight = torch.randn(n, k) * torch.logspace(-2, 1, n).unsqueeze(1)
+    return quantize(weight.to(dtype), double_quant)
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative Frobenius error; NaN when anything is NaN."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def worst_tile_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error of any 64 x 64 tile, relative to the root mean square of the whole."""
+    error = (actual.double() - exact).square()
+    rows, columns = exact.shape
+    padded = torch.zeros((rows + 63) // 64 * 64, (columns + 63) // 64 * 64, dtype=torch.float64)
+    count = padded.clone()
+    padded[:rows, :columns] = error
+    count[:rows, :columns] = 1
+
+    def tiles(t):
+        return t.view(t.shape[0] // 64, 64, t.shape[1] // 64, 64).sum((1, 3))
+
+    return (tiles(padded) / tiles(count)).max().sqrt().item() / exact.square().mean().sqrt().item()
+
+
+def assert_within_contract(actual: torch.Tensor, dense: torch.Tensor, exact: torch.Tensor, case: str) -> None:
+    """DESIGN's contract: at most 1.10 times the error of torch's dense layer, over all and in the worst tile."""
+    assert actual.shape == exact.shape, case
+    for metric in (relative_error, worst_tile_error):
+        ours, theirs = metric(actual, exact), metric(dense, exact)
+        # Where torch itself rounds nothing (tiny products that are exact), a few ulp of float32 remain allowed.
+        assert ours <= 1.10 * theirs + 3e-7, f"{case}: {metric.__name__} {ours:.3e}, dense {theirs:.3e}"
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
