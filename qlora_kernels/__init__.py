@@ -3,8 +3,40 @@
 See README.md for a tour.
 """
 
+from .adapters import load_adapter, save_adapter
 from .autograd import linear
+from .lora import AdapterConfig
+from .merge import MergeReport
+from .models import (
+    QuantizeReport,
+    disable_adapters,
+    merge_adapters,
+    qlora_layers,
+    quantize_model,
+    set_adapter,
+    unmerge_adapters,
+)
 from .nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .qlinear import QLinear
 from .version import __version__
 
-__all__ = ["NF4Weight", "__version__", "default_nested_table", "dequantize", "linear", "quantize"]
+__all__ = [
+    "AdapterConfig",
+    "MergeReport",
+    "NF4Weight",
+    "QLinear",
+    "QuantizeReport",
+    "__version__",
+    "default_nested_table",
+    "dequantize",
+    "disable_adapters",
+    "linear",
+    "load_adapter",
+    "merge_adapters",
+    "qlora_layers",
+    "quantize",
+    "quantize_model",
+    "save_adapter",
+    "set_adapter",
+    "unmerge_adapters",
+]

@@ -1,0 +1,370 @@
+"""Whole models: swap their linear layers for 4-bit ones, and handle the adapters of all layers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .lora import AdapterConfig
+from .merge import MergeReport
+from .qlinear import QLinear
+
+_QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+# What nn.Module keeps of hooks on forward and backward; they go with the place in the model, not with the weight.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass
+class QuantizeReport:
+    """What :func:`quantize_model` did.
+
+    Attributes:
+        quantized: names of the layers that are 4-bit now.
+        adapted: those of them that have an adapter.
+        left_alone: linear-like layers that were not touched, with the reason.
+        bytes_before, bytes_after: of all parameters and buffers.
+        trainable_parameters: elements that get gradients, which are the adapters'.
+        total_parameters: elements of all parameters, a 4-bit weight counting as N * K.
+    """
+
+    quantized: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        lines = [
+            f"{len(self.quantized)} linear layers quantized to NF4, {len(self.adapted)} of them with an adapter",
+            f"{self.bytes_before / 2**20:.1f} MiB before, {self.bytes_after / 2**20:.1f} MiB after",
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters trainable ({share:.2f}%)",
+        ]
+        if self.left_alone:
+            lines.append("left alone:")
+            lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+def quantize_model(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    target_modules: str | Sequence[str] = "all-linear",
+    skip: str | Sequence[str] = ("lm_head",),
+    double_quant: bool = True,
+    adapter_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    progress: bool = True,
+    device: str | torch.device | None = None,
+) -> QuantizeReport:
+    """Swaps a model's nn.Linear layers for QLinear, in place, and freezes everything but the adapters.
+
+    Layers are swapped one at a time, so the peak of memory is the model plus one layer, as long as nobody else holds
+    the dense weights. All conditions are checked before the first layer is touched.
+
+    Args:
+        model: any module with nn.Linear layers inside.
+        rank, alpha, dropout, rslora, double_quant: as for :class:`QLinear`; rank 0 makes no adapters.
+        target_modules: which layers get an adapter, as in PEFT: "all-linear", names (a full name, or its last
+            components) or a regular expression for the full name. The other layers are quantized all the same.
+        skip: layers to leave dense, by names or by a regular expression, likewise.
+        adapter_dtype: dtype of the adapters, by default that of each layer; float32 keeps master copies.
+        compute_dtype: dtype of bias and adapters, by default that of each dense weight.
+        progress: show a bar, when tqdm is installed.
+        device: where to quantize, and where the whole model is at the end; by default each layer stays where it is.
+
+    Returns:
+        What was quantized, what was left alone and why, and sizes before and after.
+
+    Raises:
+        ValueError: when the model is itself a linear layer, has nothing to quantize, holds NaN or infinity in a weight,
+            when a pattern matches nothing (the candidates are listed), or a rank, alpha or dropout does not fit.
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "the model is itself a linear layer, which has no place to swap it in; use QLinear.from_linear"
+        )
+    config = AdapterConfig(rank, alpha, dropout, rslora)
+    config.check(sys.maxsize, sys.maxsize)
+    names, left_alone = _candidates(model, skip)
+    adapted = _targets(names, left_alone, target_modules) if names else []
+    if not names:
+        found = "; ".join(f"{name}: {reason}" for name, reason in left_alone.items()) or "none"
+        raise ValueError(f"the model has no nn.Linear to quantize; linear-like layers left alone: {found}")
+    if not rank:
+        adapted = []
+    wanted = set(adapted)
+    for name in names:
+        _check_layer(model, name, config if name in wanted else None)
+
+    report = QuantizeReport(names, adapted, left_alone, bytes_before=_bytes(model))
+    places = _places(model)
+    for name in _bar(names, progress):
+        _swap(
+            places[name],
+            rank=rank if name in wanted else 0,
+            alpha=alpha,
+            dropout=dropout,
+            rslora=rslora,
+            double_quant=double_quant,
+            dtype=compute_dtype,
+            adapter_dtype=adapter_dtype,
+            name=f"{name}.weight",
+            device=device,
+        )
+    if device is not None:
+        model.to(device)
+    model.requires_grad_(False)
+    for _, layer in qlora_layers(model):
+        if layer.active_adapter is not None:
+            layer.lora_A[layer.active_adapter].requires_grad_(True)
+            layer.lora_B[layer.active_adapter].requires_grad_(True)
+    report.bytes_after = _bytes(model)
+    report.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    report.total_parameters = _count(model)
+    return report
+
+
+def qlora_layers(model: nn.Module) -> Iterator[tuple[str, QLinear]]:
+    """(name, layer) of every QLinear in a model, in the order of ``named_modules``."""
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear):
+            yield name, module
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Makes an adapter the active one in every layer that has it; layers without it become their base alone.
+
+    Raises:
+        KeyError: when no layer has it; the message lists the known.
+        RuntimeError: while an adapter is merged. Nothing has changed then.
+    """
+    layers = [layer for _, layer in qlora_layers(model)]
+    known = list(dict.fromkeys(other for layer in layers for other in layer.adapters))
+    if name not in known:
+        raise KeyError(f"no adapter {name!r} in this model; it has: {', '.join(map(repr, known)) or 'none'}")
+    for layer in layers:
+        if layer.merged_adapter_name not in (None, name):
+            raise RuntimeError(f"adapter '{layer.merged_adapter_name}' is merged into the base; unmerge it first")
+    for layer in layers:
+        layer.set_adapter(name if name in layer.adapters else None)
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it the whole model is its base alone. May be nested.
+
+    Raises:
+        RuntimeError: while an adapter is merged.
+    """
+    with contextlib.ExitStack() as stack:
+        for _, layer in qlora_layers(model):
+            stack.enter_context(layer.disable_adapters())
+        yield
+
+
+def merge_adapters(model: nn.Module) -> dict[str, MergeReport]:
+    """Folds the active adapter of every layer that has one into its base: see :meth:`QLinear.merge`.
+
+    Returns:
+        A report for each layer, by name.
+
+    Raises:
+        RuntimeError, ValueError: as QLinear.merge, or when there is no adapter to merge; nothing is merged then.
+    """
+    reports: dict[str, MergeReport] = {}
+    try:
+        for name, layer in qlora_layers(model):
+            if layer.active_adapter is not None:
+                reports[name] = layer.merge()
+    except BaseException:
+        for name in reports:
+            model.get_submodule(name).unmerge()
+        raise
+    if not reports:
+        raise RuntimeError("no layer of this model has an active adapter to merge")
+    return reports
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Takes the merged adapter out of every layer that has one, bit for bit.
+
+    Raises:
+        RuntimeError: when none is merged.
+    """
+    merged = [layer for _, layer in qlora_layers(model) if layer.merged_adapter_name is not None]
+    if not merged:
+        raise RuntimeError("no layer of this model has a merged adapter")
+    for layer in merged:
+        layer.unmerge()
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the full name, a list holds full names or their ends."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Names of the layers to quantize, and of linear-like layers to leave alone with the reason."""
+    tied = _owners(model)
+    names, left_alone, foreign = [], {}, ()
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+            foreign = (*foreign, f"{name}.")
+            left_alone[name] = "a PEFT layer; quantize the model before adding adapters, or use qlora_kernels' own"
+        if not _linear_like(module) or name.startswith(foreign or "\0"):
+            continue
+        reason = _reason(name, module, tied, skip)
+        if reason is None:
+            names.append(name)
+        else:
+            left_alone[name] = reason
+    return names, left_alone
+
+
+def _linear_like(module: nn.Module) -> bool:
+    kind = type(module)
+    return isinstance(module, nn.Linear) or (
+        kind.__module__.startswith(("transformers.", "bitsandbytes.")) and kind.__name__ in ("Conv1D", "Linear8bitLt")
+    )
+
+
+def _reason(name: str, module: nn.Module, tied: dict, skip: str | Sequence[str]) -> str | None:
+    """Why a linear-like layer stays as it is, or None."""
+    if matches(name, skip):
+        return "named in skip"
+    if isinstance(module, QLinear):
+        return "4-bit already"
+    if type(module) is not nn.Linear:
+        return f"unsupported type {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm, pruning), not a parameter"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced"
+    if weight.dtype not in _QUANTIZABLE:
+        return f"a weight in {weight.dtype}; float32, bfloat16 and float16 can be quantized"
+    if weight.numel() == 0:
+        return f"an empty weight, {list(weight.shape)}"
+    others = [other for other in tied[_identity(weight)] if other != f"{name}.weight"]
+    if others:
+        return f"its weight is tied to {', '.join(others)}"
+    return None
+
+
+def _identity(parameter: nn.Parameter) -> tuple:
+    """The same for parameters that are one, or views of the same memory."""
+    if parameter.is_meta or not parameter.numel():
+        return (id(parameter),)
+    return (parameter.device, parameter.data_ptr())
+
+
+def _owners(model: nn.Module) -> dict[tuple, list[str]]:
+    owners: dict[tuple, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
+                owners.setdefault(_identity(parameter), []).append(f"{name}.{key}" if name else key)
+    return owners
+
+
+def _targets(names: list[str], left_alone: dict[str, str], patterns: str | Sequence[str]) -> list[str]:
+    """The layers that get an adapter."""
+    if isinstance(patterns, str) and patterns == "all-linear":
+        return list(names)
+    each = [patterns] if isinstance(patterns, str) else [[pattern] for pattern in patterns]
+    for pattern in each or [[]]:
+        if any(matches(name, pattern) for name in names):
+            continue
+        text = repr(pattern if isinstance(pattern, str) else pattern[0]) if pattern else "an empty list"
+        reasons = [f"{name} is left alone: {why}" for name, why in left_alone.items() if matches(name, pattern)]
+        more = f" ({'; '.join(reasons[:3])})" if reasons else ""
+        raise ValueError(f"target_modules: {text} matches no layer to adapt{more}; candidates: {_ends(names)}")
+    return [name for name in names if any(matches(name, pattern) for pattern in each)]
+
+
+def _ends(names: list[str]) -> str:
+    """The names without numbered prefixes, which is how they are given as targets, for an error."""
+    ends = list(dict.fromkeys(name.rpartition(".")[2] if not name[-1].isdigit() else name for name in names))
+    return ", ".join(ends[:40]) + (", ..." if len(ends) > 40 else "")
+
+
+def _check_layer(model: nn.Module, name: str, config: AdapterConfig | None) -> None:
+    weight = model.get_submodule(name).weight.detach()
+    if config is not None:
+        config.check(*weight.shape, name)
+    # The extremes show NaN and infinity in one pass, with no copy of the weight.
+    if weight.is_meta or all(torch.isfinite(extreme) for extreme in torch.aminmax(weight)):
+        return
+    index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
+    raise ValueError(
+        f"{name}.weight holds {weight[index].item()} at index {index}; only finite weights can be quantized. "
+        "The model is as it was."
+    )
+
+
+def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """For each linear layer's first name, all (parent, key) that hold it: a module may be in several places."""
+    first = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if id(child) in first:
+                places.setdefault(first[id(child)], []).append((parent, key))
+    return places
+
+
+def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None, **options) -> None:
+    """Replaces one layer everywhere it stands; the dense weight is free when this returns."""
+    parent, key = places[0]
+    linear = parent._modules[key]
+    if device is not None:
+        linear.to(device)
+    layer = QLinear.from_linear(linear, **options)
+    for hooks in _HOOKS:
+        setattr(layer, hooks, getattr(linear, hooks))
+    for parent, key in places:
+        parent._modules[key] = layer
+
+
+def _bar(names: list[str], progress: bool) -> Iterable[str]:
+    if progress:
+        with contextlib.suppress(ImportError):
+            from tqdm.auto import tqdm
+
+            return tqdm(names, desc="quantizing", unit="layer")
+    return names
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _count(model: nn.Module) -> int:
+    packed = {id(p) for _, layer in qlora_layers(model) for p in layer._frozen()}
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
+    return dense + sum(layer.in_features * layer.out_features for _, layer in qlora_layers(model))
