@@ -89,7 +89,9 @@ def linear(
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x should be [..., {k}] for a weight [{n}, {k}], found {list(x.shape)}")
-    if dropout > 0.0 and lora_A is not None and seed is None:
+    if lora_A is None and lora_B is None and 0.0 < dropout < 1.0:
+        dropout = 0.0  # nothing to drop, and no seed to ask for
+    if dropout > 0.0 and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
     rows = x.reshape(-1, k).contiguous()
     y = _Linear.apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)
