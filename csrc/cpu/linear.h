@@ -234,6 +234,7 @@ class Backward {
         columns = lesser(round_up(w.k, kPanel), greater(kPanel, (1 << 18) / rows_max / kPanel * kPanel));
         while (columns > kPanel && w.k < 2 * p.threads * columns) columns -= kPanel;
         r_round = round_up(greater(p.r, 1), kPanel);
+        m_pad = E::pad_plain(rows_max);
     }
 
     void run() {
@@ -257,7 +258,6 @@ class Backward {
     struct Thread {
         float* c;       // [m blocks][columns / 32][32][32] for dx; [r blocks][4][32][32] for da and db
         Elem* panel;    // [depth][128]
-        Elem* left;     // [32][depth]
         T* line;        // [depth][128], with its mask
         float* absmax;  // [depth][columns / 64 + 1]
     };
@@ -266,6 +266,7 @@ class Backward {
         dy_packed = area.take<Elem>(p.dx || p.da ? rows_max * n_pad : 0);
         v_packed = area.take<Elem>(rows_max * r_pad);
         v = area.take<T>(rows_max * p.r);
+        left_packed = area.take<Elem>(p.da || p.db ? round_up(p.r, kEdge) * m_pad : 0);
     }
 
     Thread carve_thread(Carver& area) const {
@@ -273,7 +274,6 @@ class Backward {
         Thread mine;
         mine.c = area.take<float>(greater(greater(c_dx, c_adapters), c_v));
         mine.panel = area.take<Elem>(depth * kPanel);
-        mine.left = area.take<Elem>(kEdge * depth);
         mine.line = area.take<T>(p.dropout > 0 ? depth * kPanel : 0);
         mine.absmax = area.take<float>(depth * (columns / kBlock + 1));
         return mine;
@@ -307,19 +307,20 @@ class Backward {
             }
             if (p.da) {
                 const T* const x = static_cast<const T*>(p.x);
+                pack_left(v, rows);
 #pragma omp for schedule(dynamic)
                 for (int64_t k = 0; k < w.k; k += kPanel) {
-                    adapter_gradient(mine, v, x, w.k, k, m0, rows, p.dropout > 0, [&](const float* line, int64_t i, int64_t count) {
+                    adapter_gradient(mine, x, w.k, k, m0, rows, p.dropout > 0, [&](const float* line, int64_t i, int64_t count) {
                         float* const out = p.da + i * w.k + k;
                         for (int64_t j = 0; j < count; ++j) out[j] = m0 > 0 ? out[j] + line[j] : line[j];
                     });
                 }
             }
             if (p.db) {
-                const T* const u = static_cast<const T*>(p.u) + m0 * p.r;
+                pack_left(static_cast<const T*>(p.u) + m0 * p.r, rows);
 #pragma omp for schedule(dynamic)
                 for (int64_t n = 0; n < w.n; n += kPanel) {
-                    adapter_gradient(mine, u, static_cast<const T*>(p.dy), w.n, n, m0, rows, false,
+                    adapter_gradient(mine, static_cast<const T*>(p.dy), w.n, n, m0, rows, false,
                                      [&](const float* line, int64_t i, int64_t count) {
                                          float* const out = p.db + n * p.r + i;
                                          for (int64_t j = 0; j < count; ++j) {
@@ -345,7 +346,7 @@ class Backward {
             for (int64_t n = 0; n < w.n; n += depth) {
                 const int64_t steps = lesser(depth, w.n - n);
                 E::pack_b_columns(b + n * p.r + r0, p.r, steps, ranks, mine.panel);
-                panel_product(E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad, mine.panel, steps, ranks, m_rows, mine.c,
+                panel_product(E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad, mine.panel, steps, m_rows, mine.c,
                               n > 0);
             }
             for (int i = 0; i < m_rows; ++i) {
@@ -359,9 +360,8 @@ class Backward {
     }
 
     // The four blocks of C of a panel of 128 columns.
-    static void panel_product(const Elem* a, int64_t lda, const Elem* panel, int64_t steps, int64_t columns_used,
-                              int m_rows, float* c, bool accumulate) {
-        (void)columns_used;
+    static void panel_product(const Elem* a, int64_t lda, const Elem* panel, int64_t steps, int m_rows, float* c,
+                              bool accumulate) {
         for (int jb = 0; jb < kPanelBlocks; ++jb) {
             E::multiply(a, lda, E::panel_block(panel, steps, jb), E::kPanelLd, E::pad_plain(steps), c + jb * kBlockC,
                         tiles_of(m_rows), 2, accumulate);
@@ -382,7 +382,7 @@ class Backward {
                 const int used = static_cast<int>(lesser(kPanel, count - q * kPanel));
                 E::pack_b_columns(a + q * kPanel, w.k, steps, used, mine.panel);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    panel_product(E::a_at(v_packed + mb * kEdge * r_pad, r0), r_pad, mine.panel, steps, used,
+                    panel_product(E::a_at(v_packed + mb * kEdge * r_pad, r0), r_pad, mine.panel, steps,
                                   rows_in(mb, rows), c_at(mb, q), started);
                 }
             }
@@ -413,7 +413,7 @@ class Backward {
                 const int used = static_cast<int>(lesser(kPanel, count - q * kPanel));
                 E::decode_b(w, mine.absmax + q * kPanel / kBlock, task_blocks, n, steps, k0 + q * kPanel, used, mine.panel);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    panel_product(E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad, mine.panel, steps, used,
+                    panel_product(E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad, mine.panel, steps,
                                   rows_in(mb, rows), c_at(mb, q), started);
                 }
             }
@@ -432,10 +432,21 @@ class Backward {
         }
     }
 
-    // Rows of left^T right over the superblock, for 128 columns of right from `column` on: left [rows, r] begins at
-    // this superblock, right [m, ld] at row 0. emit(line, i, count) takes row i.
+    // The transpose of left [rows, r], packed; by all threads.
+    void pack_left(const T* left, int64_t rows) const {
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t rb = 0; rb < (p.r + kEdge - 1) / kEdge; ++rb) {
+            for (int64_t m = 0; m < rows; m += depth) {
+                E::pack_a_columns(left + m * p.r + rb * kEdge, p.r, rows_in(rb, p.r), lesser(depth, rows - m),
+                                  const_cast<Elem*>(E::a_at(left_packed + rb * kEdge * m_pad, m)), m_pad);
+            }
+        }
+    }
+
+    // Rows of left^T right over the superblock, for 128 columns of right from `column` on; left has been packed, right
+    // [m, ld] begins at row 0. emit(line, i, count) takes row i.
     template <class Emit>
-    void adapter_gradient(const Thread& mine, const T* left, const T* right, int64_t ld, int64_t column, int64_t m0,
+    void adapter_gradient(const Thread& mine, const T* right, int64_t ld, int64_t column, int64_t m0,
                           int64_t rows, bool mask, const Emit& emit) const {
         const int used = static_cast<int>(lesser(kPanel, ld - column));
         const int64_t r_blocks = (p.r + kEdge - 1) / kEdge;
@@ -454,9 +465,8 @@ class Backward {
             }
             E::pack_b_columns(source, source_ld, steps, used, mine.panel);
             for (int64_t rb = 0; rb < r_blocks; ++rb) {
-                const int ranks = rows_in(rb, p.r);
-                E::pack_a_columns(left + m * p.r + rb * kEdge, p.r, ranks, steps, mine.left, steps);
-                panel_product(mine.left, steps, mine.panel, steps, used, ranks, mine.c + rb * kPanelBlocks * kBlockC, m > 0);
+                panel_product(E::a_at(left_packed + rb * kEdge * m_pad, m), m_pad, mine.panel, steps, rows_in(rb, p.r),
+                              mine.c + rb * kPanelBlocks * kBlockC, m > 0);
             }
         }
         for (int64_t i = 0; i < p.r; ++i) {
@@ -469,11 +479,12 @@ class Backward {
     static constexpr int64_t depth = E::kDepthBackward;
     const LinearBackwardParams& p;
     const WeightView& w;
-    int64_t n_pad, r_pad, rows_max, columns, r_round;
+    int64_t n_pad, r_pad, rows_max, columns, r_round, m_pad;
     size_t shared_bytes = 0, thread_bytes = 0;
     Elem* dy_packed = nullptr;  // [m blocks][32][n_pad]
     Elem* v_packed = nullptr;   // [m blocks][32][r_pad]
     T* v = nullptr;             // [rows][r]
+    Elem* left_packed = nullptr;  // [r blocks][32][m_pad], v or u transposed
 };
 
 }  // namespace qlk::cpu::QLK_ISA

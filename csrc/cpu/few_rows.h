@@ -1,0 +1,113 @@
+// linear_forward for one to four rows of bf16: every weight is used as soon as it is decoded, so that the packed bytes
+// of W are read once, in order, and nothing of W is ever stored.
+#pragma once
+
+#include <omp.h>
+
+#include "nf4_bf16.h"
+#include "scratch.h"
+
+namespace qlk::cpu::QLK_ISA {
+
+constexpr int kFewRows = 4;
+constexpr int kBatchBlocks = 128;  // block constants decoded at a time
+
+QLK_INLINE __m512 dot_step(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+// W[row] . x[m] for kM rows of x, which are in the order of lookup128: [kM][pad].
+template <int kM>
+QLK_INLINE void row_products(const WeightView& w, int64_t row, const uint16_t* x, int64_t pad, float* out) {
+    constexpr int kSums = kM <= 2 ? 4 : 2;  // independent chains for each row of x
+    __m512 sum[kM][kSums];
+    for (int m = 0; m < kM; ++m) {
+        for (int s = 0; s < kSums; ++s) sum[m][s] = _mm512_setzero_ps();
+    }
+    const __m512i half = half_by_block();
+    const uint8_t* const codes = w.packed + row * (w.k / 2);
+    const int64_t blocks = w.k / kBlock;
+    float absmax[kBatchBlocks];
+    for (int64_t first = 0; first < blocks; first += kBatchBlocks) {
+        const int64_t count = blocks - first < kBatchBlocks ? blocks - first : kBatchBlocks;
+        decode_absmax(w, row * blocks + first, count, absmax);
+        for (int64_t b = 0; b < count; b += 2) {
+            const int64_t k = (first + b) * kBlock;
+            const Words4 words = b + 1 < count
+                                     ? lookup128(_mm512_loadu_si512(codes + k / 2), table_pair(absmax[b], absmax[b + 1]), half)
+                                     : lookup128(load_words(codes + k / 2, 16), table_pair(absmax[b], 0.0f), half);
+            for (int j = 0; j < 4; ++j) {
+                for (int m = 0; m < kM; ++m) {
+                    sum[m][j % kSums] =
+                        dot_step(sum[m][j % kSums], words.v[j], _mm512_load_si512(x + m * pad + k + 32 * j));
+                }
+            }
+        }
+    }
+    for (int m = 0; m < kM; ++m) {
+        for (int s = 1; s < kSums; ++s) sum[m][0] = _mm512_add_ps(sum[m][0], sum[m][s]);
+        out[m] = vsum(sum[m][0]);
+    }
+}
+
+// a . b over count bf16 elements.
+QLK_INLINE float dot_bf16(const bf16* a, const bf16* b, int64_t count) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 32) sum = dot_step(sum, load_words(a + i, count - i), load_words(b + i, count - i));
+    return vsum(sum);
+}
+
+template <int kM>
+inline void few_rows_run(const LinearForwardParams& p) {
+    const WeightView& w = p.weight;
+    const int64_t pad = (w.k + 127) / 128 * 128;
+    uint16_t* const x = reinterpret_cast<uint16_t*>(scratch(kM * pad * sizeof(uint16_t), p.threads));
+    const uint16_t* const source = static_cast<const uint16_t*>(p.x);
+    for (int m = 0; m < kM; ++m) {
+        for (int64_t k = 0; k < w.k; k += 128) {
+            const Words4 words = weight_order(source + m * w.k + k, w.k - k);
+            for (int j = 0; j < 4; ++j) _mm512_store_si512(x + m * pad + k + 32 * j, words.v[j]);
+        }
+    }
+    const bf16* const a = static_cast<const bf16*>(p.lora_a);
+    const bf16* const b = static_cast<const bf16*>(p.lora_b);
+    bf16* const u = static_cast<bf16*>(p.u);
+    bf16* const y = static_cast<bf16*>(p.y);
+
+#pragma omp parallel num_threads(p.threads)
+    {
+        if (p.r > 0) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < p.r; ++i) {
+                for (int m = 0; m < kM; ++m) {
+                    u[m * p.r + i].bits = bf16_bits(p.scaling * dot_bf16(static_cast<const bf16*>(p.x) + m * w.k, a + i * w.k, w.k));
+                }
+            }
+        }
+        // 32 rows: enough to amortize the scheduling, and whole cache lines of y.
+#pragma omp for schedule(dynamic, 32)
+        for (int64_t n = 0; n < w.n; ++n) {
+            float out[kM];
+            row_products<kM>(w, n, x, pad, out);
+            for (int m = 0; m < kM; ++m) {
+                if (p.r > 0) out[m] += dot_bf16(u + m * p.r, b + n * p.r, p.r);
+                if (p.bias) out[m] += p.bias[n];
+                y[m * w.n + n].bits = bf16_bits(out[m]);
+            }
+        }
+    }
+}
+
+// False when the case is not for this path.
+inline bool few_rows_forward(const LinearForwardParams& p) {
+    if (p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
+    switch (p.m) {
+        case 1: few_rows_run<1>(p); return true;
+        case 2: few_rows_run<2>(p); return true;
+        case 3: few_rows_run<3>(p); return true;
+        case 4: few_rows_run<4>(p); return true;
+        default: return false;
+    }
+}
+
+}  // namespace qlk::cpu::QLK_ISA
