@@ -127,6 +127,8 @@ class CPU:
         r = 0 if lora_A is None else lora_A.shape[0]
         y = torch.empty((m, n), dtype=x.dtype)
         u = torch.empty((m, r), dtype=x.dtype)
+        if m == 0:
+            return y, u
         lora_A, lora_B, bias = _as(lora_A, x.dtype), _as(lora_B, x.dtype), _as(bias, torch.float32)
         native().linear_forward(
             _weight(pieces, n, k),
@@ -154,24 +156,28 @@ class CPU:
         dA = torch.empty((r, k) if need_dA else (0,), dtype=torch.float32)
         dB = torch.empty((n, r) if need_dB else (0,), dtype=torch.float32)
         A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
-        native().linear_backward(
-            _weight(pieces, n, k),
-            dy.data_ptr(),
-            _pointer(x) if need_dA else 0,
-            _pointer(u) if need_dB else 0,
-            _pointer(A),
-            _pointer(B),
-            dx.data_ptr() if need_dx else 0,
-            dA.data_ptr() if need_dA else 0,
-            dB.data_ptr() if need_dB else 0,
-            m,
-            r,
-            scaling,
-            dropout,
-            _seed(seed, dropout),
-            _DTYPES[dy.dtype],
-            torch.get_num_threads(),
-        )
+        if m == 0:
+            dA.zero_()
+            dB.zero_()
+        else:
+            native().linear_backward(
+                _weight(pieces, n, k),
+                dy.data_ptr(),
+                _pointer(x) if need_dA else 0,
+                _pointer(u) if need_dB else 0,
+                _pointer(A),
+                _pointer(B),
+                dx.data_ptr() if need_dx else 0,
+                dA.data_ptr() if need_dA else 0,
+                dB.data_ptr() if need_dB else 0,
+                m,
+                r,
+                scaling,
+                dropout,
+                _seed(seed, dropout),
+                _DTYPES[dy.dtype],
+                torch.get_num_threads(),
+            )
         return dx, dA.to(lora_A.dtype) if need_dA else _like(dy), dB.to(lora_B.dtype) if need_dB else _like(dy)
 
 
