@@ -76,6 +76,18 @@ class NF4Weight:
             )
         return self
 
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """A torch function was given the weight: an error in a sentence.
+
+        torch.nn's own fast paths (TransformerEncoderLayer in eval mode) look for this method, and where they find it
+        they call the modules rather than reading their weights.
+        """
+        raise TypeError(
+            f"{getattr(function, '__name__', function)} was given an NF4Weight, which is not a tensor; call the layer, "
+            "or qlora_kernels.linear(x, weight), or take weight.dequantize()"
+        )
+
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 
