@@ -284,9 +284,17 @@ def _check_config(config: Mapping[str, Any], folder: str) -> None:
     for key, kinds in (("r", int), ("lora_alpha", (int, float))):
         if not isinstance(config.get(key), kinds) or isinstance(config.get(key), bool):
             raise ValueError(f"{path}: {key} should be a number, found {config.get(key)!r}")
+    targets = config.get("target_modules")
+    expressions = [targets] if isinstance(targets, str) else []
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             raise ValueError(f"{path}: {key} should be an object, found {config[key]!r}")
+        expressions += config.get(key) or {}
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{path}: {expression!r} is not a regular expression ({error})") from None
 
 
 def _pair(tensors: Mapping[str, Tensor], folder: str) -> dict[str, dict[str, Tensor]]:

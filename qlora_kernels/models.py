@@ -99,7 +99,8 @@ def quantize_model(
 
     Raises:
         ValueError: when the model is itself a linear layer, has nothing to quantize, holds NaN or infinity in a weight,
-            when a pattern matches nothing (the candidates are listed), or a rank, alpha or dropout does not fit.
+            when a pattern matches nothing (the candidates are listed), a module is lazy, or a rank, alpha or dropout
+            does not fit.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
@@ -107,6 +108,11 @@ def quantize_model(
         )
     config = AdapterConfig(rank, alpha, dropout, rslora)
     config.check(sys.maxsize, sys.maxsize)
+    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} has no shape yet (a lazy module); run a batch through the model first")
+    for argument, patterns in (("skip", skip), ("target_modules", target_modules)):
+        _check_patterns(argument, patterns)
     names, left_alone = _candidates(model, skip)
     adapted = _targets(names, left_alone, target_modules) if names else []
     if not names:
@@ -227,6 +233,16 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
+def _check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
+    if isinstance(patterns, str):
+        try:
+            re.compile(patterns)
+        except re.error as error:
+            raise ValueError(f"{argument}: {patterns!r} is not a regular expression ({error})") from None
+    elif not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{argument} should be a regular expression or a list of names, found {patterns!r}")
+
+
 def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Names of the layers to quantize, and of linear-like layers to leave alone with the reason."""
     tied = _owners(model)
@@ -286,7 +302,7 @@ def _owners(model: nn.Module) -> dict[tuple, list[str]]:
     owners: dict[tuple, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
+            if parameter is not None:
                 owners.setdefault(_identity(parameter), []).append(f"{name}.{key}" if name else key)
     return owners
 
