@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import load_safetensors, save_json, save_safetensors
+from .files import load_safetensors, save_json, save_safetensors, write_atomically
 from .lora import AdapterConfig
 from .models import matches, qlora_layers
 from .qlinear import QLinear
@@ -93,12 +92,16 @@ def save_adapter(
 
     os.makedirs(folder, exist_ok=True)
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
-    if os.path.exists(config_path) and _differences(config, _read_config(config_path, strict=False)):
-        # The weights in the folder may soon be older or newer than this file; their own copy always fits.
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if _COPY in load_safetensors(weights_path)[1]:
-                os.unlink(config_path)
-    save_safetensors(tensors, weights_path, metadata={"format": "pt", _COPY: json.dumps(config)})
+    # A configuration that the new weights contradict goes before they come: the old weights carry a copy of it.
+    obsolete = os.path.exists(config_path) and _differences(config, _read_config(config_path, strict=False))
+    obsolete = obsolete and _carries_copy(weights_path)
+
+    def write(temporary: str) -> None:
+        save_safetensors(tensors, temporary, metadata={"format": "pt", _COPY: json.dumps(config)})
+        if obsolete:
+            os.unlink(config_path)
+
+    write_atomically(weights_path, write)
     save_json(config, config_path)
 
 
@@ -121,7 +124,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         FileNotFoundError: when the folder, or a file in it, does not exist.
         ValueError: for a truncated or foreign file, an adapter that is not plain LoRA, or one for another model (the
             first layers that do not fit are named).
-        RuntimeError: when an adapter of that name is merged.
+        RuntimeError: when the adapter to be replaced is merged, or another one is where this one would be active.
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
@@ -131,14 +134,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     layers = _layers(_unwrapped(model))
     pairs = _pair(tensors, folder)
     plan = _fit(layers, pairs, config, folder)
+    active = {layer.active_adapter for layer in layers.values()}
+    activate = adapter_name in active or active <= {None}
     for name, layer in layers.items():
-        if layer.merged_adapter_name == adapter_name:
-            raise RuntimeError(f"adapter '{adapter_name}' is merged into {name}; unmerge it first")
+        merged = layer.merged_adapter_name
+        if merged is not None and (activate or merged == adapter_name):
+            raise RuntimeError(f"adapter '{merged}' is merged into {name}; unmerge it first")
         if adapter_name not in layer.adapters:
             layer._check_name(adapter_name)
 
-    active = {layer.active_adapter for layer in layers.values()}
-    activate = adapter_name in active or active <= {None}
     for name, layer in layers.items():
         if name in plan:
             options = layer._adapter_options(adapter_name)
@@ -203,6 +207,13 @@ def _describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, bas
         "rank_pattern": {f"^{re.escape(n)}": c.rank for n, c in configs.items() if c.rank != rank},
         "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
     }
+
+
+def _carries_copy(path: str) -> bool:
+    try:
+        return _COPY in load_safetensors(path)[1]
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _target_modules(model: nn.Module, layers: list[str]) -> list[str] | str:

@@ -95,6 +95,7 @@ class QLinear(Adapters, nn.Linear):
         config.check(n, k)
         nn.Module.__init__(self)
         self.in_features, self.out_features = k, n
+        self._shape = weight.shape
         self._dtype = dtype
         self._set_pieces("weight", weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
@@ -190,8 +191,18 @@ class QLinear(Adapters, nn.Linear):
     @property
     def weight(self) -> NF4Weight:
         """The frozen base [N, K]; while an adapter is merged, the base with it."""
-        pieces = {name: getattr(self, f"weight_{name}") for name in PIECES}
-        return NF4Weight(**pieces, shape=torch.Size((self.out_features, self.in_features)), dtype=self._dtype)
+        # Read past nn.Module.__getattr__, whose searches would cost as much as the rest of a call.
+        parameters, buffers = self._parameters, self._buffers
+        absmax = parameters.get("weight_absmax")
+        return NF4Weight(
+            parameters["weight_packed"],
+            buffers["weight_absmax"] if absmax is None else absmax,
+            buffers["weight_nested_absmax"],
+            buffers["weight_nested_offset"],
+            buffers["weight_nested_table"],
+            self._shape,
+            self._dtype,
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -233,6 +233,21 @@ def _killed_at(point, monkeypatch, call) -> bool:
     return True
 
 
+def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    save_adapter(quantized(rank=4, alpha=8), tmp_path)
+    files = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+
+    def full(tensors, path, metadata=None):
+        with open(path, "wb") as file:
+            file.write(b"some bytes")
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(quantized(rank=2, alpha=32), tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == files
+
+
 def test_an_edited_configuration_is_noticed(tmp_path):
     model = quantized()
     save_adapter(model, tmp_path)

@@ -249,6 +249,17 @@ def test_a_merged_adapter_can_be_saved_but_not_replaced(tmp_path):
     assert_unchanged(model, before)
 
 
+def test_nothing_is_loaded_where_another_adapter_is_merged(tmp_path):
+    save_adapter(quantized(), tmp_path)
+    model = quantized(target_modules=["q_proj"])
+    model.model.layers[1].self_attn.v_proj.add_adapter("style", rank=2)
+    model.model.layers[1].self_attn.v_proj.merge()
+    before = state(model)
+    with pytest.raises(RuntimeError, match=r"adapter 'style' is merged into model\.layers\.1\.self_attn\.v_proj"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
 def test_compiled_models_have_the_same_names(tmp_path):
     model = quantized()
     save_adapter(torch.compile(model, backend="aot_eager"), tmp_path)
