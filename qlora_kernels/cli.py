@@ -1,0 +1,118 @@
+"""The command line: ``qlora-kernels finetune``, ``quantize`` and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .finetune.options import add_arguments, from_arguments
+from .finetune.problems import InputError, sentence
+from .version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the arguments; by default the process's.
+
+    Returns:
+        0; 2 for input that cannot be used, after one sentence on stderr; 128 + signal when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options, arguments)
+    except (InputError, ImportError) as error:
+        print(f"qlora-kernels {options.command}: {sentence(error)}", file=sys.stderr)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"qlora-kernels {options.command}: {where}{error.strerror or sentence(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"qlora-kernels {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qlora-kernels", description="QLoRA with hand-written kernels.")
+    parser.add_argument("--version", action="version", version=f"qlora-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    finetune = commands.add_parser(
+        "finetune",
+        help="quantize a model to 4 bits, train adapters on it, evaluate",
+        description="A whole QLoRA run. With no arguments: a tiny model on Python's language reference, in minutes.",
+    )
+    add_arguments(finetune)
+    finetune.set_defaults(run=_finetune)
+
+    quantize = commands.add_parser(
+        "quantize",
+        help="write a model's folder with 4-bit weights",
+        description="Reads a Hugging Face folder of safetensors and writes one with 4-bit linear layers, one tensor in "
+        "memory at a time.",
+    )
+    quantize.add_argument("model", metavar="MODEL", help="folder with config.json and safetensors")
+    quantize.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    quantize.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="size of a file (default 2GB)")
+    quantize.add_argument(
+        "--no-double-quant",
+        dest="double_quant",
+        action="store_false",
+        help="keep the block constants in float32: 4.5 bits per weight instead of 4.127",
+    )
+    quantize.add_argument("--quiet", action="store_true", help="no progress bar")
+    quantize.set_defaults(run=_quantize)
+
+    info = commands.add_parser("info", help="what this build contains and what it runs on")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _finetune(namespace: argparse.Namespace, arguments: list[str]) -> int:
+    options = from_arguments(namespace)
+    try:
+        from .finetune.run import finetune
+    except ImportError as error:
+        raise _extra(error) from error
+    return finetune(options, arguments[1:])
+
+
+def _quantize(namespace: argparse.Namespace, arguments: list[str]) -> int:
+    try:
+        from .quantize_folder import parse_size, quantize_folder
+    except ImportError as error:
+        raise _extra(error) from error
+    report = quantize_folder(
+        namespace.model,
+        namespace.out,
+        double_quant=namespace.double_quant,
+        max_shard_size=parse_size(namespace.max_shard_size),
+        progress=not namespace.quiet,
+    )
+    print(report)
+    return 0
+
+
+def _info(namespace: argparse.Namespace, arguments: list[str]) -> int:
+    from .build_info import build_info, describe
+
+    info = build_info()
+    print(json.dumps(info, indent=2) if namespace.json else describe(info))
+    return 0
+
+
+def _extra(error: ImportError) -> ImportError:
+    """What to install for a package that is missing."""
+    missing = (error.name or "").split(".")[0]
+    if missing in ("", "qlora_kernels"):
+        return error
+    return ImportError(f"this command needs the package '{missing}': pip install 'qlora_kernels[finetune]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The checkpoint of a run: one file, written aside, synced and renamed; a kill leaves the old one or the new one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..files import save_torch
+from .options import Options
+from .problems import InputError, sentence
+
+NAME = "checkpoint.pt"
+_FORMAT = "qlora_kernels.finetune/1"
+
+
+@dataclass
+class Checkpoint:
+    """Where a run stands.
+
+    Attributes:
+        options: the options that decide its numbers, resolved.
+        identity: digests of the data and the base model.
+        phase: the phase in progress or just finished.
+        step: optimizer steps done in it; its data position follows from that.
+        total: the steps it has in all.
+        losses: training loss of each step done.
+        tensors: trainable tensors by name.
+        optimizer: the optimizer's state_dict.
+        rng: states of torch's generators.
+        seconds: time spent in this phase.
+        results: results of finished phases.
+    """
+
+    options: dict[str, Any]
+    identity: dict[str, str]
+    phase: str
+    step: int
+    total: int
+    losses: list[float]
+    tensors: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    rng: dict[str, torch.Tensor]
+    seconds: float
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def path_in(out: str) -> str:
+    return os.path.join(out, NAME)
+
+
+def save(checkpoint: Checkpoint, out: str) -> None:
+    """Writes ``out/checkpoint.pt``, whole or not at all."""
+    save_torch({"format": _FORMAT, **vars(checkpoint)}, path_in(out))
+
+
+def load(out: str) -> Checkpoint:
+    """Reads ``out/checkpoint.pt``.
+
+    Raises:
+        InputError: when there is none, or the file is damaged or foreign.
+    """
+    path = path_in(out)
+    if not os.path.isfile(path):
+        finished = os.path.isfile(os.path.join(out, "metrics.json"))
+        why = "the run there has finished" if finished else "no run was interrupted there"
+        raise InputError(f"--resume: there is no {path}; {why}")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(f"--resume: {path} is not a whole checkpoint ({sentence(error)})") from None
+    if not isinstance(value, dict) or value.pop("format", None) != _FORMAT:
+        raise InputError(f"--resume: {path} is not a checkpoint of this command")
+    return Checkpoint(**value)
+
+
+def check_same_run(checkpoint: Checkpoint, options: Options, identity: dict[str, str]) -> None:
+    """Refuses to go on with other options, data or model than the run began with.
+
+    Raises:
+        InputError: with what differs.
+    """
+    differences = options.differences(checkpoint.options)
+    differences += [
+        f"the {name} differs" for name, digest in identity.items() if checkpoint.identity.get(name, digest) != digest
+    ]
+    if differences:
+        raise InputError(f"--resume: this is not the run that was interrupted: {'; '.join(differences)}")
+
+
+def restore_tensors(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Copies the saved trainable tensors into a model's parameters, after checking that every one fits.
+
+    Raises:
+        InputError: when the checkpoint is of another model.
+    """
+    saved = checkpoint.tensors
+    odd = sorted(set(saved) ^ set(parameters))
+    if odd:
+        where = "the checkpoint" if odd[0] in saved else "the model"
+        raise InputError(f"--resume: the checkpoint is of another model: only {where} has {odd[0]}")
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape:
+            raise InputError(
+                f"--resume: the checkpoint is of another model: {name} is {list(saved[name].shape)} there "
+                f"and {list(parameter.shape)} here"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+
+
+def rng_state(device: str) -> dict[str, torch.Tensor]:
+    """The states of the generators that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.startswith("cuda"):
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_rng(states: dict[str, torch.Tensor], device: str) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.startswith("cuda"):
+        torch.cuda.set_rng_state(states["cuda"], device)

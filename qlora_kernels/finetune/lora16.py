@@ -1,0 +1,56 @@
+"""The baseline: LoRA in plain torch on dense 16-bit layers, and the initial values that both kinds of adapter share."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def initial_A(name: str, rank: int, columns: int, seed: int) -> torch.Tensor:
+    """Kaiming-uniform float32 [r, K], the same for a layer's name and seed whatever the base is stored in."""
+    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    bound = math.sqrt(3) * math.sqrt(2 / (1 + 5)) / math.sqrt(columns)  # kaiming_uniform_ with a = sqrt(5), as PEFT
+    return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+
+
+class DenseLoRA(nn.Module):
+    """y = linear(x) + s * (dropout(x) A^T) B^T, with the adapters in float32 and computed in x's dtype."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scaling: float, dropout: float, A: torch.Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.scaling, self.dropout = scaling, dropout
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        u = F.linear(dropped, self.lora_A.to(x.dtype))
+        return self.linear(x) + self.scaling * F.linear(u, self.lora_B.to(x.dtype))
+
+
+def add_lora(
+    model: nn.Module, names: list[str], rank: int, alpha: float, dropout: float, rslora: bool, seed: int
+) -> None:
+    """Freezes a dense model and puts adapters on the named layers, in place."""
+    model.requires_grad_(False)
+    scaling = alpha / (math.sqrt(rank) if rslora else rank)
+    for name in names:
+        linear = model.get_submodule(name)
+        A = initial_A(name, rank, linear.in_features, seed)
+        model.set_submodule(name, DenseLoRA(linear, rank, scaling, dropout, A))
+
+
+def share_initial_values(layers: dict[str, nn.Module], seed: int) -> None:
+    """Gives the adapters of QLinear layers the initial values that :func:`add_lora` gives."""
+    with torch.no_grad():
+        for name, layer in layers.items():
+            adapter = layer.active_adapter
+            A = layer.lora_A[adapter]
+            A.copy_(initial_A(name, A.shape[0], A.shape[1], seed))
+            layer.lora_B[adapter].zero_()

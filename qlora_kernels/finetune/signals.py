@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM: wait for the step in progress, save, and say how to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from .problems import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignal:
+    """Catches SIGINT and SIGTERM while it is entered (in the main thread; elsewhere it does nothing).
+
+    Inside :meth:`deferred` a first signal only sets :attr:`signum`, for the training loop to see after its step;
+    a second one, or any outside it, raises :class:`Interrupted` at once.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._deferring = False
+        self._earlier: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        self._earlier = {}
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._deferring and self.signum is None:
+            self.signum = signum
+            return
+        raise Interrupted(signum)
+
+    def check(self) -> None:
+        """Raises :class:`Interrupted` when a signal came while it was deferred."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Lets what it encloses come to a good end before a signal takes effect."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False

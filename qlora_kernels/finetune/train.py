@@ -1,0 +1,235 @@
+"""The training loop, the same for pretraining, QLoRA, 16-bit LoRA and full fine-tuning."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import checkpoint as ckpt
+from .data import IGNORED, Batch, Pairs, Windows
+from .options import Options
+from .problems import InputError, Interrupted
+from .signals import StopSignal
+
+_PROBE_STEPS = 12  # steps timed before the number of steps is fitted to a time limit
+_PROBE_SKIPPED = 4  # the first ones, which warm caches up
+
+
+@dataclass
+class Phase:
+    """One training job.
+
+    Attributes:
+        name: for checkpoints, e.g. "qlora".
+        title: for people.
+        model: called with input_ids; its output has logits.
+        data: what to train on.
+        lr: peak learning rate.
+        steps: optimizer steps.
+        batch_size, grad_accum: sequences a forward pass, forward passes a step.
+        autocast: run the forward pass under autocast to this type (for float32 masters), or None.
+        seconds: do fewer steps than ``steps`` when it would take longer than this; None is no limit.
+    """
+
+    name: str
+    title: str
+    model: nn.Module
+    data: Windows | Pairs
+    lr: float
+    steps: int
+    batch_size: int
+    grad_accum: int = 1
+    warmup: float = 0.05
+    autocast: torch.dtype | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Trained:
+    """What came of a phase: training loss of each step, time, and the steps done."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    steps: int = 0
+    tokens_per_second: float = 0.0
+
+
+def make_optimizer(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The one place that chooses the optimizer."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:
+    """The learning rate of a step: linear warmup, then cosine or linear decay to a tenth of the peak, or constant.
+
+    Args:
+        step: 0-based.
+        total: steps in all.
+        peak: the highest rate.
+        warmup: steps, or below 1 a fraction of ``total``.
+        schedule: "cosine", "linear" or "constant".
+    """
+    rise = warmup if warmup >= 1 else warmup * total
+    if step < rise:
+        return peak * (step + 1) / (math.floor(rise) + 1)
+    if schedule == "constant":
+        return peak
+    done = (step - rise) / max(total - rise, 1)
+    factor = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (0.1 + 0.9 * factor)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that get gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The sum of the cross-entropy of the labels that count, in nats, in float32."""
+    logits = model(input_ids=batch.inputs, use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _autocast(phase: Phase, device: str):
+    if phase.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.split(":")[0], dtype=phase.autocast)
+
+
+def bar(iterable: Iterable | None, quiet: bool, **more: Any):
+    """A progress bar on stderr; in a log file, where every update is a line of its own, a slow one."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(iterable, disable=quiet, mininterval=interval, dynamic_ncols=True, **more)
+
+
+class Trainer:
+    """Runs phases, keeps checkpoints.
+
+    Args:
+        options: of the run.
+        identity: digests that a checkpoint records.
+        stop: where signals arrive.
+        results: results of finished phases, which a checkpoint records too.
+        resumed: the checkpoint to go on from, or None.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        identity: dict[str, str],
+        stop: StopSignal,
+        results: dict,
+        resumed: ckpt.Checkpoint | None = None,
+    ) -> None:
+        self.options, self.identity, self.stop, self.results = options, identity, stop, results
+        self.resumed = resumed
+
+    def run(self, phase: Phase, note: Callable[[str], None] = print) -> Trained:
+        """Trains a phase to its end, from its checkpoint when the run resumes in it.
+
+        Raises:
+            Interrupted: by a signal, after a checkpoint was written.
+            InputError: when the loss is no longer finite, or the checkpoint is of another model.
+        """
+        options, device = self.options, self.options.device
+        parameters = trainable(phase.model)
+        optimizer = make_optimizer(list(parameters.values()), phase.lr, options.weight_decay)
+        torch.manual_seed(options.seed)
+        trained, total = Trained(), phase.steps
+        if self.resumed is not None and self.resumed.phase == phase.name:
+            saved = self.resumed
+            ckpt.restore_tensors(saved, parameters)
+            optimizer.load_state_dict(saved.optimizer)
+            ckpt.restore_rng(saved.rng, device)
+            trained.losses, trained.seconds, trained.steps, total = saved.losses, saved.seconds, saved.step, saved.total
+            note(f"resuming {phase.title} after step {saved.step} of {total}")
+        phase.model.train()
+        with self._bar(phase, total, trained.steps) as progress:
+            earlier, began, tokens, probe = trained.seconds, time.perf_counter(), 0, 0.0
+            for step in range(trained.steps, phase.steps):
+                if step >= total:
+                    break
+                if phase.seconds is not None and step == _PROBE_SKIPPED:
+                    probe = time.perf_counter()
+                with self.stop.deferred():
+                    loss, count = self._step(phase, optimizer, parameters, step, total)
+                    trained.losses.append(loss)
+                    trained.steps, tokens = step + 1, tokens + count
+                    elapsed = time.perf_counter() - began
+                    trained.seconds = earlier + elapsed
+                    due = options.save_every and (step + 1) % options.save_every == 0 and step + 1 < total
+                    if due or self.stop.signum is not None:
+                        self._save(phase, trained, total, parameters, optimizer)
+                if self.stop.signum is not None:
+                    raise Interrupted(self.stop.signum, f"step {step + 1} of {total} of {phase.title}")
+                progress.update(1)
+                progress.set_postfix_str(f"loss {loss:.4f}, {tokens / elapsed:,.0f} tokens/s", refresh=False)
+                if probe and step + 1 == _PROBE_STEPS:
+                    pace = (time.perf_counter() - probe) / (_PROBE_STEPS - _PROBE_SKIPPED)
+                    fitting = max(int(phase.seconds / pace), 2 * _PROBE_STEPS)
+                    if fitting < total:
+                        note(f"{phase.title}: {fitting} steps instead of {total}, to end within {phase.seconds:.0f} s")
+                        progress.total = total = fitting
+            trained.tokens_per_second = tokens / max(time.perf_counter() - began, 1e-9)
+        phase.model.eval()
+        return trained
+
+    def _step(
+        self, phase: Phase, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], step: int, total: int
+    ) -> tuple[float, int]:
+        """One optimizer step; returns the mean loss of its tokens and how many tokens went through the model."""
+        options = self.options
+        rate = learning_rate(step, total, phase.lr, phase.warmup, options.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batches = [
+            phase.data.batch(step * phase.grad_accum + i, phase.batch_size).to(options.device)
+            for i in range(phase.grad_accum)
+        ]
+        # Every counted token weighs the same, however the step is cut into forward passes.
+        counted = max(sum(batch.counted for batch in batches), 1)
+        total_loss = 0.0
+        for batch in batches:
+            with _autocast(phase, options.device):
+                loss = batch_loss(phase.model, batch) / counted
+            loss.backward()
+            total_loss += loss.item()
+        if not math.isfinite(total_loss):
+            raise InputError(f"the loss became {total_loss} at step {step + 1} of {phase.title}; try a smaller --lr")
+        if options.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total_loss, sum(batch.inputs.numel() for batch in batches)
+
+    def _save(self, phase: Phase, trained: Trained, total: int, parameters, optimizer) -> None:
+        ckpt.save(
+            ckpt.Checkpoint(
+                options=self.options.decisive(),
+                identity=self.identity,
+                phase=phase.name,
+                step=trained.steps,
+                total=total,
+                losses=trained.losses,
+                tensors={name: parameter.detach() for name, parameter in parameters.items()},
+                optimizer=optimizer.state_dict(),
+                rng=ckpt.rng_state(self.options.device),
+                seconds=trained.seconds,
+                results=self.results,
+            ),
+            self.options.out,
+        )
+
+    def _bar(self, phase: Phase, total: int, done: int):
+        return bar(None, self.options.quiet, total=total, initial=done, desc=phase.title, unit="step")

@@ -1,0 +1,69 @@
+"""Folders that appear whole or not at all: written aside, synced, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
+from .files import _sync_folder
+
+
+def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """Calls ``write(temporary_folder)`` beside ``path``, syncs what it wrote, and renames it into place.
+
+    A kill leaves no ``path``; an exception leaves neither that nor the temporary folder.
+
+    Raises:
+        FileExistsError: when ``path`` exists and is not an empty folder.
+        OSError: when the folder that holds ``path`` does not exist or cannot be written.
+    """
+    path = os.path.abspath(os.fspath(path))
+    parent = os.path.dirname(path)
+    if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise FileExistsError(f"{path} exists already")
+    temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", suffix=".part", dir=parent)
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)
+        write(temporary)
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    os.fsync(file.fileno())
+            _sync_folder(folder)
+        os.rename(temporary, path)  # replaces an empty folder; fails on any other
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[str]:
+    """Makes a folder, with those above it, and checks that files can be written in it.
+
+    When what it encloses raises, the folders it made are removed again as far as they are empty.
+
+    Raises:
+        OSError: when it cannot be made or written.
+    """
+    path = os.path.abspath(os.fspath(path))
+    made, folder = [], path
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
+    try:
+        os.makedirs(path, exist_ok=True)
+        handle, probe = tempfile.mkstemp(prefix=".probe", dir=path)
+        os.close(handle)
+        os.unlink(probe)
+        yield path
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        raise

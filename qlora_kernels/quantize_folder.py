@@ -1,0 +1,365 @@
+"""Hugging Face folders with 4-bit weights: writing one with one tensor in memory at a time, and loading one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .finetune.problems import InputError, readable
+from .folders import new_folder, write_folder_atomically
+from .model_folder import INDEX, copy_other_files, read_config, read_entries
+from .models import QuantizeReport, qlora_layers, quantize_model
+from .nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight, quantize
+from .safetensors_stream import DTYPES, Entry, Writer, read
+from .skeleton import cast_parameters, config_dtype, skeleton, skipped
+from .version import __version__
+
+METHOD = "qlora_kernels"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What :func:`quantize_folder` wrote.
+
+    Attributes:
+        folder: where.
+        layers: linear layers in 4 bits.
+        copied: other tensors.
+        left_alone: linear layers that stayed dense, with the reason.
+        bytes_before, bytes_after: of all tensors.
+        files: safetensors files written.
+    """
+
+    folder: str
+    layers: int
+    copied: int
+    left_alone: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+    files: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.folder}: {self.layers} linear layers in NF4, {self.copied} other tensors copied, "
+            f"{self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB "
+            f"in {self.files} file{'s' if self.files != 1 else ''}"
+        ]
+        lines += [f"left alone: {name}: {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "2GB", "500MB" or "1GiB".
+
+    Raises:
+        InputError: for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]) > 0:
+        raise InputError(f"--max-shard-size should be a size such as 2GB or 500MB, found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def quantize_folder(
+    model: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    double_quant: bool = True,
+    max_shard_size: int = 2 * 10**9,
+    progress: bool = True,
+) -> FolderReport:
+    """Writes a folder with the linear layers of a model in 4 bits and everything else as it was.
+
+    The tensors of a quantized layer have the names that they have in the state dict of a model that
+    :func:`qlora_kernels.quantize_model` made; :func:`load_quantized` reads the folder. One weight is in memory at a
+    time. The folder appears whole or not at all.
+
+    Args:
+        model: folder with config.json and safetensors, in one file or in shards with an index.
+        out: the folder to write; must not exist, or be empty.
+        double_quant: 4.127 bits per weight rather than 4.5.
+        max_shard_size: bytes in a file, at most; a single layer that is larger gets a file of its own.
+        progress: show a bar.
+
+    Raises:
+        InputError: for a model that is missing, damaged, 4-bit already or not finite, and for an ``out`` that holds
+            something or cannot be written.
+    """
+    model, out = os.fspath(model), os.path.abspath(os.fspath(out))
+    config = read_config(model)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "some method")
+        raise InputError(f"{model} is quantized already (by {method}); a model with dense weights was expected")
+    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise InputError(f"{out} exists already and is not an empty folder")
+    entries = read_entries(model)
+    with readable(model):
+        from transformers import AutoConfig
+
+        bones = skeleton(AutoConfig.from_pretrained(model))
+    names = _match_names(model, bones, entries)
+    weights = {
+        f"{name}.weight": tuple(module.weight.shape)
+        for name, module in bones.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    with readable(model):
+        report = quantize_model(bones, rank=0, skip=skipped(bones), double_quant=double_quant, progress=False)
+    plan = _plan(model, entries, names, bones, report, weights)
+    shards = _shards(plan, max_shard_size)
+
+    def write(folder: str) -> None:
+        copy_other_files(model, folder)
+        weight_map = {}
+        with _bar(len(plan), progress) as bar:
+            for number, shard in enumerate(shards, 1):
+                name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+                outputs = {key: entry for group in shard for key, entry in group.outputs.items()}
+                weight_map.update(dict.fromkeys(outputs, name))
+                with Writer(os.path.join(folder, name), outputs) as writer:
+                    for group in shard:
+                        _write_group(writer, group, double_quant)
+                        bar.update(1)
+        size = sum(group.nbytes for group in plan)
+        if len(shards) > 1:
+            _write_json({"metadata": {"total_size": size}, "weight_map": weight_map}, os.path.join(folder, INDEX))
+        config["quantization_config"] = {
+            "quant_method": METHOD,
+            "version": __version__,
+            "double_quant": double_quant,
+            "block_size": BLOCK_SIZE,
+            "nested_block_size": NESTED_BLOCK_SIZE,
+            "modules_to_not_convert": sorted(report.left_alone),
+        }
+        _write_json(config, os.path.join(folder, "config.json"))
+
+    try:
+        with new_folder(os.path.dirname(out)):
+            write_folder_atomically(out, write)
+    except OSError as error:
+        raise InputError(f"the output folder {out} cannot be written: {error.strerror or error}") from None
+    return FolderReport(
+        folder=out,
+        layers=len(report.quantized),
+        copied=sum(not group.quantized for group in plan),
+        left_alone=report.left_alone,
+        bytes_before=sum(group.source.nbytes for group in plan),
+        bytes_after=sum(group.nbytes for group in plan),
+        files=len(shards),
+    )
+
+
+def load_quantized(
+    folder: str | os.PathLike,
+    rank: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    target_modules: str | list[str] = "all-linear",
+    adapter_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """A model from a folder that :func:`quantize_folder` wrote, with fresh adapters; everything else is frozen.
+
+    It is built without memory for its weights and then loaded, so no dense weight ever exists.
+
+    Args:
+        folder: the folder.
+        rank, alpha, dropout, rslora, target_modules, adapter_dtype: as for :func:`qlora_kernels.quantize_model`.
+        dtype: of the parts that are not 4-bit; by default the config's.
+        device: where to put it.
+
+    Raises:
+        InputError: for a folder that is none of those, is damaged or incomplete.
+        ValueError: for adapters that do not fit.
+    """
+    folder = os.fspath(folder)
+    settings = read_config(folder).get("quantization_config") or {}
+    if settings.get("quant_method") != METHOD:
+        raise InputError(f"{folder} is not a 4-bit folder of 'qlora-kernels quantize'")
+    with readable(folder):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder)
+        dtype = config_dtype(config) if dtype is None else dtype
+        model = skeleton(config, dtype)
+    report = quantize_model(
+        model,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        rslora=rslora,
+        target_modules=target_modules,
+        skip=list(settings.get("modules_to_not_convert", skipped(model))),
+        double_quant=bool(settings.get("double_quant", True)),
+        progress=False,
+    )
+    entries = read_entries(folder)
+    _load(model, entries, folder)
+    cast_parameters(model, dtype)
+    layers = dict(qlora_layers(model))
+    for name in report.adapted:
+        # What quantize_model made on the meta device has no values.
+        layers[name].delete_adapter("default")
+        layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
+    return model.to(device)
+
+
+def _load(model: nn.Module, entries: dict[str, Entry], folder: str) -> None:
+    """Fills a model on the meta device from a folder's tensors, all but the adapters; tied ones once."""
+    state = model.state_dict()
+    adapters = {key for key in state if ".lora_A." in key or ".lora_B." in key}
+    unexpected = sorted(set(entries) - set(state))
+    if unexpected:
+        raise InputError(f"{folder} holds {unexpected[0]}, which its model does not have")
+    values = {key: read(entry) for key, entry in entries.items()}
+    missing = sorted(set(state) - set(values) - adapters)
+    for key in list(missing):
+        twin = next((k for k in values if _same(model, k, key)), None)
+        if twin is not None:
+            values[key] = values[twin]
+            missing.remove(key)
+    missing = [key for key in missing if state[key].is_meta]
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} tensors of its model, first {missing[0]}")
+    with readable(folder):
+        model.load_state_dict(values, strict=False, assign=True)
+    model.tie_weights()
+    model.requires_grad_(False)
+
+
+def _same(model: nn.Module, first: str, second: str) -> bool:
+    """Whether two names are one parameter."""
+    found = []
+    for key in (first, second):
+        path, _, name = key.rpartition(".")
+        found.append(model.get_submodule(path)._parameters.get(name))
+    return found[0] is not None and found[0] is found[1]
+
+
+# ------------------------------------------------------------------------------------------------------ the plan
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One tensor of the source, and what becomes of it: itself, or the pieces of a 4-bit weight."""
+
+    key: str
+    source: Entry
+    outputs: dict[str, Entry]
+    quantized: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.outputs.values())
+
+
+def _plan(
+    model: str,
+    entries: dict[str, Entry],
+    names: dict[str, str],
+    bones: nn.Module,
+    report: QuantizeReport,
+    weights: dict[str, tuple[int, ...]],
+) -> list[_Group]:
+    """What to write, in the order of the source."""
+    quantized = {f"{name}.weight" for name in report.quantized}
+    state = bones.state_dict()
+    plan = []
+    for stored, key in names.items():
+        entry = entries[stored]
+        if key not in quantized:
+            expected = tuple(state[key].shape)
+            if entry.shape != expected:
+                raise InputError(f"{model}: {stored} is {list(entry.shape)}, but the config says {list(expected)}")
+            plan.append(_Group(key, entry, {key: Entry(entry.dtype, entry.shape, entry.nbytes)}, False))
+            continue
+        if entry.shape != weights[key]:
+            raise InputError(f"{model}: {stored} is {list(entry.shape)}, but the config says {list(weights[key])}")
+        if DTYPES.get(entry.dtype) not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(f"{model}: {stored} is {entry.dtype}; F32, BF16 and F16 can be quantized")
+        pieces = {name: Entry.like(tensor) for name, tensor in state.items() if name.startswith(f"{key}_")}
+        plan.append(_Group(key, entry, pieces, True))
+    return plan
+
+
+def _shards(plan: list[_Group], limit: int) -> list[list[_Group]]:
+    """Cuts the plan into files of at most ``limit`` bytes, never through a layer."""
+    shards: list[list[_Group]] = [[]]
+    size = 0
+    for group in plan:
+        if shards[-1] and size + group.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(group)
+        size += group.nbytes
+    return shards
+
+
+def _write_group(writer: Writer, group: _Group, double_quant: bool) -> None:
+    if not group.quantized:
+        writer.copy(group.key, group.source)
+        return
+    try:
+        weight: NF4Weight = quantize(read(group.source), double_quant, name=group.key)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    for name in group.outputs:
+        writer.write(name, getattr(weight, name[len(group.key) + 1 :]))
+
+
+def _match_names(model: str, bones: nn.Module, entries: dict[str, Entry]) -> dict[str, str]:
+    """Names in the files -> names in the model: a file may lack, or have, the prefix of the model's trunk.
+
+    Raises:
+        InputError: when a tensor has no place in the model, or the model's has none in the files.
+    """
+    state = bones.state_dict()
+    prefix = f"{getattr(bones, 'base_model_prefix', '')}."
+    ignored = [re.compile(p) for p in (getattr(bones, "_keys_to_ignore_on_load_unexpected", None) or [])]
+    names, strange = {}, []
+    for stored in entries:
+        key = next((k for k in (stored, prefix + stored, stored.removeprefix(prefix)) if k in state), None)
+        if key is not None:
+            names[stored] = key
+        elif not any(pattern.search(stored) for pattern in ignored) and not stored.endswith("rotary_emb.inv_freq"):
+            strange.append(stored)
+    if strange:
+        raise InputError(
+            f"{model} holds {strange[0]}, which {type(bones).__name__} does not have under that name; load the model "
+            "with transformers and use qlora_kernels.quantize_model instead"
+        )
+    present = set(names.values())
+    missing = [k for k in state if k not in present and not any(_same(bones, k, other) for other in present)]
+    if missing:
+        raise InputError(f"{model} lacks {len(missing)} tensors of {type(bones).__name__}, first {missing[0]}")
+    # Of tied names one is enough; the model ties the others.
+    kept: dict[str, str] = {}
+    for stored, key in names.items():
+        if not any(_same(bones, key, other) for other in kept.values()):
+            kept[stored] = key
+    return kept
+
+
+def _write_json(value: Any, path: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="quantizing", unit="tensor", disable=not progress) as bar:
+        yield bar

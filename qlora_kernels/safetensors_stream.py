@@ -1,0 +1,172 @@
+"""safetensors files one tensor at a time, where the library's own writer wants all of them in memory.
+
+The format: the header's length as 8 bytes little-endian, the header as JSON (name -> dtype, shape, data_offsets from
+the end of the header), the data without gaps. https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COPY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: the format's name, e.g. "BF16".
+        shape: its shape.
+        nbytes: its size.
+        file: where it lies.
+        begin: offset of its first byte in that file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str = ""
+    begin: int = 0
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor) -> Entry:
+        return cls(NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
+
+
+def read_header(path: str) -> dict[str, Entry]:
+    """The tensors of a file by name, none of them read.
+
+    Raises:
+        ValueError: when the file is truncated or not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):  # checks the header, the offsets and the file's size
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(
+            value["dtype"],
+            tuple(value["shape"]),
+            value["data_offsets"][1] - value["data_offsets"][0],
+            path,
+            8 + length + value["data_offsets"][0],
+        )
+        for name, value in header.items()
+    }
+
+
+def read(entry: Entry) -> torch.Tensor:
+    """One tensor, in memory of its own (not a map of the file, which would stay resident)."""
+    data = bytearray(entry.nbytes)
+    with open(entry.file, "rb") as file:
+        file.seek(entry.begin)
+        if file.readinto(data) != entry.nbytes:
+            raise ValueError(f"{entry.file} ends early")
+    if not data:
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+
+
+class Writer:
+    """Writes a file whose header is known beforehand; tensors come in any order.
+
+    Larger element types lie first, so that every tensor is aligned to its element, as the library's writer has it.
+
+    Args:
+        path: the file, created or replaced.
+        entries: what it will hold; of each only dtype, shape and nbytes count.
+    """
+
+    def __init__(self, path: str, entries: Mapping[str, Entry]) -> None:
+        order = sorted(entries, key=lambda name: (-_element_size(entries[name].dtype), name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset, self._begin, self._left = 0, {}, dict(entries)
+        for name in order:
+            entry = entries[name]
+            self._begin[name] = offset
+            header[name] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [offset, offset + entry.nbytes],
+            }
+            offset += entry.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + offset)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one tensor."""
+        entry = self._left.pop(name)
+        if Entry.like(tensor) != entry:
+            raise ValueError(f"{name} should be {entry.dtype} {list(entry.shape)}, found {tensor.dtype} {tensor.shape}")
+        self._file.seek(self._start + self._begin[name])
+        if tensor.numel():
+            self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def copy(self, name: str, source: Entry) -> None:
+        """Copies the bytes of a tensor from another file."""
+        entry = self._left.pop(name)
+        if (source.dtype, source.shape) != (entry.dtype, entry.shape):
+            raise ValueError(f"{name} should be {entry.dtype} {list(entry.shape)}, found {source.dtype} {source.shape}")
+        self._file.seek(self._start + self._begin[name])
+        with open(source.file, "rb") as file:
+            file.seek(source.begin)
+            for part in _parts(source.nbytes):
+                self._file.write(file.read(part))
+
+    def close(self) -> None:
+        """Ends the file.
+
+        Raises:
+            ValueError: when a tensor is still missing.
+        """
+        self._file.close()
+        if self._left:
+            raise ValueError(f"{len(self._left)} tensors were not written, first {next(iter(self._left))}")
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def _parts(size: int) -> Iterable[int]:
+    while size > 0:
+        yield min(size, _COPY_BYTES)
+        size -= _COPY_BYTES
+
+
+def _element_size(dtype: str) -> int:
+    return DTYPES[dtype].itemsize if dtype in DTYPES else 1

@@ -1,0 +1,214 @@
+"""The command line: what it prints, how quickly, and one sentence for each kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_kernels import __version__
+from qlora_kernels.build_info import build_info
+from qlora_kernels.cli import main
+
+TINY = [
+    *("--tiny-hidden", "64", "--tiny-layers", "1", "--tiny-seq-len", "32", "--pretrain-steps", "2"),
+    *("--steps", "1", "--seq-len", "32", "--batch-size", "1", "--rank", "4"),
+    *("--eval-tokens", "64", "--sample-tokens", "0", "--quiet"),
+]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """A Hugging Face folder: one Llama layer, byte-level tokenizer."""
+    from transformers import LlamaForCausalLM
+
+    from qlora_kernels.finetune import tiny
+    from qlora_kernels.finetune.options import Options
+
+    folder = str(tmp_path_factory.mktemp("models") / "model")
+    torch.manual_seed(0)
+    config = tiny.config(Options(tiny_hidden=64, tiny_layers=1))
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def damaged(model: str, folder, kind: str) -> str:
+    """A copy of the model with something wrong."""
+    subprocess.run(["cp", "-r", model, str(folder)], check=True)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-64])
+    elif kind == "foreign":
+        path.write_bytes(b"this is no safetensors file")
+    elif kind == "no tokenizer":
+        os.unlink(folder / "tokenizer.json")
+        os.unlink(folder / "tokenizer_config.json")
+    else:
+        if kind == "not finite":
+            tensors["model.layers.0.mlp.up_proj.weight"][1, 2] = float("inf")
+        elif kind == "incomplete":
+            del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, path, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_help_and_info_are_quick():
+    """Neither loads transformers or matplotlib, which take seconds."""
+    for arguments in (["--help"], ["info"], ["finetune", "--help"]):
+        script = (
+            "import sys\nfrom qlora_kernels.cli import main\n"
+            f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+            "print([name for name in ('transformers', 'matplotlib') if name in sys.modules], file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stderr.strip() == "[]"
+        assert done.stdout
+
+
+def test_module_and_version():
+    done = subprocess.run([sys.executable, "-m", "qlora_kernels", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"qlora-kernels {__version__}")
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for title in ("compiler", "instruction sets built in", "in use", "CUDA architectures", "GPUs seen", "torch"):
+        assert title in text
+    assert main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info == json.loads(json.dumps(build_info()))
+    assert info["native"]
+    assert info["isa_in_use"] in info["isas_available"]
+    assert set(info["isas_available"]) <= set(info["isas_built"])
+
+
+def test_info_without_the_extension(capsys, monkeypatch):
+    from qlora_kernels import backends
+
+    def absent():
+        raise ImportError("the native extension could not be loaded; build it with 'pip install -e .'")
+
+    monkeypatch.setattr(backends, "native", absent)
+    assert main(["info"]) == 0
+    assert "pip install -e ." in capsys.readouterr().out
+
+
+def test_quantize_then_finetune(tmp_path, model, capsys):
+    assert main(["quantize", model, str(tmp_path / "4bit"), "--quiet"]) == 0
+    assert "7 linear layers in NF4" in capsys.readouterr().out
+    assert main(["finetune", *TINY, "--model", str(tmp_path / "4bit"), "--out", str(tmp_path / "out")]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert sorted(metrics["results"]) == ["nf4", "qlora"]
+    dense = ["finetune", *TINY, "--model", model, "--out", str(tmp_path / "dense")]
+    assert main(dense) == 0
+    found = json.loads((tmp_path / "dense" / "metrics.json").read_text())["results"]
+    assert found["nf4"]["loss"] == metrics["results"]["nf4"]["loss"]
+
+
+BAD = [
+    # what is wrong, arguments ({t}: a folder, {m}: a good model), what the sentence says
+    ("rank of zero", ["--rank", "0"], "--rank should be at least 1, found 0"),
+    ("negative rank", ["--rank", "-3"], "--rank should be at least 1, found -3"),
+    ("rank larger than a layer", ["--rank", "65"], "rank 65 is larger than the layer"),
+    ("unknown target", ["--target-modules", "q_proj,nonsense"], "'nonsense' matches no layer"),
+    ("steps and epochs", ["--epochs", "1"], "--steps and --epochs"),
+    ("dropout of one", ["--lora-dropout", "1"], "--lora-dropout should be in [0, 1)"),
+    ("rate of zero", ["--lr", "0"], "--lr should be positive"),
+    ("not a number", ["--lr", "nan"], "--lr should be positive"),
+    ("sequence of one", ["--seq-len", "1"], "--seq-len should be at least 8"),
+    ("sequence longer than the model takes", ["--seq-len", "4000"], "--seq-len 4000 is more than the 2048"),
+    ("no such device", ["--device", "nonsense"], "--device nonsense cannot be used"),
+    ("missing data", ["--data", "{t}/nowhere"], "no such file or folder"),
+    ("missing lines", ["--data", "{t}/nowhere.jsonl"], "no such file or folder"),
+    ("empty data", ["--data", "{t}/empty.txt"], "is empty"),
+    ("empty lines", ["--data", "{t}/empty.jsonl"], "is empty"),
+    ("empty folder", ["--data", "{t}/folder"], "a folder without text files"),
+    ("too little data", ["--data", "{t}/short.txt"], "is too short"),
+    ("line that is no JSON", ["--data", "{t}/bad.jsonl"], "line 2: not JSON"),
+    ("line without completion", ["--data", "{t}/lacking.jsonl"], "line 3: expected an object"),
+    ("one example", ["--data", "{t}/one.jsonl"], "1 distinct examples"),
+    ("missing model", ["--model", "{t}/nowhere"], "no such folder"),
+    ("model that is a file", ["--model", "{t}/short.txt"], "is a file"),
+    ("folder that is no model", ["--model", "{t}/folder"], "without config.json"),
+    ("truncated weights", ["--model", "{t}/truncated"], "--model {t}/truncated"),
+    ("foreign weights", ["--model", "{t}/foreign"], "--model {t}/foreign"),
+    ("incomplete weights", ["--model", "{t}/incomplete"], "lacks 1 tensors"),
+    ("non-finite weights", ["--model", "{t}/not finite"], "up_proj.weight holds NaN or infinity"),
+    ("no tokenizer", ["--model", "{t}/no tokenizer"], "no usable tokenizer"),
+    ("nothing to resume", ["--resume"], "no run was interrupted"),
+    ("output in a file", ["--out", "{t}/short.txt/out"], "cannot be written"),
+    ("output that is a file", ["--out", "{t}/short.txt"], "cannot be written"),
+    ("cache in a file", ["--cache", "{t}/short.txt/cache"], "cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, model, capsys, arguments, expected):
+    (tmp_path / "folder").mkdir()
+    files = {
+        "empty.txt": " \n",
+        "empty.jsonl": "\n\n",
+        "short.txt": "too short",
+        "one.jsonl": '{"prompt": "a", "completion": "b"}',
+        "bad.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp\n',
+        "lacking.jsonl": '{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for kind in ("truncated", "foreign", "incomplete", "not finite", "no tokenizer"):
+        if any(kind in argument for argument in arguments):
+            damaged(model, tmp_path / kind, kind)
+    filled = [argument.format(t=tmp_path, m=model) for argument in arguments]
+    default = [] if "--model" in filled else ["--model", model]
+    before = sorted(os.listdir(tmp_path))
+    assert main(["finetune", *TINY, *default, "--out", str(tmp_path / "out"), *filled]) == 2
+    captured = capsys.readouterr()
+    assert expected.format(t=tmp_path) in captured.err
+    assert captured.err.startswith("qlora-kernels finetune: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert sorted(os.listdir(tmp_path)) == before, "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{t}/nowhere", "{t}/out"], "no such folder"),
+        (["{m}", "{t}/full"], "exists already"),
+        (["{m}", "{t}/full/file/out"], "cannot be written"),
+        (["{m}", "{t}/out", "--max-shard-size", "huge"], "--max-shard-size should be a size"),
+    ],
+)
+def test_bad_input_of_quantize(tmp_path, model, capsys, arguments, expected):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    filled = [argument.format(t=tmp_path, m=model) for argument in arguments]
+    assert main(["quantize", *filled]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["full"]
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_an_id_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries for twenty seconds
+    assert main(["finetune", *TINY, "--model", "nobody/nothing", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("qlora-kernels finetune: --model nobody/nothing: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_flags_are_argparse_errors():
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "--no-such-flag"])
+    assert caught.value.code == 2
