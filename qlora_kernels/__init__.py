@@ -5,6 +5,7 @@ See README.md for a tour.
 
 from .adapters import load_adapter, save_adapter
 from .autograd import linear
+from .build_info import build_info
 from .lora import AdapterConfig
 from .merge import MergeReport
 from .models import (
@@ -27,6 +28,7 @@ __all__ = [
     "QLinear",
     "QuantizeReport",
     "__version__",
+    "build_info",
     "default_nested_table",
     "dequantize",
     "disable_adapters",

@@ -18,7 +18,7 @@ NESTED_BLOCK_SIZE = 256  # absmax per nested_absmax
 PIECES = ("packed", "absmax", "nested_absmax", "nested_offset", "nested_table")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NF4Weight:
     """A frozen weight [N, K] in 4-bit NormalFloat, every piece a plain tensor.
 

@@ -42,19 +42,56 @@ def check_weight(
         ValueError: when a piece has another size, is on another device, is not contiguous, or is missing.
         RuntimeError: when a piece asks for a gradient.
     """
+    if not _weight_fits(packed, absmax, nested_absmax, nested_offset, nested_table, n, k):
+        _explain_weight(packed, absmax, nested_absmax, nested_offset, nested_table, n, k)
+
+
+def _weight_fits(packed, absmax, nested_absmax, nested_offset, nested_table, n, k) -> bool:
+    """Whether all is well; on every call, so it builds no messages."""
+    blocks = _blocks(n, k)
+    device = packed.device
+    if not (
+        n > 0
+        and k > 0
+        and packed.dtype is torch.uint8
+        and packed.numel() == (n * k + 1) // 2
+        and packed.is_contiguous()
+        and absmax.numel() == blocks
+        and absmax.device == device
+        and absmax.is_contiguous()
+        and not absmax.requires_grad
+    ):
+        return False
+    if nested_absmax is None or nested_offset is None or nested_table is None:
+        return nested_absmax is nested_offset is nested_table is None and absmax.dtype is torch.float32
+    return (
+        absmax.dtype is torch.uint8
+        and nested_absmax.dtype is nested_offset.dtype is nested_table.dtype is torch.float32
+        and nested_absmax.numel() == (blocks + 255) // 256
+        and nested_offset.numel() == 1
+        and nested_table.numel() == 256
+        and nested_absmax.device == nested_offset.device == nested_table.device == device
+        and nested_absmax.is_contiguous()
+        and nested_table.is_contiguous()
+        and not (nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad)
+    )
+
+
+def _explain_weight(packed, absmax, nested_absmax, nested_offset, nested_table, n, k) -> None:
+    """Raises the error for the first thing that is wrong."""
     require(n > 0 and k > 0, ValueError, f"a quantized weight needs N > 0 and K > 0, found [{n}, {k}]")
     blocks = _blocks(n, k)
     nested = (nested_absmax, nested_offset, nested_table)
+    expected = [("packed", packed, torch.uint8, (n * k + 1) // 2)]
     if any(piece is None for piece in nested):
         require(
             all(piece is None for piece in nested),
             ValueError,
             "nested_absmax, nested_offset and nested_table come together: all three, or none",
         )
-        expected = [("packed", packed, torch.uint8, (n * k + 1) // 2), ("absmax", absmax, torch.float32, blocks)]
+        expected.append(("absmax", absmax, torch.float32, blocks))
     else:
-        expected = [
-            ("packed", packed, torch.uint8, (n * k + 1) // 2),
+        expected += [
             ("absmax", absmax, torch.uint8, blocks),
             ("nested_absmax", nested_absmax, torch.float32, (blocks + 255) // 256),
             ("nested_offset", nested_offset, torch.float32, 1),
@@ -216,6 +253,15 @@ def _check_lora(
         require(lora_A is None and lora_B is None, ValueError, "lora_A and lora_B come together: both, or neither")
         return 0
     r = lora_A.shape[0] if lora_A.dim() == 2 else -1
+    if (
+        lora_A.shape == (r, k)
+        and lora_B.shape == (n, r)
+        and (lora_A.dtype is dtype or lora_A.dtype is torch.float32)
+        and (lora_B.dtype is dtype or lora_B.dtype is torch.float32)
+        and lora_A.device == lora_B.device == device
+        and dropout == 0.0
+    ):
+        return r
     for name, tensor, shape in (("lora_A", lora_A, [r, k]), ("lora_B", lora_B, [n, r])):
         if list(tensor.shape) != shape:
             raise ValueError(

@@ -122,22 +122,42 @@ const Kernels& select() {
              all.names(false) + "; available on this machine: " + all.names(true));
 }
 
+// Threads worth waking for so many units of work, of which a thread does about `per_thread` in the time that waking
+// takes (a few microseconds; much more when other processes want the cores).
+int worthwhile(int threads, int64_t work, int64_t per_thread) {
+    const int64_t most = work / per_thread + 1;
+    return most < threads ? static_cast<int>(most) : threads;
+}
+
+// Products of a layer with m rows: weights to decode, and multiplications at about 16 a decoded weight's time.
+int linear_threads(int threads, const WeightView& w, int64_t m) {
+    return worthwhile(threads, w.n * w.k / 16 * (16 + m), 1 << 17);
+}
+
 }  // namespace
 
 int64_t quantize(const QuantizeParams& params) {
-    return select().quantize(params);
+    QuantizeParams p = params;
+    p.threads = worthwhile(p.threads, p.count, 1 << 15);
+    return select().quantize(p);
 }
 
 void dequantize(const DequantizeParams& params) {
-    select().dequantize(params);
+    DequantizeParams p = params;
+    p.threads = worthwhile(p.threads, (p.row_end - p.row_begin) * p.weight.k, 1 << 16);
+    select().dequantize(p);
 }
 
 void linear_forward(const LinearForwardParams& params) {
-    select().linear_forward(params);
+    LinearForwardParams p = params;
+    p.threads = linear_threads(p.threads, p.weight, p.m);
+    select().linear_forward(p);
 }
 
 void linear_backward(const LinearBackwardParams& params) {
-    select().linear_backward(params);
+    LinearBackwardParams p = params;
+    p.threads = linear_threads(p.threads, p.weight, p.m);
+    select().linear_backward(p);
 }
 
 const char* isa_in_use() {

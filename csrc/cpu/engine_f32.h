@@ -16,8 +16,11 @@ template <class Type>
 struct EngineF32 {
     using T = Type;
     using Elem = float;
+    // Whether these constants need the engine's careful path; what decode_a and decode_b are told.
+    static bool special(const float*, int64_t) { return false; }
     // Reduction steps between two visits to C: 32 rows of 256 floats are 32 KB.
     static constexpr int64_t kDepthForward = 256;
+    static constexpr int64_t kPanelsTogether = 1;
     static constexpr int64_t kDepthBackward = 64;
 
     static void begin_thread() {}
@@ -55,7 +58,7 @@ struct EngineF32 {
 
     // A from rows [row, row + rows) of W, columns [k, k + depth); absmax holds the constants of those rows.
     static void decode_a(const WeightView& w, const float* absmax, int64_t row, int rows, int64_t k, int64_t depth,
-                         float* dst, int64_t lda) {
+                         bool, float* dst, int64_t lda) {
         const int64_t row_blocks = w.k / kBlock;
         for (int i = 0; i < kEdge; ++i) {
             float* const out = dst + i * lda;
@@ -98,7 +101,7 @@ struct EngineF32 {
 
     // B from rows [row, row + depth) of W, columns [k, k + columns); absmax: [depth][absmax_ld], from k's block on.
     static void decode_b(const WeightView& w, const float* absmax, int64_t absmax_ld, int64_t row, int64_t depth,
-                         int64_t k, int columns, float* dst) {
+                         int64_t k, int columns, bool, float* dst) {
         for (int64_t p = 0; p < depth; ++p) {
             float* const out = dst + p * kPanel;
             if (w.k % kBlock == 0) {

@@ -9,7 +9,9 @@
 
 namespace qlk::cpu::QLK_ISA {
 
-constexpr int kFewRows = 4;
+// How far ahead of their use codes are fetched. From 1 KB on it makes one row 1.2 to 1.8 times as fast (weights in the last
+// level of cache or in memory); a page is best, and what is fetched beyond a weight's end is ignored.
+constexpr int64_t kPrefetchBytes = 4096;
 constexpr int kBatchBlocks = 128;  // block constants decoded at a time
 
 QLK_INLINE __m512 dot_step(__m512 sum, __m512i a, __m512i b) {
@@ -31,17 +33,24 @@ QLK_INLINE void row_products(const WeightView& w, int64_t row, const uint16_t* x
     for (int64_t first = 0; first < blocks; first += kBatchBlocks) {
         const int64_t count = blocks - first < kBatchBlocks ? blocks - first : kBatchBlocks;
         decode_absmax(w, row * blocks + first, count, absmax);
-        for (int64_t b = 0; b < count; b += 2) {
-            const int64_t k = (first + b) * kBlock;
-            const Words4 words = b + 1 < count
-                                     ? lookup128(_mm512_loadu_si512(codes + k / 2), table_pair(absmax[b], absmax[b + 1]), half)
-                                     : lookup128(load_words(codes + k / 2, 16), table_pair(absmax[b], 0.0f), half);
+        const bool tiny = has_tiny(absmax, count);
+        const auto step = [&](const Words4& words, int64_t k) {
             for (int j = 0; j < 4; ++j) {
                 for (int m = 0; m < kM; ++m) {
-                    sum[m][j % kSums] =
-                        dot_step(sum[m][j % kSums], words.v[j], _mm512_load_si512(x + m * pad + k + 32 * j));
+                    const __m512i right = _mm512_load_si512(x + m * pad + k + 32 * j);
+                    sum[m][j % kSums] = dot_step(sum[m][j % kSums], words.v[j], right);
                 }
             }
+        };
+        int64_t b = 0;
+        for (; b + 1 < count; b += 2) {
+            const int64_t k = (first + b) * kBlock;
+            _mm_prefetch(reinterpret_cast<const char*>(codes + k / 2 + kPrefetchBytes), _MM_HINT_T0);
+            step(lookup128(_mm512_loadu_si512(codes + k / 2), table_pair(absmax + b, absmax + b + 1, tiny), half), k);
+        }
+        if (b < count) {
+            const int64_t k = (first + b) * kBlock;
+            step(lookup128(load_words(codes + k / 2, 16), table_pair(absmax + b, &kNoBlock, tiny), half), k);
         }
     }
     for (int m = 0; m < kM; ++m) {
@@ -104,8 +113,11 @@ inline bool few_rows_forward(const LinearForwardParams& p) {
     switch (p.m) {
         case 1: few_rows_run<1>(p); return true;
         case 2: few_rows_run<2>(p); return true;
+#if !defined(__AMX_BF16__)
+        // With AMX, stream_amx.h is faster from three rows on.
         case 3: few_rows_run<3>(p); return true;
         case 4: few_rows_run<4>(p); return true;
+#endif
         default: return false;
     }
 }

@@ -10,6 +10,9 @@
 #include "engine_bf16.h"
 #include "few_rows.h"
 #endif
+#if defined(__AMX_BF16__)
+#include "stream_amx.h"
+#endif
 
 namespace qlk::cpu::QLK_ISA {
 
@@ -22,6 +25,9 @@ using EngineForBf16 = EngineF32<bf16>;
 static void linear_forward(const LinearForwardParams& p) {
 #if defined(__AVX512BF16__)
     if (p.dtype == DType::kBFloat16 && few_rows_forward(p)) return;
+#endif
+#if defined(__AMX_BF16__)
+    if (p.dtype == DType::kBFloat16 && stream_forward(p)) return;
 #endif
     switch (p.dtype) {
         case DType::kBFloat16: return Forward<EngineForBf16>(p).run();

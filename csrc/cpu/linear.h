@@ -29,7 +29,7 @@ constexpr int64_t kPackedBytesPerThread = 4 << 20;
 // Rows of x in a superblock, when each takes `bytes_per_row` of packed scratch.
 QLK_INLINE int64_t superblock_rows(int64_t m, int64_t bytes_per_row, int threads) {
     const int64_t fit = kPackedBytesPerThread * threads / greater(bytes_per_row, 1) / kEdge * kEdge;
-    return lesser(round_up(m, kEdge), greater(kEdge, lesser(fit, kMaxSuperblock)));
+    return lesser(round_up(greater(m, 1), kEdge), greater(kEdge, lesser(fit, kMaxSuperblock)));
 }
 
 // dst[i] = src[i] where the mask keeps element first + i of x, else 0.
@@ -82,7 +82,7 @@ class Forward {
   private:
     struct Thread {
         float* c;       // [n_block / 32][m blocks][32 n][32 m]
-        Elem* panel;    // [32][depth]
+        Elem* panel;    // [panels together][32][depth]
         Elem* masked;   // [depth][32], x with its mask, packed
         T* line;        // [32][depth], x with its mask
         float* absmax;  // [n_block][row_blocks]
@@ -96,7 +96,7 @@ class Forward {
     Thread carve_thread(Carver& area) const {
         Thread mine;
         mine.c = area.take<float>(n_block * rows_max);
-        mine.panel = area.take<Elem>(kEdge * depth);
+        mine.panel = area.take<Elem>(E::kPanelsTogether * kEdge * depth);
         mine.masked = area.take<Elem>(p.dropout > 0 ? kEdge * depth : 0);
         mine.line = area.take<T>(p.dropout > 0 ? kEdge * depth : 0);
         mine.absmax = area.take<float>(n_block * row_blocks);
@@ -169,17 +169,24 @@ class Forward {
     // Rows [n0, n0 + count) of W against the whole superblock.
     void products(const Thread& mine, int64_t n0, int64_t count, int64_t m0, int64_t rows, int64_t m_blocks) const {
         if (row_blocks > 0) decode_absmax(w, n0 * row_blocks, count * row_blocks, mine.absmax);
+        const bool special = E::special(mine.absmax, count * row_blocks);
         const int64_t panels = (count + kEdge - 1) / kEdge;
         constexpr int64_t kBlockC = kEdge * kEdge;
         for (int64_t k = 0; k < w.k; k += depth) {
             const int64_t steps = lesser(depth, w.k - k);
-            for (int64_t q = 0; q < panels; ++q) {
-                const int n_rows = rows_in(q, count);
-                E::decode_a(w, mine.absmax + q * kEdge * row_blocks, n0 + q * kEdge, n_rows, k, steps, mine.panel, steps);
+            for (int64_t first = 0; first < panels; first += E::kPanelsTogether) {
+                const int64_t last = lesser(first + E::kPanelsTogether, panels);
+                for (int64_t q = first; q < last; ++q) {
+                    E::decode_a(w, mine.absmax + q * kEdge * row_blocks, n0 + q * kEdge, rows_in(q, count), k, steps, special,
+                                mine.panel + (q - first) * kEdge * depth, steps);
+                }
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    E::multiply(mine.panel, steps, x_packed + (mb * k_pad + k) * kEdge, kEdge, E::pad_weight(steps),
-                                mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(n_rows), tiles_of(rows_in(mb, rows)),
-                                k > 0);
+                    for (int64_t q = first; q < last; ++q) {
+                        E::multiply(mine.panel + (q - first) * kEdge * depth, steps,
+                                    x_packed + (mb * k_pad + k) * kEdge, kEdge, E::pad_weight(steps),
+                                    mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(rows_in(q, count)),
+                                    tiles_of(rows_in(mb, rows)), k > 0);
+                    }
                 }
             }
         }
@@ -404,14 +411,16 @@ class Backward {
         const int64_t row_blocks = w.k / kBlock, task_blocks = (count + kBlock - 1) / kBlock;
         for (int64_t n = 0; n < w.n; n += depth) {
             const int64_t steps = lesser(depth, w.n - n);
+            bool special = false;
             if (w.k % kBlock == 0) {
                 for (int64_t i = 0; i < steps; ++i) {
                     decode_absmax(w, (n + i) * row_blocks + k0 / kBlock, task_blocks, mine.absmax + i * task_blocks);
                 }
+                special = E::special(mine.absmax, steps * task_blocks);
             }
             for (int64_t q = 0; q < panels; ++q) {
                 const int used = static_cast<int>(lesser(kPanel, count - q * kPanel));
-                E::decode_b(w, mine.absmax + q * kPanel / kBlock, task_blocks, n, steps, k0 + q * kPanel, used, mine.panel);
+                E::decode_b(w, mine.absmax + q * kPanel / kBlock, task_blocks, n, steps, k0 + q * kPanel, used, special, mine.panel);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
                     panel_product(E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad, mine.panel, steps,
                                   rows_in(mb, rows), c_at(mb, q), started);

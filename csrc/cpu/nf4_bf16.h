@@ -19,18 +19,34 @@ struct Words4 {
     __m512i v[4];
 };
 
-// The tables of two blocks, in the low and the high half.
-QLK_INLINE __m512i table_pair(float first, float second) {
-    const __m512 levels = _mm512_loadu_ps(kLevels);
-    const __m512 low = _mm512_mul_ps(levels, _mm512_set1_ps(first));
-    const __m512 high = _mm512_mul_ps(levels, _mm512_set1_ps(second));
-    // The conversion flushes what is subnormal in bf16, which only constants this small can give. Zero is exact.
-    const float a = __builtin_fabsf(first), b = __builtin_fabsf(second);
-    if (__builtin_expect((a < 0x1p-120f && a > 0) || (b < 0x1p-120f && b > 0), 0)) {
-        return _mm512_inserti64x4(_mm512_castsi256_si512(block_table_bf16(first)), block_table_bf16(second), 1);
+// Whether a block among these has bf16 values that may be subnormal, which VCVTNE2PS2BF16 flushes: its constant is below
+// 2^-120, and not zero. Asked once for many blocks: asked for each, it cost a tenth of the decoding.
+QLK_INLINE bool has_tiny(const float* absmax, int64_t count) {
+    __mmask16 found = 0;
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 valid = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+        const __m512i bits = _mm512_maskz_loadu_epi32(valid, absmax + i);
+        const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+        // Minus one, unsigned: zero becomes the largest.
+        const __m512i less = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(1));
+        found |= _mm512_mask_cmplt_epu32_mask(valid, less, _mm512_set1_epi32((7 << 23) - 1));
     }
+    return found != 0;
+}
+
+// The tables of two blocks, in the low and the high half; tiny: has_tiny() of them, or of more.
+QLK_INLINE __m512i table_pair(const float* first, const float* second, bool tiny) {
+    if (__builtin_expect(tiny, 0)) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(block_table_bf16(*first)), block_table_bf16(*second), 1);
+    }
+    const __m512 levels = _mm512_loadu_ps(kLevels);
+    const __m512 low = _mm512_mul_ps(levels, _mm512_set1_ps(*first));
+    const __m512 high = _mm512_mul_ps(levels, _mm512_set1_ps(*second));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
+
+// Stands for the constant of a block that isn't there: its weights decode to zeros.
+constexpr float kNoBlock = 0.0f;
 
 // 128 codes, 32 words of four; half: 16 in the words that belong to the table's high half, else 0.
 QLK_INLINE Words4 lookup128(__m512i codes, __m512i table, __m512i half) {

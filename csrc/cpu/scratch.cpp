@@ -6,6 +6,10 @@
 
 #include "../kernels.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace qlk::cpu {
 namespace {
 
@@ -30,12 +34,28 @@ char* scratch(size_t bytes, int threads) {
         std::free(arena.data);
         arena.data = nullptr;
         arena.size = 0;
-        const size_t rounded = (bytes + 4095) / 4096 * 4096;
-        arena.data = static_cast<char*>(std::aligned_alloc(4096, rounded));
+        const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+        arena.data = static_cast<char*>(std::aligned_alloc(kHugePage, rounded));
         if (!arena.data) throw std::bad_alloc();
+        prefer_huge_pages(arena.data, rounded);
         arena.size = rounded;
     }
     return arena.data;
+}
+
+void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+    if (first >= last) return;
+    void* const start = reinterpret_cast<void*>(first);
+    // A hint: where it is refused, the memory is as good as before.
+    if (madvise(start, last - first, MADV_HUGEPAGE) != 0) return;
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1: pages that are there already become huge ones now
+    (void)madvise(start, last - first, kCollapse);
+#else
+    (void)data, (void)bytes;
+#endif
 }
 
 int64_t scratch_peak_bytes(bool reset) {

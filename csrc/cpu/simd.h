@@ -53,12 +53,16 @@ QLK_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 
 // The sum of the lanes, always in the same order.
 QLK_INLINE float vsum(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#else
     float lane[kWidth];
     vstore(lane, v);
     for (int stride = kWidth / 2; stride > 0; stride /= 2) {
         for (int i = 0; i < stride; ++i) lane[i] += lane[i + stride];
     }
     return lane[0];
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------- conversions

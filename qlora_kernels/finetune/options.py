@@ -30,7 +30,7 @@ class Options:
     cache: str | None = None
     held_out: float = 0.1
     eval_tokens: int = 65536
-    seq_len: int = 256
+    seq_len: int | None = None
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 8
@@ -58,9 +58,9 @@ class Options:
     quiet: bool = False
     tiny_hidden: int = 256
     tiny_layers: int = 4
-    tiny_seq_len: int = 256
-    pretrain_steps: int = 450
-    pretrain_seconds: float = 110.0
+    tiny_seq_len: int = 128
+    pretrain_steps: int = 900
+    pretrain_seconds: float = 100.0
 
     @property
     def is_tiny(self) -> bool:
@@ -77,6 +77,8 @@ class Options:
         self.out = self.out or os.path.join("runs", name)
         if self.steps is None and self.epochs is None:
             self.steps = 250
+        # The tiny model never saw a longer sequence than it was pretrained on.
+        self.seq_len = self.seq_len or (self.tiny_seq_len if self.is_tiny else 512)
         # A tiny model takes, and needs, far larger steps than one of billions of parameters.
         self.lr = self.lr if self.lr is not None else (4e-3 if self.is_tiny else 2e-4)
         self.full_lr = self.full_lr if self.full_lr is not None else (1e-3 if self.is_tiny else 1e-5)
@@ -84,7 +86,7 @@ class Options:
 
     def _check(self) -> None:
         positive = (
-            "seq_len", "batch_size", "grad_accum", "rank", "eval_tokens", "tiny_hidden", "tiny_layers",
+            "batch_size", "grad_accum", "rank", "eval_tokens", "tiny_hidden", "tiny_layers",
             "tiny_seq_len", "pretrain_steps",
         )  # fmt: skip
         for name in positive:
@@ -103,7 +105,7 @@ class Options:
             raise InputError(f"--held-out should be a fraction between 0 and 1, found {self.held_out}")
         if self.steps is not None and self.epochs is not None:
             raise InputError("--steps and --epochs say the same thing twice; give one of them")
-        if self.seq_len < 8:
+        if self.seq_len is not None and self.seq_len < 8:
             raise InputError(f"--seq-len should be at least 8, found {self.seq_len}")
         if self.tiny_hidden % 64:
             raise InputError(f"--tiny-hidden should be a multiple of 64, found {self.tiny_hidden}")
@@ -183,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(group, "epochs", "passes over the training data, instead of --steps", type=float)
     add(group, "batch_size", "sequences in a forward pass")
     add(group, "grad_accum", "forward passes in an optimizer step")
-    add(group, "seq_len", "tokens in a sequence")
+    add(group, "seq_len", "tokens in a sequence (default 128 for tiny, else 512)", type=int)
     add(group, "gradient_checkpointing", "recompute activations in the backward pass: less memory, more time")
     add(group, "lr", "peak learning rate of the adapters (default 4e-3 for tiny, else 2e-4)", type=float)
     add(group, "full_lr", "that of full fine-tuning with --compare (default 1e-3 for tiny, else 1e-5)", type=float)
