@@ -5,6 +5,7 @@
 #include "engine_f32.h"
 #include "isa.h"
 #include "linear.h"
+#include "nearest.h"
 #include "quantize.h"
 #if defined(__AVX512BF16__)
 #include "engine_bf16.h"
@@ -48,6 +49,6 @@ static void linear_backward(const LinearBackwardParams& p) {
 #define QLK_STRING(x) QLK_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {QLK_STRING(QLK_ISA), quantize, dequantize, linear_forward, linear_backward};
+const Kernels kernels = {QLK_STRING(QLK_ISA), quantize, nearest_codes, dequantize, linear_forward, linear_backward};
 
 }  // namespace qlk::cpu::QLK_ISA

@@ -1,4 +1,5 @@
-// The second quantization: block constants to 8 bits, in groups of 256. About N*K/64 elements, so plain C++ serves.
+// The second quantization: block constants to 8 bits, in groups of 256. About N*K/64 elements: plain C++ serves, but for
+// the search in the table, which isa.h's nearest_codes does.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -6,8 +7,7 @@
 #include <vector>
 
 #include "../error.h"
-#include "../kernels.h"
-#include "thresholds.h"
+#include "isa.h"
 
 namespace qlk::cpu {
 namespace {
@@ -23,8 +23,15 @@ double tree_sum(const double* values, int64_t count) {
 }
 
 // Sums by trees of 256, then trees of the sums, until one is left.
-float mean(const float* values, int64_t count) {
-    std::vector<double> sums(values, values + count);
+float mean(const float* values, int64_t count, int threads) {
+    std::vector<double> sums((count + kNestedBlock - 1) / kNestedBlock);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t g = 0; g < static_cast<int64_t>(sums.size()); ++g) {
+        double group[kNestedBlock];
+        const int64_t first = g * kNestedBlock, size = std::min<int64_t>(kNestedBlock, count - first);
+        std::copy(values + first, values + first + size, group);
+        sums[g] = tree_sum(group, size);
+    }
     while (sums.size() > 1) {
         std::vector<double> next((sums.size() + kNestedBlock - 1) / kNestedBlock);
         for (size_t g = 0; g < next.size(); ++g) {
@@ -40,7 +47,7 @@ float mean(const float* values, int64_t count) {
 struct SortedTable {
     int size = 0;
     uint8_t code[256];
-    double midpoint[256];
+    double midpoint[256];  // padded with +infinity
     int zero;  // position of the entry nearest to 0
 
     explicit SortedTable(const float* table) {
@@ -56,9 +63,11 @@ struct SortedTable {
             value[size] = entry;
             code[size++] = static_cast<uint8_t>(index);
         }
+        for (int i = 0; i < 256; ++i) {
+            midpoint[i] = i + 1 < size ? (static_cast<double>(value[i]) + value[i + 1]) / 2 : INFINITY;
+        }
         zero = 0;
         for (int i = 0; i < size; ++i) {
-            if (i + 1 < size) midpoint[i] = (static_cast<double>(value[i]) + value[i + 1]) / 2;
             if (std::fabs(value[i]) < std::fabs(value[zero])) zero = i;
         }
     }
@@ -66,13 +75,13 @@ struct SortedTable {
 
 }  // namespace
 
-void quantize_absmax(const QuantizeAbsmaxParams& p) {
+void quantize_absmax(const QuantizeAbsmaxParams& p, NearestCodes nearest) {
     if (p.count == 0) {
         *p.offset = 0;
         return;
     }
     const SortedTable table(p.table);
-    const float offset = mean(p.absmax, p.count);
+    const float offset = mean(p.absmax, p.count, p.threads);
     *p.offset = offset;
     const int64_t groups = (p.count + kNestedBlock - 1) / kNestedBlock;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -86,17 +95,10 @@ void quantize_absmax(const QuantizeAbsmaxParams& p) {
             largest = std::max(largest, std::fabs(difference[i]));
         }
         p.nested_absmax[g] = largest;
-        // Thresholds padded to 256 with +inf make the search a fixed eight steps.
-        float threshold[256];
-        for (int i = 0; i < 256; ++i) {
-            threshold[i] = i + 1 < table.size ? round_down(table.midpoint[i] * largest) : INFINITY;
-        }
-        for (int i = 0; i < count; ++i) {
-            int position = 0;
-            for (int step = 128; step > 0; step /= 2) {
-                position += difference[i] > threshold[position + step - 1] ? step : 0;
-            }
-            p.code[first + i] = table.code[largest == 0 ? table.zero : position];
+        if (largest == 0) {
+            std::memset(p.code + first, table.code[table.zero], count);
+        } else {
+            nearest(table.midpoint, table.code, largest, difference, count, p.code + first);
         }
     }
 }

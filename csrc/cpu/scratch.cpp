@@ -37,24 +37,24 @@ char* scratch(size_t bytes, int threads) {
         const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
         arena.data = static_cast<char*>(std::aligned_alloc(kHugePage, rounded));
         if (!arena.data) throw std::bad_alloc();
-        prefer_huge_pages(arena.data, rounded);
+        prefer_huge_pages(arena.data, rounded, true);
         arena.size = rounded;
     }
     return arena.data;
 }
 
-void prefer_huge_pages(void* data, size_t bytes) {
+void prefer_huge_pages(void* data, size_t bytes, bool collapse) {
 #if defined(__linux__)
     const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
     if (first >= last) return;
     void* const start = reinterpret_cast<void*>(first);
     // A hint: where it is refused, the memory is as good as before.
-    if (madvise(start, last - first, MADV_HUGEPAGE) != 0) return;
+    if (madvise(start, last - first, MADV_HUGEPAGE) != 0 || !collapse) return;
     constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1: pages that are there already become huge ones now
     (void)madvise(start, last - first, kCollapse);
 #else
-    (void)data, (void)bytes;
+    (void)data, (void)bytes, (void)collapse;
 #endif
 }
 
