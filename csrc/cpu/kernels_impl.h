@@ -3,6 +3,7 @@
 
 #include "dequantize.h"
 #include "engine_f32.h"
+#include "few_rows_f32.h"
 #include "isa.h"
 #include "linear.h"
 #include "nearest.h"
@@ -23,18 +24,27 @@ using EngineForBf16 = EngineBf16;
 using EngineForBf16 = EngineF32<bf16>;
 #endif
 
+template <class T>
+static void forward_f32(const LinearForwardParams& p) {
+    if (!few_rows_f32<T>(p)) Forward<EngineF32<T>>(p).run();
+}
+
 static void linear_forward(const LinearForwardParams& p) {
-#if defined(__AVX512BF16__)
-    if (p.dtype == DType::kBFloat16 && few_rows_forward(p)) return;
-#endif
-#if defined(__AMX_BF16__)
-    if (p.dtype == DType::kBFloat16 && stream_forward(p)) return;
-#endif
+    if (p.m == 0) return;
     switch (p.dtype) {
-        case DType::kBFloat16: return Forward<EngineForBf16>(p).run();
-        case DType::kFloat16: return Forward<EngineF32<fp16>>(p).run();
-        default: return Forward<EngineF32<float>>(p).run();
+        case DType::kFloat16: return forward_f32<fp16>(p);
+        case DType::kFloat32: return forward_f32<float>(p);
+        case DType::kBFloat16: break;
     }
+#if defined(__AVX512BF16__)
+    if (few_rows_forward(p)) return;
+#if defined(__AMX_BF16__)
+    if (stream_forward(p)) return;
+#endif
+    Forward<EngineBf16>(p).run();
+#else
+    forward_f32<bf16>(p);
+#endif
 }
 
 static void linear_backward(const LinearBackwardParams& p) {

@@ -148,8 +148,4 @@ QLK_INLINE void from_float(const float* src, fp16* dst, int64_t n) {
     for (; i < n; ++i) dst[i].bits = fp16_bits(src[i]);
 }
 
-QLK_INLINE float rounded(float x, const float*) { return x; }
-QLK_INLINE float rounded(float x, const bf16*) { return float_of(static_cast<uint32_t>(bf16_bits(x)) << 16); }
-QLK_INLINE float rounded(float x, const fp16*) { return fp16_value(fp16_bits(x)); }
-
 }  // namespace qlk::cpu::QLK_ISA
