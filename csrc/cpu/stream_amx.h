@@ -114,6 +114,10 @@ class Stream {
         return mine.a + c % kBuffers * 4 * kTileElements;
     }
 
+    static QLK_INLINE void store_row(uint16_t* out, const Words4& words) {
+        for (int j = 0; j < 4; ++j) _mm512_store_si512(out + j * kTileElements, words.v[j]);
+    }
+
     static QLK_INLINE void clear() {
         _tile_zero(0);
         _tile_zero(1);
@@ -180,18 +184,34 @@ class Stream {
         const __m512i half = half_by_block();
         if (rows < 16) std::memset(mine.a, 0, kBuffers * 4 * kTileElements * sizeof(uint16_t));
         clear();
+        // The codes of a row are loaded one chunk before they are decoded. The decoded rows go to every line of a page,
+        // so that each load meets a store in flight with the same low 12 bits of address, and waits for it.
+        const auto load = [&](int i, int64_t c) {
+            return load_words(codes + i * row_bytes + c * 64, i < rows ? (w.k - c * 128) / 4 : 0);
+        };
+        __m512i ahead[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) ahead[i] = load(i, 0);
         for (int64_t c = 0; c < chunks; ++c) {
             uint16_t* const out = buffer(mine, c);
-            const bool whole = w.k - c * 128 >= 128;
-            for (int i = 0; i < rows; ++i) {
-                const uint8_t* const at = codes + i * row_bytes + c * 64;
-                const float* const scale = mine.absmax + i * row_blocks + 2 * c;
-                _mm_prefetch(reinterpret_cast<const char*>(at + 128), _MM_HINT_T0);
-                // The next 16 rows, one line for each line used here; a prefetch beyond the end does nothing.
-                _mm_prefetch(reinterpret_cast<const char*>(codes + 16 * row_bytes + (c * 16 + i) * 64), _MM_HINT_T1);
-                const Words4 words = whole ? lookup128(_mm512_loadu_si512(at), table_pair(scale, scale + 1, tiny), half)
-                                           : lookup128(load_words(at, 16), table_pair(scale, &kNoBlock, tiny), half);
-                for (int j = 0; j < 4; ++j) _mm512_store_si512(out + j * kTileElements + i * 32, words.v[j]);
+            const uint8_t* const next = codes + (c + 1) * 64;
+            // Whether the next chunk of every row can be loaded without a mask; this chunk then is whole as well.
+            if (rows == 16 && w.k - c * 128 >= 256) {
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) {
+                    const float* const scale = mine.absmax + i * row_blocks + 2 * c;
+                    const __m512i now = ahead[i];
+                    ahead[i] = _mm512_loadu_si512(next + i * row_bytes);
+                    // The next 16 rows, one line for each line used here; a prefetch beyond the end does nothing.
+                    _mm_prefetch(reinterpret_cast<const char*>(codes + 16 * row_bytes + (c * 16 + i) * 64), _MM_HINT_T1);
+                    store_row(out + i * 32, lookup128(now, table_pair(scale, scale + 1, tiny), half));
+                }
+            } else {
+                for (int i = 0; i < rows; ++i) {
+                    const float* const scale = mine.absmax + i * row_blocks + 2 * c;
+                    const float* const second = w.k - c * 128 >= 128 ? scale + 1 : &kNoBlock;
+                    store_row(out + i * 32, lookup128(load(i, c), table_pair(scale, second, tiny), half));
+                }
             }
             if (c >= kLag) multiply_chunk(buffer(mine, c - kLag), x_packed + (c - kLag) * 4 * EngineBf16::kUnit);
         }
