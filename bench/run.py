@@ -1,0 +1,85 @@
+"""Measures everything and prints the tables: python -m bench.run --out bench/results/cpu-NAME.json
+
+``pytest bench/ --benchmark-only`` measures the same cases under pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from . import bench_dequantize, bench_linear_backward, bench_linear_forward, bench_quantize, tables
+from . import results as result_files
+from .common import Case, Settings, measure
+from .contenders import Lab
+
+MODULES = (bench_quantize, bench_dequantize, bench_linear_forward, bench_linear_backward)
+
+
+def all_cases(lab: Lab) -> Iterator[Case]:
+    for module in MODULES:
+        yield from module.cases(lab)
+
+
+def run(settings: Settings, retries: int = 0, show: bool = True) -> dict[str, Any]:
+    """Measures every case.
+
+    Args:
+        settings: sizes and durations.
+        retries: see :func:`bench.common.measure`.
+        show: name each case on stderr as it begins.
+
+    Returns:
+        The result, as :func:`bench.results.save` writes it.
+    """
+    results = result_files.begin(settings)
+    lab = Lab(settings)
+    start = time.monotonic()
+    for case in all_cases(lab):
+        if show:
+            print(f"{time.monotonic() - start:6.1f} s  {case.name}", file=sys.stderr, flush=True)
+        results["cases"].append(measure(case, settings, retries))
+    if show:
+        print(f"{time.monotonic() - start:6.1f} s  done", file=sys.stderr, flush=True)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    default = Settings()
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", metavar="FILE", help="write the result here, as JSON")
+    parser.add_argument("--size", type=int, default=default.n, metavar="N", help="N = K (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=default.threads, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=default.seconds, metavar="X", help="for each case (default %(default)s)"
+    )
+    parser.add_argument(
+        "--min-rounds", type=int, default=default.min_rounds, metavar="N", help="at least (default %(default)s)"
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure a case again, up to N times, while other processes disturb it; the quietest time counts",
+    )
+    arguments = parser.parse_args(argv)
+    settings = Settings(
+        n=arguments.size,
+        k=arguments.size,
+        threads=arguments.threads,
+        seconds=arguments.seconds,
+        min_rounds=arguments.min_rounds,
+    )
+    results = run(settings, arguments.retries)
+    if arguments.out:
+        result_files.save(results, arguments.out)
+    print(tables.terminal(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

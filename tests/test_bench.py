@@ -1,0 +1,241 @@
+"""The bench: README's figures come from its files, nothing is invented, and a tiny run goes from end to end."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "bench" / "run.py").is_file():
+    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
+sys.path.append(str(ROOT))  # bench is no part of the installed package
+
+from bench import common, results, run, tables  # noqa: E402
+from bench.bars import BARS, Bar, judge  # noqa: E402
+from bench.common import OURS, Case, Contender, Measurement, Ready, Settings  # noqa: E402
+from bench.contenders import BNB, DENSE, PEFT, Lab  # noqa: E402
+
+TINY = Settings(n=256, k=256, threads=1, seconds=0.0, min_rounds=2)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict:
+    """A whole run at a tiny size, through its file."""
+    path = tmp_path_factory.mktemp("bench") / "cpu-tiny.json"
+    results.save(run.run(TINY, show=False), path)
+    return results.load(path)
+
+
+def fake(prepare_other, name: str = BNB) -> Case:
+    """A case in which this package doubles a number, against one other contender."""
+    ours = Ready(lambda i: torch.tensor(2.0), lambda y: abs(y.item() - 2), 0.1, bytes=8)
+    return Case("linear_forward", "forward", 1, 2, [Contender(OURS, lambda: ours), Contender(name, prepare_other)])
+
+
+# ------------------------------------------------------------------------------------------------------- README
+
+
+def test_readme_shows_the_newest_result():
+    path = results.newest()
+    text = (ROOT / "README.md").read_text()
+    expected = tables.replace_table(text, tables.markdown(results.load(path), tables.relative(path)))
+    assert text == expected, "README.md is out of date; run: python -m bench.tables"
+
+
+def test_plot_is_of_the_newest_result():
+    from PIL import Image
+
+    path = results.newest()
+    with Image.open(tables.PLOT) as image:
+        assert image.text["Source"] == tables.source_note(results.load(path), tables.relative(path))
+
+
+def test_newest_goes_by_the_date_inside(tmp_path):
+    for name, date in (("cpu-z", "2020-01-01T00:00:00+00:00"), ("cpu-a", "2021-01-01T00:00:00+00:00")):
+        results.save({"format": results.FORMAT, "date": date}, tmp_path / f"{name}.json")
+    assert results.newest(tmp_path).name == "cpu-a.json"
+    with pytest.raises(FileNotFoundError, match=r"bench\.run"):
+        results.newest(tmp_path / "empty")
+
+
+def test_table_needs_its_markers():
+    with pytest.raises(ValueError, match="markers"):
+        tables.replace_table("no markers", "table")
+
+
+def test_foreign_result_file_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="format 1, found 99"):
+        results.load(tmp_path / "x.json")
+
+
+# --------------------------------------------------------------------------------------------------------- bars
+
+
+def test_every_bar_of_a_run_has_its_verdict(tiny):
+    verdicts = judge(tiny)
+    assert len(verdicts) == len(BARS)
+    assert [v.share for v in verdicts] == sorted(v.share for v in verdicts)
+    for v in verdicts:
+        assert v.word == ("not measured" if v.ratio is None else "pass" if v.ratio >= v.bar.at_least else "miss")
+
+
+@pytest.mark.parametrize("table", [judge, tables.terminal, lambda r: tables.markdown(r, "x.json")])
+def test_missing_bar_is_an_error(tiny, table):
+    without = copy.deepcopy(tiny)
+    without["cases"] = [c for c in without["cases"] if (c["operation"], c["m"]) != ("linear_forward", 16)]
+    with pytest.raises(ValueError, match="lack linear_forward, M = 16"):
+        table(without)
+    without = copy.deepcopy(tiny)
+    for case in without["cases"]:
+        case["contenders"] = [c for c in case["contenders"] if c["name"] != PEFT]
+    with pytest.raises(ValueError, match="PEFT"):
+        table(without)
+
+
+def test_misses_are_shown_as_misses(tiny):
+    verdict = judge(tiny, (Bar("linear_forward", 1, DENSE, 1e9),))[0]
+    assert verdict.word == "miss"
+    assert verdict.share < 1
+
+
+# ---------------------------------------------------------------------------------------------------- contenders
+
+
+def test_missing_contender_is_reported_not_invented(tiny):
+    def prepare():
+        raise ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")
+
+    case = common.measure(fake(prepare), TINY)
+    assert case["contenders"][1] == {"name": BNB, "failed": "not installed (bitsandbytes)"}
+    assert case["contenders"][0]["samples"] > 0
+
+    changed = {**tiny, "cases": [c for c in tiny["cases"] if (c["operation"], c["m"]) != ("linear_forward", 1)]}
+    dense = {**case["contenders"][0], "name": DENSE}
+    changed["cases"] = [{**case, "contenders": [*case["contenders"], dense]}, *changed["cases"]]
+    first = judge(changed)[0]
+    assert (first.word, first.reason, first.ratio) == ("not measured", "not installed (bitsandbytes)", None)
+    for text in (tables.terminal(changed), tables.markdown(changed, "x.json")):
+        assert "not installed (bitsandbytes)" in text
+        assert "not measured" in text
+
+
+def test_failing_contender_is_reported_with_its_reason():
+    def prepare():
+        raise RuntimeError("no kernel\nfor this processor")
+
+    failed = common.measure(fake(prepare), TINY)["contenders"][1]
+    assert failed == {"name": BNB, "failed": "RuntimeError: no kernel for this processor"}
+
+
+@pytest.mark.parametrize("value", [3.0, float("nan")])
+def test_wrong_result_is_not_timed(value):
+    wrong = Ready(lambda i: torch.tensor(value), lambda y: abs(y.item() - 2), 0.1, bytes=8)
+    failed = common.measure(fake(lambda: wrong), TINY)["contenders"][1]
+    assert failed["failed"].startswith("wrong result: error")
+    assert "median_ms" not in failed
+
+
+def test_wrong_result_of_this_package_ends_the_run():
+    case = fake(lambda: None)
+    wrong = Ready(lambda i: torch.tensor(0.0), lambda y: abs(y.item() - 2), 0.1, bytes=8)
+    with pytest.raises(common.WrongResult):
+        Measurement(Case(case.operation, case.title, 1, 2, [Contender(OURS, lambda: wrong)]), TINY)
+
+
+def test_contenders_alternate_and_copies_rotate():
+    calls = []
+
+    def ready(name):
+        return Ready(lambda i: calls.append((name, i)), lambda _: 0.0, 0.1, bytes=8)
+
+    contenders = [Contender(OURS, lambda: ready("a")), Contender(BNB, lambda: ready("b"))]
+    measurement = Measurement(Case("linear_forward", "forward", 1, 2, contenders), TINY)
+    calls.clear()
+    measurement.round()
+    measurement.round()
+    order = [name for name, _ in calls]
+    changes = [name for i, name in enumerate(order) if i == 0 or name != order[i - 1]]
+    assert changes == ["a", "b", "a"], "the second round starts with the other one"
+    for name in "ab":
+        indices = [i for other, i in calls if other == name]
+        assert all((i + 1) % TINY.copies == j for i, j in itertools.pairwise(indices))
+
+
+def test_quantiles():
+    assert common.quantiles_of([4.0, 1.0, 2.0, 3.0, 5.0, 6.0]) == {0: 1.0, 20: 2.0, 50: 3.5, 80: 5.0, 100: 6.0}
+
+
+def test_quietest_attempt_counts_whatever_it_says(monkeypatch):
+    shares = iter([0.4, 0.2, 0.3, 0.0])
+    monkeypatch.setattr(common.OtherProcesses, "share", property(lambda self: next(shares)))
+    ready = Ready(lambda i: torch.tensor(2.0), lambda y: abs(y.item() - 2), 0.1, bytes=8)
+    assert common.measure(fake(lambda: ready), TINY, retries=2)["other_processes"] == 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- end to end
+
+
+def test_tiny_run_measures_every_case(tiny):
+    expected = [(case.operation, case.m) for case in run.all_cases(Lab(TINY))]
+    assert [(case["operation"], case["m"]) for case in tiny["cases"]] == expected
+    for case in tiny["cases"]:
+        ours = case["contenders"][0]
+        assert ours["name"] == OURS
+        assert 0 < ours["q0_ms"] <= ours["q20_ms"] <= ours["median_ms"] <= ours["q80_ms"] <= ours["q100_ms"]
+        assert ours["gb_per_s"] > 0
+        for contender in case["contenders"]:
+            assert ("failed" in contender) != ("median_ms" in contender)
+            if contender["name"] == DENSE:
+                assert "failed" not in contender
+    assert tiny["machine"]["cpu"]
+    assert tiny["versions"]["torch"] == torch.__version__
+    assert tiny["settings"]["n"] == 256
+    assert "M = 2048" in tables.terminal(tiny)
+
+
+def test_command_writes_a_result_and_a_plot(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "run", lambda settings, retries: tiny)
+    assert run.main(["--out", str(tmp_path / "new" / "cpu-x.json"), "--size", "256"]) == 0
+    assert "bars" in capsys.readouterr().out
+    assert results.load(tmp_path / "new" / "cpu-x.json") == tiny
+    tables.plot(tiny, tmp_path / "cpu.png", "cpu-x.json")
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_under_pytest_benchmark():
+    """pytest-benchmark is given this package's times, not those of a whole round."""
+
+    class Fixture:
+        def __init__(self):
+            self.extra_info, self.seconds = {}, []
+
+        def pedantic(self, target, rounds, iterations):
+            assert iterations == 1
+            for _ in range(rounds):
+                begin = common.CLOCK()
+                target()
+                self.seconds.append(common.CLOCK() - begin)
+
+    def slow():
+        return Ready(lambda i: time.sleep(0.02), lambda _: 0.0, 0.1, bytes=8)
+
+    fixture = Fixture()
+    result = common.run_under_pytest(fixture, fake(slow), TINY)
+    assert fixture.extra_info == result
+    assert len(fixture.seconds) == result["rounds"]
+    assert 0 < max(fixture.seconds) < 0.02
