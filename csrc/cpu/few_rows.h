@@ -1,5 +1,5 @@
-// linear_forward for one to four rows of bf16: every weight is used as soon as it is decoded, so that the packed bytes
-// of W are read once, in order, and nothing of W is ever stored.
+// linear_forward for one to eight rows of bf16 (two, where there is AMX): every weight is used as soon as it is decoded, so
+// that the packed bytes of W are read once, in order, and nothing of W is ever stored.
 #pragma once
 
 #include <omp.h>
@@ -117,6 +117,10 @@ inline bool few_rows_forward(const LinearForwardParams& p) {
         // With AMX, stream_amx.h is faster from three rows on.
         case 3: few_rows_run<3>(p); return true;
         case 4: few_rows_run<4>(p); return true;
+        case 5: few_rows_run<5>(p); return true;
+        case 6: few_rows_run<6>(p); return true;
+        case 7: few_rows_run<7>(p); return true;
+        case 8: few_rows_run<8>(p); return true;
 #endif
         default: return false;
     }
