@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from .errors import missing_extra
 from .finetune.options import add_arguments, from_arguments
 from .finetune.problems import InputError, sentence
 from .version import __version__
@@ -25,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options, arguments)
-    except (InputError, ImportError) as error:
+    except InputError as error:
         print(f"qlora-kernels {options.command}: {sentence(error)}", file=sys.stderr)
+    except ImportError as error:
+        print(f"qlora-kernels {options.command}: {_missing(error)}", file=sys.stderr)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"qlora-kernels {options.command}: {where}{error.strerror or sentence(error)}", file=sys.stderr)
@@ -75,18 +78,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _finetune(namespace: argparse.Namespace, arguments: list[str]) -> int:
     options = from_arguments(namespace)
-    try:
-        from .finetune.run import finetune
-    except ImportError as error:
-        raise _extra(error) from error
+    from .finetune.run import finetune
+
     return finetune(options, arguments[1:])
 
 
 def _quantize(namespace: argparse.Namespace, arguments: list[str]) -> int:
-    try:
-        from .quantize_folder import parse_size, quantize_folder
-    except ImportError as error:
-        raise _extra(error) from error
+    from .quantize_folder import parse_size, quantize_folder
+
     report = quantize_folder(
         namespace.model,
         namespace.out,
@@ -106,12 +105,12 @@ def _info(namespace: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _extra(error: ImportError) -> ImportError:
+def _missing(error: ImportError) -> str:
     """What to install for a package that is missing."""
-    missing = (error.name or "").split(".")[0]
-    if missing in ("", "qlora_kernels"):
-        return error
-    return ImportError(f"this command needs the package '{missing}': pip install 'qlora_kernels[finetune]'")
+    package = (error.name or "").split(".")[0]
+    if package in ("", "qlora_kernels"):
+        return sentence(error)
+    return str(missing_extra(package, "finetune"))
 
 
 if __name__ == "__main__":

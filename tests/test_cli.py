@@ -208,6 +208,14 @@ def test_an_id_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("package", ["transformers", "matplotlib"])
+def test_a_missing_package_is_named_before_anything_happens(tmp_path, model, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["finetune", *TINY, "--model", model, "--out", str(tmp_path / "out")]) == 2
+    assert f"needs the package '{package}': pip install 'qlora_kernels[finetune]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_flags_are_argparse_errors():
     with pytest.raises(SystemExit) as caught:
         main(["finetune", "--no-such-flag"])

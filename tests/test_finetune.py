@@ -425,6 +425,7 @@ def test_kill_9_leaves_the_last_checkpoint_whole(run, tmp_path, cache):
     if (out / "checkpoint.pt").exists():
         assert run("--resume", "--steps", "60", "--save-every", "1") == 0
     assert losses(out) == losses(tmp_path / "whole")
+    assert not list(out.glob(".checkpoint.pt*")), "litter of a killed write"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run, capsys):

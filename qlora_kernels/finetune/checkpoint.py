@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -55,6 +56,12 @@ def path_in(out: str) -> str:
 def save(checkpoint: Checkpoint, out: str) -> None:
     """Writes ``out/checkpoint.pt``, whole or not at all."""
     save_torch({"format": _FORMAT, **vars(checkpoint)}, path_in(out))
+
+
+def sweep(out: str) -> None:
+    """Removes what a kill in the middle of a write left beside the checkpoint."""
+    for part in glob.glob(os.path.join(glob.escape(out), f".{NAME}.*.part")):
+        os.unlink(part)
 
 
 def load(out: str) -> Checkpoint:

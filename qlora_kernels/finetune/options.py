@@ -76,7 +76,7 @@ class Options:
         name = os.path.basename(os.path.normpath(self.model)) or "model"
         self.out = self.out or os.path.join("runs", name)
         if self.steps is None and self.epochs is None:
-            self.steps = 250
+            self.steps = 300
         # The tiny model never saw a longer sequence than it was pretrained on.
         self.seq_len = self.seq_len or (self.tiny_seq_len if self.is_tiny else 512)
         # A tiny model takes, and needs, far larger steps than one of billions of parameters.
@@ -181,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
     )
     group = parser.add_argument_group("training")
-    add(group, "steps", "optimizer steps (default 250)", type=int)
+    add(group, "steps", "optimizer steps (default 300)", type=int)
     add(group, "epochs", "passes over the training data, instead of --steps", type=float)
     add(group, "batch_size", "sequences in a forward pass")
     add(group, "grad_accum", "forward passes in an optimizer step")
@@ -207,7 +207,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the block constants in float32: 4.5 bits per weight instead of 4.127",
     )
     group = parser.add_argument_group("the run")
-    add(group, "compare", "also train LoRA on the 16-bit base, and all weights, and report what QLoRA recovers")
+    add(
+        group,
+        "compare",
+        "also train LoRA on the 16-bit base, and all weights, for comparison (twice the time)",
+    )
     add(group, "resume", "go on from the checkpoint in the output folder")
     add(group, "save_every", "steps between checkpoints; 0 saves only at the end of a phase and when interrupted")
     add(group, "sample_tokens", "length of the generated sample; 0 for none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import math
 import os
 import shlex
@@ -85,6 +86,8 @@ class _Run:
 
     def go(self) -> None:
         options = self.options
+        for package in ("transformers", "safetensors", "tqdm", "matplotlib"):  # rather now than after the training
+            importlib.import_module(package)
         resumed = ckpt.load(options.out) if options.resume else None
         self.source = Source(options)
         if options.compare and self.source.four_bit:
@@ -105,6 +108,7 @@ class _Run:
     def _phases(self, resumed: ckpt.Checkpoint | None) -> None:
         options = self.options
         self.results: dict[str, Any] = {} if resumed is None else resumed.results
+        ckpt.sweep(options.out)
         self.trainer = Trainer(options, self.identity, self.stop, self.results, resumed)
         if resumed is None and os.path.exists(ckpt.path_in(options.out)):
             self.note(f"starting afresh; --resume would go on from the checkpoint that is in {options.out}")

@@ -20,8 +20,8 @@ from .options import Options
 from .problems import InputError, Interrupted
 from .signals import StopSignal
 
-_PROBE_STEPS = 12  # steps timed before the number of steps is fitted to a time limit
-_PROBE_SKIPPED = 4  # the first ones, which warm caches up
+_LEAST_STEPS = 24  # in a phase with a time limit, however slow the machine
+_REFIT_EVERY = 12  # steps after which the number of steps is fitted to the time limit anew
 
 
 @dataclass
@@ -99,6 +99,14 @@ def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+def _fitting(phase: Phase, trained: Trained, total: int) -> int:
+    """How many steps to do in all: the phase's, or as many as fit its time limit at the average pace so far."""
+    if phase.seconds is None or trained.steps % _REFIT_EVERY:
+        return total
+    fitting = int(trained.steps * phase.seconds / trained.seconds)
+    return max(min(fitting, phase.steps), min(_LEAST_STEPS, phase.steps), trained.steps)
+
+
 def _autocast(phase: Phase, device: str):
     if phase.autocast is None:
         return contextlib.nullcontext()
@@ -155,33 +163,28 @@ class Trainer:
             trained.losses, trained.seconds, trained.steps, total = saved.losses, saved.seconds, saved.step, saved.total
             note(f"resuming {phase.title} after step {saved.step} of {total}")
         phase.model.train()
+        earlier, began, tokens = trained.seconds, time.perf_counter(), 0
         with self._bar(phase, total, trained.steps) as progress:
-            earlier, began, tokens, probe = trained.seconds, time.perf_counter(), 0, 0.0
-            for step in range(trained.steps, phase.steps):
-                if step >= total:
-                    break
-                if phase.seconds is not None and step == _PROBE_SKIPPED:
-                    probe = time.perf_counter()
+            while trained.steps < total:
+                step = trained.steps
                 with self.stop.deferred():
                     loss, count = self._step(phase, optimizer, parameters, step, total)
                     trained.losses.append(loss)
                     trained.steps, tokens = step + 1, tokens + count
-                    elapsed = time.perf_counter() - began
-                    trained.seconds = earlier + elapsed
-                    due = options.save_every and (step + 1) % options.save_every == 0 and step + 1 < total
+                    trained.seconds = earlier + time.perf_counter() - began
+                    total = _fitting(phase, trained, total)
+                    due = options.save_every and trained.steps % options.save_every == 0 and trained.steps < total
                     if due or self.stop.signum is not None:
                         self._save(phase, trained, total, parameters, optimizer)
                 if self.stop.signum is not None:
-                    raise Interrupted(self.stop.signum, f"step {step + 1} of {total} of {phase.title}")
+                    raise Interrupted(self.stop.signum, f"step {trained.steps} of {total} of {phase.title}")
+                trained.tokens_per_second = tokens / (trained.seconds - earlier)
+                progress.total = total
                 progress.update(1)
-                progress.set_postfix_str(f"loss {loss:.4f}, {tokens / elapsed:,.0f} tokens/s", refresh=False)
-                if probe and step + 1 == _PROBE_STEPS:
-                    pace = (time.perf_counter() - probe) / (_PROBE_STEPS - _PROBE_SKIPPED)
-                    fitting = max(int(phase.seconds / pace), 2 * _PROBE_STEPS)
-                    if fitting < total:
-                        note(f"{phase.title}: {fitting} steps instead of {total}, to end within {phase.seconds:.0f} s")
-                        progress.total = total = fitting
-            trained.tokens_per_second = tokens / max(time.perf_counter() - began, 1e-9)
+                speed = f"{trained.tokens_per_second:,.0f} tokens/s"
+                progress.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
+        if total < phase.steps:
+            note(f"{phase.title}: {total} steps instead of {phase.steps}, to end within {phase.seconds:.0f} s")
         phase.model.eval()
         return trained
 
