@@ -133,7 +133,7 @@ def test_the_same_bits_every_time_and_on_any_number_of_threads(isa):
 
 
 def test_rows_beyond_one_superblock(isa):
-    # More rows than the packed scratch takes at once (1024): the adapters' gradients are summed over the pieces.
+    # More rows than are taken at once (512): the adapters' gradients are summed over the pieces.
     weight = make_weight(64, 128)
     for dtype in (torch.bfloat16, torch.float32):
         m = 2100

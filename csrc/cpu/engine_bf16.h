@@ -21,7 +21,6 @@ struct EngineBf16 {
     // Reduction steps between two visits to C: a panel of W is 16 KB forward, 32 KB backward. Longer ones lose the first
     // level of cache to the other operand: 512 steps were 14% slower at 512 rows, 128 steps 14% (AMX, one core).
     static constexpr int64_t kDepthForward = 256;
-    static constexpr int64_t kPanelsTogether = 1;
     static constexpr int64_t kDepthBackward = 128;
     static constexpr int64_t kPanelLd = 0;
 

@@ -20,7 +20,6 @@ struct EngineF32 {
     static bool special(const float*, int64_t) { return false; }
     // Reduction steps between two visits to C: 32 rows of 256 floats are 32 KB.
     static constexpr int64_t kDepthForward = 256;
-    static constexpr int64_t kPanelsTogether = 1;
     static constexpr int64_t kDepthBackward = 64;
 
     static void begin_thread() {}

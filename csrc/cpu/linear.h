@@ -4,7 +4,7 @@
 // Backward: dx block [32 m][32 k] = sum over n of dy[m][n] W[n][k], and over r of v[m][r] A[r][k].
 //
 // W is decoded panel by panel into a few tens of KB that stay in the core's cache, and each panel serves all rows of
-// a superblock of x (up to 1024 rows). The low-rank term is r more steps of the same sum. Work is cut into tasks whose
+// a superblock of x (up to 512 rows). The low-rank term is r more steps of the same sum. Work is cut into tasks whose
 // results don't depend on which thread runs them, so that the same inputs give the same bits.
 #pragma once
 
@@ -22,7 +22,9 @@ QLK_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 QLK_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 QLK_INLINE int tiles_of(int64_t rows) { return rows > 16 ? 2 : 1; }
 
-constexpr int64_t kMaxSuperblock = 1024;
+// More rows serve a decoded panel longer, but their blocks of C and packed x leave the second level of cache: at 2048 rows,
+// 1024 were 10% slower than 512 (AMX, two cores, 2 MiB each).
+constexpr int64_t kMaxSuperblock = 512;
 // Bytes a thread may spend on packed activations; the rest of kScratchPerThread is for blocks of C and panels.
 constexpr int64_t kPackedBytesPerThread = 4 << 20;
 
@@ -82,7 +84,7 @@ class Forward {
   private:
     struct Thread {
         float* c;       // [n_block / 32][m blocks][32 n][32 m]
-        Elem* panel;    // [panels together][32][depth]
+        Elem* panel;    // [32][depth]
         Elem* masked;   // [depth][32], x with its mask, packed
         T* line;        // [32][depth], x with its mask
         float* absmax;  // [n_block][row_blocks]
@@ -96,7 +98,7 @@ class Forward {
     Thread carve_thread(Carver& area) const {
         Thread mine;
         mine.c = area.take<float>(n_block * rows_max);
-        mine.panel = area.take<Elem>(E::kPanelsTogether * kEdge * depth);
+        mine.panel = area.take<Elem>(kEdge * depth);
         mine.masked = area.take<Elem>(p.dropout > 0 ? kEdge * depth : 0);
         mine.line = area.take<T>(p.dropout > 0 ? kEdge * depth : 0);
         mine.absmax = area.take<float>(n_block * row_blocks);
@@ -174,19 +176,14 @@ class Forward {
         constexpr int64_t kBlockC = kEdge * kEdge;
         for (int64_t k = 0; k < w.k; k += depth) {
             const int64_t steps = lesser(depth, w.k - k);
-            for (int64_t first = 0; first < panels; first += E::kPanelsTogether) {
-                const int64_t last = lesser(first + E::kPanelsTogether, panels);
-                for (int64_t q = first; q < last; ++q) {
-                    E::decode_a(w, mine.absmax + q * kEdge * row_blocks, n0 + q * kEdge, rows_in(q, count), k, steps, special,
-                                mine.panel + (q - first) * kEdge * depth, steps);
-                }
+            for (int64_t q = 0; q < panels; ++q) {
+                const int n_rows = rows_in(q, count);
+                E::decode_a(w, mine.absmax + q * kEdge * row_blocks, n0 + q * kEdge, n_rows, k, steps, special, mine.panel,
+                            steps);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    for (int64_t q = first; q < last; ++q) {
-                        E::multiply(mine.panel + (q - first) * kEdge * depth, steps,
-                                    x_packed + (mb * k_pad + k) * kEdge, kEdge, E::pad_weight(steps),
-                                    mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(rows_in(q, count)),
-                                    tiles_of(rows_in(mb, rows)), k > 0);
-                    }
+                    E::multiply(mine.panel, steps, x_packed + (mb * k_pad + k) * kEdge, kEdge, E::pad_weight(steps),
+                                mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(n_rows), tiles_of(rows_in(mb, rows)),
+                                k > 0);
                 }
             }
         }
