@@ -23,9 +23,14 @@ T* at(Address address) {
 }
 
 qlk::WeightView weight_view(const Weight& w) {
-    return {at<const uint8_t>(std::get<0>(w)), at<const float>(std::get<1>(w)), at<const uint8_t>(std::get<2>(w)),
-            at<const float>(std::get<3>(w)),   at<const float>(std::get<4>(w)), std::get<5>(w),
-            std::get<6>(w),                    std::get<7>(w)};
+    return {at<const uint8_t>(std::get<0>(w)),
+            at<const float>(std::get<1>(w)),
+            at<const uint8_t>(std::get<2>(w)),
+            at<const float>(std::get<3>(w)),
+            at<const float>(std::get<4>(w)),
+            std::get<5>(w),
+            std::get<6>(w),
+            std::get<7>(w)};
 }
 
 qlk::DType dtype_of(int code) {
@@ -42,8 +47,8 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "quantize",
         [](Address weight, Address packed, Address absmax, int64_t count, int dtype, int threads) {
-            return qlk::cpu::quantize({at<const void>(weight), at<uint8_t>(packed), at<float>(absmax), count,
-                                       dtype_of(dtype), threads});
+            return qlk::cpu::quantize(
+                {at<const void>(weight), at<uint8_t>(packed), at<float>(absmax), count, dtype_of(dtype), threads});
         },
         Released());
     m.def(
@@ -83,7 +88,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("nf4_levels", [] { return std::vector<float>(qlk::kLevels, qlk::kLevels + 16); });
     m.def("e4m3_table", [] {
         std::vector<float> table(256);
-        for (int byte = 0; byte < 256; ++byte) table[byte] = qlk::e4m3_value(static_cast<uint8_t>(byte)) / qlk::kE4M3Max;
+        for (int byte = 0; byte < 256; ++byte)
+            table[byte] = qlk::e4m3_value(static_cast<uint8_t>(byte)) / qlk::kE4M3Max;
         return table;
     });
     m.def("scratch_peak_bytes", &qlk::cpu::scratch_peak_bytes, py::arg("reset") = false,

@@ -7,13 +7,13 @@
 namespace qlk {
 
 [[noreturn]] inline void fail(const char* file, int line, const char* expression, const std::string& message) {
-    throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + message + " (failed: " + expression +
-                             ")");
+    throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + message +
+                             " (failed: " + expression + ")");
 }
 
 }  // namespace qlk
 
-#define QLK_CHECK(condition, message)                                      \
-    do {                                                                   \
+#define QLK_CHECK(condition, message)                                           \
+    do {                                                                        \
         if (!(condition)) ::qlk::fail(__FILE__, __LINE__, #condition, message); \
     } while (0)

@@ -34,18 +34,18 @@ struct QuantizeParams {
 };
 
 struct QuantizeAbsmaxParams {
-    const float* absmax;     // [count]
-    const float* table;      // [256]
-    uint8_t* code;           // [count]
-    float* nested_absmax;    // [(count + 255) / 256]
-    float* offset;           // [1]
+    const float* absmax;   // [count]
+    const float* table;    // [256]
+    uint8_t* code;         // [count]
+    float* nested_absmax;  // [(count + 255) / 256]
+    float* offset;         // [1]
     int64_t count;
     int threads;
 };
 
 struct DequantizeParams {
     WeightView weight;
-    void* out;          // [row_end - row_begin, k] of dtype
+    void* out;  // [row_end - row_begin, k] of dtype
     int64_t row_begin;
     int64_t row_end;
     DType dtype;

@@ -49,8 +49,7 @@ QLK_INLINE void lookup_block(const uint8_t* codes, const float* table, float* ou
     const __m512i mask = _mm512_set1_epi64(0x0000000f0000000f);
     for (int i = 0; i < 4; ++i) {
         // A byte in each 64-bit lane; its high nibble goes to the low half, its low nibble to the high half.
-        const __m512i bytes =
-            _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * i)));
+        const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + 8 * i)));
         const __m512i both = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
         _mm512_storeu_ps(out + 16 * i, _mm512_permutexvar_ps(_mm512_and_si512(both, mask), entries));
     }

@@ -51,9 +51,7 @@ bool cpuid7(unsigned subleaf, char reg, int bit) {
     return (value >> bit) & 1;
 }
 
-bool has_avx512_bf16() {
-    return has_avx512() && cpuid7(1, 'a', 5);
-}
+bool has_avx512_bf16() { return has_avx512() && cpuid7(1, 'a', 5); }
 #endif
 
 #if defined(QLK_HAVE_AMX)
@@ -130,9 +128,7 @@ int worthwhile(int threads, int64_t work, int64_t per_thread) {
     return most < threads ? static_cast<int>(most) : threads;
 }
 
-int64_t size_of(DType dtype) {
-    return dtype == DType::kFloat32 ? 4 : 2;
-}
+int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // A large result usually is memory that was never touched: in huge pages it takes 512 times fewer page faults, which in
 // 4 KB pages cost ten times as much as writing 32 MiB of decoded weights does.
@@ -182,9 +178,7 @@ void linear_backward(const LinearBackwardParams& params) {
     select().linear_backward(p);
 }
 
-const char* isa_in_use() {
-    return select().name;
-}
+const char* isa_in_use() { return select().name; }
 
 const char* isas_built() {
     static const std::string names = registry().names(false);

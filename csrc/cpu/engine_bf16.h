@@ -18,8 +18,8 @@ struct EngineBf16 {
     using Elem = uint16_t;
     static bool special(const float* absmax, int64_t count) { return has_tiny(absmax, count); }
     static constexpr int64_t kUnit = 32 * kEdge;  // elements of 32 steps of A or B
-    // Reduction steps between two visits to C: a panel of W is 16 KB forward, 32 KB backward. Longer ones lose the first
-    // level of cache to the other operand: 512 steps were 14% slower at 512 rows, 128 steps 14% (AMX, one core).
+    // Reduction steps between two visits to C: a panel of W is 16 KB forward, 32 KB backward. Longer ones lose the
+    // first level of cache to the other operand: 512 steps were 14% slower at 512 rows, 128 steps 14% (AMX, one core).
     static constexpr int64_t kDepthForward = 256;
     static constexpr int64_t kDepthBackward = 128;
     static constexpr int64_t kPanelLd = 0;
@@ -69,8 +69,9 @@ struct EngineBf16 {
                     const uint8_t* const codes = w.packed + ((row + i) * w.k + k + p) / 2;
                     const float* const scale = absmax + i * row_blocks + (k + p) / kBlock;
                     _mm_prefetch(reinterpret_cast<const char*>(codes + kDepthForward / 2), _MM_HINT_T0);
-                    words = count == 128 ? lookup128(_mm512_loadu_si512(codes), table_pair(scale, scale + 1, tiny), half)
-                                         : lookup128(load_words(codes, count / 4), table_pair(scale, &kNoBlock, tiny), half);
+                    words = count == 128
+                                ? lookup128(_mm512_loadu_si512(codes), table_pair(scale, scale + 1, tiny), half)
+                                : lookup128(load_words(codes, count / 4), table_pair(scale, &kNoBlock, tiny), half);
                 } else {
                     alignas(64) Elem line[128];
                     decode_slowly(w, (row + i) * w.k + k + p, count, line);
@@ -146,9 +147,9 @@ struct EngineBf16 {
                 if (p < depth && g * kBlock < columns) {
                     const bool second = p + 1 < depth;
                     const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * g));
-                    const __m256i two = second ? _mm256_loadu_si256(
-                                                     reinterpret_cast<const __m256i*>(codes + row_bytes + 32 * g))
-                                               : _mm256_setzero_si256();
+                    const __m256i two =
+                        second ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + row_bytes + 32 * g))
+                               : _mm256_setzero_si256();
                     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
                     words = lookup128(_mm512_permutexvar_epi16(zip, both),
                                       table_pair(scale + g, second ? scale + absmax_ld + g : &kNoBlock, tiny), half);
@@ -167,10 +168,14 @@ struct EngineBf16 {
             // Element 4 l + q of the group is word l of vector q ^ 1.
             const __m512 e1 = _mm512_loadu_ps(first), e0 = _mm512_loadu_ps(first + 16);
             const __m512 e3 = _mm512_loadu_ps(first + stride), e2 = _mm512_loadu_ps(first + stride + 16);
-            const __m512d t0 = _mm512_castps_pd(_mm512_unpacklo_ps(e0, e1)), t1 = _mm512_castps_pd(_mm512_unpacklo_ps(e2, e3));
-            const __m512d t2 = _mm512_castps_pd(_mm512_unpackhi_ps(e0, e1)), t3 = _mm512_castps_pd(_mm512_unpackhi_ps(e2, e3));
-            const __m512 u0 = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t1)), u1 = _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t1));
-            const __m512 u2 = _mm512_castpd_ps(_mm512_unpacklo_pd(t2, t3)), u3 = _mm512_castpd_ps(_mm512_unpackhi_pd(t2, t3));
+            const __m512d t0 = _mm512_castps_pd(_mm512_unpacklo_ps(e0, e1)),
+                          t1 = _mm512_castps_pd(_mm512_unpacklo_ps(e2, e3));
+            const __m512d t2 = _mm512_castps_pd(_mm512_unpackhi_ps(e0, e1)),
+                          t3 = _mm512_castps_pd(_mm512_unpackhi_ps(e2, e3));
+            const __m512 u0 = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t1)),
+                         u1 = _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t1));
+            const __m512 u2 = _mm512_castpd_ps(_mm512_unpacklo_pd(t2, t3)),
+                         u3 = _mm512_castpd_ps(_mm512_unpackhi_pd(t2, t3));
             const __m512 a = _mm512_shuffle_f32x4(u0, u1, 0x44), b = _mm512_shuffle_f32x4(u0, u1, 0xee);
             const __m512 x = _mm512_shuffle_f32x4(u2, u3, 0x44), y = _mm512_shuffle_f32x4(u2, u3, 0xee);
             _mm512_storeu_ps(out + g * kBlock, _mm512_shuffle_f32x4(a, x, 0x88));
@@ -291,12 +296,14 @@ struct EngineBf16 {
     // Two rows of up to 128 columns, to pairs in the order of lookup128.
     static QLK_INLINE void interleave(const Elem* one, int one_count, const Elem* two, int two_count, int64_t depth,
                                       int64_t p, Elem* dst) {
-        const __m512i ramp = _mm512_set_epi16(60, 60, 56, 56, 52, 52, 48, 48, 44, 44, 40, 40, 36, 36, 32, 32, 28, 28, 24,
-                                              24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
+        const __m512i ramp = _mm512_set_epi16(60, 60, 56, 56, 52, 52, 48, 48, 44, 44, 40, 40, 36, 36, 32, 32, 28, 28,
+                                              24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
         for (int g = 0; g < kPanel / kBlock; ++g) {
             const int at = g * kBlock;
-            const __m512i a0 = load_words(one + at, one_count - at), a1 = load_words(one + at + 32, one_count - at - 32);
-            const __m512i b0 = load_words(two + at, two_count - at), b1 = load_words(two + at + 32, two_count - at - 32);
+            const __m512i a0 = load_words(one + at, one_count - at),
+                          a1 = load_words(one + at + 32, one_count - at - 32);
+            const __m512i b0 = load_words(two + at, two_count - at),
+                          b1 = load_words(two + at + 32, two_count - at - 32);
             for (int j = 0; j < 4; ++j) {
                 const __m512i index = _mm512_add_epi16(ramp, _mm512_set1_epi16(static_cast<short>(j ^ 1)));
                 const __m512i words = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_permutex2var_epi16(a0, index, a1),

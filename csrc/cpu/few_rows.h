@@ -1,5 +1,5 @@
-// linear_forward for one to eight rows of bf16 (two, where there is AMX): every weight is used as soon as it is decoded, so
-// that the packed bytes of W are read once, in order, and nothing of W is ever stored.
+// linear_forward for one to eight rows of bf16 (two, where there is AMX): every weight is used as soon as it is
+// decoded, so that the packed bytes of W are read once, in order, and nothing of W is ever stored.
 #pragma once
 
 #include <omp.h>
@@ -9,14 +9,12 @@
 
 namespace qlk::cpu::QLK_ISA {
 
-// How far ahead of their use codes are fetched. From 1 KB on it makes one row 1.2 to 1.8 times as fast (weights in the last
-// level of cache or in memory); a page is best, and what is fetched beyond a weight's end is ignored.
+// How far ahead of their use codes are fetched. From 1 KB on it makes one row 1.2 to 1.8 times as fast (weights in the
+// last level of cache or in memory); a page is best, and what is fetched beyond a weight's end is ignored.
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int kBatchBlocks = 128;  // block constants decoded at a time
 
-QLK_INLINE __m512 dot_step(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
+QLK_INLINE __m512 dot_step(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
 // W[row] . x[m] for kM rows of x, which are in the order of lookup128: [kM][pad].
 template <int kM>
@@ -62,7 +60,8 @@ QLK_INLINE void row_products(const WeightView& w, int64_t row, const uint16_t* x
 // a . b over count bf16 elements.
 QLK_INLINE float dot_bf16(const bf16* a, const bf16* b, int64_t count) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += 32) sum = dot_step(sum, load_words(a + i, count - i), load_words(b + i, count - i));
+    for (int64_t i = 0; i < count; i += 32)
+        sum = dot_step(sum, load_words(a + i, count - i), load_words(b + i, count - i));
     return vsum(sum);
 }
 
@@ -89,7 +88,8 @@ inline void few_rows_run(const LinearForwardParams& p) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < p.r; ++i) {
                 for (int m = 0; m < kM; ++m) {
-                    u[m * p.r + i].bits = bf16_bits(p.scaling * dot_bf16(static_cast<const bf16*>(p.x) + m * w.k, a + i * w.k, w.k));
+                    u[m * p.r + i].bits =
+                        bf16_bits(p.scaling * dot_bf16(static_cast<const bf16*>(p.x) + m * w.k, a + i * w.k, w.k));
                 }
             }
         }

@@ -5,8 +5,8 @@
 
 namespace qlk::cpu {
 
-// out[i] = code[j], j the number of midpoints[j] * scale below value[i], for up to 256 values. midpoints: 255 ascending, padded
-// to 256 with +infinity. A table's nearest entry, exactly (thresholds.h).
+// out[i] = code[j], j the number of midpoints[j] * scale below value[i], for up to 256 values. midpoints: 255
+// ascending, padded to 256 with +infinity. A table's nearest entry, exactly (thresholds.h).
 using NearestCodes = void (*)(const double* midpoints, const uint8_t* code, float scale, const float* value, int count,
                               uint8_t* out);
 

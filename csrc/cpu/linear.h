@@ -12,8 +12,8 @@
 
 #include "../philox.h"
 #include "scratch.h"
-#include "store.h"
 #include "simd.h"
+#include "store.h"
 
 namespace qlk::cpu::QLK_ISA {
 
@@ -22,8 +22,8 @@ QLK_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 QLK_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 QLK_INLINE int tiles_of(int64_t rows) { return rows > 16 ? 2 : 1; }
 
-// More rows serve a decoded panel longer, but their blocks of C and packed x leave the second level of cache: at 2048 rows,
-// 1024 were 10% slower than 512 (AMX, two cores, 2 MiB each).
+// More rows serve a decoded panel longer, but their blocks of C and packed x leave the second level of cache: at 2048
+// rows, 1024 were 10% slower than 512 (AMX, two cores, 2 MiB each).
 constexpr int64_t kMaxSuperblock = 512;
 // Bytes a thread may spend on packed activations; the rest of kScratchPerThread is for blocks of C and panels.
 constexpr int64_t kPackedBytesPerThread = 4 << 20;
@@ -121,7 +121,8 @@ class Forward {
             }
             if (p.r > 0) low_rank(mine, m0, rows, m_blocks);
 #pragma omp for schedule(dynamic)
-            for (int64_t n0 = 0; n0 < w.n; n0 += n_block) products(mine, n0, lesser(n_block, w.n - n0), m0, rows, m_blocks);
+            for (int64_t n0 = 0; n0 < w.n; n0 += n_block)
+                products(mine, n0, lesser(n_block, w.n - n0), m0, rows, m_blocks);
             E::end_thread();
         }
     }
@@ -164,7 +165,8 @@ class Forward {
         }
 #pragma omp for schedule(static)
         for (int64_t mb = 0; mb < m_blocks; ++mb) {
-            E::pack_b_rows(u + (m0 + mb * kEdge) * p.r, p.r, rows_in(mb, rows), p.r, u_packed + mb * r_pad * kEdge, false);
+            E::pack_b_rows(u + (m0 + mb * kEdge) * p.r, p.r, rows_in(mb, rows), p.r, u_packed + mb * r_pad * kEdge,
+                           false);
         }
     }
 
@@ -178,8 +180,8 @@ class Forward {
             const int64_t steps = lesser(depth, w.k - k);
             for (int64_t q = 0; q < panels; ++q) {
                 const int n_rows = rows_in(q, count);
-                E::decode_a(w, mine.absmax + q * kEdge * row_blocks, n0 + q * kEdge, n_rows, k, steps, special, mine.panel,
-                            steps);
+                E::decode_a(w, mine.absmax + q * kEdge * row_blocks, n0 + q * kEdge, n_rows, k, steps, special,
+                            mine.panel, steps);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
                     E::multiply(mine.panel, steps, x_packed + (mb * k_pad + k) * kEdge, kEdge, E::pad_weight(steps),
                                 mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(n_rows), tiles_of(rows_in(mb, rows)),
@@ -204,8 +206,8 @@ class Forward {
         for (int64_t mb = 0; mb < m_blocks; ++mb) {
             for (int64_t q = 0; q < panels; ++q) {
                 const int64_t n = n0 + q * kEdge, m = m0 + mb * kEdge;
-                store_transposed(mine.c + (q * m_blocks + mb) * kBlockC, p.bias ? p.bias + n : nullptr, rows_in(q, count),
-                                 rows_in(mb, rows), y + m * w.n + n, w.n);
+                store_transposed(mine.c + (q * m_blocks + mb) * kBlockC, p.bias ? p.bias + n : nullptr,
+                                 rows_in(q, count), rows_in(mb, rows), y + m * w.n + n, w.n);
             }
         }
     }
@@ -295,8 +297,8 @@ class Backward {
             if (p.dx || low_rank) {
 #pragma omp for schedule(static)
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    E::pack_a_rows(dy + mb * kEdge * w.n, w.n, rows_in(mb, rows), w.n, dy_packed + mb * kEdge * n_pad, n_pad,
-                                   false);
+                    E::pack_a_rows(dy + mb * kEdge * w.n, w.n, rows_in(mb, rows), w.n, dy_packed + mb * kEdge * n_pad,
+                                   n_pad, false);
                 }
             }
             if (low_rank) {
@@ -314,10 +316,12 @@ class Backward {
                 pack_left(v, rows);
 #pragma omp for schedule(dynamic)
                 for (int64_t k = 0; k < w.k; k += kPanel) {
-                    adapter_gradient(mine, x, w.k, k, m0, rows, p.dropout > 0, [&](const float* line, int64_t i, int64_t count) {
-                        float* const out = p.da + i * w.k + k;
-                        for (int64_t j = 0; j < count; ++j) out[j] = m0 > 0 ? out[j] + line[j] : line[j];
-                    });
+                    adapter_gradient(mine, x, w.k, k, m0, rows, p.dropout > 0,
+                                     [&](const float* line, int64_t i, int64_t count) {
+                                         float* const out = p.da + i * w.k + k;
+                                         for (int64_t j = 0; j < count; ++j)
+                                             out[j] = m0 > 0 ? out[j] + line[j] : line[j];
+                                     });
                 }
             }
             if (p.db) {
@@ -373,7 +377,8 @@ class Backward {
     }
 
     // Columns [k0, k0 + count) of dx for the whole superblock.
-    void input_gradient(const Thread& mine, int64_t k0, int64_t count, int64_t m0, int64_t rows, int64_t m_blocks) const {
+    void input_gradient(const Thread& mine, int64_t k0, int64_t count, int64_t m0, int64_t rows,
+                        int64_t m_blocks) const {
         const int64_t panels = (count + kPanel - 1) / kPanel;
         const auto c_at = [&](int64_t mb, int64_t q) { return mine.c + (mb * panels + q) * kPanelBlocks * kBlockC; };
         const uint32_t threshold = dropout_threshold(p.dropout);
@@ -417,7 +422,8 @@ class Backward {
             }
             for (int64_t q = 0; q < panels; ++q) {
                 const int used = static_cast<int>(lesser(kPanel, count - q * kPanel));
-                E::decode_b(w, mine.absmax + q * kPanel / kBlock, task_blocks, n, steps, k0 + q * kPanel, used, special, mine.panel);
+                E::decode_b(w, mine.absmax + q * kPanel / kBlock, task_blocks, n, steps, k0 + q * kPanel, used, special,
+                            mine.panel);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
                     panel_product(E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad, mine.panel, steps,
                                   rows_in(mb, rows), c_at(mb, q), started);
@@ -452,8 +458,8 @@ class Backward {
     // Rows of left^T right over the superblock, for 128 columns of right from `column` on; left has been packed, right
     // [m, ld] begins at row 0. emit(line, i, count) takes row i.
     template <class Emit>
-    void adapter_gradient(const Thread& mine, const T* right, int64_t ld, int64_t column, int64_t m0,
-                          int64_t rows, bool mask, const Emit& emit) const {
+    void adapter_gradient(const Thread& mine, const T* right, int64_t ld, int64_t column, int64_t m0, int64_t rows,
+                          bool mask, const Emit& emit) const {
         const int used = static_cast<int>(lesser(kPanel, ld - column));
         const int64_t r_blocks = (p.r + kEdge - 1) / kEdge;
         const uint32_t threshold = dropout_threshold(p.dropout);
@@ -487,9 +493,9 @@ class Backward {
     const WeightView& w;
     int64_t n_pad, r_pad, rows_max, columns, r_round, m_pad;
     size_t shared_bytes = 0, thread_bytes = 0;
-    Elem* dy_packed = nullptr;  // [m blocks][32][n_pad]
-    Elem* v_packed = nullptr;   // [m blocks][32][r_pad]
-    T* v = nullptr;             // [rows][r]
+    Elem* dy_packed = nullptr;    // [m blocks][32][n_pad]
+    Elem* v_packed = nullptr;     // [m blocks][32][r_pad]
+    T* v = nullptr;               // [rows][r]
     Elem* left_packed = nullptr;  // [r blocks][32][m_pad], v or u transposed
 };
 

@@ -19,8 +19,8 @@ struct Words4 {
     __m512i v[4];
 };
 
-// Whether a block among these has bf16 values that may be subnormal, which VCVTNE2PS2BF16 flushes: its constant is below
-// 2^-120, and not zero. Asked once for many blocks: asked for each, it cost a tenth of the decoding.
+// Whether a block among these has bf16 values that may be subnormal, which VCVTNE2PS2BF16 flushes: its constant is
+// below 2^-120, and not zero. Asked once for many blocks: asked for each, it cost a tenth of the decoding.
 QLK_INLINE bool has_tiny(const float* absmax, int64_t count) {
     __mmask16 found = 0;
     for (int64_t i = 0; i < count; i += 16) {
@@ -62,9 +62,7 @@ QLK_INLINE Words4 lookup128(__m512i codes, __m512i table, __m512i half) {
 }
 
 // Words 16 to 31 belong to the second block.
-QLK_INLINE __m512i half_by_block() {
-    return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-}
+QLK_INLINE __m512i half_by_block() { return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1); }
 
 // Odd words belong to the second row.
 QLK_INLINE __m512i half_by_parity() { return _mm512_set1_epi32(16 << 16); }

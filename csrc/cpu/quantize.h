@@ -1,5 +1,5 @@
-// NF4 quantization: absmax and codes of blocks of 64. Loops over 64 elements are what compilers vectorize well; the search
-// among the levels is written out for AVX-512.
+// NF4 quantization: absmax and codes of blocks of 64. Loops over 64 elements are what compilers vectorize well; the
+// search among the levels is written out for AVX-512.
 #pragma once
 
 #include "simd.h"
@@ -11,7 +11,8 @@ namespace qlk::cpu::QLK_ISA {
 struct Midpoints {
     double value[16];
     constexpr Midpoints() : value() {
-        for (int i = 0; i < 15; ++i) value[i] = (static_cast<double>(kLevels[i]) + static_cast<double>(kLevels[i + 1])) / 2;
+        for (int i = 0; i < 15; ++i)
+            value[i] = (static_cast<double>(kLevels[i]) + static_cast<double>(kLevels[i + 1])) / 2;
         value[15] = 2.0;
     }
 };

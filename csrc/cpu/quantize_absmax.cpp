@@ -1,5 +1,5 @@
-// The second quantization: block constants to 8 bits, in groups of 256. About N*K/64 elements: plain C++ serves, but for
-// the search in the table, which isa.h's nearest_codes does.
+// The second quantization: block constants to 8 bits, in groups of 256. About N*K/64 elements: plain C++ serves, but
+// for the search in the table, which isa.h's nearest_codes does.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -48,12 +48,13 @@ struct SortedTable {
     int size = 0;
     uint8_t code[256];
     double midpoint[256];  // padded with +infinity
-    int zero;  // position of the entry nearest to 0
+    int zero;              // position of the entry nearest to 0
 
     explicit SortedTable(const float* table) {
         std::pair<float, int> entries[256];
         for (int i = 0; i < 256; ++i) {
-            QLK_CHECK(std::isfinite(table[i]), "the nested table holds a value that is not finite at entry " + std::to_string(i));
+            QLK_CHECK(std::isfinite(table[i]),
+                      "the nested table holds a value that is not finite at entry " + std::to_string(i));
             entries[i] = {table[i] + 0.0f, i};  // -0 becomes +0
         }
         std::sort(entries, entries + 256);

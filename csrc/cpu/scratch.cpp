@@ -58,8 +58,6 @@ void prefer_huge_pages(void* data, size_t bytes, bool collapse) {
 #endif
 }
 
-int64_t scratch_peak_bytes(bool reset) {
-    return reset ? peak.exchange(0) : peak.load();
-}
+int64_t scratch_peak_bytes(bool reset) { return reset ? peak.exchange(0) : peak.load(); }
 
 }  // namespace qlk::cpu

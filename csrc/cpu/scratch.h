@@ -16,9 +16,10 @@ char* scratch(size_t bytes, int threads);
 
 constexpr size_t kHugePage = 2u << 20;
 
-// Asks the system to back the whole huge pages within [data, data + bytes) by such. A weight that is streamed once a call
-// misses the TLB on every page, and on virtual machines a miss costs as much as reading the page: 4 KB pages held one
-// thread to 14-29 GB/s where 2 MB pages gave over 60. With `collapse` pages that are there already become huge ones now.
+// Asks the system to back the whole huge pages within [data, data + bytes) by such. A weight that is streamed once a
+// call misses the TLB on every page, and on virtual machines a miss costs as much as reading the page: 4 KB pages held
+// one thread to 14-29 GB/s where 2 MB pages gave over 60. With `collapse` pages that are there already become huge ones
+// now.
 void prefer_huge_pages(void* data, size_t bytes, bool collapse);
 
 // In an unnamed namespace, because each instruction set compiles its own copy.

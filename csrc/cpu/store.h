@@ -23,8 +23,10 @@ QLK_INLINE void transpose16(__m512 r[16]) {
     }
     // r[4g + s] now holds, in 128-bit lane l, rows 4g..4g+3 of column 4l + s.
     for (int s = 0; s < 4; ++s) {
-        const __m512 a = _mm512_shuffle_f32x4(r[s], r[4 + s], 0x88), b = _mm512_shuffle_f32x4(r[8 + s], r[12 + s], 0x88);
-        const __m512 c = _mm512_shuffle_f32x4(r[s], r[4 + s], 0xdd), d = _mm512_shuffle_f32x4(r[8 + s], r[12 + s], 0xdd);
+        const __m512 a = _mm512_shuffle_f32x4(r[s], r[4 + s], 0x88),
+                     b = _mm512_shuffle_f32x4(r[8 + s], r[12 + s], 0x88);
+        const __m512 c = _mm512_shuffle_f32x4(r[s], r[4 + s], 0xdd),
+                     d = _mm512_shuffle_f32x4(r[8 + s], r[12 + s], 0xdd);
         t[s] = _mm512_shuffle_f32x4(a, b, 0x88);
         t[8 + s] = _mm512_shuffle_f32x4(a, b, 0xdd);
         t[4 + s] = _mm512_shuffle_f32x4(c, d, 0x88);

@@ -15,7 +15,7 @@
 
 namespace qlk::cpu::QLK_ISA {
 
-constexpr int64_t kStreamRows = 32;    // rows of x at most
+constexpr int64_t kStreamRows = 32;     // rows of x at most
 constexpr int64_t kTileElements = 512;  // 16 x 32 bf16
 // The products run this many chunks behind the decoding; buffers go round.
 constexpr int64_t kLag = 1, kBuffers = 2;
@@ -203,7 +203,8 @@ class Stream {
                     const __m512i now = ahead[i];
                     ahead[i] = _mm512_loadu_si512(next + i * row_bytes);
                     // The next 16 rows, one line for each line used here; a prefetch beyond the end does nothing.
-                    _mm_prefetch(reinterpret_cast<const char*>(codes + 16 * row_bytes + (c * 16 + i) * 64), _MM_HINT_T1);
+                    _mm_prefetch(reinterpret_cast<const char*>(codes + 16 * row_bytes + (c * 16 + i) * 64),
+                                 _MM_HINT_T1);
                     store_row(out + i * 32, lookup128(now, table_pair(scale, scale + 1, tiny), half));
                 }
             } else {
@@ -226,8 +227,8 @@ class Stream {
             multiply_tile(mine.a, u_packed + t * EngineBf16::kUnit);
         }
         collect(mine);
-        store_transposed(mine.c, p.bias ? p.bias + n : nullptr, rows, static_cast<int>(p.m), static_cast<bf16*>(p.y) + n,
-                         w.n);
+        store_transposed(mine.c, p.bias ? p.bias + n : nullptr, rows, static_cast<int>(p.m),
+                         static_cast<bf16*>(p.y) + n, w.n);
     }
 
     const LinearForwardParams& p;
