@@ -232,6 +232,13 @@ def test_a_slow_machine_does_fewer_pretraining_steps(run, tmp_path):
     assert json.loads((base / "pretraining.json").read_text())["steps"] == 24
 
 
+def test_a_time_limit_and_what_is_compared(run, tmp_path):
+    assert run("--train-seconds", "1e-6", "--steps", "50", "--compare") == 0
+    assert {key: len(value) for key, value in losses(tmp_path / "out").items()} == dict.fromkeys(
+        ("qlora", "lora16", "full"), 24
+    )
+
+
 def test_accumulation_and_checkpointing_do_not_change_the_losses(run, tmp_path):
     assert run("--batch-size", "4", "--compute", "float32", out="a") == 0
     assert run("--batch-size", "2", "--grad-accum", "2", "--compute", "float32", out="b") == 0
@@ -305,24 +312,32 @@ def interrupt(monkeypatch, phase: str, step: int, signum: int = signal.SIGINT) -
     monkeypatch.setattr(Trainer, "_step", stepped)
 
 
+# Dropout draws from torch's generator, so its state must come back too.
+THOROUGH = ("--compare", "--lora-dropout", "0.1", "--grad-accum", "2")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, cache):
+    """The output of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["finetune", *SMALL, *THOROUGH, "--cache", cache, "--out", str(folder)]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("phase", ["qlora", "lora16", "full"])
-def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(run, tmp_path, monkeypatch, capsys, phase):
-    # Dropout draws from torch's generator, so its state must come back too.
-    options = ("--compare", "--lora-dropout", "0.1", "--grad-accum", "2")
-    assert run(*options, out="whole") == 0
-    capsys.readouterr()
+def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(run, whole, tmp_path, monkeypatch, capsys, phase):
     with monkeypatch.context() as patch:
         interrupt(patch, phase, 2)
-        assert run(*options) == 130
+        assert run(*THOROUGH) == 130
     message = capsys.readouterr().err
     assert "SIGINT: stopped after step 3 of 6" in message
     assert message.rstrip().endswith("--resume")
     assert not (tmp_path / "out" / "metrics.json").exists()
-    assert run(*options, "--resume") == 0
-    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
-    for key, value in metrics(tmp_path / "whole")["results"].items():
+    assert run(*THOROUGH, "--resume") == 0
+    assert losses(tmp_path / "out") == losses(whole)
+    for key, value in metrics(whole)["results"].items():
         assert metrics(tmp_path / "out")["results"][key]["loss"] == value["loss"]
-    first, second = (load_file(tmp_path / o / "adapter" / "adapter_model.safetensors") for o in ("out", "whole"))
+    first, second = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (tmp_path / "out", whole))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

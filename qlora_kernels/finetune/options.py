@@ -33,6 +33,7 @@ class Options:
     seq_len: int | None = None
     steps: int | None = None
     epochs: float | None = None
+    train_seconds: float | None = None
     batch_size: int = 8
     grad_accum: int = 1
     gradient_checkpointing: bool = False
@@ -77,6 +78,8 @@ class Options:
         self.out = self.out or os.path.join("runs", name)
         if self.steps is None and self.epochs is None:
             self.steps = 300
+            if self.is_tiny and self.train_seconds is None:
+                self.train_seconds = 100.0  # with the limit on pretraining: a first run ends within five minutes
         # The tiny model never saw a longer sequence than it was pretrained on.
         self.seq_len = self.seq_len or (self.tiny_seq_len if self.is_tiny else 512)
         # A tiny model takes, and needs, far larger steps than one of billions of parameters.
@@ -92,7 +95,7 @@ class Options:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{_flag(name)} should be at least 1, found {getattr(self, name)}")
-        for name in ("steps", "epochs", "lr", "full_lr", "alpha", "pretrain_seconds"):
+        for name in ("steps", "epochs", "lr", "full_lr", "alpha", "train_seconds", "pretrain_seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{_flag(name)} should be positive, found {value}")
@@ -183,6 +186,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add(group, "steps", "optimizer steps (default 300)", type=int)
     add(group, "epochs", "passes over the training data, instead of --steps", type=float)
+    add(
+        group,
+        "train_seconds",
+        "on a slow machine, do fewer steps than asked for to end within this time (default 100 for the tiny model when "
+        "neither --steps nor --epochs is given, else no limit)",
+        type=float,
+    )
     add(group, "batch_size", "sequences in a forward pass")
     add(group, "grad_accum", "forward passes in an optimizer step")
     add(group, "seq_len", "tokens in a sequence (default 128 for tiny, else 512)", type=int)

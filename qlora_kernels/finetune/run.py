@@ -198,7 +198,9 @@ class _Run:
             model=model,
             data=self.data.train,
             lr=lr,
-            steps=options.steps,
+            # What is compared had the same number of steps.
+            steps=options.steps if key == "qlora" else self.results["qlora"]["steps"],
+            seconds=options.train_seconds if key == "qlora" else None,
             batch_size=options.batch_size,
             grad_accum=options.grad_accum,
             warmup=options.warmup,
