@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,12 @@ ROOT = Path(__file__).resolve().parent
 
 
 def compiler() -> str:
-    """The C++ compiler to use, after one that is missing or too old has been turned into one sentence."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    found = next((path for path in map(shutil.which, candidates) if path), None)
+    """The C++ compiler to use, after one that is missing or too old has been turned into one sentence.
+
+    CXX may hold arguments too ("ccache g++", "g++ -m64"); the result is in the form that CMake takes in CXX.
+    """
+    candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    found = next((words for words in candidates if words and shutil.which(words[0])), None)
     wanted = "qlora_kernels needs a C++17 compiler (g++ 9 or clang 10, or newer)"
     if found is None:
         sys.exit(f"{wanted}, and found none; install one (Debian, Ubuntu: apt-get install g++) or set CXX")
@@ -28,10 +32,10 @@ def compiler() -> str:
             "#include <optional>\n#include <string_view>\n"
             "int main() { if constexpr (sizeof(int) > 1) return std::optional<int>(0).value(); }\n"
         )
-        probe = [found, "-std=c++17", "-fopenmp", "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        probe = [*found, "-std=c++17", "-fopenmp", "-c", str(source), "-o", str(Path(folder, "probe.o"))]
         if subprocess.run(probe, capture_output=True).returncode != 0:
-            sys.exit(f"{wanted} with OpenMP, and {found} is not one; install a newer one or set CXX")
-    return found
+            sys.exit(f"{wanted} with OpenMP, and '{shlex.join(found)}' is not one; install a newer one or set CXX")
+    return shlex.join(found)
 
 
 class CMakeBuild(build_ext):
@@ -50,7 +54,6 @@ class CMakeBuild(build_ext):
             str(build),
             "-G",
             "Ninja",
-            f"-DCMAKE_CXX_COMPILER={compiler()}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -59,8 +62,9 @@ class CMakeBuild(build_ext):
         ]
         # A build folder that outlived its temporary environment names tools that are gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
+        environment = os.environ | {"CXX": compiler()}
         for command in (configure, ["cmake", "--build", str(build)]):
-            if subprocess.run(command).returncode != 0:
+            if subprocess.run(command, env=environment).returncode != 0:
                 sys.exit(f"building the native extension failed at '{' '.join(command[:2])}'; its message is above")
         built = next((build / "out").glob("_C*.so"))
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "linear_forward",
         [](const Weight& weight, Address x, Address lora_a, Address lora_b, Address bias, Address y, Address u,
-           int64_t rows, int64_t r, float scaling, float dropout, uint64_t seed, int dtype, int threads) {
+           int64_t rows, int64_t r, float scaling, double dropout, uint64_t seed, int dtype, int threads) {
             qlk::cpu::linear_forward({weight_view(weight), at<const void>(x), at<const void>(lora_a),
                                       at<const void>(lora_b), at<const float>(bias), at<void>(y), at<void>(u), rows, r,
                                       scaling, dropout, seed, dtype_of(dtype), threads});
@@ -77,7 +77,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "linear_backward",
         [](const Weight& weight, Address dy, Address x, Address u, Address lora_a, Address lora_b, Address dx,
-           Address da, Address db, int64_t rows, int64_t r, float scaling, float dropout, uint64_t seed, int dtype,
+           Address da, Address db, int64_t rows, int64_t r, float scaling, double dropout, uint64_t seed, int dtype,
            int threads) {
             qlk::cpu::linear_backward({weight_view(weight), at<const void>(dy), at<const void>(x), at<const void>(u),
                                        at<const void>(lora_a), at<const void>(lora_b), at<void>(dx), at<float>(da),

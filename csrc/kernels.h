@@ -64,7 +64,7 @@ struct LinearForwardParams {
     int64_t m;
     int64_t r;
     float scaling;
-    float dropout;
+    double dropout;
     uint64_t seed;
     DType dtype;
     int threads;
@@ -84,7 +84,7 @@ struct LinearBackwardParams {
     int64_t m;
     int64_t r;
     float scaling;
-    float dropout;
+    double dropout;
     uint64_t seed;
     DType dtype;
     int threads;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from . import ops
 from .nf4 import NF4Weight
@@ -25,8 +25,28 @@ def _save(ctx, x, u, bias, lora_A, lora_B, needs, scaling, dropout, seed, pieces
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """Hands a gradient on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, dy, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("qlora_kernels.linear has no second derivative: its gradients cannot be differentiated")
+
+
 def _gradients(ctx, dy) -> tuple[Tensor | None, ...]:
     """The gradients of x, bias, lora_A and lora_B, None where not wanted."""
+    with torch.no_grad():
+        gradients = _compute_gradients(ctx, dy)
+    if torch.is_grad_enabled() and dy.requires_grad:
+        return tuple(None if g is None else _NoSecondDerivative.apply(dy, g) for g in gradients)
+    return gradients
+
+
+def _compute_gradients(ctx, dy) -> tuple[Tensor | None, ...]:
     x, u, lora_A, lora_B, seed, *pieces = ctx.saved_tensors
     need_dx, need_dbias, need_dA, need_dB = ctx.needs
     dy = dy.contiguous()
@@ -50,7 +70,6 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         return *_gradients(ctx, dy), *([None] * 9)
 
@@ -62,7 +81,6 @@ def _setup_context(ctx, inputs, output) -> None:
     _save(ctx, x, output[1], bias, lora_A, lora_B, needs, scaling, dropout, seed, pieces)
 
 
-@once_differentiable
 def _backward(ctx, dy, _du):
     dx, dbias, dA, dB = _gradients(ctx, dy)
     return dx, *([None] * 6), dbias, dA, dB, None, None, None
@@ -111,11 +129,15 @@ def linear(
         TypeError, ValueError: for dtypes, shapes or devices that do not fit; the message names the tensor.
         RuntimeError: for a gradient of the weight, or a second derivative.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    # The meta device has no autocast to ask about.
+    if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         bias = _cast(bias, dtype)
         lora_A, lora_B = _cast(lora_A, dtype), _cast(lora_B, dtype)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError("qlora_kernels.linear has no forward-mode derivative; use reverse mode (backward)")
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x should be [..., {k}] for a weight [{n}, {k}], found {list(x.shape)}")

@@ -87,6 +87,16 @@ def test_low_rank_term_and_its_gradients(isa, r, dropout, dtype):
             assert error < tolerance, f"{isa} {name} {dtype} M={m} r={r} p={dropout}: {error:.2e}"
 
 
+@pytest.mark.parametrize("dropout", [0.1, 0.3, 0.9, 0.99999999])
+def test_the_mask_is_the_reference_s_to_the_last_element(isa, dropout):
+    # x and A of ones: u counts what was kept. The seed is one whose words come within 52 of the threshold of 0.3.
+    m, k, seed = 40, 2048, torch.tensor([62])
+    weight = make_weight(32, k)
+    kept = reference.dropout_mask(m, k, dropout, seed).sum(1, keepdim=True)
+    u = forward(torch.ones(m, k), weight, None, torch.ones(1, k), torch.ones(32, 1), 1.0, dropout, seed)[1]
+    assert torch.equal((u.double() * (1 - dropout)).round(), kept.double())
+
+
 def test_float32_adapters_get_float32_gradients(isa):
     weight = make_weight(96, 128)
     x, dy = torch.randn(9, 128).bfloat16(), torch.randn(9, 96).bfloat16()

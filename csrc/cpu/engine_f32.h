@@ -142,7 +142,7 @@ struct EngineF32 {
     }
 
   private:
-    static constexpr int64_t kRun = 32;
+    static constexpr int64_t kRun = 16;
 
     static QLK_INLINE void decode_row(const WeightView& w, const float* absmax, int64_t row, int64_t k, int64_t count,
                                       float* out) {

@@ -133,7 +133,7 @@ class Forward {
     // u = scaling / (1 - p) * mask(x) A^T, rounded to T, and packed as the last steps of the main sum.
     void low_rank(const Thread& mine, int64_t m0, int64_t rows, int64_t m_blocks) const {
         const int64_t r_blocks = (p.r + kEdge - 1) / kEdge;
-        const float scale = p.scaling / (1.0f - p.dropout);
+        const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         const uint32_t threshold = dropout_threshold(p.dropout);
         T* const u = static_cast<T*>(p.u);
 #pragma omp for schedule(dynamic)
@@ -345,7 +345,7 @@ class Backward {
 
     // v = scaling / (1 - p) * dy B for one block of rows, and packed for the last steps of dx.
     void through_b(const Thread& mine, int64_t mb, int64_t rows) const {
-        const float scale = p.scaling / (1.0f - p.dropout);
+        const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         const int m_rows = rows_in(mb, rows);
         const T* const b = static_cast<const T*>(p.lora_b);
         T* const out = v + mb * kEdge * p.r;
