@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 from qlora_kernels import finetune
 from qlora_kernels.cli import main
 from qlora_kernels.finetune import data, lora16, memory, tiny
+from qlora_kernels.finetune import run as run_module
 from qlora_kernels.finetune.options import Options
 from qlora_kernels.finetune.problems import InputError
 from qlora_kernels.finetune.train import Trainer, learning_rate
@@ -340,6 +341,41 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(run, whole, tmp_path, monke
     first, second = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (tmp_path / "out", whole))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("save_every", ["2", "0"])
+def test_a_signal_after_the_last_step_loses_no_training(run, whole, tmp_path, monkeypatch, save_every):
+    original = run_module.held_out_loss
+
+    def evaluated(model, held_out, batch_size, limit, device, title, quiet):
+        if "LoRA" in title:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, held_out, batch_size, limit, device, title, quiet)
+
+    options = (*THOROUGH[1:], "--save-every", save_every)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "held_out_loss", evaluated)
+        assert run(*options) == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained again"))
+        assert run(*options, "--resume") == 0
+    assert losses(tmp_path / "out")["qlora"] == losses(whole)["qlora"]
+    assert metrics(tmp_path / "out")["results"]["qlora"]["loss"] == metrics(whole)["results"]["qlora"]["loss"]
+
+
+def test_a_signal_between_steps_saves_them(run, tmp_path, monkeypatch, capsys):
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_bar", lambda *_: Bar(disable=True))
+        assert run("--save-every", "0") == 130
+    assert "SIGINT: stopped after step 1 of 6" in capsys.readouterr().err
+    assert run("--resume", "--save-every", "0") == 0
+    assert len(losses(tmp_path / "out")["qlora"]) == 6
 
 
 def test_sigterm_in_pretraining_saves_too(run, tmp_path, monkeypatch, cache):

@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignal:
     """Catches SIGINT and SIGTERM while it is entered (in the main thread; elsewhere it does nothing).
 
-    Inside :meth:`deferred` a first signal only sets :attr:`signum`, for the training loop to see after its step;
+    Inside :meth:`deferred` a first signal only sets :attr:`signum`, for the training loop to see between steps;
     a second one, or any outside it, raises :class:`Interrupted` at once.
     """
 

@@ -164,25 +164,29 @@ class Trainer:
             note(f"resuming {phase.title} after step {saved.step} of {total}")
         phase.model.train()
         earlier, began, tokens = trained.seconds, time.perf_counter(), 0
-        with self._bar(phase, total, trained.steps) as progress:
-            while trained.steps < total:
+        saved_at = trained.steps
+        with self._bar(phase, total, trained.steps) as progress, self.stop.deferred():
+            while trained.steps < total and self.stop.signum is None:
                 step = trained.steps
-                with self.stop.deferred():
-                    loss, count = self._step(phase, optimizer, parameters, step, total)
-                    trained.losses.append(loss)
-                    trained.steps, tokens = step + 1, tokens + count
-                    trained.seconds = earlier + time.perf_counter() - began
-                    total = _fitting(phase, trained, total)
-                    due = options.save_every and trained.steps % options.save_every == 0 and trained.steps < total
-                    if due or self.stop.signum is not None:
-                        self._save(phase, trained, total, parameters, optimizer)
-                if self.stop.signum is not None:
-                    raise Interrupted(self.stop.signum, f"step {trained.steps} of {total} of {phase.title}")
+                loss, count = self._step(phase, optimizer, parameters, step, total)
+                trained.losses.append(loss)
+                trained.steps, tokens = step + 1, tokens + count
+                trained.seconds = earlier + time.perf_counter() - began
+                total = _fitting(phase, trained, total)
                 trained.tokens_per_second = tokens / (trained.seconds - earlier)
+                if options.save_every and trained.steps % options.save_every == 0:
+                    self._save(phase, trained, total, parameters, optimizer)
+                    saved_at = trained.steps
                 progress.total = total
                 progress.update(1)
                 speed = f"{trained.tokens_per_second:,.0f} tokens/s"
                 progress.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
+            # At the end too: what follows (evaluation, the adapter's files) may be interrupted or killed.
+            if trained.steps > saved_at:
+                self._save(phase, trained, total, parameters, optimizer)
+        if self.stop.signum is not None:
+            where = f"step {trained.steps} of {total} of {phase.title}"
+            raise Interrupted(self.stop.signum, where if trained.steps else "")
         if total < phase.steps:
             note(f"{phase.title}: {total} steps instead of {phase.steps}, to end within {phase.seconds:.0f} s")
         phase.model.eval()
