@@ -258,10 +258,14 @@ class QLinear(Adapters, nn.Linear):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        problems = loading.problems(self, state_dict, prefix)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        problems = loading.problems(self, state_dict, prefix, assign)
         if problems:
             errors.extend(problems)
+            loading.keep(self, state_dict, prefix)
             return
+        if assign:
+            loading.make_contiguous(state_dict, prefix)
         loading.match_merged_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
 

@@ -174,3 +174,54 @@ def test_a_mixture_of_two_weights_is_refused_without_strict_too():
     made.load_state_dict(adapters, strict=False)
     assert_same(frozen_bits(made), bits)
     assert torch.equal(made.lora_A["default"], adapters["lora_A.default"])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora_A.default", torch.randn(3, K), r"size mismatch for 0\.lora_A\.default"),
+        ("lora_B.default", torch.zeros(N, 4, dtype=torch.int32), r'"0\.lora_B\.default" should be floating'),
+        ("bias", torch.zeros(N + 1), r"size mismatch for 0\.bias"),
+        ("weight_absmax", torch.zeros(3), r'"0\.weight_absmax" should be torch.uint8'),
+        ("weight_absmax", [1, 2], r'"0\.weight_absmax" should be a tensor, found list'),
+    ],
+)
+def test_a_layer_is_loaded_whole_or_not_at_all(key, value, message, assign):
+    model = nn.Sequential(layer())
+    merged = layer()
+    merged.merge()  # the layer would have to make room for its backup
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {f"0.{name}": tensor for name, tensor in merged.state_dict().items()} | {f"0.{key}": value}
+    with pytest.raises(RuntimeError, match=message) as error:
+        model.load_state_dict(state, assign=assign)
+    assert "Missing key" not in str(error.value)
+    assert model[0].merged_adapter_name is None
+    assert_same(model.state_dict(), before)
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora" in name)
+
+
+def test_a_state_dict_without_data_is_refused():
+    made = layer()
+    bits = frozen_bits(made)
+    state = {**made.state_dict(), "weight_packed": made.weight_packed.detach() * 0}
+    with pytest.raises(RuntimeError, match='"weight_absmax" is on the meta device'):
+        made.load_state_dict({**state, "weight_absmax": torch.empty_like(made.weight_absmax, device="meta")})
+    assert_same(frozen_bits(made), bits)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_pieces_that_are_not_contiguous_can_be_assigned(double_quant):
+    made, other = layer(double_quant=double_quant), layer(double_quant=double_quant)
+    made.merge()
+    state = {
+        key: torch.stack((value, value), -1)[..., 0] if value.dim() == 1 else value
+        for key, value in made.state_dict().items()
+    }
+    assert not state["weight_packed"].is_contiguous()
+    other.load_state_dict(state, assign=True)
+    x = torch.randn(2, K)
+    assert torch.equal(other(x), made(x))
+    other.unmerge()
+    made.unmerge()
+    assert torch.equal(other(x), made(x))
