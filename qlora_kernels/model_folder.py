@@ -15,24 +15,30 @@ INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
-def read_config(folder: str) -> dict[str, Any]:
+def read_config(folder: str, flag: str = "") -> dict[str, Any]:
     """config.json.
 
+    Args:
+        folder: where it lies.
+        flag: what the sentence about it begins with.
+
     Raises:
-        InputError: when there is none, or it is no JSON object.
+        InputError: when there is none, it is no JSON object, or says of its quantization what nobody can read.
     """
     path = os.path.join(folder, "config.json")
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; a Hugging Face model's folder was expected")
+        raise InputError(f"{flag}{folder}: no such folder; a Hugging Face model's folder was expected")
     if not os.path.isfile(path):
-        raise InputError(f"{folder} has no config.json; a Hugging Face model's folder was expected")
+        raise InputError(f"{flag}{folder} has no config.json; a Hugging Face model's folder was expected")
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{flag}{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path} should hold a JSON object")
+        raise InputError(f"{flag}{path} should hold a JSON object")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise InputError(f"{flag}{path}: quantization_config should be a JSON object")
     return config
 
 
@@ -47,7 +53,9 @@ def read_entries(folder: str) -> dict[str, Entry]:
         try:
             with open(index, encoding="utf-8") as file:
                 names = sorted(set(json.load(file)["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("names of files are strings")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise InputError(f"{index} is not an index of safetensors files") from None
     elif os.path.isfile(os.path.join(folder, "model.safetensors")):
         names = ["model.safetensors"]

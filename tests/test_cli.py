@@ -125,6 +125,11 @@ BAD = [
     ("not a number", ["--lr", "nan"], "--lr should be positive"),
     ("sequence of one", ["--seq-len", "1"], "--seq-len should be at least 8"),
     ("sequence longer than the model takes", ["--seq-len", "4000"], "--seq-len 4000 is more than the 2048"),
+    ("seed that is too large", ["--seed", str(2**32)], "--seed should be"),
+    ("negative seed", ["--seed", "-1"], "--seed should be"),
+    ("endless warmup", ["--warmup", "inf"], "--warmup should be finite"),
+    ("endless epochs", ["--epochs", "inf"], "--epochs should be finite"),
+    ("device without memory", ["--device", "meta"], "--device meta cannot be used"),
     ("no such device", ["--device", "nonsense"], "--device nonsense cannot be used"),
     ("missing data", ["--data", "{t}/nowhere"], "no such file or folder"),
     ("missing lines", ["--data", "{t}/nowhere.jsonl"], "no such file or folder"),
@@ -134,10 +139,14 @@ BAD = [
     ("too little data", ["--data", "{t}/short.txt"], "is too short"),
     ("line that is no JSON", ["--data", "{t}/bad.jsonl"], "line 2: not JSON"),
     ("line without completion", ["--data", "{t}/lacking.jsonl"], "line 3: expected an object"),
+    ("line of brackets", ["--data", "{t}/deep.jsonl"], "line 1: too many brackets"),
+    ("line with a long number", ["--data", "{t}/number.jsonl"], "line 1: Exceeds the limit"),
     ("one example", ["--data", "{t}/one.jsonl"], "1 distinct examples"),
     ("missing model", ["--model", "{t}/nowhere"], "no such folder"),
     ("model that is a file", ["--model", "{t}/short.txt"], "is a file"),
     ("folder that is no model", ["--model", "{t}/folder"], "without config.json"),
+    ("config that is a list", ["--model", "{t}/config: []"], "should hold a JSON object"),
+    ("quantized by a string", ["--model", '{t}/config: {{"quantization_config": "x"}}'], "should be a JSON object"),
     ("truncated weights", ["--model", "{t}/truncated"], "--model {t}/truncated"),
     ("foreign weights", ["--model", "{t}/foreign"], "--model {t}/foreign"),
     ("incomplete weights", ["--model", "{t}/incomplete"], "lacks 1 tensors"),
@@ -161,12 +170,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, model, capsys, argu
         "bad.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp\n',
         "lacking.jsonl": '{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n',
     }
+    files |= {"deep.jsonl": "[" * 200_000, "number.jsonl": '{"prompt": ' + "1" * 6000 + "}"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     for kind in ("truncated", "foreign", "incomplete", "not finite", "no tokenizer"):
         if any(kind in argument for argument in arguments):
             damaged(model, tmp_path / kind, kind)
     filled = [argument.format(t=tmp_path, m=model) for argument in arguments]
+    for folder in (tmp_path / name.split("/")[-1] for name in filled if "/config: " in name):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name.removeprefix("config: "))
     default = [] if "--model" in filled else ["--model", model]
     before = sorted(os.listdir(tmp_path))
     assert main(["finetune", *TINY, *default, "--out", str(tmp_path / "out"), *filled]) == 2
@@ -197,6 +210,31 @@ def test_bad_input_of_quantize(tmp_path, model, capsys, arguments, expected):
     assert error.count("\n") == 1
     assert os.listdir(tmp_path) == ["full"]
     assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("config.json", '{"quantization_config": "x"}', "quantization_config should be a JSON object"),
+        ("config.json", "[]", "should hold a JSON object"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}', "is not an index of safetensors files"),
+    ],
+)
+def test_quantize_refuses_odd_json(tmp_path, model, capsys, name, text, expected):
+    subprocess.run(["cp", "-r", model, str(tmp_path / "model")], check=True)
+    (tmp_path / "model" / name).write_text(text)
+    assert main(["quantize", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_a_quantization_config_of_null_is_none(tmp_path, model):
+    subprocess.run(["cp", "-r", model, str(tmp_path / "model")], check=True)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": None}))
+    out = str(tmp_path / "out")
+    assert main(["finetune", *TINY, "--model", str(tmp_path / "model"), "--out", out]) == 0
 
 
 def test_an_id_that_cannot_be_fetched(tmp_path, capsys, monkeypatch):

@@ -126,6 +126,12 @@ def test_a_pair_that_is_too_long_keeps_some_of_both(tmp_path):
         assert 8 <= prompt <= 24
 
 
+def test_a_byte_order_mark_and_half_a_character(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\ud800", "completion": "b"}')
+    assert data.read_pairs(str(path)) == [("a?", "b")]
+
+
 def test_byte_tokenizer_agrees_with_plain_bytes():
     text = "def f(x):\n\treturn 'é☃ \U0001f600'  # \x00\r\n"
     tokenizer = tiny.tokenizer()
@@ -410,6 +416,7 @@ def test_resume_refuses_another_run(run, tmp_path, monkeypatch, capsys, hf_folde
     for more, expected in (
         (("--lr", "0.5"), "--lr was 0.004 and is 0.5"),
         (("--rank", "2"), "--rank was 4 and is 2"),
+        (("--eval-tokens", "256"), "--eval-tokens was 512 and is 256"),
         (("--data", str(other)), "--data was None"),
         (("--model", hf_folder), "--model was tiny"),
     ):
@@ -446,10 +453,21 @@ def test_resume_without_or_with_a_damaged_checkpoint(run, tmp_path, monkeypatch,
         interrupt(patch, "qlora", 2)
         assert run() == 130
     path = tmp_path / "out" / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-1000])
-    capsys.readouterr()
-    assert run("--resume") == 2
-    assert "not a whole checkpoint" in capsys.readouterr().err
+    whole = path.read_bytes()
+    value = torch.load(path, weights_only=True)
+    next(iter(value["tensors"].values())).view(torch.int32)[0, 0] ^= 1
+    torch.save(value, path)
+    flipped = path.read_bytes()
+    torch.save({**value, "step": 1}, path)
+    for damaged in (whole[:-1000], b"", b"\x80\x02.", b"PK\x03\x04", flipped, path.read_bytes()):
+        path.write_bytes(damaged)
+        capsys.readouterr()
+        assert run("--resume") == 2
+        error = capsys.readouterr().err
+        assert "not a whole checkpoint" in error or "is damaged" in error
+        assert error.count("\n") == 1
+    path.write_bytes(whole)
+    assert run("--resume") == 0
 
 
 def test_kill_9_leaves_the_last_checkpoint_whole(run, tmp_path, cache):

@@ -179,9 +179,11 @@ def digest(model: nn.Module) -> str:
 
 
 def _is_four_bit(folder: str) -> bool:
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        return json.load(file).get("quantization_config", {}).get("quant_method") == "qlora_kernels"
-    return False
+    config = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and settings.get("quant_method") == "qlora_kernels"
 
 
 def _load_config(model: str):
@@ -205,8 +207,11 @@ def _check_device(device: str) -> None:
         InputError: for a device that is unknown, absent, or that this build has no kernels for.
     """
     try:
-        backends.of(torch.empty(1, device=device))
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.empty(1, device=device)
+        if probe.is_meta:
+            raise InputError(f"--device {device} cannot be used: it has no memory")
+        backends.of(probe)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device} cannot be used: {sentence(error)}") from None
 
 
@@ -219,6 +224,9 @@ def _check_place(model: str) -> None:
     if os.path.isdir(model):
         if not os.path.isfile(os.path.join(model, "config.json")):
             raise InputError(f"--model {model} is a folder without config.json; a Hugging Face model was expected")
+        from ..model_folder import read_config
+
+        read_config(model, "--model ")
     elif os.path.exists(model):
         raise InputError(f"--model {model} is a file; a Hugging Face folder or id was expected")
     elif model.startswith((".", "/", "~")) or model.count("/") > 1:

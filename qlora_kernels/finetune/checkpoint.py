@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
-import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .options import Options
 from .problems import InputError, sentence
 
 NAME = "checkpoint.pt"
-_FORMAT = "qlora_kernels.finetune/1"
+_FORMAT = "qlora_kernels.finetune/2"
 
 
 @dataclass
@@ -49,13 +49,17 @@ class Checkpoint:
     results: dict[str, Any] = field(default_factory=dict)
 
 
+_FIELDS = {f.name for f in fields(Checkpoint)}
+
+
 def path_in(out: str) -> str:
     return os.path.join(out, NAME)
 
 
 def save(checkpoint: Checkpoint, out: str) -> None:
     """Writes ``out/checkpoint.pt``, whole or not at all."""
-    save_torch({"format": _FORMAT, **vars(checkpoint)}, path_in(out))
+    value = dict(vars(checkpoint))
+    save_torch({"format": _FORMAT, "sha256": _digest(value), **value}, path_in(out))
 
 
 def sweep(out: str) -> None:
@@ -77,11 +81,38 @@ def load(out: str) -> Checkpoint:
         raise InputError(f"--resume: there is no {path}; {why}")
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of a damaged file the unpickler raises whatever its bytes happen to lead to
         raise InputError(f"--resume: {path} is not a whole checkpoint ({sentence(error)})") from None
-    if not isinstance(value, dict) or value.pop("format", None) != _FORMAT:
+    if not isinstance(value, dict) or value.pop("format", None) != _FORMAT or set(value) != _FIELDS | {"sha256"}:
         raise InputError(f"--resume: {path} is not a checkpoint of this command")
+    if value.pop("sha256") != _digest(value):
+        raise InputError(f"--resume: {path} is damaged: its contents do not have the digest that was written with them")
     return Checkpoint(**value)
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of everything in nested dicts and sequences, tensors byte for byte."""
+    result = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, torch.Tensor):
+            flat = part.detach().cpu().contiguous().flatten()
+            result.update(f"{part.dtype}{list(part.shape)}".encode())
+            result.update(flat.view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            result.update(f"{{{len(part)}".encode())
+            for key, inner in part.items():
+                result.update(f"{key!r}:".encode(errors="surrogatepass"))
+                add(inner)
+        elif isinstance(part, (list, tuple)):
+            result.update(f"[{len(part)}".encode())
+            for inner in part:
+                add(inner)
+        else:
+            result.update(f"{part!r},".encode(errors="surrogatepass"))
+
+    add(value)
+    return result.hexdigest()
 
 
 def check_same_run(checkpoint: Checkpoint, options: Options, identity: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .problems import InputError
+from .problems import InputError, sentence
 
 IGNORED = -100  # label of a position that does not count in the loss
 _HELD_OUT_CHUNKS = 4
@@ -40,9 +40,9 @@ def language_reference() -> list[str]:
 
 
 def read_text(path: str) -> str:
-    """A text file as UTF-8; bytes that are not are replaced."""
+    """A text file as UTF-8, with or without a byte order mark; bytes that are not are replaced."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             return file.read()
     except OSError as error:
         raise InputError(f"--data {path} cannot be read: {error.strerror}") from None
@@ -90,12 +90,18 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"--data {path}, line {number}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise InputError(f"--data {path}, line {number}: too many brackets in each other") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise InputError(f"--data {path}, line {number}: {sentence(error)}") from None
         texts = [row.get(key) if isinstance(row, dict) else None for key in ("prompt", "completion")]
         if not all(isinstance(text, str) for text in texts) or not texts[1]:
             raise InputError(
                 f"--data {path}, line {number}: expected an object with the strings 'prompt' and 'completion' "
                 "(not empty)"
             )
+        # JSON can spell half a surrogate pair, which is no character and which tokenizers refuse.
+        texts = [text.encode("utf-8", errors="replace").decode() for text in texts]
         pairs.append((texts[0], texts[1]))
     if not pairs:
         raise InputError(f"--data {path} is empty; lines with 'prompt' and 'completion' were expected")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -16,7 +17,8 @@ COMPUTE = ("auto", "bfloat16", "float32")
 _DECISIVE = (
     "model", "data", "held_out", "seq_len", "steps", "epochs", "batch_size", "grad_accum", "lr", "full_lr", "warmup",
     "schedule", "weight_decay", "max_grad_norm", "seed", "rank", "alpha", "lora_dropout", "rslora", "target_modules",
-    "double_quant", "compute", "compare", "device", "tiny_hidden", "tiny_layers", "tiny_seq_len", "pretrain_steps",
+    "double_quant", "compute", "compare", "device", "eval_tokens", "tiny_hidden", "tiny_layers",
+    "tiny_seq_len", "pretrain_steps",
 )  # fmt: skip
 
 
@@ -99,6 +101,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{_flag(name)} should be positive, found {value}")
+        for name in ("epochs", "lr", "full_lr", "alpha", "warmup", "weight_decay"):
+            if getattr(self, name) is not None and math.isinf(getattr(self, name)):
+                raise InputError(f"{_flag(name)} should be finite, found {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed should be at least 0 and less than 2**32, found {self.seed}")
         for name in ("warmup", "weight_decay", "max_grad_norm", "save_every", "sample_tokens"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{_flag(name)} should not be negative, found {getattr(self, name)}")
