@@ -502,6 +502,27 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, capsys):
     assert "the loss became" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "is_folder"),
+    [
+        ("adapter", False),
+        ("adapter/adapter_model.safetensors", True),
+        ("metrics.json", True),
+        ("loss.png", True),
+        ("checkpoint.pt", True),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_the_training(run, tmp_path, monkeypatch, capsys, name, is_folder):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.mkdir() if is_folder else path.write_text("mine")
+    monkeypatch.setattr(Trainer, "run", lambda *_: pytest.fail("training has begun"))
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert f"{path} cannot be written" in error
+    assert error.count("\n") == 1
+
+
 def test_options_refuse_nonsense():
     for field, value in (("rank", 0), ("steps", 0), ("lr", -1.0), ("held_out", 1.0), ("tiny_hidden", 65)):
         with pytest.raises(InputError, match=f"--{field.replace('_', '-')}"):

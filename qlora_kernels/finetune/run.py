@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import save_adapter
+from ..adapters import CONFIG_NAME, WEIGHTS_NAME, save_adapter
 from ..files import save_json
 from ..folders import new_folder
 from ..models import disable_adapters
@@ -102,7 +102,12 @@ class _Run:
         self.identity = {"data": str(self.data.summary["sha256"]), "activation type": str(self.source.dtype)}
         if resumed is not None:
             ckpt.check_same_run(resumed, options, self.identity)
-        with _writable(options.out), _writable(options.cache or options.out):
+        _check_targets(options.out, self.source.folder if options.is_tiny else None)
+        adapter = os.path.join(options.out, "adapter")
+        with contextlib.ExitStack() as stack:
+            for folder in (options.out, options.cache or options.out, adapter if os.path.isdir(adapter) else None):
+                if folder is not None:
+                    stack.enter_context(_writable(folder))
             self._phases(resumed)
 
     def _phases(self, resumed: ckpt.Checkpoint | None) -> None:
@@ -289,6 +294,23 @@ class _Run:
         for line in conclusions(results, libraries.start, method):
             print(line)
         print(f"Written: {', '.join(path.values())}. Took {metrics['seconds_this_call']:.0f} s.")
+
+
+def _check_targets(out: str, base: str | None) -> None:
+    """Finds now, not after the training, that something lies where a file or folder of the run has to go.
+
+    Raises:
+        InputError: naming it.
+    """
+    adapter = os.path.join(out, "adapter")
+    for folder in (adapter, base):
+        if folder is not None and os.path.lexists(folder) and not os.path.isdir(folder):
+            raise InputError(f"{folder} cannot be written: it should be a folder, and is a file")
+    files = [os.path.join(out, name) for name in ("metrics.json", "loss.png", ckpt.NAME)]
+    files += [os.path.join(adapter, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    for file in files:
+        if os.path.isdir(file):
+            raise InputError(f"{file} cannot be written: it should be a file, and is a folder")
 
 
 @contextlib.contextmanager
