@@ -245,7 +245,7 @@ def _check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
 
 def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Names of the layers to quantize, and of linear-like layers to leave alone with the reason."""
-    tied = _owners(model)
+    ties = _ties(model)
     names, left_alone, foreign = [], {}, ()
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
@@ -253,7 +253,7 @@ def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str],
             left_alone[name] = "a PEFT layer; quantize the model before adding adapters, or use qlora_kernels' own"
         if not _linear_like(module) or name.startswith(foreign or "\0"):
             continue
-        reason = _reason(name, module, tied, skip)
+        reason = _reason(name, module, ties, skip)
         if reason is None:
             names.append(name)
         else:
@@ -268,7 +268,7 @@ def _linear_like(module: nn.Module) -> bool:
     )
 
 
-def _reason(name: str, module: nn.Module, tied: dict, skip: str | Sequence[str]) -> str | None:
+def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str | Sequence[str]) -> str | None:
     """Why a linear-like layer stays as it is, or None."""
     if matches(name, skip):
         return "named in skip"
@@ -285,26 +285,39 @@ def _reason(name: str, module: nn.Module, tied: dict, skip: str | Sequence[str])
         return f"a weight in {weight.dtype}; float32, bfloat16 and float16 can be quantized"
     if weight.numel() == 0:
         return f"an empty weight, {list(weight.shape)}"
-    others = [other for other in tied[_identity(weight)] if other != f"{name}.weight"]
-    if others:
-        return f"its weight is tied to {', '.join(others)}"
+    for key in ("weight", "bias"):
+        if f"{name}.{key}" in ties:
+            return f"its {key} is tied to {', '.join(ties[f'{name}.{key}'])}"
     return None
 
 
-def _identity(parameter: nn.Parameter) -> tuple:
-    """The same for parameters that are one, or views of the same memory."""
+def _span(parameter: nn.Parameter) -> tuple[str, int, int]:
+    """Where a parameter's memory is: device, begin, end; without memory, a place of its own."""
     if parameter.is_meta or not parameter.numel():
-        return (id(parameter),)
-    return (parameter.device, parameter.data_ptr())
+        return f"no memory, {id(parameter)}", 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    begin = parameter.data_ptr()
+    return str(parameter.device), begin, begin + (last + 1) * parameter.element_size()
 
 
-def _owners(model: nn.Module) -> dict[tuple, list[str]]:
-    owners: dict[tuple, list[str]] = {}
+def _ties(model: nn.Module) -> dict[str, list[str]]:
+    """For each parameter those that share memory with it: the same one, or a view of the same memory or a part."""
+    names, spans = [], []
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(_identity(parameter), []).append(f"{name}.{key}" if name else key)
-    return owners
+                names.append(f"{name}.{key}" if name else key)
+                spans.append(_span(parameter))
+    order = sorted(range(len(names)), key=spans.__getitem__)
+    ties: dict[str, list[int]] = {}
+    for place, first in enumerate(order):
+        device, _, end = spans[first]
+        for second in order[place + 1 :]:
+            if spans[second][0] != device or spans[second][1] >= end:
+                break
+            ties.setdefault(names[first], []).append(second)
+            ties.setdefault(names[second], []).append(first)
+    return {name: [names[other] for other in sorted(others)] for name, others in ties.items()}
 
 
 def _targets(names: list[str], left_alone: dict[str, str], patterns: str | Sequence[str]) -> list[str]:

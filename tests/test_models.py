@@ -237,6 +237,24 @@ def test_tied_weights_are_left_alone():
     }
 
 
+def test_tied_biases_are_left_alone():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].bias = model[0].bias
+    assert quantize(model).left_alone == {"0": "its bias is tied to 1.bias", "1": "its bias is tied to 0.bias"}
+    assert model[1].bias is model[0].bias
+
+
+def test_views_into_another_parameter_are_left_alone():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    model.fused = nn.Parameter(torch.randn(128, 64))
+    model[0].weight = nn.Parameter(model.fused.detach()[:64])
+    model[1].weight = nn.Parameter(model.fused.detach()[64:])
+    assert quantize(model).left_alone == {"0": "its weight is tied to fused", "1": "its weight is tied to fused"}
+
+    del model.fused  # parts of one allocation that do not overlap are not tied
+    assert quantize(model).quantized == ["0", "1"]
+
+
 def test_a_module_in_two_places_is_swapped_in_both():
     shared = nn.Linear(64, 64)
     model = nn.ModuleDict({"a": nn.Sequential(shared, nn.Linear(64, 64)), "b": shared})
