@@ -73,7 +73,8 @@ def save_adapter(
 
     Raises:
         KeyError: when no layer has this adapter; the message lists the known.
-        ValueError: when the model is itself a QLinear, since PEFT has no name for such a layer.
+        ValueError: when the model is itself a QLinear, since PEFT has no name for such a layer, and when the adapter
+            holds NaN or infinity.
         OSError: when the folder cannot be made or written.
     """
     model = _unwrapped(model)
@@ -89,6 +90,9 @@ def save_adapter(
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A[adapter_name].detach().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B[adapter_name].detach().cpu()
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key} of adapter {adapter_name!r} holds NaN or infinity and is not saved")
 
     os.makedirs(folder, exist_ok=True)
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
@@ -245,7 +249,7 @@ def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         hint = f"; {other} is a pickle, save it again as safetensors" if os.path.exists(other) else ""
         raise FileNotFoundError(f"{weights_path}: no such file{hint}")
     tensors, metadata = load_safetensors(weights_path)
-    copy = json.loads(metadata[_COPY]) if _COPY in metadata else None
+    copy = _parse(metadata[_COPY], f"{weights_path}: the metadata {_COPY}") if _COPY in metadata else None
     if config is None and copy is None:
         raise FileNotFoundError(f"{config_path}: no such file; not an adapter's folder, or an incomplete one")
     if config is not None and copy is not None:
@@ -260,14 +264,21 @@ def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _read_config(path: str, strict: bool = True) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:  # json's and unicode's errors are ValueErrors
+        with open(path, "rb") as file:
+            return _parse(file.read(), path)
+    except ValueError:
         if not strict:
             return {}
-        raise ValueError(f"{path}: not an adapter configuration ({error})") from None
+        raise
+
+
+def _parse(text: str | bytes, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:  # json's and unicode's errors are ValueErrors
+        raise ValueError(f"{where}: not an adapter configuration ({error})") from None
     return config
 
 
@@ -292,20 +303,42 @@ def _check_config(config: Mapping[str, Any], folder: str) -> None:
     init = config.get("init_lora_weights")
     if init not in _PLAIN_INITS:
         raise ValueError(f"{path}: init_lora_weights = {init!r} changes the base weights; convert it to plain LoRA")
-    for key, kinds in (("r", int), ("lora_alpha", (int, float))):
-        if not isinstance(config.get(key), kinds) or isinstance(config.get(key), bool):
-            raise ValueError(f"{path}: {key} should be a number, found {config.get(key)!r}")
+    for key, whole in (("r", True), ("lora_alpha", False)):
+        if not _is_number(config.get(key), whole):
+            raise ValueError(f"{path}: {key} should be {_a_number(whole)}, found {config.get(key)!r}")
+    if config.get("lora_dropout") is not None and not _is_number(config["lora_dropout"]):
+        raise ValueError(f"{path}: lora_dropout should be a number, found {config['lora_dropout']!r}")
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise ValueError(f"{path}: use_rslora should be true or false, found {config['use_rslora']!r}")
     targets = config.get("target_modules")
+    if not (targets is None or isinstance(targets, str) or _is_names(targets)):
+        raise ValueError(f"{path}: target_modules should be a list of names or a regular expression, found {targets!r}")
     expressions = [targets] if isinstance(targets, str) else []
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(f"{path}: {key} should be an object, found {config[key]!r}")
-        expressions += config.get(key) or {}
+    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{path}: {key} should be an object, found {patterns!r}")
+        for expression, value in patterns.items():
+            if not _is_number(value, whole):
+                raise ValueError(f"{path}: {key}[{expression!r}] should be {_a_number(whole)}, found {value!r}")
+        expressions += patterns
     for expression in expressions:
         try:
             re.compile(expression)
         except re.error as error:
             raise ValueError(f"{path}: {expression!r} is not a regular expression ({error})") from None
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+
+
+def _a_number(whole: bool) -> str:
+    return "a whole number" if whole else "a number"
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _pair(tensors: Mapping[str, Tensor], folder: str) -> dict[str, dict[str, Tensor]]:

@@ -41,6 +41,14 @@ def _weights(function):
     return change
 
 
+def _copy(text):
+    def change(folder):
+        path = folder / "adapter_model.safetensors"
+        save_file(load_file(path), path, metadata={"format": "pt", "qlora_kernels.adapter_config": text})
+
+    return change
+
+
 def _text(name, text):
     return lambda folder: (folder / name).write_text(text)
 
@@ -92,10 +100,39 @@ BAD_FOLDERS = {
     "bias": (_config(bias="all"), ValueError, "bias = 'all' is not supported"),
     "modules": (_config(modules_to_save=["lm_head"]), ValueError, r"modules_to_save = \['lm_head'\] is not supported"),
     "pissa": (_config(init_lora_weights="pissa"), ValueError, "'pissa' changes the base weights"),
-    "no rank": (_config(r=None), ValueError, "r should be a number, found None"),
+    "no rank": (_config(r=None), ValueError, "r should be a whole number, found None"),
     "alpha text": (_config(lora_alpha="8"), ValueError, "lora_alpha should be a number, found '8'"),
     "alpha zero": (_config(lora_alpha=0), ValueError, r"q_proj: alpha should be positive"),
     "dropout": (_config(lora_dropout=1.0), ValueError, "dropout should be in"),
+    "dropout list": (
+        _config(lora_dropout=[1]),
+        ValueError,
+        r"config\.json: lora_dropout should be a number, found \[1\]",
+    ),
+    "alphas text": (
+        _config(alpha_pattern={"0": "y"}),
+        ValueError,
+        r"alpha_pattern\['0'\] should be a number, found 'y'",
+    ),
+    "alphas null": (
+        _config(alpha_pattern={"0": None}),
+        ValueError,
+        r"alpha_pattern\['0'\] should be a number, found None",
+    ),
+    "ranks": (
+        _config(rank_pattern={"0": 2.5}),
+        ValueError,
+        r"rank_pattern\['0'\] should be a whole number, found 2\.5",
+    ),
+    "rslora text": (_config(use_rslora="no"), ValueError, "use_rslora should be true or false, found 'no'"),
+    "targets number": (_config(target_modules=5), ValueError, "target_modules should be a list of names or .* found 5"),
+    "targets numbers": (
+        _config(target_modules=[1, 2]),
+        ValueError,
+        r"target_modules should be a list .* found \[1, 2\]",
+    ),
+    "copy list": (_copy("[1]"), ValueError, r"model\.safetensors: the metadata .*not a JSON object"),
+    "copy broken": (_copy("{"), ValueError, r"model\.safetensors: the metadata .*not an adapter configuration"),
     "pattern": (_config(rank_pattern=[1]), ValueError, "rank_pattern should be an object"),
     "bad pattern": (_config(alpha_pattern={"(": 1}), ValueError, r"'\(' is not a regular expression"),
     "bad target": (_config(target_modules="("), ValueError, r"'\(' is not a regular expression"),
@@ -162,6 +199,16 @@ def test_other_bad_input(saved, tmp_path):
         with pytest.raises(raised, match=message):
             call()
     assert_unchanged(model, before)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path, value):
+    model = quantized()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.lora_B["default"][3, 1] = value
+    with pytest.raises(ValueError, match=rf"{re.escape(Q0)}\.lora_B\.weight .* holds NaN or infinity"):
+        save_adapter(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
