@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .errors import missing_extra
 from .finetune.options import add_arguments, from_arguments
-from .finetune.problems import InputError, sentence
+from .finetune.problems import InputError, Interrupted, sentence
 from .version import __version__
 
 
@@ -84,15 +84,21 @@ def _finetune(namespace: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _quantize(namespace: argparse.Namespace, arguments: list[str]) -> int:
+    from .finetune.signals import StopSignal
     from .quantize_folder import parse_size, quantize_folder
 
-    report = quantize_folder(
-        namespace.model,
-        namespace.out,
-        double_quant=namespace.double_quant,
-        max_shard_size=parse_size(namespace.max_shard_size),
-        progress=not namespace.quiet,
-    )
+    with StopSignal():  # an exception for SIGTERM too, so that what was begun is removed
+        try:
+            report = quantize_folder(
+                namespace.model,
+                namespace.out,
+                double_quant=namespace.double_quant,
+                max_shard_size=parse_size(namespace.max_shard_size),
+                progress=not namespace.quiet,
+            )
+        except Interrupted as interrupted:
+            print("qlora-kernels quantize: interrupted", file=sys.stderr)
+            return 128 + interrupted.signum
     print(report)
     return 0
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 from .files import _sync_folder
@@ -14,7 +17,8 @@ from .files import _sync_folder
 def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
     """Calls ``write(temporary_folder)`` beside ``path``, syncs what it wrote, and renames it into place.
 
-    A kill leaves no ``path``; an exception leaves neither that nor the temporary folder.
+    A kill leaves no ``path``; an exception leaves neither that nor the temporary folder. What a killed writer of the
+    same ``path`` left is removed.
 
     Raises:
         FileExistsError: when ``path`` exists and is not an empty folder.
@@ -24,8 +28,12 @@ def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None
     parent = os.path.dirname(path)
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise FileExistsError(f"{path} exists already")
+    sweep_folders(parent, re.escape(os.path.basename(path)))
     temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", suffix=".part", dir=parent)
+    lock = os.open(temporary, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
@@ -39,7 +47,35 @@ def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     _sync_folder(parent)
+
+
+def sweep_folders(parent: str, name: str) -> None:
+    """Removes the temporary folders that killed writers left in ``parent``.
+
+    A writer holds a lock on its folder, and its death, however sudden, gives it up. Where the file system has no
+    locks, or the folder is too new for its writer to have locked it, nothing is removed.
+
+    Args:
+        parent: the folder to look in; need not exist.
+        name: regular expression of the names that they were to have.
+    """
+    pattern = re.compile(rf"\.{name}\.[a-z0-9_]{{8}}\.part")
+    with contextlib.suppress(OSError):
+        for found in filter(pattern.fullmatch, os.listdir(parent)):
+            folder = os.path.join(parent, found)
+            if os.path.islink(folder) or not os.path.isdir(folder):
+                continue
+            with contextlib.suppress(OSError):
+                lock = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.listdir(folder) or time.time() - os.fstat(lock).st_mtime > 60:
+                        shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)
 
 
 @contextlib.contextmanager

@@ -212,7 +212,11 @@ def test_the_adapter_on_disk_has_the_loss_that_was_reported(run, tmp_path):
     from qlora_kernels.finetune.base import Source, quantize
     from qlora_kernels.finetune.evaluate import held_out_loss
 
+    litter = tmp_path / "out" / "adapter" / ".adapter_model.safetensors.abcdefgh.part"  # of a killed write
+    litter.parent.mkdir(parents=True)
+    litter.write_text("")
     assert run() == 0
+    assert not litter.exists()
     found = metrics(tmp_path / "out")
     options = Options(**found["options"])
     source = Source(options)

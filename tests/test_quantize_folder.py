@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,7 +15,9 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qlora_kernels.cli import main
 from qlora_kernels.finetune.problems import InputError
+from qlora_kernels.folders import sweep_folders, write_folder_atomically
 from qlora_kernels.models import quantize_model
 from qlora_kernels.quantize_folder import load_quantized, parse_size, quantize_folder
 from qlora_kernels.safetensors_stream import Entry, Writer, read, read_header
@@ -239,6 +242,47 @@ def test_stream_writer_writes_what_the_library_reads(tmp_path):
         assert torch.equal(read(entry), tensors[name])
     with pytest.raises(ValueError, match="were not written"), Writer(path, {"a": Entry.like(torch.ones(1))}):
         pass
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_behind(tmp_path, monkeypatch, capsys, signum):
+    model = llama(tmp_path / "model")
+    capsys.readouterr()
+    monkeypatch.setattr("qlora_kernels.quantize_folder._write_group", lambda *_: os.kill(os.getpid(), signum))
+    assert main(["quantize", model, str(tmp_path / "new" / "out"), "--quiet"]) == 128 + signum
+    assert capsys.readouterr().err == "qlora-kernels quantize: interrupted\n"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_what_a_kill_left_is_swept_and_a_living_writers_folder_is_not(tmp_path):
+    model = llama(tmp_path / "model")
+    script = (
+        "import os, signal, sys\n"
+        "from qlora_kernels import quantize_folder as q\n"
+        "q._write_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "q.quantize_folder(sys.argv[1], sys.argv[2], progress=False)\n"
+    )
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", script, model, str(out)])
+    assert done.returncode == -signal.SIGKILL
+    others = [tmp_path / ".out.more.abcdefgh.part", tmp_path / ".out.part"]
+    for other in others:
+        other.mkdir()
+        (other / "file").write_text("mine")
+    [left] = set(tmp_path.glob(".out.????????.part"))
+    living = []
+
+    def write(folder):
+        (tmp_path / folder / "file").write_text("mine")
+        living.append(folder)
+        sweep_folders(str(tmp_path), "out")
+        assert os.path.isdir(folder)
+
+    write_folder_atomically(out, write)
+    assert living
+    assert not left.exists()
+    assert all(other.exists() for other in others)
+    assert (out / "file").exists()
 
 
 def test_sizes():

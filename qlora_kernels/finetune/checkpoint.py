@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..adapters import CONFIG_NAME, WEIGHTS_NAME
 from ..files import save_torch
 from .options import Options
 from .problems import InputError, sentence
@@ -63,9 +64,13 @@ def save(checkpoint: Checkpoint, out: str) -> None:
 
 
 def sweep(out: str) -> None:
-    """Removes what a kill in the middle of a write left beside the checkpoint."""
-    for part in glob.glob(os.path.join(glob.escape(out), f".{NAME}.*.part")):
-        os.unlink(part)
+    """Removes what a kill in the middle of a write left beside the checkpoint and the run's other files."""
+    adapter = os.path.join(out, "adapter")
+    places = [(out, name) for name in (NAME, "metrics.json", "loss.png")]
+    places += [(adapter, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    for folder, name in places:
+        for part in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.part")):
+            os.unlink(part)
 
 
 def load(out: str) -> Checkpoint:

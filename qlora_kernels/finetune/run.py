@@ -19,7 +19,7 @@ from torch import nn
 
 from ..adapters import CONFIG_NAME, WEIGHTS_NAME, save_adapter
 from ..files import save_json
-from ..folders import new_folder
+from ..folders import new_folder, sweep_folders
 from ..models import disable_adapters
 from ..skeleton import cast_parameters, recompute_activations
 from . import checkpoint as ckpt
@@ -114,6 +114,8 @@ class _Run:
         options = self.options
         self.results: dict[str, Any] = {} if resumed is None else resumed.results
         ckpt.sweep(options.out)
+        if options.is_tiny:
+            sweep_folders(os.path.dirname(self.source.folder), "tiny-base-[0-9a-f]+")
         self.trainer = Trainer(options, self.identity, self.stop, self.results, resumed)
         if resumed is None and os.path.exists(ckpt.path_in(options.out)):
             self.note(f"starting afresh; --resume would go on from the checkpoint that is in {options.out}")
