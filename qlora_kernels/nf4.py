@@ -11,6 +11,8 @@ import torch
 from . import ops
 from .errors import require
 
+_DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
 BLOCK_SIZE = 64  # weights per absmax
 NESTED_BLOCK_SIZE = 256  # absmax per nested_absmax
 
@@ -56,8 +58,32 @@ class NF4Weight:
         return self.packed.device
 
     @property
+    def is_meta(self) -> bool:
+        return self.packed.is_meta
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.packed.is_cuda
+
+    def is_floating_point(self) -> bool:
+        """Always True: it stands for a floating weight."""
+        return True
+
+    @property
     def ndim(self) -> int:
         return 2
+
+    @property
+    def grad(self) -> None:
+        """Always None, as of any frozen weight."""
+        return None
+
+    @property
+    def data(self) -> torch.Tensor:
+        raise RuntimeError(
+            "an NF4 weight is frozen and 4-bit and has no dense data; read dequantize(), and to change it quantize a "
+            "dense layer with QLinear.from_linear(linear)"
+        )
 
     @property
     def requires_grad(self) -> bool:
@@ -192,8 +218,12 @@ class NF4Weight:
             weight = cls.from_state_dict(tensors)
         except KeyError as error:
             raise ValueError(f"{os.fspath(path)}: {error.args[0]}") from None
-        name = (metadata or {}).get("dtype", "torch.float32").removeprefix("torch.")
-        return weight.to(device, getattr(torch, name, torch.float32))
+        name = metadata.get("dtype", "torch.float32")
+        if name not in _DTYPES:
+            raise ValueError(
+                f"{os.fspath(path)}: the dtype in the metadata should be one of {', '.join(_DTYPES)}, found {name!r}"
+            )
+        return weight.to(device, _DTYPES[name])
 
     def __repr__(self) -> str:
         return (

@@ -243,6 +243,36 @@ def test_files_that_are_not_weights(tmp_path):
         NF4Weight.load(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.parametrize("name", ["torch.nn", "torch.int32", "torch.nothing", "float32", ""])
+def test_a_file_with_another_dtype_is_refused(tmp_path, name):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weight.safetensors"
+    save_file(quantize(torch.randn(4, 64)).state_dict(), path, metadata={"dtype": name})
+    with pytest.raises(ValueError, match=rf"weight\.safetensors: the dtype .* torch\.float64, found '{name}'"):
+        NF4Weight.load(path)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_files_keep_the_dtype(tmp_path, dtype):
+    path = tmp_path / "weight.safetensors"
+    quantize(torch.randn(4, 64)).to(dtype).save(path)
+    assert NF4Weight.load(path).dtype == dtype
+
+
+def test_a_weight_can_be_inspected_like_a_frozen_parameter():
+    weight = quantize(torch.randn(4, 64))
+    assert weight.is_floating_point()
+    assert not weight.is_meta
+    assert not weight.is_cuda
+    assert weight.grad is None
+    assert weight.to("meta").is_meta
+    with pytest.raises(RuntimeError, match=r"frozen and 4-bit .* dequantize\(\).*from_linear"):
+        _ = weight.data
+    with pytest.raises((RuntimeError, AttributeError)):
+        weight.data = torch.zeros(4, 64)
+
+
 BAD_WEIGHTS = {
     "a list": ([[1.0]], TypeError, "tensor"),
     "integers": (torch.ones(2, 64, dtype=torch.int32), TypeError, "int32"),
