@@ -304,7 +304,8 @@ class QLinear(Adapters, nn.Linear):
             How far requantization moved the weight, and the outputs on ``probe``.
 
         Raises:
-            RuntimeError: when one is merged already, none is active, or adapters are disabled.
+            RuntimeError: when one is merged already, none is active, adapters are disabled, or the layer is on the
+                meta device.
             ValueError: when the adapter is not finite.
         """
         return merge(self, probe)

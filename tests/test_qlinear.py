@@ -276,3 +276,10 @@ def test_compiles_without_graph_breaks(dropout):
         results.append([y, x.grad, made.lora_A["default"].grad, made.lora_B["default"].grad, made.bias.grad])
     for eager, other in zip(*results, strict=True):
         assert torch.allclose(eager, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_without_data_cannot_be_merged():
+    made = QLinear(K, N, rank=4, device="meta")
+    with pytest.raises(RuntimeError, match="on the meta device and has no data to merge"):
+        made.merge()
+    assert made.merged_adapter_name is None
