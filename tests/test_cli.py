@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_kernels import __version__
+from qlora_kernels import __version__, cli
 from qlora_kernels.build_info import build_info
 from qlora_kernels.cli import main
 
@@ -252,6 +253,28 @@ def test_a_missing_package_is_named_before_anything_happens(tmp_path, model, cap
     assert main(["finetune", *TINY, "--model", model, "--out", str(tmp_path / "out")]) == 2
     assert f"needs the package '{package}': pip install 'qlora_kernels[finetune]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_threads_sleep_where_other_programs_use_the_cores(monkeypatch):
+    class Restarted(Exception):
+        pass
+
+    def execve(path, arguments, environment):
+        assert arguments == sys.orig_argv
+        raise Restarted(environment["OMP_WAIT_POLICY"])
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(sys, "argv", ["qlora-kernels", "finetune", "--rank", "0"])
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    assert 0 <= cli._free_cores() <= os.cpu_count()
+    monkeypatch.setattr(cli, "_free_cores", lambda: math.inf)
+    assert main() == 2
+    monkeypatch.setattr(cli, "_free_cores", lambda: 0.0)
+    with pytest.raises(Restarted, match="passive"):
+        main()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # what the user says, holds; and no restart without end
+    assert main() == 2
 
 
 def test_unknown_flags_are_argparse_errors():
