@@ -13,7 +13,7 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 // packed, absmax, absmax_code, nested_absmax, nested_table, nested_offset, n, k
-using Weight = std::tuple<Address, Address, Address, Address, Address, float, int64_t, int64_t>;
+using Weight = std::tuple<Address, Address, Address, Address, Address, Address, int64_t, int64_t>;
 
 namespace {
 
@@ -28,7 +28,7 @@ qlk::WeightView weight_view(const Weight& w) {
             at<const uint8_t>(std::get<2>(w)),
             at<const float>(std::get<3>(w)),
             at<const float>(std::get<4>(w)),
-            std::get<5>(w),
+            at<const float>(std::get<5>(w)),
             std::get<6>(w),
             std::get<7>(w)};
 }

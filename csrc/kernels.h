@@ -19,7 +19,7 @@ struct WeightView {
     const uint8_t* absmax_code;  // [blocks] or null
     const float* nested_absmax;  // [(blocks + 255) / 256]
     const float* nested_table;   // [256]
-    float nested_offset;
+    const float* nested_offset;  // [1]
     int64_t n;
     int64_t k;
 };

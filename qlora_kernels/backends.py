@@ -51,14 +51,14 @@ def _pointer(tensor: Tensor | None) -> int:
 def _weight(pieces: tuple[Tensor | None, ...], n: int, k: int) -> tuple:
     packed, absmax, nested_absmax, nested_offset, nested_table = pieces
     if nested_absmax is None:
-        return (packed.data_ptr(), absmax.data_ptr(), 0, 0, 0, 0.0, n, k)
+        return (packed.data_ptr(), absmax.data_ptr(), 0, 0, 0, 0, n, k)
     return (
         packed.data_ptr(),
         0,
         absmax.data_ptr(),
         nested_absmax.data_ptr(),
         nested_table.data_ptr(),
-        nested_offset.item(),
+        nested_offset.data_ptr(),
         n,
         k,
     )

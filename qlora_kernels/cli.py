@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from .errors import missing_extra
+from .errors import InputError, missing_extra, sentence
 from .finetune.options import add_arguments, from_arguments
-from .finetune.problems import InputError, Interrupted, sentence
+from .signals import Interrupted, StopSignal
 from .version import __version__
 
 
@@ -122,7 +122,6 @@ def _finetune(namespace: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _quantize(namespace: argparse.Namespace, arguments: list[str]) -> int:
-    from .finetune.signals import StopSignal
     from .quantize_folder import parse_size, quantize_folder
 
     with StopSignal():  # an exception for SIGTERM too, so that what was begun is removed

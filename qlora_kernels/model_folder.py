@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import Any
 
-from .finetune.problems import InputError
+from .errors import InputError
 from .safetensors_stream import Entry, read_header
 
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .finetune.problems import InputError, readable
+from .errors import InputError, readable
 from .folders import new_folder, write_folder_atomically
 from .model_folder import INDEX, copy_other_files, read_config, read_entries
 from .models import QuantizeReport, qlora_layers, quantize_model

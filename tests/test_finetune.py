@@ -20,10 +20,10 @@ pytest.importorskip("transformers")
 
 from qlora_kernels import finetune
 from qlora_kernels.cli import main
+from qlora_kernels.errors import InputError
 from qlora_kernels.finetune import data, lora16, memory, tiny
 from qlora_kernels.finetune import run as run_module
 from qlora_kernels.finetune.options import Options
-from qlora_kernels.finetune.problems import InputError
 from qlora_kernels.finetune.train import Trainer, learning_rate
 from qlora_kernels.quantize_folder import quantize_folder
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qlora_kernels.cli import main
-from qlora_kernels.finetune.problems import InputError
+from qlora_kernels.errors import InputError
 from qlora_kernels.folders import sweep_folders, write_folder_atomically
 from qlora_kernels.models import quantize_model
 from qlora_kernels.quantize_folder import load_quantized, parse_size, quantize_folder

@@ -14,6 +14,7 @@ QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count,
         std::memcpy(out, w.absmax + first, count * sizeof(float));
         return;
     }
+    const float offset = *w.nested_offset;
     int64_t i = 0;
     while (i < count) {
         const int64_t group = (first + i) / kNestedBlock;
@@ -26,10 +27,10 @@ QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count,
             const __m128i code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.absmax_code + first + i));
             const __m512 entry = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(code), w.nested_table, 4);
             const __m512 product = _mm512_mul_ps(entry, _mm512_set1_ps(nested));
-            _mm512_storeu_ps(out + i, _mm512_add_ps(product, _mm512_set1_ps(w.nested_offset)));
+            _mm512_storeu_ps(out + i, _mm512_add_ps(product, _mm512_set1_ps(offset)));
         }
 #endif
-        for (; i < end; ++i) out[i] = w.nested_table[w.absmax_code[first + i]] * nested + w.nested_offset;
+        for (; i < end; ++i) out[i] = w.nested_table[w.absmax_code[first + i]] * nested + offset;
     }
 }
 

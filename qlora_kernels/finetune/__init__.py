@@ -5,6 +5,5 @@ nothing here loads transformers until a run needs it.
 """
 
 from .options import Options
-from .problems import InputError, Interrupted
 
-__all__ = ["InputError", "Interrupted", "Options"]
+__all__ = ["Options"]

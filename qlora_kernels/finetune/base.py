@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from .. import backends
+from ..errors import InputError, readable, sentence
 from ..models import QuantizeReport, qlora_layers, quantize_model
 from ..skeleton import cast_parameters, dtype_argument, skeleton, skipped
 from . import tiny
 from .lora16 import share_initial_values
 from .options import Options
-from .problems import InputError, readable, sentence
 from .quiet import quiet_transformers
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..adapters import CONFIG_NAME, WEIGHTS_NAME
+from ..errors import InputError, sentence
 from ..files import save_torch
 from .options import Options
-from .problems import InputError, sentence
 
 NAME = "checkpoint.pt"
 _FORMAT = "qlora_kernels.finetune/2"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .problems import InputError, sentence
+from ..errors import InputError, sentence
 
 IGNORED = -100  # label of a position that does not count in the loss
 _HELD_OUT_CHUNKS = 4

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .problems import InputError
+from ..errors import InputError
 
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE = ("auto", "bfloat16", "float32")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..build_info import build_info
 from ..models import QuantizeReport, qlora_layers
 from ..version import __version__
 
@@ -109,9 +113,28 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
     }
+
+
+def machine() -> dict[str, Any]:
+    """What the run's times were measured on."""
+    info = build_info()
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels": info.get("isa_in_use"),
+        "gpus": info["gpus"],
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _bytes(count: int) -> str:

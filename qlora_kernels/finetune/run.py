@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from ..adapters import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from ..errors import InputError
 from ..files import save_json
 from ..folders import new_folder, sweep_folders
 from ..models import disable_adapters
+from ..signals import Interrupted, StopSignal
 from ..skeleton import cast_parameters, recompute_activations
 from . import checkpoint as ckpt
 from . import tiny
@@ -31,9 +33,7 @@ from .lora16 import add_lora
 from .memory import PeakMemory
 from .options import Options
 from .plot import plot_losses
-from .problems import InputError, Interrupted
-from .report import TITLES, conclusions, recovery, sizes, table, versions
-from .signals import StopSignal
+from .report import TITLES, conclusions, machine, recovery, sizes, table, versions
 from .train import Phase, Trained, Trainer, trainable
 
 
@@ -272,6 +272,7 @@ class _Run:
         metrics = {
             "options": vars(options),
             "versions": versions(),
+            "machine": machine(),
             "model": self.source.folder,
             "activations": str(self.source.dtype),
             "data": self.data.summary,

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..folders import write_folder_atomically
 from .data import Windows
 from .options import Options
-from .problems import InputError
 from .quiet import quiet_transformers
 from .train import Phase, Trainer
 

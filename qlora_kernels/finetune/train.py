@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import InputError
+from ..signals import Interrupted, StopSignal
 from . import checkpoint as ckpt
 from .data import IGNORED, Batch, Pairs, Windows
 from .options import Options
-from .problems import InputError, Interrupted
-from .signals import StopSignal
 
 _LEAST_STEPS = 24  # in a phase with a time limit, however slow the machine
 _REFIT_EVERY = 12  # steps after which the number of steps is fitted to the time limit anew

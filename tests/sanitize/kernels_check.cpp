@@ -116,7 +116,7 @@ class Buffers {
             view.absmax_code = input(w.absmax_code);
             view.nested_absmax = input(w.nested_absmax);
             view.nested_table = input(w.nested_table);
-            view.nested_offset = w.nested_offset;
+            view.nested_offset = &w.nested_offset;
         } else {
             view.absmax = input(w.absmax);
         }

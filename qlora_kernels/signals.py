@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: wait for the step in progress, save, and say how to go on."""
+"""Ctrl-C and SIGTERM: let the work in progress come to a good end, then say so."""
 
 from __future__ import annotations
 
@@ -8,9 +8,21 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from .problems import Interrupted
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop. Not an Exception, so that no handler of errors swallows it.
+
+    Attributes:
+        signum: the signal.
+        note: what was saved, for the message to the user.
+    """
+
+    def __init__(self, signum: int, note: str = "") -> None:
+        super().__init__(note)
+        self.signum = signum
+        self.note = note
 
 
 class StopSignal:
