@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and options.command == "finetune":
         _restart_if_cores_are_busy()
     try:
+        _check_instruction_set()
         return options.run(options, arguments)
     except InputError as error:
         print(f"qlora-kernels {options.command}: {sentence(error)}", file=sys.stderr)
@@ -42,6 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qlora-kernels {options.command}: interrupted", file=sys.stderr)
         return 130
     return 2
+
+
+def _check_instruction_set() -> None:
+    """Finds at once that QLORA_KERNELS_CPU_ISA asks for what is not there; every call of a kernel would.
+
+    Raises:
+        InputError: naming the instruction sets that can be had.
+    """
+    if not os.environ.get("QLORA_KERNELS_CPU_ISA"):
+        return
+    from . import backends
+
+    with contextlib.suppress(ImportError):  # 'info' says that the extension is missing, and the others stop at it
+        try:
+            backends.native().build_info()
+        except RuntimeError as error:
+            # Without the place in the source and the expression, which the extension's errors carry.
+            raise InputError(re.sub(r"^\S+:\d+: | \(failed: .*\)$", "", sentence(error))) from None
 
 
 def _restart_if_cores_are_busy() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from .skeleton import cast_parameters, config_dtype, skeleton, skipped
 from .version import __version__
 
 METHOD = "qlora_kernels"
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}  # any case
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,20 @@ class FolderReport:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "2GB", "500MB" or "1GiB".
+    """Bytes of a size such as "2GB", "500MB" or "1GiB", at least one.
 
     Raises:
-        InputError: for anything else.
+        InputError: for anything else; the sentence says what is taken.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]) > 0:
-        raise InputError(f"--max-shard-size should be a size such as 2GB or 500MB, found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS.get(match[2].upper(), math.nan) if match else math.nan
+    if not 1 <= size < math.inf:
+        units = ", ".join(unit for unit in _UNITS if unit)
+        raise InputError(
+            f"--max-shard-size should be a size of at least one byte, such as 2GB, 500MB or 1.5GiB (units: {units}; "
+            f"none for bytes), found {text!r}"
+        )
+    return int(size)
 
 
 def quantize_folder(
@@ -91,9 +97,11 @@ def quantize_folder(
         progress: show a bar.
 
     Raises:
-        InputError: for a model that is missing, damaged, 4-bit already or not finite, and for an ``out`` that holds
-            something or cannot be written.
+        InputError: for a model that is missing, damaged, 4-bit already or not finite, for an ``out`` that holds
+            something or cannot be written, and for a ``max_shard_size`` below 1.
     """
+    if not max_shard_size >= 1:
+        raise InputError(f"max_shard_size should be at least 1 byte, found {max_shard_size}")
     model, out = os.fspath(model), os.path.abspath(os.fspath(out))
     config = read_config(model)
     if config.get("quantization_config"):

@@ -91,6 +91,24 @@ def test_info(capsys):
     assert set(info["isas_available"]) <= set(info["isas_built"])
 
 
+@pytest.mark.parametrize(
+    "arguments", [["info"], ["info", "--json"], ["quantize", "{m}", "{t}/out"], ["finetune", *TINY, "--out", "{t}/out"]]
+)
+def test_an_instruction_set_that_is_not_there(tmp_path, model, capsys, monkeypatch, arguments):
+    monkeypatch.setenv("QLORA_KERNELS_CPU_ISA", "nonsense")
+    command = [argument.format(t=tmp_path, m=model) for argument in arguments]
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(
+        f"qlora-kernels {command[0]}: QLORA_KERNELS_CPU_ISA=nonsense is not to be had here; built in: "
+    )
+    assert captured.err.count("\n") == 1
+    assert "portable" in captured.err
+    assert ".cpp" not in captured.err
+    assert captured.out == ""
+    assert os.listdir(tmp_path) == []
+
+
 def test_info_without_the_extension(capsys, monkeypatch):
     from qlora_kernels import backends
 
@@ -199,6 +217,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, model, capsys, argu
         (["{m}", "{t}/full"], "exists already"),
         (["{m}", "{t}/full/file/out"], "cannot be written"),
         (["{m}", "{t}/out", "--max-shard-size", "huge"], "--max-shard-size should be a size"),
+        (["{m}", "{t}/out", "--max-shard-size", "0.1"], "--max-shard-size should be a size"),
     ],
 )
 def test_bad_input_of_quantize(tmp_path, model, capsys, arguments, expected):

@@ -288,6 +288,14 @@ def test_what_a_kill_left_is_swept_and_a_living_writers_folder_is_not(tmp_path):
 def test_sizes():
     assert parse_size("2GB") == 2 * 10**9
     assert parse_size("1.5 MiB") == 3 << 19
-    for text in ("", "two", "-1GB", "0", "3XB"):
-        with pytest.raises(InputError, match="max-shard-size"):
+    assert parse_size("1") == parse_size("0.001kB") == 1
+    for text in ("", "two", "-1GB", "0", "0.0GB", "3XB", "0.1", "0.9B", "0.0000001MiB", "1e3", "9" * 400):
+        with pytest.raises(InputError, match=r"max-shard-size .* such as 2GB, 500MB or 1\.5GiB"):
             parse_size(text)
+
+
+@pytest.mark.parametrize("size", [0, -1, 0.1, float("nan")])
+def test_a_shard_of_no_bytes_is_refused(tmp_path, size):
+    with pytest.raises(InputError, match="max_shard_size should be at least 1 byte"):
+        quantize_folder(llama(tmp_path / "model"), tmp_path / "out", progress=False, max_shard_size=size)
+    assert os.listdir(tmp_path) == ["model"]
