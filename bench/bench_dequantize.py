@@ -1,4 +1,4 @@
-"""dequantize: NF4 with double quantization to a new bf16 tensor."""
+"""dequantize: NF4 with double quantization to bf16, into a new tensor and into one that is there already."""
 
 from __future__ import annotations
 
@@ -51,10 +51,64 @@ def case(lab: Lab) -> Case:
     return Case("dequantize", "dequantize to bf16", None, None, contenders)
 
 
+def case_out(lab: Lab) -> Case:
+    """The same into a given tensor, one for each copy of the weight: memory that has been touched before."""
+    written = 2 * lab.settings.n * lab.settings.k
+
+    def given() -> list[torch.Tensor]:
+        return [torch.zeros(lab.settings.n, lab.settings.k, dtype=torch.bfloat16) for _ in range(lab.settings.copies)]
+
+    def ours() -> Ready:
+        weights, out = lab.ours, given()
+        return Ready(
+            lambda i: weights[i].dequantize(torch.bfloat16, out=out[i]),
+            lambda result: relative_error(result, lab.exact("ours")),
+            LIMIT,
+            written + lab.bytes_of("ours"),
+        )
+
+    def bnb() -> Ready:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weights, out = lab.bnb, given()
+
+        def call(i: int) -> torch.Tensor:
+            try:
+                dequantize_4bit(weights[i][0], weights[i][1], out=out[i])
+            except NotImplementedError:  # torch's reason fills a paragraph
+                raise NotImplementedError("no out= on the CPU") from None
+            return out[i]
+
+        return Ready(
+            call,
+            lambda result: relative_error(result, lab.exact("bnb")),
+            LIMIT,
+            written + lab.bytes_of("bnb"),
+        )
+
+    def copy() -> Ready:
+        weights, out = lab.dense, given()
+        return Ready(
+            lambda i: out[i].copy_(weights[i]),
+            lambda result: relative_error(result, lab.exact("ours")),
+            LIMIT,
+            2 * written,
+        )
+
+    contenders = [Contender(OURS, ours), Contender(BNB, bnb), Contender(COPY, copy)]
+    return Case("dequantize_out", "dequantize to bf16 into a given tensor", None, None, contenders)
+
+
 def cases(lab: Lab) -> Iterator[Case]:
     yield case(lab)
+    yield case_out(lab)
 
 
 @pytest.mark.benchmark(group="quantize and dequantize", timer=CLOCK)
 def test_dequantize(benchmark, lab, results):
     results.append(run_under_pytest(benchmark, case(lab), lab.settings))
+
+
+@pytest.mark.benchmark(group="quantize and dequantize", timer=CLOCK)
+def test_dequantize_out(benchmark, lab, results):
+    results.append(run_under_pytest(benchmark, case_out(lab), lab.settings))

@@ -114,12 +114,18 @@ class CPU:
 
     @staticmethod
     def dequantize(pieces, n: int, k: int, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
-        stored = torch.float32 if dtype == torch.float64 else dtype
-        out = torch.empty((row_end - row_begin, k), dtype=stored)
+        out = torch.empty((row_end - row_begin, k), dtype=dtype)
+        CPU.dequantize_out(pieces, n, k, row_begin, row_end, out)
+        return out
+
+    @staticmethod
+    def dequantize_out(pieces, n: int, k: int, row_begin: int, row_end: int, out: Tensor) -> None:
+        if out.dtype == torch.float64:
+            out.copy_(CPU.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
+            return
         native().dequantize(
-            _weight(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[stored], torch.get_num_threads()
+            _weight(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], torch.get_num_threads()
         )
-        return out.to(dtype)
 
     @staticmethod
     def linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):

@@ -135,7 +135,12 @@ class NF4Weight:
         return 8 * self.nbytes / max(self.numel(), 1)
 
     def dequantize(
-        self, dtype: torch.dtype | None = None, *, row_begin: int = 0, row_end: int | None = None
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        row_begin: int = 0,
+        row_end: int | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The weight, or rows [row_begin, row_end) of it, as a dense tensor.
 
@@ -146,18 +151,32 @@ class NF4Weight:
             dtype: float32, bfloat16, float16 or float64; by default :attr:`dtype`.
             row_begin: first row.
             row_end: one past the last row; by default N.
+            out: a contiguous tensor [row_end - row_begin, K] of that dtype, on the weight's device, to be filled and
+                returned. A new tensor costs its first use of fresh memory, which can take longer than the decoding;
+                one that is used again does not.
 
         Returns:
             Tensor [row_end - row_begin, K].
 
         Raises:
-            TypeError: for another dtype.
-            ValueError: for a range outside [0, N].
+            TypeError: for another dtype, or an ``out`` of another dtype.
+            ValueError: for a range outside [0, N], or an ``out`` of another shape or device, that is not contiguous,
+                or shares memory with the weight.
+            RuntimeError: for an ``out`` that asks for a gradient.
         """
         rows, columns = self.shape
         end = rows if row_end is None else row_end
         dtype = self.dtype if dtype is None else dtype
-        return ops.dequantize(*self.pieces, rows, columns, dtype, row_begin, end)
+        if out is None:
+            return ops.dequantize(*self.pieces, rows, columns, dtype, row_begin, end)
+        require(isinstance(out, torch.Tensor), TypeError, f"out should be a tensor, found {type(out).__name__}")
+        require(
+            out.dtype == dtype,
+            TypeError,
+            f"out should be {dtype}, the dtype of the result, found {out.dtype}; for the latter, ask for that dtype",
+        )
+        ops.dequantize_out(*self.pieces, rows, columns, row_begin, end, out)
+        return out
 
     def to(self, *args, **kwargs) -> NF4Weight:
         """A copy on another device (``.to(device)``), with another default dtype (``.to(dtype)``), or both.
@@ -286,6 +305,6 @@ def quantize(
     return NF4Weight(packed, absmax, nested_absmax, nested_offset, nested_table, weight.shape, weight.dtype)
 
 
-def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> torch.Tensor:
+def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """The dense weight; see :meth:`NF4Weight.dequantize`."""
-    return weight.dequantize(dtype)
+    return weight.dequantize(dtype, out=out)

@@ -1,8 +1,9 @@
 """The operations: schema, checks and fake implementation together. Below this file there are only pointers and sizes.
 
 Five operations, each under one name on every floor: ``quantize``, ``quantize_absmax``, ``dequantize``,
-``linear_forward`` and ``linear_backward``, all in ``torch.ops.qlora_kernels``. A quantized weight travels as its five
-pieces (see :class:`qlora_kernels.NF4Weight`).
+``linear_forward`` and ``linear_backward``, all in ``torch.ops.qlora_kernels``; ``dequantize_out`` is ``dequantize``
+into a tensor that the caller has. A quantized weight travels as its five pieces (see
+:class:`qlora_kernels.NF4Weight`).
 """
 
 from __future__ import annotations
@@ -214,6 +215,53 @@ def _dequantize(
 def _dequantize_fake(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, dtype, row_begin, row_end):
     _check_dequantize((packed, absmax, nested_absmax, nested_offset, nested_table), n, k, dtype, row_begin, row_end)
     return packed.new_empty((row_end - row_begin, k), dtype=dtype)
+
+
+_library.define(
+    f"dequantize_out({_WEIGHT}, SymInt n, SymInt k, SymInt row_begin, SymInt row_end, Tensor(a!) out) -> ()",
+    tags=_TAGS,
+)
+
+
+def _check_dequantize_out(pieces, n, k, row_begin, row_end, out) -> None:
+    _check_dequantize(pieces, n, k, out.dtype, row_begin, row_end)
+    shape = [row_end - row_begin, k]
+    require(list(out.shape) == shape, ValueError, f"out should be {shape}, found {list(out.shape)}")
+    device = pieces[0].device
+    require(out.device == device, ValueError, f"out is on {out.device}, but the weight on {device}")
+    require(out.is_contiguous(), ValueError, "out should be contiguous")
+    require(
+        not out.requires_grad,
+        RuntimeError,
+        "out asks for a gradient, which a dequantized weight has none of; give out.detach()",
+    )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First address, and one past the last, of a contiguous tensor."""
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.numel() * tensor.element_size()
+
+
+def _dequantize_out(
+    packed, absmax, nested_absmax, nested_offset, nested_table, n: int, k: int, row_begin: int, row_end: int, out
+) -> None:
+    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
+    _check_dequantize_out(pieces, n, k, row_begin, row_end, out)
+    begin, end = _span(out)
+    for piece in pieces:
+        if piece is not None:
+            first, last = _span(piece)
+            require(end <= first or last <= begin, ValueError, "out shares memory with the weight that it is to hold")
+    backends.of(packed).dequantize_out(pieces, n, k, row_begin, row_end, out)
+    # What torch's own operations do: backward then refuses a tensor that it saved and that has changed since.
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
+@torch.library.register_fake("qlora_kernels::dequantize_out", lib=_library)
+def _dequantize_out_fake(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, row_begin, row_end, out):
+    _check_dequantize_out((packed, absmax, nested_absmax, nested_offset, nested_table), n, k, row_begin, row_end, out)
 
 
 # ---------------------------------------------------------------------------------------------- linear_forward
@@ -430,6 +478,7 @@ for _name, _function in (
     ("quantize", _quantize),
     ("quantize_absmax", _quantize_absmax),
     ("dequantize", _dequantize),
+    ("dequantize_out", _dequantize_out),
     ("linear_forward", _linear_forward),
     ("linear_backward", _linear_backward),
 ):
@@ -439,6 +488,7 @@ for _name, _function in (
 quantize = torch.ops.qlora_kernels.quantize.default
 quantize_absmax = torch.ops.qlora_kernels.quantize_absmax.default
 dequantize = torch.ops.qlora_kernels.dequantize.default
+dequantize_out = torch.ops.qlora_kernels.dequantize_out.default
 linear_forward = torch.ops.qlora_kernels.linear_forward.default
 linear_backward = torch.ops.qlora_kernels.linear_backward.default
 

@@ -208,6 +208,15 @@ def test_tiny_run_measures_every_case(tiny):
     assert "M = 2048" in tables.terminal(tiny)
 
 
+def test_dequantizing_into_a_given_tensor_is_a_row_of_its_own(tiny):
+    """And no bar's: those are for a new tensor."""
+    given = [c["contenders"][0] for c in tiny["cases"] if c["operation"] == "dequantize_out"]
+    assert len(given) == 1
+    assert given[0]["error"] < 0.003
+    assert not [bar for bar in BARS if bar.operation == "dequantize_out"]
+    assert "| dequantize to bf16 into a given tensor | **" in tables.markdown(tiny, "x.json")
+
+
 def test_command_writes_a_result_and_a_plot(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "run", lambda settings, retries: tiny)
     assert run.main(["--out", str(tmp_path / "new" / "cpu-x.json"), "--size", "256"]) == 0

@@ -228,6 +228,7 @@ def test_opcheck():
         torch.library.opcheck(ops.quantize, (dense,))
         torch.library.opcheck(ops.quantize_absmax, (torch.rand(300), ops.default_nested_table()))
         torch.library.opcheck(ops.dequantize, (*weight.pieces, 6, 64, x.dtype, 1, 5))
+        torch.library.opcheck(ops.dequantize_out, (*weight.pieces, 6, 64, 1, 5, torch.empty(4, 64, dtype=x.dtype)))
         for requires_grad in (False, True):
             leaves = [t.clone().requires_grad_(requires_grad) for t in (x, bias, A, B)]
             torch.library.opcheck(
