@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import load_safetensors, save_json, save_safetensors, write_atomically
+from .files import load_json, load_safetensors, parse_json, save_json, save_safetensors, write_atomically
 from .lora import AdapterConfig
 from .models import matches, qlora_layers
 from .qlinear import QLinear
+from .safetensors_stream import read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -97,8 +98,7 @@ def save_adapter(
     os.makedirs(folder, exist_ok=True)
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
     # A configuration that the new weights contradict goes before they come: the old weights carry a copy of it.
-    obsolete = os.path.exists(config_path) and _differences(config, _read_config(config_path, strict=False))
-    obsolete = obsolete and _carries_copy(weights_path)
+    obsolete = os.path.exists(config_path) and _carries_copy(weights_path) and _contradicts(config_path, config)
 
     def write(temporary: str) -> None:
         save_safetensors(tensors, temporary, metadata={"format": "pt", _COPY: json.dumps(config)})
@@ -215,9 +215,16 @@ def _describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, bas
 
 def _carries_copy(path: str) -> bool:
     try:
-        return _COPY in load_safetensors(path)[1]
+        return _COPY in read_header(path)[1]
     except (FileNotFoundError, ValueError):
         return False
+
+
+def _contradicts(path: str, config: Mapping[str, Any]) -> bool:
+    try:
+        return bool(_differences(config, load_json(path)))
+    except ValueError:
+        return True
 
 
 def _target_modules(model: nn.Module, layers: list[str]) -> list[str] | str:
@@ -243,13 +250,13 @@ def _number(value: float) -> float | int:
 def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights that belong together."""
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
-    config = _read_config(config_path) if os.path.exists(config_path) else None
+    config = load_json(config_path) if os.path.exists(config_path) else None
     if not os.path.exists(weights_path):
         other = os.path.join(folder, "adapter_model.bin")
         hint = f"; {other} is a pickle, save it again as safetensors" if os.path.exists(other) else ""
         raise FileNotFoundError(f"{weights_path}: no such file{hint}")
     tensors, metadata = load_safetensors(weights_path)
-    copy = _parse(metadata[_COPY], f"{weights_path}: the metadata {_COPY}") if _COPY in metadata else None
+    copy = parse_json(metadata[_COPY], f"{weights_path}: the metadata {_COPY}") if _COPY in metadata else None
     if config is None and copy is None:
         raise FileNotFoundError(f"{config_path}: no such file; not an adapter's folder, or an incomplete one")
     if config is not None and copy is not None:
@@ -260,26 +267,6 @@ def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"interrupted, or one was edited. Remove {CONFIG_NAME} to go by the copy that the weights carry"
             )
     return config if config is not None else copy, tensors
-
-
-def _read_config(path: str, strict: bool = True) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            return _parse(file.read(), path)
-    except ValueError:
-        if not strict:
-            return {}
-        raise
-
-
-def _parse(text: str | bytes, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, RecursionError) as error:  # json's and unicode's errors are ValueErrors
-        raise ValueError(f"{where}: not an adapter configuration ({error})") from None
-    return config
 
 
 def _differences(copy: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

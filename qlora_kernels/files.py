@@ -5,21 +5,40 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from .errors import missing_extra
+from .errors import missing_extra, sentence
+from .safetensors_stream import read, read_header
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_beside(path: str, make: Callable[[str], None]) -> str:
+    """Calls ``make``, which creates a file or folder and fails if there is one, with a hidden name beside ``path``.
+
+    tempfile would do the same, but keeps what it makes from everybody else; here the process's umask decides, as it
+    does for any new file. To ask for the umask one has to set it, which other threads would notice.
+
+    Returns:
+        ``.NAME.xxxxxxxx.part`` beside ``path``.
+    """
+    folder, name = os.path.split(path)
+    while True:
+        temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
+        with contextlib.suppress(FileExistsError):
+            make(temporary)
+            return temporary
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
@@ -32,21 +51,19 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
     """
     path = os.path.abspath(os.fspath(path))
     folder = os.path.dirname(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=".part", dir=folder)
-    os.close(handle)
+    temporary = make_beside(path, lambda name: open(name, "x").close())
+    mode = os.stat(temporary).st_mode
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, stat.S_IMODE(mode))  # safetensors puts another file there, that only its owner may read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def save_json(value: Any, path: str | os.PathLike) -> None:
@@ -58,6 +75,32 @@ def save_json(value: Any, path: str | os.PathLike) -> None:
             file.write(text)
 
     write_atomically(path, write)
+
+
+def load_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it holds something else.
+    """
+    with open(path, "rb") as file:
+        return parse_json(file.read(), os.fspath(path))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """A JSON object from its text.
+
+    Raises:
+        ValueError: when it is something else; ``where`` begins the sentence.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # json's and unicode's errors are ValueErrors
+        raise ValueError(f"{where} should hold a JSON object ({sentence(error)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} should hold a JSON object, found {type(value).__name__}")
+    return value
 
 
 def save_safetensors(
@@ -84,16 +127,5 @@ def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
         FileNotFoundError: when there is no such file.
         ValueError: when it is truncated, or not a safetensors file.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise missing_extra("safetensors", "finetune") from None
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    entries, metadata = read_header(os.fspath(path))
+    return {name: read(entry) for name, entry in entries.items()}, metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from .files import _sync_folder
+from .files import make_beside, sync_folder
 
 
 def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
@@ -21,7 +22,7 @@ def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None
     same ``path`` left is removed.
 
     Raises:
-        FileExistsError: when ``path`` exists and is not an empty folder.
+        FileExistsError: when ``path`` exists and is not an empty folder, now or when all is written.
         OSError: when the folder that holds ``path`` does not exist or cannot be written.
     """
     path = os.path.abspath(os.fspath(path))
@@ -29,27 +30,31 @@ def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise FileExistsError(f"{path} exists already")
     sweep_folders(parent, re.escape(os.path.basename(path)))
-    temporary = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", suffix=".part", dir=parent)
+    temporary = make_beside(path, os.mkdir)
+    mode = os.stat(temporary).st_mode
     lock = os.open(temporary, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o777 & ~umask)
         write(temporary)
         for folder, _, names in os.walk(temporary):
             for name in names:
                 with open(os.path.join(folder, name), "rb") as file:
+                    os.fchmod(file.fileno(), mode & 0o666)  # safetensors' are such that only their owner may read them
                     os.fsync(file.fileno())
-            _sync_folder(folder)
-        os.rename(temporary, path)  # replaces an empty folder; fails on any other
+            sync_folder(folder)
+        try:
+            os.rename(temporary, path)  # replaces an empty folder; fails on any other
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise FileExistsError(error.errno, f"another program made {path} meanwhile") from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
         os.close(lock)
-    _sync_folder(parent)
+    sync_folder(parent)
 
 
 def sweep_folders(parent: str, name: str) -> None:

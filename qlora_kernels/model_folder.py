@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from typing import Any
 
 from .errors import InputError
+from .files import load_json
 from .safetensors_stream import Entry, read_header
 
+METHOD = "qlora_kernels"  # what a folder of ours says in its quantization_config
 INDEX = "model.safetensors.index.json"
 # Weights in other formats; what else lies in the folder (tokenizer, licence, chat template) is copied.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -31,12 +32,9 @@ def read_config(folder: str, flag: str = "") -> dict[str, Any]:
     if not os.path.isfile(path):
         raise InputError(f"{flag}{folder} has no config.json; a Hugging Face model's folder was expected")
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{flag}{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{flag}{path} should hold a JSON object")
+        config = load_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag}{error}") from None
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise InputError(f"{flag}{path}: quantization_config should be a JSON object")
     return config
@@ -51,11 +49,10 @@ def read_entries(folder: str) -> dict[str, Entry]:
     index = os.path.join(folder, INDEX)
     if os.path.isfile(index):
         try:
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
+            names = sorted(set(load_json(index)["weight_map"].values()))
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("names of files are strings")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index} is not an index of safetensors files") from None
     elif os.path.isfile(os.path.join(folder, "model.safetensors")):
         names = ["model.safetensors"]
@@ -67,7 +64,7 @@ def read_entries(folder: str) -> dict[str, Entry]:
         if not os.path.isfile(path):
             raise InputError(f"{path} is named in the index, but there is no such file")
         try:
-            entries.update(read_header(path))
+            entries.update(read_header(path)[0])
         except ValueError as error:
             raise InputError(str(error)) from None
     return entries

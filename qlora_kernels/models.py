@@ -13,6 +13,7 @@ from torch import nn
 
 from .lora import AdapterConfig
 from .merge import MergeReport
+from .progress import bar
 from .qlinear import QLinear
 
 _QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -126,7 +127,7 @@ def quantize_model(
 
     report = QuantizeReport(names, adapted, left_alone, bytes_before=_bytes(model))
     places = _places(model)
-    for name in _bar(names, progress):
+    for name in bar(names, show=progress, desc="quantizing", unit="layer"):
         _swap(
             places[name],
             rank=rank if name in wanted else 0,
@@ -377,15 +378,6 @@ def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None
         setattr(layer, hooks, getattr(linear, hooks))
     for parent, key in places:
         parent._modules[key] = layer
-
-
-def _bar(names: list[str], progress: bool) -> Iterable[str]:
-    if progress:
-        with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
-
-            return tqdm(names, desc="quantizing", unit="layer")
-    return names
 
 
 def _bytes(model: nn.Module) -> int:

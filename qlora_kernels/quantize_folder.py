@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import InputError, readable
+from .files import save_json
 from .folders import new_folder, write_folder_atomically
-from .model_folder import INDEX, copy_other_files, read_config, read_entries
+from .model_folder import INDEX, METHOD, copy_other_files, read_config, read_entries
 from .models import QuantizeReport, qlora_layers, quantize_model
 from .nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight, quantize
+from .progress import bar
 from .safetensors_stream import DTYPES, Entry, Writer, read
 from .skeleton import cast_parameters, config_dtype, skeleton, skipped
 from .version import __version__
 
-METHOD = "qlora_kernels"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}  # any case
 
 
@@ -128,7 +125,7 @@ def quantize_folder(
     def write(folder: str) -> None:
         copy_other_files(model, folder)
         weight_map = {}
-        with _bar(len(plan), progress) as bar:
+        with bar(show=progress, total=len(plan), desc="quantizing", unit="tensor") as shown:
             for number, shard in enumerate(shards, 1):
                 name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
                 outputs = {key: entry for group in shard for key, entry in group.outputs.items()}
@@ -136,10 +133,10 @@ def quantize_folder(
                 with Writer(os.path.join(folder, name), outputs) as writer:
                     for group in shard:
                         _write_group(writer, group, double_quant)
-                        bar.update(1)
+                        shown.update(1)
         size = sum(group.nbytes for group in plan)
         if len(shards) > 1:
-            _write_json({"metadata": {"total_size": size}, "weight_map": weight_map}, os.path.join(folder, INDEX))
+            save_json({"metadata": {"total_size": size}, "weight_map": weight_map}, os.path.join(folder, INDEX))
         config["quantization_config"] = {
             "quant_method": METHOD,
             "version": __version__,
@@ -148,7 +145,7 @@ def quantize_folder(
             "nested_block_size": NESTED_BLOCK_SIZE,
             "modules_to_not_convert": sorted(report.left_alone),
         }
-        _write_json(config, os.path.join(folder, "config.json"))
+        save_json(config, os.path.join(folder, "config.json"))
 
     try:
         with new_folder(os.path.dirname(out)):
@@ -357,17 +354,3 @@ def _match_names(model: str, bones: nn.Module, entries: dict[str, Entry]) -> dic
         if not any(_same(bones, key, other) for other in kept.values()):
             kept[stored] = key
     return kept
-
-
-def _write_json(value: Any, path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-
-
-@contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="quantizing", unit="tensor", disable=not progress) as bar:
-        yield bar

@@ -7,16 +7,25 @@ the end of the header), the data without gaps. https://github.com/huggingface/sa
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from .errors import missing_extra
+
 DTYPES = {
+    "C64": torch.complex64,
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -51,14 +60,19 @@ class Entry:
         return cls(NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
 
 
-def read_header(path: str) -> dict[str, Entry]:
-    """The tensors of a file by name, none of them read.
+def read_header(path: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a file by name, none of them read, and its metadata.
 
     Raises:
-        ValueError: when the file is truncated or not a safetensors file.
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is truncated or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise missing_extra("safetensors", "finetune") from None
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt"):  # checks the header, the offsets and the file's size
             pass
@@ -67,8 +81,8 @@ def read_header(path: str) -> dict[str, Entry]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
+    metadata = header.pop("__metadata__", None) or {}
+    entries = {
         name: Entry(
             value["dtype"],
             tuple(value["shape"]),
@@ -78,10 +92,17 @@ def read_header(path: str) -> dict[str, Entry]:
         )
         for name, value in header.items()
     }
+    return entries, metadata
 
 
 def read(entry: Entry) -> torch.Tensor:
-    """One tensor, in memory of its own (not a map of the file, which would stay resident)."""
+    """One tensor, in memory of its own (not a map of the file, which would stay resident).
+
+    Raises:
+        ValueError: when its type is unknown, or the file has become shorter.
+    """
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"{entry.file} holds a tensor of the type {entry.dtype}, which cannot be read")
     data = bytearray(entry.nbytes)
     with open(entry.file, "rb") as file:
         file.seek(entry.begin)

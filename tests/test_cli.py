@@ -132,6 +132,32 @@ def test_quantize_then_finetune(tmp_path, model, capsys):
     assert found["nf4"]["loss"] == metrics["results"]["nf4"]["loss"]
 
 
+def test_double_quantization_of_a_4_bit_folder_is_as_it_is(tmp_path, model, capsys):
+    for name, flags in (("nested", []), ("plain", ["--no-double-quant"])):
+        assert main(["quantize", model, str(tmp_path / name), "--quiet", *flags]) == 0
+    capsys.readouterr()
+
+    def finetune(name, *flags):
+        return main(["finetune", *TINY, "--model", str(tmp_path / name), "--out", str(tmp_path / "out"), *flags])
+
+    assert finetune("nested", "--no-double-quant") == 2
+    error = capsys.readouterr().err
+    assert f"--no-double-quant comes too late: {tmp_path / 'nested'} is 4-bit and double-quantized already" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    for flags in ([], ["--no-double-quant"]):  # agreed, or nothing said
+        assert finetune("plain", *flags) == 0
+        metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        assert metrics["options"]["double_quant"] is False
+        assert metrics["size"]["bits_per_weight"] == 4.5
+    for name in ("nested", "plain"):
+        assert main(["quantize", str(tmp_path / name), str(tmp_path / "again"), "--no-double-quant"]) == 2
+        error = capsys.readouterr().err
+        assert "is quantized already (by qlora_kernels); a model with dense weights was expected" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "again").exists()
+
+
 BAD = [
     # what is wrong, arguments ({t}: a folder, {m}: a good model), what the sentence says
     ("rank of zero", ["--rank", "0"], "--rank should be at least 1, found 0"),
@@ -163,7 +189,7 @@ BAD = [
     ("one example", ["--data", "{t}/one.jsonl"], "1 distinct examples"),
     ("missing model", ["--model", "{t}/nowhere"], "no such folder"),
     ("model that is a file", ["--model", "{t}/short.txt"], "is a file"),
-    ("folder that is no model", ["--model", "{t}/folder"], "without config.json"),
+    ("folder that is no model", ["--model", "{t}/folder"], "has no config.json"),
     ("config that is a list", ["--model", "{t}/config: []"], "should hold a JSON object"),
     ("quantized by a string", ["--model", '{t}/config: {{"quantization_config": "x"}}'], "should be a JSON object"),
     ("truncated weights", ["--model", "{t}/truncated"], "--model {t}/truncated"),

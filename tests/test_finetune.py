@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,11 +237,49 @@ def test_pretraining_happens_once(run, tmp_path, monkeypatch):
     assert losses(tmp_path / "out")["qlora"] == first["results"]["qlora"]["losses"]
 
 
+def base_in(folder):
+    [base] = [found for found in folder.iterdir() if found.name.startswith("tiny-base")]
+    return base
+
+
+def test_the_first_of_two_runs_that_share_a_cache_writes_the_base(run, tmp_path, monkeypatch):
+    assert run("--pretrain-steps", "3", "--cache", str(tmp_path / "a")) == 0
+    original = Trainer.run
+
+    def trained(self, phase, note):
+        result = original(self, phase, note)
+        if phase.name == "pretrain":  # meanwhile the other run ends
+            base = base_in(tmp_path / "a")
+            other = shutil.copytree(base, tmp_path / "b" / base.name)
+            tensors = load_file(other / "model.safetensors")
+            tensors["lm_head.weight"] *= 1.5
+            save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+        return result
+
+    monkeypatch.setattr(Trainer, "run", trained)
+    assert run("--pretrain-steps", "3", "--cache", str(tmp_path / "b"), out="second") == 0
+    assert len(os.listdir(tmp_path / "b")) == 1, "litter"
+    # It went on from the other's base, which is still there, as is shown by another loss than its own would have.
+    first, second = (metrics(tmp_path / out)["results"]["base16"]["loss"] for out in ("out", "second"))
+    assert first != second
+    assert run("--pretrain-steps", "3", "--cache", str(tmp_path / "b"), out="third") == 0
+    assert metrics(tmp_path / "third")["results"]["base16"]["loss"] == second
+
+
+def test_two_runs_at_the_same_time_with_one_cache(tmp_path):
+    command = [sys.executable, "-m", "qlora_kernels", "finetune", *SMALL, "--cache", str(tmp_path / "cache"), "--out"]
+    runs = [subprocess.Popen([*command, str(tmp_path / out)], stderr=subprocess.PIPE, text=True) for out in "ab"]
+    errors = [process.communicate()[1] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], errors
+    assert base_in(tmp_path / "cache")
+    assert len(os.listdir(tmp_path / "cache")) == 1, "litter"
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
 def test_a_slow_machine_does_fewer_pretraining_steps(run, tmp_path):
     # A limit that no machine meets: the least number of steps remains.
     assert run("--pretrain-steps", "100", "--pretrain-seconds", "1e-6", "--steps", "1", cached=False) == 0
-    [base] = [folder for folder in (tmp_path / "out").iterdir() if folder.name.startswith("tiny-base")]
-    assert json.loads((base / "pretraining.json").read_text())["steps"] == 24
+    assert json.loads((base_in(tmp_path / "out") / "pretraining.json").read_text())["steps"] == 24
 
 
 def test_a_time_limit_and_what_is_compared(run, tmp_path):

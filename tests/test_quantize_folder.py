@@ -238,7 +238,7 @@ def test_stream_writer_writes_what_the_library_reads(tmp_path):
             found = file.get_tensor(name)
             assert found.dtype == tensor.dtype
             assert torch.equal(found, tensor)
-    for name, entry in read_header(path).items():
+    for name, entry in read_header(path)[0].items():
         assert torch.equal(read(entry), tensors[name])
     with pytest.raises(ValueError, match="were not written"), Writer(path, {"a": Entry.like(torch.ones(1))}):
         pass

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import backends
 from ..errors import InputError, readable, sentence
+from ..model_folder import METHOD, read_config
 from ..models import QuantizeReport, qlora_layers, quantize_model
 from ..skeleton import cast_parameters, dtype_argument, skeleton, skipped
 from . import tiny
@@ -47,7 +48,16 @@ class Source:
         _check_device(options.device)
         self.dtype = compute_dtype(options)
         self.folder = tiny.cache_folder(options, self.dtype) if options.is_tiny else options.model
-        self.four_bit = not options.is_tiny and _is_four_bit(options.model)
+        settings = {} if options.is_tiny else _quantization(options.model)
+        self.four_bit = settings.get("quant_method") == METHOD
+        if self.four_bit:
+            nested = bool(settings.get("double_quant", True))
+            if nested and not options.double_quant:
+                raise InputError(
+                    f"--no-double-quant comes too late: {options.model} is 4-bit and double-quantized already; give "
+                    "it to 'qlora-kernels quantize' instead, with the dense model"
+                )
+            options.double_quant = nested  # for metrics.json
         self._config = None if options.is_tiny else _load_config(options.model)
         self._tokenizer = None if options.is_tiny else _load_tokenizer(options.model)
 
@@ -178,18 +188,9 @@ def digest(model: nn.Module) -> str:
     return result.hexdigest()
 
 
-def _is_four_bit(folder: str) -> bool:
-    config = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    settings = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(settings, dict) and settings.get("quant_method") == "qlora_kernels"
-
-
 def _load_config(model: str):
     from transformers import AutoConfig
 
-    _check_place(model)
     with readable(f"--model {model}"):
         return AutoConfig.from_pretrained(model)
 
@@ -215,19 +216,17 @@ def _check_device(device: str) -> None:
         raise InputError(f"--device {device} cannot be used: {sentence(error)}") from None
 
 
-def _check_place(model: str) -> None:
-    """Says plainly that a folder is missing, rather than that an id by that name is unknown.
+def _quantization(model: str) -> dict[str, Any]:
+    """What a folder's config says of its quantization; nothing for an id.
 
     Raises:
-        InputError: when ``model`` looks like a folder and is none, or holds no model.
+        InputError: when ``model`` looks like a folder and is none (rather than an id that is unknown), or holds no
+            model.
     """
     if os.path.isdir(model):
-        if not os.path.isfile(os.path.join(model, "config.json")):
-            raise InputError(f"--model {model} is a folder without config.json; a Hugging Face model was expected")
-        from ..model_folder import read_config
-
-        read_config(model, "--model ")
-    elif os.path.exists(model):
+        return read_config(model, "--model ").get("quantization_config") or {}
+    if os.path.exists(model):
         raise InputError(f"--model {model} is a file; a Hugging Face folder or id was expected")
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"--model {model}: no such folder")
+    return {}

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import nn
 
+from ..progress import bar
 from .data import Pairs, Windows
-from .train import bar, batch_loss
+from .train import batch_loss
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def held_out_loss(
     """Mean cross-entropy in nats per token over the held-out data, up to ``limit`` tokens, in order."""
     model.eval()
     total, count = 0.0, 0
-    for batch in bar(data.sequential(batch_size, limit), quiet, desc=title, unit="batch", leave=False):
+    for batch in bar(data.sequential(batch_size, limit), show=not quiet, desc=title, unit="batch", leave=False):
         total += batch_loss(model, batch.to(device)).item()
         count += batch.counted
     return total / count if count else math.nan

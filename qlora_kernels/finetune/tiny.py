@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..files import save_json
 from ..folders import write_folder_atomically
 from .data import Windows
 from .options import Options
@@ -118,7 +119,10 @@ def cache_folder(options: Options, compute: torch.dtype) -> str:
 def pretrain(
     options: Options, trainer: Trainer, folder: str, compute: torch.dtype, note: Callable[[str], None]
 ) -> None:
-    """Trains the tiny model from scratch and writes it to ``folder``, a Hugging Face folder in bfloat16."""
+    """Trains the tiny model from scratch and writes it to ``folder``, a Hugging Face folder in bfloat16.
+
+    Runs that share a cache and begin together each train one; all go on from the one that is written first.
+    """
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(options.seed)
@@ -146,10 +150,14 @@ def pretrain(
         with quiet_transformers():
             model.to("cpu", torch.bfloat16).save_pretrained(temporary)
         tokenizer().save_pretrained(temporary)
-        with open(os.path.join(temporary, "pretraining.json"), "w", encoding="utf-8") as file:
-            json.dump({"steps": trained.steps, "seconds": trained.seconds, "losses": trained.losses}, file)
+        facts = {"steps": trained.steps, "seconds": trained.seconds, "losses": trained.losses}
+        save_json(facts, os.path.join(temporary, "pretraining.json"))
 
     os.makedirs(os.path.dirname(folder), exist_ok=True)
     with trainer.stop.deferred():
-        write_folder_atomically(folder, write)
+        try:
+            write_folder_atomically(folder, write)
+        except FileExistsError:
+            # Folders appear whole or not at all, so what is there now is a base that can be used.
+            note(f"another run has put its tiny base in {folder} meanwhile; this one goes on from that")
     trainer.stop.check()

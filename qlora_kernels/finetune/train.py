@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
+from ..progress import bar
 from ..signals import Interrupted, StopSignal
 from . import checkpoint as ckpt
 from .data import IGNORED, Batch, Pairs, Windows
@@ -111,14 +110,6 @@ def _autocast(phase: Phase, device: str):
     if phase.autocast is None:
         return contextlib.nullcontext()
     return torch.autocast(device.split(":")[0], dtype=phase.autocast)
-
-
-def bar(iterable: Iterable | None, quiet: bool, **more: Any):
-    """A progress bar on stderr; in a log file, where every update is a line of its own, a slow one."""
-    from tqdm import tqdm
-
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(iterable, disable=quiet, mininterval=interval, dynamic_ncols=True, **more)
 
 
 class Trainer:
@@ -239,4 +230,4 @@ class Trainer:
         )
 
     def _bar(self, phase: Phase, total: int, done: int):
-        return bar(None, self.options.quiet, total=total, initial=done, desc=phase.title, unit="step")
+        return bar(show=not self.options.quiet, total=total, initial=done, desc=phase.title, unit="step")

@@ -1,0 +1,135 @@
+"""Files and folders that appear whole or not at all, and what is read back of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qlora_kernels import files, progress
+from qlora_kernels.folders import write_folder_atomically
+
+
+@pytest.fixture
+def umask(request):
+    """Sets the process's umask for a test."""
+    earlier = os.umask(request.param)
+    yield request.param
+    os.umask(earlier)
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002], indirect=True)
+def test_the_umask_decides_on_permissions_and_is_never_set(tmp_path, monkeypatch, umask):
+    def write(folder):
+        save_file({"a": torch.ones(1)}, os.path.join(folder, "file"))
+
+    # A thread that makes a file between setting the umask and setting it back would make it with the wrong one.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "umask", lambda _: pytest.fail("the umask was set"))
+        files.save_json({"a": 1}, tmp_path / "new.json")
+        files.save_json({"a": 2}, tmp_path / "new.json")
+        files.save_safetensors({"a": torch.ones(1)}, tmp_path / "new.safetensors")
+        write_folder_atomically(tmp_path / "folder", write)
+    assert mode(tmp_path / "new.json") == mode(tmp_path / "new.safetensors") == 0o666 & ~umask
+    assert mode(tmp_path / "folder") == 0o777 & ~umask
+    assert mode(tmp_path / "folder" / "file") == 0o666 & ~umask
+    assert sorted(os.listdir(tmp_path)) == ["folder", "new.json", "new.safetensors"]
+
+
+def test_many_writers_of_one_file(tmp_path):
+    """Each writes aside under a name of its own; what is there at the end is whole."""
+    path, errors = tmp_path / "file.json", []
+
+    def write(number):
+        try:
+            for _ in range(20):
+                files.save_json({"numbers": [number] * 500}, path)
+                assert len(set(files.load_json(path)["numbers"])) == 1
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(files.load_json(path)["numbers"]) == 500
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_of_two_writers_of_a_folder_the_first_wins(tmp_path):
+    def slow(folder):
+        write_folder_atomically(tmp_path / "folder", lambda inner: files.save_json({"by": "first"}, f"{inner}/who"))
+        files.save_json({"by": "second"}, f"{folder}/who")
+
+    with pytest.raises(FileExistsError, match="folder"):
+        write_folder_atomically(tmp_path / "folder", slow)
+    assert files.load_json(tmp_path / "folder" / "who") == {"by": "first"}
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_an_exception_leaves_the_old_file_and_no_litter(tmp_path):
+    files.save_json({"a": 1}, tmp_path / "file")
+
+    def write(temporary):
+        with open(temporary, "w") as file:
+            file.write("half")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        files.write_atomically(tmp_path / "file", write)
+    assert files.load_json(tmp_path / "file") == {"a": 1}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"file should hold a JSON object \(Expecting"),
+        ("[1]", "file should hold a JSON object, found list"),
+        ("[" * 100_000, r"file should hold a JSON object \("),
+        (b"\xff\xfe\xfd", r"file should hold a JSON object \("),
+    ],
+)
+def test_what_is_no_json_object(tmp_path, text, message):
+    (tmp_path / "file").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        files.load_json(tmp_path / "file")
+
+
+def test_safetensors_of_every_type(tmp_path):
+    names = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "bool")
+    names += ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
+    tensors = {name: torch.tensor([[0, 1, 1]]).to(getattr(torch, name)) for name in names}
+    files.save_safetensors(tensors, tmp_path / "file", metadata={"who": "me"})
+    loaded, metadata = files.load_safetensors(tmp_path / "file")
+    assert metadata["who"] == "me"
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].tolist() == tensor.tolist()
+
+
+def test_a_safetensors_file_of_an_unknown_type(tmp_path, monkeypatch):
+    from qlora_kernels import safetensors_stream
+
+    files.save_safetensors({"a": torch.ones(3, dtype=torch.int16)}, tmp_path / "file")
+    monkeypatch.delitem(safetensors_stream.DTYPES, "I16")
+    with pytest.raises(ValueError, match="file holds a tensor of the type I16, which cannot be read"):
+        files.load_safetensors(tmp_path / "file")
+
+
+def test_a_bar_without_tqdm(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", None)
+    assert list(progress.bar([1, 2, 3])) == [1, 2, 3]
+    with pytest.raises(ImportError, match="tqdm"):
+        progress.bar(total=3)
