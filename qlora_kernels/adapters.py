@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .files import load_json, load_safetensors, parse_json, save_json, save_safetensors, write_atomically
 from .lora import AdapterConfig
-from .models import matches, qlora_layers
+from .models import qlora_layers
 from .qlinear import QLinear
 from .safetensors_stream import read_header
+from .selection import matches
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

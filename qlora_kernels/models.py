@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from . import backends
+from .errors import sentence
 from .lora import AdapterConfig
 from .merge import MergeReport
 from .progress import bar
 from .qlinear import QLinear
-
-_QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
+from .selection import candidates, check_patterns, targets
 
 # What nn.Module keeps of hooks on forward and backward; they go with the place in the model, not with the weight.
 _HOOKS = (
@@ -29,6 +29,11 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+
+
+# Double quantization moves a constant by half a step of its table at most, relative to the largest constant: the two
+# largest entries of FP8 E4M3 are 1/14 of the largest apart.
+_NESTED_ERROR = 1 + 1 / 28
 
 
 @dataclass
@@ -82,7 +87,9 @@ def quantize_model(
     """Swaps a model's nn.Linear layers for QLinear, in place, and freezes everything but the adapters.
 
     Layers are swapped one at a time, so the peak of memory is the model plus one layer, as long as nobody else holds
-    the dense weights. All conditions are checked before the first layer is touched.
+    the dense weights. All conditions are checked before the first layer is touched. Should memory run out later, or
+    Ctrl-C come, then each layer is wholly quantized or as it was (the dense weights of the former are gone, so there
+    is no way back), and a second call with the same arguments goes on with the rest.
 
     Args:
         model: any module with nn.Linear layers inside.
@@ -100,8 +107,12 @@ def quantize_model(
 
     Raises:
         ValueError: when the model is itself a linear layer, has nothing to quantize, holds NaN or infinity in a weight,
-            when a pattern matches nothing (the candidates are listed), a module is lazy, or a rank, alpha or dropout
-            does not fit.
+            or a value so near the largest of its type that double quantization could round it to infinity, when a
+            pattern matches nothing (the candidates are listed), a module is lazy, or a rank, alpha or dropout does not
+            fit. The model is as it was.
+        TypeError: for a dtype that bias or adapters cannot have. The model is as it was.
+        RuntimeError: when there are no kernels for a device (the model is as it was), or when something else failed
+            after the first layer; the message says which layers are 4-bit already.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
@@ -113,9 +124,14 @@ def quantize_model(
     if lazy:
         raise ValueError(f"{lazy[0]} has no shape yet (a lazy module); run a batch through the model first")
     for argument, patterns in (("skip", skip), ("target_modules", target_modules)):
-        _check_patterns(argument, patterns)
-    names, left_alone = _candidates(model, skip)
-    adapted = _targets(names, left_alone, target_modules) if names else []
+        check_patterns(argument, patterns)
+    if device is not None:
+        backends.of(torch.empty(0, device=device))
+    # A layer without memory, for what it says of the dtypes.
+    QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
+    names, left_alone = candidates(model, skip)
+    earlier = [name for name, layer in qlora_layers(model) if layer.adapters]
+    adapted = targets(names, earlier, left_alone, target_modules) if names else []
     if not names:
         found = "; ".join(f"{name}: {reason}" for name, reason in left_alone.items()) or "none"
         raise ValueError(f"the model has no nn.Linear to quantize; linear-like layers left alone: {found}")
@@ -123,30 +139,45 @@ def quantize_model(
         adapted = []
     wanted = set(adapted)
     for name in names:
-        _check_layer(model, name, config if name in wanted else None)
+        _check_layer(model, name, config if name in wanted else None, double_quant, device is None)
 
     report = QuantizeReport(names, adapted, left_alone, bytes_before=_bytes(model))
     places = _places(model)
-    for name in bar(names, show=progress, desc="quantizing", unit="layer"):
-        _swap(
-            places[name],
-            rank=rank if name in wanted else 0,
-            alpha=alpha,
-            dropout=dropout,
-            rslora=rslora,
-            double_quant=double_quant,
-            dtype=compute_dtype,
-            adapter_dtype=adapter_dtype,
-            name=f"{name}.weight",
-            device=device,
-        )
-    if device is not None:
-        model.to(device)
+    for done, name in enumerate(bar(names, show=progress, desc="quantizing", unit="layer")):
+        try:
+            _swap(
+                places[name],
+                rank=rank if name in wanted else 0,
+                alpha=alpha,
+                dropout=dropout,
+                rslora=rslora,
+                double_quant=double_quant,
+                dtype=compute_dtype,
+                adapter_dtype=adapter_dtype,
+                name=f"{name}.weight",
+                device=device,
+            )
+        except Exception as error:
+            if not done:
+                raise
+            raise RuntimeError(
+                f"quantize_model stopped at {name} ({type(error).__name__}: {sentence(error)}); {done} of {len(names)} "
+                f"layers are 4-bit now, and the others as they were: pass the model to quantize_model again, with the "
+                f"same arguments, to go on with them. 4-bit: {', '.join(names[:done])}"
+            ) from error
     model.requires_grad_(False)
     for _, layer in qlora_layers(model):
         if layer.active_adapter is not None:
             layer.lora_A[layer.active_adapter].requires_grad_(True)
             layer.lora_B[layer.active_adapter].requires_grad_(True)
+    if device is not None:
+        try:
+            model.to(device)
+        except Exception as error:
+            raise RuntimeError(
+                f"all {len(names)} layers are 4-bit now, but the rest of the model could not be moved to {device} "
+                f"({type(error).__name__}: {sentence(error)}); call model.to({str(device)!r}) to go on"
+            ) from error
     report.bytes_after = _bytes(model)
     report.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report.total_parameters = _count(model)
@@ -227,127 +258,23 @@ def unmerge_adapters(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the full name, a list holds full names or their ends."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
-    if isinstance(patterns, str):
-        try:
-            re.compile(patterns)
-        except re.error as error:
-            raise ValueError(f"{argument}: {patterns!r} is not a regular expression ({error})") from None
-    elif not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{argument} should be a regular expression or a list of names, found {patterns!r}")
-
-
-def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Names of the layers to quantize, and of linear-like layers to leave alone with the reason."""
-    ties = _ties(model)
-    names, left_alone, foreign = [], {}, ()
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
-            foreign = (*foreign, f"{name}.")
-            left_alone[name] = "a PEFT layer; quantize the model before adding adapters, or use qlora_kernels' own"
-        if not _linear_like(module) or name.startswith(foreign or "\0"):
-            continue
-        reason = _reason(name, module, ties, skip)
-        if reason is None:
-            names.append(name)
-        else:
-            left_alone[name] = reason
-    return names, left_alone
-
-
-def _linear_like(module: nn.Module) -> bool:
-    kind = type(module)
-    return isinstance(module, nn.Linear) or (
-        kind.__module__.startswith(("transformers.", "bitsandbytes.")) and kind.__name__ in ("Conv1D", "Linear8bitLt")
-    )
-
-
-def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str | Sequence[str]) -> str | None:
-    """Why a linear-like layer stays as it is, or None."""
-    if matches(name, skip):
-        return "named in skip"
-    if isinstance(module, QLinear):
-        return "4-bit already"
-    if type(module) is not nn.Linear:
-        return f"unsupported type {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed by a hook (weight_norm, pruning), not a parameter"
-    if "forward" in module.__dict__:
-        return "its forward has been replaced"
-    if weight.dtype not in _QUANTIZABLE:
-        return f"a weight in {weight.dtype}; float32, bfloat16 and float16 can be quantized"
-    if weight.numel() == 0:
-        return f"an empty weight, {list(weight.shape)}"
-    for key in ("weight", "bias"):
-        if f"{name}.{key}" in ties:
-            return f"its {key} is tied to {', '.join(ties[f'{name}.{key}'])}"
-    return None
-
-
-def _span(parameter: nn.Parameter) -> tuple[str, int, int]:
-    """Where a parameter's memory is: device, begin, end; without memory, a place of its own."""
-    if parameter.is_meta or not parameter.numel():
-        return f"no memory, {id(parameter)}", 0, 1
-    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    begin = parameter.data_ptr()
-    return str(parameter.device), begin, begin + (last + 1) * parameter.element_size()
-
-
-def _ties(model: nn.Module) -> dict[str, list[str]]:
-    """For each parameter those that share memory with it: the same one, or a view of the same memory or a part."""
-    names, spans = [], []
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                names.append(f"{name}.{key}" if name else key)
-                spans.append(_span(parameter))
-    order = sorted(range(len(names)), key=spans.__getitem__)
-    ties: dict[str, list[int]] = {}
-    for place, first in enumerate(order):
-        device, _, end = spans[first]
-        for second in order[place + 1 :]:
-            if spans[second][0] != device or spans[second][1] >= end:
-                break
-            ties.setdefault(names[first], []).append(second)
-            ties.setdefault(names[second], []).append(first)
-    return {name: [names[other] for other in sorted(others)] for name, others in ties.items()}
-
-
-def _targets(names: list[str], left_alone: dict[str, str], patterns: str | Sequence[str]) -> list[str]:
-    """The layers that get an adapter."""
-    if isinstance(patterns, str) and patterns == "all-linear":
-        return list(names)
-    each = [patterns] if isinstance(patterns, str) else [[pattern] for pattern in patterns]
-    for pattern in each or [[]]:
-        if any(matches(name, pattern) for name in names):
-            continue
-        text = repr(pattern if isinstance(pattern, str) else pattern[0]) if pattern else "an empty list"
-        reasons = [f"{name} is left alone: {why}" for name, why in left_alone.items() if matches(name, pattern)]
-        more = f" ({'; '.join(reasons[:3])})" if reasons else ""
-        raise ValueError(f"target_modules: {text} matches no layer to adapt{more}; candidates: {_ends(names)}")
-    return [name for name in names if any(matches(name, pattern) for pattern in each)]
-
-
-def _ends(names: list[str]) -> str:
-    """The names without numbered prefixes, which is how they are given as targets, for an error."""
-    ends = list(dict.fromkeys(name.rpartition(".")[2] if not name[-1].isdigit() else name for name in names))
-    return ", ".join(ends[:40]) + (", ..." if len(ends) > 40 else "")
-
-
-def _check_layer(model: nn.Module, name: str, config: AdapterConfig | None) -> None:
+def _check_layer(model: nn.Module, name: str, config: AdapterConfig | None, double_quant: bool, stays: bool) -> None:
     weight = model.get_submodule(name).weight.detach()
+    if stays:
+        backends.of(weight)
     if config is not None:
         config.check(*weight.shape, name)
+    if weight.is_meta:
+        return
     # The extremes show NaN and infinity in one pass, with no copy of the weight.
-    if weight.is_meta or all(torch.isfinite(extreme) for extreme in torch.aminmax(weight)):
+    extremes = torch.stack(torch.aminmax(weight)).abs().double()
+    if torch.isfinite(extremes).all():
+        largest, limit = extremes.max().item(), torch.finfo(weight.dtype).max
+        if double_quant and largest * _NESTED_ERROR > limit:
+            raise ValueError(
+                f"{name}.weight holds {largest:.5g}, so near the largest {weight.dtype}, {limit:.5g}, that double "
+                "quantization could round it to infinity; use double_quant=False. The model is as it was."
+            )
         return
     index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
     raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import loading
+from . import loading, reference
 from .autograd import linear as linear_function
 from .errors import require
 from .lora import AdapterConfig, Adapters, init_adapter
@@ -124,7 +124,8 @@ class QLinear(Adapters, nn.Linear):
 
         Raises:
             TypeError: when ``linear`` is not a dense nn.Linear, or its dtype cannot be quantized.
-            ValueError: for a weight with NaN or infinity, and as for :class:`QLinear`.
+            ValueError: for a weight with NaN or infinity, or with values so near the largest of its type that double
+                quantization rounds them to infinity, and as for :class:`QLinear`.
         """
         if isinstance(linear, QLinear) or not isinstance(linear, nn.Linear):
             raise TypeError(f"from_linear takes a dense nn.Linear, found {type(linear).__name__}")
@@ -135,6 +136,7 @@ class QLinear(Adapters, nn.Linear):
             quantized = _meta_weight(n, k, double_quant)
         else:
             quantized = quantize(weight, double_quant, name=name)
+            check_range(quantized, name)
         return cls.from_nf4(
             quantized,
             linear.bias,
@@ -331,6 +333,27 @@ class QLinear(Adapters, nn.Linear):
             config = self._adapters[self._active]
             text += f", alpha={config.alpha}, dropout={config.dropout}, adapter={self._active!r}"
         return text + (f", merged={self._merged!r}" if self._merged is not None else "")
+
+
+def check_range(weight: NF4Weight, name: str) -> None:
+    """Refuses a weight whose rounded block constants have become larger than its type can say.
+
+    Double quantization rounds a constant up by 1/28 at most, so only values above 0.96 of the largest are concerned.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    if not weight.double_quant or weight.is_meta:
+        return
+    limit = torch.finfo(weight.dtype).max
+    # No constant is larger than this sum, which is had from 1/16384 as many numbers as the weight has.
+    if (weight.nested_absmax.max() + weight.nested_offset).item() <= limit:
+        return
+    if reference.decode_absmax(weight.pieces).to(weight.dtype).isinf().any():
+        raise ValueError(
+            f"{name} holds values so near the largest {weight.dtype}, {limit:.5g}, that double quantization rounds "
+            "them to infinity; use double_quant=False"
+        )
 
 
 def _fit(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

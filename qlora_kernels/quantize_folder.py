@@ -17,6 +17,7 @@ from .model_folder import INDEX, METHOD, copy_other_files, read_config, read_ent
 from .models import QuantizeReport, qlora_layers, quantize_model
 from .nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight, quantize
 from .progress import bar
+from .qlinear import check_range
 from .safetensors_stream import DTYPES, Entry, Writer, read
 from .skeleton import cast_parameters, config_dtype, skeleton, skipped
 from .version import __version__
@@ -317,6 +318,7 @@ def _write_group(writer: Writer, group: _Group, double_quant: bool) -> None:
         return
     try:
         weight: NF4Weight = quantize(read(group.source), double_quant, name=group.key)
+        check_range(weight, group.key)
     except ValueError as error:
         raise InputError(str(error)) from None
     for name in group.outputs:

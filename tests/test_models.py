@@ -369,6 +369,13 @@ def _with(name, value):
             r"layers\.1\.down\.weight holds nan at index \(1, 2\)",
         ),
         (lambda: _with("layers.1.down", -math.inf), {}, ValueError, "holds -inf at index"),
+        (
+            lambda: _with("layers.1.down", -65504).half(),
+            {},
+            ValueError,
+            r"layers\.1\.down\.weight holds 65504, so near the largest torch\.float16, .* use double_quant=False",
+        ),
+        (Model, {"device": "nonsense"}, RuntimeError, "nonsense"),
     ],
 )
 def test_bad_input_changes_nothing(make, options, raised, message):
@@ -377,6 +384,92 @@ def test_bad_input_changes_nothing(make, options, raised, message):
     with pytest.raises(raised, match=message):
         quantize(model, **options)
     assert_unchanged(model, before)
+
+
+def test_a_device_without_kernels_changes_nothing(monkeypatch):
+    def of(tensor):
+        raise RuntimeError("this build has no kernels for that device")
+
+    model = Model()
+    before = fingerprint(model)
+    monkeypatch.setattr(models.backends, "of", of)
+    for options in ({}, {"device": "cpu"}):
+        with pytest.raises(RuntimeError, match="no kernels"):
+            quantize(model, **options)
+        assert_unchanged(model, before)
+
+
+def fail_at(monkeypatch, count, error):
+    """Lets quantization fail at its ``count``-th layer."""
+    original, calls = QLinear.from_linear.__func__, []
+
+    def from_linear(cls, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == count:
+            raise error
+        return original(cls, *args, **kwargs)
+
+    monkeypatch.setattr(QLinear, "from_linear", classmethod(from_linear))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 0}, {"target_modules": ["layers.0.q_proj", "v_proj"]}, {"device": "cpu"}, {"skip": "x.*"}]
+)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), KeyboardInterrupt()])
+def test_what_failed_in_the_middle_goes_on_in_a_second_call(monkeypatch, options, error):
+    torch.manual_seed(0)
+    model = Model()
+    whole = copy.deepcopy(model)
+    before = copy.deepcopy(model).state_dict()
+    quantize(whole, **options)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4, error)
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                quantize(model, **options)
+        else:
+            with pytest.raises(RuntimeError) as caught:
+                quantize(model, **options)
+            assert caught.value.__cause__ is error
+            count, why = len(quantized(whole)), f"{type(error).__name__}: {str(error) or 'MemoryError'}"
+            assert str(caught.value) == (
+                f"quantize_model stopped at layers.0.down ({why}); 3 of {count} layers are 4-bit now, and the "
+                "others as they were: pass the model to quantize_model again, "
+                "with the same arguments, to go on with them. 4-bit: layers.0.q_proj, layers.0.v_proj, layers.0.up"
+            )
+    assert quantized(model) == LINEARS[:3]
+    for name, value in model.state_dict().items():
+        if name in before:
+            assert torch.equal(value, before[name]), name
+    quantize(model, **options)
+    assert quantized(model) == quantized(whole)
+    assert with_adapters(model) == with_adapters(whole)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == {
+        n: p.requires_grad for n, p in whole.named_parameters()
+    }
+    assert torch.equal(model(IDS), whole(IDS))
+
+
+def test_a_failure_at_the_first_layer_is_told_as_it_is(monkeypatch):
+    model = Model()
+    before = fingerprint(model)
+    fail_at(monkeypatch, 1, MemoryError("no room"))
+    with pytest.raises(MemoryError, match="no room"):
+        quantize(model)
+    assert_unchanged(model, before)
+
+
+def test_a_failure_after_the_last_layer_says_how_to_go_on(monkeypatch):
+    model = Model()
+
+    def to(self, device):
+        raise MemoryError
+
+    monkeypatch.setattr(Model, "to", to)
+    with pytest.raises(RuntimeError, match=r"all 8 layers are 4-bit now, .* call model\.to\('cpu'\) to go on"):
+        quantize(model, device="cpu")
+    assert quantized(model) == LINEARS
+    assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 # --------------------------------------------------------------------------------------------- a model's adapters

@@ -43,6 +43,28 @@ def assert_same(left, right):
 # ------------------------------------------------------------------------------------------------ construction
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_constant_that_double_quantization_rounds_to_infinity_is_refused(dtype):
+    linear, limit = nn.Linear(64, 8, dtype=dtype), torch.finfo(dtype).max
+    # One group of eight blocks: its largest distance from the mean is downwards, so that no table entry is the largest.
+    scales = torch.tensor([1.0, 1.0, 0.995, 0.99, 1.0, 0.98, 0.97, 0.0], dtype=torch.float64)
+    refused = 0
+    for share in (0.9, 0.96, 0.99, 1.0):
+        with torch.no_grad():
+            linear.weight.copy_((scales * share * limit).unsqueeze(1).expand(8, 64))
+        quantized = qlora_kernels.quantize(linear.weight)
+        if quantized.dequantize().isfinite().all():
+            assert QLinear.from_linear(linear, rank=0).weight.dequantize().isfinite().all()
+            continue
+        refused += 1
+        with pytest.raises(ValueError, match=r"up holds values so near the largest torch\..*use double_quant=False"):
+            QLinear.from_linear(linear, rank=0, name="up")
+        assert share > 0.96
+    assert refused
+    plain = QLinear.from_linear(linear, rank=0, double_quant=False)
+    assert plain.weight.dequantize().isfinite().all()
+
+
 def test_passes_for_nn_linear():
     made = QLinear(K, N)
     assert isinstance(made, nn.Linear)

@@ -152,6 +152,11 @@ def bad_model(tmp_path, kind: str) -> str:
     elif kind == "not finite":
         tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
         save_file(tensors, path, metadata={"format": "pt"})
+    elif kind == "near infinity":
+        tensors = {key: tensor.half() for key, tensor in tensors.items()}
+        scales = torch.tensor([1.0, 1.0, 0.995, 0.99, 1.0, 0.98, 0.97, 0.0])
+        tensors["model.layers.1.mlp.up_proj.weight"] = (65504 * scales).half().repeat(24).unsqueeze(1).repeat(1, 128)
+        save_file(tensors, path, metadata={"format": "pt"})
     elif kind == "missing tensor":
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, path, metadata={"format": "pt"})
@@ -177,6 +182,7 @@ def bad_model(tmp_path, kind: str) -> str:
         ("no config", "no config.json"),
         ("missing shard", "no such file"),
         ("not finite", r"model.layers.1.mlp.up_proj.weight holds nan at index \(3, 5\)"),
+        ("near infinity", "up_proj.weight holds values so near the largest torch.float16"),
         ("missing tensor", "lacks 1 tensors of LlamaForCausalLM, first model.layers.1.mlp.up_proj.weight"),
         ("strange tensor", "holds adapter.weight"),
         ("other shape", r"is \[3, 3\], but the config says \[192, 128\]"),
