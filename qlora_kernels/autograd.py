@@ -127,7 +127,11 @@ def linear(
 
     Raises:
         TypeError, ValueError: for dtypes, shapes or devices that do not fit; the message names the tensor.
-        RuntimeError: for a gradient of the weight, or a second derivative.
+        RuntimeError: for a gradient of the weight, a second derivative, or gradients under torch.func's transforms.
+
+    Once it has run with several threads a process should not fork and run it again in the child: OpenMP's threads do
+    not come along, and the child waits for them forever, as in torch's own operations. Processes that the start method
+    "spawn" made can, and forked ones (a DataLoader's workers, say) that do not call it are fine.
     """
     device = x.device.type
     # The meta device has no autocast to ask about.
@@ -147,6 +151,12 @@ def linear(
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
     rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B)):
+        # torch's own error speaks of setup_context, which is nothing to the caller. The question costs 60 ns.
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "qlora_kernels.linear has no gradients under the transforms of torch.func (grad, vjp, jacrev, vmap, "
+                "functionalize); use backward() or torch.autograd.grad, and vmap under torch.no_grad()"
+            )
         y = _Linear.apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)
     else:
         y, _ = _forward(rows, *weight.pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)

@@ -316,3 +316,30 @@ def test_a_forward_mode_derivative_is_an_error():
         torch.func.jvp(lambda t: linear(t, weight), (x,), (torch.ones_like(x),))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         linear(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), weight)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x.view(2, 3, -1)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_gradients_under_torch_func_are_an_error(weight, transform):
+    _, _, A, B = leaves()
+    with pytest.raises(RuntimeError, match=r"qlora_kernels\.linear has no gradients under the transforms"):
+        transform(lambda x: linear(x, weight, None, A, B), torch.randn(6, weight.shape[1]))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_works_under_torch_func(weight):
+    x, bias, A, B = leaves(6)
+    with torch.no_grad():
+        batched = torch.func.vmap(lambda x: linear(x, weight, bias, A, B))(x.view(2, 3, -1))
+        torch.testing.assert_close(batched, linear(x, weight, bias, A, B).view(2, 3, -1))
+    layer = qlora_kernels.QLinear.from_nf4(weight, rank=4)
+    doubled = {name: 2 * value for name, value in layer.named_parameters() if "lora" in name}
+    expected = linear(x, weight, None, doubled["lora_A.default"], doubled["lora_B.default"], scaling=layer.scaling)
+    assert torch.equal(torch.func.functional_call(layer, doubled, (x,)), expected)
