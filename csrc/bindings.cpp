@@ -1,44 +1,14 @@
-// The only pybind11 file: ints and floats in, one params struct out, one call. The GIL is released around each.
-#include <pybind11/pybind11.h>
+// The extension _C: ints and floats in, one params struct out, one call. The GIL is released around each.
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
-#include <cstring>
-#include <tuple>
 #include <vector>
 
-#include "error.h"
 #include "fp8.h"
-#include "kernels.h"
-
-namespace py = pybind11;
-using Address = uintptr_t;
-// packed, absmax, absmax_code, nested_absmax, nested_table, nested_offset, n, k
-using Weight = std::tuple<Address, Address, Address, Address, Address, Address, int64_t, int64_t>;
-
-namespace {
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-qlk::WeightView weight_view(const Weight& w) {
-    return {at<const uint8_t>(std::get<0>(w)),
-            at<const float>(std::get<1>(w)),
-            at<const uint8_t>(std::get<2>(w)),
-            at<const float>(std::get<3>(w)),
-            at<const float>(std::get<4>(w)),
-            at<const float>(std::get<5>(w)),
-            std::get<6>(w),
-            std::get<7>(w)};
-}
-
-qlk::DType dtype_of(int code) {
-    QLK_CHECK(code >= 0 && code <= 2, "unknown dtype code " + std::to_string(code));
-    return static_cast<qlk::DType>(code);
-}
-
-}  // namespace
+#ifdef QLK_CUDA_ARCHS
+#include "bindings_cuda.h"
+#endif
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of qlora_kernels; called through qlora_kernels.backends.";
@@ -106,7 +76,15 @@ PYBIND11_MODULE(_C, m) {
         info["isas_built"] = qlk::cpu::isas_built();
         info["isas_available"] = qlk::cpu::isas_available();
         info["isa_in_use"] = qlk::cpu::isa_in_use();
-        info["cuda_archs"] = std::vector<std::string>();
+#ifdef QLK_CUDA_ARCHS
+        info["cuda_archs"] = QLK_CUDA_ARCHS;
+        info["nvcc"] = QLK_NVCC_VERSION;
+#else
+        info["cuda_archs"] = "";
+#endif
         return info;
     });
+#ifdef QLK_CUDA_ARCHS
+    bind_cuda(m.def_submodule("cuda", "The same operations on CUDA devices."));
+#endif
 }

@@ -109,4 +109,22 @@ const char* isas_available();
 int64_t scratch_peak_bytes(bool reset);
 
 }  // namespace cpu
+
+// The same on CUDA devices, and in the emulator: launches on the caller's stream, no synchronisation with the host.
+namespace cuda {
+
+// Where a launch goes. `threads` of the params structs has no meaning here.
+struct Stream {
+    int device;    // its ordinal
+    void* handle;  // a cudaStream_t of that device
+};
+
+// A block that holds NaN or infinity gets the constant NaN. sums: null, or float64 [groups]: the sum of the constants
+// of each group of 256 blocks, for quantize_absmax.
+void quantize(const QuantizeParams& params, double* sums, const Stream& stream);
+// sums: float64 [groups]; filled here unless `summed` says that quantize() did.
+void quantize_absmax(const QuantizeAbsmaxParams& params, double* sums, bool summed, const Stream& stream);
+void dequantize(const DequantizeParams& params, const Stream& stream);
+
+}  // namespace cuda
 }  // namespace qlk

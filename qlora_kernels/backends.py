@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import architectures, reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -30,18 +30,41 @@ def native() -> ModuleType:
         ) from error
 
 
+#: A backend for all tensors but float64 ones, whatever their device: where the tests put the emulator.
+forced = None
+
+
 def of(tensor: Tensor):
     """The backend that serves a tensor: by its device, and float64 by the reference in plain torch.
 
     Raises:
         RuntimeError: for a device that this build has no kernels for.
     """
-    if tensor.is_cuda:
-        raise RuntimeError(
-            f"this build of qlora_kernels has no CUDA kernels, but a tensor is on {tensor.device}; "
-            "move the model to the CPU, or build with nvcc installed and QLORA_KERNELS_CUDA_ARCHS=native"
-        )
-    return reference if tensor.dtype == torch.float64 else CPU
+    if tensor.dtype == torch.float64:
+        return reference
+    if forced is not None:
+        return forced
+    return cuda(tensor.device) if tensor.is_cuda else CPU
+
+
+@functools.cache
+def cuda(device: torch.device) -> CUDA:
+    """The CUDA backend, after a check that this build has kernels for the card.
+
+    Raises:
+        RuntimeError: when it has none; the sentence says which card, what the build has, and how to build for it.
+    """
+    built = native().build_info()["cuda_archs"]
+    major, minor = torch.cuda.get_device_capability(device)
+    problem = architectures.unserved(built, major, minor, torch.cuda.get_device_name(device))
+    if problem:
+        raise RuntimeError(problem)
+    return CUDA(native().cuda)
+
+
+def non_finite(weight: Tensor, index: tuple[int, ...], name: str) -> ValueError:
+    """The error for a weight that cannot be quantized."""
+    return ValueError(f"{name} holds {weight[index].item()} at index {index}; only finite weights can be quantized")
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -75,6 +98,9 @@ def _seed(seed: Tensor | None, dropout: float) -> int:
 class CPU:
     """The C++ kernels."""
 
+    #: Whether quantize() itself refuses weights that are not finite.
+    refuses_non_finite = True
+
     @staticmethod
     def quantize(weight: Tensor, name: str):
         count = weight.numel()
@@ -89,11 +115,13 @@ class CPU:
             torch.get_num_threads(),
         )
         if bad >= 0:
-            index = tuple(divmod(bad, weight.shape[1]))
-            raise ValueError(
-                f"{name} holds {weight[index].item()} at index {index}; only finite weights can be quantized"
-            )
+            raise non_finite(weight, divmod(bad, weight.shape[1]), name)
         return packed, absmax
+
+    @staticmethod
+    def quantize_nested(weight: Tensor, nested_table: Tensor, name: str):
+        packed, absmax = CPU.quantize(weight, name)
+        return packed, *CPU.quantize_absmax(absmax, nested_table)
 
     @staticmethod
     def quantize_absmax(absmax: Tensor, nested_table: Tensor):
@@ -189,3 +217,97 @@ class CPU:
 
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype)
+
+
+class CUDA:
+    """The CUDA kernels, on the tensors' device and the caller's current stream there. Nothing waits for the device."""
+
+    # To know of a bad weight, the host would have to wait: its blocks get constants that are NaN.
+    refuses_non_finite = False
+
+    def __init__(self, kernels: ModuleType):
+        self._kernels = kernels
+
+    @staticmethod
+    def _empty(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def _queue(device: torch.device) -> tuple[int, int]:
+        return device.index, torch.cuda.current_stream(device).cuda_stream
+
+    def _quantize(self, weight: Tensor, sums: Tensor | None):
+        count, device = weight.numel(), weight.device
+        packed = self._empty((count + 1) // 2, torch.uint8, device)
+        absmax = self._empty((count + 63) // 64, torch.float32, device)
+        self._kernels.quantize(
+            weight.data_ptr(),
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            _pointer(sums),
+            count,
+            _DTYPES[weight.dtype],
+            *self._queue(device),
+        )
+        return packed, absmax
+
+    def _quantize_absmax(self, absmax: Tensor, nested_table: Tensor, sums: Tensor, summed: bool):
+        count, device = absmax.numel(), absmax.device
+        code = self._empty(count, torch.uint8, device)
+        nested_absmax = self._empty((count + 255) // 256, torch.float32, device)
+        offset = self._empty(1, torch.float32, device)
+        if count == 0:
+            return code, nested_absmax, offset.zero_()
+        self._kernels.quantize_absmax(
+            absmax.data_ptr(),
+            nested_table.data_ptr(),
+            code.data_ptr(),
+            nested_absmax.data_ptr(),
+            offset.data_ptr(),
+            count,
+            sums.data_ptr(),
+            summed,
+            *self._queue(device),
+        )
+        return code, nested_absmax, offset
+
+    def _sums(self, blocks: int, device: torch.device) -> Tensor:
+        """Scratch for the sum of each 256 constants."""
+        return self._empty((blocks + 255) // 256, torch.float64, device)
+
+    def quantize(self, weight: Tensor, name: str):
+        return self._quantize(weight, None)
+
+    def quantize_absmax(self, absmax: Tensor, nested_table: Tensor):
+        return self._quantize_absmax(absmax, nested_table, self._sums(absmax.numel(), absmax.device), False)
+
+    def quantize_nested(self, weight: Tensor, nested_table: Tensor, name: str):
+        # Two launches: the first leaves the sums that the second needs.
+        sums = self._sums((weight.numel() + 63) // 64, weight.device)
+        packed, absmax = self._quantize(weight, sums)
+        return packed, *self._quantize_absmax(absmax, nested_table, sums, True)
+
+    def dequantize(self, pieces, n: int, k: int, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
+        out = self._empty((row_end - row_begin, k), dtype, pieces[0].device)
+        self.dequantize_out(pieces, n, k, row_begin, row_end, out)
+        return out
+
+    def dequantize_out(self, pieces, n: int, k: int, row_begin: int, row_end: int, out: Tensor) -> None:
+        if out.dtype == torch.float64:
+            out.copy_(self.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
+            return
+        self._kernels.dequantize(
+            _weight(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], *self._queue(out.device)
+        )
+
+    # Not fused yet: a dense copy of the weight, and torch's products.
+
+    def linear_forward(self, x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):
+        dense = self.dequantize(pieces, n, x.shape[1], x.dtype, 0, n)
+        return reference.linear_forward_dense(x, dense, bias, lora_A, lora_B, scaling, dropout, seed)
+
+    def linear_backward(self, dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
+        dense = self.dequantize(pieces, dy.shape[1], k, dy.dtype, 0, dy.shape[1]) if need_dx else None
+        return reference.linear_backward_dense(
+            dy, dense, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB
+        )

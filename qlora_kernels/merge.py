@@ -128,6 +128,7 @@ def _requantize(layer: QLinear, before: NF4Weight, name: str) -> NF4Weight:
         codes, constants = ops.quantize(_rows(layer, before, name, begin, end, torch.float32), "the merged weight")
         packed[begin * k // 2 :][: codes.numel()] = codes
         absmax[begin * k // BLOCK_SIZE :][: constants.numel()] = constants
+    ops.check_finite(absmax, absmax, "the merged weight")
     if not before.double_quant:
         return NF4Weight(packed, absmax, None, None, None, before.shape, before.dtype)
     table = before.nested_table

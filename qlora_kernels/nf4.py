@@ -253,7 +253,7 @@ class NF4Weight:
 
 def default_nested_table(device: str | torch.device = "cpu") -> torch.Tensor:
     """The second-level table, float32 [256]: entry b is the FP8 E4M3 value of byte b, divided by 448."""
-    return ops.default_nested_table().to(device)
+    return ops.default_nested_table(torch.device(device))
 
 
 def quantize(
@@ -293,15 +293,19 @@ def quantize(
     )
     require(weight.dim() == 2, ValueError, f"{name} should be [N, K], found shape {list(weight.shape)}")
     require(weight.numel() > 0, ValueError, f"{name} is empty: shape {list(weight.shape)}")
-    weight = weight.detach()
-    packed, absmax = ops.quantize(weight.contiguous(), name)
-    nested_absmax = nested_offset = None
+    require(
+        double_quant or nested_table is None,
+        ValueError,
+        "nested_table was given, but double_quant=False has no use for it",
+    )
+    weight = weight.detach().contiguous()
     if double_quant:
-        table = default_nested_table(weight.device) if nested_table is None else nested_table
-        absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax, table)
-        nested_table = table
+        nested_table = default_nested_table(weight.device) if nested_table is None else nested_table
+        packed, absmax, nested_absmax, nested_offset = ops.quantize_nested(weight, nested_table, name)
     else:
-        require(nested_table is None, ValueError, "nested_table was given, but double_quant=False has no use for it")
+        packed, absmax = ops.quantize(weight, name)
+        nested_absmax = nested_offset = None
+    ops.check_finite(weight, absmax if nested_offset is None else nested_offset, name)
     return NF4Weight(packed, absmax, nested_absmax, nested_offset, nested_table, weight.shape, weight.dtype)
 
 

@@ -1,9 +1,9 @@
 """The operations: schema, checks and fake implementation together. Below this file there are only pointers and sizes.
 
 Five operations, each under one name on every floor: ``quantize``, ``quantize_absmax``, ``dequantize``,
-``linear_forward`` and ``linear_backward``, all in ``torch.ops.qlora_kernels``; ``dequantize_out`` is ``dequantize``
-into a tensor that the caller has. A quantized weight travels as its five pieces (see
-:class:`qlora_kernels.NF4Weight`).
+``linear_forward`` and ``linear_backward``, all in ``torch.ops.qlora_kernels``; ``quantize_nested`` is the first two in
+one (on a GPU, in two launches), ``dequantize_out`` is ``dequantize`` into a tensor that the caller has. A quantized
+weight travels as its five pieces (see :class:`qlora_kernels.NF4Weight`).
 """
 
 from __future__ import annotations
@@ -142,6 +142,30 @@ def _quantize_fake(weight, name="weight"):
     )
 
 
+# ------------------------------------------------------------------------------------------ check of the result
+
+
+def check_finite(weight: Tensor, constants: Tensor, name: str) -> None:
+    """Refuses a weight that has just been quantized and was not finite, where the kernels have not done so.
+
+    On a CUDA device this waits for the launches; while a graph is captured nothing can be waited for, and a weight
+    that is not finite decodes to NaN.
+
+    Args:
+        weight: what was quantized.
+        constants: float32, any number of them that are NaN when a block was not finite.
+        name: what to call the weight.
+    """
+    if backends.of(constants).refuses_non_finite:
+        return
+    if constants.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    if not constants.isfinite().all():
+        bad = (~weight.isfinite()).nonzero()
+        require(len(bad) > 0, ValueError, f"{name} is too near the largest float32 for its constants to be averaged")
+        raise backends.non_finite(weight, tuple(bad[0].tolist()), name)
+
+
 # --------------------------------------------------------------------------------------------- quantize_absmax
 
 _library.define(
@@ -179,6 +203,32 @@ def _quantize_absmax_fake(absmax, nested_table):
         absmax.new_empty((count + 255) // 256),
         absmax.new_empty(1),
     )
+
+
+# --------------------------------------------------------------------------------------------- quantize_nested
+
+_library.define(
+    "quantize_nested(Tensor weight, Tensor nested_table, str name='weight')"
+    " -> (Tensor packed, Tensor code, Tensor nested_absmax, Tensor nested_offset)",
+    tags=_TAGS,
+)
+
+
+def _check_quantize_nested(weight: Tensor, nested_table: Tensor) -> None:
+    _check_quantize(weight)
+    _check_quantize_absmax(weight.new_empty(0, dtype=torch.float32), nested_table)
+
+
+def _quantize_nested(weight: Tensor, nested_table: Tensor, name: str = "weight"):
+    _check_quantize_nested(weight, nested_table)
+    return backends.of(weight).quantize_nested(weight, nested_table, name)
+
+
+@torch.library.register_fake("qlora_kernels::quantize_nested", lib=_library)
+def _quantize_nested_fake(weight, nested_table, name="weight"):
+    _check_quantize_nested(weight, nested_table)
+    packed, absmax = _quantize_fake(weight, name)
+    return packed, *_quantize_absmax_fake(absmax, nested_table)
 
 
 # -------------------------------------------------------------------------------------------------- dequantize
@@ -477,6 +527,7 @@ def _linear_backward_fake(
 for _name, _function in (
     ("quantize", _quantize),
     ("quantize_absmax", _quantize_absmax),
+    ("quantize_nested", _quantize_nested),
     ("dequantize", _dequantize),
     ("dequantize_out", _dequantize_out),
     ("linear_forward", _linear_forward),
@@ -487,13 +538,16 @@ for _name, _function in (
 
 quantize = torch.ops.qlora_kernels.quantize.default
 quantize_absmax = torch.ops.qlora_kernels.quantize_absmax.default
+quantize_nested = torch.ops.qlora_kernels.quantize_nested.default
 dequantize = torch.ops.qlora_kernels.dequantize.default
 dequantize_out = torch.ops.qlora_kernels.dequantize_out.default
 linear_forward = torch.ops.qlora_kernels.linear_forward.default
 linear_backward = torch.ops.qlora_kernels.linear_backward.default
 
 
-@functools.lru_cache(maxsize=1)
-def default_nested_table() -> Tensor:
-    """float32 [256] on the CPU: entry b is the FP8 E4M3 value of byte b, divided by 448."""
-    return torch.tensor(backends.native().e4m3_table(), dtype=torch.float32)
+@functools.cache
+def default_nested_table(device: torch.device | str = "cpu") -> Tensor:
+    """float32 [256], one tensor for each device: entry b is the FP8 E4M3 value of byte b, divided by 448."""
+    # Kept for good, so not an inference tensor, which autograd could not save.
+    with torch.inference_mode(False):
+        return torch.tensor(backends.native().e4m3_table(), dtype=torch.float32).to(device)

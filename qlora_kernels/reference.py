@@ -54,12 +54,14 @@ def philox(seed: int, blocks: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def dropout_mask(m: int, k: int, dropout: float, seed: Tensor | int | None) -> Tensor:
+def dropout_mask(
+    m: int, k: int, dropout: float, seed: Tensor | int | None, device: torch.device | None = None
+) -> Tensor:
     """bool [m, k], True where kept: element i takes word i % 4 of Philox block i / 4, kept when >= p * 2^32."""
     if dropout == 0.0 or m * k == 0:
-        return torch.ones(m, k, dtype=torch.bool)
+        return torch.ones(m, k, dtype=torch.bool, device=device)
     value = int(seed) & 0xFFFFFFFFFFFFFFFF
-    words = philox(value, torch.arange((m * k + 3) // 4)).flatten()[: m * k]
+    words = philox(value, torch.arange((m * k + 3) // 4, device=device)).flatten()[: m * k]
     return (words >= min(int(dropout * 2**32), 2**32 - 1)).view(m, k)
 
 
@@ -72,25 +74,36 @@ def dequantize(pieces, n: int, k: int, dtype: torch.dtype, row_begin: int, row_e
 
 
 def linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):
+    dense = decode(pieces, n, x.shape[1], x.dtype)
+    return linear_forward_dense(x, dense, bias, lora_A, lora_B, scaling, dropout, seed)
+
+
+def linear_forward_dense(x, dense, bias, lora_A, lora_B, scaling, dropout, seed):
+    """linear_forward with the weight decoded, [n, k] of x's dtype."""
     m, k = x.shape
-    y = x @ decode(pieces, n, k, x.dtype).T
+    y = x @ dense.T
     if bias is not None:
         y = y + bias.to(x.dtype)
     if lora_A is None:
         return y, x.new_empty(m, 0)
-    masked = x * dropout_mask(m, k, dropout, seed)
+    masked = x * dropout_mask(m, k, dropout, seed, x.device)
     u = scaling / (1 - dropout) * (masked @ lora_A.to(x.dtype).T)
     return y + u @ lora_B.to(x.dtype).T, u
 
 
 def linear_backward(dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-    m, n = dy.shape
+    dense = decode(pieces, dy.shape[1], k, dy.dtype) if need_dx else None
+    return linear_backward_dense(dy, dense, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB)
+
+
+def linear_backward_dense(dy, dense, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
+    """linear_backward with the weight decoded, [n, k] of dy's dtype."""
     dx = dA = dB = dy.new_empty(0)
-    mask = dropout_mask(m, k, dropout, seed)
+    mask = dropout_mask(dy.shape[0], k, dropout, seed, dy.device)
     if lora_A is not None:
         v = scaling / (1 - dropout) * (dy @ lora_B.to(dy.dtype))
     if need_dx:
-        dx = dy @ decode(pieces, n, k, dy.dtype)
+        dx = dy @ dense
         if lora_A is not None:
             dx = dx + mask * (v @ lora_A.to(dy.dtype))
     if need_dA:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
 import torch
+from emulated import emulated
 
 from qlora_kernels import backends, quantize
 
@@ -17,6 +19,61 @@ def isa(request, monkeypatch) -> str:
     """Runs the test once for each instruction set that this machine has."""
     monkeypatch.setenv("QLORA_KERNELS_CPU_ISA", request.param)
     return request.param
+
+
+#: The CUDA kernels on the emulator, by the order in which their threads run.
+ORDERS = ("forward", "reverse", "random")
+ENGINES = (
+    *ISAS,
+    *(f"emulated-{order}" for order in ORDERS),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request) -> str:
+    """Runs the test once for each instruction set, once for each order of the emulator, and on a card where one is.
+
+    On the card, the tensors that the test makes are there.
+    """
+    with engine_named(request.param):
+        yield request.param
+
+
+@contextlib.contextmanager
+def engine_named(name: str):
+    if name == "cuda":
+        before = torch.get_default_device()
+        torch.set_default_device("cuda")
+        try:
+            yield
+        finally:
+            torch.set_default_device(before)
+    elif name.startswith("emulated-"):
+        with emulated(name.removeprefix("emulated-"), seed=7):
+            yield
+    else:
+        with forced(name):
+            yield
+
+
+@contextlib.contextmanager
+def on_the_cpu():
+    """Within a test of another engine: tensors and operations of the CPU again."""
+    before, backends.forced = backends.forced, None
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        backends.forced = before
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests of a card are left out, not skipped, where none is and none was asked for with -m gpu."""
+    if torch.cuda.is_available() or "gpu" in config.getoption("-m"):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,35 @@
+#include "bindings_cuda.h"
+
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+
+void bind_cuda(py::module_ m) {
+    using Released = py::call_guard<py::gil_scoped_release>;
+    m.def(
+        "quantize",
+        [](Address weight, Address packed, Address absmax, Address sums, int64_t count, int dtype, int device,
+           Address stream) {
+            qlk::cuda::quantize(
+                {at<const void>(weight), at<uint8_t>(packed), at<float>(absmax), count, dtype_of(dtype), 0},
+                at<double>(sums), {device, at<void>(stream)});
+        },
+        Released());
+    m.def(
+        "quantize_absmax",
+        [](Address absmax, Address table, Address code, Address nested_absmax, Address offset, int64_t count,
+           Address sums, bool summed, int device, Address stream) {
+            qlk::cuda::quantize_absmax({at<const float>(absmax), at<const float>(table), at<uint8_t>(code),
+                                        at<float>(nested_absmax), at<float>(offset), count, 0},
+                                       at<double>(sums), summed, {device, at<void>(stream)});
+        },
+        Released());
+    m.def(
+        "dequantize",
+        [](const Weight& weight, Address out, int64_t row_begin, int64_t row_end, int dtype, int device,
+           Address stream) {
+            qlk::cuda::dequantize({weight_view(weight), at<void>(out), row_begin, row_end, dtype_of(dtype), 0},
+                                  {device, at<void>(stream)});
+        },
+        Released());
+}

@@ -1,0 +1,7 @@
+// The CUDA operations as Python functions: part of _C where it is built with CUDA, and of the emulator's module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+// Adds quantize, quantize_absmax and dequantize, whose last arguments are a device's ordinal and a stream's address.
+void bind_cuda(pybind11::module_ m);

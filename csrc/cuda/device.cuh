@@ -1,0 +1,135 @@
+// What the kernels know of CUDA: the only file here that includes its headers. Kernels are written against this file
+// and ptx.cuh, both included with angle brackets; the emulator (tests/emulator) puts files of the same names before
+// them on the include path.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../error.h"
+#include "../kernels.h"
+
+// Throws with file, line and expression when a CUDA call fails. The error is taken out of the runtime's memory, so
+// that the next call starts clean.
+#define QLK_CUDA(expression)                                                                                \
+    do {                                                                                                    \
+        const cudaError_t qlk_status = (expression);                                                        \
+        if (qlk_status != cudaSuccess) {                                                                    \
+            (void)cudaGetLastError();                                                                       \
+            ::qlk::fail(__FILE__, __LINE__, #expression,                                                    \
+                        std::string(cudaGetErrorName(qlk_status)) + ": " + cudaGetErrorString(qlk_status)); \
+        }                                                                                                   \
+    } while (0)
+
+#define QLK_DEVICE __device__ __forceinline__
+
+namespace qlk::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+QLK_DEVICE float to_float(float value) { return value; }
+QLK_DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
+QLK_DEVICE float to_float(fp16 value) { return __half2float(value); }
+// Round to nearest, ties to even.
+template <class T>
+QLK_DEVICE T from_float(float value);
+template <>
+QLK_DEVICE float from_float<float>(float value) {
+    return value;
+}
+template <>
+QLK_DEVICE bf16 from_float<bf16>(float value) {
+    return __float2bfloat16_rn(value);
+}
+template <>
+QLK_DEVICE fp16 from_float<fp16>(float value) {
+    return __float2half_rn(value);
+}
+
+template <class T>
+QLK_DEVICE T from_bits(uint16_t bits);
+template <>
+QLK_DEVICE bf16 from_bits<bf16>(uint16_t bits) {
+    return __ushort_as_bfloat16(bits);
+}
+template <>
+QLK_DEVICE fp16 from_bits<fp16>(uint16_t bits) {
+    return __ushort_as_half(bits);
+}
+
+// The block's dynamic shared memory: the only kind that kernels here use, laid out by a struct.
+template <class T>
+QLK_DEVICE T& shared_memory() {
+    static_assert(alignof(T) <= 128);
+    extern __shared__ __align__(128) unsigned char qlk_shared_bytes[];
+    return *reinterpret_cast<T*>(qlk_shared_bytes);
+}
+
+// Plain accesses, named so that the emulator can check and count them.
+template <class T>
+QLK_DEVICE T load_shared(const T* address) {
+    return *address;
+}
+template <class T>
+QLK_DEVICE void store_shared(T* address, T value) {
+    *address = value;
+}
+template <class T>
+QLK_DEVICE T load_global(const T* address) {
+    return __ldg(address);
+}
+template <class T>
+QLK_DEVICE void store_global(T* address, T value) {
+    *address = value;
+}
+
+// Makes a device current while it lives, and the one before it again afterwards.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) {
+        QLK_CUDA(cudaGetDevice(&before_));
+        if (device == before_) return;
+        QLK_CUDA(cudaSetDevice(device));
+        changed_ = true;
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+inline int multiprocessors(int device) {
+    int count = 0;
+    QLK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(params) and throws when it cannot start. threads must be
+// what the kernel's __launch_bounds__ say.
+template <class Params>
+void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
+            const Params& params) {
+    QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
+    if (shared_bytes > 48 * 1024) {
+        QLK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream.handle);
+    QLK_CUDA(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+}  // namespace qlk::cuda

@@ -1,0 +1,35 @@
+#include <limits>
+
+#include "quantize.cuh"
+
+namespace qlk::cuda {
+namespace {
+
+template <class T>
+void quantize_launch(const QuantizeParams& p, double* sums, const Stream& stream) {
+    using Traits = QuantizeTraits<T>;
+    if (p.count == 0) return;
+    const auto on = [](const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; };
+    QLK_CHECK(on(p.weight, sizeof(T)), "the weight to quantize does not lie on a multiple of its elements' size");
+    QuantizeArguments a{p.weight, p.packed, p.absmax, sums, p.count, on(p.weight, 16) && on(p.packed, 4), {}};
+    for (int i = 0; i < 15; ++i) {
+        a.midpoints[i] = (static_cast<double>(kLevels[i]) + static_cast<double>(kLevels[i + 1])) / 2;
+    }
+    a.midpoints[15] = std::numeric_limits<double>::infinity();
+    const DeviceGuard guard(stream.device);
+    launch(quantize_kernel<T>, (p.count + Traits::kGroup - 1) / Traits::kGroup, Traits::kThreads,
+           sizeof(typename Traits::Shared), stream, a);
+}
+
+}  // namespace
+
+void quantize(const QuantizeParams& p, double* sums, const Stream& stream) {
+    switch (p.dtype) {
+        case DType::kFloat32: return quantize_launch<float>(p, sums, stream);
+        case DType::kBFloat16: return quantize_launch<bf16>(p, sums, stream);
+        case DType::kFloat16: return quantize_launch<fp16>(p, sums, stream);
+    }
+    QLK_CHECK(false, "quantize from dtype code " + std::to_string(static_cast<int>(p.dtype)));
+}
+
+}  // namespace qlk::cuda

@@ -1,0 +1,394 @@
+// Threads, barriers and warps of one block.
+#include "block.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace emu {
+namespace {
+
+struct Cancelled {};
+thread_local Thread* running = nullptr;
+
+std::string text(Dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+}
+
+std::string place(Site site) {
+    const char* slash = std::strrchr(site.file, '/');
+    return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+std::vector<std::unique_ptr<Thread>>& spare_threads() {
+    static thread_local std::vector<std::unique_ptr<Thread>> all;
+    return all;
+}
+
+bool coin() { return running->block->device.random() & 1; }
+
+}  // namespace
+
+Thread& this_thread() {
+    if (!running) throw Error("device code runs outside of a launch");
+    return *running;
+}
+Dim3 thread_index() { return this_thread().index; }
+Dim3 block_index() { return this_thread().block->index; }
+Dim3 block_dim() { return this_thread().block->dim; }
+Dim3 grid_dim() { return this_thread().block->device.grid; }
+unsigned lane() { return static_cast<unsigned>(this_thread().linear) % 32; }
+unsigned char* shared_bytes() { return this_thread().block->shared; }
+size_t shared_size() { return this_thread().block->shared_size; }
+
+void fail(Site site, const std::string& message) {
+    const Thread& t = this_thread();
+    throw Error(place(site) + ": thread " + text(t.index) + " of block " + text(t.block->index) + ": " + message);
+}
+
+// ------------------------------------------------------------------------------------------------------ threads
+
+void Thread::reset(Block* owner, int number, Dim3 position) {
+    block = owner;
+    linear = number;
+    index = position;
+    state = kReady;
+    started = cancelled = false;
+    error = nullptr;
+    std::fill(executions.begin(), executions.end(), 0);
+    open.clear();
+    groups.clear();
+    if (!fiber) fiber = std::make_unique<Fiber>();
+}
+
+void Thread::pause(State how, const char* what, Site where) {
+    waiting_for = what;
+    site = where;
+    state = how;
+    block->make_ready(*this, how == kReady);
+    fiber->leave();
+    if (cancelled) throw Cancelled();
+}
+
+// ------------------------------------------------------------------------------------------------------- blocks
+
+Block::Block(Device& launch, Dim3 position, Dim3 size, size_t shared_bytes)
+    : device(launch), index(position), dim(size), live(static_cast<int>(size.x * size.y * size.z)) {
+    shared_size = shared_bytes;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, std::max<size_t>(shared_bytes, 1)) != 0) throw std::bad_alloc();
+    shared = static_cast<unsigned char*>(memory);
+    // All bits set: NaN in every floating type, an index far out of range in every integer.
+    std::memset(shared, 0xff, shared_bytes);
+    warps.resize((live + 31) / 32);
+    ready_.assign((live + 63) / 64, 0);
+    auto& spare = spare_threads();
+    for (int i = 0; i < live; ++i) {
+        if (spare.empty()) spare.push_back(std::make_unique<Thread>());
+        threads.push_back(std::move(spare.back()));
+        spare.pop_back();
+        const unsigned n = static_cast<unsigned>(i);
+        threads.back()->reset(this, i, {n % size.x, n / size.x % size.y, n / size.x / size.y});
+        ready_[i / 64] |= 1ull << (i % 64);
+    }
+    ++counters().blocks;
+}
+
+Block::~Block() {
+    for (auto& thread : threads) spare_threads().push_back(std::move(thread));
+    std::free(shared);
+}
+
+void Block::make_ready(Thread& thread, bool ready) {
+    const uint64_t bit = 1ull << (thread.linear % 64);
+    uint64_t& word = ready_[thread.linear / 64];
+    word = ready ? word | bit : word & ~bit;
+}
+
+void Block::wake(Thread& thread) {
+    thread.state = Thread::kReady;
+    make_ready(thread, true);
+}
+
+Thread* Block::pick() {
+    const int words = static_cast<int>(ready_.size());
+    const Order order = device.options.order;
+    const int start = order == Order::kRandom ? static_cast<int>(device.random() % words) : 0;
+    for (int i = 0; i < words; ++i) {
+        const int at = order == Order::kReverse ? words - 1 - i : (start + i) % words;
+        uint64_t word = ready_[at];
+        if (word == 0) continue;
+        int bit;
+        if (order == Order::kForward) {
+            bit = __builtin_ctzll(word);
+        } else if (order == Order::kReverse) {
+            bit = 63 - __builtin_clzll(word);
+        } else {
+            for (int skip = static_cast<int>(device.random() % __builtin_popcountll(word)); skip > 0; --skip) {
+                word &= word - 1;
+            }
+            bit = __builtin_ctzll(word);
+        }
+        return threads[at * 64 + bit].get();
+    }
+    return nullptr;
+}
+
+void Block::run(Thread& thread) {
+    struct Job {
+        static void go(void* pointer) {
+            auto* self = static_cast<Thread*>(pointer);
+            try {
+                self->block->device.body();
+            } catch (const Cancelled&) {
+            } catch (...) {
+                self->error = std::current_exception();
+            }
+            self->state = Thread::kDone;
+        }
+    };
+    if (!thread.started) {
+        thread.started = true;
+        thread.fiber->start(&Job::go, &thread);
+    }
+    Thread* const before = running;
+    running = &thread;
+    thread.fiber->resume();
+    running = before;
+    if (thread.state != Thread::kDone) return;
+    ++device.progress;
+    make_ready(thread, false);
+    --live;
+    if (thread.error) std::rethrow_exception(thread.error);
+    // A barrier of all threads waits only for those that still run.
+    for (Barrier& barrier : barriers) {
+        if (barrier.open_to_all && barrier.arrived > 0 && barrier.arrived >= live) complete(barrier);
+    }
+    for (const auto& meeting : warps[thread.linear / 32].meetings) {
+        if (!meeting->done && meeting->mask >> (thread.linear % 32) & 1) {
+            throw Error("thread " + text(thread.index) + " of block " + text(index) +
+                        " has ended, but other lanes of " + "its warp wait for it in " + meeting->operation);
+        }
+    }
+}
+
+bool Block::all_spin_to_ready() {
+    bool any = false;
+    for (auto& thread : threads) {
+        if (thread->state == Thread::kSpinning) {
+            wake(*thread);
+            any = true;
+        }
+    }
+    return any;
+}
+
+// Unwinds what still runs, so that the fibers can be used again.
+void Block::cancel() {
+    for (auto& thread : threads) {
+        if (!thread->started || thread->state == Thread::kDone) continue;
+        thread->cancelled = true;
+        Thread* const before = running;
+        running = thread.get();
+        while (thread->state != Thread::kDone) thread->fiber->resume();
+        running = before;
+    }
+}
+
+std::string Block::who_waits_for_what() const {
+    std::map<std::string, int> groups;
+    for (const auto& thread : threads) {
+        if (thread->state == Thread::kWaiting || thread->state == Thread::kSpinning) {
+            ++groups[std::string(thread->waiting_for) + " at " + place(thread->site)];
+        }
+    }
+    std::string out;
+    for (const auto& [what, many] : groups) out += "; " + std::to_string(many) + " threads in " + what;
+    return "block " + text(index) + out;
+}
+
+void Block::finish_requests() {
+    for (Warp& warp : warps) {
+        for (const auto& [key, request] : warp.requests) finish(key, request);
+        warp.requests.clear();
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------- barriers
+
+void Block::complete(Barrier& barrier) {
+    ++device.progress;
+    barrier.result = barrier.predicates;
+    barrier.arrived = barrier.expected = barrier.predicates = 0;
+    barrier.open_to_all = false;
+    for (Thread* thread : barrier.waiting) wake(*thread);
+    barrier.waiting.clear();
+}
+
+void Block::arrive(int id, int count, bool wait, bool predicate, Site site) {
+    if (id < 0 || id > 15) fail(site, "barrier " + std::to_string(id) + ": there are 0 to 15");
+    if (count % 32 != 0) fail(site, "a barrier of " + std::to_string(count) + " threads: not a multiple of 32");
+    Barrier& barrier = barriers[id];
+    if (barrier.arrived > 0 && (barrier.expected != count || barrier.open_to_all != (count == 0))) {
+        fail(site, "barrier " + std::to_string(id) + " is asked for " + std::to_string(count) +
+                       " threads, and was asked for " + std::to_string(barrier.expected) + " by one that waits in it");
+    }
+    Thread& self = this_thread();
+    barrier.expected = count;
+    barrier.open_to_all = count == 0;
+    barrier.predicates += predicate;
+    ++barrier.arrived;
+    if (barrier.arrived >= (count == 0 ? live : count)) {
+        complete(barrier);
+        // Whoever came last may go on at once, or the others first.
+        if (device.options.order == Order::kRandom && coin()) self.pause(Thread::kReady, "a barrier", site);
+        return;
+    }
+    if (!wait) return;
+    barrier.waiting.push_back(&self);
+    self.pause(Thread::kWaiting, "a barrier", site);
+}
+
+void barrier(int id, int threads, Site site) {
+    count("barrier", site);
+    this_thread().block->arrive(id, threads, true, false, site);
+}
+
+void barrier_arrive(int id, int threads, Site site) {
+    count("barrier", site);
+    if (threads == 0) fail(site, "barrier.arrive needs a number of threads");
+    this_thread().block->arrive(id, threads, false, false, site);
+}
+
+int barrier_count(bool predicate, Site site) {
+    count("barrier", site);
+    Block& block = *this_thread().block;
+    block.arrive(0, 0, true, predicate, site);
+    return block.barriers[0].result;
+}
+
+// -------------------------------------------------------------------------------------------------------- warps
+
+void warp_meet(const char* operation, uint32_t mask, const void* input, size_t input_bytes, void* output,
+               size_t output_bytes, const std::function<void(uint32_t, LaneData&, LaneData&)>& whole, Site site) {
+    Thread& self = this_thread();
+    Block& block = *self.block;
+    const int lane = self.linear % 32, first = self.linear - lane;
+    count(operation, site);
+    if (!(mask >> lane & 1)) fail(site, std::string(operation) + " with a mask that the thread itself is not in");
+    for (int i = 0; i < 32; ++i) {
+        if (!(mask >> i & 1)) continue;
+        const size_t other = static_cast<size_t>(first + i);
+        if (other >= block.threads.size() || block.threads[other]->state == Thread::kDone) {
+            fail(site, std::string(operation) + " with lane " + std::to_string(i) + " in its mask, which has ended");
+        }
+    }
+    Warp& warp = block.warps[self.linear / 32];
+    Meeting* meeting = nullptr;
+    for (auto& m : warp.meetings) {
+        if (m->done || !(m->mask & mask)) continue;
+        if (m->mask != mask || std::strcmp(m->operation, operation) != 0 || m->input_bytes != input_bytes) {
+            fail(site, std::string(operation) + ", while other lanes of its mask are in " + m->operation +
+                           ", or have another mask");
+        }
+        meeting = m.get();
+    }
+    if (!meeting) {
+        if (warp.spare.empty()) warp.spare.push_back(std::make_unique<Meeting>());
+        warp.meetings.push_back(std::move(warp.spare.back()));
+        warp.spare.pop_back();
+        meeting = warp.meetings.back().get();
+        meeting->operation = operation;
+        meeting->mask = mask;
+        meeting->arrived = meeting->left = 0;
+        meeting->done = false;
+        meeting->input_bytes = input_bytes;
+        meeting->output_bytes = output_bytes;
+    }
+    std::memcpy(meeting->in[lane], input, input_bytes);
+    meeting->arrived |= 1u << lane;
+    if (meeting->arrived == mask) {
+        whole(mask, meeting->in, meeting->out);
+        meeting->done = true;
+        ++block.device.progress;
+        for (int i = 0; i < 32; ++i) {
+            if (i != lane && mask >> i & 1) block.wake(*block.threads[first + i]);
+        }
+        if (block.device.options.order == Order::kRandom && coin()) self.pause(Thread::kReady, operation, site);
+    } else {
+        self.pause(Thread::kWaiting, operation, site);
+    }
+    if (output_bytes) std::memcpy(output, meeting->out[lane], output_bytes);
+    meeting->left |= 1u << lane;
+    if (meeting->left == mask) {
+        for (auto& m : warp.meetings) {
+            if (m.get() != meeting) continue;
+            warp.spare.push_back(std::move(m));
+            std::swap(m, warp.meetings.back());
+            warp.meetings.pop_back();
+            break;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- memory
+
+void access(Space space, Kind kind, const void* address, size_t bytes, Site site) {
+    Thread& self = this_thread();
+    Block& block = *self.block;
+    if (block.device.options.order == Order::kRandom && block.device.random() % 8 == 0) {
+        self.pause(Thread::kReady, "an access", site);
+    }
+    const auto at = reinterpret_cast<uintptr_t>(address);
+    if (at % bytes != 0) {
+        fail(site, "an access of " + std::to_string(bytes) + " bytes at an address that is no multiple of them");
+    }
+    const auto* byte = static_cast<const unsigned char*>(address);
+    const bool inside = byte >= block.shared && byte + bytes <= block.shared + block.shared_size;
+    if (space == Space::kShared && !inside) {
+        fail(site, "a shared access of " + std::to_string(bytes) + " bytes at offset " +
+                       std::to_string(byte - block.shared) + " of " + std::to_string(block.shared_size));
+    }
+    if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
+    if (kind != Kind::kLoad) ++block.device.progress;
+    collect(self, space, kind, address, bytes, site);
+}
+
+void Copy::land() {
+    if (landed) return;
+    landed = true;
+    std::memcpy(to, from, valid);
+    std::memset(static_cast<unsigned char*>(to) + valid, 0, bytes - valid);
+}
+
+void copy_async(void* shared, const void* global, size_t bytes, size_t valid, Site site) {
+    count("cp.async", site);
+    if (bytes != 4 && bytes != 8 && bytes != 16) fail(site, "cp.async copies 4, 8 or 16 bytes");
+    if (valid > bytes) fail(site, "cp.async of more source bytes than it copies");
+    access(Space::kShared, Kind::kStore, shared, bytes, site);
+    if (valid > 0) access(Space::kGlobal, Kind::kLoad, global, bytes, site);
+    Thread& self = this_thread();
+    Copy copy{shared, global, bytes, valid, false};
+    const Landing landing = self.block->device.options.landing;
+    if (landing == Landing::kEarliest || (landing == Landing::kRandom && coin())) copy.land();
+    self.open.push_back(copy);
+}
+
+void copy_commit(Site site) {
+    count("cp.async.commit_group", site);
+    Thread& self = this_thread();
+    self.groups.push_back(std::move(self.open));
+    self.open.clear();
+}
+
+void copy_wait(int pending, Site site) {
+    count("cp.async.wait_group", site);
+    Thread& self = this_thread();
+    while (static_cast<int>(self.groups.size()) > pending) {
+        for (Copy& copy : self.groups.front()) copy.land();
+        self.groups.pop_front();
+    }
+}
+
+void spin(Site site) { this_thread().pause(Thread::kSpinning, "a loop that waits for memory", site); }
+
+}  // namespace emu

@@ -1,0 +1,129 @@
+// The inside of the emulator: threads, warps and blocks, and who runs next.
+#pragma once
+
+#include <deque>
+#include <exception>
+#include <memory>
+#include <random>
+#include <unordered_map>
+
+#include "emulator.h"
+#include "fiber.h"
+
+namespace emu {
+
+class Block;
+class Device;
+
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes, valid;
+    bool landed;
+    void land();
+};
+
+struct Thread {
+    enum State { kReady, kWaiting, kSpinning, kDone };
+    Block* block = nullptr;
+    int linear = 0;  // x first, as CUDA numbers them
+    Dim3 index;
+    State state = kReady;
+    bool started = false;
+    bool cancelled = false;
+    const char* waiting_for = "";
+    Site site{"", 0};
+    std::exception_ptr error;
+    std::unique_ptr<Fiber> fiber;
+    std::vector<uint32_t> executions;  // of each line, by its number in the table of sites
+    std::vector<Copy> open;            // copies since the last commit
+    std::deque<std::vector<Copy>> groups;
+
+    // Gives the processor away; `waiting` threads come back when somebody wakes them.
+    void pause(State how, const char* what, Site where);
+    void reset(Block* owner, int number, Dim3 position);
+};
+
+struct Meeting {
+    const char* operation;
+    uint32_t mask, arrived, left;
+    bool done;
+    size_t input_bytes, output_bytes;
+    LaneData in, out;
+};
+
+// One warp-wide access, collected lane by lane.
+struct Request {
+    uint32_t lanes = 0;
+    uint32_t bytes[32];
+    uintptr_t address[32];
+};
+
+struct Warp {
+    std::vector<std::unique_ptr<Meeting>> meetings, spare;
+    std::unordered_map<uint64_t, Request> requests;  // key: site, kind and how often the lane has been there
+};
+
+struct Barrier {
+    int arrived = 0;
+    int expected = 0;  // 0: all threads that still run
+    int predicates = 0;
+    int result = 0;
+    bool open_to_all = false;
+    std::vector<Thread*> waiting;
+};
+
+class Block {
+  public:
+    Block(Device& device, Dim3 index, Dim3 dim, size_t shared_bytes);
+    ~Block();
+
+    Thread* pick();  // a runnable thread, or null
+    void run(Thread& thread);
+    void wake(Thread& thread);
+    void make_ready(Thread& thread, bool ready);
+    void arrive(int id, int threads, bool wait, bool predicate, Site site);
+    void complete(Barrier& barrier);
+    bool all_spin_to_ready();
+    void cancel();
+    std::string who_waits_for_what() const;
+    void finish_requests();
+
+    Device& device;
+    Dim3 index, dim;
+    int live;
+    std::vector<std::unique_ptr<Thread>> threads;
+    std::vector<Warp> warps;
+    std::array<Barrier, 16> barriers;
+    unsigned char* shared = nullptr;  // exactly shared_size bytes, so that AddressSanitizer sees its ends
+    size_t shared_size = 0;
+
+  private:
+    std::vector<uint64_t> ready_;  // a bit for each thread
+};
+
+// One launch.
+class Device {
+  public:
+    Device(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body);
+    ~Device();
+    void run();
+
+    Dim3 grid, block_dim;
+    size_t shared_size;
+    Options options;
+    std::mt19937_64 random;
+    const std::function<void()>& body;
+    uint64_t progress = 0;  // counts what can end somebody's spinning
+
+  private:
+    Dim3 position(uint64_t number) const;
+    std::vector<std::unique_ptr<Block>> resident_;
+};
+
+uint32_t site_number(Site site);
+Site site_of(uint32_t number);
+void collect(Thread& thread, Space space, Kind kind, const void* address, size_t bytes, Site site);
+void finish(uint64_t key, const Request& request);
+
+}  // namespace emu

@@ -1,0 +1,136 @@
+#include "conformance.h"
+
+#include <ptx.cuh>
+
+namespace qlk::conformance {
+namespace {
+
+using namespace qlk::cuda;
+constexpr uint32_t kAll = 0xffffffffu;
+
+QLK_DEVICE int lane() { return static_cast<int>(threadIdx.x); }
+QLK_DEVICE uint32_t bits(float value) { return __float_as_uint(value); }
+QLK_DEVICE float real(uint32_t value) { return __uint_as_float(value); }
+
+// Each operation: from the words of a lane to the words of a lane, executed by the whole warp.
+struct Prmt {
+    static constexpr int kIn = 3, kOut = 1;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) { out[0] = prmt(in[0], in[1], in[2] & 0xffff); }
+};
+struct Lop3 {
+    static constexpr int kIn = 3, kOut = 4;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        out[0] = lop3<0xea>(in[0], in[1], in[2]);  // (a & b) | c
+        out[1] = lop3<0x96>(in[0], in[1], in[2]);  // a ^ b ^ c
+        out[2] = lop3<0xe8>(in[0], in[1], in[2]);  // majority
+        out[3] = lop3<0xca>(in[0], in[1], in[2]);  // a ? b : c
+    }
+};
+struct CvtBf16x2 {
+    static constexpr int kIn = 2, kOut = 1;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) { out[0] = cvt_bf16x2(real(in[0]), real(in[1])); }
+};
+struct CvtFp16x2 {
+    static constexpr int kIn = 2, kOut = 1;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) { out[0] = cvt_fp16x2(real(in[0]), real(in[1])); }
+};
+struct Widen {
+    static constexpr int kIn = 1, kOut = 2;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        out[0] = bits(to_float(from_bits<bf16>(static_cast<uint16_t>(in[0]))));
+        out[1] = bits(to_float(from_bits<fp16>(static_cast<uint16_t>(in[0]))));
+    }
+};
+struct MulAdd {
+    static constexpr int kIn = 3, kOut = 2;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        out[0] = bits(__fmul_rn(real(in[0]), real(in[1])));
+        out[1] = bits(__fadd_rn(__fmul_rn(real(in[0]), real(in[1])), real(in[2])));
+    }
+};
+struct RoundDown {
+    static constexpr int kIn = 2, kOut = 1;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        out[0] = bits(__double2float_rd(__dmul_rn(static_cast<double>(real(in[0])), static_cast<double>(real(in[1])))));
+    }
+};
+struct Shuffles {
+    static constexpr int kIn = 2, kOut = 6;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        out[0] = __shfl_sync(kAll, in[0], static_cast<int>(in[1]));
+        out[1] = __shfl_sync(kAll, in[0], static_cast<int>(in[1]), 16);
+        out[2] = __shfl_xor_sync(kAll, in[0], 5);
+        out[3] = __shfl_xor_sync(kAll, in[0], 20, 8);
+        out[4] = __shfl_down_sync(kAll, in[0], 3);
+        out[5] = __shfl_up_sync(kAll, in[0], 3, 8);
+    }
+};
+struct Votes {
+    static constexpr int kIn = 1, kOut = 4;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        out[0] = __ballot_sync(kAll, static_cast<int>(in[0] & 1));
+        out[1] = static_cast<uint32_t>(__any_sync(kAll, (in[0] & 63) == 0));
+        out[2] = static_cast<uint32_t>(__all_sync(kAll, (in[0] & 1023) != 0));
+        // Half of the warp by itself.
+        out[3] = lane() < 16 ? __ballot_sync(0xffffu, static_cast<int>(in[0] & 2)) : 7;
+    }
+};
+struct GlobalMemory {
+    static constexpr int kIn = 4, kOut = 4;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) { st_global_16(out, ld_global_once_16(in)); }
+};
+// Three groups of copies, the last shorter; the values come from the lane beside.
+struct AsyncCopies {
+    static constexpr int kIn = 12, kOut = 12;
+    struct Shared {
+        uint4 word[32][3];
+    };
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        auto& shared = shared_memory<Shared>();
+        for (uint32_t i = 0; i < 3; ++i) {
+            cp_async_16(&shared.word[lane()][i], in + 4 * i, i < 2 ? 16 : static_cast<uint32_t>(lane() % 5) * 4);
+            cp_async_commit();
+        }
+        cp_async_wait<1>();
+        __syncwarp();
+        const int other = (lane() + 1) % 32;
+        for (int i = 0; i < 2; ++i) st_global_16(out + 4 * i, load_shared(&shared.word[other][i]));
+        cp_async_wait<0>();
+        __syncwarp();
+        st_global_16(out + 8, load_shared(&shared.word[other][2]));
+    }
+};
+
+template <class Operation>
+__global__ void __launch_bounds__(32) conformance_kernel(const __grid_constant__ Arguments a) {
+    Operation::go(a.in + lane() * Operation::kIn, a.out + lane() * Operation::kOut);
+}
+
+template <class Operation>
+Kernel kernel(const char* name) {
+    return {name, Operation::kIn, Operation::kOut, [](const Arguments& arguments, const Stream& stream) {
+                const DeviceGuard guard(stream.device);
+                launch(conformance_kernel<Operation>, 1, 32, 32 * 48, stream, arguments);
+            }};
+}
+
+}  // namespace
+
+const std::vector<Kernel>& kernels() {
+    static const std::vector<Kernel> all = {
+        kernel<Prmt>("prmt"),
+        kernel<Lop3>("lop3"),
+        kernel<CvtBf16x2>("cvt_bf16x2"),
+        kernel<CvtFp16x2>("cvt_fp16x2"),
+        kernel<Widen>("widen"),
+        kernel<MulAdd>("mul_add"),
+        kernel<RoundDown>("round_down"),
+        kernel<Shuffles>("shuffles"),
+        kernel<Votes>("votes"),
+        kernel<GlobalMemory>("global_memory"),
+        kernel<AsyncCopies>("async_copies"),
+    };
+    return all;
+}
+
+}  // namespace qlk::conformance

@@ -1,0 +1,25 @@
+// Small kernels that show what one instruction does: run on the emulator, and on a card, with the same operands.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace qlk::conformance {
+
+struct Arguments {
+    const uint32_t* in;  // [words_in] for each thread, thread after thread; aligned to 16 bytes
+    uint32_t* out;       // [words_out] for each thread
+};
+
+struct Kernel {
+    const char* name;
+    int words_in;
+    int words_out;
+    void (*run)(const Arguments& arguments, const cuda::Stream& stream);  // one warp
+};
+
+const std::vector<Kernel>& kernels();
+
+}  // namespace qlk::conformance

@@ -1,0 +1,147 @@
+// A CUDA device for machines without one: runs a kernel's blocks as fibers, adversarially, and counts what it does.
+//
+// See README.md beside this file for what is emulated and what is not. device.cuh and ptx.cuh are what kernels see.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emu {
+
+// A kernel did what CUDA leaves undefined or refuses; the message names thread, place and rule.
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A line of a kernel. The default argument of each function that kernels call.
+struct Site {
+    const char* file;
+    int line;
+    static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+};
+
+struct Dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+
+// Which runnable thread goes next: the lowest, the highest, or any, with changes at every access too.
+enum class Order { kForward, kReverse, kRandom };
+// When asynchronous copies land: at once, at the last moment that the waits permit, or anywhere between.
+enum class Landing { kEarliest, kLatest, kRandom };
+
+struct Options {
+    Order order = Order::kForward;
+    Landing landing = Landing::kLatest;
+    uint64_t seed = 0;
+    // Blocks that are on the device at a time. More than one for kernels whose blocks wait for each other.
+    int resident_blocks = 1;
+    // What cudaDevAttrMultiProcessorCount says: few, so that loops over a persistent grid run more than once.
+    int multiprocessors = 2;
+    // Shared memory a block may have (227 KiB on sm_90, 64 KiB on sm_75).
+    size_t max_shared_bytes = 227 * 1024;
+};
+
+// The options of the launches to come, of this thread of the process.
+Options& options();
+
+// How one line of a kernel used memory, over all its warps.
+struct Traffic {
+    uint64_t requests = 0;  // warp-wide instructions
+    uint64_t bytes = 0;     // asked for by all lanes
+    uint64_t actual = 0;    // shared: passes through the 32 banks; global: 32-byte sectors touched
+    uint64_t minimum = 0;   // the fewest that these bytes could have taken
+};
+
+struct Counters {
+    uint64_t launches = 0, blocks = 0;
+    std::map<std::string, uint64_t> instructions;   // by class, one for each warp and execution
+    std::map<std::string, Traffic> shared, global;  // by "file:line kind"
+    std::string json() const;
+};
+
+// What has been counted since the last reset.
+Counters& counters();
+
+// Runs body() once for each thread of each block. Throws Error, after all fibers have been unwound.
+void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+// ---------------------------------------------------------------- for device.cuh and ptx.cuh
+
+class Block;
+struct Thread;
+
+Thread& this_thread();
+Dim3 thread_index();
+Dim3 block_index();
+Dim3 block_dim();
+Dim3 grid_dim();
+unsigned lane();
+unsigned char* shared_bytes();
+size_t shared_size();
+
+[[noreturn]] void fail(Site site, const std::string& message);
+
+enum class Space { kShared, kGlobal };
+enum class Kind { kLoad, kStore, kAtomic };
+
+// Checks an access of the running thread (alignment; shared addresses against the block's memory), counts it, and in
+// random order lets another thread run first.
+void access(Space space, Kind kind, const void* address, size_t bytes, Site site);
+// Counts a warp-wide instruction of a class.
+void count(const char* instruction, Site site);
+
+// barrier.cta.sync id, threads: waits until that many threads have arrived (0: all of the block that still run).
+void barrier(int id, int threads, Site site);
+// barrier.cta.arrive: the same without waiting.
+void barrier_arrive(int id, int threads, Site site);
+// All threads of the block, as __syncthreads_count: how many gave true.
+int barrier_count(bool predicate, Site site);
+
+// An asynchronous copy of the running thread; zeros beyond `valid` bytes of the `bytes`.
+void copy_async(void* shared, const void* global, size_t bytes, size_t valid, Site site);
+void copy_commit(Site site);
+// Waits until at most `pending` of the newest groups are under way.
+void copy_wait(int pending, Site site);
+
+// Lets other threads run; for a loop that waits for memory to change.
+void spin(Site site);
+
+// Whole-warp operations. Each lane of the mask brings `bytes` of input; when the last has come, `whole` computes all
+// outputs from all inputs, both [32] with a stride of kLaneBytes.
+constexpr size_t kLaneBytes = 256;
+using LaneData = unsigned char[32][kLaneBytes];
+void warp_meet(const char* operation, uint32_t mask, const void* input, size_t input_bytes, void* output,
+               size_t output_bytes, const std::function<void(uint32_t mask, LaneData& in, LaneData& out)>& whole,
+               Site site);
+
+// The same with types: whole(mask, In[32], Out[32]).
+template <class Out, class In, class F>
+Out warp_op(const char* operation, uint32_t mask, const In& input, F whole, Site site) {
+    static_assert(sizeof(In) <= kLaneBytes && sizeof(Out) <= kLaneBytes);
+    Out output;
+    warp_meet(
+        operation, mask, &input, sizeof(In), &output, sizeof(Out),
+        [&](uint32_t meeting, LaneData& in, LaneData& out) {
+            std::array<In, 32> inputs;
+            std::array<Out, 32> outputs;
+            for (int i = 0; i < 32; ++i) {
+                if (meeting >> i & 1) std::memcpy(static_cast<void*>(&inputs[i]), in[i], sizeof(In));
+            }
+            whole(meeting, inputs, outputs);
+            for (int i = 0; i < 32; ++i) {
+                if (meeting >> i & 1) std::memcpy(out[i], static_cast<const void*>(&outputs[i]), sizeof(Out));
+            }
+        },
+        site);
+    return output;
+}
+
+}  // namespace emu

@@ -1,0 +1,60 @@
+// The Python module _emulated: the kernels of csrc/cuda on the emulator, its options and counters, and kernels with
+// and without faults to test it by.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings_cuda.h"
+#include "conformance.h"
+#include "emulator.h"
+#include "samples.h"
+
+PYBIND11_MODULE(_emulated, m) {
+    namespace py = pybind11;
+    bind_cuda(m);
+    py::register_exception<emu::Error>(m, "EmulatorError", PyExc_RuntimeError);
+    m.def(
+        "configure",
+        [](const std::string& order, const std::string& landing, uint64_t seed, int resident_blocks,
+           int multiprocessors, size_t max_shared_bytes) {
+            emu::Options o;
+            const auto pick = [](const std::string& name, std::initializer_list<const char*> names) {
+                int i = 0;
+                for (const char* one : names) {
+                    if (name == one) return i;
+                    ++i;
+                }
+                throw std::invalid_argument("'" + name + "' is not an option");
+            };
+            o.order = static_cast<emu::Order>(pick(order, {"forward", "reverse", "random"}));
+            o.landing = static_cast<emu::Landing>(pick(landing, {"earliest", "latest", "random"}));
+            o.seed = seed;
+            o.resident_blocks = resident_blocks;
+            o.multiprocessors = multiprocessors;
+            o.max_shared_bytes = max_shared_bytes;
+            emu::options() = o;
+        },
+        py::arg("order") = "forward", py::arg("landing") = "latest", py::arg("seed") = 0,
+        py::arg("resident_blocks") = 1, py::arg("multiprocessors") = 2, py::arg("max_shared_bytes") = 227 * 1024);
+    m.def("counters", [] { return emu::counters().json(); });
+    m.def("reset_counters", [] { emu::counters() = {}; });
+    m.def("conformance_kernels", [] {
+        py::dict all;
+        for (const auto& k : qlk::conformance::kernels()) all[k.name] = py::make_tuple(k.words_in, k.words_out);
+        return all;
+    });
+    m.def("run_conformance", [](const std::string& name, uintptr_t in, uintptr_t out, int device, uintptr_t stream) {
+        for (const auto& k : qlk::conformance::kernels()) {
+            if (name != k.name) continue;
+            return k.run({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<uint32_t*>(out)},
+                         {device, reinterpret_cast<void*>(stream)});
+        }
+        throw std::invalid_argument("no conformance kernel '" + name + "'");
+    });
+    m.def("samples", &emu::samples, "Names of the kernels that test the emulator.");
+    m.def(
+        "run_sample",
+        [](const std::string& name, const std::vector<uint32_t>& input, size_t output, int threads, int blocks) {
+            return emu::run_sample(name, input, output, threads, blocks);
+        },
+        py::arg("name"), py::arg("input"), py::arg("output"), py::arg("threads") = 64, py::arg("blocks") = 1);
+}

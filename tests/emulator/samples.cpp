@@ -1,0 +1,252 @@
+#include "samples.h"
+
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+
+#include <ptx.cuh>
+
+namespace emu {
+namespace {
+
+using namespace qlk::cuda;
+constexpr uint32_t kAll = 0xffffffffu;
+
+struct Arguments {
+    const uint32_t* in;
+    uint32_t* out;
+};
+
+int id() { return static_cast<int>(threadIdx.x); }
+int size() { return static_cast<int>(blockDim.x); }
+uint32_t* words() { return reinterpret_cast<uint32_t*>(shared_bytes()); }
+
+// out[i] = in[n - 1 - i] by way of shared memory.
+template <bool kBarrier>
+void reverse(Arguments a) {
+    store_shared(words() + id(), load_global(a.in + id()));
+    if (kBarrier) __syncthreads();
+    store_global(a.out + id(), load_shared(words() + size() - 1 - id()));
+}
+
+// Four rounds through one buffer: each thread reads what its neighbour wrote. Without the second barrier of a round,
+// the buffer is overwritten while others still read.
+template <bool kBefore, bool kAfter>
+void rounds(Arguments a) {
+    uint32_t value = load_global(a.in + id());
+    for (int round = 0; round < 4; ++round) {
+        store_shared(words() + id(), value);
+        if (kBefore) __syncthreads();
+        value = load_shared(words() + (id() + 33) % size()) + 1;
+        if (kAfter) __syncthreads();
+    }
+    store_global(a.out + id(), value);
+}
+
+// The same within a warp.
+template <bool kBefore, bool kAfter>
+void warp_rounds(Arguments a) {
+    uint32_t value = load_global(a.in + id());
+    const int first = id() / 32 * 32;
+    for (int round = 0; round < 4; ++round) {
+        store_shared(words() + id(), value);
+        if (kBefore) __syncwarp();
+        value = load_shared(words() + first + (id() + 1) % 32) + 1;
+        if (kAfter) __syncwarp();
+    }
+    store_global(a.out + id(), value);
+}
+
+// A ring of three stages of copies, two of them under way. kWait = 1 is right, 2 waits for one group too few. kAhead =
+// 2 fills the stage that was read a step ago; 3 fills the one that the others still read.
+template <int kWait, int kAhead>
+void pipeline(Arguments a) {
+    constexpr int kStages = 3, kSteps = 8;
+    const auto slot = [](int stage, int thread) { return words() + (stage * size() + thread) * 4; };
+    const auto issue = [&](int step) {
+        if (step < kSteps) cp_async_16(slot(step % kStages, id()), a.in + (step * size() + id()) * 4);
+        cp_async_commit();
+    };
+    for (int step = 0; step < kAhead; ++step) issue(step);
+    uint32_t sum = 0;
+    for (int step = 0; step < kSteps; ++step) {
+        cp_async_wait<kWait + kAhead - 2>();
+        __syncthreads();
+        sum = sum * 31 + load_shared(slot(step % kStages, (id() + 1) % size()));
+        issue(step + kAhead);
+    }
+    store_global(a.out + id(), sum);
+}
+
+// Half of the threads produce, half consume, through two named barriers.
+template <bool kFull, bool kEmpty>
+void producer_consumer(Arguments a) {
+    const int half = size() / 2;
+    uint32_t sum = 0;
+    for (int round = 0; round < 4; ++round) {
+        if (id() < half) {
+            if (kEmpty && round > 0) bar_sync(2, size());
+            store_shared(words() + id(), load_global(a.in + round * half + id()));
+            if (kFull) bar_arrive(1, size());
+        } else {
+            if (kFull) bar_sync(1, size());
+            sum = sum * 31 + load_shared(words() + (id() + 33) % half);
+            if (kEmpty && round < 3) bar_arrive(2, size());
+        }
+    }
+    if (id() >= half) store_global(a.out + id() - half, sum);
+}
+
+void shared_sum(Arguments a) {
+    if (id() == 0) store_shared(words(), 0u);
+    __syncthreads();
+    atomicAdd(words(), load_global(a.in + id()));
+    __syncthreads();
+    if (id() == 0) store_global(a.out + blockIdx.x, load_shared(words()));
+}
+
+void warp_sum(Arguments a) {
+    uint32_t value = load_global(a.in + id());
+    for (int stride = 16; stride > 0; stride /= 2) value += __shfl_down_sync(kAll, value, stride);
+    if (id() % 32 == 0) store_global(a.out + id() / 32, value);
+}
+
+void count_odd(Arguments a) {
+    const int odd = __syncthreads_count(load_global(a.in + id()) % 2);
+    store_global(a.out + id(), static_cast<uint32_t>(odd));
+}
+
+// Threads beyond the first half leave; the rest go on meeting.
+void early_exit(Arguments a) {
+    if (id() >= size() / 2) return;
+    store_shared(words() + id(), load_global(a.in + id()));
+    __syncthreads();
+    store_global(a.out + id(), load_shared(words() + size() / 2 - 1 - id()));
+}
+
+// Block 0 waits for a flag that block 1 sets.
+void wait_for_block(Arguments a) {
+    if (id() != 0) return;
+    if (blockIdx.x == 1) {
+        atomicExch(a.out, 42u);
+    } else {
+        while (atomicAdd(a.out, 0u) != 42u) spin(Site::here());
+        store_global(a.out + 1, 1u);
+    }
+}
+
+template <int kStride>
+void strided(Arguments a) {
+    store_shared(words() + id() * kStride, static_cast<uint32_t>(id()));
+    store_global(a.out + id() * kStride, load_shared(words() + id() * kStride));
+}
+
+void wide(Arguments a) {
+    const auto* in = reinterpret_cast<const uint4*>(a.in) + id();
+    auto* shared = reinterpret_cast<uint4*>(shared_bytes()) + id();
+    store_shared(shared, load_global(in));
+    store_global(reinterpret_cast<uint4*>(a.out) + id(), load_shared(shared));
+}
+
+void unset(Arguments a) { store_global(a.out + id(), load_shared(words() + id())); }
+void shared_out_of_range(Arguments) { store_shared(words() + (1 << 14), 1u); }
+void misaligned(Arguments a) {
+    store_global(reinterpret_cast<uint32_t*>(reinterpret_cast<unsigned char*>(a.out) + 2), 1u);
+}
+void barrier_in_a_branch(Arguments) {
+    if (id() < size() / 2) {
+        bar_sync(1, size());
+    } else {
+        bar_sync(2, size());
+    }
+}
+void lane_that_left(Arguments a) {
+    if (id() == 5) return;
+    store_global(a.out + id(), __shfl_sync(kAll, 1u, 0));
+}
+void different_operations(Arguments a) {
+    const uint32_t value = id() % 2 ? __shfl_sync(kAll, 1u, 0) : __ballot_sync(kAll, 1);
+    store_global(a.out + id(), value);
+}
+void mask_without_self(Arguments a) { store_global(a.out + id(), __shfl_sync(1u, 1u, 0)); }
+void barrier_of_33(Arguments) { bar_sync(1, 33); }
+void copy_of_a_byte_too_many(Arguments a) { cp_async_16(words(), a.in, 17); }
+void throws(Arguments) {
+    __syncthreads();
+    if (id() == 3) throw std::runtime_error("from thread 3");
+    __syncthreads();
+}
+void read_beyond_the_input(Arguments a) { store_global(a.out + id(), load_global(a.in + id() + 1)); }
+
+struct Sample {
+    const char* name;
+    void (*kernel)(Arguments);
+};
+const Sample kSamples[] = {
+    {"reverse", reverse<true>},
+    {"reverse without its barrier", reverse<false>},
+    {"rounds", rounds<true, true>},
+    {"rounds without the first barrier", rounds<false, true>},
+    {"rounds without the second barrier", rounds<true, false>},
+    {"warp rounds", warp_rounds<true, true>},
+    {"warp rounds without the first barrier", warp_rounds<false, true>},
+    {"warp rounds without the second barrier", warp_rounds<true, false>},
+    {"pipeline", pipeline<1, 2>},
+    {"pipeline that waits for too little", pipeline<2, 2>},
+    {"pipeline that reuses a stage too early", pipeline<1, 3>},
+    {"producer and consumer", producer_consumer<true, true>},
+    {"producer and consumer without full", producer_consumer<false, true>},
+    {"producer and consumer without empty", producer_consumer<true, false>},
+    {"shared sum", shared_sum},
+    {"warp sum", warp_sum},
+    {"count odd", count_odd},
+    {"early exit", early_exit},
+    {"wait for a block", wait_for_block},
+    {"stride 1", strided<1>},
+    {"stride 2", strided<2>},
+    {"stride 32", strided<32>},
+    {"stride 33", strided<33>},
+    {"wide", wide},
+    {"unset shared memory", unset},
+    {"shared access out of range", shared_out_of_range},
+    {"misaligned access", misaligned},
+    {"barrier in a branch", barrier_in_a_branch},
+    {"lane that left", lane_that_left},
+    {"different operations", different_operations},
+    {"mask without self", mask_without_self},
+    {"barrier of 33", barrier_of_33},
+    {"copy of a byte too many", copy_of_a_byte_too_many},
+    {"throws", throws},
+    {"read beyond the input", read_beyond_the_input},
+};
+
+}  // namespace
+
+std::vector<std::string> samples() {
+    std::vector<std::string> names;
+    for (const Sample& sample : kSamples) names.emplace_back(sample.name);
+    return names;
+}
+
+std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint32_t>& input, size_t output,
+                                 int threads, int blocks) {
+    for (const Sample& sample : kSamples) {
+        if (name != sample.name) continue;
+        // Not vectors: those may own more than they hold.
+        const auto exact = [](size_t words) {
+            void* memory = nullptr;
+            if (posix_memalign(&memory, 16, std::max<size_t>(words * 4, 1)) != 0) throw std::bad_alloc();
+            return std::unique_ptr<uint32_t, decltype(&std::free)>(static_cast<uint32_t*>(memory), &std::free);
+        };
+        const auto in = exact(input.size()), out = exact(output);
+        std::copy(input.begin(), input.end(), in.get());
+        std::fill_n(out.get(), output, 0xffffffffu);
+        const Arguments arguments{in.get(), out.get()};
+        launch({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, 16 * 1024,
+               [&] { sample.kernel(arguments); });
+        return {out.get(), out.get() + output};
+    }
+    throw std::invalid_argument("no sample '" + name + "'");
+}
+
+}  // namespace emu
