@@ -61,7 +61,8 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
 
 def config_dtype(config: Any) -> torch.dtype:
     """The dtype that a config names, or float32."""
-    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    # Where there is the new name, asking for the old one prints a warning.
+    dtype = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 

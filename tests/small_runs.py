@@ -1,0 +1,75 @@
+"""Runs of the fine-tuning command that take seconds: its options, its fixtures, and what it wrote."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from qlora_kernels.cli import main
+
+SMALL = [
+    *("--tiny-hidden", "64", "--tiny-layers", "1", "--tiny-seq-len", "32", "--pretrain-steps", "6"),
+    *("--steps", "6", "--seq-len", "32", "--batch-size", "2", "--rank", "4"),
+    *("--eval-tokens", "512", "--sample-tokens", "8", "--save-every", "2", "--quiet"),
+]
+
+
+@pytest.fixture(scope="session", name="cache")
+def cache_fixture(tmp_path_factory):
+    """A folder that keeps the pretrained base between tests."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(name="run")
+def run_fixture(tmp_path, cache):
+    """Runs the command in this process; returns its exit code."""
+
+    def call(*more, out="out", small=SMALL, cached=True):
+        where = ["--cache", cache] if cached else []
+        return main(["finetune", *small, *where, "--out", str(tmp_path / out), *more])
+
+    return call
+
+
+def metrics(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def losses(folder) -> dict[str, list[float]]:
+    return {key: value["losses"] for key, value in metrics(folder)["results"].items() if "losses" in value}
+
+
+def base_in(folder):
+    [base] = [found for found in folder.iterdir() if found.name.startswith("tiny-base")]
+    return base
+
+
+@pytest.fixture(scope="session", name="hf_folder")
+def hf_folder_fixture(tmp_path_factory) -> str:
+    """A Llama with one layer and a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = str(tmp_path_factory.mktemp("hf") / "model")
+    words = [*("<unk>", "</s>", "the", "quick", "brown", "fox", "number"), *("jumps", "over", "lazy", "dog", "again")]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    return folder

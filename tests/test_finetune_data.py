@@ -1,0 +1,91 @@
+"""The data of a fine-tuning run: splitting, batches, reading."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from qlora_kernels.finetune import data, tiny
+
+
+def test_split_keeps_held_out_paragraphs_out_of_the_training_text():
+    repeated = "This paragraph is long enough to count and it stands in many places."
+    text = "\n\n".join(f"paragraph {i} has its own words, {i * i}, {i**3}\n\n{repeated}" for i in range(200))
+    training, held_out, dropped = data.split_text(text, 0.1)
+    assert len(held_out) == 4
+    assert 0.08 * len(text) < sum(map(len, held_out)) < 0.12 * len(text)
+    assert not any(repeated in chunk for chunk in training)
+    assert dropped > 100 * len(repeated)
+    own = [p for chunk in held_out for p in chunk.split("\n\n") if p.startswith("paragraph")]
+    assert own
+    assert not any(p in chunk for p in own[1:-1] for chunk in training)
+
+
+def test_windows_follow_from_seed_and_number_and_cover_an_epoch():
+    tokens = torch.arange(1000, dtype=torch.int32)
+    windows = data.Windows(tokens, 16, seed=3)
+    count = len(windows)
+    batches = [windows.batch(i, 1) for i in range(2 * count)]
+    again = data.Windows(tokens, 16, seed=3).batch(count + 5, 1)
+    assert torch.equal(again.inputs, batches[count + 5].inputs)
+    for epoch in (batches[:count], batches[count:]):
+        starts = sorted(int(batch.inputs[0, 0]) for batch in epoch)
+        assert all(b - a == 16 for a, b in itertools.pairwise(starts))
+    assert all(torch.equal(b.inputs[:, 1:], b.labels[:, :-1]) for b in batches)
+    assert not torch.equal(data.Windows(tokens, 16, seed=4).batch(0, 4).inputs, windows.batch(0, 4).inputs)
+
+
+@pytest.mark.parametrize("length", [17, 18, 32, 33, 47, 49])  # one window exactly, spare tokens, just under two
+def test_windows_of_short_streams(length):
+    windows = data.Windows(torch.arange(length), 16, seed=0)
+    for index in range(5):
+        assert windows.batch(index, 2).inputs.shape == (2, 16)
+    counted = sum(batch.counted for batch in windows.sequential(2, 10**6))
+    assert counted == length - 1
+
+
+def test_pairs_count_completions_only():
+    pairs = data.Pairs([([1, 2, 3, 4, 5], 3), ([6, 7], 1)], 16, pad=0, seed=0)
+    batch = next(pairs.sequential(2, 100))
+    assert batch.inputs.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0]]
+    assert batch.labels.tolist() == [[-100, -100, 4, 5], [7, -100, -100, -100]]
+    assert batch.counted == 3
+
+
+def test_jsonl_splits_without_repeating_examples(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{i % 20} + 1 =", "completion": f" {i % 20 + 1}"} for i in range(100)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    loaded = data.load_data(str(path), tiny.encode, tiny.END, 32, 0.1, 0)
+    held_out = {tuple(ids) for ids, _ in loaded.held_out.examples}
+    assert loaded.train.examples
+    assert not held_out & {tuple(ids) for ids, _ in loaded.train.examples}
+    assert all(ids[-1] == tiny.END for ids, _ in loaded.train.examples)
+
+
+def test_a_pair_that_is_too_long_keeps_some_of_both(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "p" * 50 + str(i), "completion": "c" * 50}) for i in range(4)))
+    loaded = data.load_data(str(path), tiny.encode, tiny.END, 32, 0.25, 0)
+    for ids, prompt in loaded.train.examples:
+        assert len(ids) == 33
+        assert 8 <= prompt <= 24
+
+
+def test_a_byte_order_mark_and_half_a_character(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\ud800", "completion": "b"}')
+    assert data.read_pairs(str(path)) == [("a?", "b")]
+
+
+def test_byte_tokenizer_agrees_with_plain_bytes():
+    text = "def f(x):\n\treturn 'é☃ \U0001f600'  # \x00\r\n"
+    tokenizer = tiny.tokenizer()
+    assert tokenizer(text)["input_ids"] == tiny.encode(text)
+    assert tokenizer.decode(tiny.encode(text)) == text
+    assert tokenizer.eos_token_id == tiny.END
