@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -37,6 +38,32 @@ def test_commands_stand_at_the_top():
         "pip install -e '.[finetune]' && qlora-kernels finetune",
         "pip install -e '.[test]' && pytest",
     ]
+
+
+def test_the_measured_run_is_that_of_the_file():
+    pytest.importorskip("transformers")
+    from qlora_kernels.finetune import report
+
+    text = README.read_text()
+    section = text.split("\n## A run, measured\n")[1].split("\n## ")[0]
+    found = json.loads((README.parent / "bench" / "results" / "finetune-compare-cpu.json").read_text())
+    header, *rows = ("| " + " | ".join(cells) + " |" for cells in report.cells(found["results"], found["size"]))
+    assert len(rows) == 5
+    assert [line for line in section.splitlines() if line.startswith("| ")] == [header, *rows]
+    assert report.recovery(found["results"]) == found["recovery"] >= 0.95
+    [sentence] = [line for line in report.conclusions(found["results"], None, "") if "recovers" in line]
+    results, options, machine = found["results"], found["options"], found["machine"]
+    flat = " ".join(section.split())
+    for phrase in (
+        sentence,
+        f"on {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, ",
+        f"kernels for {machine['kernels']}, torch {found['versions']['torch']} ",
+        f"{results['qlora']['steps']} steps of {options['batch_size']} sequences, rank {options['rank']}.",
+        f"Python and its libraries are {found['library_memory'] / 2**20:.0f} MiB",
+        f"{results['full']['trainable'] / 1e6:.1f} million parameters",
+    ):
+        assert phrase in flat, phrase
+    assert len({result["steps"] for result in results.values() if "steps" in result}) == 1
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text()))))

@@ -57,12 +57,12 @@ def recovery(results: dict[str, Any]) -> float | None:
     return (base - results["qlora"]["loss"]) / gain if gain > 0 else None
 
 
-def table(results: dict[str, Any], size: dict[str, Any]) -> str:
-    """The results as aligned text, one row for each model."""
+def cells(results: dict[str, Any], size: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The header of the table, and a row for each model."""
     dense, quantized = (_bytes(size[f"base_bytes_{kind}"]) for kind in ("16bit", "nf4"))
     bits = f"{size['bits_per_weight']:.3f}"
     header = ("", "held-out loss", "bits/weight", "base", "trainable", "time", "peak memory")
-    rows = []
+    rows = [header]
     for key, title in TITLES.items():
         if key not in results:
             continue
@@ -80,13 +80,20 @@ def table(results: dict[str, Any], size: dict[str, Any]) -> str:
                 _bytes(result["peak"]) if result["peak"] else "?",
             )
         )
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return rows
+
+
+def table(results: dict[str, Any], size: dict[str, Any]) -> str:
+    """The results as aligned text."""
+    rows = cells(results, size)
+    widths = [max(map(len, column)) for column in zip(*rows)]
 
     def line(row: tuple[str, ...]) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         return "  ".join(cells).rstrip()
 
-    return "\n".join([line(header), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
+    header, *lines = map(line, rows)
+    return "\n".join([header, "-" * (sum(widths) + 2 * len(widths) - 2), *lines])
 
 
 def conclusions(results: dict[str, Any], start: int | None, method: str) -> list[str]:
