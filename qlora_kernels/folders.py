@@ -35,7 +35,7 @@ def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None
     lock = os.open(temporary, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a sweeper that looks at the new folder has it for a moment
         write(temporary)
         for folder, _, names in os.walk(temporary):
             for name in names:

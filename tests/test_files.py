@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import threading
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_kernels import files, progress
+from qlora_kernels import files, folders, progress
 from qlora_kernels.folders import write_folder_atomically
 
 
@@ -75,6 +76,29 @@ def test_of_two_writers_of_a_folder_the_first_wins(tmp_path):
         write_folder_atomically(tmp_path / "folder", slow)
     assert files.load_json(tmp_path / "folder" / "who") == {"by": "first"}
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_a_sweeper_looked_at_when_it_was_new_is_not_swept_later(tmp_path, monkeypatch):
+    original, releases = folders.make_beside, []
+
+    def make_beside(path, make):
+        made = original(path, make)
+        lock = os.open(made, os.O_RDONLY)  # the sweeper is just there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        releases.append(threading.Timer(0.2, os.close, [lock]))
+        releases[-1].start()
+        return made
+
+    def write(folder):
+        files.save_json({}, f"{folder}/file")
+        releases[-1].join()
+        folders.sweep_folders(str(tmp_path), "folder")
+        assert os.listdir(folder) == ["file"]
+
+    monkeypatch.setattr(folders, "make_beside", make_beside)
+    write_folder_atomically(tmp_path / "folder", write)
+    assert len(releases) == 1
+    assert os.listdir(tmp_path / "folder") == ["file"]
 
 
 def test_an_exception_leaves_the_old_file_and_no_litter(tmp_path):
