@@ -344,6 +344,8 @@ def _pair(tensors: Mapping[str, Tensor], folder: str) -> dict[str, dict[str, Ten
     for key, tensor in tensors.items():
         if tensor.dim() != 2 or not tensor.is_floating_point():
             raise ValueError(f"{path}: {key} should be a floating matrix, found {tensor.dtype} {list(tensor.shape)}")
+        if tensor.element_size() == 1:
+            tensor = tensor.float()  # float8 can be converted, and nothing else
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {key} holds NaN or infinity")
         layer, part = _KEY.fullmatch(key).groups()

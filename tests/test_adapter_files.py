@@ -312,3 +312,16 @@ def test_an_edited_configuration_is_noticed(tmp_path):
     y = logits(model)
     load_adapter(model, tmp_path)
     assert torch.equal(logits(model), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64])
+def test_other_floating_types_load(saved, tmp_path, dtype):
+    folder, model = saved
+    for name in os.listdir(folder):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({key: value.to(dtype) for key, value in weights.items()}, tmp_path / "adapter_model.safetensors")
+    [first, *_] = load_adapter(model, tmp_path, "other")
+    expected = weights[f"base_model.model.{first}.lora_A.weight"].to(dtype).float()
+    assert expected.abs().max() > 0
+    assert torch.equal(model.get_submodule(first).lora_A["other"].float(), expected)

@@ -179,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "only); default: the language reference text that ships with Python",
     )
     add(group, "out", "folder for the adapter, metrics.json, loss.png and the checkpoint (default runs/MODEL)")
-    add(group, "cache", "folder that keeps the pretrained tiny model (default: the output folder)")
+    add(group, "cache", "folder that keeps the pretrained tiny model; runs may share it (default: the output folder)")
     add(group, "held_out", "fraction of the data held out for evaluation")
     add(group, "eval_tokens", "evaluate on at most this many held-out tokens")
     add(group, "device", "device to train on", metavar="DEVICE")
