@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANT = os.environ.get("QLORA_KERNELS_EMULATOR", "ON")
 
 
-def build(folder: Path, target: str = "_emulated", **definitions: str) -> Path:
+def build(folder: Path, target: str = "_emulated", root: Path = ROOT, **definitions: str) -> Path:
     """Configures and builds one of CMakeLists.txt's modules, and gives the built file.
 
     Raises:
@@ -31,7 +31,7 @@ def build(folder: Path, target: str = "_emulated", **definitions: str) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     configure = [
-        *("cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja"),
+        *("cmake", "-S", str(root / "csrc"), "-B", str(folder), "-G", "Ninja"),
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
         *(f"-D{name}={value}" for name, value in definitions.items()),
     ]
@@ -53,6 +53,9 @@ def load(path: Path, name: str = "_emulated") -> ModuleType:
 
 @functools.lru_cache(maxsize=1)
 def module() -> ModuleType:
+    """The emulator's module; QLORA_KERNELS_EMULATOR_MODULE names one that is built already."""
+    if "QLORA_KERNELS_EMULATOR_MODULE" in os.environ:
+        return load(Path(os.environ["QLORA_KERNELS_EMULATOR_MODULE"]))
     suffix = f"{VARIANT.lower()}-{sys.implementation.cache_tag}"
     return load(build(ROOT / "build" / f"emulator-{suffix}", QLK_EMULATOR=VARIANT))
 

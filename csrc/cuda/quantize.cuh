@@ -10,7 +10,7 @@
 // two midpoints (they are 0.08 apart, a bucket is 0.03 wide). So a weight costs two look-ups, not a search in four
 // steps that wait for each other.
 //
-// Shared memory: 1024 bytes of constants, 64 of buckets, and a warp's thresholds, 256 bytes each.
+// Shared memory: 1024 bytes of constants, 64 of buckets, and a warp's thresholds, 384 bytes each.
 #pragma once
 
 #include <ptx.cuh>
@@ -42,12 +42,14 @@ struct QuantizeTraits {
     static constexpr int kGroup = kBlock * kNestedBlock;    // weights of a thread block
     static constexpr int kUnits = kGroup / kWarps / kUnit;  // of a warp, one after the other
     static constexpr int kThresholds = 16 / kLanes;         // formed by each lane
+    // The 4 rows of 16-bit types begin 24 banks apart: their 32 lanes store to 32 different banks.
+    static constexpr int kRow = kUnitBlocks == 4 ? 24 : 16;
     static_assert(kLanes <= 16 && 16 % kLanes == 0, "the lanes of a block form its 16 thresholds");
 
     struct Shared {
         float absmax[kNestedBlock];
         uint8_t bucket[kBuckets];  // how many midpoints are below it; bytes, so that 16 banks hold them all
-        float threshold[kWarps][kUnitBlocks][16];
+        float threshold[kWarps][kUnitBlocks][kRow];
     };
 };
 
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
             if (exists) store_global(a.absmax + group * kNestedBlock + block, absmax);
         }
 
-        float (&threshold)[16] = shared.threshold[warp][unit_block];
+        float (&threshold)[Traits::kRow] = shared.threshold[warp][unit_block];
 #pragma unroll
         for (int i = 0; i < Traits::kThresholds; ++i) {
             const int t = i * Traits::kLanes + part;

@@ -349,9 +349,11 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
                        std::to_string(byte - block.shared) + " of " + std::to_string(block.shared_size));
     }
     if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
-    if (kind != Kind::kLoad) ++block.device.progress;
+    if (kind == Kind::kStore) ++block.device.progress;
     collect(self, space, kind, address, bytes, site);
 }
+
+void changed() { ++this_thread().block->device.progress; }
 
 void Copy::land() {
     if (landed) return;

@@ -162,7 +162,9 @@ T atomic(T* address, F update, Site s) {
     const bool shared = byte >= shared_bytes() && byte < shared_bytes() + shared_size();
     access(shared ? Space::kShared : Space::kGlobal, Kind::kAtomic, address, sizeof(T), s);
     const T before = *address;
-    *address = update(before);
+    const T after = update(before);
+    if (after != before) changed();
+    *address = after;
     return before;
 }
 }  // namespace emu

@@ -62,7 +62,7 @@ struct Traffic {
 
 struct Counters {
     uint64_t launches = 0, blocks = 0;
-    std::map<std::string, uint64_t> instructions;   // by class, one for each warp and execution
+    std::map<std::string, uint64_t> instructions;   // by class, one for each thread that executes it
     std::map<std::string, Traffic> shared, global;  // by "file:line kind"
     std::string json() const;
 };
@@ -95,7 +95,9 @@ enum class Kind { kLoad, kStore, kAtomic };
 // Checks an access of the running thread (alignment; shared addresses against the block's memory), counts it, and in
 // random order lets another thread run first.
 void access(Space space, Kind kind, const void* address, size_t bytes, Site site);
-// Counts a warp-wide instruction of a class.
+// An atomic operation changed memory: whoever spins has something new to look at.
+void changed();
+// Counts an instruction of a class, once for each thread.
 void count(const char* instruction, Site site);
 
 // barrier.cta.sync id, threads: waits until that many threads have arrived (0: all of the block that still run).

@@ -1,0 +1,128 @@
+"""Checks the check: with any one barrier, wait or fence removed from a kernel, a test on the emulator has to fail.
+
+    python tests/emulator/remove_barriers.py [--changed-since COMMIT] [FILE ...]
+
+Each is removed in a copy of the sources, the emulator is built from the copy, and the tests run on it until one fails.
+What survives is unnecessary (remove it) or a hole in the emulator (mend it); the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+#: Statements that order something: calls of these, alone on their line or before a comment.
+ORDERING = re.compile(
+    r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+)"
+    r"(?:<[^;]*>)?\([^;]*\);)"
+)
+#: The tests, those first that are quickest to fail.
+TESTS = ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "emulated")
+
+
+@dataclass(frozen=True)
+class Place:
+    path: Path  # relative to the root
+    line: int
+    statement: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}  {self.statement}"
+
+
+def places(paths: list[Path]) -> list[Place]:
+    found = []
+    for path in paths:
+        for number, text in enumerate((ROOT / path).read_text().splitlines(), 1):
+            match = ORDERING.match(text)
+            if match:
+                found.append(Place(path, number, match.group(1)))
+    return found
+
+
+def without(place: Place) -> str:
+    """The file's text with the statement gone."""
+    lines = (ROOT / place.path).read_text().splitlines(keepends=True)
+    lines[place.line - 1] = lines[place.line - 1].replace(place.statement, ";", 1)
+    return "".join(lines)
+
+
+def failing_test(module: Path) -> str | None:
+    """The first test that fails with a module of the emulator, or None."""
+    environment = {**os.environ, "QLORA_KERNELS_EMULATOR_MODULE": str(module), "OMP_NUM_THREADS": "1"}
+    for words in TESTS:
+        expression = "emulated" if words == "emulated" else f"emulated and {words}"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/test_quantize.py"]
+        done = subprocess.run(
+            [*command, "-k", expression], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        )
+        if done.returncode == 1:
+            failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.M)
+            return failed.group(1) if failed else "a test"
+        if done.returncode < 0:
+            return f"signal {-done.returncode}"
+        if done.returncode != 0:
+            raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="of csrc/cuda; all by default")
+    parser.add_argument("--changed-since", metavar="COMMIT", help="only files that differ from that commit")
+    options = parser.parse_args()
+    from emulated import build
+    from tqdm import tqdm
+
+    files = [f.resolve().relative_to(ROOT) for f in options.files]
+    files = files or sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").glob("*.cuh"))
+    # ptx.cuh and device.cuh define these statements; they do not use them.
+    files = [f for f in files if f.name not in ("ptx.cuh", "device.cuh")]
+    if options.changed_since:
+        command = ["git", "diff", "--name-only", options.changed_since, "--", "csrc/cuda"]
+        changed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+        files = [f for f in files if str(f) in changed]
+    found = places(files)
+    print(f"{len(found)} barriers, waits and fences in {len(files)} files")
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        shutil.copytree(ROOT / "csrc", copy / "csrc")
+        shutil.copytree(ROOT / "tests/emulator", copy / "tests/emulator")
+        build_folder = Path(folder, "build")
+        settings = {"root": copy, "QLK_EMULATOR": "ON"}
+        if failing_test(build(build_folder, **settings)):
+            print("a test fails before anything is removed")
+            return 1
+        for place in tqdm(found, disable=None):
+            start = time.perf_counter()
+            target = copy / place.path
+            original = target.read_text()
+            target.write_text(without(place))
+            try:
+                failed = failing_test(build(build_folder, **settings))
+            finally:
+                target.write_text(original)
+            if failed is None:
+                survivors.append(place)
+            seconds = time.perf_counter() - start
+            tqdm.write(f"{place}: {'SURVIVES' if failed is None else 'seen by ' + failed} ({seconds:.0f} s)")
+    for place in survivors:
+        print(f"no test fails without {place}")
+    print(f"{len(found) - len(survivors)} seen, {len(survivors)} survive")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
