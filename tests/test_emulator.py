@@ -97,13 +97,22 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_missing_barrier_or_wait_is_seen(name):
+def test_a_missing_barrier_or_wait_is_a_race_every_way(name):
+    data, expected = RIGHT[BROKEN[name]]
+    threads = 128 if name.startswith("producer") else 64
+    for options in every_way(LANDINGS):
+        with pytest.raises(module().EmulatorError, match=r"a race: it (reads|writes).*samples\.cpp:\d+|deadlock"):
+            run(name, data, len(expected), threads, **options)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_missing_barrier_or_wait_gives_wrong_results(name):
     data, expected = RIGHT[BROKEN[name]]
     threads = 128 if name.startswith("producer") else 64
 
     def is_seen(options):
         try:
-            return run(name, data, len(expected), threads, **options) != expected
+            return run(name, data, len(expected), threads, find_races=False, **options) != expected
         except module().EmulatorError:
             return True
 
@@ -113,8 +122,25 @@ def test_a_missing_barrier_or_wait_is_seen(name):
 def test_late_copies_are_what_finds_a_missing_wait():
     data, expected = RIGHT["pipeline"]
     name = "pipeline that waits for too little"
-    assert run(name, data, 64, landing="earliest") == expected
-    assert run(name, data, 64, landing="latest") != expected
+    assert run(name, data, 64, find_races=False, landing="earliest") == expected
+    assert run(name, data, 64, find_races=False, landing="latest") != expected
+
+
+def test_shuffles_order_no_memory():
+    for order in ORDERS:
+        with pytest.raises(module().EmulatorError, match="a race: it reads"):
+            run("shuffle instead of a barrier", order=order)
+        assert run("shuffle instead of a barrier", order=order, find_races=False) == [
+            *DATA[31::-1],
+            *DATA[63:31:-1],
+        ]
+
+
+def test_bytes_of_one_word_are_no_race():
+    for order in ORDERS:
+        assert run("bytes of a word", list(range(64)), 16, order=order) == [
+            0x03020100 + 0x04040404 * i for i in range(16)
+        ]
 
 
 FAULTS = {

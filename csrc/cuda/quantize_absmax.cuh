@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(QuantizeAbsmaxTraits::kThreads)
 #pragma unroll
         for (int stride = 16; stride > 0; stride /= 2) bits = max(bits, __shfl_xor_sync(kAllLanes, bits, stride));
         if (lane == 0) store_shared(&shared.largest[warp], bits);
-        __syncthreads();
+        __syncthreads();  // also: the search among the last group's thresholds has ended
         for (int i = 0; i < QuantizeAbsmaxTraits::kWarps; ++i) bits = max(bits, load_shared(&shared.largest[i]));
         const float largest = __uint_as_float(bits);
         store_shared(&shared.threshold[self], __double2float_rd(__dmul_rn(midpoint, static_cast<double>(largest))));
@@ -142,7 +142,6 @@ __global__ void __launch_bounds__(QuantizeAbsmaxTraits::kThreads)
         }
         if (at < a.count) store_global(a.code + at, static_cast<uint8_t>(load_shared(&shared.code[position])));
         if (self == 0) store_global(a.nested_absmax + group, largest);
-        __syncthreads();  // all have read the maxima and thresholds before the next group's are written
     }
 }
 

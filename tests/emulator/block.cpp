@@ -79,6 +79,7 @@ Block::Block(Device& launch, Dim3 position, Dim3 size, size_t shared_bytes)
     shared = static_cast<unsigned char*>(memory);
     // All bits set: NaN in every floating type, an index far out of range in every integer.
     std::memset(shared, 0xff, shared_bytes);
+    if (device.options.find_races) races = std::make_unique<Races>(shared_bytes, live);
     warps.resize((live + 31) / 32);
     ready_.assign((live + 63) / 64, 0);
     auto& spare = spare_threads();
@@ -218,6 +219,12 @@ void Block::finish_requests() {
 void Block::complete(Barrier& barrier) {
     ++device.progress;
     barrier.result = barrier.predicates;
+    if (races && barrier.open_to_all) {
+        races->all_meet();
+    } else if (races) {
+        for (const Thread* thread : barrier.waiting) races->acquire(thread->linear, barrier.clock);
+        barrier.clock.clear();
+    }
     barrier.arrived = barrier.expected = barrier.predicates = 0;
     barrier.open_to_all = false;
     for (Thread* thread : barrier.waiting) wake(*thread);
@@ -237,7 +244,9 @@ void Block::arrive(int id, int count, bool wait, bool predicate, Site site) {
     barrier.open_to_all = count == 0;
     barrier.predicates += predicate;
     ++barrier.arrived;
+    if (races && count != 0) races->release(self.linear, barrier.clock);
     if (barrier.arrived >= (count == 0 ? live : count)) {
+        if (races && count != 0 && wait) races->acquire(self.linear, barrier.clock);
         complete(barrier);
         // Whoever came last may go on at once, or the others first.
         if (device.options.order == Order::kRandom && coin()) self.pause(Thread::kReady, "a barrier", site);
@@ -269,7 +278,8 @@ int barrier_count(bool predicate, Site site) {
 // -------------------------------------------------------------------------------------------------------- warps
 
 void warp_meet(const char* operation, uint32_t mask, const void* input, size_t input_bytes, void* output,
-               size_t output_bytes, const std::function<void(uint32_t, LaneData&, LaneData&)>& whole, Site site) {
+               size_t output_bytes, const std::function<void(uint32_t, LaneData&, LaneData&)>& whole, Site site,
+               bool orders_memory) {
     Thread& self = this_thread();
     Block& block = *self.block;
     const int lane = self.linear % 32, first = self.linear - lane;
@@ -309,6 +319,13 @@ void warp_meet(const char* operation, uint32_t mask, const void* input, size_t i
     if (meeting->arrived == mask) {
         whole(mask, meeting->in, meeting->out);
         meeting->done = true;
+        if (block.races && orders_memory) {
+            std::vector<int> lanes;
+            for (int i = 0; i < 32; ++i) {
+                if (mask >> i & 1) lanes.push_back(first + i);
+            }
+            block.races->meet(lanes);
+        }
         ++block.device.progress;
         for (int i = 0; i < 32; ++i) {
             if (i != lane && mask >> i & 1) block.wake(*block.threads[first + i]);
@@ -350,6 +367,9 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
     }
     if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
     if (kind == Kind::kStore) ++block.device.progress;
+    if (inside && block.races) {
+        block.races->access(self.linear, kind, static_cast<size_t>(byte - block.shared), bytes, site);
+    }
     collect(self, space, kind, address, bytes, site);
 }
 
@@ -386,7 +406,14 @@ void copy_wait(int pending, Site site) {
     count("cp.async.wait_group", site);
     Thread& self = this_thread();
     while (static_cast<int>(self.groups.size()) > pending) {
-        for (Copy& copy : self.groups.front()) copy.land();
+        for (Copy& copy : self.groups.front()) {
+            copy.land();
+            // To others, the copy is a write at the wait, not only where it was issued.
+            if (Races* races = self.block->races.get()) {
+                const auto offset = static_cast<unsigned char*>(copy.to) - self.block->shared;
+                races->access(self.linear, Kind::kStore, static_cast<size_t>(offset), copy.bytes, site);
+            }
+        }
         self.groups.pop_front();
     }
 }

@@ -9,6 +9,7 @@
 
 #include "emulator.h"
 #include "fiber.h"
+#include "race.h"
 
 namespace emu {
 
@@ -71,6 +72,7 @@ struct Barrier {
     int result = 0;
     bool open_to_all = false;
     std::vector<Thread*> waiting;
+    Clock clock;  // what those that have arrived had seen
 };
 
 class Block {
@@ -97,6 +99,7 @@ class Block {
     std::array<Barrier, 16> barriers;
     unsigned char* shared = nullptr;  // exactly shared_size bytes, so that AddressSanitizer sees its ends
     size_t shared_size = 0;
+    std::unique_ptr<Races> races;  // null when they are not looked for
 
   private:
     std::vector<uint64_t> ready_;  // a bit for each thread

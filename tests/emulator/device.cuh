@@ -52,7 +52,7 @@ inline int __syncthreads_or(int p, emu::Site s = emu::Site::here()) { return emu
 inline int __syncthreads_and(int p, emu::Site s = emu::Site::here()) { return emu::barrier_count(p == 0, s) == 0; }
 
 inline void __syncwarp(uint32_t mask = 0xffffffffu, emu::Site s = emu::Site::here()) {
-    emu::warp_op<char>("__syncwarp", mask, char{}, [](uint32_t, auto&, auto& out) { out.fill(0); }, s);
+    emu::warp_op<char>("__syncwarp", mask, char{}, [](uint32_t, auto&, auto& out) { out.fill(0); }, s, true);
 }
 
 namespace emu {

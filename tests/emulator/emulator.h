@@ -43,6 +43,8 @@ struct Options {
     uint64_t seed = 0;
     // Blocks that are on the device at a time. More than one for kernels whose blocks wait for each other.
     int resident_blocks = 1;
+    // Whether accesses to shared memory that nothing orders are errors, or only do what the order makes of them.
+    bool find_races = true;
     // What cudaDevAttrMultiProcessorCount says: few, so that loops over a persistent grid run more than once.
     int multiprocessors = 2;
     // Shared memory a block may have (227 KiB on sm_90, 64 KiB on sm_75).
@@ -117,16 +119,16 @@ void copy_wait(int pending, Site site);
 void spin(Site site);
 
 // Whole-warp operations. Each lane of the mask brings `bytes` of input; when the last has come, `whole` computes all
-// outputs from all inputs, both [32] with a stride of kLaneBytes.
+// outputs from all inputs, both [32] with a stride of kLaneBytes. Only __syncwarp orders the lanes' memory accesses.
 constexpr size_t kLaneBytes = 256;
 using LaneData = unsigned char[32][kLaneBytes];
 void warp_meet(const char* operation, uint32_t mask, const void* input, size_t input_bytes, void* output,
                size_t output_bytes, const std::function<void(uint32_t mask, LaneData& in, LaneData& out)>& whole,
-               Site site);
+               Site site, bool orders_memory = false);
 
 // The same with types: whole(mask, In[32], Out[32]).
 template <class Out, class In, class F>
-Out warp_op(const char* operation, uint32_t mask, const In& input, F whole, Site site) {
+Out warp_op(const char* operation, uint32_t mask, const In& input, F whole, Site site, bool orders_memory = false) {
     static_assert(sizeof(In) <= kLaneBytes && sizeof(Out) <= kLaneBytes);
     Out output;
     warp_meet(
@@ -142,7 +144,7 @@ Out warp_op(const char* operation, uint32_t mask, const In& input, F whole, Site
                 if (meeting >> i & 1) std::memcpy(out[i], static_cast<const void*>(&outputs[i]), sizeof(Out));
             }
         },
-        site);
+        site, orders_memory);
     return output;
 }
 

@@ -14,7 +14,7 @@ PYBIND11_MODULE(_emulated, m) {
     py::register_exception<emu::Error>(m, "EmulatorError", PyExc_RuntimeError);
     m.def(
         "configure",
-        [](const std::string& order, const std::string& landing, uint64_t seed, int resident_blocks,
+        [](const std::string& order, const std::string& landing, uint64_t seed, bool find_races, int resident_blocks,
            int multiprocessors, size_t max_shared_bytes) {
             emu::Options o;
             const auto pick = [](const std::string& name, std::initializer_list<const char*> names) {
@@ -28,12 +28,13 @@ PYBIND11_MODULE(_emulated, m) {
             o.order = static_cast<emu::Order>(pick(order, {"forward", "reverse", "random"}));
             o.landing = static_cast<emu::Landing>(pick(landing, {"earliest", "latest", "random"}));
             o.seed = seed;
+            o.find_races = find_races;
             o.resident_blocks = resident_blocks;
             o.multiprocessors = multiprocessors;
             o.max_shared_bytes = max_shared_bytes;
             emu::options() = o;
         },
-        py::arg("order") = "forward", py::arg("landing") = "latest", py::arg("seed") = 0,
+        py::arg("order") = "forward", py::arg("landing") = "latest", py::arg("seed") = 0, py::arg("find_races") = true,
         py::arg("resident_blocks") = 1, py::arg("multiprocessors") = 2, py::arg("max_shared_bytes") = 227 * 1024);
     m.def("counters", [] { return emu::counters().json(); });
     m.def("reset_counters", [] { emu::counters() = {}; });

@@ -178,6 +178,19 @@ void throws(Arguments) {
 }
 void read_beyond_the_input(Arguments a) { store_global(a.out + id(), load_global(a.in + id() + 1)); }
 
+// Lanes meet in a shuffle between the store and the load, but a shuffle makes no promise about memory.
+void shuffle_for_a_barrier(Arguments a) {
+    store_shared(words() + id(), load_global(a.in + id()));
+    (void)__shfl_sync(kAll, 0u, 0);
+    store_global(a.out + id(), load_shared(words() + (id() ^ 31)));
+}
+
+void bytes_of_a_word(Arguments a) {
+    store_shared(shared_bytes() + id(), static_cast<unsigned char>(load_global(a.in + id())));
+    __syncthreads();
+    if (id() < size() / 4) store_global(a.out + id(), load_shared(words() + id()));
+}
+
 struct Sample {
     const char* name;
     void (*kernel)(Arguments);
@@ -217,6 +230,8 @@ const Sample kSamples[] = {
     {"barrier of 33", barrier_of_33},
     {"copy of a byte too many", copy_of_a_byte_too_many},
     {"throws", throws},
+    {"shuffle instead of a barrier", shuffle_for_a_barrier},
+    {"bytes of a word", bytes_of_a_word},
     {"read beyond the input", read_beyond_the_input},
 };
 
