@@ -1,0 +1,298 @@
+"""The CUDA kernels beyond their results: launches, memory traffic, alignment, sizes, streams, graphs, errors.
+
+What needs no card runs on the emulator; the rest is marked gpu.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ORDERS, engine_named, forced, make_weight, on_the_cpu, relative_error
+from emulated import counters, emulated, module
+
+from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[*(f"emulated-{order}" for order in ORDERS), pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda_engine(request):
+    """The CUDA kernels: on the emulator in each order, and on a card."""
+    with engine_named(request.param):
+        yield request.param
+
+
+def counted(call) -> dict:
+    with emulated():
+        module().reset_counters()
+        call()
+        return counters()
+
+
+# ------------------------------------------------------------------------------------------- launches and traffic
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantization_takes_two_launches_and_dequantization_one(dtype):
+    weight = torch.randn(40, 192).to(dtype)
+    assert counted(lambda: quantize(weight))["launches"] == 2
+    assert counted(lambda: quantize(weight, double_quant=False))["launches"] == 1
+    quantized = quantize(weight)
+    assert counted(lambda: quantized.dequantize(dtype))["launches"] == 1
+    assert counted(lambda: quantized.dequantize(dtype, row_begin=3, row_end=3))["launches"] == 0
+
+
+def lines(traffic: dict, file: str, kind: str) -> dict:
+    return {place: t for place, t in traffic.items() if place.startswith(f"{file}:") and place.endswith(kind)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize_moves_each_byte_once_in_whole_sectors(dtype):
+    n, k = 64, 512
+    quantized = make_weight(n, k)
+    found = counted(lambda: quantized.dequantize(dtype))
+    loads, stores = (lines(found["global"], "dequantize.cuh", kind) for kind in ("load", "store"))
+    for accesses, size in ((loads, n * k // 2), (stores, n * k * torch.finfo(dtype).bits // 8)):
+        assert sum(t["bytes"] for t in accesses.values()) == size
+        for place, t in accesses.items():
+            assert t["actual"] == t["minimum"] == t["bytes"] // 32, place
+            assert t["bytes"] == 512 * t["requests"], f"{place}: not 16 bytes a lane"
+    shared = {**lines(found["shared"], "dequantize.cuh", "load"), **lines(found["shared"], "dequantize.cuh", "store")}
+    assert shared
+    assert all(t["actual"] == t["minimum"] for t in shared.values()), "bank conflicts"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_moves_each_byte_once_in_whole_sectors(dtype):
+    n, k = 64, 512
+    weight = torch.randn(n, k).to(dtype)
+    found = counted(lambda: quantize(weight, double_quant=False))
+    loads, stores = (lines(found["global"], "quantize.cuh", kind) for kind in ("load", "store"))
+    assert sum(t["bytes"] for t in loads.values()) == weight.nbytes
+    assert all(t["actual"] == t["minimum"] for t in (*loads.values(), *stores.values()))
+    assert all(t["bytes"] == 512 * t["requests"] for t in loads.values()), "not 16 bytes a lane"
+    # Codes, and the constants.
+    assert sum(t["bytes"] for t in stores.values()) == n * k // 2 + n * k // 64 * 4
+
+
+# ---------------------------------------------------------------------------------------------- alignment and size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_tensors_that_lie_on_no_16_bytes(cuda_engine, dtype, offset):
+    n, k = 21, 192
+    room = torch.randn(n * k + offset).to(dtype)
+    weight = room[offset:].view(n, k)
+    quantized = quantize(weight)
+    with forced("portable"), on_the_cpu():
+        expected = quantize(weight.cpu())
+    for a, b in zip(quantized.pieces, expected.pieces, strict=True):
+        assert torch.equal(a.cpu(), b)
+    packed = torch.cat((quantized.packed.new_zeros(offset), quantized.packed))[offset:]
+    moved = NF4Weight(packed, *quantized.pieces[1:], quantized.shape, dtype)
+    out = torch.full((n * k + offset,), torch.nan, dtype=dtype)[offset:].view(n, k)
+    moved.dequantize(out=out)
+    with on_the_cpu(), forced("portable"):
+        assert torch.equal(out.cpu(), expected.dequantize(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_more_weights_than_32_bits_count(cuda_engine, dtype):
+    # 2^31 + 3 * 2^16 weights, of which only the last rows are looked at: the rest is never touched.
+    n, k = 2**15 + 3, 2**16
+    blocks = n * k // 64
+    packed = torch.zeros(n * k // 2, dtype=torch.uint8)
+    absmax = torch.zeros(blocks, dtype=torch.uint8)
+    nested = torch.zeros((blocks + 255) // 256)
+    packed[-k:] = torch.randint(0, 256, (k,), dtype=torch.uint8)
+    absmax[-2 * k // 64 :] = torch.randint(0, 256, (2 * k // 64,), dtype=torch.uint8)
+    nested[-8:] = torch.rand(8)
+    table = default_nested_table(packed.device)
+    weight = NF4Weight(packed, absmax, nested, torch.ones(1), table, torch.Size((n, k)))
+    found = weight.dequantize(dtype, row_begin=n - 2, row_end=n)
+    tail = (packed[-k:], absmax[-2 * k // 64 :], nested[-8:], weight.nested_offset, table)
+    assert torch.equal(found, reference.decode(tail, 2, k, dtype))
+
+
+@pytest.mark.gpu
+def test_more_weights_than_32_bits_count_to_quantize():
+    n, k = 2**15 + 1, 2**16
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free memory")
+    weight = torch.empty(n, k, dtype=torch.bfloat16, device="cuda").normal_()
+    quantized = quantize(weight, double_quant=False)
+    tail = quantize(weight[-1:].cpu(), double_quant=False)
+    assert torch.equal(quantized.packed[-k // 2 :].cpu(), tail.packed)
+    assert torch.equal(quantized.absmax[-k // 64 :].cpu(), tail.absmax)
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_launch_that_fails_is_an_exception_and_the_next_one_works():
+    weight = torch.randn(8, 64)
+    with emulated(max_shared_bytes=64), pytest.raises(RuntimeError, match="shared memory, of 64"):
+        quantize(weight)
+    with emulated():
+        assert torch.equal(quantize(weight).packed, quantize(weight).packed)
+
+
+def test_errors_of_the_launchers_say_where(cuda_engine):
+    kernels = module() if cuda_engine != "cuda" else __import__("qlora_kernels._C")._C.cuda
+    queue = (0, 0)
+    with pytest.raises(RuntimeError, match=r"csrc/cuda/quantize\.cu:\d+: .*multiple.*failed: on\(p\.weight"):
+        kernels.quantize(2, 0, 0, 0, 64, 0, *queue)
+    with pytest.raises(RuntimeError, match=r"csrc/cuda/dequantize\.cu:\d+: .*multiple"):
+        kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 1, 0, *queue)
+    with pytest.raises(RuntimeError, match="unknown dtype code 7"):
+        kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 0, 0, 1, 7, *queue)
+    with pytest.raises(RuntimeError, match=r"quantize_absmax\.cu:\d+: there are no constants"):
+        kernels.quantize_absmax(0, 0, 0, 0, 0, 0, 0, False, *queue)
+    with pytest.raises(RuntimeError, match=r"more than 2\^34"):
+        kernels.quantize_absmax(0, 0, 0, 0, 0, 2**30, 0, False, *queue)
+
+
+def test_a_weight_that_is_not_finite_decodes_to_nan_and_no_neighbour_does(cuda_engine):
+    # What a captured graph would give, where nothing can be refused.
+    weight = torch.randn(4, 256)
+    weight[1, 70] = torch.inf
+    packed, absmax = ops.quantize(weight, "weight")
+    assert absmax.isnan().nonzero().flatten().tolist() == [5]
+    dense = NF4Weight(packed, absmax, None, None, None, weight.shape).dequantize()
+    assert dense.isnan().flatten().nonzero().flatten().tolist() == list(range(5 * 64, 6 * 64))
+
+
+def test_bad_operands_are_refused_before_any_launch():
+    weight = make_weight(8, 64)
+
+    def refused():
+        for call, error, words in (
+            (lambda: quantize(torch.randn(4, 64).double()), TypeError, "float64"),
+            (lambda: ops.quantize(torch.randn(64, 4).T), ValueError, "contiguous"),
+            (lambda: ops.quantize_nested(torch.randn(4, 64), torch.zeros(255)), ValueError, "256 entries"),
+            (lambda: ops.quantize_nested(torch.randn(4, 64), torch.zeros(256).double()), TypeError, "float32"),
+            (
+                lambda: ops.quantize_nested(torch.randn(4, 64), torch.zeros(256, device="meta")),
+                Exception,
+                "meta|device",
+            ),
+            (lambda: ops.quantize_absmax(torch.rand(4), torch.zeros(512)[::2]), ValueError, "contiguous"),
+            (lambda: weight.dequantize(torch.int8), TypeError, "int8"),
+            (lambda: weight.dequantize(row_begin=3, row_end=9), ValueError, "rows"),
+            (lambda: weight.dequantize(out=torch.zeros(64, 8).T), ValueError, "contiguous|shape|out should"),
+        ):
+            with pytest.raises(error, match=words):
+                call()
+
+    assert counted(refused)["launches"] == 0
+
+
+# -------------------------------------------------------------------------- the layer, while it is not fused
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_layer_on_cuda_agrees_with_the_cpu(cuda_engine, dtype):
+    torch.manual_seed(1)
+    n, k, m, r = 40, 128, 9, 4
+    with on_the_cpu():
+        weight = make_weight(n, k)
+        given = [torch.randn(*shape).to(dtype) for shape in ((m, k), (r, k), (n, r), (m, n))]
+        bias = torch.randn(n).to(dtype)
+    device = "cuda" if cuda_engine == "cuda" else "cpu"
+
+    def gradients(device):
+        x, A, B = (t.detach().to(device).requires_grad_() for t in given[:3])
+        y = linear(x, weight.to(device), bias.to(device), A, B, scaling=0.5)
+        y.backward(given[3].to(device))
+        return [t.double().cpu() for t in (y.detach(), x.grad, A.grad, B.grad)]
+
+    found = gradients(device)
+    with on_the_cpu():
+        expected = gradients("cpu")
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+# -------------------------------------------------------------------------------------- streams, graphs, devices
+
+
+def pieces_on_the_cpu(weight: NF4Weight) -> list:
+    return [p.cpu() for p in weight.pieces]
+
+
+@pytest.mark.gpu
+def test_the_callers_stream_is_used():
+    weight = torch.randn(2048, 2048, dtype=torch.bfloat16, device="cuda")
+    expected = quantize(weight.cpu())
+    stream = torch.cuda.Stream()
+    source = torch.empty_like(weight)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        # Were a launch on another stream, it would read the weight before this stream has written it.
+        torch.cuda._sleep(50_000_000)
+        source.copy_(weight)
+        packed, *rest = ops.quantize_nested(source, default_nested_table("cuda"))
+        quantized = NF4Weight(packed, *rest, default_nested_table("cuda"), weight.shape)
+        torch.cuda._sleep(50_000_000)
+        dense = quantized.dequantize(torch.bfloat16)
+    assert not stream.query()  # and nothing has waited for the device
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(pieces_on_the_cpu(quantized), expected.pieces, strict=True))
+    assert torch.equal(dense.cpu(), expected.dequantize(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_quantization_and_dequantization_in_a_graph():
+    weight = torch.randn(512, 1024, dtype=torch.bfloat16, device="cuda")
+    quantize(weight).dequantize(torch.bfloat16)  # loads the modules, makes the table
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        quantized = quantize(weight)
+        dense = quantized.dequantize(torch.bfloat16)
+    for seed in range(3):
+        weight.copy_(torch.randn(512, 1024, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = quantize(weight.cpu())
+        assert all(torch.equal(a, b) for a, b in zip(pieces_on_the_cpu(quantized), expected.pieces, strict=True))
+        assert torch.equal(dense.cpu(), expected.dequantize(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_the_tensors_device_is_used():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    weight = torch.randn(64, 256)
+    with torch.cuda.device(0):
+        quantized = quantize(weight.to("cuda:1"))
+        dense = quantized.dequantize()
+        assert torch.cuda.current_device() == 0
+    assert dense.device == torch.device("cuda:1")
+    assert torch.equal(dense.cpu(), quantize(weight).dequantize())
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_there_is_an_exception_and_the_next_call_works():
+    from qlora_kernels import backends
+
+    weight = torch.randn(8, 64, device="cuda")
+    kernels = backends.native().cuda
+    with pytest.raises(RuntimeError, match=r"device\.cuh:\d+: cudaErrorInvalidDevice.*failed: cudaSetDevice"):
+        kernels.quantize(weight.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 512, 0, 999, 0)
+    assert torch.equal(quantize(weight).dequantize().cpu(), quantize(weight.cpu()).dequantize())
+
+
+@pytest.mark.gpu
+def test_a_bad_weight_is_refused_outside_of_a_graph_and_is_nan_within():
+    weight = torch.randn(8, 64, device="cuda")
+    quantize(weight).dequantize()
+    weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"\(3, 5\)"):
+        quantize(weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dense = quantize(weight).dequantize()
+    graph.replay()
+    assert dense.isnan().any()
