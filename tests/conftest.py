@@ -127,9 +127,9 @@ def assert_within_contract(actual: torch.Tensor, dense: torch.Tensor, exact: tor
     assert actual.shape == exact.shape, case
     for metric in (relative_error, worst_tile_error):
         ours, theirs = metric(actual, exact), metric(dense, exact)
-        # A few ulp of float32 remain allowed, where torch happens to round nothing; more of them for a handful of
+        # An ulp or two of float32 remain allowed, where torch happens to round nothing; more of them for a handful of
         # outputs, whose errors depend on the order of the sum by chance.
-        slack = 3e-7 if exact.numel() >= 64 else 1e-6
+        slack = 1.5e-7 if exact.numel() >= 64 else 5e-7
         assert ours <= 1.10 * theirs + slack, f"{case}: {metric.__name__} {ours:.3e}, dense {theirs:.3e}"
 
 

@@ -127,22 +127,52 @@ struct EngineF32 {
         }
     }
 
+    // A single chain of additions over all of K would gather many times the rounding error of a tuned library's
+    // product. So runs of 16 steps are summed by themselves, then the runs of a panel, and panels in C. The first panel
+    // may be all there is: its runs are of 8 steps, and of 64 steps go to C. (A chain of n additions adds n / 2 to the
+    // square of the error, in units of one rounding of the result: that makes 4 + 4 + 2 for 256 steps.)
     static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int i_tiles,
                          int j_tiles, bool accumulate) {
-        constexpr int kRows = kWidth == 16 ? 8 : 4;
-        for (int i = 0; i < 16 * i_tiles; i += kRows) {
-            int j = 0;
-            for (; j + 2 * kWidth <= 16 * j_tiles; j += 2 * kWidth) {
-                tile<kRows, 2>(a + i * lda, lda, b + j, ldb, depth, c + i * kEdge + j, accumulate);
-            }
-            for (; j < 16 * j_tiles; j += kWidth) {
-                tile<kRows, 1>(a + i * lda, lda, b + j, ldb, depth, c + i * kEdge + j, accumulate);
-            }
+        alignas(64) float part[kEdge * kEdge];
+        if (accumulate) {
+            block<16>(a, lda, b, ldb, depth, part, i_tiles, j_tiles);
+            add(part, c, i_tiles, j_tiles, true);
+            return;
+        }
+        constexpr int64_t kFirst = 64;
+        for (int64_t p = 0; p < depth; p += kFirst) {
+            block<8>(a + p, lda, b + p * ldb, ldb, depth - p < kFirst ? depth - p : kFirst, part, i_tiles, j_tiles);
+            add(part, c, i_tiles, j_tiles, p > 0);
         }
     }
 
   private:
-    static constexpr int64_t kRun = 16;
+    // c = part, or c += part.
+    static QLK_INLINE void add(const float* part, float* c, int i_tiles, int j_tiles, bool accumulate) {
+        for (int i = 0; i < 16 * i_tiles; ++i) {
+            for (int j = 0; j < 16 * j_tiles; j += kWidth) {
+                const Vec sum = vload(part + i * kEdge + j);
+                vstore(c + i * kEdge + j, accumulate ? vload(c + i * kEdge + j) + sum : sum);
+            }
+        }
+    }
+
+    // c = A B over `depth` steps. Not inlined: within deeper loops GCC gives up on keeping the sums in registers, which
+    // is 3 times as slow.
+    template <int64_t kRun>
+    static __attribute__((noinline)) void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                                                float* c, int i_tiles, int j_tiles) {
+        constexpr int kRows = kWidth == 16 ? 8 : 4;
+        for (int i = 0; i < 16 * i_tiles; i += kRows) {
+            int j = 0;
+            for (; j + 2 * kWidth <= 16 * j_tiles; j += 2 * kWidth) {
+                tile<kRun, kRows, 2>(a + i * lda, lda, b + j, ldb, depth, c + i * kEdge + j);
+            }
+            for (; j < 16 * j_tiles; j += kWidth) {
+                tile<kRun, kRows, 1>(a + i * lda, lda, b + j, ldb, depth, c + i * kEdge + j);
+            }
+        }
+    }
 
     static QLK_INLINE void decode_row(const WeightView& w, const float* absmax, int64_t row, int64_t k, int64_t count,
                                       float* out) {
@@ -154,11 +184,8 @@ struct EngineF32 {
         }
     }
 
-    template <int kRows, int kVecs>
-    static QLK_INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
-                                bool accumulate) {
-        // Sums of kRun steps at a time, then added up: a single chain over all of K would gather several times the
-        // rounding error of a tuned library's product.
+    template <int64_t kRun, int kRows, int kVecs>
+    static QLK_INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c) {
         for (int64_t first = 0; first < depth; first += kRun) {
             const int64_t last = first + kRun < depth ? first + kRun : depth;
             Vec sum[kRows][kVecs];
@@ -176,7 +203,7 @@ struct EngineF32 {
             for (int i = 0; i < kRows; ++i) {
                 for (int v = 0; v < kVecs; ++v) {
                     float* const out = c + i * kEdge + v * kWidth;
-                    vstore(out, first > 0 || accumulate ? vload(out) + sum[i][v] : sum[i][v]);
+                    vstore(out, first > 0 ? vload(out) + sum[i][v] : sum[i][v]);
                 }
             }
         }
