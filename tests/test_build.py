@@ -189,6 +189,9 @@ SHAPES = [
     *((m, 4096, 4096) for m in (1, 512, 4096)),
     # Long rows of W; many of them; rows that cut blocks.
     *((512, 512, 14336), (512, 14336, 512), (65, 999, 14335)),
+    # Sums so long that not even 32 packed rows of x, or of dy in backward, would fit; the kernels for few rows as well.
+    *((33, 65536, 256), (33, 256, 65536), (65, 70001, 70), (65, 70, 70001)),
+    *((1, 128256, 64), (8, 64, 131072), (8, 131072, 64), (4, 64, 600064)),
 ]
 
 
@@ -204,6 +207,19 @@ def test_scratch_stays_within_8_mib_a_thread(m, n, k, threads):
             backends.native().scratch_peak_bytes(reset=True)
             forward_and_backward(weight, m, dtype, rank, dropout)
             assert 0 < backends.native().scratch_peak_bytes() <= 8 * MIB, f"{dtype}, rank {rank}"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_scratch_with_a_rank_of_thousands():
+    """Beyond the ranks of the test above, to where the promise ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for m, n, k in ((512, 512, 512), (33, 40000, 64), (33, 64, 40000)):
+            backends.native().scratch_peak_bytes(reset=True)
+            forward_and_backward(random_weight(n, k), m, torch.float32, 4096, 0.1)
+            assert 0 < backends.native().scratch_peak_bytes() <= 8 * MIB, f"M={m} N={n} K={k}"
     finally:
         torch.set_num_threads(before)
 

@@ -160,6 +160,39 @@ def test_rows_beyond_one_superblock(isa):
             assert relative_error(found, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5), (isa, name)
 
 
+# Whole blocks of 64, and rows that cut them and bytes.
+@pytest.mark.parametrize("long", [131072, 70001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_whose_packed_rows_exceed_the_scratch(isa, dtype, long):
+    """x (forward) or dy (backward) is packed piece by piece; the results are those of any other length."""
+    short, seed, dropout, scaling = 40, torch.tensor([11]), 0.3, 0.01
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-6
+    for n, k in ((short, long), (long, short)):
+        weight = make_weight(n, k, dtype=dtype)
+        dense = weight.dequantize(dtype)
+        exact = dense.double()
+        for m in (2, 8, 40):
+            x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+            case = f"{isa} {dtype} M={m} N={n} K={k}"
+            assert_within_contract(forward(x, weight)[0], F.linear(x, dense), x.double() @ exact.T, case)
+            assert_within_contract(backward(dy, weight)[0], dy @ dense, dy.double() @ exact, case + " dx")
+        A, B = torch.randn(3, k).to(dtype), torch.randn(n, 3).to(dtype)
+        masked = x.double() * (mask := reference.dropout_mask(m, k, dropout, seed))
+        u64 = scaling / (1 - dropout) * masked @ A.double().T
+        v64 = scaling / (1 - dropout) * dy.double() @ B.double()
+        y, u = forward(x, weight, None, A, B, scaling, dropout, seed)
+        dx, dA, dB = backward(dy, weight, x, u, A, B, scaling, dropout, seed)
+        for name, found, wanted in (
+            ("u", u, u64),
+            ("y", y, x.double() @ exact.T + u64 @ B.double().T),
+            ("dx", dx, dy.double() @ exact + mask * (v64 @ A.double())),
+            ("dA", dA, v64.T @ masked),
+            ("dB", dB, dy.double().T @ u.double()),
+        ):
+            error = relative_error(found, wanted)
+            assert error < tolerance, f"{case} {name}: {error:.2e}"
+
+
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30])
 def test_tiny_and_huge_constants(isa, scale):
     weight = quantize((torch.randn(40, 256).double() * scale).float(), double_quant=False)

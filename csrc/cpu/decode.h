@@ -8,6 +8,9 @@
 
 namespace qlk::cpu::QLK_ISA {
 
+// Stands for the constant of a block that isn't there: its weights decode to zeros.
+constexpr float kNoBlock = 0.0f;
+
 // The constants of blocks [first, first + count).
 QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count, float* out) {
     if (w.absmax) {

@@ -55,9 +55,8 @@ struct EngineBf16 {
         }
     }
 
-    static void decode_a(const WeightView& w, const float* absmax, int64_t row, int rows, int64_t k, int64_t depth,
-                         bool tiny, Elem* dst, int64_t) {
-        const int64_t row_blocks = w.k / kBlock;
+    static void decode_a(const WeightView& w, const float* absmax, int64_t absmax_ld, int64_t row, int rows, int64_t k,
+                         int64_t depth, bool tiny, Elem* dst, int64_t) {
         const bool fast = w.k % kBlock == 0;
         const __m512i half = half_by_block();
         for (int64_t p = 0; p < depth; p += 128) {
@@ -67,7 +66,7 @@ struct EngineBf16 {
                 Words4 words;
                 if (fast) {
                     const uint8_t* const codes = w.packed + ((row + i) * w.k + k + p) / 2;
-                    const float* const scale = absmax + i * row_blocks + (k + p) / kBlock;
+                    const float* const scale = absmax + i * absmax_ld + p / kBlock;
                     _mm_prefetch(reinterpret_cast<const char*>(codes + kDepthForward / 2), _MM_HINT_T0);
                     words = count == 128
                                 ? lookup128(_mm512_loadu_si512(codes), table_pair(scale, scale + 1, tiny), half)

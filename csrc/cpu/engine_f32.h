@@ -55,16 +55,15 @@ struct EngineF32 {
         }
     }
 
-    // A from rows [row, row + rows) of W, columns [k, k + depth); absmax holds the constants of those rows.
-    static void decode_a(const WeightView& w, const float* absmax, int64_t row, int rows, int64_t k, int64_t depth,
-                         bool, float* dst, int64_t lda) {
-        const int64_t row_blocks = w.k / kBlock;
+    // A from rows [row, row + rows) of W, columns [k, k + depth); absmax: [rows][absmax_ld], from k's block on.
+    static void decode_a(const WeightView& w, const float* absmax, int64_t absmax_ld, int64_t row, int rows, int64_t k,
+                         int64_t depth, bool, float* dst, int64_t lda) {
         for (int i = 0; i < kEdge; ++i) {
             float* const out = dst + i * lda;
             if (i >= rows) {
                 std::memset(out, 0, depth * sizeof(float));
             } else if (w.k % kBlock == 0) {
-                decode_row(w, absmax + i * row_blocks, row + i, k, depth, out);
+                decode_row(w, absmax + i * absmax_ld, row + i, k, depth, out);
             } else {
                 const int64_t begin = (row + i) * w.k + k;
                 decode_flat<T>(w, begin, begin + depth, out);
@@ -104,7 +103,7 @@ struct EngineF32 {
         for (int64_t p = 0; p < depth; ++p) {
             float* const out = dst + p * kPanel;
             if (w.k % kBlock == 0) {
-                decode_row(w, absmax + p * absmax_ld - k / kBlock, row + p, k, columns, out);
+                decode_row(w, absmax + p * absmax_ld, row + p, k, columns, out);
             } else {
                 const int64_t begin = (row + p) * w.k + k;
                 decode_flat<T>(w, begin, begin + columns, out);
@@ -174,12 +173,13 @@ struct EngineF32 {
         }
     }
 
+    // absmax: from k's block on.
     static QLK_INLINE void decode_row(const WeightView& w, const float* absmax, int64_t row, int64_t k, int64_t count,
                                       float* out) {
         float table[16];
         const uint8_t* const codes = w.packed + (row * w.k + k) / 2;
         for (int64_t b = 0; b < count / kBlock; ++b) {
-            block_table<T>(absmax[k / kBlock + b], table);
+            block_table<T>(absmax[b], table);
             lookup_block(codes + b * kBlock / 2, table, out + b * kBlock);
         }
     }

@@ -65,10 +65,13 @@ QLK_INLINE float dot_bf16(const bf16* a, const bf16* b, int64_t count) {
     return vsum(sum);
 }
 
+// Elements of a row of x as it is packed.
+QLK_INLINE int64_t padded(int64_t k) { return (k + 127) / 128 * 128; }
+
 template <int kM>
 inline void few_rows_run(const LinearForwardParams& p) {
     const WeightView& w = p.weight;
-    const int64_t pad = (w.k + 127) / 128 * 128;
+    const int64_t pad = padded(w.k);
     uint16_t* const x = reinterpret_cast<uint16_t*>(scratch(kM * pad * sizeof(uint16_t), p.threads));
     const uint16_t* const source = static_cast<const uint16_t*>(p.x);
     for (int m = 0; m < kM; ++m) {
@@ -113,6 +116,7 @@ inline void few_rows_run(const LinearForwardParams& p) {
 // False when the case is not for this path.
 inline bool few_rows_forward(const LinearForwardParams& p) {
     if (p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
+    if (!scratch_suffices(p.m * padded(p.weight.k) * sizeof(uint16_t), p.threads)) return false;
     switch (p.m) {
         case 1: few_rows_run<1>(p); return true;
         case 2: few_rows_run<2>(p); return true;

@@ -51,13 +51,15 @@ inline void dense_products(const T* row, const float* x, int64_t k, float* out) 
 }
 
 template <class T, int kM>
-inline void few_rows_f32_run(const LinearForwardParams& p) {
+inline bool few_rows_f32_run(const LinearForwardParams& p) {
     const WeightView& w = p.weight;
     const int64_t row_blocks = w.k / kBlock;
     Carver shared(nullptr);
     shared.take<float>(kM * w.k);
     const int64_t own = (row_blocks + 15) / 16 * 16;
-    float* const x = reinterpret_cast<float*>(scratch(shared.used() + p.threads * own * sizeof(float), p.threads));
+    const size_t bytes = shared.used() + p.threads * own * sizeof(float);
+    if (!scratch_suffices(bytes, p.threads)) return false;
+    float* const x = reinterpret_cast<float*>(scratch(bytes, p.threads));
     float* const constants = x + shared.used() / sizeof(float);
     to_float(static_cast<const T*>(p.x), x, kM * w.k);
     const T* const a = static_cast<const T*>(p.lora_a);
@@ -104,6 +106,7 @@ inline void few_rows_f32_run(const LinearForwardParams& p) {
             }
         }
     }
+    return true;
 }
 
 // False when the case is not for this path.
@@ -111,10 +114,10 @@ template <class T>
 inline bool few_rows_f32(const LinearForwardParams& p) {
     if (p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
     switch (p.m) {
-        case 1: few_rows_f32_run<T, 1>(p); return true;
-        case 2: few_rows_f32_run<T, 2>(p); return true;
-        case 3: few_rows_f32_run<T, 3>(p); return true;
-        case 4: few_rows_f32_run<T, 4>(p); return true;
+        case 1: return few_rows_f32_run<T, 1>(p);
+        case 2: return few_rows_f32_run<T, 2>(p);
+        case 3: return few_rows_f32_run<T, 3>(p);
+        case 4: return few_rows_f32_run<T, 4>(p);
         default: return false;
     }
 }

@@ -6,6 +6,10 @@
 // W is decoded panel by panel into a few tens of KB that stay in the core's cache, and each panel serves all rows of
 // a superblock of x (up to 512 rows). The low-rank term is r more steps of the same sum. Work is cut into tasks whose
 // results don't depend on which thread runs them, so that the same inputs give the same bits.
+//
+// Activations are packed once for all tasks. Where the sum is so long that few of their rows would fit in scratch
+// memory, each task packs them for itself instead, as many steps at a time as one panel of W has ("piecewise"). The
+// steps and their order are the same either way.
 #pragma once
 
 #include <omp.h>
@@ -28,9 +32,16 @@ constexpr int64_t kMaxSuperblock = 512;
 // Bytes a thread may spend on packed activations; the rest of kScratchPerThread is for blocks of C and panels.
 constexpr int64_t kPackedBytesPerThread = 4 << 20;
 
-// Rows of x in a superblock, when each takes `bytes_per_row` of packed scratch.
-QLK_INLINE int64_t superblock_rows(int64_t m, int64_t bytes_per_row, int threads) {
-    const int64_t fit = kPackedBytesPerThread * threads / greater(bytes_per_row, 1) / kEdge * kEdge;
+// Fewer rows than this (of more) are not worth a decoded panel: they are packed piecewise instead.
+constexpr int64_t kMinSuperblock = 64;
+
+// Whole blocks of rows that fit when each row takes `bytes_per_row` of packed scratch.
+QLK_INLINE int64_t rows_that_fit(int64_t bytes_per_row, int threads) {
+    return kPackedBytesPerThread * threads / greater(bytes_per_row, 1) / kEdge * kEdge;
+}
+
+// Rows of x in a superblock when `fit` do.
+QLK_INLINE int64_t superblock_rows(int64_t m, int64_t fit) {
     return lesser(round_up(greater(m, 1), kEdge), greater(kEdge, lesser(fit, kMaxSuperblock)));
 }
 
@@ -61,11 +72,16 @@ class Forward {
     explicit Forward(const LinearForwardParams& params) : p(params), w(params.weight) {
         k_pad = E::pad_weight(w.k);
         r_pad = p.r > 0 ? E::pad_plain(p.r) : 0;
-        rows_max = superblock_rows(p.m, (k_pad + r_pad) * static_cast<int64_t>(sizeof(Elem)), p.threads);
-        // C of a task is at most 1 MiB; enough tasks for the threads to even out, but whole panels.
-        n_block = lesser(256, (1 << 18) / rows_max / kEdge * kEdge);
-        while (n_block > kEdge && w.n < 4 * p.threads * n_block) n_block -= kEdge;
+        constexpr int64_t kSize = sizeof(Elem);
+        const int64_t fit = rows_that_fit((k_pad + r_pad) * kSize, p.threads);
+        piecewise = fit < lesser(round_up(p.m, kEdge), kMinSuperblock);
+        rows_max = superblock_rows(p.m, piecewise ? rows_that_fit(r_pad * kSize, p.threads) : fit);
+        // C of a task is at most 1 MiB; enough tasks for the threads to even out, but whole panels. Where each task
+        // packs x anew, larger and fewer tasks.
+        n_block = lesser(piecewise ? 512 : 256, (1 << 18) / rows_max / kEdge * kEdge);
+        while (n_block > kEdge && w.n < (piecewise ? 1 : 4) * p.threads * n_block) n_block -= kEdge;
         row_blocks = w.k % kBlock == 0 ? w.k / kBlock : 0;
+        span_blocks = lesser(row_blocks, kSpan / kBlock);
     }
 
     void run() {
@@ -85,13 +101,13 @@ class Forward {
     struct Thread {
         float* c;       // [n_block / 32][m blocks][32 n][32 m]
         Elem* panel;    // [32][depth]
-        Elem* masked;   // [depth][32], x with its mask, packed
+        Elem* piece;    // [m blocks][depth][32], piecewise packed x; of one block of rows, x with its mask
         T* line;        // [32][depth], x with its mask
-        float* absmax;  // [n_block][row_blocks]
+        float* absmax;  // [n_block][span_blocks]
     };
 
     void carve_shared(Carver& area) {
-        x_packed = area.take<Elem>(rows_max * k_pad);
+        x_packed = area.take<Elem>(piecewise ? 0 : rows_max * k_pad);
         u_packed = area.take<Elem>(rows_max * r_pad);
     }
 
@@ -99,9 +115,9 @@ class Forward {
         Thread mine;
         mine.c = area.take<float>(n_block * rows_max);
         mine.panel = area.take<Elem>(kEdge * depth);
-        mine.masked = area.take<Elem>(p.dropout > 0 ? kEdge * depth : 0);
+        mine.piece = area.take<Elem>(piecewise ? rows_max * depth : p.dropout > 0 ? kEdge * depth : 0);
         mine.line = area.take<T>(p.dropout > 0 ? kEdge * depth : 0);
-        mine.absmax = area.take<float>(n_block * row_blocks);
+        mine.absmax = area.take<float>(n_block * span_blocks);
         return mine;
     }
 
@@ -112,7 +128,7 @@ class Forward {
             E::begin_thread();
             Carver area(base + shared_bytes + omp_get_thread_num() * thread_bytes);
             const Thread mine = carve_thread(area);
-            const int64_t slices = (w.k + depth - 1) / depth;
+            const int64_t slices = piecewise ? 0 : (w.k + depth - 1) / depth;
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < m_blocks * slices; ++task) {
                 const int64_t mb = task / slices, k = task % slices * depth;
@@ -145,14 +161,16 @@ class Forward {
             for (int64_t k = 0; k < w.k; k += depth) {
                 const int64_t steps = lesser(depth, w.k - k);
                 E::pack_a_rows(a + k, w.k, ranks, steps, mine.panel, steps, true);
-                const Elem* right = x_packed + (mb * k_pad + k) * kEdge;
+                const Elem* right = piecewise ? mine.piece : x_packed + (mb * k_pad + k) * kEdge;
                 if (p.dropout > 0) {
                     for (int i = 0; i < m_rows; ++i) {
                         const int64_t row = m0 + mb * kEdge + i;
                         masked_copy(x_row(row) + k, row * w.k + k, steps, p.seed, threshold, mine.line + i * steps);
                     }
-                    E::pack_b_rows(mine.line, steps, m_rows, steps, mine.masked, true);
-                    right = mine.masked;
+                    E::pack_b_rows(mine.line, steps, m_rows, steps, mine.piece, true);
+                    right = mine.piece;
+                } else if (piecewise) {
+                    E::pack_b_rows(x_row(m0 + mb * kEdge) + k, w.k, m_rows, steps, mine.piece, true);
                 }
                 E::multiply(mine.panel, steps, right, kEdge, E::pad_weight(steps), mine.c, tiles_of(ranks),
                             tiles_of(m_rows), k > 0);
@@ -170,20 +188,44 @@ class Forward {
         }
     }
 
+    // The constants of kSpan columns of rows [n0, n0 + count) of W, from column block `first` on; whether they are
+    // special.
+    bool decode_constants(const Thread& mine, int64_t n0, int64_t count, int64_t first) const {
+        if (span_blocks == row_blocks) {
+            decode_absmax(w, n0 * row_blocks, count * row_blocks, mine.absmax);
+        } else {
+            const int64_t blocks = lesser(span_blocks, row_blocks - first);
+            for (int64_t i = 0; i < count; ++i) {
+                float* const out = mine.absmax + i * span_blocks;
+                decode_absmax(w, (n0 + i) * row_blocks + first, blocks, out);
+                for (int64_t b = blocks; b < span_blocks; ++b) out[b] = kNoBlock;
+            }
+        }
+        return E::special(mine.absmax, count * span_blocks);
+    }
+
     // Rows [n0, n0 + count) of W against the whole superblock.
     void products(const Thread& mine, int64_t n0, int64_t count, int64_t m0, int64_t rows, int64_t m_blocks) const {
-        if (row_blocks > 0) decode_absmax(w, n0 * row_blocks, count * row_blocks, mine.absmax);
-        const bool special = E::special(mine.absmax, count * row_blocks);
         const int64_t panels = (count + kEdge - 1) / kEdge;
         constexpr int64_t kBlockC = kEdge * kEdge;
+        bool special = false;
         for (int64_t k = 0; k < w.k; k += depth) {
             const int64_t steps = lesser(depth, w.k - k);
+            if (row_blocks > 0 && k % kSpan == 0) special = decode_constants(mine, n0, count, k / kBlock);
+            if (piecewise) {
+                for (int64_t mb = 0; mb < m_blocks; ++mb) {
+                    E::pack_b_rows(x_row(m0 + mb * kEdge) + k, w.k, rows_in(mb, rows), steps,
+                                   mine.piece + mb * depth * kEdge, true);
+                }
+            }
+            const Elem* const x = piecewise ? mine.piece : x_packed + k * kEdge;
+            const int64_t x_ld = (piecewise ? depth : k_pad) * kEdge;
             for (int64_t q = 0; q < panels; ++q) {
                 const int n_rows = rows_in(q, count);
-                E::decode_a(w, mine.absmax + q * kEdge * row_blocks, n0 + q * kEdge, n_rows, k, steps, special,
-                            mine.panel, steps);
+                E::decode_a(w, mine.absmax + q * kEdge * span_blocks + k % kSpan / kBlock, span_blocks, n0 + q * kEdge,
+                            n_rows, k, steps, special, mine.panel, steps);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    E::multiply(mine.panel, steps, x_packed + (mb * k_pad + k) * kEdge, kEdge, E::pad_weight(steps),
+                    E::multiply(mine.panel, steps, x + mb * x_ld, kEdge, E::pad_weight(steps),
                                 mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(n_rows), tiles_of(rows_in(mb, rows)),
                                 k > 0);
                 }
@@ -215,9 +257,13 @@ class Forward {
     const LinearForwardParams& p;
     const WeightView& w;
     static constexpr int64_t depth = E::kDepthForward;
-    int64_t k_pad, r_pad, rows_max, n_block, row_blocks;
+    // Columns of W whose constants are decoded at a time.
+    static constexpr int64_t kSpan = 4096;
+    static_assert(kSpan % depth == 0, "a panel's constants are decoded together");
+    bool piecewise;
+    int64_t k_pad, r_pad, rows_max, n_block, row_blocks, span_blocks;
     size_t shared_bytes = 0, thread_bytes = 0;
-    Elem* x_packed = nullptr;  // [m blocks][k_pad][32]
+    Elem* x_packed = nullptr;  // [m blocks][k_pad][32], unless piecewise
     Elem* u_packed = nullptr;  // [m blocks][r_pad][32]
 };
 
@@ -234,8 +280,10 @@ class Backward {
     explicit Backward(const LinearBackwardParams& params) : p(params), w(params.weight) {
         n_pad = E::pad_plain(w.n);
         r_pad = p.r > 0 ? E::pad_plain(p.r) : 0;
-        const int64_t bytes = (n_pad + r_pad + p.r) * static_cast<int64_t>(sizeof(Elem));
-        rows_max = superblock_rows(p.m, bytes, p.threads);
+        constexpr int64_t kSize = sizeof(Elem);
+        const int64_t fit = rows_that_fit((n_pad + r_pad + p.r) * kSize, p.threads);
+        piecewise = fit < lesser(round_up(p.m, kEdge), kMinSuperblock);
+        rows_max = superblock_rows(p.m, piecewise ? rows_that_fit((r_pad + p.r) * kSize, p.threads) : fit);
         // Columns of dx in a task: C at most 1 MiB, and enough tasks for all threads.
         columns = lesser(round_up(w.k, kPanel), greater(kPanel, (1 << 18) / rows_max / kPanel * kPanel));
         while (columns > kPanel && w.k < 2 * p.threads * columns) columns -= kPanel;
@@ -264,22 +312,23 @@ class Backward {
     struct Thread {
         float* c;       // [m blocks][columns / 32][32][32] for dx; [r blocks][4][32][32] for da and db
         Elem* panel;    // [depth][128]
+        Elem* piece;    // [m blocks][32][depth], piecewise packed dy
         T* line;        // [depth][128], with its mask
         float* absmax;  // [depth][columns / 64 + 1]
     };
 
     void carve_shared(Carver& area) {
-        dy_packed = area.take<Elem>(p.dx || p.da ? rows_max * n_pad : 0);
+        dy_packed = area.take<Elem>(!piecewise && (p.dx || p.da) ? rows_max * n_pad : 0);
         v_packed = area.take<Elem>(rows_max * r_pad);
         v = area.take<T>(rows_max * p.r);
         left_packed = area.take<Elem>(p.da || p.db ? round_up(p.r, kEdge) * m_pad : 0);
     }
 
     Thread carve_thread(Carver& area) const {
-        const int64_t c_dx = rows_max * columns, c_adapters = r_round * kPanel, c_v = kEdge * r_round;
         Thread mine;
-        mine.c = area.take<float>(greater(greater(c_dx, c_adapters), c_v));
+        mine.c = area.take<float>(greater(rows_max * columns, lesser(r_round, kRanks) * kPanel));
         mine.panel = area.take<Elem>(depth * kPanel);
+        mine.piece = area.take<Elem>(piecewise ? rows_max * depth : 0);
         mine.line = area.take<T>(p.dropout > 0 ? depth * kPanel : 0);
         mine.absmax = area.take<float>(depth * (columns / kBlock + 1));
         return mine;
@@ -294,7 +343,7 @@ class Backward {
             E::begin_thread();
             Carver area(base + shared_bytes + omp_get_thread_num() * thread_bytes);
             const Thread mine = carve_thread(area);
-            if (p.dx || low_rank) {
+            if (!piecewise && (p.dx || low_rank)) {
 #pragma omp for schedule(static)
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
                     E::pack_a_rows(dy + mb * kEdge * w.n, w.n, rows_in(mb, rows), w.n, dy_packed + mb * kEdge * n_pad,
@@ -303,12 +352,12 @@ class Backward {
             }
             if (low_rank) {
 #pragma omp for schedule(dynamic)
-                for (int64_t mb = 0; mb < m_blocks; ++mb) through_b(mine, mb, rows);
+                for (int64_t mb = 0; mb < m_blocks; ++mb) through_b(mine, dy, mb, rows);
             }
             if (p.dx) {
 #pragma omp for schedule(dynamic)
                 for (int64_t k0 = 0; k0 < w.k; k0 += columns) {
-                    input_gradient(mine, k0, lesser(columns, w.k - k0), m0, rows, m_blocks);
+                    input_gradient(mine, dy, k0, lesser(columns, w.k - k0), m0, rows, m_blocks);
                 }
             }
             if (p.da) {
@@ -343,8 +392,18 @@ class Backward {
 
     static int rows_in(int64_t block, int64_t rows) { return static_cast<int>(lesser(kEdge, rows - block * kEdge)); }
 
-    // v = scaling / (1 - p) * dy B for one block of rows, and packed for the last steps of dx.
-    void through_b(const Thread& mine, int64_t mb, int64_t rows) const {
+    // Steps [n, n + steps) of dy, packed: block mb of its rows, and how far the rows in it lie from each other.
+    struct Left {
+        const Elem* data;
+        int64_t ld;
+    };
+    Left dy_at(const Thread& mine, int64_t mb, int64_t n, int64_t piece_block) const {
+        if (piecewise) return {mine.piece + piece_block * kEdge * depth, depth};
+        return {E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad};
+    }
+
+    // v = scaling / (1 - p) * dy B for one block of rows, and packed for the last steps of dx. dy: of the superblock.
+    void through_b(const Thread& mine, const T* dy, int64_t mb, int64_t rows) const {
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         const int m_rows = rows_in(mb, rows);
         const T* const b = static_cast<const T*>(p.lora_b);
@@ -354,8 +413,11 @@ class Backward {
             for (int64_t n = 0; n < w.n; n += depth) {
                 const int64_t steps = lesser(depth, w.n - n);
                 E::pack_b_columns(b + n * p.r + r0, p.r, steps, ranks, mine.panel);
-                panel_product(E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad, mine.panel, steps, m_rows, mine.c,
-                              n > 0);
+                if (piecewise) {
+                    E::pack_a_rows(dy + mb * kEdge * w.n + n, w.n, m_rows, steps, mine.piece, depth, false);
+                }
+                const Left left = dy_at(mine, mb, n, 0);
+                panel_product(left.data, left.ld, mine.panel, steps, m_rows, mine.c, n > 0);
             }
             for (int i = 0; i < m_rows; ++i) {
                 float line[kPanel];
@@ -377,7 +439,7 @@ class Backward {
     }
 
     // Columns [k0, k0 + count) of dx for the whole superblock.
-    void input_gradient(const Thread& mine, int64_t k0, int64_t count, int64_t m0, int64_t rows,
+    void input_gradient(const Thread& mine, const T* dy, int64_t k0, int64_t count, int64_t m0, int64_t rows,
                         int64_t m_blocks) const {
         const int64_t panels = (count + kPanel - 1) / kPanel;
         const auto c_at = [&](int64_t mb, int64_t q) { return mine.c + (mb * panels + q) * kPanelBlocks * kBlockC; };
@@ -420,13 +482,17 @@ class Backward {
                 }
                 special = E::special(mine.absmax, steps * task_blocks);
             }
+            for (int64_t mb = 0; piecewise && mb < m_blocks; ++mb) {
+                E::pack_a_rows(dy + mb * kEdge * w.n + n, w.n, rows_in(mb, rows), steps,
+                               mine.piece + mb * kEdge * depth, depth, false);
+            }
             for (int64_t q = 0; q < panels; ++q) {
                 const int used = static_cast<int>(lesser(kPanel, count - q * kPanel));
                 E::decode_b(w, mine.absmax + q * kPanel / kBlock, task_blocks, n, steps, k0 + q * kPanel, used, special,
                             mine.panel);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    panel_product(E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad, mine.panel, steps,
-                                  rows_in(mb, rows), c_at(mb, q), started);
+                    const Left left = dy_at(mine, mb, n, mb);
+                    panel_product(left.data, left.ld, mine.panel, steps, rows_in(mb, rows), c_at(mb, q), started);
                 }
             }
             started = true;
@@ -461,39 +527,44 @@ class Backward {
     void adapter_gradient(const Thread& mine, const T* right, int64_t ld, int64_t column, int64_t m0, int64_t rows,
                           bool mask, const Emit& emit) const {
         const int used = static_cast<int>(lesser(kPanel, ld - column));
-        const int64_t r_blocks = (p.r + kEdge - 1) / kEdge;
         const uint32_t threshold = dropout_threshold(p.dropout);
-        for (int64_t m = 0; m < rows; m += depth) {
-            const int64_t steps = lesser(depth, rows - m);
-            const T* source = right + (m0 + m) * ld + column;
-            int64_t source_ld = ld;
-            if (mask) {
-                for (int64_t i = 0; i < steps; ++i) {
-                    const int64_t first = (m0 + m + i) * ld + column;
-                    masked_copy(right + first, first, used, p.seed, threshold, mine.line + i * kPanel);
+        for (int64_t r0 = 0; r0 < p.r; r0 += kRanks) {
+            const int64_t ranks = lesser(kRanks, p.r - r0);
+            for (int64_t m = 0; m < rows; m += depth) {
+                const int64_t steps = lesser(depth, rows - m);
+                const T* source = right + (m0 + m) * ld + column;
+                int64_t source_ld = ld;
+                if (mask) {
+                    for (int64_t i = 0; i < steps; ++i) {
+                        const int64_t first = (m0 + m + i) * ld + column;
+                        masked_copy(right + first, first, used, p.seed, threshold, mine.line + i * kPanel);
+                    }
+                    source = mine.line;
+                    source_ld = kPanel;
                 }
-                source = mine.line;
-                source_ld = kPanel;
+                E::pack_b_columns(source, source_ld, steps, used, mine.panel);
+                for (int64_t rb = 0; rb < (ranks + kEdge - 1) / kEdge; ++rb) {
+                    panel_product(E::a_at(left_packed + (r0 + rb * kEdge) * m_pad, m), m_pad, mine.panel, steps,
+                                  rows_in(rb, ranks), mine.c + rb * kPanelBlocks * kBlockC, m > 0);
+                }
             }
-            E::pack_b_columns(source, source_ld, steps, used, mine.panel);
-            for (int64_t rb = 0; rb < r_blocks; ++rb) {
-                panel_product(E::a_at(left_packed + rb * kEdge * m_pad, m), m_pad, mine.panel, steps, rows_in(rb, p.r),
-                              mine.c + rb * kPanelBlocks * kBlockC, m > 0);
+            for (int64_t i = 0; i < ranks; ++i) {
+                float line[kPanel];
+                E::unpack_row(mine.c + i / kEdge * kPanelBlocks * kBlockC, kBlockC, static_cast<int>(i % kEdge), line);
+                emit(line, r0 + i, used);
             }
-        }
-        for (int64_t i = 0; i < p.r; ++i) {
-            float line[kPanel];
-            E::unpack_row(mine.c + i / kEdge * kPanelBlocks * kBlockC, kBlockC, static_cast<int>(i % kEdge), line);
-            emit(line, i, used);
         }
     }
 
     static constexpr int64_t depth = E::kDepthBackward;
+    // Ranks of da or db at a time: 512 KB of C.
+    static constexpr int64_t kRanks = 1024;
     const LinearBackwardParams& p;
     const WeightView& w;
+    bool piecewise;
     int64_t n_pad, r_pad, rows_max, columns, r_round, m_pad;
     size_t shared_bytes = 0, thread_bytes = 0;
-    Elem* dy_packed = nullptr;    // [m blocks][32][n_pad]
+    Elem* dy_packed = nullptr;    // [m blocks][32][n_pad], unless piecewise
     Elem* v_packed = nullptr;     // [m blocks][32][r_pad]
     T* v = nullptr;               // [rows][r]
     Elem* left_packed = nullptr;  // [r blocks][32][m_pad], v or u transposed

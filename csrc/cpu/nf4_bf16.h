@@ -45,9 +45,6 @@ QLK_INLINE __m512i table_pair(const float* first, const float* second, bool tiny
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Stands for the constant of a block that isn't there: its weights decode to zeros.
-constexpr float kNoBlock = 0.0f;
-
 // 128 codes, 32 words of four; half: 16 in the words that belong to the table's high half, else 0.
 QLK_INLINE Words4 lookup128(__m512i codes, __m512i table, __m512i half) {
     const __m512i nibble = _mm512_set1_epi16(15);

@@ -40,6 +40,9 @@ class Carver {
     char* base_;
     size_t used_ = 0;
 };
+
+// Whether so many bytes are within what `threads` may use together.
+inline bool scratch_suffices(size_t bytes, int threads) { return bytes <= kScratchPerThread * threads; }
 }  // namespace
 
 }  // namespace qlk::cpu

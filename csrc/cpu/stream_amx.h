@@ -25,11 +25,14 @@ class Stream {
     explicit Stream(const LinearForwardParams& params)
         : p(params), w(params.weight), chunks((w.k + 127) / 128), r_tiles((p.r + 31) / 32), wide(p.m > 16) {}
 
-    void run() {
+    // False, and nothing done, when x in its packed form is too large for scratch memory.
+    bool run() {
         Carver shared(nullptr), each(nullptr);
         carve_shared(shared);
         carve_thread(each);
-        char* const base = scratch(shared.used() + p.threads * each.used(), p.threads);
+        const size_t bytes = shared.used() + p.threads * each.used();
+        if (!scratch_suffices(bytes, p.threads)) return false;
+        char* const base = scratch(bytes, p.threads);
         Carver area(base);
         carve_shared(area);
 #pragma omp parallel num_threads(p.threads)
@@ -48,6 +51,7 @@ class Stream {
             for (int64_t n = 0; n < w.n; n += 16) rows16(mine, n);
             EngineBf16::end_thread();
         }
+        return true;
     }
 
   private:
@@ -242,8 +246,7 @@ class Stream {
 // False when the case is not for this path.
 inline bool stream_forward(const LinearForwardParams& p) {
     if (p.m == 0 || p.m > kStreamRows || p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
-    Stream(p).run();
-    return true;
+    return Stream(p).run();
 }
 
 }  // namespace qlk::cpu::QLK_ISA

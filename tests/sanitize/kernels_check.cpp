@@ -315,6 +315,17 @@ void check_linears(const std::vector<std::string>& isas) {
         {3, 1100, 128, 16, 0.0f, true, true, 1},
         {17, 1100, 192, 33, 0.0f, false, true, 1},
         {5, 33, 1100, 16, 0.3f, false, false, 1},
+        // Sums too long for 64 packed rows of x, or of dy in backward, to fit in the scratch memory meant for them, in
+        // whole blocks of 64 or not; and too long for what the kernels for few rows keep of x.
+        {33, 7, 66048, 16, 0.3f, true, true, 1},
+        {65, 3, 70001, 1, 0.0f, false, false, 2},
+        {33, 66000, 64, 16, 0.3f, true, true, 1},
+        {65, 66001, 5, 1, 0.0f, false, false, 2},
+        {1, 128256, 64, 0, 0.0f, false, true, 1},
+        {8, 64, 131072, 0, 0.0f, true, true, 1},
+        {4, 3, 600064, 1, 0.0f, false, true, 1},
+        // A rank above those that da and db take at a time.
+        {33, 40, 64, 1100, 0.3f, false, true, 1},
         // A rank above the depth of a panel.
         {17, 65, 320, 300, 0.3f, true, true, 1},
         {2, 65, 320, 300, 0.0f, true, true, 1},
