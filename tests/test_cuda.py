@@ -10,7 +10,7 @@ import torch
 from conftest import ORDERS, engine_named, forced, make_weight, on_the_cpu, relative_error
 from emulated import counters, emulated, module
 
-from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize, reference
+from qlora_kernels import NF4Weight, backends, default_nested_table, linear, ops, quantize, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -139,7 +139,7 @@ def test_a_launch_that_fails_is_an_exception_and_the_next_one_works():
 
 
 def test_errors_of_the_launchers_say_where(cuda_engine):
-    kernels = module() if cuda_engine != "cuda" else __import__("qlora_kernels._C")._C.cuda
+    kernels = backends.native().cuda if cuda_engine == "cuda" else module()
     queue = (0, 0)
     with pytest.raises(RuntimeError, match=r"csrc/cuda/quantize\.cu:\d+: .*multiple.*failed: on\(p\.weight"):
         kernels.quantize(2, 0, 0, 0, 64, 0, *queue)
@@ -275,8 +275,6 @@ def test_the_tensors_device_is_used():
 
 @pytest.mark.gpu
 def test_a_device_that_is_not_there_is_an_exception_and_the_next_call_works():
-    from qlora_kernels import backends
-
     weight = torch.randn(8, 64, device="cuda")
     kernels = backends.native().cuda
     with pytest.raises(RuntimeError, match=r"device\.cuh:\d+: cudaErrorInvalidDevice.*failed: cudaSetDevice"):
