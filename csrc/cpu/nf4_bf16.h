@@ -8,7 +8,7 @@
 //
 // (the low byte's low nibble is the second element of its pair). A sum doesn't care in which order its terms come,
 // as long as the other factor is packed in the same one: pack what meets W with the functions here. Per 128 weights:
-// 3 shifts, 4 VPTERNLOG, 4 VPERMW, 2 multiplies, 1 conversion, 2 broadcasts from memory.
+// 3 shifts, 2 VPTERNLOG, 4 VPERMW, 2 multiplies, 1 conversion, 2 broadcasts from memory.
 #pragma once
 
 #include "dequantize.h"
@@ -45,24 +45,25 @@ QLK_INLINE __m512i table_pair(const float* first, const float* second, bool tiny
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// 128 codes, 32 words of four; half: 16 in the words that belong to the table's high half, else 0.
+// 128 codes, 32 words of four; half: 16 in both bytes of the words that belong to the table's high half, else 0.
 QLK_INLINE Words4 lookup128(__m512i codes, __m512i table, __m512i half) {
-    const __m512i nibble = _mm512_set1_epi16(15);
+    const __m512i nibbles = _mm512_set1_epi16(0x0f0f);
     constexpr int kAndOr = 0xea;  // (a & b) | c
+    // VPERMW looks at the lowest five bits of a word and no others: each word here is two indices, one in each byte.
     Words4 out;
-    out.v[0] = _mm512_ternarylogic_epi32(codes, nibble, half, kAndOr);
-    out.v[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), nibble, half, kAndOr);
-    out.v[2] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 8), nibble, half, kAndOr);
-    out.v[3] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 12), nibble, half, kAndOr);
+    out.v[0] = _mm512_ternarylogic_epi32(codes, nibbles, half, kAndOr);
+    out.v[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), nibbles, half, kAndOr);
+    out.v[2] = _mm512_srli_epi16(out.v[0], 8);
+    out.v[3] = _mm512_srli_epi16(out.v[1], 8);
     for (int j = 0; j < 4; ++j) out.v[j] = _mm512_permutexvar_epi16(out.v[j], table);
     return out;
 }
 
 // Words 16 to 31 belong to the second block.
-QLK_INLINE __m512i half_by_block() { return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1); }
+QLK_INLINE __m512i half_by_block() { return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1); }
 
 // Odd words belong to the second row.
-QLK_INLINE __m512i half_by_parity() { return _mm512_set1_epi32(16 << 16); }
+QLK_INLINE __m512i half_by_parity() { return _mm512_set1_epi32(0x10100000); }
 
 // Up to 32 words, zeros beyond.
 QLK_INLINE __m512i load_words(const void* src, int64_t count) {
