@@ -125,6 +125,10 @@ void quantize(const QuantizeParams& params, double* sums, const Stream& stream);
 // sums: float64 [groups]; filled here unless `summed` says that quantize() did.
 void quantize_absmax(const QuantizeAbsmaxParams& params, double* sums, bool summed, const Stream& stream);
 void dequantize(const DequantizeParams& params, const Stream& stream);
+// The params' seed has no meaning here: it is read on the device, seed: int64 [1], or null without dropout.
+void linear_forward(const LinearForwardParams& params, const int64_t* seed, const Stream& stream);
+// v: scratch, [m, r] of dtype, or null without adapters.
+void linear_backward(const LinearBackwardParams& params, const int64_t* seed, void* v, const Stream& stream);
 
 }  // namespace cuda
 }  // namespace qlk

@@ -7,6 +7,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define QLK_HOST_DEVICE __host__ __device__
+#else
+#define QLK_HOST_DEVICE
+#endif
+
 namespace qlk {
 
 constexpr uint32_t kPhiloxMul0 = 0xD2511F53u;
@@ -16,7 +22,7 @@ constexpr uint32_t kPhiloxKey1 = 0xBB67AE85u;
 
 // Words [4 * count] of the blocks first, first + 1, ..., first + count - 1. Written as one loop over blocks with
 // ten fixed rounds inside, which compilers turn into vector code.
-static inline void philox_blocks(uint64_t seed, uint64_t first, int count, uint32_t* words) {
+QLK_HOST_DEVICE static inline void philox_blocks(uint64_t seed, uint64_t first, int count, uint32_t* words) {
     for (int i = 0; i < count; ++i) {
         const uint64_t counter = first + static_cast<uint64_t>(i);
         uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;

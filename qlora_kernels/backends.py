@@ -216,7 +216,7 @@ class CPU:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(0, dtype=tensor.dtype)
+    return tensor.new_empty(0)
 
 
 class CUDA:
@@ -300,14 +300,68 @@ class CUDA:
             _weight(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], *self._queue(out.device)
         )
 
-    # Not fused yet: a dense copy of the weight, and torch's products.
-
     def linear_forward(self, x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):
-        dense = self.dequantize(pieces, n, x.shape[1], x.dtype, 0, n)
-        return reference.linear_forward_dense(x, dense, bias, lora_A, lora_B, scaling, dropout, seed)
+        (m, k), device = x.shape, x.device
+        r = 0 if lora_A is None else lora_A.shape[0]
+        y = self._empty((m, n), x.dtype, device)
+        u = self._empty((m, r), x.dtype, device)
+        if m == 0:
+            return y, u
+        lora_A, lora_B, bias = _as(lora_A, x.dtype), _as(lora_B, x.dtype), _as(bias, torch.float32)
+        seed = _seed_on(device, seed, dropout)
+        self._kernels.linear_forward(
+            _weight(pieces, n, k),
+            x.data_ptr(),
+            _pointer(lora_A),
+            _pointer(lora_B),
+            _pointer(bias),
+            y.data_ptr(),
+            u.data_ptr(),
+            m,
+            r,
+            scaling,
+            dropout,
+            _pointer(seed),
+            _DTYPES[x.dtype],
+            *self._queue(device),
+        )
+        return y, u
 
     def linear_backward(self, dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-        dense = self.dequantize(pieces, dy.shape[1], k, dy.dtype, 0, dy.shape[1]) if need_dx else None
-        return reference.linear_backward_dense(
-            dy, dense, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB
-        )
+        (m, n), device = dy.shape, dy.device
+        r = 0 if lora_A is None else lora_A.shape[0]
+        dx = self._empty((m, k) if need_dx else (0,), dy.dtype, device)
+        dA = self._empty((r, k) if need_dA else (0,), torch.float32, device)
+        dB = self._empty((n, r) if need_dB else (0,), torch.float32, device)
+        if m == 0:
+            dA.zero_()
+            dB.zero_()
+        else:
+            A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
+            v = self._empty((m, r), dy.dtype, device) if r and (need_dx or need_dA) else None
+            seed = _seed_on(device, seed, dropout)
+            self._kernels.linear_backward(
+                _weight(pieces, n, k),
+                dy.data_ptr(),
+                _pointer(x) if need_dA else 0,
+                _pointer(u) if need_dB else 0,
+                _pointer(A),
+                _pointer(B),
+                dx.data_ptr() if need_dx else 0,
+                dA.data_ptr() if need_dA else 0,
+                dB.data_ptr() if need_dB else 0,
+                _pointer(v),
+                m,
+                r,
+                scaling,
+                dropout,
+                _pointer(seed),
+                _DTYPES[dy.dtype],
+                *self._queue(device),
+            )
+        return dx, dA.to(lora_A.dtype) if need_dA else _like(dy), dB.to(lora_B.dtype) if need_dB else _like(dy)
+
+
+def _seed_on(device: torch.device, seed: Tensor | None, dropout: float) -> Tensor | None:
+    """The seed where the kernels read it; nothing without dropout."""
+    return seed.to(device, non_blocking=True) if dropout > 0.0 else None

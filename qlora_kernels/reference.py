@@ -74,14 +74,8 @@ def dequantize(pieces, n: int, k: int, dtype: torch.dtype, row_begin: int, row_e
 
 
 def linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):
-    dense = decode(pieces, n, x.shape[1], x.dtype)
-    return linear_forward_dense(x, dense, bias, lora_A, lora_B, scaling, dropout, seed)
-
-
-def linear_forward_dense(x, dense, bias, lora_A, lora_B, scaling, dropout, seed):
-    """linear_forward with the weight decoded, [n, k] of x's dtype."""
     m, k = x.shape
-    y = x @ dense.T
+    y = x @ decode(pieces, n, k, x.dtype).T
     if bias is not None:
         y = y + bias.to(x.dtype)
     if lora_A is None:
@@ -92,18 +86,13 @@ def linear_forward_dense(x, dense, bias, lora_A, lora_B, scaling, dropout, seed)
 
 
 def linear_backward(dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-    dense = decode(pieces, dy.shape[1], k, dy.dtype) if need_dx else None
-    return linear_backward_dense(dy, dense, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB)
-
-
-def linear_backward_dense(dy, dense, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-    """linear_backward with the weight decoded, [n, k] of dy's dtype."""
+    m, n = dy.shape
     dx = dA = dB = dy.new_empty(0)
-    mask = dropout_mask(dy.shape[0], k, dropout, seed, dy.device)
+    mask = dropout_mask(m, k, dropout, seed, dy.device)
     if lora_A is not None:
         v = scaling / (1 - dropout) * (dy @ lora_B.to(dy.dtype))
     if need_dx:
-        dx = dy @ dense
+        dx = dy @ decode(pieces, n, k, dy.dtype)
         if lora_A is not None:
             dx = dx + mask * (v @ lora_A.to(dy.dtype))
     if need_dA:

@@ -188,7 +188,7 @@ def test_bad_operands_are_refused_before_any_launch():
     assert counted(refused)["launches"] == 0
 
 
-# -------------------------------------------------------------------------- the layer, while it is not fused
+# ------------------------------------------------------------------------------------------------------- the layer
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,0 +1,25 @@
+// Whether dropout keeps an element: the mask of csrc/philox.h, one element at a time.
+#pragma once
+
+#include <device.cuh>
+
+#include "../philox.h"
+
+namespace qlk::cuda {
+
+struct Dropout {
+    const int64_t* seed;  // [1], on the device; null: everything is kept
+    uint32_t threshold;
+
+    // Element i of the row-major tensor. Four neighbours have one counter; a caller with more of them asks for all.
+    QLK_DEVICE bool keeps(int64_t i) const {
+        if (!seed) return true;
+        uint32_t words[4];
+        philox_blocks(static_cast<uint64_t>(load_global(seed)), static_cast<uint64_t>(i) / 4, 1, words);
+        const int which = static_cast<int>(i % 4);
+        const uint32_t word = which < 2 ? (which == 0 ? words[0] : words[1]) : (which == 2 ? words[2] : words[3]);
+        return word >= threshold;
+    }
+};
+
+}  // namespace qlk::cuda
