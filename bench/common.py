@@ -158,7 +158,7 @@ class Measurement:
         except Exception as problem:
             if contender.name == OURS:
                 raise
-            runner.failure = _reason(problem)
+            runner.failure = reason(problem)
         return runner
 
     def _timed_calls(self, runner: _Runner) -> int:
@@ -246,7 +246,7 @@ class OtherProcesses:
         return busy, own.user + own.system, time.perf_counter() * cores
 
 
-def _reason(problem: Exception) -> str:
+def reason(problem: Exception) -> str:
     """One line on why a contender did not take part."""
     if isinstance(problem, ModuleNotFoundError):
         return f"not installed ({(problem.name or str(problem)).split('.')[0]})"

@@ -1,0 +1,217 @@
+"""Small cases of each CUDA kernel, held bit for bit against the CPU's results: python -m bench.gpu_cases
+
+What compute-sanitizer runs. Inputs are made on the CPU and copied, results are copied back and compared there, so that
+this package's kernels are the only ones on the card, and what the tool finds is theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_kernels import NF4Weight, backends, default_nested_table, ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Weights [N, K] to quantize: a full thread block (256 blocks of 64); two and a part; one weight; one short of a block;
+#: one beyond it; an odd count over several blocks.
+QUANTIZE_SHAPES = ((64, 256), (70, 512), (1, 1), (3, 21), (1, 65), (129, 129))
+#: Elements by which a tensor lies off its allocation: none, and one that breaks 16-byte alignment.
+SHIFTS = (0, 1)
+#: Numbers of constants: one; around a group of 256; several groups and a part.
+ABSMAX_COUNTS = (1, 255, 256, 257, 5000)
+#: Weights [N, K] and rows [begin, end) of them to dequantize: whole tiles; a part of the last one; rows that begin on a
+#: block of 64, and ones that do not; odd sizes.
+DEQUANTIZE_RANGES = (
+    ((64, 256), (0, 64)),
+    ((40, 192), (0, 40)),
+    ((40, 192), (3, 31)),
+    ((33, 130), (5, 32)),
+    ((5, 77), (0, 5)),
+    ((5, 77), (1, 4)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        kernel: the operation's name.
+        name: what is particular about it.
+        run: given a device, the call's results there; given "cpu" under :func:`cpu_kernels`, what they should be.
+    """
+
+    kernel: str
+    name: str
+    run: Callable[[str], Sequence[Tensor]]
+
+
+@contextlib.contextmanager
+def cpu_kernels() -> Iterator[None]:
+    """A context in which CPU tensors go to the CPU's kernels, whichever backend is forced around it."""
+    before, backends.forced = backends.forced, None
+    try:
+        yield
+    finally:
+        backends.forced = before
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes: -0 differs from 0, and NaN equals itself."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def check(case: Case, device: str) -> str | None:
+    """What is wrong with a case's results on a device, or None."""
+    found = case.run(device)
+    with cpu_kernels():
+        expected = case.run("cpu")
+    if len(found) != len(expected):
+        return f"{len(found)} results, expected {len(expected)}"
+    for i, (one, other) in enumerate(zip(found, expected)):
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return f"result {i} is {one.dtype} {list(one.shape)}, expected {other.dtype} {list(other.shape)}"
+        differing = int((bits(one) != bits(other)).sum())
+        if differing:
+            return f"{differing} of {other.nbytes} bytes of result {i} differ"
+    return None
+
+
+def _on(device: str, tensor: Tensor, shift: int = 0) -> Tensor:
+    """A copy of a CPU tensor on a device, `shift` elements into its memory, made without a kernel there."""
+    flat = torch.cat((torch.zeros(shift, dtype=tensor.dtype), tensor.reshape(-1)))
+    return flat.to(device)[shift:].view(tensor.shape)
+
+
+def _source(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Random weights whose blocks differ in scale, among them one of zeros, one of the least numbers, and ties."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(shape[0] * shape[1], generator=generator)
+    flat *= torch.logspace(-3, 2, flat.numel())
+    if flat.numel() > 5 * 64:
+        flat[64:128] = 0.0
+        flat[128:192] = torch.finfo(dtype).smallest_normal / 4 * torch.randint(-3, 4, (64,), generator=generator)
+        flat[192:256] = torch.randint(-8, 9, (64,), generator=generator) / 8
+    return flat.view(shape).to(dtype)
+
+
+def _table(irregular: bool) -> Tensor:
+    """A second-level table: the default one, or one that is neither sorted nor free of equal entries."""
+    if not irregular:
+        return default_nested_table("cpu")
+    table = torch.rand(256, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    table[100:140] = table[7]
+    return table
+
+
+def _weight(shape: tuple[int, int], nested: bool, seed: int) -> NF4Weight:
+    """Random codes and constants: all of them, not just those that quantization gives."""
+    generator = torch.Generator().manual_seed(seed)
+    count = shape[0] * shape[1]
+    blocks = (count + 63) // 64
+    packed = torch.randint(0, 256, ((count + 1) // 2,), dtype=torch.uint8, generator=generator)
+    if not nested:
+        return NF4Weight(packed, torch.rand(blocks, generator=generator), None, None, None, torch.Size(shape))
+    return NF4Weight(
+        packed,
+        torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator),
+        torch.rand((blocks + 255) // 256, generator=generator),
+        torch.rand(1, generator=generator),
+        default_nested_table("cpu"),
+        torch.Size(shape),
+    )
+
+
+def _quantize(shape, dtype, shift, seed) -> Callable[[str], Sequence[Tensor]]:
+    return lambda device: ops.quantize(_on(device, _source(shape, dtype, seed), shift), "weight")
+
+
+def _quantize_nested(shape, dtype, shift, irregular, seed) -> Callable[[str], Sequence[Tensor]]:
+    return lambda device: ops.quantize_nested(
+        _on(device, _source(shape, dtype, seed), shift), _on(device, _table(irregular)), "weight"
+    )
+
+
+def _quantize_absmax(count, irregular, seed) -> Callable[[str], Sequence[Tensor]]:
+    def run(device: str) -> Sequence[Tensor]:
+        absmax = torch.rand(count, generator=torch.Generator().manual_seed(seed)) * 5
+        return ops.quantize_absmax(_on(device, absmax), _on(device, _table(irregular)))
+
+    return run
+
+
+def _dequantize(shape, rows, nested, dtype, shift, seed) -> Callable[[str], Sequence[Tensor]]:
+    def run(device: str) -> Sequence[Tensor]:
+        host = _weight(shape, nested, seed)
+        weight = host.to(device)
+        weight.packed = _on(device, host.packed, shift)
+        # What the kernel does not write stays NaN, and so is found.
+        out = _on(device, torch.full((rows[1] - rows[0], shape[1]), torch.nan, dtype=dtype), shift)
+        return [weight.dequantize(dtype, row_begin=rows[0], row_end=rows[1], out=out)]
+
+    return run
+
+
+def cases() -> Iterator[Case]:
+    """All of them, always in the same order with the same random numbers."""
+    seed = 0
+    for dtype in DTYPES:
+        kind = str(dtype).removeprefix("torch.")
+        for shape in QUANTIZE_SHAPES:
+            for shift in SHIFTS:
+                name = f"{kind} [{shape[0]}, {shape[1]}]" + (f", {shift} element off" if shift else "")
+                seed += 1
+                yield Case("quantize", name, _quantize(shape, dtype, shift, seed))
+                seed += 1
+                yield Case("quantize_nested", name, _quantize_nested(shape, dtype, shift, bool(shift), seed))
+        for shape, rows in DEQUANTIZE_RANGES:
+            for nested in (True, False):
+                for shift in SHIFTS:
+                    name = f"to {kind}, rows {rows[0]} to {rows[1]} of [{shape[0]}, {shape[1]}]"
+                    name += ("" if nested else ", float32 constants") + (f", {shift} element off" if shift else "")
+                    seed += 1
+                    yield Case("dequantize", name, _dequantize(shape, rows, nested, dtype, shift, seed))
+    for count in ABSMAX_COUNTS:
+        for irregular in (False, True):
+            name = f"{count} constants" + (", an irregular table" if irregular else "")
+            seed += 1
+            yield Case("quantize_absmax", name, _quantize_absmax(count, irregular, seed))
+
+
+def verdict(equal: int, total: int) -> str:
+    """The last line of the output, which says that all cases were gone through."""
+    return f"gpu_cases: {equal} of {total} cases equal the CPU's results bit for bit"
+
+
+def main(argv: Sequence[str] | None = None, device: str = "cuda") -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_cases", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose kernel and name begin so")
+    arguments = parser.parse_args(argv)
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"no CUDA device is seen by torch {torch.__version__}: nothing to check", file=sys.stderr)
+        return 2
+    chosen = [case for case in cases() if f"{case.kernel} {case.name}".startswith(arguments.only)]
+    if not chosen:
+        print(f"no case begins with '{arguments.only}'", file=sys.stderr)
+        return 2
+    equal = 0
+    for case in chosen:
+        try:
+            problem = check(case, device)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        equal += problem is None
+        if problem is not None:
+            print(f"{case.kernel}, {case.name}: {problem}", flush=True)
+    print(verdict(equal, len(chosen)), flush=True)
+    return 0 if equal == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
