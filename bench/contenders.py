@@ -19,6 +19,10 @@ BNB_EVAL = "bitsandbytes, eval-mode layer"
 PEFT = "PEFT + bitsandbytes"
 PEFT_EVAL = "PEFT + bitsandbytes, eval mode"
 COPY = "plain copy"
+#: On a card: a copy of as many bytes as this package's call must move, half read and half written.
+EQUAL_COPY = "copy of as many bytes"
+#: On a card: quantize() as users call it. It looks at its result, and so waits for the device.
+CHECKED = "qlora_kernels, checked"
 
 
 class Lab:
