@@ -1,0 +1,712 @@
+"""bench.gpu_check: its steps, parsers, tables and files without a card; its cases and benchmarks on the emulator."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import counters, emulated, module
+
+from bench import bench_cuda, cuda_timing, gpu_cases, gpu_check, gpu_facts, gpu_parsers, gpu_report, gpu_steps
+from bench.common import OURS
+from bench.contenders import BNB, CHECKED, EQUAL_COPY
+from bench.gpu_steps import Step, StepFailed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ----------------------------------------------------------------------------------------------------- without a card
+
+
+@pytest.mark.parametrize("module_name", ["bench.gpu_check", "bench.gpu_cases", "bench.bench_cuda"])
+def test_without_a_card_one_sentence_and_nothing_done(tmp_path, module_name):
+    command = [sys.executable, "-m", module_name, *([] if module_name.endswith("cases") else ["--out", "made"])]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "CUDA device" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------ parsers
+
+
+CLEAN = "========= COMPUTE-SANITIZER\nhello\n========= ERROR SUMMARY: 0 errors\n"
+RACE_CLEAN = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+
+
+def test_sanitizer_summaries():
+    assert gpu_parsers.sanitizer_findings(CLEAN, "memcheck") == {"errors": 0}
+    one = "========= Invalid __global__ read of size 16 bytes\n========= ERROR SUMMARY: 1 error\n"
+    assert gpu_parsers.sanitizer_findings(one, "initcheck") == {"errors": 1}
+    assert gpu_parsers.sanitizer_findings(CLEAN + one, "synccheck") == {"errors": 1}
+    assert gpu_parsers.sanitizer_findings(RACE_CLEAN, "racecheck") == {"errors": 0, "hazards": 0, "warnings": 0}
+    race = "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n"
+    assert gpu_parsers.sanitizer_findings(race, "racecheck") == {"errors": 1, "hazards": 3, "warnings": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "tool"),
+    [
+        ("", "memcheck"),
+        ("ERROR SUMMARY: 0 errors", "memcheck"),  # not the tool's line
+        (RACE_CLEAN, "memcheck"),
+        (CLEAN, "racecheck"),
+        ("========= Error: Device not supported. Please refer to the list\n" + CLEAN, "memcheck"),
+        ("========= Internal Sanitizer Error: out of memory\n" + CLEAN, "initcheck"),
+        ("========= Target application terminated before first instrumented API call\n" + CLEAN, "synccheck"),
+        ("========= ERROR SUMMARY: many errors", "memcheck"),
+    ],
+)
+def test_no_summary_is_no_clean_result(text, tool):
+    with pytest.raises(ValueError):
+        gpu_parsers.sanitizer_findings(text, tool)
+
+
+JUNIT = """<?xml version="1.0"?><testsuites><testsuite name="pytest">
+<testcase classname="tests.test_a" name="test_one"/>
+<testcase classname="tests.test_a" name="test_two[cuda]"><failure message="assert 1 == 2&#10;.">x</failure></testcase>
+<testcase classname="tests.test_a" name="test_two[cuda]"><error message="teardown">x</error></testcase>
+<testcase classname="tests.test_b" name="test_three"><skipped message="needs two cards">x</skipped></testcase>
+<testcase classname="" name="tests.test_c"><error message="collection failure">x</error></testcase>
+<testcase classname="tests.test_d" name="test_four"/>
+<testcase classname="tests.test_d" name="test_four"><error>no message</error></testcase>
+</testsuite></testsuites>"""
+
+
+def test_junit_counts():
+    assert gpu_parsers.junit_counts(JUNIT) == {
+        "passed": 1,
+        "failed": 3,
+        "skipped": 1,
+        "failures": [
+            ["tests.test_a::test_two[cuda]", "assert 1 == 2"],
+            ["tests.test_c", "collection failure"],
+            ["tests.test_d::test_four", "no message"],
+        ],
+        "skips": [["tests.test_b::test_three", "needs two cards"]],
+    }
+    with pytest.raises(ValueError, match="junit"):
+        gpu_parsers.junit_counts("<testsuites>")
+
+
+def test_nvidia_smi_and_nvcc():
+    rows = gpu_parsers.smi_rows("NVIDIA H200, 580.159.04\nNVIDIA H200, 580.159.04\n", ("name", "driver_version"))
+    assert rows == [{"name": "NVIDIA H200", "driver_version": "580.159.04"}] * 2
+    for text in ("", 'Field "nonsense" is not a valid field to query.\n'):
+        with pytest.raises(ValueError, match="2 columns"):
+            gpu_parsers.smi_rows(text, ("name", "driver_version"))
+    text = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.48\nBuild cuda_13.0\n"
+    assert gpu_parsers.nvcc_release(text) == "13.0.48"
+    assert gpu_parsers.nvcc_release("no such thing") == "unknown"
+
+
+def test_facts_that_cannot_be_read_are_unknown(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert gpu_facts.cards_now().startswith("unknown")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sometool").write_text("#!/bin/sh\n")
+    assert gpu_facts.tool("sometool") is None  # not executable
+    (tmp_path / "bin" / "sometool").chmod(0o755)
+    assert gpu_facts.tool("sometool") == str(tmp_path / "bin" / "sometool")
+    before = gpu_facts.sources_digest()
+    monkeypatch.setattr(gpu_facts, "ROOT", tmp_path)
+    assert gpu_facts.sources_digest() != before
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+def sleeping(folder: Path, seconds: float) -> dict:
+    """A step that outlasts any limit, with a child of its own."""
+    code = (
+        "import subprocess, time; child = subprocess.Popen(['sleep', '600']);"
+        f"open({str(folder / 'child')!r}, 'w').write(str(child.pid)); print('under way'); time.sleep(600)"
+    )
+    ended = gpu_steps.execute([sys.executable, "-c", code], folder / "sleeping.log", seconds)
+    gpu_steps.demand(ended, "the sleeper", seconds)
+    return {}
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, waited for or not."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def good(folder: Path, seconds: float) -> dict:
+    return {"seen": seconds}
+
+
+def bad(folder: Path, seconds: float) -> dict:
+    ended = gpu_steps.execute([sys.executable, "-c", "print('a clue'); raise SystemExit(7)"], folder / "b.log", seconds)
+    gpu_steps.demand(ended, "the program", seconds, {"half": 1})
+    raise AssertionError("not reached")
+
+
+def test_failures_and_timeouts_are_recorded_and_the_rest_goes_on(tmp_path):
+    def broken(folder, seconds):
+        raise KeyError("no such thing")
+
+    steps = [
+        Step("bad", 0.2, bad),
+        Step("slow", 1.6, sleeping),
+        Step("broken", 0.1, broken),
+        Step("dependent", 0.1, good, needs="bad"),
+        Step("good", 0.1, good, needs="good-before"),
+    ]
+    steps.insert(0, Step("good-before", 0.1, good))
+    results = gpu_check.check(tmp_path, steps, 6.0)
+    assert results == json.loads((tmp_path / "gpu_check.json").read_text())
+    entries = {entry["name"]: entry for entry in results["steps"]}
+    assert {name: entry["status"] for name, entry in entries.items()} == {
+        "good-before": "passed",
+        "bad": "failed",
+        "slow": "failed",
+        "broken": "failed",
+        "dependent": "not run",
+        "good": "passed",
+    }
+    assert entries["bad"]["reason"] == "the program ended with exit code 7"
+    assert entries["bad"]["tail"] == "a clue"
+    assert entries["bad"]["found"] == {"half": 1}
+    assert entries["slow"]["reason"].startswith("the sleeper took longer than")
+    assert entries["slow"]["tail"] == "under way"
+    assert gone(int((tmp_path / "child").read_text()))
+    assert entries["broken"]["reason"].startswith("KeyError")
+    assert entries["dependent"]["reason"] == "bad failed"
+    assert results["complete"] is True
+    assert results["passed"] is False
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert "not all steps passed" in text
+    assert "    a clue" in text
+
+
+def test_what_a_step_leaves_the_next_ones_may_use(tmp_path):
+    limits = []
+
+    def note(folder, seconds):
+        limits.append(seconds)
+        return {}
+
+    gpu_check.check(tmp_path, [Step(name, 10.0, note) for name in "abc"], 300.0)
+    assert limits == pytest.approx([100, 200, 300], abs=5)
+
+
+def test_each_step_is_on_disk_before_the_next_begins(tmp_path):
+    def look(folder, seconds):
+        return {"statuses": [s["status"] for s in json.loads((folder / "gpu_check.json").read_text())["steps"]]}
+
+    results = gpu_check.check(tmp_path, [Step(name, 1.0, look) for name in "abc"], 30.0)
+    assert [s["found"]["statuses"] for s in results["steps"]] == [
+        ["running", "waiting", "waiting"],
+        ["passed", "running", "waiting"],
+        ["passed", "passed", "running"],
+    ]
+    assert results["passed"] is True
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    results = gpu_check.check(tmp_path, [Step("a", 1.0, good)], 30.0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def crash(*_):
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError):
+        gpu_check.write({**results, "date": "another"}, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+DRIVER = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+torch.cuda.is_available = lambda: True
+from bench import gpu_check, gpu_steps
+from test_gpu_check import good, sleeping
+gpu_steps.STEPS = (gpu_steps.Step("first", 100.0, good), gpu_steps.Step("second", 100.0, sleeping))
+sys.exit(gpu_check.main(["--out", {out!r}]))
+"""
+
+
+def test_a_stop_in_the_middle_leaves_what_was_done(tmp_path):
+    code = DRIVER.format(tests=str(ROOT / "tests"), root=str(ROOT), out=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) != 0
+    finally:
+        process.kill()
+        process.wait()
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [s["status"] for s in results["steps"]] == ["passed", "running"]
+    assert results["complete"] is False
+    assert gone(int((tmp_path / "child").read_text()))
+    assert "stopped before the end" in (tmp_path / "gpu_check.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("functions", "arguments", "code"),
+    [((good, good), [], 0), ((good, bad), [], 1), ((good, good), ["--steps", "one"], 1)],
+)
+def test_exit_codes(tmp_path, monkeypatch, capsys, functions, arguments, code):
+    steps = tuple(Step(name, 10.0, function) for name, function in zip(("one", "two"), functions))
+    monkeypatch.setattr(gpu_steps, "STEPS", steps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert gpu_check.main(["--out", str(tmp_path / "new"), *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out.strip() == (tmp_path / "new" / "gpu_check.md").read_text().strip()
+    assert "two " + ("passed" if code == 0 else "not run" if arguments else "failed") in err
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--out", str(tmp_path), "--steps", "three"])
+
+
+def test_the_budget_is_under_nine_minutes():
+    assert gpu_steps.BUDGET == sum(step.share for step in gpu_steps.STEPS) <= 532
+    assert [step.name for step in gpu_steps.STEPS] == ["facts", "build", "tests", *gpu_steps.SANITIZERS, "bench"]
+    assert all(step.needs == "build" for step in gpu_steps.STEPS[2:])
+
+
+def ending(monkeypatch, output="", code=0, left=None):
+    """Lets every program end so, having left a file."""
+
+    def execute(command, log, seconds, environment=None):
+        for path, content in (left or {}).items():
+            path.write_text(content)
+        log.write_text(output)
+        return gpu_steps.Ended(code, 1.0, output)
+
+    monkeypatch.setattr(gpu_steps, "execute", execute)
+
+
+def test_the_tests_step(tmp_path, monkeypatch):
+    xml = tmp_path / "tests.xml"
+    passing = '<testsuite><testcase name="a"/><testcase name="b"><skipped message="why"/></testcase></testsuite>'
+    ending(monkeypatch, left={xml: passing})
+    found = gpu_steps.run_tests(tmp_path, 10)
+    assert (found["passed"], found["skipped"]) == (1, 1)
+    for what, code, left, words in (
+        ("failures", 1, JUNIT, "3 tests failed"),
+        ("nothing passes", 0, passing.replace('<testcase name="a"/>', ""), "no test passed"),
+        ("all pass, and pytest fails", 3, passing, "exit code 3"),
+        ("no time", None, None, "longer than 10 s"),
+        ("no file", 0, None, "no junit file"),
+        ("half a file", 0, passing[:40], "junit file"),
+    ):
+        ending(monkeypatch, "the end", code, {} if left is None else {xml: left})
+        with pytest.raises(StepFailed, match=words) as failure:
+            gpu_steps.run_tests(tmp_path, 10)
+        assert failure.value.tail == "the end", what
+
+
+def test_the_sanitizer_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "tool", lambda name: "/somewhere/" + name)
+    total = sum(1 for _ in gpu_cases.cases())
+    went_through = gpu_cases.verdict(total, total) + "\n"
+    ending(monkeypatch, went_through + CLEAN)
+    assert gpu_steps.run_sanitizer("memcheck", tmp_path, 10) == {"errors": 0, "cases": total}
+    found = "========= ERROR SUMMARY: 2 errors"
+    race = RACE_CLEAN.replace("0 hazards displayed (0 errors, 0", "1 hazard displayed (0 errors, 1")
+    for name, output, code, words in (
+        ("memcheck", went_through + found, 9, "found 2 errors"),
+        ("memcheck", went_through + found, 0, "found 2 errors"),
+        ("racecheck", went_through + race, 0, "1 hazards, 1 warnings"),
+        ("memcheck", went_through, 0, "no ERROR SUMMARY"),
+        ("memcheck", gpu_cases.verdict(total - 1, total) + "\n" + CLEAN, 1, "exit code 1"),
+        ("memcheck", CLEAN, 0, "not gone through"),
+        ("memcheck", "", None, "longer than"),
+    ):
+        ending(monkeypatch, output, code)
+        with pytest.raises(StepFailed, match=words):
+            gpu_steps.run_sanitizer(name, tmp_path, 10)
+    monkeypatch.setattr(gpu_steps, "tool", lambda name: None)
+    with pytest.raises(StepFailed, match="not found"):
+        gpu_steps.run_sanitizer("memcheck", tmp_path, 10)
+
+
+def test_the_build_step(tmp_path, monkeypatch):
+    def info(**more):
+        return json.dumps({"native": True, "cuda_archs": "90a", "card": [9, 0, "NVIDIA H200"], **more})
+
+    ending(monkeypatch, "a warning\n" + info() + "\nanother one")
+    found = gpu_steps.run_build(tmp_path, 10)
+    assert found["build_info"] == {"native": True, "cuda_archs": "90a"}
+    for output, code, words in (
+        (info(cuda_archs=""), 0, "no CUDA kernels"),
+        (info(cuda_archs="80;120"), 0, "NVIDIA H200 is of architecture sm_90"),
+        (info(native=False, problem="undefined symbol"), 0, "undefined symbol"),
+        ("nothing", 0, "says nothing"),
+        (info(), 1, "exit code 1"),
+        (info(), None, "longer than"),
+    ):
+        ending(monkeypatch, output, code)
+        with pytest.raises(StepFailed, match=words):
+            gpu_steps.run_build(tmp_path, 10)
+
+
+def test_the_bench_step_keeps_what_was_measured(tmp_path, monkeypatch):
+    part = {"complete": False, "roof": None, "cases": [], "l2_bytes": 1}
+    for code, words in ((None, "longer than"), (1, "exit code 1"), (0, "no complete result")):
+        ending(monkeypatch, "", code, {tmp_path / "bench.json": json.dumps(part)})
+        with pytest.raises(StepFailed, match=words) as failure:
+            gpu_steps.run_bench(tmp_path, 10)
+        assert failure.value.found["l2_bytes"] == 1
+    ending(monkeypatch, "", 0, {tmp_path / "bench.json": json.dumps({**part, "complete": True})})
+    assert gpu_steps.run_bench(tmp_path, 10)["complete"]
+
+
+# ------------------------------------------------------------------------------------------------- cases and benchmarks
+
+
+def test_the_cases_on_the_emulator(capsys):
+    with emulated("random", seed=5):
+        module().reset_counters()
+        assert gpu_cases.main([], device="cpu") == 0
+        launches = counters()["launches"]
+    total = sum(1 for _ in gpu_cases.cases())
+    assert capsys.readouterr().out == gpu_cases.verdict(total, total) + "\n"
+    # One each, and two for the nested ones: the kernels ran, not the CPU's.
+    assert launches >= total
+    assert {case.kernel for case in gpu_cases.cases()} == {
+        "quantize",
+        "quantize_nested",
+        "quantize_absmax",
+        "dequantize",
+    }
+
+
+@pytest.mark.parametrize("operation", ["quantize", "quantize_nested", "quantize_absmax"])
+def test_a_wrong_bit_is_found(monkeypatch, capsys, operation):
+    right = getattr(gpu_cases.ops, operation)
+
+    def wrong(*arguments):
+        results = right(*arguments)
+        if gpu_cases.backends.forced is not None:
+            results[-1].view(-1)[-1:].view(torch.uint8)[0] ^= 1
+        return results
+
+    monkeypatch.setattr(gpu_cases.ops, operation, wrong)
+    with emulated():
+        assert gpu_cases.main(["--only", f"{operation} "], device="cpu") == 1
+    out = capsys.readouterr().out
+    assert f"{operation}, " in out
+    assert "1 of " in out
+    assert "gpu_cases: 0 of " in out
+
+
+def test_an_element_that_is_not_written_is_found(monkeypatch):
+    right = gpu_cases.NF4Weight.dequantize
+
+    def lazy(self, *arguments, out, **more):
+        if gpu_cases.backends.forced is None:
+            return right(self, *arguments, out=out, **more)
+        out.view(-1)[:-1] = right(self, *arguments, **more).view(-1)[:-1]
+        return out
+
+    monkeypatch.setattr(gpu_cases.NF4Weight, "dequantize", lazy)
+    with emulated():
+        problems = [gpu_cases.check(case, "cpu") for case in gpu_cases.cases() if case.kernel == "dequantize"]
+    assert len(problems) == 72
+    assert all(problem is not None and "bytes of result 0 differ" in problem for problem in problems)
+
+
+class FakeCard(cuda_timing.Card):
+    """A card whose clock moves by what calls cost; a graph's calls cost half."""
+
+    def __init__(self, l2_bytes: int = 50_000) -> None:
+        self.l2_bytes, self.now, self.occupied, self.captured = l2_bytes, 0.0, 0, 0
+
+    def event(self):
+        return self.now
+
+    def microseconds(self, begin, end):
+        return end - begin
+
+    def wait(self):
+        pass
+
+    def occupy(self, microseconds):
+        self.now += microseconds
+        self.occupied += 1
+
+    def capture(self, function):
+        before = self.now
+        function()
+        cost = (self.now - before) / 2
+        self.captured += 1
+
+        def replay():
+            self.now += cost
+
+        return replay
+
+
+class SteadyCard(FakeCard):
+    """One on which time passes evenly, by a microsecond for every event."""
+
+    def event(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_times_are_those_of_one_call():
+    card = FakeCard()
+    order = []
+
+    def costing(name, microseconds):
+        def call(i):
+            order.append((name, i))
+            card.now += microseconds
+            return object()
+
+        return call
+
+    contenders = [
+        cuda_timing.Timed("a", costing("a", 10.0), 4, 1000),
+        cuda_timing.Timed("b", costing("b", 30.0), 3, 3000),
+        cuda_timing.Timed("c", costing("c", 8.0), 3, 1000, waits=True),
+    ]
+    a, b, c = cuda_timing.measure(card, contenders, 0.0)
+    assert [one["graph_us"] and one["graph_us"]["median"] for one in (a, b, c)] == [5.0, 15.0, None]
+    assert [one["event_us"]["median"] for one in (a, b, c)] == [10.0, 30.0, 8.0]
+    assert (a["us"], c["us"]) == (5.0, 8.0)
+    assert a["gb_per_s"] == pytest.approx(1000 / 5e-6 / 1e9)
+    assert c["no_graph"] == "the call waits for the device"
+    assert (a["graph_calls"] * 10.0, b["graph_calls"] * 30.0) >= (cuda_timing.SAMPLE_US, cuda_timing.SAMPLE_US)
+    assert a["event_us"]["samples"] == 4 * cuda_timing.MIN_ROUNDS
+    assert a["graph_us"]["samples"] == cuda_timing.MIN_ROUNDS
+    assert all(one["host_us"]["median"] > 0 for one in (a, b, c))
+    # The copies take turns, and so do the contenders.
+    for name, copies in (("a", 4), ("b", 3), ("c", 3)):
+        used = [i for other, i in order if other == name]
+        assert all((i + 1) % copies == j for i, j in itertools.pairwise(used))
+    names = [name for name, _ in order]
+    blocks = "".join(name for i, name in enumerate(names) if i == 0 or names[i - 1] != name)
+    # Set up one after the other, then rounds that begin with a, b, c, a, ...
+    assert blocks.startswith("abc" + "abc" + "bca" + "cab" + "abc"), blocks
+
+
+def test_results_stay_until_their_turn_comes_again():
+    # What is kept cannot be written over: memory comes back only after as many calls as there are copies.
+    numbers = iter(range(100))
+    runner = cuda_timing._Runner(cuda_timing.Timed("a", lambda i: (i, next(numbers)), 3, 1))
+    for _ in range(5):
+        runner.once()
+    assert runner.kept == [(0, 3), (1, 4), (2, 2)]
+
+
+def test_a_call_that_cannot_be_captured_is_timed_by_events():
+    class Refusing(SteadyCard):
+        def capture(self, function):
+            function()
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    found = cuda_timing.measure(Refusing(), [cuda_timing.Timed("a", lambda i: None, 3, 1000)], 0.0)[0]
+    assert found["no_graph"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
+    assert found["graph_us"] is None
+    assert found["us"] == found["event_us"]["median"] == 1.0
+
+
+def test_copies_exceed_the_cache_several_times():
+    for size in (10, 100, 30_000, 10**6):
+        assert cuda_timing.copies_for(size, 50_000) * size >= cuda_timing.TIMES_L2 * 50_000
+    assert cuda_timing.copies_for(10**9, 50_000) == 3
+
+
+SHAPES = ((64, 128), (33, 65))
+
+
+@functools.cache
+def measured(bitsandbytes: bool) -> dict:
+    """The benchmark at small sizes on the emulator, timed by a clock that stands still but for events."""
+    saved = []
+    with pytest.MonkeyPatch.context() as patch, emulated():
+        for name, few in (("MOST_CALLS", 3), ("MIN_ROUNDS", 2)):
+            patch.setattr(cuda_timing, name, few)
+        if not bitsandbytes:
+            for name in ("bitsandbytes", "bitsandbytes.functional"):
+                patch.setitem(sys.modules, name, None)
+        bench = bench_cuda.Bench(SteadyCard(l2_bytes=0), "cpu")
+        result = bench_cuda.run(bench, 0.0, lambda r: saved.append(json.loads(json.dumps(r))), SHAPES, 4096)
+    # On disk after the copy, after each case, and at the end.
+    assert [len(one["cases"]) for one in saved] == [*range(11), 10]
+    assert [one["complete"] for one in saved] == [False] * 11 + [True]
+    return result
+
+
+def test_missing_bitsandbytes_leaves_empty_columns():
+    result = measured(False)
+    for case in result["cases"]:
+        assert case["contenders"][-1] == {"name": BNB, "failed": "not installed (bitsandbytes)"}
+        ours = case["contenders"][0]
+        assert (ours["name"], ours["us"] > 0) == (OURS, True)
+        assert case["contenders"][1]["name"] == EQUAL_COPY
+        assert abs(case["contenders"][1]["bytes"] - ours["bytes"]) <= 1
+    assert sum(any(c["name"] == CHECKED for c in case["contenders"]) for case in result["cases"]) == 4
+    text = gpu_report.markdown(finished(result))
+    assert "- bitsandbytes: not installed (bitsandbytes) (all cases)" in text
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    head = next(line for line in lines if "bnb us" in line)
+    rows = [dict(zip(head, line)) for line in lines if line[1:2] in (["quantize"], ["dequantize"])]
+    assert len(rows) == 10
+    for row in rows:
+        assert row["us"]
+        assert row["bnb us"] == row["bnb / ours"] == row["bnb host us"] == ""
+
+
+def test_bytes_are_those_that_must_be_moved():
+    case = measured(False)["cases"][0]
+    assert (case["operation"], case["dtype"], case["n"], case["k"]) == ("dequantize", "bfloat16", 64, 128)
+    blocks = 64 * 128 // 64
+    assert case["contenders"][0]["bytes"] == 64 * 128 * 2 + 64 * 128 // 2 + blocks + 4 + 4
+
+
+def test_bitsandbytes_computes_the_same():
+    pytest.importorskip("bitsandbytes")
+    for case in measured(True)["cases"]:
+        assert "failed" not in case["contenders"][-1], case
+        assert case["contenders"][-1]["us"] > 0
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    right = bench_cuda.ops.quantize_nested
+
+    def wrong(*arguments):
+        packed, *rest = right(*arguments)
+        if gpu_cases.backends.forced is not None:  # not in the CPU's result, which is the truth
+            packed[-1] ^= 1
+        return packed, *rest
+
+    monkeypatch.setattr(bench_cuda.ops, "quantize_nested", wrong)
+    with emulated():
+        bench = bench_cuda.Bench(SteadyCard(l2_bytes=0), "cpu")
+        about, makers = next(c for c in bench.cases(SHAPES) if c[0]["operation"] == "quantize")
+        case = bench.run_case(about, makers, 0.0)
+    assert case["failed"] == "wrong result: quantize differs from the CPU's"
+    assert case["contenders"] == []
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def finished(bench: dict) -> dict:
+    """A result with this benchmark."""
+    counts = {"passed": 3, "failed": 1, "skipped": 1, "failures": [["t::a", "why"]], "skips": [["t::b", "one card"]]}
+    found = {
+        "facts": {"device": "a card", "nvidia_smi": "unknown"},
+        "tests": counts,
+        "memcheck": {"errors": 0, "cases": 154},
+        "bench": bench,
+    }
+    steps = [{"name": n, "status": "passed", "seconds": 3.0, "limit_s": 9.0, "found": f} for n, f in found.items()]
+    steps[1].update(status="failed", reason="1 tests failed", tail="the end")
+    return {"schema": 1, "date": "2026-01-02T03:04:05+00:00", "complete": True, "passed": False, "steps": steps}
+
+
+def contender(name: str, us: float, gb_per_s: float = 0.0, graph: bool = True) -> dict:
+    times = {"median": us, "q20": us - 0.5, "q80": us + 0.5, "samples": 9}
+    return {
+        "name": name,
+        "us": us,
+        "gb_per_s": gb_per_s,
+        "graph_us": times if graph else None,
+        "event_us": {**times, "median": 2 * us},
+        "host_us": {**times, "median": 7.0},
+        "no_graph": None if graph else "not captured: RuntimeError: no",
+        "waits": False,
+    }
+
+
+def dequantize(n: int, dtype: str, *contenders: dict) -> dict:
+    return {"operation": "dequantize", "n": n, "k": n, "dtype": dtype, "contenders": list(contenders)}
+
+
+def sample() -> dict:
+    missing, failing = {"name": BNB, "failed": "not installed (bitsandbytes)"}, {"name": BNB, "failed": "x"}
+    at_8192, at_4096 = contender(EQUAL_COPY, 39.0), contender(EQUAL_COPY, 9.0)
+    return {
+        "complete": True,
+        "roof": contender("copy", 500.0, 4000.0),
+        "cases": [
+            dequantize(8192, "bfloat16", contender(OURS, 40.0, 3800.0), at_8192, contender(BNB, 90.0)),
+            dequantize(8192, "float16", contender(OURS, 50.0, 3000.0), at_8192, failing),
+            dequantize(4096, "bfloat16", contender(OURS, 10.0, 3600.0), at_4096, contender(BNB, 19.0)),
+            dequantize(4096, "float16", contender(OURS, 10.0, 3600.0), at_4096, missing),
+            {**dequantize(4096, "float32"), "failed": "wrong result: dequantize differs from the CPU's"},
+        ],
+    }
+
+
+def test_bars_worst_first():
+    verdicts = gpu_report.verdicts(finished(sample()))
+    assert [one.share for one in verdicts] == sorted(one.share for one in verdicts)
+    by_title = {one.title: (one.word, one.reached, one.reason) for one in verdicts}
+    copy = "dequantize 8192 x 8192 to {}, of a copy's bandwidth"
+    bnb = "dequantize 4096 x 4096 to {}, bitsandbytes' time over this package's"
+    assert by_title == {
+        copy.format("bfloat16"): ("met", 0.95, ""),
+        copy.format("float16"): ("missed", 0.75, ""),
+        copy.format("float32"): ("not measured", None, "the case was not run"),
+        bnb.format("bfloat16"): ("missed", 1.9, ""),
+        bnb.format("float16"): ("not measured", None, "not installed (bitsandbytes)"),
+        bnb.format("float32"): ("not measured", None, "wrong result: dequantize differs from the CPU's"),
+    }
+    nothing = gpu_report.verdicts({"steps": []})
+    assert [one.word for one in nothing] == ["not measured"] * 6
+
+
+def test_times_are_compared_like_with_like():
+    case = dequantize(4096, "bfloat16", contender(OURS, 10.0), contender(BNB, 60.0, graph=False))
+    assert gpu_report.times_ours(case, BNB) == 6.0  # events: 120 / 20; by graph against events it would be 12 or 6
+    case["contenders"][1]["event_us"]["median"] = 100.0
+    assert gpu_report.times_ours(case, BNB) == 5.0
+
+
+def test_the_tables():
+    text = gpu_report.markdown(finished(sample()))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    times = [row for row in rows if row[0] == "dequantize"]
+    assert [(row[1], row[2], row[6]) for row in times] == [
+        ("4096 x 4096", "float32", ""),
+        ("8192 x 8192", "float16", "75%"),
+        ("4096 x 4096", "bfloat16", "90%"),
+        ("4096 x 4096", "float16", "90%"),
+        ("8192 x 8192", "bfloat16", "95%"),
+    ]
+    assert times[-1][3:] == ["40.0", "39.5-40.5", "3800", "95%", "98%", "90.0", "2.25", "80.0", "7.0", "", "7.0"]
+    assert times[1][8:10] == ["", ""]
+    assert "- bitsandbytes: not installed (bitsandbytes) (dequantize 4096 x 4096 float16)" in text
+    assert "- t::a: why" in text
+    assert "- t::b: one card" in text
+    assert "    the end" in text
+    assert ["memcheck", "passed", "3.0", "9", "0 errors, 154 cases"] in rows
+    # Columns stand under each other.
+    for block in text.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(line) for line in lines}) <= 1
