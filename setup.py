@@ -1,4 +1,7 @@
-"""Drives csrc/CMakeLists.txt; everything else about the package is in pyproject.toml."""
+"""Drives csrc/CMakeLists.txt and gives the version; everything else about the package is in pyproject.toml.
+
+QLORA_KERNELS_CUDA_ARCHS says what to build for CUDA: native (the GPUs seen), none, all, or a list; see setup_cuda.py.
+"""
 
 import os
 import re
@@ -14,6 +17,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # an isolated build leaves the folder of setup.py out
+
+import setup_cuda  # noqa: E402
 
 
 def compiler() -> str:
@@ -42,10 +48,10 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         import pybind11
 
-        version = re.search(r'__version__ = "(.*)"', (ROOT / "qlora_kernels/version.py").read_text()).group(1)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / f"cmake-{sysconfig.get_config_var('SOABI')}"
         build.mkdir(parents=True, exist_ok=True)
+        host = compiler()
         configure = [
             "cmake",
             "-S",
@@ -57,12 +63,13 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DQLK_VERSION={version}",
+            f"-DQLK_VERSION={VERSION}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}/out",
+            *cuda_options(host),
         ]
         # A build folder that outlived its temporary environment names tools that are gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        environment = os.environ | {"CXX": compiler()}
+        environment = os.environ | {"CXX": host}
         for command in (configure, ["cmake", "--build", str(build)]):
             if subprocess.run(command, env=environment).returncode != 0:
                 sys.exit(f"building the native extension failed at '{' '.join(command[:2])}'; its message is above")
@@ -72,4 +79,39 @@ class CMakeBuild(build_ext):
         os.replace(target.with_suffix(".part"), target)
 
 
-setup(ext_modules=[Extension("qlora_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def cuda_options(host: str) -> list[str]:
+    """What CMake is told of CUDA."""
+    if PLAN.note:
+        print(f"qlora_kernels: {PLAN.note}", file=sys.stderr)
+    if not PLAN.architectures:
+        return []
+    words = shlex.split(host)
+    ccbin = words[0] if len(words) == 1 else ""
+    try:
+        PLAN.compiler.probe(ccbin)
+    except ValueError as problem:
+        sys.exit(str(problem))
+    return [
+        f"-DQLK_CUDA_ARCHS={';'.join(PLAN.architectures)}",
+        f"-DQLK_NVCC={PLAN.compiler.path}",
+        f"-DQLK_NVCC_HOST={shutil.which(ccbin) if ccbin else ''}",
+        f"-DQLK_NVCC_VERSION={PLAN.compiler.release}",
+        f"-DQLK_CUDART={PLAN.compiler.runtime}",
+    ]
+
+
+def plan() -> setup_cuda.Plan:
+    if "sdist" in sys.argv:
+        return setup_cuda.Plan()  # sources are the same for every architecture
+    try:
+        return setup_cuda.plan()
+    except ValueError as problem:
+        sys.exit(str(problem))
+
+
+PLAN = plan()
+# The local part names the architectures inside: "0.1.0+cu130.sm80.sm90a".
+VERSION = re.search(r'"(.+)"', (ROOT / "qlora_kernels/version.py").read_text().split("BASE = ")[1]).group(1)
+VERSION += PLAN.local_version
+
+setup(version=VERSION, ext_modules=[Extension("qlora_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -12,6 +12,7 @@
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of qlora_kernels; called through qlora_kernels.backends.";
+    m.attr("__version__") = QLK_VERSION;
     using Released = py::call_guard<py::gil_scoped_release>;
 
     m.def(

@@ -19,7 +19,9 @@ from .models import (
 )
 from .nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .qlinear import QLinear
-from .version import __version__
+from .version import version as _version
+
+__version__: str
 
 __all__ = [
     "AdapterConfig",
@@ -42,3 +44,10 @@ __all__ = [
     "set_adapter",
     "unmerge_adapters",
 ]
+
+
+def __getattr__(name: str):
+    # It names the CUDA architectures inside, which the extension knows: loaded when asked for, not at import.
+    if name == "__version__":
+        return _version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

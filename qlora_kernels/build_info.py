@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from .version import __version__
+from .version import version
 
 
 def build_info() -> dict[str, Any]:
@@ -13,18 +14,19 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dictionary with ``version``, ``torch``, ``native`` (whether the extension loads), ``compiler``,
         ``isas_built``, ``isas_available`` and ``isa_in_use`` (instruction sets), ``cuda_archs`` (architectures
-        built in), ``gpus`` (names and compute capabilities seen), ``threads``; and ``problem`` when the extension
-        does not load.
+        built in, as "90a" or "120+PTX") and, where there are any, ``nvcc`` (its release), ``gpus`` (names and compute
+        capabilities seen), ``threads``; and ``problem`` when the extension does not load.
     """
     import torch
 
     from . import backends
 
-    info: dict[str, Any] = {"version": __version__, "torch": torch.__version__, "native": True}
+    info: dict[str, Any] = {"version": version(), "torch": torch.__version__, "native": True}
     try:
         native = backends.native().build_info()
-        # The extension gives lists as words with commas between.
-        info.update({k: v.split(",") if k.startswith("isas_") and isinstance(v, str) else v for k, v in native.items()})
+        # The extension gives lists as words with commas or, as in QLORA_KERNELS_CUDA_ARCHS, semicolons between.
+        listed = [key for key in native if key.startswith("isas_") or key == "cuda_archs"]
+        info.update(native | {key: re.findall("[^,;]+", native[key]) for key in listed})
     except ImportError as error:
         info.update(native=False, problem=str(error))
     info["gpus"] = [
@@ -45,6 +47,7 @@ def describe(info: dict[str, Any]) -> str:
             ("available here", _list(info.get("isas_available"))),
             ("in use", info.get("isa_in_use", "unknown")),
             ("CUDA architectures built in", _list(info.get("cuda_archs"))),
+            *([("nvcc", info["nvcc"])] if "nvcc" in info else []),
         ]
     else:
         lines.append(("native extension", info["problem"]))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from .errors import InputError, missing_extra, sentence
 from .finetune.options import add_arguments, from_arguments
 from .signals import Interrupted, StopSignal
-from .version import __version__
+from .version import version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +100,7 @@ def _free_cores() -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qlora-kernels", description="QLoRA with hand-written kernels.")
-    parser.add_argument("--version", action="version", version=f"qlora-kernels {__version__}")
+    parser.add_argument("--version", action="version", version=f"qlora-kernels {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     finetune = commands.add_parser(

@@ -20,7 +20,7 @@ from .progress import bar
 from .qlinear import check_range
 from .safetensors_stream import DTYPES, Entry, Writer, read
 from .skeleton import cast_parameters, config_dtype, skeleton, skipped
-from .version import __version__
+from .version import BASE
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}  # any case
 
@@ -140,7 +140,7 @@ def quantize_folder(
             save_json({"metadata": {"total_size": size}, "weight_map": weight_map}, os.path.join(folder, INDEX))
         config["quantization_config"] = {
             "quant_method": METHOD,
-            "version": __version__,
+            "version": BASE,
             "double_quant": double_quant,
             "block_size": BLOCK_SIZE,
             "nested_block_size": NESTED_BLOCK_SIZE,

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..build_info import build_info
 from ..models import QuantizeReport, qlora_layers
-from ..version import __version__
+from ..version import version
 
 #: The rows of the table in order: key of the result, what people call it.
 TITLES = {
@@ -116,7 +116,7 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "qlora_kernels": __version__,
+        "qlora_kernels": version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
