@@ -1,0 +1,222 @@
+"""What the compiler made of each CUDA kernel: registers, shared memory, instructions, wide accesses.
+
+    python -m bench.static WHEEL
+
+looks into a wheel (or the extension itself), prints a table, and writes it to bench/results/ as JSON and Markdown,
+where review sees what a change does to the code. No GPU takes part. tests/test_static_gates.py holds a build against
+these files and against each kernel's budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+import setup_cuda  # noqa: E402
+
+from . import sass  # noqa: E402
+
+FOLDER = Path(__file__).resolve().parent / "results"
+FORMAT = 1
+TITLE = "# What the compiler made of the CUDA kernels\n"
+
+#: Where the launchers take the size of dynamic shared memory from, by kernel; T is the kernel's first argument.
+SHARED = {
+    "dequantize_kernel": ("dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
+    "quantize_kernel": ("quantize.cuh", "sizeof(QuantizeTraits<T>::Shared)"),
+    "quantize_absmax_kernel": ("quantize_absmax.cuh", "sizeof(QuantizeAbsmaxTraits::Shared)"),
+    "product_kernel": ("product.cuh", "sizeof(ProductTraits::Shared)"),
+    "absmax_sums_kernel": ("quantize_absmax.cuh", "size_t{0}"),
+}
+
+
+def tool(name: str) -> str:
+    """The path of cuobjdump or nvcc.
+
+    Raises:
+        FileNotFoundError: with what to install.
+    """
+    found = setup_cuda.find_tool(name)
+    if found is None:
+        hint = setup_cuda.INSTALL if name == "nvcc" else "pip install '.[cuda-tools]'"
+        raise FileNotFoundError(f"{name} is not to be found; {hint}")
+    return found
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"'{command[0]}' failed: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def readable(symbols: list[str]) -> dict[str, str]:
+    """Kernels' names as in the source, without namespace and parameters: "dequantize_kernel<bf16, true>"."""
+    lines = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    names = {}
+    for symbol, line in zip(symbols, lines.splitlines()):
+        name = re.sub(r"\(.*\)$|^void |qlk::cuda::", "", line)
+        names[symbol] = name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("> >", ">>")
+    return names
+
+
+def dynamic_shared(kernels: list[str]) -> dict[str, int]:
+    """Bytes of dynamic shared memory that each kernel is launched with: nvcc's own sizeof, printed by a program.
+
+    Raises:
+        KeyError: for a kernel that SHARED doesn't list.
+    """
+    lines = ["#include <cstdio>"]
+    unlisted = [name for name in kernels if name.partition("<")[0] not in SHARED]
+    if unlisted:
+        raise KeyError(f"bench/static.py, SHARED: list {', '.join(unlisted)}")
+    lines += [f'#include "{header}"' for header in sorted({SHARED[name.partition("<")[0]][0] for name in kernels})]
+    lines += ["using namespace qlk::cuda;", "int main() {"]
+    for name in kernels:
+        base, _, arguments = name.partition("<")
+        first = re.split("[,>]", arguments)[0]
+        expression = SHARED[base][1].replace("<T>", f"<{first}>")
+        lines.append(f'    std::printf("%s\\t%zu\\n", "{name}", {expression});')
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "sizes.cu"), Path(folder, "sizes")
+        source.write_text("\n".join([*lines, "}", ""]))
+        compiler = setup_cuda.Compiler.at(tool("nvcc"))
+        include = f"-I{ROOT / 'csrc' / 'cuda'}"
+        # The library's folder is said because the compiler packages of PyPI do not have it where nvcc looks.
+        _run(
+            compiler.path, "-std=c++17", "-arch=sm_80", include, f"-L{compiler.runtime.parent}",
+            *("-o", str(program), str(source)),
+        )  # fmt: skip
+        return {name: int(size) for name, size in (line.split("\t") for line in _run(str(program)).splitlines())}
+
+
+def functions(module: Path) -> list[sass.Function]:
+    """The machine code of every kernel in the extension."""
+    return sass.parse(_run(tool("cuobjdump"), "-sass", str(module)))
+
+
+def rows(module: Path) -> list[dict[str, Any]]:
+    """A row for each kernel and architecture, in the order of their names."""
+    code = functions(module)
+    usage = sass.parse_usage(_run(tool("cuobjdump"), "-res-usage", str(module)))
+    names = readable(sorted({one.symbol for one in code}))
+    shared = dynamic_shared(sorted(set(names.values())))
+    found = []
+    for one in code:
+        resources = usage[one.architecture, one.symbol]
+        wide = {name: sum(1 for i in one.of(name) if i.bits == 128) for name in ("LDG", "STG")}
+        found.append(
+            {
+                "kernel": names[one.symbol],
+                "arch": one.architecture,
+                "registers": resources["REG"],
+                # What the hardware keeps of each block from sm_90 on (1 KiB) is in the static figure.
+                "shared_static": resources["SHARED"],
+                "shared_dynamic": shared[names[one.symbol]],
+                "stack": resources["STACK"],
+                "local": resources["LOCAL"],
+                "local_accesses": len(one.local_accesses),
+                "instructions": one.count,
+                "code_bytes": one.size,
+                "ldg128": wide["LDG"],
+                "stg128": wide["STG"],
+                "ldg": len(one.of("LDG")),
+                "stg": len(one.of("STG")),
+            }
+        )
+    return sorted(found, key=lambda row: (row["kernel"], _number(row["arch"])))
+
+
+def _number(architecture: str) -> tuple[int, str]:
+    digits = re.search(r"\d+", architecture)[0]
+    return int(digits), architecture
+
+
+def report(module: Path) -> dict[str, Any]:
+    """The table and the compiler it holds for."""
+    found = rows(module)
+    return {
+        "format": FORMAT,
+        "nvcc": nvcc_version(),
+        "archs": sorted({row["arch"] for row in found}, key=_number),
+        "extension_bytes": module.stat().st_size,
+        "kernels": found,
+    }
+
+
+def nvcc_version() -> str:
+    """To the build: code generation may change with it."""
+    return re.search(r"V(\d+\.\d+\.\d+)", _run(tool("nvcc"), "--version"))[1]
+
+
+def path_for(archs: list[str], folder: Path = FOLDER) -> Path:
+    """The file of a report: static-sm80-sm90a.json."""
+    return folder / f"static-{'-'.join(one.replace('_', '') for one in archs)}.json"
+
+
+COLUMNS = {
+    "kernel": "kernel",
+    "arch": "arch",
+    "registers": "registers",
+    "shared_static": "shared, static",
+    "shared_dynamic": "dynamic",
+    "stack": "stack",
+    "local_accesses": "LDL + STL",
+    "instructions": "instructions",
+    "code_bytes": "code bytes",
+    "ldg128": "LDG.128",
+    "ldg": "of LDG",
+    "stg128": "STG.128",
+    "stg": "of STG",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The report as a page."""
+    lines = [
+        TITLE,
+        f"nvcc {result['nvcc']}; written by `python -m bench.static WHEEL`. Shared memory in bytes a block.\n",
+        f"| {' | '.join(COLUMNS.values())} |",
+        f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}",
+    ]
+    lines += [f"| {' | '.join(str(row[key]) for key in COLUMNS)} |" for row in result["kernels"]]
+    return "\n".join([*lines, ""])
+
+
+def module_of(path: Path, folder: Path) -> Path:
+    """The extension in a wheel, unpacked to a folder; or the file itself."""
+    if path.suffix != ".whl":
+        return path
+    with zipfile.ZipFile(path) as wheel:
+        name = next(name for name in wheel.namelist() if re.search(r"/_C\.[^/]*so$", name))
+        return Path(wheel.extract(name, folder))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, metavar="WHEEL", help="a wheel with CUDA kernels, or its extension _C*.so")
+    parser.add_argument("--out", type=Path, help="the JSON file; beside it the Markdown; default: in bench/results")
+    options = parser.parse_args(arguments)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        result = report(module_of(options.path, folder))
+    out = options.out or path_for(result["archs"])
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What each CUDA kernel may take, and what it promises: held against the compiled code by test_static_gates.py."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass
+
+#: Threads that a multiprocessor holds, by architecture; 2048 where nothing is said
+#: (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+MAX_THREADS = {"75": 1024, "86": 1536, "87": 1536, "89": 1536, "120": 1536, "121": 1536}
+REGISTERS = 65536  # of a multiprocessor; dealt out in steps of 8 a thread
+
+
+@dataclass(frozen=True)
+class Budget:
+    #: So many threads, or as many as it holds at all, are to have room on a multiprocessor: that bounds the registers.
+    threads: int
+    #: Dynamic bytes of a block. Static ones are not used.
+    shared: int
+    reason: str
+    #: Global loads of 128 bits, at least: as many as the code of the aligned path has.
+    loads_128: int = 0
+    #: Global stores of 128 bits, at least: as many as a thread makes. Where promised, no path has narrower ones, too.
+    stores_128: int = 0
+
+    def registers(self, architecture: str) -> int:
+        """What a thread may take on an architecture, "sm_90a"."""
+        most = MAX_THREADS.get(re.search(r"\d+", architecture)[0], 2048)
+        return REGISTERS // min(self.threads, most) // 8 * 8
+
+
+_FULL = "every thread that the multiprocessor holds: a warp has but 512 bytes of codes under way"
+_TAILS = "unaligned ranges: launched as the aligned kernel is"
+_QUANTIZE = "five blocks: while a thread works on 16 bytes it has the next 16 under way, in registers"
+
+#: By kernel, where * stands for anything; the first that fits.
+BUDGETS = {
+    "absmax_sums_kernel": Budget(2048, 0, "every thread that the multiprocessor holds: it only reads"),
+    "dequantize_kernel<bf16, true>": Budget(2048, 4096, _FULL, loads_128=1, stores_128=4),
+    "dequantize_kernel<fp16, true>": Budget(2048, 4096, _FULL, loads_128=1, stores_128=4),
+    "dequantize_kernel<float, true>": Budget(2048, 4096, _FULL, loads_128=1, stores_128=8),
+    "dequantize_kernel<bf16, false>": Budget(2048, 4096, _TAILS),
+    "dequantize_kernel<fp16, false>": Budget(2048, 4096, _TAILS),
+    "dequantize_kernel<float, false>": Budget(2048, 4096, _TAILS),
+    "quantize_absmax_kernel": Budget(
+        512, 37 * 1024, "two blocks, as many as are launched; 2 x 38 KiB fit everywhere but on sm_75, which has 64"
+    ),
+    # Two loads: the first unit's and, in the loop, the next one's.
+    "quantize_kernel<bf16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
+    "quantize_kernel<fp16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
+    "quantize_kernel<float>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
+    "product_kernel<InputGradientProduct<*>>": Budget(
+        256, 17 * 1024, "one block: two parts, the second of decoded weights"
+    ),
+    "product_kernel<*>": Budget(512, 17 * 1024, "two blocks: one multiplies while the other loads"),
+}
+
+
+def budget_of(kernel: str) -> Budget | None:
+    return next((budget for pattern, budget in BUDGETS.items() if fnmatch.fnmatchcase(kernel, pattern)), None)

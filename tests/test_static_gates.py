@@ -1,0 +1,260 @@
+"""The compiled CUDA kernels: no spills, wide accesses where promised, registers and shared memory within budget."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import cuda_wheel
+import pytest
+from static_budgets import BUDGETS, Budget, budget_of
+
+if not (cuda_wheel.ROOT / "bench" / "static.py").is_file():
+    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
+
+from bench import sass, static
+
+
+@pytest.fixture(scope="module")
+def module() -> Path:
+    return cuda_wheel.extension()
+
+
+@pytest.fixture(scope="module")
+def report(module) -> dict:
+    return static.report(module)
+
+
+@pytest.fixture(scope="module")
+def code(module) -> list[sass.Function]:
+    return static.functions(module)
+
+
+def broken(row: dict, budget: Budget) -> list[str]:
+    """What of a row of the table is not as the budget says."""
+    found = [
+        f"{row[key]} {what}"
+        for key, what in (
+            ("local_accesses", "accesses to local memory"),
+            ("stack", "bytes of stack"),
+            ("local", "bytes of local memory"),
+        )
+        if row[key]
+    ]
+    allowed = budget.registers(row["arch"])
+    if row["registers"] > allowed:
+        found.append(f"{row['registers']} registers, {allowed} allowed: {budget.reason}")
+    # What the hardware keeps for itself counts as static from sm_90 on.
+    own_static = row["shared_static"] - (1024 if int(row["arch"][3:].rstrip("af")) >= 90 else 0)
+    if own_static > 0:
+        found.append(f"{own_static} bytes of static shared memory, none allowed")
+    if row["shared_dynamic"] > budget.shared:
+        found.append(f"{row['shared_dynamic']} bytes of shared memory, {budget.shared} allowed: {budget.reason}")
+    for key, promised in (("ldg128", budget.loads_128), ("stg128", budget.stores_128)):
+        if row[key] < promised:
+            found.append(f"{row[key]} {key.upper()}, {promised} promised")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ gates
+
+
+def test_every_kernel_of_every_architecture_is_within_its_budget(report):
+    kernels = {row["kernel"] for row in report["kernels"]}
+    without = sorted(kernel for kernel in kernels if budget_of(kernel) is None)
+    assert not without, f"state budgets in tests/static_budgets.py for {', '.join(without)}"
+    found = {id(budget_of(kernel)) for kernel in kernels}
+    unused = [pattern for pattern, budget in BUDGETS.items() if id(budget) not in found]
+    assert not unused, f"tests/static_budgets.py: there is no kernel {', '.join(unused)}"
+    assert len(report["kernels"]) == len(kernels) * len(cuda_wheel.built_for())
+    problems = [
+        f"{row['kernel']} for {row['arch']}: {problem}"
+        for row in report["kernels"]
+        for problem in broken(row, budget_of(row["kernel"]))
+    ]
+    assert not problems, "\n".join(problems)
+
+
+def test_no_thread_that_stores_128_bits_stores_fewer_at_a_time(code):
+    names = static.readable([one.symbol for one in code])
+    checked = 0
+    for one in code:
+        if budget_of(names[one.symbol]).stores_128:
+            mixed = one.mixed_stores()
+            assert not mixed, f"{names[one.symbol]} for {one.architecture}: {mixed[0]}"
+            checked += 1
+    assert checked == 3 * len(cuda_wheel.built_for())
+
+
+def test_the_committed_table_is_of_this_code(report):
+    path = static.path_for(report["archs"])
+    if cuda_wheel.built_for() != cuda_wheel.ARCHITECTURES and not path.exists():
+        pytest.skip(f"only the table for {', '.join(cuda_wheel.ARCHITECTURES)} is kept")
+    committed = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == static.markdown(committed), f"python -m bench.static: {path.stem}.md"
+    if committed["nvcc"] != report["nvcc"]:
+        pytest.skip(f"the table is of nvcc {committed['nvcc']}, and here is {report['nvcc']}")
+    changed = [
+        f"{new['kernel']} for {new['arch']}: {key} {old[key]} -> {new[key]}"
+        for old, new in zip(committed["kernels"], report["kernels"])
+        for key in new
+        if old.get(key) != new[key]
+    ]
+    same_rows = len(committed["kernels"]) == len(report["kernels"])
+    assert same_rows, "the code has changed; if that is meant: python -m bench.static WHEEL"
+    assert not changed, "\n".join(["the code has changed; if that is meant: python -m bench.static WHEEL", *changed])
+
+
+# -------------------------------------------------------------------------------------------- the gates can fail
+
+
+#: A thread's two ways: one with wide stores, one with narrow ones; a spill; a loop; a subroutine; padding.
+SAMPLE = """
+Fatbin elf code:
+================
+arch = sm_90a
+
+	code for sm_90a
+		Function : _Zsample
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */
+                                                                         /* 0x000fe20000000800 */
+        /*0010*/              @!P0 BRA 0x60 ;                            /* 0x0000000000000947 */
+        /*0020*/                   LDG.E.NA.LTC128B.128.CONSTANT R4, desc[UR6][R4.64] ;  /* 0x0 */
+        /*0030*/                   STL.64 [R1+0x8], R4 ;                 /* 0x0000080401007387 */
+        /*0040*/                   STG.E.128 desc[UR6][R2.64+0x200], R8 ; /* 0x0 */
+        /*0050*/                   EXIT ;                                /* 0x000000000000794d */
+        /*0060*/                   BSSY B0, 0xa0 ;                       /* 0x0 */
+        /*0070*/                   BRA.DIV UR4, 0x90 ;                   /* 0x0 */
+        /*0080*/              @!P1 STG.E.U16 desc[UR6][R2.64], R9 ;      /* 0x0 */
+        /*0090*/                   BSYNC B0 ;                            /* 0x0 */
+        /*00a0*/               @P2 BRA 0x60 ;                            /* 0x0 */
+        /*00b0*/                   LDL R3, [R1+0x8] ;                    /* 0x0 */
+        /*00c0*/                   EXIT ;                                /* 0x0 */
+        /*00d0*/                   BRA 0xd0;                             /* 0x0 */
+        /*00e0*/                   NOP;                                  /* 0x0 */
+		..........
+"""
+
+
+def test_the_reader_finds_spills_and_widths():
+    (sample,) = sass.parse(SAMPLE)
+    assert (sample.architecture, sample.symbol) == ("sm_90a", "_Zsample")
+    assert [one.opcode for one in sample.local_accesses] == ["STL.64", "LDL"]
+    assert [one.bits for one in sample.of("LDG", "STG")] == [128, 128, 16]
+    assert (sample.count, sample.size) == (13, 0xF0)
+    assert sample.instructions[1].predicate == "!P0"
+
+
+def test_the_reader_follows_jumps():
+    (sample,) = sass.parse(SAMPLE)
+    edges = sample.successors()
+    assert edges[0x10] == {0x20, 0x60}
+    assert edges[0x50] == set()
+    assert edges[0x70] == {0x80, 0x90}
+    assert edges[0x90] == {0xA0}
+    assert edges[0xD0] == {0xD0}
+    assert sample.after({0x60}) == {*range(0x60, 0xD0, 0x10)}
+    assert not sample.mixed_stores()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # A wide store that goes on into the narrow ones, and narrow ones that go on to the wide.
+        ("/*0050*/                   EXIT", "/*0050*/               @P4 EXIT"),
+        ("/*00c0*/                   EXIT", "/*00c0*/                   BRA 0x20"),
+        # A narrow one among the wide.
+        ("LDG.E.NA.LTC128B.128.CONSTANT R4, desc[UR6][R4.64]", "STG.E desc[UR6][R2.64], R4"),
+    ],
+)
+def test_mixed_stores_are_found(before, after):
+    assert before in SAMPLE
+    (sample,) = sass.parse(SAMPLE.replace(before, after))
+    assert sample.mixed_stores()
+
+
+def test_a_jump_that_cannot_be_followed_is_an_error():
+    (sample,) = sass.parse(SAMPLE.replace("BRA.DIV UR4, 0x90", "BRX R4 -0x90"))
+    with pytest.raises(ValueError, match=r"_Zsample: BRX at 0x70 jumps to an address in a register"):
+        sample.mixed_stores()
+
+
+def test_the_reader_of_resources():
+    text = """
+Fatbin elf code:
+================
+arch = sm_80
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Zsample:
+  REG:48 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[2]:8 CONSTANT[0]:528 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    (found,) = sass.parse_usage(text).items()
+    assert found[0] == ("sm_80", "_Zsample")
+    assert {key: found[1][key] for key in ("REG", "STACK", "SHARED", "LOCAL")} == {
+        "REG": 48,
+        "STACK": 16,
+        "SHARED": 1024,
+        "LOCAL": 8,
+    }
+
+
+GOOD = {
+    "kernel": "k",
+    "arch": "sm_90a",
+    "registers": 32,
+    "shared_static": 1024,
+    "shared_dynamic": 4096,
+    "stack": 0,
+    "local": 0,
+    "local_accesses": 0,
+    "ldg128": 1,
+    "stg128": 4,
+}
+BUDGET = Budget(2048, 4096, "because", loads_128=1, stores_128=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"local_accesses": 1}, "1 accesses to local memory"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"local": 8}, "8 bytes of local memory"),
+        ({"registers": 33}, "33 registers, 32 allowed: because"),
+        ({"registers": 41, "arch": "sm_89", "shared_static": 0}, "41 registers, 40 allowed: because"),
+        ({"registers": 65, "arch": "sm_75", "shared_static": 0}, "65 registers, 64 allowed: because"),
+        ({"shared_static": 1028}, "4 bytes of static shared memory, none allowed"),
+        ({"arch": "sm_80"}, "1024 bytes of static shared memory, none allowed"),
+        ({"shared_dynamic": 4097}, "4097 bytes of shared memory, 4096 allowed: because"),
+        ({"ldg128": 0}, "0 LDG128, 1 promised"),
+        ({"stg128": 3}, "3 STG128, 4 promised"),
+    ],
+)
+def test_each_gate_closes(change, message):
+    assert broken(GOOD, BUDGET) == []
+    assert broken({**GOOD, **change}, BUDGET) == [message]
+
+
+def test_a_kernel_compiled_with_too_few_registers_does_not_pass(tmp_path):
+    """The whole way, from the compiler: quantize held to 24 registers spills, and the gate says so."""
+    nvcc, _ = cuda_wheel.tool("nvcc"), cuda_wheel.tool("cuobjdump")
+    csrc = tmp_path / "csrc"
+    shutil.copytree(cuda_wheel.ROOT / "csrc", csrc)
+    header = csrc / "cuda" / "quantize.cuh"
+    # Launch bounds take precedence over -maxrregcount.
+    text, count = re.subn(r"__launch_bounds__\([^)]*\)", "", header.read_text())
+    assert count == 1
+    header.write_text(text)
+    target = tmp_path / "spilled.o"
+    include = f"-I{csrc / 'cuda'}"
+    source = str(csrc / "cuda" / "quantize.cu")
+    static._run(nvcc, "-std=c++17", "-arch=sm_80", "-maxrregcount=24", include, "-c", source, "-o", str(target))
+    spilled = [row for row in static.rows(target) if row["kernel"] == "quantize_kernel<bf16>"]
+    assert len(spilled) == 1
+    problems = broken(spilled[0], budget_of("quantize_kernel<bf16>"))
+    assert any("accesses to local memory" in problem for problem in problems), problems
