@@ -93,10 +93,7 @@ def cuda_options(host: str) -> list[str]:
         sys.exit(str(problem))
     return [
         f"-DQLK_CUDA_ARCHS={';'.join(PLAN.architectures)}",
-        f"-DQLK_NVCC={PLAN.compiler.path}",
         f"-DQLK_NVCC_HOST={shutil.which(ccbin) if ccbin else ''}",
-        f"-DQLK_NVCC_VERSION={PLAN.compiler.release}",
-        f"-DQLK_CUDART={PLAN.compiler.runtime}",
     ]
 
 

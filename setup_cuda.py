@@ -12,6 +12,7 @@ import re
 import shutil
 import site
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -118,6 +119,18 @@ class Compiler:
             )
         codes = _output(path, "--list-gpu-code") + _output(path, "--list-gpu-arch")
         return Compiler(path, release, runtime, frozenset(codes.split()))
+
+    @staticmethod
+    def find(environment: Mapping[str, str] = os.environ) -> Compiler:
+        """The nvcc that find_tool() finds.
+
+        Raises:
+            ValueError: as at() does, and when there is none.
+        """
+        path = find_tool("nvcc", environment)
+        if path is None:
+            raise ValueError(f"there is no nvcc; {INSTALL}")
+        return Compiler.at(path)
 
     def knows(self, architecture: str) -> bool:
         """Whether it compiles for an architecture."""
@@ -244,3 +257,11 @@ def _native(environment: Mapping[str, str]) -> Plan:
     if not known:
         return Plan(note=f"{alone}, as {nvcc} of CUDA {compiler.release} does not know that architecture")
     return Plan(known, compiler)
+
+
+if __name__ == "__main__":  # as CMakeLists.txt asks
+    try:
+        answer = Compiler.find()
+    except ValueError as problem:
+        sys.exit(str(problem))
+    print(answer.path, answer.release, answer.runtime, sep=";")

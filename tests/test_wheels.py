@@ -52,6 +52,14 @@ def claimed(name: str) -> set[str]:
     return {re.sub(r"^(sm|compute)", r"\1_", part) for part in parts}
 
 
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs code with the unpacked wheel in place of the package under test."""
     env = {**os.environ, "PYTHONPATH": str(cuda_wheel.unpacked()), **environment}
@@ -65,7 +73,7 @@ def test_the_name_says_what_is_inside(wheel, extension):
     release = setup_cuda.Compiler.at(cuda_wheel.tool("nvcc")).release
     assert wheel.name.startswith(f"qlora_kernels-{BASE}{architectures.local_version(release, built_for())}-")
     assert inside(extension) == claimed(wheel.name) == set(architectures.names(built_for()))
-    if "QLORA_KERNELS_WHEEL" not in os.environ:
+    if "QLORA_KERNELS_WHEEL" not in os.environ or "QLORA_KERNELS_REQUIRE_NVCC" in os.environ:
         assert inside(extension) == {"sm_80", "sm_90a"}
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -89,15 +97,29 @@ def test_every_file_of_kernels_has_every_architecture(extension):
 def test_ptx_goes_along_where_asked_for(tmp_path):
     """One source file through CMake's rule for it: a whole wheel would tell no more."""
     pybind11 = pytest.importorskip("pybind11")
-    compiler = setup_cuda.Compiler.at(cuda_wheel.tool("nvcc"))
+    cuda_wheel.tool("nvcc")
     configure = [
         *("cmake", "-S", ROOT / "csrc", "-B", tmp_path, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"),
-        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DQLK_NVCC={compiler.path}", "-DQLK_CUDA_ARCHS=75;90+PTX"),
+        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DQLK_CUDA_ARCHS=75;90+PTX"),
     ]
     output_of(*configure)
     output_of("cmake", "--build", tmp_path, "--target", "cuda/quantize_absmax.cu.o")
     found = inside(tmp_path / "cuda" / "quantize_absmax.cu.o")
     assert found == set(architectures.names(["75", "90+PTX"])) == {"sm_75", "sm_90", "compute_90"}
+
+
+def test_the_kernels_for_conformance_on_a_card_build(tmp_path):
+    """What the gpu tests build there; its errors are exceptions here, too."""
+    cuda_wheel.tool("nvcc")
+    from emulated import build, load
+
+    module = load(build(tmp_path, "_conformance", QLK_CONFORMANCE="ON", QLK_CUDA_ARCHS="90"), "_conformance")
+    assert {"prmt", "shuffles", "async_copies"} <= set(module.conformance_kernels())
+    with pytest.raises(ValueError, match="no conformance kernel 'nonsense'"):
+        module.run_conformance("nonsense", 0, 0, 0, 0)
+    if not has_driver():
+        with pytest.raises(RuntimeError, match=r"device\.cuh:\d+: cudaError"):
+            module.run_conformance("prmt", 0, 0, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------------- contents
@@ -170,11 +192,8 @@ print(os.path.exists(os.environ["FAKE_DRIVER_MARK"]))
 
 
 def test_without_a_driver_a_cuda_call_is_an_exception_and_the_process_lives_on(extension):
-    try:
-        ctypes.CDLL("libcuda.so.1")
+    if has_driver():
         pytest.skip("this machine has a driver")
-    except OSError:
-        pass
     done = python(
         """
 import torch, qlora_kernels as q

@@ -1,0 +1,24 @@
+// The kernels of emulator/conformance.cu as nvcc compiles them, for a card.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "emulator/conformance.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_conformance, m) {
+    m.def("conformance_kernels", [] {
+        py::dict all;
+        for (const auto& k : qlk::conformance::kernels()) all[k.name] = py::make_tuple(k.words_in, k.words_out);
+        return all;
+    });
+    m.def("run_conformance", [](const std::string& name, uintptr_t in, uintptr_t out, int device, uintptr_t stream) {
+        for (const auto& k : qlk::conformance::kernels()) {
+            if (name != k.name) continue;
+            return k.run({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<uint32_t*>(out)},
+                         {device, reinterpret_cast<void*>(stream)});
+        }
+        throw std::invalid_argument("no conformance kernel '" + name + "'");
+    });
+}
