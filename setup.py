@@ -48,6 +48,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         import pybind11
 
+        if PLAN.note:
+            print(f"qlora_kernels: {PLAN.note}", file=sys.stderr)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / f"cmake-{sysconfig.get_config_var('SOABI')}"
         build.mkdir(parents=True, exist_ok=True)
@@ -81,8 +83,6 @@ class CMakeBuild(build_ext):
 
 def cuda_options(host: str) -> list[str]:
     """What CMake is told of CUDA."""
-    if PLAN.note:
-        print(f"qlora_kernels: {PLAN.note}", file=sys.stderr)
     if not PLAN.architectures:
         return []
     words = shlex.split(host)

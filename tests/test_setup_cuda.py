@@ -201,7 +201,8 @@ def test_gpus_without_a_driver_library_are_asked_of_nvidia_smi(tmp_path, monkeyp
 
 
 def setup_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    pytest.importorskip("setuptools")
+    for needed in ("setuptools", "pybind11"):
+        pytest.importorskip(needed)
     env = {key: value for key, value in os.environ.items() if key != "QLORA_KERNELS_WHEEL"} | environment
     command = [sys.executable, "setup.py", "--quiet", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
@@ -242,6 +243,11 @@ def test_setup_py_asks_the_driver(tmp_path):
     nvcc = str(nvcc_at(tmp_path / "cuda"))
     environment = {"QLORA_KERNELS_CUDA_ARCHS": "native", "LD_LIBRARY_PATH": folder}
     done = setup_py("--version", CUDACXX=nvcc, **environment)
-    assert done.stdout.strip() == f"{BASE}+cu130.sm90a", done.stderr
+    assert (done.stdout.strip(), done.stderr) == (f"{BASE}+cu130.sm90a", "")
     done = setup_py("--version", CUDACXX="/no/such/nvcc", **environment)
-    assert done.stdout.strip() == BASE, done.stderr
+    assert (done.stdout.strip(), done.stderr) == (BASE, "")
+    # While building it is said, and said once. Without a C++ compiler this goes no further.
+    done = setup_py("build_ext", CUDACXX="/no/such/nvcc", CXX="/no/such/c++", **environment)
+    said = [line for line in done.stderr.splitlines() if "nvcc" in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("qlora_kernels: a GPU of architecture 90a is here, and the CPU part is built alone")

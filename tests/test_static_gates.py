@@ -103,8 +103,9 @@ def test_the_committed_table_is_of_this_code(report):
         if old.get(key) != new[key]
     ]
     same_rows = len(committed["kernels"]) == len(report["kernels"])
-    assert same_rows, "the code has changed; if that is meant: python -m bench.static WHEEL"
-    assert not changed, "\n".join(["the code has changed; if that is meant: python -m bench.static WHEEL", *changed])
+    advice = f"the code has changed; if that is meant: python -m bench.static {cuda_wheel.wheel()}"
+    assert same_rows, advice
+    assert not changed, "\n".join([advice, *changed])
 
 
 # -------------------------------------------------------------------------------------------- the gates can fail
