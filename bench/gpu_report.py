@@ -194,6 +194,7 @@ def _note(entry: dict[str, Any]) -> str:
         return entry["reason"]
     if entry["name"] == "build" and what:
         archs = what["build_info"].get("cuda_archs", "")
+        archs = archs if isinstance(archs, str) else ";".join(archs)
         how = "from scratch" if what["from_scratch"] else "on top of an older one"
         return f"{what['build_seconds']} s, {how}, for {archs}"
     if "passed" in what:
