@@ -36,6 +36,7 @@ SHARED = {
     "dequantize_kernel": ("dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
     "quantize_kernel": ("quantize.cuh", "sizeof(QuantizeTraits<T>::Shared)"),
     "quantize_absmax_kernel": ("quantize_absmax.cuh", "sizeof(QuantizeAbsmaxTraits::Shared)"),
+    "gemm_kernel": ("gemm.cuh", "sizeof(<second>::Shared)"),
     "product_kernel": ("product.cuh", "sizeof(ProductTraits::Shared)"),
     "absmax_sums_kernel": ("quantize_absmax.cuh", "size_t{0}"),
 }
@@ -85,8 +86,8 @@ def dynamic_shared(kernels: list[str]) -> dict[str, int]:
     lines += ["using namespace qlk::cuda;", "int main() {"]
     for name in kernels:
         base, _, arguments = name.partition("<")
-        first = re.split("[,>]", arguments)[0]
-        expression = SHARED[base][1].replace("<T>", f"<{first}>")
+        first, _, second = arguments.removesuffix(">").partition(", ")
+        expression = SHARED[base][1].replace("<T>", f"<{first}>").replace("<second>", second)
         lines.append(f'    std::printf("%s\\t%zu\\n", "{name}", {expression});')
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "sizes.cu"), Path(folder, "sizes")

@@ -34,6 +34,9 @@ _FULL = "every thread that the multiprocessor holds: a warp has but 512 bytes of
 _TAILS = "unaligned ranges: launched as the aligned kernel is"
 _QUANTIZE = "five blocks: while a thread works on 16 bytes it has the next 16 under way, in registers"
 
+_SUMS = "one block: 64 sums a thread, 16 + 2 operands, and 8 registers of tables in the warps that decode"
+_TWO = "two blocks: one multiplies while the other waits"
+
 #: By kernel, where * stands for anything; the first that fits.
 BUDGETS = {
     "absmax_sums_kernel": Budget(2048, 0, "every thread that the multiprocessor holds: it only reads"),
@@ -50,6 +53,12 @@ BUDGETS = {
     "quantize_kernel<bf16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<fp16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<float>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
+    # Shared memory: the stages of operands, and two of decoded weights.
+    "gemm_kernel<*, GemmTraits<*, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS),
+    "gemm_kernel<*, GemmTraits<*, 128, 2, 3>>": Budget(256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89"),
+    "gemm_kernel<*, GemmTraits<*, 64, 2, 4>>": Budget(512, 80 * 1024, _TWO),
+    "gemm_kernel<*, GemmTraits<*, 32, 1, 4>>": Budget(512, 64 * 1024, _TWO),
+    "gemm_kernel<*, GemmTraits<*, 16, 1, 4>>": Budget(512, 56 * 1024, _TWO),
     "product_kernel<InputGradientProduct<*>>": Budget(
         256, 17 * 1024, "one block: two parts, the second of decoded weights"
     ),

@@ -32,7 +32,24 @@ def test_the_cases_on_the_emulator(capsys):
         "quantize_nested",
         "quantize_absmax",
         "dequantize",
+        "linear",
     }
+
+
+@pytest.mark.parametrize("wrong", [0, torch.nan])
+def test_a_wrong_row_of_a_product_is_found(monkeypatch, capsys, wrong):
+    right = gpu_cases.ops.linear_forward
+
+    def lazy(*arguments):
+        y, u = right(*arguments)
+        if gpu_cases.backends.forced is not None:
+            y[-1] = wrong
+        return y, u
+
+    monkeypatch.setattr(gpu_cases.ops, "linear_forward", lazy)
+    with emulated():
+        assert gpu_cases.main(["--only", "linear bfloat16, 50"], device="cpu") == 1
+    assert "gpu_cases: 0 of 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("operation", ["quantize", "quantize_nested", "quantize_absmax"])

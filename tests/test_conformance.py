@@ -29,6 +29,12 @@ def operands(name: str) -> torch.Tensor:
         bits[40:48] = bits[8:16] & U32(0xFFFFF000)
         special = np.array(SPECIAL, dtype=np.uint32)
         bits[48:56] = special[random.integers(0, len(special), (8, 32, words))]
+    if name.startswith("mma"):
+        # Elements near 1, so that sums of 16 products neither overflow nor vanish, and accumulators of their size.
+        dtype = torch.bfloat16 if name == "mma_bf16" else torch.float16
+        pairs = torch.from_numpy(random.standard_normal((ROUNDS, 32, 12)).astype(np.float32)).to(dtype)
+        bits[..., :6] = pairs.view(torch.int16).numpy().view(np.uint16).view(np.uint32)
+        bits[..., 6:] = random.standard_normal((ROUNDS, 32, 4)).astype(np.float32).view(U32)
     if name == "widen":
         # One of each 32 neighbours among the 16-bit patterns.
         bits[:, :, 0] = np.arange(ROUNDS * 32).reshape(ROUNDS, 32) * 32 + random.integers(0, 32, (ROUNDS, 32))
@@ -141,7 +147,41 @@ def expected_copies(x):
     return np.roll(y, -1, axis=1)
 
 
+def expected_ldmatrix(x):
+    rows = x.copy().view(np.uint16).reshape(ROUNDS, 4, 8, 8)  # matrix, row, element
+    both = []
+    for m in (rows, rows.transpose(0, 1, 3, 2)):
+        pairs = np.ascontiguousarray(m).view(U32).reshape(ROUNDS, 4, 32)  # lane: 4 * row + pair
+        both.append(pairs.transpose(0, 2, 1))
+    return np.concatenate(both, -1)
+
+
+def expected_mma(dtype):
+    def product(x):
+        g, t = np.arange(32) // 4, np.arange(32) % 4
+        a, b = (
+            torch.from_numpy(np.ascontiguousarray(part).view(np.int16)).view(dtype).double().numpy()
+            for part in (x[..., :4], x[..., 4:6])
+        )
+        c = x[..., 6:].copy().view(np.float32).astype(np.float64)
+        left, right, total = np.zeros((ROUNDS, 16, 16)), np.zeros((ROUNDS, 16, 8)), np.zeros((ROUNDS, 16, 8))
+        for e in range(2):
+            for i in range(4):
+                left[:, g + i % 2 * 8, 2 * t + e + i // 2 * 8] = a[..., 2 * i + e]
+                total[:, g + i // 2 * 8, 2 * t + i % 2] = c[..., i]
+            for i in range(2):
+                right[:, 2 * t + e + 8 * i, g] = b[..., 2 * i + e]
+        total += left @ right
+        found = np.stack([total[:, g + i // 2 * 8, 2 * t + i % 2] for i in range(4)], -1)
+        return found.astype(np.float32).view(U32)
+
+    return product
+
+
 EXPECTED = {
+    "ldmatrix": expected_ldmatrix,
+    "mma_bf16": expected_mma(torch.bfloat16),
+    "mma_fp16": expected_mma(torch.float16),
     "prmt": expected_prmt,
     "lop3": expected_lop3,
     "cvt_bf16x2": expected_pair(torch.bfloat16),
@@ -157,7 +197,13 @@ EXPECTED = {
 
 
 def same(found: np.ndarray, expected: np.ndarray, name: str) -> None:
-    """The same bits; of a float's NaN only that it is one, for processors differ in which."""
+    """The same bits; of a float's NaN only that it is one, for processors differ in which.
+
+    How a card rounds within a product on tensor cores is not specified: there, the value, to the last bits of float32.
+    """
+    if name.startswith("mma"):
+        np.testing.assert_allclose(found.view(np.float32), expected.view(np.float32), rtol=0, atol=4e-6)
+        return
     if name in ("widen", "mul_add", "round_down"):
         both_nan = np.isnan(found.view(np.float32)) & np.isnan(expected.view(np.float32))
         found, expected = np.where(both_nan, 0, found), np.where(both_nan, 0, expected)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ORDERS, engine_named, forced, make_weight, on_the_cpu, relative_error
+from conftest import ORDERS, assert_within_contract, engine_named, forced, make_weight, on_the_cpu, relative_error
 from emulated import counters, emulated, module
 
 from qlora_kernels import NF4Weight, backends, default_nested_table, linear, ops, quantize, reference
@@ -212,6 +212,127 @@ def test_the_layer_on_cuda_agrees_with_the_cpu(cuda_engine, dtype):
         expected = gradients("cpu")
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+#: N and K that the tensor cores' kernels take: one tile and less; N that is odd, or even but no multiple of 8; tails
+#: both ways, K = 64 modulo 128; a long K.
+TILED = ((128, 128), (24, 64), (77, 192), (130, 320), (264, 448), (40, 4160))
+TILED_ROWS = (1, 7, 16, 17, 63, 64, 65, 129)
+
+
+def tiled_case(engine: str, index: int, shape: tuple[int, int]) -> tuple[int, ...]:
+    """On the emulator, each order takes other rows of the list; the long K takes few."""
+    if engine == "cuda":
+        return TILED_ROWS
+    rows = TILED_ROWS[:3] if shape[1] > 1000 else TILED_ROWS
+    return rows[ORDERS.index(engine.removeprefix("emulated-")) + index % 2 :: 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", TILED)
+def test_the_tensor_cores_kernels_keep_the_contract(cuda_engine, shape, dtype):
+    n, k = shape
+    weight = make_weight(n, k, dtype=dtype)
+    dense = weight.dequantize(dtype)
+    for m in tiled_case(cuda_engine, TILED.index(shape), shape):
+        x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+        y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+        dx, _, _ = ops.linear_backward(
+            dy, *weight.pieces, k, None, None, None, None, 1.0, 0.0, None, True, False, False
+        )
+        case = f"{cuda_engine} {dtype} M={m} N={n} K={k}"
+        assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, case)
+        assert_within_contract(dx, dy @ dense, dy.double() @ dense.double(), case + " dx")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("r", [1, 8, 16, 17, 64, 130])
+def test_the_tensor_cores_kernels_with_adapters(cuda_engine, r, dropout):
+    n, k, scaling = 136, 192, 0.7
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16).double()
+    seed = torch.tensor([-123456789012345])
+    for m in tiled_case(cuda_engine, r, (n, k)):
+        x, dy, A, B = (torch.randn(*s).bfloat16() for s in ((m, k), (m, n), (r, k), (n, r)))
+        bias = torch.randn(n)
+        y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, scaling, dropout, seed)
+        dx, dA, dB = ops.linear_backward(dy, *weight.pieces, k, x, u, A, B, scaling, dropout, seed, True, True, True)
+        mask = reference.dropout_mask(m, k, dropout, seed, x.device)
+        u64 = scaling / (1 - dropout) * (x.double() * mask) @ A.double().T
+        v64 = scaling / (1 - dropout) * dy.double() @ B.double()
+        for name, found, wanted in (
+            ("y", y, x.double() @ dense.T + u64 @ B.double().T + bias.double()),
+            ("dx", dx, dy.double() @ dense + mask * (v64 @ A.double())),
+            ("dA", dA, v64.T @ (x.double() * mask)),
+            ("dB", dB, dy.double().T @ u.double()),
+        ):
+            error = relative_error(found, wanted)
+            assert error < 1e-2, f"{cuda_engine} {name} M={m} r={r} p={dropout}: {error:.2e}"
+
+
+@pytest.mark.parametrize(("rows", "shared"), [(5, 64), (20, 64), (40, 64), (40, 99), (100, 99), (100, 227)])
+def test_every_tile_and_depth_of_the_pipeline(rows, shared):
+    # KiB of shared memory, by which the tile and its stages are chosen: those of sm_75, sm_86 and sm_90. Copies land
+    # early, late and at random.
+    n, k = 72, 512
+    weight = make_weight(n, k)
+    x, dy = torch.randn(rows, k).bfloat16(), torch.randn(rows, n).bfloat16()
+    exact = weight.dequantize(torch.bfloat16).double()
+    results = []
+    for landing in ("earliest", "latest", "random"):
+        with emulated("random", landing, seed=3, max_shared_bytes=shared * 1024):
+            y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+            dx, _, _ = ops.linear_backward(
+                dy, *weight.pieces, k, None, None, None, None, 1.0, 0.0, None, True, False, False
+            )
+        results.append((y, dx))
+        assert relative_error(y, x.double() @ exact.T) < 4e-3
+        assert relative_error(dx, dy.double() @ exact) < 4e-3
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture", "tiled"),
+    [
+        (torch.bfloat16, 80, True),
+        (torch.bfloat16, 75, False),
+        (torch.float16, 75, True),
+        (torch.float32, 90, False),
+    ],
+)
+def test_which_kernel_runs(dtype, architecture, tiled):
+    weight = make_weight(64, 128)
+    x = torch.randn(20, 128).to(dtype)
+    with emulated(architecture=architecture, max_shared_bytes=(64 if architecture == 75 else 227) * 1024):
+        module().reset_counters()
+        y, _ = ops.linear_forward(x, *weight.pieces, 64, None, None, None, 1.0, 0.0, None)
+        assert ("mma" in counters()["instructions"]) == tiled
+    assert relative_error(y, x.double() @ weight.dequantize(dtype).double().T) < 4e-3
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(backward):
+    n, k, m = 256, 256, 128
+    weight = make_weight(n, k)
+    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+
+    def call():
+        if backward:
+            ops.linear_backward(dy, *weight.pieces, k, None, None, None, None, 1.0, 0.0, None, True, False, False)
+        else:
+            ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+
+    found = counted(call)
+    assert found["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
+    shared = {place: t for place, t in found["shared"].items() if place.startswith("gemm.cuh")}
+    memory = {place: t for place, t in found["global"].items() if place.startswith("gemm.cuh")}
+    assert shared
+    assert memory
+    for place, t in shared.items():
+        assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
+    for place, t in memory.items():
+        assert t["actual"] == t["minimum"], f"sectors: {place} {t}"
 
 
 # -------------------------------------------------------------------------------------- streams, graphs, devices

@@ -9,9 +9,7 @@
 // Shared memory: 512 bytes a warp, 4 KiB a block.
 #pragma once
 
-#include <ptx.cuh>
-
-#include "weight.cuh"
+#include "decode.cuh"
 
 namespace qlk::cuda {
 
@@ -37,18 +35,6 @@ struct DequantizeTraits {
         uint4 codes[kWarps][32];
     };
 };
-
-// Two results in one register, the first in the low half.
-template <class T>
-QLK_DEVICE uint32_t pack_pair(float first, float second);
-template <>
-QLK_DEVICE uint32_t pack_pair<bf16>(float first, float second) {
-    return cvt_bf16x2(first, second);
-}
-template <>
-QLK_DEVICE uint32_t pack_pair<fp16>(float first, float second) {
-    return cvt_fp16x2(first, second);
-}
 
 // 16 bytes of output from 8 (16-bit types) or 4 (float32) codes in the low bits of `codes`, first byte lowest.
 template <class T>

@@ -26,6 +26,7 @@
     } while (0)
 
 #define QLK_DEVICE __device__ __forceinline__
+#define QLK_DEVICE_CALL static __device__ __noinline__
 
 namespace qlk::cuda {
 
@@ -112,6 +113,21 @@ inline int multiprocessors(int device) {
     int count = 0;
     QLK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
     return count;
+}
+
+// Ten times the major compute capability, and the minor: 90 for sm_90.
+inline int architecture(int device) {
+    int major = 0, minor = 0;
+    QLK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    QLK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    return 10 * major + minor;
+}
+
+// The most shared memory that a block may ask for.
+inline size_t shared_limit(int device) {
+    int bytes = 0;
+    QLK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return static_cast<size_t>(bytes);
 }
 
 // Launches kernel<<<blocks, threads, shared_bytes, stream>>>(params) and throws when it cannot start. threads must be

@@ -22,4 +22,9 @@ struct Dropout {
     }
 };
 
+// The same, called and not inlined: for kernels whose outputs are all in registers, where it would come 64 times.
+QLK_DEVICE_CALL bool dropout_keeps(const int64_t* seed, uint32_t threshold, int64_t i) {
+    return Dropout{seed, threshold}.keeps(i);
+}
+
 }  // namespace qlk::cuda

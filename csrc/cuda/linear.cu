@@ -1,6 +1,7 @@
 #include "linear.cuh"
 
 #include "../philox.h"
+#include "gemm.cuh"
 
 namespace qlk::cuda {
 namespace {
@@ -19,6 +20,50 @@ Dropout dropout_of(double p, const int64_t* seed) {
     return {seed, dropout_threshold(p)};
 }
 
+template <class T, bool kBackward, int kRows, int kWarpsDown>
+void gemm_launch(const GemmArguments<T>& a, const Stream& stream) {
+    const int64_t columns = kBackward ? a.k : a.n;
+    const auto start = [&](auto traits) {
+        using Traits = decltype(traits);
+        const int64_t blocks = ((a.m + kRows - 1) / kRows) * ((columns + Traits::kColumns - 1) / Traits::kColumns);
+        launch(gemm_kernel<T, Traits>, blocks, Traits::kThreads, sizeof(typename Traits::Shared), stream, a);
+    };
+    // Four stages: 112 KiB at 128 rows, so twice on an SM of sm_90. Three where that is too much: 99 KiB on sm_86
+    // and 89.
+    using Four = GemmTraits<T, kBackward, kRows, kWarpsDown, 4>;
+    if constexpr (kRows == 128) {
+        if (sizeof(typename Four::Shared) > shared_limit(stream.device)) {
+            return start(GemmTraits<T, kBackward, kRows, kWarpsDown, 3>{});
+        }
+    }
+    start(Four{});
+}
+
+// Whether the tensor cores' kernel can take it; then it is launched.
+template <bool kBackward, class T>
+bool gemm(GemmArguments<T> a, const Stream& stream) {
+    if constexpr (sizeof(T) == 2) {
+        const auto on16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+        const int least = std::is_same_v<T, bf16> ? 80 : 75;
+        if (a.k % kBlock != 0 || !on16(a.weight.packed) || architecture(stream.device) < least) return false;
+        a.left_aligned = on16(a.left) && (kBackward ? a.n : a.k) % 8 == 0;
+        a.out_aligned = on16(a.out) && (kBackward ? a.k : a.n) % 8 == 0;
+        const bool small = shared_limit(stream.device) < 96 * 1024;  // sm_75
+        if (a.m <= 16) {
+            gemm_launch<T, kBackward, 16, 1>(a, stream);
+        } else if (a.m <= 32 || small) {
+            gemm_launch<T, kBackward, 32, 1>(a, stream);
+        } else if (a.m <= 64) {
+            gemm_launch<T, kBackward, 64, 2>(a, stream);
+        } else {
+            gemm_launch<T, kBackward, 128, 2>(a, stream);
+        }
+        return true;
+    } else {
+        return false;
+    }
+}
+
 template <class T>
 void forward(const LinearForwardParams& p, const int64_t* seed, const Stream& stream) {
     const T *const x = static_cast<const T*>(p.x), *const a = static_cast<const T*>(p.lora_a);
@@ -29,6 +74,10 @@ void forward(const LinearForwardParams& p, const int64_t* seed, const Stream& st
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         product_launch(DownProduct<T>{{p.m, r, {0, k}}, x, a, dropout_of(p.dropout, seed), scale, u}, stream);
     }
+    const GemmArguments<T> tiled{
+        DeviceWeight::of(p.weight), n,   k, x, u, static_cast<const T*>(p.lora_b), p.bias, Dropout{nullptr, 0},
+        static_cast<T*>(p.y),       p.m, r};
+    if (gemm<false>(tiled, stream)) return;
     product_launch(ForwardProduct<T>{{p.m, n, {r, k}},
                                      DeviceWeight::of(p.weight),
                                      x,
@@ -52,14 +101,13 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* scratch,
         product_launch(UpGradientProduct<T>{{p.m, r, {0, n}}, dy, b, scale, v}, stream);
     }
     if (p.dx) {
-        product_launch(InputGradientProduct<T>{{p.m, k, {r, n}},
-                                               DeviceWeight::of(p.weight),
-                                               dy,
-                                               v,
-                                               static_cast<const T*>(p.lora_a),
-                                               dropout,
-                                               static_cast<T*>(p.dx)},
-                       stream);
+        const T* const lora_a = static_cast<const T*>(p.lora_a);
+        T* const dx = static_cast<T*>(p.dx);
+        const DeviceWeight weight = DeviceWeight::of(p.weight);
+        const GemmArguments<T> tiled{weight, n, k, dy, v, lora_a, nullptr, dropout, dx, p.m, r, false, false};
+        if (!gemm<true>(tiled, stream)) {
+            product_launch(InputGradientProduct<T>{{p.m, k, {r, n}}, weight, dy, v, lora_a, dropout, dx}, stream);
+        }
     }
     if (r > 0 && p.da) {
         product_launch(AdapterGradientProduct<T>{{r, k, {0, p.m}}, v, static_cast<const T*>(p.x), dropout, p.da},

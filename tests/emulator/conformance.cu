@@ -79,6 +79,35 @@ struct GlobalMemory {
     static constexpr int kIn = 4, kOut = 4;
     QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) { st_global_16(out, ld_global_once_16(in)); }
 };
+// Each lane's 16 bytes are a row.
+struct Ldmatrix {
+    static constexpr int kIn = 4, kOut = 8;
+    struct Shared {
+        uint4 row[32];
+    };
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        auto& shared = shared_memory<Shared>();
+        store_shared(&shared.row[lane()], ld_global_once_16(in));
+        __syncwarp();
+        uint32_t plain[4], transposed[4];
+        ldmatrix_x4<false>(plain, &shared.row[lane()]);
+        ldmatrix_x4<true>(transposed, &shared.row[lane()]);
+        for (int i = 0; i < 4; ++i) {
+            out[i] = plain[i];
+            out[4 + i] = transposed[i];
+        }
+    }
+};
+template <class T>
+struct Mma {
+    static constexpr int kIn = 10, kOut = 4;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
+        float d[4] = {real(in[6]), real(in[7]), real(in[8]), real(in[9])};
+        mma_16x8x16<T>(d, a, in[4], in[5]);
+        for (int i = 0; i < 4; ++i) out[i] = bits(d[i]);
+    }
+};
 // Three groups of copies, the last shorter; the values come from the lane beside.
 struct AsyncCopies {
     static constexpr int kIn = 12, kOut = 12;
@@ -129,6 +158,9 @@ const std::vector<Kernel>& kernels() {
         kernel<Votes>("votes"),
         kernel<GlobalMemory>("global_memory"),
         kernel<AsyncCopies>("async_copies"),
+        kernel<Ldmatrix>("ldmatrix"),
+        kernel<Mma<bf16>>("mma_bf16"),
+        kernel<Mma<fp16>>("mma_fp16"),
     };
     return all;
 }

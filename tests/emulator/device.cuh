@@ -270,6 +270,7 @@ inline Half round_half(float value) {
 #include "kernels.h"
 
 #define QLK_DEVICE inline
+#define QLK_DEVICE_CALL inline
 
 namespace qlk::cuda {
 
@@ -331,6 +332,8 @@ class DeviceGuard {
 };
 
 inline int multiprocessors(int) { return emu::options().multiprocessors; }
+inline int architecture(int) { return emu::options().architecture; }
+inline size_t shared_limit(int) { return emu::options().max_shared_bytes; }
 
 template <class Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream, const Params& params) {

@@ -15,7 +15,7 @@ PYBIND11_MODULE(_emulated, m) {
     m.def(
         "configure",
         [](const std::string& order, const std::string& landing, uint64_t seed, bool find_races, int resident_blocks,
-           int multiprocessors, size_t max_shared_bytes) {
+           int multiprocessors, int architecture, size_t max_shared_bytes) {
             emu::Options o;
             const auto pick = [](const std::string& name, std::initializer_list<const char*> names) {
                 int i = 0;
@@ -31,11 +31,13 @@ PYBIND11_MODULE(_emulated, m) {
             o.find_races = find_races;
             o.resident_blocks = resident_blocks;
             o.multiprocessors = multiprocessors;
+            o.architecture = architecture;
             o.max_shared_bytes = max_shared_bytes;
             emu::options() = o;
         },
         py::arg("order") = "forward", py::arg("landing") = "latest", py::arg("seed") = 0, py::arg("find_races") = true,
-        py::arg("resident_blocks") = 1, py::arg("multiprocessors") = 2, py::arg("max_shared_bytes") = 227 * 1024);
+        py::arg("resident_blocks") = 1, py::arg("multiprocessors") = 2, py::arg("architecture") = 90,
+        py::arg("max_shared_bytes") = 227 * 1024);
     m.def("counters", [] { return emu::counters().json(); });
     m.def("reset_counters", [] { emu::counters() = {}; });
     m.def("conformance_kernels", [] {

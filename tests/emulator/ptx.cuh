@@ -63,4 +63,72 @@ inline uint32_t cvt_fp16x2(float low, float high, emu::Site s = emu::Site::here(
     return static_cast<uint32_t>(emu::round_half(high).bits) << 16 | emu::round_half(low).bits;
 }
 
+template <bool kTransposed>
+void ldmatrix_x4(uint32_t (&d)[4], const void* row, emu::Site s = emu::Site::here()) {
+    emu::access(emu::Space::kShared, emu::Kind::kLoad, row, 16, s);
+    struct Row {
+        uint16_t element[8];
+    };
+    struct Four {
+        uint32_t word[4];
+    };
+    Row mine;
+    std::memcpy(&mine, row, 16);
+    const Four result = emu::warp_op<Four>(
+        "ldmatrix", 0xffffffffu, mine,
+        [](uint32_t, const auto& rows, auto& out) {
+            for (int lane = 0; lane < 32; ++lane) {
+                for (int matrix = 0; matrix < 4; ++matrix) {
+                    const int a = lane / 4, b = lane % 4 * 2;
+                    const auto at = [&](int i, int j) -> uint32_t {
+                        return kTransposed ? rows[matrix * 8 + j].element[i] : rows[matrix * 8 + i].element[j];
+                    };
+                    out[lane].word[matrix] = at(a, b) | at(a, b + 1) << 16;
+                }
+            }
+        },
+        s);
+    for (int i = 0; i < 4; ++i) d[i] = result.word[i];
+}
+
+template <class T>
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emu::Site s = emu::Site::here()) {
+    struct Input {
+        uint32_t a[4], b[2];
+        float c[4];
+    };
+    struct Output {
+        float d[4];
+    };
+    const Input input{{a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
+    const Output output = emu::warp_op<Output>(
+        "mma", 0xffffffffu, input,
+        [](uint32_t, const auto& in, auto& out) {
+            const auto half = [](uint32_t word, int which) {
+                return to_float(from_bits<T>(static_cast<uint16_t>(word >> (16 * which))));
+            };
+            float left[16][16], right[16][8];
+            for (int lane = 0; lane < 32; ++lane) {
+                const int g = lane / 4, t = lane % 4;
+                for (int e = 0; e < 2; ++e) {
+                    for (int i = 0; i < 4; ++i) left[g + i % 2 * 8][2 * t + e + i / 2 * 8] = half(in[lane].a[i], e);
+                    for (int i = 0; i < 2; ++i) right[2 * t + e + i * 8][g] = half(in[lane].b[i], e);
+                }
+            }
+            // How a card rounds within one product is not specified; here, once, at its end.
+            for (int lane = 0; lane < 32; ++lane) {
+                for (int i = 0; i < 4; ++i) {
+                    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+                    double sum = in[lane].c[i];
+                    for (int k = 0; k < 16; ++k) {
+                        sum += static_cast<double>(left[row][k]) * static_cast<double>(right[k][column]);
+                    }
+                    out[lane].d[i] = static_cast<float>(sum);
+                }
+            }
+        },
+        s);
+    for (int i = 0; i < 4; ++i) d[i] = output.d[i];
+}
+
 }  // namespace qlk::cuda

@@ -29,11 +29,15 @@ ORDERING = re.compile(
 )
 #: The tests of each source, those first that are quickest to fail: a file, and what to select in it.
 QUANTIZATION = tuple(
-    ("tests/test_quantize.py", words)
-    for words in ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "emulated")
+    ("tests/test_quantize.py", f"emulated and {words}")
+    for words in ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "test")
 )
 TESTS = {
-    "product": (("tests/test_ops.py", "test_forward_and_dx_within_the_contract"), ("tests/test_ops.py", "emulated"))
+    "gemm": (("tests/test_cuda.py", "emulated and tensor_cores"), ("tests/test_cuda.py", "pipeline or emulated")),
+    "product": (
+        ("tests/test_ops.py", "emulated and test_forward_and_dx_within_the_contract"),
+        ("tests/test_ops.py", "emulated"),
+    ),
 }
 
 
@@ -67,8 +71,7 @@ def without(place: Place) -> str:
 def failing_test(module: Path, tests=QUANTIZATION) -> str | None:
     """The first test that fails with a module of the emulator, or None."""
     environment = {**os.environ, "QLORA_KERNELS_EMULATOR_MODULE": str(module), "OMP_NUM_THREADS": "1"}
-    for file, words in tests:
-        expression = f"emulated and {words}"
+    for file, expression in tests:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
         done = subprocess.run(
             [*command, "-k", expression], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600

@@ -1,0 +1,348 @@
+// The layer's products on tensor cores, for 16-bit types and many rows:
+//
+//     forward    y = u B^T + x W^T + bias            columns: N   depth: K
+//     backward   dx = mask(v A) + dy W               columns: K   depth: N
+//
+// A thread block makes kRows x 128 outputs, 8 warps in a grid of kWarpsDown x (8 / kWarpsDown). Each step of 64 along
+// depth needs 128 blocks of 64 weights, from one packed copy in its natural order: forward, 128 rows of W by 64
+// columns; backward, 64 rows by 128 columns, which ldmatrix transposes on the way. Codes and the left operand come by
+// cp.async, kStages deep; four warps decode the codes of the next step to shared memory while all eight multiply this
+// one's, and the other four take the step after, so that each scheduler has one warp of either kind. One barrier a
+// step: after it, this step's weights are decoded, the copies of the next have landed, and what the last step read may
+// be overwritten.
+//
+// Why decode in the main loop: at 128 rows a weight costs 0.1 clock of an SM's tensor cores (sm_90's mma.sync) and 0.04
+// of its integer units, which run beside them. Panels in L2 would spare the repeats in every row of blocks, and pay
+// with 4 bytes of L2 traffic a weight.
+//
+// The low-rank part goes first, 64 of r at a time, so that dropout's mask can be put on it alone.
+//
+// Shared memory: kStages * (kRows * 128 + 4096) + 2 * 16384 bytes. 16-byte pieces are swizzled by row: neither ldmatrix
+// nor any store has a bank conflict.
+#pragma once
+
+#include "decode.cuh"
+#include "dropout.cuh"
+
+namespace qlk::cuda {
+
+template <class T>
+struct GemmArguments {
+    DeviceWeight weight;
+    int64_t n, k;
+    const T* left;       // x [m, k] or dy [m, n]
+    const T* low_left;   // u or v [m, r]
+    const T* low_right;  // lora_b [n, r] or lora_a [r, k]
+    const float* bias;   // [n] or null; forward alone
+    Dropout dropout;     // backward alone
+    T* out;              // [m, n] or [m, k]
+    int64_t m, r;
+    bool left_aligned;  // its rows lie on 16 bytes; otherwise they are read element by element
+    bool out_aligned;   // likewise, written
+};
+
+template <class T, bool kBackward_, int kRows_, int kWarpsDown_, int kStages_>
+struct GemmTraits {
+    static constexpr bool kBackward = kBackward_;
+    static constexpr int kRows = kRows_, kWarpsDown = kWarpsDown_, kStages = kStages_;
+    static constexpr int kThreads = 256;
+    static constexpr int kColumns = 128;
+    static constexpr int kDepth = 64;
+    static constexpr int kWarpRows = kRows / kWarpsDown;
+    static constexpr int kWarpColumns = kColumns / (8 / kWarpsDown);
+    static constexpr int kUnits = kColumns * kDepth / kBlock;  // blocks of weights in a step
+    static constexpr int kPitch = kColumns + 8;                // of the results in shared memory
+    static_assert(sizeof(T) == 2);
+    static_assert(kDepth == kBlock, "a row of a forward tile is one block of weights");
+    static_assert(kUnits == kThreads / 2, "half of the threads decode, a block each");
+    static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0);
+
+    struct Loop {
+        T left[kStages][kRows * kDepth];
+        uint4 codes[kStages][kUnits * 2];
+        T weights[2][kColumns * kDepth];
+    };
+    union Shared {
+        Loop loop;
+        T out[kRows * kPitch];
+    };
+};
+
+// Where a 16-byte piece of a row lies, in elements. Rows of 64 elements have 8 pieces, of 128 elements 16.
+template <int kWidth>
+QLK_DEVICE int swizzled(int row, int piece) {
+    return row * kWidth + (piece ^ (row & 7)) * 8;
+}
+
+template <class T, class Traits>
+struct Gemm {
+    using Shared = typename Traits::Shared;
+    static constexpr bool kBackward = Traits::kBackward;
+    static constexpr int kDownTiles = Traits::kWarpRows / 16, kAcrossTiles = Traits::kWarpColumns / 8;
+    static constexpr int kWeightWidth = kBackward ? Traits::kColumns : Traits::kDepth;
+
+    const GemmArguments<T>& a;
+    typename Traits::Loop& shared;
+    int64_t first_row, first_column, depth;
+    int self, lane, warp;
+    float sum[kDownTiles][kAcrossTiles][4];
+
+    // Block `unit` of the weights of a step: its row of W, and its block in that row.
+    QLK_DEVICE bool unit_at(int64_t step, int unit, int64_t& row, int64_t& block) const {
+        if constexpr (kBackward) {
+            row = step * Traits::kDepth + unit % Traits::kDepth;
+            block = first_column / kBlock + unit / Traits::kDepth;
+        } else {
+            row = first_column + unit;
+            block = step;
+        }
+        return row < a.n && block < a.k / kBlock;
+    }
+
+    QLK_DEVICE void copy_step(int64_t step, int stage) {
+        // What lies outside is zeros; its address, which is not read, stays inside.
+        for (int i = self; i < Traits::kRows * 8; i += Traits::kThreads) {
+            const int row = i / 8, piece = i % 8;
+            const int64_t at = step * Traits::kDepth + piece * 8;
+            T* const to = &shared.left[stage][swizzled<Traits::kDepth>(row, piece)];
+            const T* const from = a.left + (first_row + row) * depth + at;
+            if (a.left_aligned) {
+                const bool inside = first_row + row < a.m && at < depth;
+                cp_async_16(to, inside ? from : a.left, inside ? 16 : 0);
+            } else {
+#pragma unroll 1
+                for (int e = 0; e < 8; ++e) {
+                    const bool inside = first_row + row < a.m && at + e < depth;
+                    store_shared(to + e, inside ? load_global(from + e) : from_float<T>(0.0f));
+                }
+            }
+        }
+        const int unit = self / 2, half = self % 2;
+        int64_t row, block;
+        const bool inside = unit_at(step, unit, row, block);
+        cp_async_16(&shared.codes[stage][code_slot(unit, half)],
+                    inside ? a.weight.packed + (row * a.k + block * kBlock) / 2 + half * 16 : a.weight.packed,
+                    inside ? 16 : 0);
+    }
+
+    // 8 neighbouring units, read together, lie in 8 different groups of banks.
+    QLK_DEVICE static int code_slot(int unit, int half) { return unit * 2 + (half ^ (unit >> 2 & 1)); }
+
+    QLK_DEVICE float constant(int64_t step) const {
+        int64_t row, block;
+        const bool inside = step * Traits::kDepth < depth && unit_at(step, self % Traits::kUnits, row, block);
+        return inside ? decode_absmax(a.weight, row * (a.k / kBlock) + block) : 0.0f;
+    }
+
+    // Decodes the block of weights that is this thread's in a step.
+    QLK_DEVICE void decode(int stage, int buffer, float absmax) {
+        const int unit = self % Traits::kUnits;
+        const int row = kBackward ? unit % Traits::kDepth : unit;
+        const int first_piece = kBackward ? unit / Traits::kDepth * 8 : 0;
+        BlockTable<T> table;
+        table.fill(a.weight.levels, absmax);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint4 codes = load_shared(&shared.codes[stage][code_slot(unit, half)]);
+            const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                T* const to = &shared.weights[buffer][swizzled<kWeightWidth>(row, first_piece + half * 4 + i)];
+                store_shared(reinterpret_cast<uint4*>(to), table.decode(words[i]));
+            }
+        }
+    }
+
+    // sum += left[rows, 16 * pieces] * weights, of one stage and one buffer.
+    QLK_DEVICE void multiply(int stage, int buffer, int pieces) {
+        const int down = warp % Traits::kWarpsDown * Traits::kWarpRows;
+        const int across = warp / Traits::kWarpsDown * Traits::kWarpColumns;
+#pragma unroll
+        for (int piece = 0; piece < Traits::kDepth / 16; ++piece) {
+            if (piece >= pieces) break;
+            uint32_t left[kDownTiles][4];
+#pragma unroll
+            for (int i = 0; i < kDownTiles; ++i) {
+                ldmatrix_x4<false>(
+                    left[i],
+                    &shared.left[stage][swizzled<Traits::kDepth>(down + i * 16 + lane % 16, piece * 2 + lane / 16)]);
+            }
+#pragma unroll
+            for (int j = 0; j < kAcrossTiles; j += 2) {
+                // Two tiles of 8 columns: depth 0-7 and 8-15 of the first, then of the second.
+                const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
+                const int column = across + j * 8;
+                uint32_t right[4];
+                if constexpr (kBackward) {
+                    ldmatrix_x4<true>(right, &shared.weights[buffer][swizzled<kWeightWidth>(
+                                                 piece * 16 + middle * 8 + low, column / 8 + high)]);
+                } else {
+                    ldmatrix_x4<false>(
+                        right,
+                        &shared.weights[buffer][swizzled<kWeightWidth>(column + high * 8 + low, piece * 2 + middle)]);
+                }
+#pragma unroll
+                for (int i = 0; i < kDownTiles; ++i) {
+                    mma_16x8x16<T>(sum[i][j], left[i], right[0], right[1]);
+                    mma_16x8x16<T>(sum[i][j + 1], left[i], right[2], right[3]);
+                }
+            }
+        }
+    }
+
+    // u B^T, or v A with dropout's mask on it.
+    QLK_DEVICE void low_rank() {
+        for (int64_t first = 0; first < a.r; first += Traits::kDepth) {
+            const auto element = [&](const T* matrix, bool inside, int64_t at) {
+                return inside ? load_global(matrix + at) : from_float<T>(0.0f);
+            };
+#pragma unroll 1
+            for (int i = self; i < Traits::kRows * Traits::kDepth; i += Traits::kThreads) {
+                const int row = i / Traits::kDepth, at = i % Traits::kDepth;
+                const bool inside = first_row + row < a.m && first + at < a.r;
+                store_shared(&shared.left[0][swizzled<Traits::kDepth>(row, at / 8) + at % 8],
+                             element(a.low_left, inside, (first_row + row) * a.r + first + at));
+            }
+#pragma unroll 1
+            for (int i = self; i < Traits::kColumns * Traits::kDepth; i += Traits::kThreads) {
+                const int row = i / kWeightWidth, at = i % kWeightWidth;
+                bool inside;
+                int64_t from;
+                if constexpr (kBackward) {
+                    inside = first + row < a.r && first_column + at < a.k;
+                    from = (first + row) * a.k + first_column + at;
+                } else {
+                    inside = first_column + row < a.n && first + at < a.r;
+                    from = (first_column + row) * a.r + first + at;
+                }
+                store_shared(&shared.weights[0][swizzled<kWeightWidth>(row, at / 8) + at % 8],
+                             element(a.low_right, inside, from));
+            }
+            __syncthreads();
+            const int64_t left = a.r - first;
+            multiply(0, 0, static_cast<int>(left < Traits::kDepth ? (left + 15) / 16 : Traits::kDepth / 16));
+            __syncthreads();
+        }
+        if (kBackward && a.dropout.seed && a.r > 0) {
+            each_output([&](int row, int column, float& value) {
+                const int64_t at = (first_row + row) * a.k + first_column + column;
+                if (!dropout_keeps(a.dropout.seed, a.dropout.threshold, at)) value = 0.0f;
+            });
+        }
+    }
+
+    template <class F>
+    QLK_DEVICE void each_output(F f) {
+        const int down = warp % Traits::kWarpsDown * Traits::kWarpRows;
+        const int across = warp / Traits::kWarpsDown * Traits::kWarpColumns;
+#pragma unroll
+        for (int i = 0; i < kDownTiles; ++i) {
+#pragma unroll
+            for (int j = 0; j < kAcrossTiles; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    f(down + i * 16 + lane / 4 + e / 2 * 8, across + j * 8 + lane % 4 * 2 + e % 2, sum[i][j][e]);
+                }
+            }
+        }
+    }
+
+    QLK_DEVICE void run() {
+#pragma unroll
+        for (int i = 0; i < kDownTiles; ++i) {
+#pragma unroll
+            for (int j = 0; j < kAcrossTiles; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sum[i][j][e] = 0.0f;
+            }
+        }
+        low_rank();
+
+        const int64_t steps = (depth + Traits::kDepth - 1) / Traits::kDepth;
+        const int team = warp / 4;  // decodes the steps whose number is its own modulo 2
+        for (int step = 0; step < Traits::kStages - 1; ++step) {
+            if (step < steps) copy_step(step, step);
+            cp_async_commit();
+        }
+        float absmax = constant(team);
+        cp_async_wait<Traits::kStages - 2>();
+        __syncthreads();
+        if (team == 0) {
+            decode(0, 0, absmax);
+            absmax = constant(2);
+        }
+        int stage = 0;
+        for (int64_t step = 0; step < steps; ++step) {
+            const int next_stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
+            const int last_stage = stage == 0 ? Traits::kStages - 1 : stage - 1;
+            // The copies of the next step, whose codes are about to be decoded.
+            cp_async_wait<Traits::kStages - 3>();
+            __syncthreads();
+            if (step + Traits::kStages - 1 < steps) copy_step(step + Traits::kStages - 1, last_stage);
+            cp_async_commit();
+            if (step + 1 < steps && team == static_cast<int>((step + 1) % 2)) {
+                decode(next_stage, static_cast<int>((step + 1) % 2), absmax);
+                absmax = constant(step + 3);
+            }
+            multiply(stage, static_cast<int>(step % 2), Traits::kDepth / 16);
+            stage = next_stage;
+        }
+    }
+
+    QLK_DEVICE void store(T* staged) {
+        if (!kBackward && a.bias) {
+            each_output([&](int, int column, float& value) {
+                if (first_column + column < a.n) value += load_global(a.bias + first_column + column);
+            });
+        }
+        __syncthreads();  // nobody reads the operands any more, whose place the results take
+        const int down = warp % Traits::kWarpsDown * Traits::kWarpRows + lane / 4;
+        const int across = warp / Traits::kWarpsDown * Traits::kWarpColumns + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < kDownTiles; ++i) {
+#pragma unroll
+            for (int j = 0; j < kAcrossTiles; ++j) {
+                uint32_t* const to =
+                    reinterpret_cast<uint32_t*>(staged + (down + i * 16) * Traits::kPitch + across + j * 8);
+                store_shared(to, pack_pair<T>(sum[i][j][0], sum[i][j][1]));
+                store_shared(to + 8 * Traits::kPitch / 2, pack_pair<T>(sum[i][j][2], sum[i][j][3]));
+            }
+        }
+        __syncthreads();
+        const int64_t columns = kBackward ? a.k : a.n;
+        for (int i = self; i < Traits::kRows * (Traits::kColumns / 8); i += Traits::kThreads) {
+            const int row = i / (Traits::kColumns / 8), piece = i % (Traits::kColumns / 8);
+            if (first_row + row >= a.m || first_column + piece * 8 >= columns) continue;
+            const T* const from = staged + row * Traits::kPitch + piece * 8;
+            T* const to = a.out + (first_row + row) * columns + first_column + piece * 8;
+            if (a.out_aligned) {
+                st_global_16(to, load_shared(reinterpret_cast<const uint4*>(from)));
+            } else {
+#pragma unroll 1
+                for (int e = 0; e < 8 && first_column + piece * 8 + e < columns; ++e) {
+                    store_global(to + e, load_shared(from + e));
+                }
+            }
+        }
+    }
+};
+
+// Blocks go down the rows first: those that run together share their weights in L2.
+template <class T, class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) gemm_kernel(const __grid_constant__ GemmArguments<T> a) {
+    auto& shared = shared_memory<typename Traits::Shared>();
+    const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
+    Gemm<T, Traits> gemm{a,
+                         shared.loop,
+                         static_cast<int64_t>(blockIdx.x % down) * Traits::kRows,
+                         static_cast<int64_t>(blockIdx.x / down) * Traits::kColumns,
+                         Traits::kBackward ? a.n : a.k,
+                         static_cast<int>(threadIdx.x),
+                         static_cast<int>(threadIdx.x % 32),
+                         static_cast<int>(threadIdx.x / 32),
+                         {}};
+    gemm.run();
+    gemm.store(shared.out);
+}
+
+}  // namespace qlk::cuda
