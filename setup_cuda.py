@@ -256,7 +256,9 @@ def _native(environment: Mapping[str, str]) -> Plan:
     known = tuple(one for one in seen if compiler.knows(one))
     if not known:
         return Plan(note=f"{alone}, as {nvcc} of CUDA {compiler.release} does not know that architecture")
-    return Plan(known, compiler)
+    left_out = [one for one in seen if one not in known]
+    note = f"built without {', '.join(left_out)}: nvcc of CUDA {compiler.release} does not know it" if left_out else ""
+    return Plan(known, compiler, note)
 
 
 if __name__ == "__main__":  # as CMakeLists.txt asks

@@ -119,8 +119,8 @@ def linear(
         lora_B: [N, r], likewise.
         scaling: the factor s of the low-rank term, alpha / r or alpha / sqrt(r).
         dropout: probability in [0, 1) of dropping an element of x on the low-rank path.
-        seed: int64 tensor with one element that determines the dropout mask (Philox 4x32-10); drawn from torch's
-            generator when not given.
+        seed: int64 tensor with one element that determines the dropout mask (Philox 4x32-10), on x's device or on the
+            CPU; drawn from the generator of x's device when not given.
 
     Returns:
         [..., N] of x's dtype.
@@ -133,6 +133,8 @@ def linear(
     not come along, and the child waits for them forever, as in torch's own operations. Processes that the start method
     "spawn" made can, and forked ones (a DataLoader's workers, say) that do not call it are fine.
     """
+    if not isinstance(weight, NF4Weight):
+        raise TypeError(f"weight should be an NF4Weight, as quantize() gives, found {type(weight).__name__}")
     device = x.device.type
     # The meta device has no autocast to ask about.
     if device != "meta" and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
@@ -148,7 +150,7 @@ def linear(
     if lora_A is None and lora_B is None and 0.0 < dropout < 1.0:
         dropout = 0.0  # nothing to drop, and no seed to ask for
     if dropout > 0.0 and seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B)):
         # torch's own error speaks of setup_context, which is nothing to the caller. The question costs 60 ns.

@@ -62,6 +62,11 @@ def cuda(device: torch.device) -> CUDA:
     return CUDA(native().cuda)
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, where nothing can be read back."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def non_finite(weight: Tensor, index: tuple[int, ...], name: str) -> ValueError:
     """The error for a weight that cannot be quantized."""
     return ValueError(f"{name} holds {weight[index].item()} at index {index}; only finite weights can be quantized")

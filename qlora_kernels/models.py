@@ -114,6 +114,8 @@ def quantize_model(
         RuntimeError: when there are no kernels for a device (the model is as it was), or when something else failed
             after the first layer; the message says which layers are 4-bit already.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, found {type(model).__name__}")
     if isinstance(model, nn.Linear):
         raise ValueError(
             "the model is itself a linear layer, which has no place to swap it in; use QLinear.from_linear"

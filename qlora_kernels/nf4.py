@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import ops
+from .backends import capturing
 from .errors import require
 
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -300,7 +301,11 @@ def quantize(
     )
     weight = weight.detach().contiguous()
     if double_quant:
-        nested_table = default_nested_table(weight.device) if nested_table is None else nested_table
+        if nested_table is None:
+            nested_table = default_nested_table(weight.device)
+        elif isinstance(nested_table, torch.Tensor) and not capturing(nested_table):
+            finite = nested_table.is_meta or bool(nested_table.isfinite().all())
+            require(finite, ValueError, "nested_table holds a value that is not finite")
         packed, absmax, nested_absmax, nested_offset = ops.quantize_nested(weight, nested_table, name)
     else:
         packed, absmax = ops.quantize(weight, name)

@@ -8,10 +8,9 @@ weight travels as its five pieces (see :class:`qlora_kernels.NF4Weight`).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends
 from .errors import require
@@ -158,7 +157,7 @@ def check_finite(weight: Tensor, constants: Tensor, name: str) -> None:
     """
     if backends.of(constants).refuses_non_finite:
         return
-    if constants.is_cuda and torch.cuda.is_current_stream_capturing():
+    if backends.capturing(constants):
         return
     if not constants.isfinite().all():
         bad = (~weight.isfinite()).nonzero()
@@ -375,6 +374,8 @@ def _check_lora(
             ValueError,
             "dropout needs a seed: an int64 tensor with one element",
         )
+        if seed.device != device and seed.device.type != "cpu":
+            raise ValueError(f"the seed is on {seed.device}, but the weight on {device}")
     return r
 
 
@@ -545,9 +546,19 @@ linear_forward = torch.ops.qlora_kernels.linear_forward.default
 linear_backward = torch.ops.qlora_kernels.linear_backward.default
 
 
-@functools.cache
+_tables: dict[torch.device, Tensor] = {}
+
+
 def default_nested_table(device: torch.device | str = "cpu") -> Tensor:
     """float32 [256], one tensor for each device: entry b is the FP8 E4M3 value of byte b, divided by 448."""
-    # Kept for good, so not an inference tensor, which autograd could not save.
+    device = torch.device(device)
+    # Under a mode such as FakeTensorMode a tensor is something else, and nothing to keep.
+    plain = _get_current_dispatch_mode() is None
+    if plain and device in _tables:
+        return _tables[device]
+    # Kept for good, so not an inference tensor, which autograd could not save; nor on a default device.
     with torch.inference_mode(False):
-        return torch.tensor(backends.native().e4m3_table(), dtype=torch.float32).to(device)
+        table = torch.tensor(backends.native().e4m3_table(), dtype=torch.float32, device="cpu").to(device)
+    if plain:
+        _tables[device] = table
+    return table

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import qlora_kernels
-from qlora_kernels import linear, ops, reference
+from qlora_kernels import linear, ops, quantize, reference
 
 N, K, R = 72, 100, 4  # K is no multiple of 64, so that blocks straddle rows
 SCALING = 0.7
@@ -343,3 +343,21 @@ def test_what_works_under_torch_func(weight):
     doubled = {name: 2 * value for name, value in layer.named_parameters() if "lora" in name}
     expected = linear(x, weight, None, doubled["lora_A.default"], doubled["lora_B.default"], scaling=layer.scaling)
     assert torch.equal(torch.func.functional_call(layer, doubled, (x,)), expected)
+
+
+def test_the_seed_of_dropout_lies_with_x():
+    weight = quantize(torch.randn(8, 64))
+    x, A, B = torch.randn(3, 64), torch.randn(2, 64), torch.randn(8, 2)
+    with pytest.raises(ValueError, match="the seed is on meta, but the weight on cpu"):
+        linear(x, weight, None, A, B, dropout=0.5, seed=torch.zeros(1, dtype=torch.int64, device="meta"))
+    torch.manual_seed(3)
+    expected = linear(x, weight, None, A, B, dropout=0.5)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        found = linear(x, weight, None, A, B, dropout=0.5)
+    assert torch.equal(found, expected)
+
+
+def test_a_dense_weight_is_refused():
+    with pytest.raises(TypeError, match=r"weight should be an NF4Weight, as quantize\(\) gives, found Tensor"):
+        linear(torch.randn(3, 64), torch.randn(8, 64))

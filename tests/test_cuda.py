@@ -141,10 +141,18 @@ def test_a_launch_that_fails_is_an_exception_and_the_next_one_works():
 def test_errors_of_the_launchers_say_where(cuda_engine):
     kernels = backends.native().cuda if cuda_engine == "cuda" else module()
     queue = (0, 0)
-    with pytest.raises(RuntimeError, match=r"csrc/cuda/quantize\.cu:\d+: .*multiple.*failed: on\(p\.weight"):
+    with pytest.raises(
+        RuntimeError, match=r"csrc/cuda/aligned\.h:\d+: the weight to quantize .*of 4.*failed: \(lies_on"
+    ):
         kernels.quantize(2, 0, 0, 0, 64, 0, *queue)
-    with pytest.raises(RuntimeError, match=r"csrc/cuda/dequantize\.cu:\d+: .*multiple"):
+    with pytest.raises(RuntimeError, match=r"csrc/cuda/aligned\.h:\d+: the result of dequantize .*multiple"):
         kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 1, 0, *queue)
+    with pytest.raises(RuntimeError, match=r"aligned\.h:\d+: the constants of a weight should lie on a multiple of 4"):
+        kernels.dequantize((0, 2, 0, 0, 0, 0, 1, 64), 0, 0, 1, 0, *queue)
+    with pytest.raises(RuntimeError, match="x, u, y, lora_A and lora_B should lie on a multiple of 2 bytes"):
+        kernels.linear_forward((0, 0, 0, 0, 0, 0, 1, 64), 1, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 1, *queue)
+    with pytest.raises(RuntimeError, match="dy, x, u, dx, lora_A and lora_B should lie on a multiple of 4 bytes"):
+        kernels.linear_backward((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, *queue)
     with pytest.raises(RuntimeError, match="unknown dtype code 7"):
         kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 0, 0, 1, 7, *queue)
     with pytest.raises(RuntimeError, match=r"quantize_absmax\.cu:\d+: there are no constants"):
@@ -379,6 +387,24 @@ def test_quantization_and_dequantization_in_a_graph():
         expected = quantize(weight.cpu())
         assert all(torch.equal(a, b) for a, b in zip(pieces_on_the_cpu(quantized), expected.pieces, strict=True))
         assert torch.equal(dense.cpu(), expected.dequantize(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_a_layer_with_dropout_in_a_graph():
+    weight = make_weight(64, 128).to("cuda")
+    x, A, B = (torch.randn(*s, device="cuda").bfloat16() for s in ((20, 128), (4, 128), (64, 4)))
+    with torch.no_grad():
+        linear(x, weight, None, A, B, dropout=0.5)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(x, weight, None, A, B, dropout=0.5)
+        graph.replay()
+        first = y.clone()
+        graph.replay()
+    # Each replay draws a seed of its own.
+    assert torch.isfinite(first).all()
+    assert not torch.equal(first, y)
 
 
 @pytest.mark.gpu

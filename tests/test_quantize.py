@@ -176,6 +176,25 @@ def test_double_quantization_of_equal_constants_and_of_another_table(engine):
     assert (decoded - absmax).abs().max() <= nested_absmax.max() / 255 * 1.01
 
 
+def test_a_table_of_the_caller_that_is_not_finite_is_refused(engine):
+    table = default_nested_table().clone()
+    table[7] = torch.inf
+    with pytest.raises(ValueError, match="nested_table holds a value that is not finite"):
+        quantize(torch.randn(4, 64), nested_table=table.to(torch.empty(0).device))
+
+
+def test_the_table_is_kept_out_of_modes_and_default_devices():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    weight = torch.randn(4, 64)
+    with FakeTensorMode():
+        assert quantize(torch.randn(4, 64)).packed.shape == (128,)
+    with torch.device("meta"):
+        inner = quantize(weight)
+    assert torch.equal(quantize(weight).dequantize(), inner.dequantize())
+    assert type(default_nested_table()) is torch.Tensor
+
+
 def test_a_table_that_is_not_finite_is_refused():
     with pytest.raises(RuntimeError, match="not finite"):
         ops.quantize_absmax(torch.rand(500), torch.full((256,), torch.nan))

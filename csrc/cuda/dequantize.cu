@@ -1,5 +1,7 @@
 #include "dequantize.cuh"
 
+#include "aligned.h"
+
 namespace qlk::cuda {
 namespace {
 
@@ -10,9 +12,9 @@ void dequantize_launch(const DequantizeParams& p, const Stream& stream) {
                                         p.row_end * p.weight.k};
     const int64_t count = arguments.end - arguments.begin;
     if (count == 0) return;
-    const auto on = [](const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; };
-    QLK_CHECK(on(p.out, sizeof(T)), "the result of dequantize does not lie on a multiple of its elements' size");
-    const bool aligned = arguments.begin % kBlock == 0 && on(p.out, 16) && on(p.weight.packed, 16);
+    require_aligned(p.weight);
+    require_aligned(sizeof(T), "the result of dequantize", p.out);
+    const bool aligned = arguments.begin % kBlock == 0 && lies_on(p.out, 16) && lies_on(p.weight.packed, 16);
     const int64_t blocks = (count + Traits::kTile * Traits::kWarps - 1) / (Traits::kTile * Traits::kWarps);
     const DeviceGuard guard(stream.device);
     launch(aligned ? dequantize_kernel<T, true> : dequantize_kernel<T, false>, blocks, Traits::kThreads,

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -115,12 +116,18 @@ inline int multiprocessors(int device) {
     return count;
 }
 
-// Ten times the major compute capability, and the minor: 90 for sm_90.
-inline int architecture(int device) {
-    int major = 0, minor = 0;
-    QLK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    QLK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    return 10 * major + minor;
+// The architecture whose instructions a kernel has on a device, 80 for compute_80: not the card's own, where the driver
+// has compiled it from PTX of an older one. Asked for once: it costs a microsecond.
+template <class Params>
+int compiled_for(void (*kernel)(Params), int device) {
+    static std::atomic<int> known[64] = {};
+    std::atomic<int>* const slot = device < 64 ? &known[device] : nullptr;
+    if (slot && slot->load(std::memory_order_relaxed) > 0) return slot->load(std::memory_order_relaxed);
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes = {};
+    QLK_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+    if (slot) slot->store(attributes.ptxVersion, std::memory_order_relaxed);
+    return attributes.ptxVersion;
 }
 
 // The most shared memory that a block may ask for.

@@ -1,6 +1,7 @@
 #include "linear.cuh"
 
 #include "../philox.h"
+#include "aligned.h"
 #include "gemm.cuh"
 
 namespace qlk::cuda {
@@ -28,8 +29,7 @@ void gemm_launch(const GemmArguments<T>& a, const Stream& stream) {
         const int64_t blocks = ((a.m + kRows - 1) / kRows) * ((columns + Traits::kColumns - 1) / Traits::kColumns);
         launch(gemm_kernel<T, Traits>, blocks, Traits::kThreads, sizeof(typename Traits::Shared), stream, a);
     };
-    // Four stages: 112 KiB at 128 rows, so twice on an SM of sm_90. Three where that is too much: 99 KiB on sm_86
-    // and 89.
+    // Four stages: 112 KiB at 128 rows. Three where that is too much: sm_86 and sm_89 give a block 99 KiB.
     using Four = GemmTraits<T, kBackward, kRows, kWarpsDown, 4>;
     if constexpr (kRows == 128) {
         if (sizeof(typename Four::Shared) > shared_limit(stream.device)) {
@@ -43,11 +43,12 @@ void gemm_launch(const GemmArguments<T>& a, const Stream& stream) {
 template <bool kBackward, class T>
 bool gemm(GemmArguments<T> a, const Stream& stream) {
     if constexpr (sizeof(T) == 2) {
-        const auto on16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
         const int least = std::is_same_v<T, bf16> ? 80 : 75;
-        if (a.k % kBlock != 0 || !on16(a.weight.packed) || architecture(stream.device) < least) return false;
-        a.left_aligned = on16(a.left) && (kBackward ? a.n : a.k) % 8 == 0;
-        a.out_aligned = on16(a.out) && (kBackward ? a.k : a.n) % 8 == 0;
+        if (a.k % kBlock != 0 || !lies_on(a.weight.packed, 16) ||
+            compiled_for(gemm_kernel<T, GemmTraits<T, kBackward, 32, 1, 4>>, stream.device) < least)
+            return false;
+        a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
+        a.out_aligned = lies_on(a.out, 16) && (kBackward ? a.k : a.n) % 8 == 0;
         const bool small = shared_limit(stream.device) < 96 * 1024;  // sm_75
         if (a.m <= 16) {
             gemm_launch<T, kBackward, 16, 1>(a, stream);
@@ -66,6 +67,10 @@ bool gemm(GemmArguments<T> a, const Stream& stream) {
 
 template <class T>
 void forward(const LinearForwardParams& p, const int64_t* seed, const Stream& stream) {
+    require_aligned(p.weight);
+    require_aligned(sizeof(T), "x, u, y, lora_A and lora_B", p.x, p.u, p.y, p.lora_a, p.lora_b);
+    require_aligned(8, "the seed", seed);
+    require_aligned(4, "the bias", p.bias);
     const T *const x = static_cast<const T*>(p.x), *const a = static_cast<const T*>(p.lora_a);
     T* const u = static_cast<T*>(p.u);
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
@@ -90,6 +95,10 @@ void forward(const LinearForwardParams& p, const int64_t* seed, const Stream& st
 
 template <class T>
 void backward(const LinearBackwardParams& p, const int64_t* seed, void* scratch, const Stream& stream) {
+    require_aligned(p.weight);
+    require_aligned(sizeof(T), "dy, x, u, dx, lora_A and lora_B", p.dy, p.x, p.u, p.dx, p.lora_a, p.lora_b, scratch);
+    require_aligned(8, "the seed", seed);
+    require_aligned(4, "the gradients of the adapters", p.da, p.db);
     const T *const dy = static_cast<const T*>(p.dy), *const b = static_cast<const T*>(p.lora_b);
     T* const v = static_cast<T*>(scratch);
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;

@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "aligned.h"
 #include "quantize.cuh"
 
 namespace qlk::cuda {
@@ -9,9 +10,10 @@ template <class T>
 void quantize_launch(const QuantizeParams& p, double* sums, const Stream& stream) {
     using Traits = QuantizeTraits<T>;
     if (p.count == 0) return;
-    const auto on = [](const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; };
-    QLK_CHECK(on(p.weight, sizeof(T)), "the weight to quantize does not lie on a multiple of its elements' size");
-    QuantizeArguments a{p.weight, p.packed, p.absmax, sums, p.count, on(p.weight, 16) && on(p.packed, 4), {}};
+    require_aligned(sizeof(T), "the weight to quantize", p.weight);
+    require_aligned(8, "the sums of a weight's constants", sums);
+    require_aligned(4, "the constants of a weight", p.absmax);
+    QuantizeArguments a{p.weight, p.packed, p.absmax, sums, p.count, lies_on(p.weight, 16) && lies_on(p.packed, 4), {}};
     for (int i = 0; i < 15; ++i) {
         a.midpoints[i] = (static_cast<double>(kLevels[i]) + static_cast<double>(kLevels[i + 1])) / 2;
     }

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "aligned.h"
 #include "quantize_absmax.cuh"
 
 namespace qlk::cuda {
@@ -9,6 +10,8 @@ void quantize_absmax(const QuantizeAbsmaxParams& p, double* sums, bool summed, c
     QLK_CHECK(p.count > 0, "there are no constants to quantize");
     const int64_t groups = (p.count + kNestedBlock - 1) / kNestedBlock;
     QLK_CHECK(groups <= Traits::kMaxGroups, "a weight of more than 2^34 elements cannot be double-quantized at once");
+    require_aligned(4, "constants and table", p.absmax, p.table, p.nested_absmax, p.offset);
+    require_aligned(8, "the sums of constants", sums);
     const QuantizeAbsmaxArguments a{p.absmax, p.table, sums, p.code, p.nested_absmax, p.offset, p.count, groups};
     const DeviceGuard guard(stream.device);
     if (!summed) {

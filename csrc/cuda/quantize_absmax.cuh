@@ -85,17 +85,25 @@ QLK_DEVICE double sum_of_sums(const QuantizeAbsmaxArguments& a, QuantizeAbsmaxTr
     return load_shared(from);
 }
 
+// An integer that is larger for a larger float32.
+QLK_DEVICE uint32_t ordered(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
 // Puts the table in order, and with it the lowest code of each value.
 QLK_DEVICE void sort_table(const QuantizeAbsmaxArguments& a, QuantizeAbsmaxTraits::Shared& shared) {
     const int self = static_cast<int>(threadIdx.x);
     const float value = load_global(a.table + self) + 0.0f;  // -0 becomes +0
     store_shared(&shared.value[self], value);
     __syncthreads();
+    // Compared as integers in the same order: with NaN too, which nothing here refuses, the ranks are all different.
+    const uint32_t key = ordered(value);
     int rank = 0, lowest = self;
     for (int i = kNestedBlock - 1; i >= 0; --i) {
-        const float other = load_shared(&shared.value[i]);
-        if (other < value || (other == value && i < self)) ++rank;
-        if (other == value) lowest = i;
+        const uint32_t other = ordered(load_shared(&shared.value[i]));
+        if (other < key || (other == key && i < self)) ++rank;
+        if (other == key) lowest = i;
     }
     store_shared(&shared.sorted[rank], value);
     store_shared(&shared.code[rank], static_cast<uint32_t>(lowest));

@@ -332,7 +332,10 @@ class DeviceGuard {
 };
 
 inline int multiprocessors(int) { return emu::options().multiprocessors; }
-inline int architecture(int) { return emu::options().architecture; }
+template <class Params>
+int compiled_for(void (*)(Params), int) {
+    return emu::options().architecture;
+}
 inline size_t shared_limit(int) { return emu::options().max_shared_bytes; }
 
 template <class Params>

@@ -47,7 +47,7 @@ struct Options {
     bool find_races = true;
     // What cudaDevAttrMultiProcessorCount says: few, so that loops over a persistent grid run more than once.
     int multiprocessors = 2;
-    int architecture = 90;  // ten times the major compute capability, and the minor
+    int architecture = 90;  // that kernels count as compiled for: 90 for sm_90
     // Shared memory a block may have (227 KiB on sm_90, 64 KiB on sm_75).
     size_t max_shared_bytes = 227 * 1024;
 };
