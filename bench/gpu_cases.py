@@ -3,7 +3,8 @@
 Bit for bit; the layer's products, whose sums have another order, within the rounding of their dtype.
 
 What compute-sanitizer runs. Inputs are made on the CPU and copied, results are copied back and compared there, so that
-this package's kernels are the only ones on the card, and what the tool finds is theirs.
+this package's kernels are nearly the only ones on the card: for 16-bit layers torch casts bias and gradients. The tool
+names the kernel of each finding.
 """
 
 from __future__ import annotations

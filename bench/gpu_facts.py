@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import setup_cuda
+
 from .gpu_parsers import nvcc_release, smi_rows
 from .machine import ROOT, describe_commit, describe_machine, describe_versions
 
@@ -23,7 +25,9 @@ SMI_FIELDS = (
 
 
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: below CUDA_HOME, in PATH, or in the usual place."""
+    """A program of the CUDA toolkit: nvcc as the build finds it; others from CUDA_HOME, PATH, the usual place."""
+    if name == "nvcc" and (found := setup_cuda.find_tool(name)):
+        return found
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places = [Path(root, folder, name) for root in roots if root for folder in ("bin", "compute-sanitizer")]
     places += [Path(found)] if (found := shutil.which(name)) else []

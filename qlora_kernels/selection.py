@@ -26,7 +26,7 @@ def check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
             re.compile(patterns)
         except re.error as error:
             raise ValueError(f"{argument}: {patterns!r} is not a regular expression ({error})") from None
-    elif not all(isinstance(pattern, str) for pattern in patterns):
+    elif not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument} should be a regular expression or a list of names, found {patterns!r}")
 
 

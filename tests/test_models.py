@@ -571,3 +571,16 @@ def test_torchs_own_transformer_runs_in_both_modes():
         assert torch.allclose(model.eval()(x), y, atol=1e-5)
     with torch.inference_mode():
         assert torch.allclose(model(x, src_key_padding_mask=torch.zeros(5, 3, dtype=torch.bool)), y, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "words"),
+    [
+        ("a name", {}, "model should be a torch.nn.Module, found str"),
+        (nn.Sequential(nn.Linear(64, 64)), {"target_modules": 3}, "target_modules should be a regular expression"),
+        (nn.Sequential(nn.Linear(64, 64)), {"skip": (1,)}, "skip should be a regular expression"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(model, arguments, words):
+    with pytest.raises(TypeError, match=words):
+        quantize_model(model, **arguments)
