@@ -91,7 +91,7 @@ Block::Block(Device& launch, Dim3 position, Dim3 size, size_t shared_bytes)
         threads.back()->reset(this, i, {n % size.x, n / size.x % size.y, n / size.x / size.y});
         ready_[i / 64] |= 1ull << (i % 64);
     }
-    ++counters().blocks;
+    count_block();
 }
 
 Block::~Block() {
@@ -209,7 +209,12 @@ std::string Block::who_waits_for_what() const {
 
 void Block::finish_requests() {
     for (Warp& warp : warps) {
-        for (const auto& [key, request] : warp.requests) finish(key, request);
+        for (uint32_t slot = 0; slot < warp.requests.size(); ++slot) {
+            for (const Request& request : warp.requests[slot].open) {
+                // Whole ones have been counted.
+                if (request.lanes != 0 && request.lanes != 0xffffffffu) finish(slot, request);
+            }
+        }
         warp.requests.clear();
     }
 }
@@ -367,10 +372,11 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
     }
     if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
     if (kind == Kind::kStore) ++block.device.progress;
+    const uint32_t number = site_number(site);
     if (inside && block.races) {
-        block.races->access(self.linear, kind, static_cast<size_t>(byte - block.shared), bytes, site);
+        block.races->access(self.linear, kind, static_cast<size_t>(byte - block.shared), bytes, number);
     }
-    collect(self, space, kind, address, bytes, site);
+    collect(self, space, kind, address, bytes, number);
 }
 
 void changed() { ++this_thread().block->device.progress; }
@@ -411,7 +417,7 @@ void copy_wait(int pending, Site site) {
             // To others, the copy is a write at the wait, not only where it was issued.
             if (Races* races = self.block->races.get()) {
                 const auto offset = static_cast<unsigned char*>(copy.to) - self.block->shared;
-                races->access(self.linear, Kind::kStore, static_cast<size_t>(offset), copy.bytes, site);
+                races->access(self.linear, Kind::kStore, static_cast<size_t>(offset), copy.bytes, site_number(site));
             }
         }
         self.groups.pop_front();

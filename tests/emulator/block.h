@@ -5,7 +5,6 @@
 #include <exception>
 #include <memory>
 #include <random>
-#include <unordered_map>
 
 #include "emulator.h"
 #include "fiber.h"
@@ -56,13 +55,20 @@ struct Meeting {
 // One warp-wide access, collected lane by lane.
 struct Request {
     uint32_t lanes = 0;
-    uint32_t bytes[32];
+    uint8_t bytes[32] = {};
     uintptr_t address[32];
+};
+
+// Those of one line. Execution n is open[n - finished].
+struct Requests {
+    std::vector<Request> open;
+    size_t complete = 0;  // of the open ones: all their lanes have come
+    size_t finished = 0;  // no longer in the list
 };
 
 struct Warp {
     std::vector<std::unique_ptr<Meeting>> meetings, spare;
-    std::unordered_map<uint64_t, Request> requests;  // key: site, kind and how often the lane has been there
+    std::vector<Requests> requests;  // by site, space and kind
 };
 
 struct Barrier {
@@ -126,7 +132,9 @@ class Device {
 
 uint32_t site_number(Site site);
 Site site_of(uint32_t number);
-void collect(Thread& thread, Space space, Kind kind, const void* address, size_t bytes, Site site);
-void finish(uint64_t key, const Request& request);
+void count_launch();
+void count_block();
+void collect(Thread& thread, Space space, Kind kind, const void* address, size_t bytes, uint32_t site);
+void finish(uint32_t slot, const Request& request);
 
 }  // namespace emu

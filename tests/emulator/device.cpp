@@ -92,7 +92,7 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
         throw Error("invalid configuration: " + std::to_string(shared_bytes) + " bytes of shared memory, of " +
                     std::to_string(options().max_shared_bytes));
     }
-    ++counters().launches;
+    count_launch();
     Device(grid, block, shared_bytes, body).run();
 }
 

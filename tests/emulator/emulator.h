@@ -71,7 +71,8 @@ struct Counters {
 };
 
 // What has been counted since the last reset.
-Counters& counters();
+Counters counters();
+void reset_counters();
 
 // Runs body() once for each thread of each block. Throws Error, after all fibers have been unwound.
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body);

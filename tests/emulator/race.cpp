@@ -62,34 +62,37 @@ void Races::acquire(int by, const Clock& from) {
     for (size_t i = 0; i < from.size(); ++i) c[i] = std::max(c[i], from[i]);
 }
 
-void Races::check(const std::vector<Record>& records, int thread, uint8_t bytes, Kind kind, const char* did,
-                  size_t offset, Site site) {
-    for (const Record& r : records) {
+void Races::check(const Records& records, int thread, uint8_t bytes, Kind kind, const char* did, size_t offset,
+                  uint32_t site) {
+    for (const Record& r : records.list) {
         if (r.thread == thread || !(r.bytes & bytes) || (r.atomic && kind == Kind::kAtomic)) continue;
         if (clock(thread)[r.thread] >= r.time) continue;
         const char* const does = kind == Kind::kLoad ? "reads" : "writes";
         const Site there = site_of(r.site);
         const char* slash = std::strrchr(there.file, '/');
-        fail(site, std::string("a race: it ") + does + " shared memory at offset " + std::to_string(offset) +
-                       ", which thread " + std::to_string(r.thread) + " of the block " + did + " at " +
-                       (slash ? slash + 1 : there.file) + ":" + std::to_string(there.line) +
-                       ", and nothing orders the two");
+        fail(site_of(site), std::string("a race: it ") + does + " shared memory at offset " + std::to_string(offset) +
+                                ", which thread " + std::to_string(r.thread) + " of the block " + did + " at " +
+                                (slash ? slash + 1 : there.file) + ":" + std::to_string(there.line) +
+                                ", and nothing orders the two");
     }
 }
 
 // The newest record of a thread stands for its older ones.
-void Races::note(std::vector<Record>& records, const Record& record) {
-    for (Record& r : records) {
-        if (r.thread != record.thread || r.bytes != record.bytes || r.atomic != record.atomic) continue;
-        r = record;
-        return;
+void Races::note(Records& records, const Record& record) {
+    const uint64_t bit = 1ull << record.thread % 64;
+    if (records.threads & bit) {
+        for (Record& r : records.list) {
+            if (r.thread != record.thread || r.bytes != record.bytes || r.atomic != record.atomic) continue;
+            r = record;
+            return;
+        }
     }
-    records.push_back(record);
+    records.threads |= bit;
+    records.list.push_back(record);
 }
 
-void Races::access(int thread, Kind kind, size_t offset, size_t bytes, Site site) {
+void Races::access(int thread, Kind kind, size_t offset, size_t bytes, uint32_t site) {
     const uint32_t time = clock(thread)[thread];
-    const uint32_t number = site_number(site);
     for (size_t at = offset / 4 * 4; at < offset + bytes; at += 4) {
         uint8_t mask = 0;
         for (size_t i = 0; i < 4; ++i) {
@@ -101,7 +104,7 @@ void Races::access(int thread, Kind kind, size_t offset, size_t bytes, Site site
             word.reads.clear();
             word.writes.clear();
         }
-        const Record record{thread, time, number, mask, kind == Kind::kAtomic};
+        const Record record{thread, time, site, mask, kind == Kind::kAtomic};
         check(word.writes, thread, mask, kind, "wrote", at, site);
         if (kind == Kind::kLoad) {
             note(word.reads, record);
@@ -110,8 +113,9 @@ void Races::access(int thread, Kind kind, size_t offset, size_t bytes, Site site
         check(word.reads, thread, mask, kind, "read", at, site);
         // All that touched these bytes before is ordered before this: only what comes after it can race with it.
         const auto covered = [&](const Record& r) { return (r.bytes & ~mask) == 0 && !(r.atomic && record.atomic); };
-        word.reads.erase(std::remove_if(word.reads.begin(), word.reads.end(), covered), word.reads.end());
-        word.writes.erase(std::remove_if(word.writes.begin(), word.writes.end(), covered), word.writes.end());
+        for (auto* list : {&word.reads.list, &word.writes.list}) {
+            list->erase(std::remove_if(list->begin(), list->end(), covered), list->end());
+        }
         note(word.writes, record);
     }
 }

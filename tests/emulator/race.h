@@ -23,7 +23,7 @@ class Races {
     ~Races();
 
     // An access of the running thread to bytes [offset, offset + bytes). Throws Error when it races.
-    void access(int thread, Kind kind, size_t offset, size_t bytes, Site site);
+    void access(int thread, Kind kind, size_t offset, size_t bytes, uint32_t site);
     // All threads of the block have met.
     void all_meet();
     // Those of `threads` have met, and see what each of the others has done.
@@ -40,9 +40,14 @@ class Races {
         uint8_t bytes;  // of the word, a bit each
         bool atomic;
     };
+    struct Records {
+        std::vector<Record> list;
+        uint64_t threads = 0;  // a bit for each thread modulo 64 that may be in the list
+        void clear() { list.clear(), threads = 0; }
+    };
     struct Word {
         uint64_t epoch = 0;
-        std::vector<Record> reads, writes;
+        Records reads, writes;
     };
     struct Shadow {
         std::vector<Word> words;
@@ -50,9 +55,9 @@ class Races {
     };
 
     Clock& clock(int thread);
-    void check(const std::vector<Record>& records, int thread, uint8_t bytes, Kind kind, const char* did, size_t offset,
-               Site site);
-    static void note(std::vector<Record>& records, const Record& record);
+    void check(const Records& records, int thread, uint8_t bytes, Kind kind, const char* did, size_t offset,
+               uint32_t site);
+    static void note(Records& records, const Record& record);
 
     std::unique_ptr<Shadow> shadow_;
     // A meeting of all begins a new epoch: what was before it is ordered before all that comes.

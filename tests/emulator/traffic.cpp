@@ -1,5 +1,7 @@
 // Bank conflicts, sectors, instruction counts.
 #include <algorithm>
+#include <unordered_map>
+#include <utility>
 
 #include "block.h"
 
@@ -9,11 +11,26 @@ namespace {
 struct Sites {
     std::vector<Site> list;
     std::unordered_map<uint64_t, uint32_t> number;
+    std::pair<uint64_t, uint32_t> recent[256] = {};  // of `number`, by a hash of the key
 };
 Sites& sites() {
     static thread_local Sites all;
     return all;
 }
+
+// What has been counted; names are put to it when somebody asks.
+struct Tally {
+    uint64_t launches = 0, blocks = 0;
+    std::vector<std::pair<const char*, uint64_t>> instructions;  // by the address of the name
+    std::vector<Traffic> traffic;                                // by slot
+};
+Tally& tally() {
+    static thread_local Tally all;
+    return all;
+}
+
+// A slot is a line, a space and a kind of access.
+bool is_shared(uint32_t slot) { return slot % 6 / 3 == static_cast<uint32_t>(Space::kShared); }
 
 const char* base_name(const char* path) {
     const char* slash = std::strrchr(path, '/');
@@ -23,40 +40,44 @@ const char* base_name(const char* path) {
 // Passes through the banks: 32 banks of 4 bytes. Lanes with 8 bytes go in two halves, with 16 bytes in four quarters
 // (the lanes of a phase are neighbours); within a phase, lanes that read the same word share it.
 void count_banks(const Request& request, Traffic& traffic) {
-    const uint32_t size = std::max(4u, *std::max_element(request.bytes, request.bytes + 32));
-    const int lanes = static_cast<int>(std::max<uint32_t>(1, 128 / size));
+    const int size = std::max<int>(4, *std::max_element(request.bytes, request.bytes + 32));
+    const int lanes = std::max(1, 128 / size);
+    uintptr_t words[32][32];  // of each bank, the distinct ones: no phase has more than 32
     for (int first = 0; first < 32; first += lanes) {
-        std::vector<uintptr_t> words[32];
-        size_t distinct = 0;
-        for (int i = first; i < std::min(first + lanes, 32); ++i) {
+        int many[32] = {}, distinct = 0;
+        for (int i = first; i < first + lanes; ++i) {
             if (!(request.lanes >> i & 1)) continue;
             for (uintptr_t word = request.address[i] / 4; word * 4 < request.address[i] + request.bytes[i]; ++word) {
-                auto& bank = words[word % 32];
-                if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word), ++distinct;
+                uintptr_t* const bank = words[word % 32];
+                int& used = many[word % 32];
+                if (std::find(bank, bank + used, word) == bank + used) bank[used++] = word, ++distinct;
             }
         }
         if (distinct == 0) continue;
-        size_t passes = 0;
-        for (const auto& bank : words) passes = std::max(passes, bank.size());
-        traffic.actual += passes;
-        traffic.minimum += (distinct + 31) / 32;
+        traffic.actual += static_cast<uint64_t>(*std::max_element(many, many + 32));
+        traffic.minimum += static_cast<uint64_t>(distinct + 31) / 32;
     }
 }
 
+// An access lies on a multiple of its size, of 32 bytes at most, and so in one sector.
 void count_sectors(const Request& request, Traffic& traffic) {
-    std::vector<uintptr_t> sectors, words;
+    std::pair<uintptr_t, uintptr_t> ranges[32];
+    int many = 0;
     for (int i = 0; i < 32; ++i) {
-        if (!(request.lanes >> i & 1)) continue;
-        const uintptr_t end = request.address[i] + request.bytes[i];
-        for (uintptr_t s = request.address[i] / 32; s * 32 < end; ++s) sectors.push_back(s);
-        for (uintptr_t b = request.address[i]; b < end; ++b) words.push_back(b);
+        if (request.lanes >> i & 1) ranges[many++] = {request.address[i], request.address[i] + request.bytes[i]};
     }
-    const auto distinct = [](std::vector<uintptr_t>& all) {
-        std::sort(all.begin(), all.end());
-        return static_cast<uint64_t>(std::unique(all.begin(), all.end()) - all.begin());
-    };
-    traffic.actual += distinct(sectors);
-    traffic.minimum += (distinct(words) + 31) / 32;
+    std::sort(ranges, ranges + many);
+    uint64_t sectors = 0, bytes = 0;
+    uintptr_t sector = ~uintptr_t{0}, end = 0;
+    for (int i = 0; i < many; ++i) {
+        const auto [from, to] = ranges[i];
+        if (from / 32 != sector) ++sectors;
+        sector = from / 32;
+        if (to > end) bytes += to - std::max(from, end);
+        end = std::max(end, to);
+    }
+    traffic.actual += sectors;
+    traffic.minimum += (bytes + 31) / 32;
 }
 
 void append(std::string& out, const std::map<std::string, Traffic>& all) {
@@ -76,50 +97,82 @@ uint32_t site_number(Site site) {
     // A file's name is one literal for each file that includes it: its address serves as a key.
     Sites& all = sites();
     const uint64_t key = reinterpret_cast<uintptr_t>(site.file) * 65536 + static_cast<uint64_t>(site.line);
+    auto& [known, number] = all.recent[key * 0x9e3779b97f4a7c15ull >> 56];
+    if (known == key) return number;
     const auto [entry, fresh] = all.number.emplace(key, static_cast<uint32_t>(all.list.size()));
     if (fresh) all.list.push_back(site);
-    return entry->second;
+    known = key;
+    return number = entry->second;
 }
 
 Site site_of(uint32_t number) { return sites().list[number]; }
 
-Counters& counters() {
-    static thread_local Counters all;
+Counters counters() {
+    Counters all;
+    all.launches = tally().launches;
+    all.blocks = tally().blocks;
+    for (const auto& [name, times] : tally().instructions) all.instructions[name] += times;
+    const char* const kinds[] = {"load", "store", "atomic"};
+    for (uint32_t slot = 0; slot < tally().traffic.size(); ++slot) {
+        const Traffic& one = tally().traffic[slot];
+        if (one.requests == 0) continue;
+        const Site site = site_of(slot / 6);
+        const std::string name =
+            std::string(base_name(site.file)) + ":" + std::to_string(site.line) + " " + kinds[slot % 3];
+        Traffic& sum = (is_shared(slot) ? all.shared : all.global)[name];
+        sum.requests += one.requests;
+        sum.bytes += one.bytes;
+        sum.actual += one.actual;
+        sum.minimum += one.minimum;
+    }
     return all;
 }
 
-void count(const char* instruction, Site) { ++counters().instructions[instruction]; }
+void reset_counters() { tally() = {}; }
+void count_launch() { ++tally().launches; }
+void count_block() { ++tally().blocks; }
+
+void count(const char* instruction, Site) {
+    auto& all = tally().instructions;
+    for (auto& [name, times] : all) {
+        if (name == instruction) {
+            ++times;
+            return;
+        }
+    }
+    all.emplace_back(instruction, 1);
+}
 
 // The n-th time that a lane comes to a line belongs to the same instruction as the n-th time of the other lanes.
-void collect(Thread& thread, Space space, Kind kind, const void* address, size_t bytes, Site site) {
-    const uint32_t number = site_number(site);
-    const uint32_t slot = number * 6 + static_cast<uint32_t>(space) * 3 + static_cast<uint32_t>(kind);
+void collect(Thread& thread, Space space, Kind kind, const void* address, size_t bytes, uint32_t site) {
+    const uint32_t slot = site * 6 + static_cast<uint32_t>(space) * 3 + static_cast<uint32_t>(kind);
     if (thread.executions.size() <= slot) thread.executions.resize(slot + 1, 0);
-    const uint64_t key = static_cast<uint64_t>(slot) << 32 | thread.executions[slot]++;
-    Warp& warp = thread.block->warps[thread.linear / 32];
-    Request& request = warp.requests[key];
-    if (request.lanes == 0) std::fill_n(request.bytes, 32, 0);
+    auto& all = thread.block->warps[thread.linear / 32].requests;
+    if (all.size() <= slot) all.resize(slot + 1);
+    Requests& requests = all[slot];
+    const size_t at = thread.executions[slot]++ - requests.finished;
+    while (requests.open.size() <= at) requests.open.emplace_back();
+    Request& request = requests.open[at];
     const int lane = thread.linear % 32;
     request.lanes |= 1u << lane;
-    request.bytes[lane] = static_cast<uint32_t>(bytes);
+    request.bytes[lane] = static_cast<uint8_t>(bytes);
     request.address[lane] = reinterpret_cast<uintptr_t>(address);
-    if (request.lanes == 0xffffffffu) {
-        finish(key, request);
-        warp.requests.erase(key);
+    if (request.lanes != 0xffffffffu) return;
+    finish(slot, request);
+    if (++requests.complete == requests.open.size()) {
+        requests.finished += requests.complete;
+        requests.complete = 0;
+        requests.open.clear();
     }
 }
 
-void finish(uint64_t key, const Request& request) {
-    const uint32_t slot = static_cast<uint32_t>(key >> 32);
-    const Site site = site_of(slot / 6);
-    const bool shared = slot % 6 / 3 == static_cast<uint32_t>(Space::kShared);
-    const char* const kinds[] = {"load", "store", "atomic"};
-    const std::string name =
-        std::string(base_name(site.file)) + ":" + std::to_string(site.line) + " " + kinds[slot % 3];
-    Traffic& traffic = (shared ? counters().shared : counters().global)[name];
+void finish(uint32_t slot, const Request& request) {
+    auto& all = tally().traffic;
+    if (all.size() <= slot) all.resize(slot + 1);
+    Traffic& traffic = all[slot];
     ++traffic.requests;
     for (int i = 0; i < 32; ++i) traffic.bytes += request.bytes[i];
-    shared ? count_banks(request, traffic) : count_sectors(request, traffic);
+    is_shared(slot) ? count_banks(request, traffic) : count_sectors(request, traffic);
 }
 
 std::string Counters::json() const {
