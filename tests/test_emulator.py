@@ -191,6 +191,21 @@ def test_blocks_that_wait_for_each_other_need_to_be_resident():
         assert run("wait for a block", blocks=2, output=2, order=order, resident_blocks=2) == [42, 1]
 
 
+@pytest.mark.parametrize("resident_blocks", [1, 3])
+def test_what_blocks_tell_each_other_needs_fences(resident_blocks):
+    blocks, threads = 3, 64
+    size = 2 + blocks * threads
+    for order in ORDERS:
+        options = {"blocks": blocks, "threads": threads, "output": size, "order": order}
+        found = run("last block adds", resident_blocks=resident_blocks, seed=5, **options)
+        assert found[:2] == [blocks - 1, blocks * sum(DATA) - 1]
+        for missing, words in (("publishing", "no fence has published"), ("taking up", "not taken it up")):
+            with pytest.raises(module().EmulatorError, match=rf"reads what thread .* stored at .*{words}"):
+                run(f"last block adds without {missing}", resident_blocks=resident_blocks, seed=5, **options)
+    with pytest.raises(module().EmulatorError, match="no fence has published"):
+        run("last block adds without a barrier", resident_blocks=resident_blocks, **{**options, "order": "forward"})
+
+
 @pytest.mark.parametrize(
     ("threads", "blocks", "words"), [(0, 1, "block of 0"), (1025, 1, "block of 1025"), (32, 0, "grid of 0")]
 )

@@ -90,6 +90,16 @@ QLK_DEVICE void store_global(T* address, T value) {
     *address = value;
 }
 
+// What blocks tell each other within a launch: past L1, where an older value may lie.
+template <class T>
+QLK_DEVICE T load_exchanged(const T* address) {
+    return __ldcg(address);
+}
+template <class T>
+QLK_DEVICE void store_exchanged(T* address, T value) {
+    __stcg(address, value);
+}
+
 // Makes a device current while it lives, and the one before it again afterwards.
 class DeviceGuard {
   public:

@@ -57,6 +57,7 @@ void Thread::reset(Block* owner, int number, Dim3 position) {
     std::fill(executions.begin(), executions.end(), 0);
     open.clear();
     groups.clear();
+    exchange = {};
     if (!fiber) fiber = std::make_unique<Fiber>();
 }
 
@@ -71,8 +72,12 @@ void Thread::pause(State how, const char* what, Site where) {
 
 // ------------------------------------------------------------------------------------------------------- blocks
 
-Block::Block(Device& launch, Dim3 position, Dim3 size, size_t shared_bytes)
-    : device(launch), index(position), dim(size), live(static_cast<int>(size.x * size.y * size.z)) {
+Block::Block(Device& launch, uint64_t place_in_grid, Dim3 position, Dim3 size, size_t shared_bytes)
+    : device(launch),
+      number(place_in_grid),
+      index(position),
+      dim(size),
+      live(static_cast<int>(size.x * size.y * size.z)) {
     shared_size = shared_bytes;
     void* memory = nullptr;
     if (posix_memalign(&memory, 128, std::max<size_t>(shared_bytes, 1)) != 0) throw std::bad_alloc();
@@ -224,6 +229,15 @@ void Block::finish_requests() {
 void Block::complete(Barrier& barrier) {
     ++device.progress;
     barrier.result = barrier.predicates;
+    if (barrier.open_to_all) {
+        for (const auto& thread : threads) {
+            Exchange& theirs = thread->exchange;
+            exchange.unpublished.insert(exchange.unpublished.end(), theirs.unpublished.begin(),
+                                        theirs.unpublished.end());
+            theirs.unpublished.clear();
+            exchange.taken_up = std::max(exchange.taken_up, theirs.taken_up);
+        }
+    }
     if (races && barrier.open_to_all) {
         races->all_meet();
     } else if (races) {
@@ -380,6 +394,48 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
 }
 
 void changed() { ++this_thread().block->device.progress; }
+
+void observed() {
+    Thread& self = this_thread();
+    Device& device = self.block->device;
+    ++device.publications;
+    for (const uintptr_t address : self.exchange.fenced) {
+        auto& store = device.exchanged[address];
+        if (store.block == self.block->number) store.published = device.publications;
+    }
+    self.exchange.fenced.clear();
+    self.exchange.observed = device.publications;
+}
+
+void exchange(Kind kind, const void* address, Site site) {
+    Thread& self = this_thread();
+    Block& block = *self.block;
+    auto& all = block.device.exchanged;
+    const auto key = reinterpret_cast<uintptr_t>(address);
+    if (kind == Kind::kStore) {
+        all[key] = {block.number, self.linear, site, 0};
+        self.exchange.unpublished.push_back(key);
+        return;
+    }
+    const auto found = all.find(key);
+    if (found == all.end() || found->second.block == block.number) return;
+    const auto& store = found->second;
+    if (store.published && store.published <= std::max(self.exchange.taken_up, block.exchange.taken_up)) return;
+    fail(site, "reads what thread " + std::to_string(store.thread) + " of block " + std::to_string(store.block) +
+                   " stored at " + place(store.site) +
+                   (store.published ? ", and has not taken it up with a fence" : ", which no fence has published"));
+}
+
+void fence(Site site) {
+    count("fence", site);
+    Thread& self = this_thread();
+    Block& block = *self.block;
+    for (auto* stores : {&self.exchange.unpublished, &block.exchange.unpublished}) {
+        self.exchange.fenced.insert(self.exchange.fenced.end(), stores->begin(), stores->end());
+        stores->clear();
+    }
+    self.exchange.taken_up = self.exchange.observed;
+}
 
 void Copy::land() {
     if (landed) return;

@@ -5,6 +5,7 @@
 #include <exception>
 #include <memory>
 #include <random>
+#include <unordered_map>
 
 #include "emulator.h"
 #include "fiber.h"
@@ -23,6 +24,13 @@ struct Copy {
     void land();
 };
 
+// What a thread, or a block at its last barrier, has to do with other blocks' stores. Blocks are told apart by their
+// place in the grid: one that has ended may have left its memory to another.
+struct Exchange {
+    std::vector<uintptr_t> unpublished, fenced;  // addresses of its stores; the latter wait for an atomic operation
+    uint64_t observed = 0, taken_up = 0;         // times of the device's publications
+};
+
 struct Thread {
     enum State { kReady, kWaiting, kSpinning, kDone };
     Block* block = nullptr;
@@ -38,6 +46,7 @@ struct Thread {
     std::vector<uint32_t> executions;  // of each line, by its number in the table of sites
     std::vector<Copy> open;            // copies since the last commit
     std::deque<std::vector<Copy>> groups;
+    Exchange exchange;
 
     // Gives the processor away; `waiting` threads come back when somebody wakes them.
     void pause(State how, const char* what, Site where);
@@ -83,7 +92,7 @@ struct Barrier {
 
 class Block {
   public:
-    Block(Device& device, Dim3 index, Dim3 dim, size_t shared_bytes);
+    Block(Device& device, uint64_t number, Dim3 index, Dim3 dim, size_t shared_bytes);
     ~Block();
 
     Thread* pick();  // a runnable thread, or null
@@ -98,6 +107,7 @@ class Block {
     void finish_requests();
 
     Device& device;
+    uint64_t number;  // x first
     Dim3 index, dim;
     int live;
     std::vector<std::unique_ptr<Thread>> threads;
@@ -105,6 +115,7 @@ class Block {
     std::array<Barrier, 16> barriers;
     unsigned char* shared = nullptr;  // exactly shared_size bytes, so that AddressSanitizer sees its ends
     size_t shared_size = 0;
+    Exchange exchange;
     std::unique_ptr<Races> races;  // null when they are not looked for
 
   private:
@@ -124,6 +135,15 @@ class Device {
     std::mt19937_64 random;
     const std::function<void()>& body;
     uint64_t progress = 0;  // counts what can end somebody's spinning
+
+    struct Store {
+        uint64_t block;
+        int thread;
+        Site site;
+        uint64_t published;  // when; 0: not yet
+    };
+    std::unordered_map<uintptr_t, Store> exchanged;  // the last of each address
+    uint64_t publications = 0;
 
   private:
     Dim3 position(uint64_t number) const;

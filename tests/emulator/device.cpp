@@ -37,7 +37,7 @@ void Device::run() {
                 const uint64_t number = options.order == Order::kForward   ? next
                                         : options.order == Order::kReverse ? blocks - 1 - next
                                                                            : shuffled[next];
-                resident_.push_back(std::make_unique<Block>(*this, position(number), block_dim, shared_size));
+                resident_.push_back(std::make_unique<Block>(*this, number, position(number), block_dim, shared_size));
                 ++next;
             }
             Block* block = nullptr;

@@ -161,6 +161,7 @@ T atomic(T* address, F update, Site s) {
     const auto* byte = reinterpret_cast<const unsigned char*>(address);
     const bool shared = byte >= shared_bytes() && byte < shared_bytes() + shared_size();
     access(shared ? Space::kShared : Space::kGlobal, Kind::kAtomic, address, sizeof(T), s);
+    observed();
     const T before = *address;
     const T after = update(before);
     if (after != before) changed();
@@ -189,9 +190,7 @@ template <class T>
 T atomicCAS(T* address, T expected, T value, emu::Site s = emu::Site::here()) {
     return emu::atomic(address, [=](T old) { return old == expected ? value : old; }, s);
 }
-// One thread of the processor runs everything: each access is seen by all at once.
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+inline void __threadfence(emu::Site s = emu::Site::here()) { emu::fence(s); }
 
 // -------------------------------------------------------------------------------------------------- arithmetic
 
@@ -323,6 +322,19 @@ T load_global(const T* address, emu::Site s = emu::Site::here()) {
 template <class T>
 void store_global(T* address, std::common_type_t<T> value, emu::Site s = emu::Site::here()) {
     emu::access(emu::Space::kGlobal, emu::Kind::kStore, address, sizeof(T), s);
+    *address = value;
+}
+
+template <class T>
+T load_exchanged(const T* address, emu::Site s = emu::Site::here()) {
+    emu::access(emu::Space::kGlobal, emu::Kind::kLoad, address, sizeof(T), s);
+    emu::exchange(emu::Kind::kLoad, address, s);
+    return *address;
+}
+template <class T>
+void store_exchanged(T* address, std::common_type_t<T> value, emu::Site s = emu::Site::here()) {
+    emu::access(emu::Space::kGlobal, emu::Kind::kStore, address, sizeof(T), s);
+    emu::exchange(emu::Kind::kStore, address, s);
     *address = value;
 }
 

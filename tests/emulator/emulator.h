@@ -101,6 +101,15 @@ enum class Kind { kLoad, kStore, kAtomic };
 void access(Space space, Kind kind, const void* address, size_t bytes, Site site);
 // An atomic operation changed memory: whoever spins has something new to look at.
 void changed();
+// An atomic operation of the running thread: it publishes what a fence has put before it, and what other blocks have
+// published is the thread's to take up, with a fence.
+void observed();
+// An access to global memory by which blocks tell each other something. A load of what another block stored throws
+// unless a fence and an atomic operation of that block came between, and then those of the reader, the fence last.
+void exchange(Kind kind, const void* address, Site site);
+// __threadfence: what the thread has stored, or has met in a barrier of the block, comes before its next atomic
+// operation, and what its last one observed is taken up.
+void fence(Site site);
 // Counts an instruction of a class, once for each thread.
 void count(const char* instruction, Site site);
 

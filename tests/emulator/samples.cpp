@@ -191,6 +191,24 @@ void bytes_of_a_word(Arguments a) {
     if (id() < size() / 4) store_global(a.out + id(), load_shared(words() + id()));
 }
 
+// The block that comes last adds what all have left; the right pattern, and each of its parts missing.
+template <bool kMeet, bool kPublish, bool kTakeUp>
+void last_block_adds(Arguments a) {
+    uint32_t* const left = a.out + 2;  // [blocks][threads]
+    store_exchanged(left + blockIdx.x * size() + id(), load_global(a.in + id()));
+    if (kMeet) __syncthreads();
+    if (id() == 0) {
+        if (kPublish) __threadfence();
+        store_shared(words(), atomicAdd(a.out, 1u) + 2u == gridDim.x ? 1u : 0u);  // out begins as -1
+        if (kTakeUp) __threadfence();
+    }
+    __syncthreads();
+    if (!load_shared(words())) return;
+    uint32_t sum = 0;
+    for (unsigned block = 0; block < gridDim.x; ++block) sum += load_exchanged(left + block * size() + id());
+    atomicAdd(a.out + 1, sum);
+}
+
 struct Sample {
     const char* name;
     void (*kernel)(Arguments);
@@ -215,6 +233,10 @@ const Sample kSamples[] = {
     {"count odd", count_odd},
     {"early exit", early_exit},
     {"wait for a block", wait_for_block},
+    {"last block adds", last_block_adds<true, true, true>},
+    {"last block adds without a barrier", last_block_adds<false, true, true>},
+    {"last block adds without publishing", last_block_adds<true, false, true>},
+    {"last block adds without taking up", last_block_adds<true, true, false>},
     {"stride 1", strided<1>},
     {"stride 2", strided<2>},
     {"stride 32", strided<32>},
