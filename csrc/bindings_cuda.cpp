@@ -35,23 +35,27 @@ void bind_cuda(py::module_ m) {
     m.def(
         "linear_forward",
         [](const Weight& weight, Address x, Address lora_a, Address lora_b, Address bias, Address y, Address u,
-           int64_t rows, int64_t r, float scaling, double dropout, Address seed, int dtype, int device,
+           int64_t rows, int64_t r, float scaling, double dropout, Address seed, Address scratch, int dtype, int device,
            Address stream) {
             qlk::cuda::linear_forward(
                 {weight_view(weight), at<const void>(x), at<const void>(lora_a), at<const void>(lora_b),
                  at<const float>(bias), at<void>(y), at<void>(u), rows, r, scaling, dropout, 0, dtype_of(dtype), 0},
-                at<const int64_t>(seed), {device, at<void>(stream)});
+                at<const int64_t>(seed), at<void>(scratch), {device, at<void>(stream)});
         },
         Released());
     m.def(
         "linear_backward",
         [](const Weight& weight, Address dy, Address x, Address u, Address lora_a, Address lora_b, Address dx,
            Address da, Address db, Address v, int64_t rows, int64_t r, float scaling, double dropout, Address seed,
-           int dtype, int device, Address stream) {
+           Address scratch, int dtype, int device, Address stream) {
             qlk::cuda::linear_backward({weight_view(weight), at<const void>(dy), at<const void>(x), at<const void>(u),
                                         at<const void>(lora_a), at<const void>(lora_b), at<void>(dx), at<float>(da),
                                         at<float>(db), rows, r, scaling, dropout, 0, dtype_of(dtype), 0},
-                                       at<const int64_t>(seed), at<void>(v), {device, at<void>(stream)});
+                                       at<const int64_t>(seed), at<void>(v), at<void>(scratch),
+                                       {device, at<void>(stream)});
         },
         Released());
+    m.def("linear_scratch", [](int64_t rows, int64_t n, int64_t k, int64_t r, int dtype, bool backward, int device) {
+        return qlk::cuda::linear_scratch(rows, n, k, r, dtype_of(dtype), backward, device);
+    });
 }

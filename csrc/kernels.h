@@ -126,9 +126,13 @@ void quantize(const QuantizeParams& params, double* sums, const Stream& stream);
 void quantize_absmax(const QuantizeAbsmaxParams& params, double* sums, bool summed, const Stream& stream);
 void dequantize(const DequantizeParams& params, const Stream& stream);
 // The params' seed has no meaning here: it is read on the device, seed: int64 [1], or null without dropout.
-void linear_forward(const LinearForwardParams& params, const int64_t* seed, const Stream& stream);
-// v: scratch, [m, r] of dtype, or null without adapters.
-void linear_backward(const LinearBackwardParams& params, const int64_t* seed, void* v, const Stream& stream);
+// scratch: linear_scratch bytes on a multiple of 16, or null for none; what it holds before does not matter.
+void linear_forward(const LinearForwardParams& params, const int64_t* seed, void* scratch, const Stream& stream);
+// v: [m, r] of dtype, or null without adapters.
+void linear_backward(const LinearBackwardParams& params, const int64_t* seed, void* v, void* scratch,
+                     const Stream& stream);
+// Bytes of scratch that either of them needs for these sizes, at most 16 MiB.
+int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool backward, int device);
 
 }  // namespace cuda
 }  // namespace qlk

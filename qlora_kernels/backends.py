@@ -280,6 +280,11 @@ class CUDA:
         """Scratch for the sum of each 256 constants."""
         return self._empty((blocks + 255) // 256, torch.float64, device)
 
+    def _scratch(self, m: int, n: int, k: int, r: int, dtype: torch.dtype, backward: bool, device) -> Tensor | None:
+        """Memory that the layer's kernels need for a while; what is in it does not matter."""
+        size = self._kernels.linear_scratch(m, n, k, r, _DTYPES[dtype], backward, self._queue(device)[0])
+        return self._empty(size, torch.uint8, device) if size else None
+
     def quantize(self, weight: Tensor, name: str):
         return self._quantize(weight, None)
 
@@ -314,6 +319,7 @@ class CUDA:
             return y, u
         lora_A, lora_B, bias = _as(lora_A, x.dtype), _as(lora_B, x.dtype), _as(bias, torch.float32)
         seed = _seed_on(device, seed, dropout)
+        scratch = self._scratch(m, n, k, r, x.dtype, False, device)
         self._kernels.linear_forward(
             _weight(pieces, n, k),
             x.data_ptr(),
@@ -327,6 +333,7 @@ class CUDA:
             scaling,
             dropout,
             _pointer(seed),
+            _pointer(scratch),
             _DTYPES[x.dtype],
             *self._queue(device),
         )
@@ -345,6 +352,7 @@ class CUDA:
             A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
             v = self._empty((m, r), dy.dtype, device) if r and (need_dx or need_dA) else None
             seed = _seed_on(device, seed, dropout)
+            scratch = self._scratch(m, n, k, r, dy.dtype, True, device)
             self._kernels.linear_backward(
                 _weight(pieces, n, k),
                 dy.data_ptr(),
@@ -361,6 +369,7 @@ class CUDA:
                 scaling,
                 dropout,
                 _pointer(seed),
+                _pointer(scratch),
                 _DTYPES[dy.dtype],
                 *self._queue(device),
             )

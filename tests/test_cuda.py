@@ -150,9 +150,9 @@ def test_errors_of_the_launchers_say_where(cuda_engine):
     with pytest.raises(RuntimeError, match=r"aligned\.h:\d+: the constants of a weight should lie on a multiple of 4"):
         kernels.dequantize((0, 2, 0, 0, 0, 0, 1, 64), 0, 0, 1, 0, *queue)
     with pytest.raises(RuntimeError, match="x, u, y, lora_A and lora_B should lie on a multiple of 2 bytes"):
-        kernels.linear_forward((0, 0, 0, 0, 0, 0, 1, 64), 1, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 1, *queue)
+        kernels.linear_forward((0, 0, 0, 0, 0, 0, 1, 64), 1, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 1, *queue)
     with pytest.raises(RuntimeError, match="dy, x, u, dx, lora_A and lora_B should lie on a multiple of 4 bytes"):
-        kernels.linear_backward((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, *queue)
+        kernels.linear_backward((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 0, *queue)
     with pytest.raises(RuntimeError, match="unknown dtype code 7"):
         kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 0, 0, 1, 7, *queue)
     with pytest.raises(RuntimeError, match=r"quantize_absmax\.cu:\d+: there are no constants"):

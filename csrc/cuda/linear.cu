@@ -66,8 +66,9 @@ bool gemm(GemmArguments<T> a, const Stream& stream) {
 }
 
 template <class T>
-void forward(const LinearForwardParams& p, const int64_t* seed, const Stream& stream) {
+void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, const Stream& stream) {
     require_aligned(p.weight);
+    require_aligned(16, "scratch", scratch);
     require_aligned(sizeof(T), "x, u, y, lora_A and lora_B", p.x, p.u, p.y, p.lora_a, p.lora_b);
     require_aligned(8, "the seed", seed);
     require_aligned(4, "the bias", p.bias);
@@ -94,13 +95,14 @@ void forward(const LinearForwardParams& p, const int64_t* seed, const Stream& st
 }
 
 template <class T>
-void backward(const LinearBackwardParams& p, const int64_t* seed, void* scratch, const Stream& stream) {
+void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, void* scratch, const Stream& stream) {
     require_aligned(p.weight);
-    require_aligned(sizeof(T), "dy, x, u, dx, lora_A and lora_B", p.dy, p.x, p.u, p.dx, p.lora_a, p.lora_b, scratch);
+    require_aligned(16, "scratch", scratch);
+    require_aligned(sizeof(T), "dy, x, u, dx, lora_A and lora_B", p.dy, p.x, p.u, p.dx, p.lora_a, p.lora_b, v_room);
     require_aligned(8, "the seed", seed);
     require_aligned(4, "the gradients of the adapters", p.da, p.db);
     const T *const dy = static_cast<const T*>(p.dy), *const b = static_cast<const T*>(p.lora_b);
-    T* const v = static_cast<T*>(scratch);
+    T* const v = static_cast<T*>(v_room);
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
     const Dropout dropout = r > 0 ? dropout_of(p.dropout, seed) : Dropout{nullptr, 0};
     const DeviceGuard guard(stream.device);
@@ -131,22 +133,24 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* scratch,
 
 }  // namespace
 
-void linear_forward(const LinearForwardParams& p, const int64_t* seed, const Stream& stream) {
+void linear_forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, const Stream& stream) {
     switch (p.dtype) {
-        case DType::kFloat32: return forward<float>(p, seed, stream);
-        case DType::kBFloat16: return forward<bf16>(p, seed, stream);
-        case DType::kFloat16: return forward<fp16>(p, seed, stream);
+        case DType::kFloat32: return forward<float>(p, seed, scratch, stream);
+        case DType::kBFloat16: return forward<bf16>(p, seed, scratch, stream);
+        case DType::kFloat16: return forward<fp16>(p, seed, scratch, stream);
     }
     QLK_CHECK(false, "linear_forward of dtype code " + std::to_string(static_cast<int>(p.dtype)));
 }
 
-void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v, const Stream& stream) {
+void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v, void* scratch, const Stream& stream) {
     switch (p.dtype) {
-        case DType::kFloat32: return backward<float>(p, seed, v, stream);
-        case DType::kBFloat16: return backward<bf16>(p, seed, v, stream);
-        case DType::kFloat16: return backward<fp16>(p, seed, v, stream);
+        case DType::kFloat32: return backward<float>(p, seed, v, scratch, stream);
+        case DType::kBFloat16: return backward<bf16>(p, seed, v, scratch, stream);
+        case DType::kFloat16: return backward<fp16>(p, seed, v, scratch, stream);
     }
     QLK_CHECK(false, "linear_backward of dtype code " + std::to_string(static_cast<int>(p.dtype)));
 }
+
+int64_t linear_scratch(int64_t, int64_t, int64_t, int64_t, DType, bool, int) { return 0; }
 
 }  // namespace qlk::cuda
