@@ -36,6 +36,8 @@ SHARED = {
     "dequantize_kernel": ("dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
     "quantize_kernel": ("quantize.cuh", "sizeof(QuantizeTraits<T>::Shared)"),
     "quantize_absmax_kernel": ("quantize_absmax.cuh", "sizeof(QuantizeAbsmaxTraits::Shared)"),
+    # At M = 8 and K = 4096: it depends on both.
+    "few_kernel": ("few.cuh", "few_shared(8, 4096)"),
     "gemm_kernel": ("gemm.cuh", "sizeof(<second>::Shared)"),
     "product_kernel": ("product.cuh", "sizeof(ProductTraits::Shared)"),
     "absmax_sums_kernel": ("quantize_absmax.cuh", "size_t{0}"),

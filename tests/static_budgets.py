@@ -53,6 +53,8 @@ BUDGETS = {
     "quantize_kernel<bf16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<fp16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<float>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
+    # 16 warps, whose codes of four chunks are under way: 32 KiB. Shared memory: the table, and x at M = 8, K = 4096.
+    "few_kernel<*>": Budget(512, 148 * 1024, "one block: codes of four chunks under way, 28 registers", loads_128=1),
     # Shared memory: the stages of operands, and two of decoded weights.
     "gemm_kernel<*, GemmTraits<*, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS),
     "gemm_kernel<*, GemmTraits<*, 128, 2, 3>>": Budget(256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89"),

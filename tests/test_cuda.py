@@ -300,6 +300,143 @@ def test_every_tile_and_depth_of_the_pipeline(rows, shared):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+#: M, N, K and multiprocessors: tiles that 2, 3 and 9 blocks share, with an odd number of steps.
+SHARED_TILES = ((20, 136, 1088, 8), (64, 128, 1536, 3), (130, 136, 1600, 12), (17, 24, 4672, 16))
+
+
+@pytest.mark.parametrize("resident_blocks", [1, 5])
+@pytest.mark.parametrize("case", SHARED_TILES)
+def test_blocks_that_share_a_tile_add_up_in_one_order(case, resident_blocks):
+    m, n, k, multiprocessors = case
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16)
+    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+    A, B = torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
+    found = []
+    for order in ORDERS:
+        with emulated(order, seed=11, multiprocessors=multiprocessors, resident_blocks=resident_blocks):
+            module().reset_counters()
+            y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+            assert counters()["instructions"]["fence"] > 0
+            with_low_rank, u = ops.linear_forward(x, *weight.pieces, n, None, A, B, 1.0, 0.0, None)
+        found.append((y, with_low_rank))
+    assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, f"{case}")
+    assert relative_error(with_low_rank, x.double() @ dense.double().T + u.double() @ B.double().T) < 4e-3
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    # The depth of dx is N: another weight, the other way round.
+    turned = make_weight(k, 128)
+    dy = torch.randn(m, k).bfloat16()
+    with emulated("random", seed=2, multiprocessors=multiprocessors, resident_blocks=resident_blocks):
+        dx, _, _ = ops.linear_backward(
+            dy, *turned.pieces, 128, None, None, None, None, 1.0, 0.0, None, True, False, False
+        )
+    dense = turned.dequantize(torch.bfloat16)
+    assert_within_contract(dx, dy @ dense, dy.double() @ dense.double(), f"{case} dx")
+
+
+def test_scratch_holds_what_it_held_before():
+    # The tickets of an earlier launch, of another one, and of a replay of the same.
+    weight = make_weight(128, 1024)
+    x = torch.randn(20, 1024).bfloat16()
+    with emulated(multiprocessors=4):
+        kernels = module()
+        size = kernels.linear_scratch(20, 128, 1024, 0, 1, False, 0)
+        assert 0 < size <= 2**24
+        scratch, results = torch.zeros(size // 8, dtype=torch.int64), []
+        packed, absmax, nested_absmax, offset, table = (p.data_ptr() for p in weight.pieces)
+        for _ in range(3):
+            y = torch.full((20, 128), torch.nan, dtype=torch.bfloat16)
+            pieces = (packed, 0, absmax, nested_absmax, table, offset, 128, 1024)
+            kernels.linear_forward(
+                pieces, x.data_ptr(), 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, scratch.data_ptr(), 1, 0, 0
+            )
+            results.append(y)
+            assert scratch[0] == 0, "the last block takes the launch's number away"
+        with pytest.raises(RuntimeError, match="need scratch"):
+            kernels.linear_forward(pieces, x.data_ptr(), 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, 0, 1, 0, 0)
+    assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [8, 77, 256])
+def test_few_rows(cuda_engine, n, dtype, double_quant):
+    # Groups of 4, 2 and 1 tiles of 8 rows of W; chunks of which a warp has none, one and several; x that lies on no 16
+    # bytes; a rank that is no multiple of 4.
+    for k, m, r, shift in (
+        (64, 1, 0, 0),
+        (192, 3, 16, 1),
+        (640, 8, 6, 0),
+        (2368, 2, 0, 3),
+        (4224, 9, 20, 0),
+        (320, 16, 5, 1),
+    ):
+        weight = make_weight(n, k, dtype=dtype, double_quant=double_quant)
+        x = torch.randn(m * k + shift).to(dtype)[shift:].view(m, k)
+        A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
+        bias = torch.randn(n)
+        y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
+        dense = weight.dequantize(dtype)
+        exact = x.double() @ dense.double().T + bias.double()
+        if r:
+            assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+        else:
+            assert_within_contract(y, (x.float() @ dense.float().T + bias).to(dtype), exact, f"N={n} K={k} M={m}")
+
+
+def test_few_rows_read_the_weight_once_in_whole_sectors():
+    n, k, m = 256, 2048, 8
+    weight = make_weight(n, k)
+    x = torch.randn(m, k).bfloat16()
+    found = counted(lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None))
+    assert found["launches"] == 1
+    memory = lines(found["global"], "few.cuh", "load") | lines(found["global"], "few.cuh", "store")
+    codes = max(memory.values(), key=lambda t: t["bytes"])
+    # After its last group every lane asks four times for what lies first.
+    assert codes["bytes"] == n * k // 2 + 2 * 512 * 4 * 16
+    wide = {place: t for place, t in memory.items() if t["bytes"] == 512 * t["requests"]}
+    assert len(wide) == 2, "codes and x"
+    assert all(t["actual"] == t["minimum"] for t in wide.values())
+    shared = lines(found["shared"], "few.cuh", "load")
+    pairs = max(shared.values(), key=lambda t: t["requests"])
+    assert pairs["requests"] == n * k // 2 // 32
+    x_loads = max((t for t in shared.values() if t is not pairs), key=lambda t: t["bytes"])
+    for t in (pairs, x_loads, *lines(found["shared"], "few.cuh", "store").values()):
+        assert t["actual"] == t["minimum"], "bank conflicts"
+    # Of random codes: 16 of the 256 entries for each request.
+    constants = next(t for t in shared.values() if t["bytes"] == pairs["bytes"] // 16 // 4 * 2)
+    assert constants["actual"] < 1.5 * constants["minimum"]
+
+
+def test_a_kernel_can_be_forced(monkeypatch):
+    weight = make_weight(64, 128)
+    x = torch.randn(5, 128).bfloat16()
+    exact = x.double() @ weight.dequantize(torch.bfloat16).double().T
+
+    def forward():
+        return ops.linear_forward(x, *weight.pieces, 64, None, None, None, 1.0, 0.0, None)[0]
+
+    used = {}
+    for name in ("few", "tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "floats"):
+        monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", name)
+        with emulated():
+            module().reset_counters()
+            assert relative_error(forward(), exact) < 4e-3
+            used[name] = counters()["instructions"].get("mma", 0)
+    assert used["few"] < used["tiles16"] < used["tiles32"] < used["tiles64"] < used["tiles128"] == used["tiles128x3"]
+    assert used["floats"] == 0
+    with emulated(), pytest.raises(RuntimeError, match="names no kernel; there are few, tiles16"):
+        monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "fast")
+        forward()
+    with emulated(), pytest.raises(RuntimeError, match="few cannot take M = 17, N = 64, K = 128: more than 16 rows"):
+        monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "few")
+        x = torch.randn(17, 128).bfloat16()
+        forward()
+    with emulated(max_shared_bytes=64 * 1024), pytest.raises(RuntimeError, match="its stages do not fit"):
+        monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "tiles128")
+        forward()
+
+
 @pytest.mark.parametrize(
     ("dtype", "architecture", "tiled"),
     [

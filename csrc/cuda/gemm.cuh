@@ -15,14 +15,17 @@
 // of its integer units, which run beside them. Panels in L2 would spare the repeats in every row of blocks, and pay
 // with 4 bytes of L2 traffic a weight.
 //
-// The low-rank part goes first, 64 of r at a time, so that dropout's mask can be put on it alone.
+// The low-rank part goes first, 64 of r at a time, so that dropout's mask can be put on it alone. Where there are few
+// tiles, several blocks share one, each with a part of the depth (splits.cuh), the first with the low-rank part.
 //
 // Shared memory: kStages * (kRows * 128 + 4096) + 2 * 16384 bytes. 16-byte pieces are swizzled by row: neither ldmatrix
 // nor any store has a bank conflict.
 #pragma once
 
 #include "decode.cuh"
+#include "dispatch.h"
 #include "dropout.cuh"
+#include "splits.cuh"
 
 namespace qlk::cuda {
 
@@ -39,6 +42,7 @@ struct GemmArguments {
     int64_t m, r;
     bool left_aligned;  // its rows lie on 16 bytes; otherwise they are read element by element
     bool out_aligned;   // likewise, written
+    Splits splits;      // along the depth
 };
 
 template <class T, bool kBackward_, int kRows_, int kWarpsDown_, int kStages_>
@@ -46,8 +50,8 @@ struct GemmTraits {
     static constexpr bool kBackward = kBackward_;
     static constexpr int kRows = kRows_, kWarpsDown = kWarpsDown_, kStages = kStages_;
     static constexpr int kThreads = 256;
-    static constexpr int kColumns = 128;
-    static constexpr int kDepth = 64;
+    static constexpr int kColumns = kTileColumns;
+    static constexpr int kDepth = kTileDepth;
     static constexpr int kWarpRows = kRows / kWarpsDown;
     static constexpr int kWarpColumns = kColumns / (8 / kWarpsDown);
     static constexpr int kUnits = kColumns * kDepth / kBlock;  // blocks of weights in a step
@@ -66,6 +70,7 @@ struct GemmTraits {
         Loop loop;
         T out[kRows * kPitch];
     };
+    static_assert(sizeof(Shared) == tiles_shared(kRows, kStages));
 };
 
 // Where a 16-byte piece of a row lies, in elements. Rows of 64 elements have 8 pieces, of 128 elements 16.
@@ -84,6 +89,7 @@ struct Gemm {
     const GemmArguments<T>& a;
     typename Traits::Loop& shared;
     int64_t first_row, first_column, depth;
+    int64_t first_step, steps;  // of this block
     int self, lane, warp;
     float sum[kDownTiles][kAcrossTiles][4];
 
@@ -256,20 +262,19 @@ struct Gemm {
                 for (int e = 0; e < 4; ++e) sum[i][j][e] = 0.0f;
             }
         }
-        low_rank();
+        if (first_step == 0) low_rank();
 
-        const int64_t steps = (depth + Traits::kDepth - 1) / Traits::kDepth;
         const int team = warp / 4;  // decodes the steps whose number is its own modulo 2
         for (int step = 0; step < Traits::kStages - 1; ++step) {
-            if (step < steps) copy_step(step, step);
+            if (step < steps) copy_step(first_step + step, step);
             cp_async_commit();
         }
-        float absmax = constant(team);
+        float absmax = constant(first_step + team);
         cp_async_wait<Traits::kStages - 2>();
         __syncthreads();
         if (team == 0) {
             decode(0, 0, absmax);
-            absmax = constant(2);
+            absmax = constant(first_step + 2);
         }
         int stage = 0;
         for (int64_t step = 0; step < steps; ++step) {
@@ -278,11 +283,11 @@ struct Gemm {
             // The copies of the next step, whose codes are about to be decoded.
             cp_async_wait<Traits::kStages - 3>();
             __syncthreads();
-            if (step + Traits::kStages - 1 < steps) copy_step(step + Traits::kStages - 1, last_stage);
+            if (step + Traits::kStages - 1 < steps) copy_step(first_step + step + Traits::kStages - 1, last_stage);
             cp_async_commit();
             if (step + 1 < steps && team == static_cast<int>((step + 1) % 2)) {
                 decode(next_stage, static_cast<int>((step + 1) % 2), absmax);
-                absmax = constant(step + 3);
+                absmax = constant(first_step + step + 3);
             }
             multiply(stage, static_cast<int>(step % 2), Traits::kDepth / 16);
             stage = next_stage;
@@ -327,21 +332,35 @@ struct Gemm {
     }
 };
 
-// Blocks go down the rows first: those that run together share their weights in L2.
+// Blocks of one tile come one after another; tiles go down the rows first: those that run together share their weights
+// in L2.
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) gemm_kernel(const __grid_constant__ GemmArguments<T> a) {
     auto& shared = shared_memory<typename Traits::Shared>();
     const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
+    const unsigned tile = blockIdx.x / static_cast<unsigned>(a.splits.count);
+    const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.splits.count));
+    const int64_t depth = Traits::kBackward ? a.n : a.k;
+    const int64_t steps = (depth + Traits::kDepth - 1) / Traits::kDepth;
+    const int64_t first_step = steps * split / a.splits.count;
     Gemm<T, Traits> gemm{a,
                          shared.loop,
-                         static_cast<int64_t>(blockIdx.x % down) * Traits::kRows,
-                         static_cast<int64_t>(blockIdx.x / down) * Traits::kColumns,
-                         Traits::kBackward ? a.n : a.k,
+                         static_cast<int64_t>(tile % down) * Traits::kRows,
+                         static_cast<int64_t>(tile / down) * Traits::kColumns,
+                         depth,
+                         first_step,
+                         steps * (split + 1) / a.splits.count - first_step,
                          static_cast<int>(threadIdx.x),
                          static_cast<int>(threadIdx.x % 32),
                          static_cast<int>(threadIdx.x / 32),
                          {}};
     gemm.run();
+    // A barrier stands before the word is written, and another before the results are.
+    using Sums = float[sizeof(gemm.sum) / sizeof(float)];
+    if (!add_splits<Traits::kThreads>(a.splits, tile, split, reinterpret_cast<Sums&>(gemm.sum),
+                                      reinterpret_cast<int*>(&shared))) {
+        return;
+    }
     gemm.store(shared.out);
 }
 

@@ -2,7 +2,10 @@
 
 #include "../philox.h"
 #include "aligned.h"
+#include "dispatch.h"
+#include "few.cuh"
 #include "gemm.cuh"
+#include "splits.h"
 
 namespace qlk::cuda {
 namespace {
@@ -21,48 +24,74 @@ Dropout dropout_of(double p, const int64_t* seed) {
     return {seed, dropout_threshold(p)};
 }
 
-template <class T, bool kBackward, int kRows, int kWarpsDown>
-void gemm_launch(const GemmArguments<T>& a, const Stream& stream) {
-    const int64_t columns = kBackward ? a.k : a.n;
-    const auto start = [&](auto traits) {
-        using Traits = decltype(traits);
-        const int64_t blocks = ((a.m + kRows - 1) / kRows) * ((columns + Traits::kColumns - 1) / Traits::kColumns);
-        launch(gemm_kernel<T, Traits>, blocks, Traits::kThreads, sizeof(typename Traits::Shared), stream, a);
-    };
-    // Four stages: 112 KiB at 128 rows. Three where that is too much: sm_86 and sm_89 give a block 99 KiB.
-    using Four = GemmTraits<T, kBackward, kRows, kWarpsDown, 4>;
-    if constexpr (kRows == 128) {
-        if (sizeof(typename Four::Shared) > shared_limit(stream.device)) {
-            return start(GemmTraits<T, kBackward, kRows, kWarpsDown, 3>{});
-        }
-    }
-    start(Four{});
+Card card(int device) {
+    return {compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 1, 4>>, device), multiprocessors(device),
+            shared_limit(device)};
 }
 
-// Whether the tensor cores' kernel can take it; then it is launched.
+// Tickets first: what they lie on is a multiple of 16, too.
+Splits splits_of(const Plan& plan, void* scratch) {
+    if (plan.splits == 1) return {nullptr, nullptr, 0, 1};
+    QLK_CHECK(scratch != nullptr, "blocks that share a tile need scratch");
+    char* const room = static_cast<char*>(scratch);
+    return {reinterpret_cast<float4*>(room + (plan.tiles + 1) / 2 * 16), reinterpret_cast<unsigned long long*>(room),
+            next_launch(), plan.splits};
+}
+
+template <class T, bool kBackward, int kRows, int kWarpsDown, int kStages>
+void gemm_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream) {
+    using Traits = GemmTraits<T, kBackward, kRows, kWarpsDown, kStages>;
+    launch(gemm_kernel<T, Traits>, plan.tiles * plan.splits, Traits::kThreads, sizeof(typename Traits::Shared), stream,
+           a);
+}
+
+template <class T>
+void few_launch(const GemmArguments<T>& a, const Plan& plan, int multiprocessors, const Stream& stream) {
+    const FewArguments<T> few{a.weight,
+                              a.n,
+                              a.k,
+                              a.left,
+                              a.low_left,
+                              a.low_right,
+                              a.bias,
+                              a.out,
+                              a.r,
+                              static_cast<int>(a.m),
+                              plan.row_tiles,
+                              a.left_aligned,
+                              a.r % 4 == 0 && lies_on(a.low_left, 8) && lies_on(a.low_right, 8)};
+    const auto kernel = a.weight.absmax ? (a.m > 8 ? few_kernel<T, true, false> : few_kernel<T, false, false>)
+                                        : (a.m > 8 ? few_kernel<T, true, true> : few_kernel<T, false, true>);
+    launch(kernel, std::min<int64_t>(plan.tiles, multiprocessors), FewTraits::kThreads, few_shared(a.m, a.k), stream,
+           few);
+}
+
+// Whether a kernel on tensor cores takes it; then it is launched.
 template <bool kBackward, class T>
-bool gemm(GemmArguments<T> a, const Stream& stream) {
+bool gemm(GemmArguments<T> a, void* scratch, const Stream& stream) {
+    constexpr DType dtype = std::is_same_v<T, bf16>   ? DType::kBFloat16
+                            : std::is_same_v<T, fp16> ? DType::kFloat16
+                                                      : DType::kFloat32;
+    const Card here = card(stream.device);
+    const Plan p = plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16)}, here);
+    if (p.row.family == Family::kFloats) return false;
     if constexpr (sizeof(T) == 2) {
-        const int least = std::is_same_v<T, bf16> ? 80 : 75;
-        if (a.k % kBlock != 0 || !lies_on(a.weight.packed, 16) ||
-            compiled_for(gemm_kernel<T, GemmTraits<T, kBackward, 32, 1, 4>>, stream.device) < least)
-            return false;
         a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
         a.out_aligned = lies_on(a.out, 16) && (kBackward ? a.k : a.n) % 8 == 0;
-        const bool small = shared_limit(stream.device) < 96 * 1024;  // sm_75
-        if (a.m <= 16) {
-            gemm_launch<T, kBackward, 16, 1>(a, stream);
-        } else if (a.m <= 32 || small) {
-            gemm_launch<T, kBackward, 32, 1>(a, stream);
-        } else if (a.m <= 64) {
-            gemm_launch<T, kBackward, 64, 2>(a, stream);
-        } else {
-            gemm_launch<T, kBackward, 128, 2>(a, stream);
+        if (p.row.family == Family::kFew) {
+            if constexpr (!kBackward) few_launch(a, p, here.multiprocessors, stream);
+            return true;
         }
-        return true;
-    } else {
-        return false;
+        a.splits = splits_of(p, scratch);
+        switch (p.row.rows * 10 + p.row.stages) {
+            case 164: gemm_launch<T, kBackward, 16, 1, 4>(a, p, stream); return true;
+            case 324: gemm_launch<T, kBackward, 32, 1, 4>(a, p, stream); return true;
+            case 644: gemm_launch<T, kBackward, 64, 2, 4>(a, p, stream); return true;
+            case 1284: gemm_launch<T, kBackward, 128, 2, 4>(a, p, stream); return true;
+            case 1283: gemm_launch<T, kBackward, 128, 2, 3>(a, p, stream); return true;
+        }
     }
+    QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
 }
 
 template <class T>
@@ -83,7 +112,7 @@ void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, c
     const GemmArguments<T> tiled{
         DeviceWeight::of(p.weight), n,   k, x, u, static_cast<const T*>(p.lora_b), p.bias, Dropout{nullptr, 0},
         static_cast<T*>(p.y),       p.m, r};
-    if (gemm<false>(tiled, stream)) return;
+    if (gemm<false>(tiled, scratch, stream)) return;
     product_launch(ForwardProduct<T>{{p.m, n, {r, k}},
                                      DeviceWeight::of(p.weight),
                                      x,
@@ -116,7 +145,7 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, 
         T* const dx = static_cast<T*>(p.dx);
         const DeviceWeight weight = DeviceWeight::of(p.weight);
         const GemmArguments<T> tiled{weight, n, k, dy, v, lora_a, nullptr, dropout, dx, p.m, r, false, false};
-        if (!gemm<true>(tiled, stream)) {
+        if (!gemm<true>(tiled, scratch, stream)) {
             product_launch(InputGradientProduct<T>{{p.m, k, {r, n}}, weight, dy, v, lora_a, dropout, dx}, stream);
         }
     }
@@ -151,6 +180,8 @@ void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v
     QLK_CHECK(false, "linear_backward of dtype code " + std::to_string(static_cast<int>(p.dtype)));
 }
 
-int64_t linear_scratch(int64_t, int64_t, int64_t, int64_t, DType, bool, int) { return 0; }
+int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t, DType dtype, bool backward, int device) {
+    return plan({m, n, k, dtype, backward, true}, card(device)).scratch;
+}
 
 }  // namespace qlk::cuda

@@ -33,6 +33,8 @@ QUANTIZATION = tuple(
     for words in ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "test")
 )
 TESTS = {
+    "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
+    "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),
     "gemm": (("tests/test_cuda.py", "emulated and tensor_cores"), ("tests/test_cuda.py", "pipeline or emulated")),
     "product": (
         ("tests/test_ops.py", "emulated and test_forward_and_dx_within_the_contract"),

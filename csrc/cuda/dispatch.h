@@ -1,0 +1,158 @@
+// Which kernel multiplies: one table, by architecture, type, M, N and K. `qlora-kernels info --dispatch N K` prints
+// what it gives; QLORA_KERNELS_CUDA_KERNEL names a row and forces it. Plain C++: a build without CUDA knows the table
+// too.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include "../error.h"
+#include "../kernels.h"
+
+namespace qlk::cuda {
+
+// What the choice needs to know of a card.
+struct Card {
+    int architecture;  // whose instructions the kernels have: 90 for sm_90
+    int multiprocessors;
+    size_t shared_bytes;  // that a block may have
+};
+
+// The product: y = x W^T, or dx = dy W with `backward`.
+struct Problem {
+    int64_t m, n, k;
+    DType dtype;
+    bool backward;
+    bool weight_aligned;  // its codes lie on 16 bytes
+
+    int64_t columns() const { return backward ? k : n; }
+    int64_t depth() const { return backward ? n : k; }
+};
+
+enum class Family {
+    kFew,     // few.cuh: up to 16 rows of x; codes looked up in shared memory, the products on tensor cores
+    kTiles,   // gemm.cuh: a tile of rows x 128 columns for each block
+    kFloats,  // product.cuh: float32 units, for whatever the others do not take
+};
+
+struct Row {
+    const char* name;
+    Family family;
+    int rows;                    // of a tile
+    int stages;                  // of copies under way
+    int64_t most;                // rows of x it is meant for
+    int least_bf16, least_fp16;  // architectures
+};
+
+constexpr int64_t kAnyRows = INT64_MAX;
+
+// The first row that can take the problem runs.
+constexpr Row kDispatch[] = {
+    {"few", Family::kFew, 16, 4, 16, 80, 80},
+    {"tiles16", Family::kTiles, 16, 4, 16, 80, 75},
+    {"tiles32", Family::kTiles, 32, 4, 32, 80, 75},
+    {"tiles64", Family::kTiles, 64, 4, 64, 80, 75},
+    {"tiles128", Family::kTiles, 128, 4, kAnyRows, 80, 75},
+    {"tiles128x3", Family::kTiles, 128, 3, kAnyRows, 80, 75},  // three stages fit the 99 KiB of sm_86, sm_89 and sm_120
+    {"tiles32any", Family::kTiles, 32, 4, kAnyRows, 80, 75},   // the 64 KiB of sm_75
+    {"floats", Family::kFloats, 64, 1, kAnyRows, 0, 0},
+};
+
+constexpr int kTileColumns = 128;
+constexpr int kTileDepth = 64;
+constexpr int64_t kMostScratch = 16 << 20;
+
+// Shared memory of a block of gemm.cuh: the stages of both operands, and two of decoded weights.
+constexpr size_t tiles_shared(int rows, int stages) {
+    return static_cast<size_t>(stages) * (rows * 128 + 4096) + 2 * 16384;
+}
+
+// Of few.cuh: two levels for each byte, 32 times; the table of constants; x, its rows by 128 columns, 16 rows where
+// there are more than 8; partial sums, twice.
+constexpr int kFewWarps = 16;
+constexpr size_t few_shared(int64_t m, int64_t k) {
+    return 65536 + 1024 + static_cast<size_t>((k + 127) / 128 * 256 * (m > 8 ? 16 : m)) +
+           static_cast<size_t>(2 * kFewWarps * 12 * 4 * m);
+}
+
+struct Plan {
+    Row row;
+    int splits;       // blocks that share a tile, each with a part of the depth
+    int64_t tiles;    // whole ones; of few.cuh groups of `row_tiles` times 8 rows of W
+    int row_tiles;    // few.cuh alone
+    int64_t scratch;  // bytes
+};
+
+// Why a kernel cannot take a problem, or null.
+inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
+    if (row.family == Family::kFloats) return nullptr;
+    if (p.dtype == DType::kFloat32) return "float32 has no tensor cores here";
+    if (card.architecture < (p.dtype == DType::kBFloat16 ? row.least_bf16 : row.least_fp16)) {
+        return "the architecture lacks its instructions";
+    }
+    if (p.k % kBlock != 0) return "K is no multiple of 64";
+    if (!p.weight_aligned) return "the packed weight does not lie on 16 bytes";
+    if (row.family == Family::kFew) {
+        if (p.backward) return "it computes no gradients";
+        if (p.m > row.rows) return "more than 16 rows";
+        if (p.n * (p.k / kBlock) >= (int64_t{1} << 32) - 4096) return "more blocks than 32 bits count";
+        if (few_shared(p.m, p.k) > card.shared_bytes) return "x does not fit into shared memory";
+        return nullptr;
+    }
+    return tiles_shared(row.rows, row.stages) > card.shared_bytes ? "its stages do not fit into shared memory"
+                                                                  : nullptr;
+}
+
+inline Plan planned(const Row& row, const Problem& p, const Card& card) {
+    Plan plan{row, 1, 0, 1, 0};
+    const int64_t sms = card.multiprocessors;
+    if (row.family == Family::kFew) {
+        // Of 4, 2 and 1 tiles of 8 rows that a block takes at a time, the most that keeps all cards' parts even.
+        const int64_t all = (p.n + 7) / 8;
+        int64_t best = INT64_MAX;
+        for (const int tiles : {4, 2, 1}) {
+            const int64_t groups = (all + tiles - 1) / tiles, rounds = (groups + sms - 1) / sms * tiles;
+            if (rounds < best) best = rounds, plan.row_tiles = tiles, plan.tiles = groups;
+        }
+        return plan;
+    }
+    if (row.family == Family::kFloats) {
+        plan.tiles = ((p.m + 63) / 64) * ((p.columns() + 63) / 64);
+        return plan;
+    }
+    plan.tiles = ((p.m + row.rows - 1) / row.rows) * ((p.columns() + kTileColumns - 1) / kTileColumns);
+    // As many parts as give every multiprocessor its blocks, of at least eight steps each.
+    const int64_t room = sms * (row.rows <= 32 ? 2 : 1);
+    const int64_t steps = (p.depth() + kTileDepth - 1) / kTileDepth;
+    const int64_t tile_bytes = static_cast<int64_t>(row.rows) * kTileColumns * 4;
+    int64_t splits = plan.tiles == 0 ? 1 : std::min(room / plan.tiles, steps / 8);
+    splits = std::min(splits, (kMostScratch - plan.tiles * 8 - 16) / std::max<int64_t>(plan.tiles * tile_bytes, 1));
+    plan.splits = static_cast<int>(std::clamp<int64_t>(splits, 1, 16));
+    if (plan.splits > 1) plan.scratch = plan.tiles * plan.splits * tile_bytes + (plan.tiles + 1) / 2 * 16;
+    return plan;
+}
+
+// Throws when QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot take the problem.
+inline Plan plan(const Problem& p, const Card& card) {
+    const char* const forced = std::getenv("QLORA_KERNELS_CUDA_KERNEL");
+    if (forced && *forced) {
+        std::string names;
+        for (const Row& row : kDispatch) {
+            names += (names.empty() ? "" : ", ") + std::string(row.name);
+            if (std::string(forced) != row.name) continue;
+            const char* const why = refusal(row, p, card);
+            QLK_CHECK(!why, "QLORA_KERNELS_CUDA_KERNEL=" + std::string(forced) +
+                                " cannot take M = " + std::to_string(p.m) + ", N = " + std::to_string(p.n) +
+                                ", K = " + std::to_string(p.k) + (p.backward ? ", backward: " : ": ") + why);
+            return planned(row, p, card);
+        }
+        QLK_CHECK(false, "QLORA_KERNELS_CUDA_KERNEL=" + std::string(forced) + " names no kernel; there are " + names);
+    }
+    for (const Row& row : kDispatch) {
+        if (p.m <= row.most && !refusal(row, p, card)) return planned(row, p, card);
+    }
+    QLK_CHECK(false, "no kernel takes the problem");
+}
+
+}  // namespace qlk::cuda
