@@ -69,13 +69,13 @@ BUDGETS = {
     "quantize_kernel<float>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     # Shared memory: the stages of operands, and two of decoded weights. Outside MMA and decoding: about 100, and 50 for
     # each 16 bytes that a thread copies of the left operand, whose addresses are computed anew, one copy for 32 rows.
-    "gemm_kernel<*, GemmTraits<*, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS, loop=LoopBudget(64, outside=344)),
+    "gemm_kernel<*, GemmTraits<*, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS, loop=LoopBudget(64, outside=360)),
     "gemm_kernel<*, GemmTraits<*, 128, 2, 3>>": Budget(
-        256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, outside=344)
+        256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, outside=360)
     ),
     "gemm_kernel<*, GemmTraits<*, 64, 2, 4>>": Budget(512, 80 * 1024, _TWO, loop=LoopBudget(32, outside=290)),
     "gemm_kernel<*, GemmTraits<*, 32, 1, 4>>": Budget(512, 64 * 1024, _TWO, loop=LoopBudget(16, outside=210)),
-    "gemm_kernel<*, GemmTraits<*, 16, 1, 4>>": Budget(512, 56 * 1024, _TWO, loop=LoopBudget(8, outside=165)),
+    "gemm_kernel<*, GemmTraits<*, 16, 1, 4>>": Budget(512, 56 * 1024, _TWO, loop=LoopBudget(8, outside=170)),
     "product_kernel<InputGradientProduct<*>>": Budget(
         256, 17 * 1024, "one block: two parts, the second of decoded weights"
     ),
