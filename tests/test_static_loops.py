@@ -110,6 +110,25 @@ def test_decoding_that_every_step_does_counts_fully():
     assert found.slots_per_weight == 10 / 8
 
 
+def test_tables_in_shared_memory():
+    """Look-ups are loads then, and decoding may stand in one block of code with all the rest."""
+    listing = """
+step:
+    LDS.128 R20, [R9]
+    PRMTS
+    LDS.64 R24, [R26]
+    FMUL R24, R24, R30
+    F2FP.BF16.F32.PACK_AB R24, R24, R25
+    HMMA.16816.F32.BF16 R8, R4, R24, R8
+    @P2 BRA step
+    EXIT
+"""
+    kind = loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=8)
+    found = loops.step_of(assembled(listing), kind, [])
+    assert found.slots_per_weight == 11 / 8
+    assert found.counts == {"hmma": 1, "decode": 11, "ldsm": 0, "lds": 1, "sts": 0, "ldgsts": 0, "other": 1}
+
+
 @pytest.mark.parametrize(
     ("before", "after", "key", "more"),
     [
