@@ -111,7 +111,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
         return f"| {' | '.join(cells)} |"
 
     rule = [("-" * w) if i < left else ("-" * (w - 1) + ":") for i, w in enumerate(widths)]
-    return [line(clean[0]), f"|-{'-|-'.join(rule)}-|", *map(line, clean[1:])]
+    return [line(clean[0]), f"| {' | '.join(rule)} |", *map(line, clean[1:])]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -25,7 +25,7 @@ sys.path.append(str(ROOT))
 
 import setup_cuda  # noqa: E402
 
-from . import sass  # noqa: E402
+from . import loops, sass  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent / "results"
 FORMAT = 1
@@ -41,6 +41,19 @@ SHARED = {
     "gemm_kernel": ("gemm.cuh", "sizeof(<second>::Shared)"),
     "product_kernel": ("product.cuh", "sizeof(ProductTraits::Shared)"),
     "absmax_sums_kernel": ("quantize_absmax.cuh", "size_t{0}"),
+}
+
+#: The kernels whose main loops decode and multiply; numbers are those among the template arguments.
+LOOPS = {
+    # A turn is four chunks, of which a thread has 32 weights each.
+    "few_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=4 * 32),
+    # Each team decodes every second step, 64 weights a thread. numbers[0] is kRows: 8 copies a row, 256 threads.
+    "gemm_kernel": loops.Kind(
+        decode=("PRMT", "LOP3", "SHF", "IMAD.SHL", "F2FP", "FMUL"),
+        weights=64,
+        every=2,
+        copies=lambda numbers: numbers[0] * 8 / 256,
+    ),
 }
 
 
@@ -136,9 +149,30 @@ def rows(module: Path) -> list[dict[str, Any]]:
                 "stg128": wide["STG"],
                 "ldg": len(one.of("LDG")),
                 "stg": len(one.of("STG")),
+                **loop_figures(names[one.symbol], one),
             }
         )
     return sorted(found, key=lambda row: (row["kernel"], _number(row["arch"])))
+
+
+def numbers_in(kernel: str) -> list[int]:
+    """The numbers among a kernel's template arguments: of "gemm_kernel<bf16, GemmTraits<bf16, false, 128, 2, 4>>",
+    128, 2 and 4."""
+    return [int(number) for number in re.findall(r"\b\d+\b", kernel)]
+
+
+def loop_figures(kernel: str, code: sass.Function) -> dict[str, float]:
+    """What a step of the main loop issues, by class (bench/loops.py); zeros where LOOPS lists the kernel and the loop
+    is not to be found; nothing for other kernels."""
+    kind = LOOPS.get(kernel.partition("<")[0])
+    if kind is None:
+        return {}
+    step = loops.step_of(code, kind, numbers_in(kernel)) or loops.Step.nothing()
+    return {
+        **{f"step_{name}": count for name, count in step.counts.items()},
+        "step_outside": step.outside,
+        "slots_per_weight": step.slots_per_weight,
+    }
 
 
 def _number(architecture: str) -> tuple[int, str]:
@@ -184,6 +218,18 @@ COLUMNS = {
     "stg": "of STG",
 }
 
+LOOP_COLUMNS = {
+    "step_hmma": "HMMA",
+    "step_decode": "decode",
+    "step_ldsm": "LDSM",
+    "step_lds": "LDS",
+    "step_sts": "STS",
+    "step_ldgsts": "LDGSTS",
+    "step_other": "other",
+    "step_outside": "outside",
+    "slots_per_weight": "decode / weight",
+}
+
 
 def markdown(result: dict[str, Any]) -> str:
     """The report as a page."""
@@ -194,6 +240,18 @@ def markdown(result: dict[str, Any]) -> str:
         f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}",
     ]
     lines += [f"| {' | '.join(str(row[key]) for key in COLUMNS)} |" for row in result["kernels"]]
+    lines += [
+        "\n## Main loops\n",
+        "What a warp issues in a step of the main loop, on average, where everything is aligned and inside (the rules",
+        "stand in bench/loops.py). `outside` is all but HMMA and decoding. The last column are the instructions that",
+        "decode, for each weight that a thread decodes.\n",
+        f"| kernel | arch | {' | '.join(LOOP_COLUMNS.values())} |",
+        f"|{'---|' * 2}{'---:|' * len(LOOP_COLUMNS)}",
+    ]
+    for row in result["kernels"]:
+        if "slots_per_weight" in row:
+            cells = (f"{row[key]:.2f}".rstrip("0").rstrip(".") for key in LOOP_COLUMNS)
+            lines.append(f"| {row['kernel']} | {row['arch']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

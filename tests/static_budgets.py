@@ -13,6 +13,18 @@ REGISTERS = 65536  # of a multiprocessor; dealt out in steps of 8 a thread
 
 
 @dataclass(frozen=True)
+class LoopBudget:
+    """What a warp may issue in a step of the main loop (bench/loops.py)."""
+
+    #: HMMA, exactly: outputs of the thread block * depth of a step / warps / (16 * 8 * 16).
+    hmma: int
+    #: Instructions that neither multiply nor decode.
+    outside: float
+    #: Instructions that decode, for each weight: 3.2 with tables in registers, 2.2 with tables in shared memory.
+    slots: float = 3.2
+
+
+@dataclass(frozen=True)
 class Budget:
     #: So many threads, or as many as it holds at all, are to have room on a multiprocessor: that bounds the registers.
     threads: int
@@ -23,6 +35,8 @@ class Budget:
     loads_128: int = 0
     #: Global stores of 128 bits, at least: as many as a thread makes. Where promised, no path has narrower ones, too.
     stores_128: int = 0
+    #: Of kernels that bench.static.LOOPS lists.
+    loop: LoopBudget | None = None
 
     def registers(self, architecture: str) -> int:
         """What a thread may take on an architecture, "sm_90a"."""
@@ -53,14 +67,25 @@ BUDGETS = {
     "quantize_kernel<bf16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<fp16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<float>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
-    # 16 warps, whose codes of four chunks are under way: 32 KiB. Shared memory: the table, and x at M = 8, K = 4096.
-    "few_kernel<*>": Budget(512, 148 * 1024, "one block: codes of four chunks under way, 28 registers", loads_128=1),
-    # Shared memory: the stages of operands, and two of decoded weights.
-    "gemm_kernel<*, GemmTraits<*, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS),
-    "gemm_kernel<*, GemmTraits<*, 128, 2, 3>>": Budget(256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89"),
-    "gemm_kernel<*, GemmTraits<*, 64, 2, 4>>": Budget(512, 80 * 1024, _TWO),
-    "gemm_kernel<*, GemmTraits<*, 32, 1, 4>>": Budget(512, 64 * 1024, _TWO),
-    "gemm_kernel<*, GemmTraits<*, 16, 1, 4>>": Budget(512, 56 * 1024, _TWO),
+    # 16 warps, whose codes of four chunks are under way: 32 KiB. Shared memory: the table, and x at M = 8, K = 4096. A turn
+    # is four chunks, eight products each; 2.5 slots a weight, and four constants. The issue's 2.2 are those of a table of
+    # finished pairs, which the rounding of each weight forbids (few.cuh).
+    "few_kernel<*>": Budget(
+        512,
+        148 * 1024,
+        "one block: codes of four chunks under way, 28 registers",
+        loads_128=1,
+        loop=LoopBudget(32, outside=180, slots=2.6),
+    ),
+    # Shared memory: the stages of operands, and two of decoded weights. Outside MMA and decoding: about 100, and 50 for
+    # each 16 bytes that a thread copies of the left operand, whose addresses are computed anew, one copy for 32 rows.
+    "gemm_kernel<*, GemmTraits<*, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS, loop=LoopBudget(64, outside=360)),
+    "gemm_kernel<*, GemmTraits<*, 128, 2, 3>>": Budget(
+        256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, outside=360)
+    ),
+    "gemm_kernel<*, GemmTraits<*, 64, 2, 4>>": Budget(512, 80 * 1024, _TWO, loop=LoopBudget(32, outside=290)),
+    "gemm_kernel<*, GemmTraits<*, 32, 1, 4>>": Budget(512, 64 * 1024, _TWO, loop=LoopBudget(16, outside=210)),
+    "gemm_kernel<*, GemmTraits<*, 16, 1, 4>>": Budget(512, 56 * 1024, _TWO, loop=LoopBudget(8, outside=170)),
     "product_kernel<InputGradientProduct<*>>": Budget(
         256, 17 * 1024, "one block: two parts, the second of decoded weights"
     ),

@@ -1,15 +1,17 @@
-"""The compiled CUDA kernels: no spills, wide accesses where promised, registers and shared memory within budget."""
+"""The compiled CUDA kernels: no spills, wide accesses where promised, registers and shared memory within budget, and
+main loops that multiply on tensor cores and issue no more than stated."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cuda_wheel
 import pytest
-from static_budgets import BUDGETS, Budget, budget_of
+from static_budgets import BUDGETS, Budget, LoopBudget, budget_of
 
 if not (cuda_wheel.ROOT / "bench" / "static.py").is_file():
     pytest.skip("the bench comes with the source tree only", allow_module_level=True)
@@ -55,6 +57,24 @@ def broken(row: dict, budget: Budget) -> list[str]:
     for key, promised in (("ldg128", budget.loads_128), ("stg128", budget.stores_128)):
         if row[key] < promised:
             found.append(f"{row[key]} {key.upper()}, {promised} promised")
+    return found + broken_loop(row, budget)
+
+
+def broken_loop(row: dict, budget: Budget) -> list[str]:
+    """What of the main loop is not as the budget says."""
+    if int(row["arch"][3:].rstrip("af")) < 80:
+        return []  # neither bf16 there, nor cp.async, nor so large an HMMA
+    if budget.loop is None:
+        return ["state a budget of its main loop"] if "step_hmma" in row else []
+    if not row.get("step_hmma"):
+        return ["no loop with HMMA and decoding is found"]
+    found = []
+    if row["step_hmma"] != budget.loop.hmma:
+        found.append(f"{row['step_hmma']:g} HMMA in a step of the main loop, {budget.loop.hmma} expected")
+    if not 0 < row["slots_per_weight"] <= budget.loop.slots:
+        found.append(f"{row['slots_per_weight']:.2f} instructions to decode a weight, {budget.loop.slots} allowed")
+    if row["step_outside"] > budget.loop.outside:
+        found.append(f"{row['step_outside']:g} outside MMA and decoding in a step, {budget.loop.outside:g} allowed")
     return found
 
 
@@ -239,6 +259,33 @@ BUDGET = Budget(2048, 4096, "because", loads_128=1, stores_128=4)
 def test_each_gate_closes(change, message):
     assert broken(GOOD, BUDGET) == []
     assert broken({**GOOD, **change}, BUDGET) == [message]
+
+
+LOOP = {**GOOD, "step_hmma": 64.0, "step_outside": 300.0, "slots_per_weight": 3.2}
+WITH_LOOP = replace(BUDGET, loop=LoopBudget(64, outside=300))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step_hmma": 0.0}, "no loop with HMMA and decoding is found"),
+        ({"step_hmma": 32.0}, "32 HMMA in a step of the main loop, 64 expected"),
+        ({"slots_per_weight": 3.21}, "3.21 instructions to decode a weight, 3.2 allowed"),
+        ({"slots_per_weight": 0.0}, "0.00 instructions to decode a weight, 3.2 allowed"),
+        ({"slots_per_weight": float("nan")}, "nan instructions to decode a weight, 3.2 allowed"),
+        ({"step_outside": 300.5}, "300.5 outside MMA and decoding in a step, 300 allowed"),
+    ],
+)
+def test_each_gate_of_the_main_loop_closes(change, message):
+    assert broken(LOOP, WITH_LOOP) == []
+    assert broken({**LOOP, **change}, WITH_LOOP) == [message]
+
+
+def test_every_kernel_with_a_main_loop_has_a_budget_for_it():
+    assert broken(LOOP, BUDGET) == ["state a budget of its main loop"]
+    assert broken(GOOD, WITH_LOOP) == ["no loop with HMMA and decoding is found"]
+    for pattern, budget in BUDGETS.items():
+        assert (budget.loop is not None) == (pattern.partition("<")[0] in static.LOOPS), pattern
 
 
 def test_a_kernel_compiled_with_too_few_registers_does_not_pass(tmp_path):
