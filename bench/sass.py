@@ -71,6 +71,7 @@ class Function:
         for one in self.of("BSSY"):
             register, _, target = one.operands.partition(",")
             joins.setdefault(register.strip(), set()).add(int(target.strip(), 16))
+        addresses = {one.address for one in self.instructions}
         result = {}
         for one in self.instructions:
             after = following.get(one.address, set())
@@ -78,6 +79,10 @@ class Function:
                 raise ValueError(f"{self.symbol}: {one.opcode} at {one.address:#x} jumps to an address in a register")
             if one.name in ("EXIT", "RET", "KILL"):
                 result[one.address] = set(after) if one.predicate else set()
+            elif one.name == "WARPSYNC" and not (
+                (target := _TARGET.search(one.operands)) and int(target[1], 16) in addresses
+            ):
+                result[one.address] = set(after)  # "WARPSYNC 0xffffffff" has a mask
             elif one.name in ("BRA", "JMP", "CALL", "WARPSYNC") and (target := _TARGET.search(one.operands)):
                 # "BRA P0, 0x580" and "BRA.DIV UR4, 0x16c0" have conditions of their own.
                 always = one.name in ("BRA", "JMP") and not one.predicate and target.start() == 0

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "cuda/dispatch.h"
 #include "fp8.h"
 #ifdef QLK_CUDA_ARCHS
 #include "bindings_cuda.h"
@@ -85,6 +86,23 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return info;
     });
+    m.def(
+        "dispatch",
+        [](int64_t rows, int64_t n, int64_t k, int dtype, bool backward, int architecture, int multiprocessors,
+           size_t shared_bytes) {
+            const auto plan = qlk::cuda::plan({rows, n, k, dtype_of(dtype), backward, true},
+                                              {architecture, multiprocessors, shared_bytes});
+            py::dict chosen;
+            chosen["kernel"] = plan.row.name;
+            chosen["rows"] = plan.row.rows;
+            chosen["stages"] = plan.row.stages;
+            chosen["splits"] = plan.splits;
+            chosen["tiles"] = plan.tiles;
+            chosen["row_tiles"] = plan.row_tiles;
+            chosen["scratch"] = plan.scratch;
+            return chosen;
+        },
+        "Which CUDA kernel multiplies, on a card of these figures (csrc/cuda/dispatch.h).");
 #ifdef QLK_CUDA_ARCHS
     bind_cuda(m.def_submodule("cuda", "The same operations on CUDA devices."));
 #endif

@@ -72,6 +72,11 @@ def non_finite(weight: Tensor, index: tuple[int, ...], name: str) -> ValueError:
     return ValueError(f"{name} holds {weight[index].item()} at index {index}; only finite weights can be quantized")
 
 
+def code_of(dtype: torch.dtype) -> int:
+    """How the extension calls a dtype."""
+    return _DTYPES[dtype]
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

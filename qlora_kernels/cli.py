@@ -61,8 +61,12 @@ def _check_instruction_set() -> None:
         try:
             backends.native().build_info()
         except RuntimeError as error:
-            # Without the place in the source and the expression, which the extension's errors carry.
-            raise InputError(re.sub(r"^\S+:\d+: | \(failed: .*\)$", "", sentence(error))) from None
+            raise InputError(_plain(error)) from None
+
+
+def _plain(error: RuntimeError) -> str:
+    """The extension's sentence, without the place in the source and the expression that its errors carry."""
+    return re.sub(r"^\S+:\d+: | \(failed: .*\)$", "", sentence(error))
 
 
 def _restart_if_cores_are_busy() -> None:
@@ -131,6 +135,16 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="what this build contains and what it runs on")
     info.add_argument("--json", action="store_true", help="as JSON")
+    info.add_argument(
+        "--dispatch",
+        nargs=2,
+        type=int,
+        metavar=("N", "K"),
+        help="instead: which CUDA kernel multiplies with a weight [N, K], by rows of x",
+    )
+    info.add_argument(
+        "--arch", type=int, metavar="NUMBER", help="with --dispatch: of another card than this machine's, such as 90"
+    )
     info.set_defaults(run=_info)
     return parser
 
@@ -162,10 +176,43 @@ def _quantize(namespace: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _info(namespace: argparse.Namespace, arguments: list[str]) -> int:
+    if namespace.dispatch:
+        return _dispatch(namespace)
     from .build_info import build_info, describe
 
     info = build_info()
     print(json.dumps(info, indent=2) if namespace.json else describe(info))
+    return 0
+
+
+def _dispatch(namespace: argparse.Namespace) -> int:
+    from . import dispatch
+
+    n, k = namespace.dispatch
+    if min(n, k) < 1 or max(n, k) >= 2**31:
+        raise InputError(f"--dispatch: N and K should be from 1 to 2^31 - 1, not {n} and {k}")
+    card, remark = dispatch.CARDS.get(namespace.arch), ""
+    if namespace.arch is None:
+        card = dispatch.seen()
+        if card is None:
+            card, remark = dispatch.CARDS[90], " (no GPU is seen here; --arch picks another)"
+    elif card is None:
+        known = ", ".join(map(str, dispatch.CARDS))
+        raise InputError(f"--arch {namespace.arch}: there are figures for {known}")
+    try:
+        if namespace.json:
+            table = [
+                {"dtype": name, "backward": backward, "from": first, "to": last, **plan}
+                for backward in (False, True)
+                for name, dtype in dispatch.DTYPES.items()
+                for first, last, plan in dispatch.ranges(card, n, k, dtype, backward)
+            ]
+            text = json.dumps({"n": n, "k": k, "card": vars(card), "table": table}, indent=2)
+        else:
+            text = dispatch.describe(n, k, card, remark)
+    except RuntimeError as error:  # QLORA_KERNELS_CUDA_KERNEL asks for what cannot be
+        raise InputError(_plain(error)) from None
+    print(text)
     return 0
 
 

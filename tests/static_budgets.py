@@ -20,7 +20,7 @@ class LoopBudget:
     hmma: int
     #: Instructions that neither multiply nor decode.
     outside: float
-    #: Instructions that decode, for each weight: 3.2 with tables in registers, 2.2 with tables in shared memory.
+    #: Instructions that decode, for each weight: 3.2 with tables in registers.
     slots: float = 3.2
 
 
@@ -67,9 +67,9 @@ BUDGETS = {
     "quantize_kernel<bf16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<fp16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<float>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
-    # 16 warps, whose codes of four chunks are under way: 32 KiB. Shared memory: the table, and x at M = 8, K = 4096. A turn
-    # is four chunks, eight products each; 2.5 slots a weight, and four constants. The 2.2 are those of a table of
-    # finished pairs, which the rounding of each weight forbids (few.cuh).
+    # 16 warps, whose codes of four chunks are under way: 32 KiB. Shared memory: the table, and x at M = 8, K = 4096. A
+    # turn is four chunks of eight products; 2.5 slots a weight, and four constants. 2.2 would take a table of finished
+    # pairs, which the rounding of each weight forbids (few.cuh).
     "few_kernel<*>": Budget(
         512,
         148 * 1024,

@@ -326,3 +326,46 @@ def test_unknown_flags_are_argparse_errors():
     with pytest.raises(SystemExit) as caught:
         main(["finetune", "--no-such-flag"])
     assert caught.value.code == 2
+
+
+def test_dispatch_prints_which_kernel_runs(capsys, monkeypatch):
+    monkeypatch.delenv("QLORA_KERNELS_CUDA_KERNEL", raising=False)
+    assert main(["info", "--dispatch", "4096", "4096", "--arch", "90"]) == 0
+    text = capsys.readouterr().out
+    assert "sm_90, 132 multiprocessors, 227 KiB" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["1", "to", "16", "few", "1", "0.0"] in rows
+    assert ["257", "and", "more", "tiles128", "1", "0.0"] in rows
+    assert main(["info", "--dispatch", "4096", "100", "--arch", "75", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["card"]["architecture"] == 75
+    assert {row["kernel"] for row in found["table"]} == {"floats"}, "K is no multiple of 64"
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "tiles64")
+    assert main(["info", "--dispatch", "64", "64", "--arch", "80"]) == 2
+    assert capsys.readouterr().err == (
+        "qlora-kernels info: QLORA_KERNELS_CUDA_KERNEL=tiles64 cannot take M = 1, N = 64, K = 64: float32 has no "
+        "tensor cores here\n"
+    )
+    for arguments, words in (
+        (["--dispatch", "0", "64"], "N and K should be from 1"),
+        (["--dispatch", "64", "64", "--arch", "42"], "there are figures for 75, 80"),
+    ):
+        assert main(["info", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_every_range_of_the_dispatch_is_what_runs():
+    from qlora_kernels import dispatch
+
+    for card in dispatch.CARDS.values():
+        for backward in (False, True):
+            for dtype in dispatch.DTYPES.values():
+                end = 0
+                for first, last, plan in dispatch.ranges(card, 1024, 2048, dtype, backward):
+                    assert first == end + 1
+                    chosen = dispatch.choose(card, first, 1024, 2048, dtype, backward)
+                    assert (chosen["kernel"], chosen["splits"]) == (plan["kernel"], plan["splits"])
+                    assert 0 <= plan["scratch"] <= 2**24
+                    assert chosen["splits"] == 1 or chosen["scratch"] > 0
+                    end = last
+                assert end is None
