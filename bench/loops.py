@@ -31,14 +31,14 @@ class Kind:
     Attributes:
         decode: opcodes that decode, within the code that does; "IMAD.SHL" means all that begin so.
         weights: how many a thread decodes when it does.
-        every: each how manieth step it does, where the loop lets it skip steps.
+        every: each how manieth step it does, where the loop lets it skip steps; of the same numbers as ``copies``.
         copies: how often a thread's loop within the step copies, on average, from the numbers among the kernel's
             template arguments.
     """
 
     decode: tuple[str, ...]
     weights: int
-    every: int = 1
+    every: Callable[[list[int]], int] = lambda numbers: 1
     copies: Callable[[list[int]], float] = lambda numbers: 1.0
 
 
@@ -214,5 +214,5 @@ def _times(graph: Graph, main: Loop, decoding: set[int], kind: Kind, numbers: li
         entry = min(graph.dominators[block] - always, key=lambda start: len(graph.dominators[start]))
         for start in kept:
             if entry in graph.dominators[start] and times[start] == 1.0:
-                times[start] = 1.0 / kind.every
+                times[start] = 1.0 / kind.every(numbers)
     return times

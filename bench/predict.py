@@ -3,15 +3,16 @@ against a card's rates.
 
     python -m bench.predict [--card h200|h100|a100|4090] [--shape N K] [--backward]
 
-The largest of five times is the prediction, and says what binds:
+The largest of six times is the prediction, and says what binds:
 
 memory   what a product must at least read and write, once, over what a copy reaches
 L2       what thread blocks read, over the L2 cache's rate
 tensor   multiplications of the tiles, padding included, over the rate of mma.sync
+shared   bytes that the main loop moves through shared memory, over 128 a clock
 issue    instructions of the main loop, over one a clock and scheduler; counted by bench/loops.py in the compiled code
 latency  steps of the main loop one after the other, with so many copies under way as there are stages for
 
-The last three are those of the SM that has the most tiles. Left out: launching, what comes before and after the main
+The last four are those of the SM that has the most tiles. Left out: launching, what comes before and after the main
 loop, the adapter's part, and all waiting of warps for one another. A dense bf16 product is taken at the larger of its
 own memory and tensor times, without tiles. So both are lower bounds, and ours is the less complete one.
 """
@@ -28,6 +29,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 FOLDER = Path(__file__).resolve().parent / "results"
 STATIC = FOLDER / "static-sm80-sm90a.json"
 OUT = FOLDER / "predicted.json"
@@ -43,7 +46,6 @@ HOPPER_MMA_SYNC = 0.6
 #: 4-bit codes, an 8-bit constant for 64 of them, a float32 for 256 constants.
 BITS_PER_WEIGHT = 4 + 8 / 64 + 32 / (64 * 256)
 SCHEDULERS = 4
-WARPS = 8
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: N, K: an attention layer's and an MLP's of an 8-billion-parameter Llama.
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -104,29 +106,51 @@ class Launch:
     """The kernel that a product takes, and how its work is cut.
 
     Attributes:
+        name: as csrc/cuda/dispatch.h calls it.
         kernel: its name in the static table.
         rows, columns, depth: of a thread block's tile, and of a step.
         stages: of copies.
         splits: thread blocks that share a tile's depth.
+        warps: of a thread block.
+        shared_bytes: moved through shared memory in a step.
+        persistent: whether a thread block takes tile after tile.
     """
 
+    name: str
     kernel: str
     rows: int
     columns: int
     depth: int
     stages: int
-    splits: int = 1
+    splits: int
+    warps: int
+    shared_bytes: float
+    persistent: bool = False
 
 
-def launch_of(card: Card, m: int, backward: bool) -> Launch:
-    """What csrc/cuda/linear.cu launches for bf16 and aligned rows. The one place here that knows."""
-    rows = next((rows for rows in (16, 32, 64) if m <= rows), 128)
+def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
+    """What csrc/cuda/linear.cu launches for bf16, aligned rows and a double-quantized weight."""
+    from qlora_kernels import backends
 
-    def of(stages: int) -> Launch:
-        traits = f"GemmTraits<bf16, {str(backward).lower()}, {rows}, {2 if rows >= 64 else 1}, {stages}>"
-        return Launch(f"gemm_kernel<bf16, {traits}>", rows, 128, 64, stages)
-
-    return of(3 if compiled(of(4), card)["shared_dynamic"] > card.shared[1] else 4)
+    code = backends.code_of(torch.bfloat16)
+    plan = backends.native().dispatch(m, n, k, code, backward, int(card.arch[3:5]), card.sms, card.shared[1])
+    if plan["kernel"] == "few":
+        slices = 16 // plan["row_tiles"]  # warps that share rows, each with four chunks of 128 in a turn
+        columns, depth = 8 * plan["row_tiles"], 4 * 128 * slices
+        # For each weight 4 bytes of the table; x, 64 bytes for each row and quarter of a chunk, comes to each warp.
+        moved = 4 * columns * depth + 16 * 4 * 4 * 64 * (16 if m > 8 else m)
+        kernel = f"few_kernel<bf16, {str(m > 8).lower()}, true>"
+        return Launch("few", kernel, 16, columns, depth, 1, 1, 16, moved, persistent=True)
+    rows, columns = plan["rows"], plan["columns"]
+    down = 2 if rows >= 64 else 1
+    traits = f"GemmTraits<bf16, {str(backward).lower()}, {rows}, {columns}, {down}, {plan['stages']}>"
+    # Written and read: both operands as they come, the decoded weights, and what each of 8 warps reads of its own.
+    per_warp = (rows // down + columns * down // 8) * 64 * 2
+    moved = rows * 128 + columns * 32 * 2 + columns * 128 + 8 * per_warp
+    return Launch(
+        *(plan["kernel"], f"gemm_kernel<bf16, {traits}>", rows, columns, 64),
+        *(plan["stages"], plan["splits"], 8, moved),
+    )
 
 
 @cache
@@ -144,10 +168,10 @@ def issued(row: dict[str, Any]) -> float:
     return row["step_hmma"] + row["step_decode"] + row["step_outside"]
 
 
-def blocks_at_once(card: Card, row: dict[str, Any]) -> int:
-    """Thread blocks of a kernel that an SM holds at the same time. Each takes 1 KiB of shared memory more than it asks
-    for (CUDA C++ Programming Guide)."""
-    by_registers = 65536 // (-(-row["registers"] // 8) * 8 * 32 * WARPS)
+def blocks_at_once(card: Card, row: dict[str, Any], warps: int) -> int:
+    """Thread blocks of so many warps that an SM holds at the same time. Each takes 1 KiB of shared memory more than it
+    asks for (CUDA C++ Programming Guide)."""
+    by_registers = 65536 // (-(-row["registers"] // 8) * 8 * 32 * warps)
     by_shared = card.shared[0] // (row["shared_dynamic"] + 1024)
     return max(1, min(by_registers, by_shared))
 
@@ -166,27 +190,34 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
         n, k: of the weight [N, K].
         backward: dy W, and not x W^T.
     """
-    launch = launch_of(card, m, backward)
+    launch = launch_of(card, m, n, k, backward)
     row = compiled(launch, card)
     columns, depth = (k, n) if backward else (n, k)
     tiles = math.ceil(m / launch.rows) * math.ceil(columns / launch.columns)
-    steps = math.ceil(math.ceil(depth / launch.depth) / launch.splits)
-    # The thread blocks, one after the other, of the SM that has the most.
+    # Of a few-rows kernel's step of four chunks for each warp only those are counted that lie within the depth.
+    parts = 4 if launch.persistent else 1
+    whole = math.ceil(depth * parts / launch.depth) / parts
+    steps = whole if launch.persistent else math.ceil(whole / launch.splits)
+    # The thread blocks, or the tiles of a persistent one, one after the other, of the SM that has the most.
     most = math.ceil(tiles * launch.splits / card.sms)
-    rounds = math.ceil(most / blocks_at_once(card, row))
+    rounds = 1 if launch.persistent else math.ceil(most / blocks_at_once(card, row, launch.warps))
+    in_turn = most * math.ceil(steps) if launch.persistent else steps
     clock = card.clock * 1e9
     moved = product_bytes(m, n, k, BITS_PER_WEIGHT)
-    read = launch.depth * (2 * launch.rows + launch.columns * BITS_PER_WEIGHT / 8)  # bytes in a step
+    read = launch.depth * launch.columns * BITS_PER_WEIGHT / 8  # bytes in a step
+    read += 0 if launch.persistent else launch.depth * 2 * launch.rows
+    once = min(card.sms, tiles) * 2 * m * k if launch.persistent else 0  # x, into each block
     flops = 2 * launch.rows * launch.columns * launch.depth  # in a step
     tensor_rate = card.dense_rate * card.mma_sync / card.sms
     # A copy is asked for so many steps before it is waited for.
-    ahead = launch.stages - 2
+    ahead = max(1, launch.stages - 2)
     seconds = {
         "memory": moved / card.copy_rate,
-        "L2": tiles * launch.splits * steps * read / (card.l2_bytes * clock),
+        "L2": (tiles * whole * read + once) / (card.l2_bytes * clock),
         "tensor": most * steps * flops / tensor_rate,
-        "issue": most * steps * issued(row) * WARPS / SCHEDULERS / clock,
-        "latency": rounds * (steps / ahead + 1) * card.latency / clock,
+        "shared": most * steps * launch.shared_bytes / 128 / clock,
+        "issue": most * steps * issued(row) * launch.warps / SCHEDULERS / clock,
+        "latency": rounds * (in_turn / ahead + 1) * card.latency / clock,
     }
     binds = max(seconds, key=lambda name: seconds[name])
     dense = max(product_bytes(m, n, k, 16) / card.copy_rate, 2 * m * n * k / card.dense_rate)
@@ -196,6 +227,7 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
         "m": m,
         "n": n,
         "k": k,
+        "dispatch": launch.name,
         "kernel": launch.kernel,
         "tile": f"{launch.rows} x {launch.columns}",
         "splits": launch.splits,
@@ -219,7 +251,7 @@ def every(cards: Sequence[Card], shapes: Sequence[tuple[int, int]], directions: 
                 yield from (predict(card, m, n, k, backward) for m in ROWS)
 
 
-_HEAD = ("M", "tile", "tiles", "on an SM", "memory", "L2", "tensor", "issue", "latency")
+_HEAD = ("M", "kernel", "tiles", "split", "memory", "L2", "tensor", "shared", "issue", "latency")
 _HEAD += ("predicted us", "binds", "of copy", "dense us", "dense / ours")
 
 
@@ -228,13 +260,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     from .gpu_report import table as aligned
 
     one = rows[0]
-    bounds = ("memory_us", "l2_us", "tensor_us", "issue_us", "latency_us")
+    bounds = ("memory_us", "l2_us", "tensor_us", "shared_us", "issue_us", "latency_us")
     cells = [
         [
             str(row["m"]),
-            row["tile"],
+            row["dispatch"],
             str(row["tiles"]),
-            str(row["most_on_an_sm"]),
+            str(row["splits"]),
             *(f"{row[key]:.1f}" for key in bounds),
             f"{row['us']:.1f}",
             row["binds"],

@@ -47,12 +47,12 @@ SHARED = {
 LOOPS = {
     # A turn is four chunks, of which a thread has 32 weights each.
     "few_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=4 * 32),
-    # Each team decodes every second step, 64 weights a thread. numbers[0] is kRows: 8 copies a row, 256 threads.
+    # 64 weights a thread: with 128 columns, numbers[1], two teams take turns. numbers[0] is kRows: 8 copies a row, 256
+    # threads, unrolled where they are more.
     "gemm_kernel": loops.Kind(
         decode=("PRMT", "LOP3", "SHF", "IMAD.SHL", "F2FP", "FMUL"),
         weights=64,
-        every=2,
-        copies=lambda numbers: numbers[0] * 8 / 256,
+        every=lambda numbers: 256 // numbers[1],
     ),
 }
 
@@ -156,8 +156,8 @@ def rows(module: Path) -> list[dict[str, Any]]:
 
 
 def numbers_in(kernel: str) -> list[int]:
-    """The numbers among a kernel's template arguments: of "gemm_kernel<bf16, GemmTraits<bf16, false, 128, 2, 4>>",
-    128, 2 and 4."""
+    """The numbers among a kernel's template arguments: of "gemm_kernel<bf16, GemmTraits<bf16, false, 128, 256, 2,
+    4>>", 128, 256, 2 and 4."""
     return [int(number) for number in re.findall(r"\b\d+\b", kernel)]
 
 

@@ -95,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
             py::dict chosen;
             chosen["kernel"] = plan.row.name;
             chosen["rows"] = plan.row.rows;
+            chosen["columns"] = plan.row.columns;
             chosen["stages"] = plan.row.stages;
             chosen["splits"] = plan.splits;
             chosen["tiles"] = plan.tiles;

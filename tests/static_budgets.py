@@ -77,15 +77,17 @@ BUDGETS = {
         loads_128=1,
         loop=LoopBudget(32, outside=180, slots=2.6),
     ),
-    # Shared memory: the stages of operands, and two of decoded weights. Outside MMA and decoding: about 100, and 50 for
-    # each 16 bytes that a thread copies of the left operand, whose addresses are computed anew, one copy for 32 rows.
-    "gemm_kernel<*, GemmTraits<*, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS, loop=LoopBudget(64, outside=360)),
-    "gemm_kernel<*, GemmTraits<*, 128, 2, 3>>": Budget(
-        256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, outside=360)
+    # Shared memory: the stages of operands, and two of decoded weights.
+    "gemm_kernel<*, GemmTraits<*, 128, 256, 2, 4>>": Budget(
+        256, 160 * 1024, "one block: 128 sums a thread", loop=LoopBudget(128, outside=260)
     ),
-    "gemm_kernel<*, GemmTraits<*, 64, 2, 4>>": Budget(512, 80 * 1024, _TWO, loop=LoopBudget(32, outside=290)),
-    "gemm_kernel<*, GemmTraits<*, 32, 1, 4>>": Budget(512, 64 * 1024, _TWO, loop=LoopBudget(16, outside=210)),
-    "gemm_kernel<*, GemmTraits<*, 16, 1, 4>>": Budget(512, 56 * 1024, _TWO, loop=LoopBudget(8, outside=170)),
+    "gemm_kernel<*, GemmTraits<*, 128, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS, loop=LoopBudget(64, outside=240)),
+    "gemm_kernel<*, GemmTraits<*, 128, 128, 2, 3>>": Budget(
+        256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, outside=240)
+    ),
+    "gemm_kernel<*, GemmTraits<*, 64, 128, 2, 4>>": Budget(256, 80 * 1024, _SUMS, loop=LoopBudget(32, outside=220)),
+    "gemm_kernel<*, GemmTraits<*, 32, 128, 1, 4>>": Budget(512, 64 * 1024, _TWO, loop=LoopBudget(16, outside=200)),
+    "gemm_kernel<*, GemmTraits<*, 16, 128, 1, 4>>": Budget(512, 56 * 1024, _TWO, loop=LoopBudget(8, outside=185)),
     "product_kernel<InputGradientProduct<*>>": Budget(
         256, 17 * 1024, "one block: two parts, the second of decoded weights"
     ),

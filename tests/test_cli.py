@@ -335,7 +335,8 @@ def test_dispatch_prints_which_kernel_runs(capsys, monkeypatch):
     assert "sm_90, 132 multiprocessors, 227 KiB" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["1", "to", "16", "few", "1", "0.0"] in rows
-    assert ["257", "and", "more", "tiles128", "1", "0.0"] in rows
+    assert ["257", "to", "1024", "tiles128", "1", "0.0"] in rows
+    assert ["1025", "and", "more", "tiles128wide", "1", "0.0"] in rows
     assert main(["info", "--dispatch", "4096", "100", "--arch", "75", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["card"]["architecture"] == 75

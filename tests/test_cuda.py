@@ -10,7 +10,7 @@ import torch
 from conftest import ORDERS, assert_within_contract, engine_named, forced, make_weight, on_the_cpu, relative_error
 from emulated import counters, emulated, module
 
-from qlora_kernels import NF4Weight, backends, default_nested_table, linear, ops, quantize, reference
+from qlora_kernels import NF4Weight, QLinear, backends, default_nested_table, linear, ops, quantize, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -222,6 +222,44 @@ def test_the_layer_on_cuda_agrees_with_the_cpu(cuda_engine, dtype):
         assert relative_error(a, b) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_training_on_cuda_has_the_losses_of_the_cpu(cuda_engine, dtype):
+    device = "cuda" if cuda_engine == "cuda" else "cpu"
+    generator = torch.Generator(device="cpu").manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cpu")
+
+    weights = [normal(96, 64) / 8, normal(64, 96) / 8]
+    adapters = [normal(4, 64) / 8, normal(4, 96) / 8]
+    x, wanted = normal(12, 64), normal(12, 64)
+
+    def losses(device):
+        layers = []
+        for weight, A in zip(weights, adapters):
+            dense = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=device, dtype=dtype)
+            dense.weight.data.copy_(weight)
+            layer = QLinear.from_linear(dense, rank=4, alpha=8)
+            layer.lora_A["default"].data.copy_(A)
+            layers.append(layer)
+        model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1])
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        found = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = (model(x.to(device, dtype)) - wanted.to(device, dtype)).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return torch.tensor(found, device="cpu")
+
+    found = losses(device)
+    with on_the_cpu():
+        expected = losses("cpu")
+    assert (found[1:] < found[:-1]).all(), f"it learns nothing: {found}"
+    assert (found - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.max()
+
+
 #: N and K that the tensor cores' kernels take: one tile and less; N that is odd, or even but no multiple of 8; tails
 #: both ways, K = 64 modulo 128; a long K.
 TILED = ((128, 128), (24, 64), (77, 192), (130, 320), (264, 448), (40, 4160))
@@ -253,6 +291,22 @@ def test_the_tensor_cores_kernels_keep_the_contract(cuda_engine, shape, dtype):
         assert_within_contract(dx, dy @ dense, dy.double() @ dense.double(), case + " dx")
 
 
+@pytest.mark.parametrize(
+    "kernel", ["tiles16", "tiles32", "tiles64", "tiles128wide", "tiles128", "tiles128x3", "floats"]
+)
+def test_every_kernel_keeps_the_contract_where_it_is_forced(cuda_engine, monkeypatch, kernel):
+    # What the table would not choose for such a weight, too: two tiles down and three across, or less.
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
+    n, k, m = 264, 320, 131 if kernel != "tiles16" else 30
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16)
+    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+    y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+    dx, _, _ = ops.linear_backward(dy, *weight.pieces, k, None, None, None, None, 1.0, 0.0, None, True, False, False)
+    assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, kernel)
+    assert_within_contract(dx, dy @ dense, dy.double() @ dense.double(), kernel + " dx")
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("r", [1, 8, 16, 17, 64, 130])
 def test_the_tensor_cores_kernels_with_adapters(cuda_engine, r, dropout):
@@ -278,11 +332,24 @@ def test_the_tensor_cores_kernels_with_adapters(cuda_engine, r, dropout):
             assert error < 1e-2, f"{cuda_engine} {name} M={m} r={r} p={dropout}: {error:.2e}"
 
 
-@pytest.mark.parametrize(("rows", "shared"), [(5, 64), (20, 64), (40, 64), (40, 99), (100, 99), (100, 227)])
-def test_every_tile_and_depth_of_the_pipeline(rows, shared):
+@pytest.mark.parametrize(
+    ("rows", "shared", "kernel"),
+    [
+        (5, 64, "tiles16"),
+        (20, 64, "tiles32"),
+        (40, 64, "tiles32any"),
+        (40, 99, "tiles64"),
+        (100, 99, "tiles128x3"),
+        (100, 227, "tiles128"),
+        (100, 227, "tiles128wide"),
+    ],
+)
+def test_every_tile_and_depth_of_the_pipeline(monkeypatch, rows, shared, kernel):
     # KiB of shared memory, by which the tile and its stages are chosen: those of sm_75, sm_86 and sm_90. Copies land
     # early, late and at random.
     n, k = 72, 512
+    if kernel == "tiles128wide":  # too little for it
+        monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
     weight = make_weight(n, k)
     x, dy = torch.randn(rows, k).bfloat16(), torch.randn(rows, n).bfloat16()
     exact = weight.dequantize(torch.bfloat16).double()
@@ -384,6 +451,22 @@ def test_few_rows(cuda_engine, n, dtype, double_quant):
             assert_within_contract(y, (x.float() @ dense.float().T + bias).to(dtype), exact, f"N={n} K={k} M={m}")
 
 
+def test_a_constant_that_is_nan_stays_in_its_row_of_the_weight(cuda_engine):
+    # K = 192: the last 64 columns that a warp takes lie beyond it. N = 9: rows lie beyond it, too.
+    weight = torch.randn(9, 192)
+    weight[0, 3] = torch.nan
+    packed, absmax = ops.quantize(weight, "weight")
+    quantized = NF4Weight(packed, absmax, None, None, None, weight.shape)
+    for m in (1, 12, 20, 70):
+        x, dy = torch.randn(m, 192).bfloat16(), torch.randn(m, 9).bfloat16()
+        y, _ = ops.linear_forward(x, *quantized.pieces, 9, None, None, None, 1.0, 0.0, None)
+        assert y.isnan().any(0).nonzero().flatten().tolist() == [0]
+        dx, _, _ = ops.linear_backward(
+            dy, *quantized.pieces, 192, None, None, None, None, 1.0, 0.0, None, True, False, False
+        )
+        assert dx.isnan().any(0).nonzero().flatten().tolist() == list(range(64))
+
+
 def test_few_rows_read_the_weight_once_in_whole_sectors():
     n, k, m = 256, 2048, 8
     weight = make_weight(n, k)
@@ -392,7 +475,7 @@ def test_few_rows_read_the_weight_once_in_whole_sectors():
     assert found["launches"] == 1
     memory = lines(found["global"], "few.cuh", "load") | lines(found["global"], "few.cuh", "store")
     codes = max(memory.values(), key=lambda t: t["bytes"])
-    # After its last group every lane asks four times for what lies first.
+    # After its last group every lane asks four times for what is not there, and gets something else.
     assert codes["bytes"] == n * k // 2 + 2 * 512 * 4 * 16
     wide = {place: t for place, t in memory.items() if t["bytes"] == 512 * t["requests"]}
     assert len(wide) == 2, "codes and x"
@@ -417,13 +500,14 @@ def test_a_kernel_can_be_forced(monkeypatch):
         return ops.linear_forward(x, *weight.pieces, 64, None, None, None, 1.0, 0.0, None)[0]
 
     used = {}
-    for name in ("few", "tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "floats"):
+    for name in ("few", "tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide", "floats"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", name)
         with emulated():
             module().reset_counters()
             assert relative_error(forward(), exact) < 4e-3
             used[name] = counters()["instructions"].get("mma", 0)
     assert used["few"] < used["tiles16"] < used["tiles32"] < used["tiles64"] < used["tiles128"] == used["tiles128x3"]
+    assert used["tiles128wide"] == 2 * used["tiles128"]
     assert used["floats"] == 0
     with emulated(), pytest.raises(RuntimeError, match="names no kernel; there are few, tiles16"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "fast")
@@ -456,8 +540,10 @@ def test_which_kernel_runs(dtype, architecture, tiled):
     assert relative_error(y, x.double() @ weight.dequantize(dtype).double().T) < 4e-3
 
 
+@pytest.mark.parametrize("kernel", ["tiles16", "tiles64", "tiles128", "tiles128wide"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(backward):
+def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(monkeypatch, backward, kernel):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
     n, k, m = 256, 256, 128
     weight = make_weight(n, k)
     x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
@@ -476,8 +562,16 @@ def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(back
     assert memory
     for place, t in shared.items():
         assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
-    for place, t in memory.items():
+    wide = {place: t for place, t in memory.items() if t["bytes"] == 512 * t["requests"]}
+    for place, t in wide.items():
         assert t["actual"] == t["minimum"], f"sectors: {place} {t}"
+    # The left operand, the codes, the results. The rest is constants: a byte for each 64 weights, whose neighbours in
+    # the row L1 has by then, an entry of the table for each, and a float32 for 256 of them.
+    assert len(wide) == 3
+    constants = sum(t["bytes"] for place, t in memory.items() if place not in wide)
+    down = m // {"tiles16": 16, "tiles64": 64}.get(kernel, 128)
+    across = 256 // (256 if kernel == "tiles128wide" else 128)
+    assert constants == n * k // 64 * 9 * down + down * across * 256 * 4, "and each thread reads the offset"
 
 
 # -------------------------------------------------------------------------------------- streams, graphs, devices

@@ -37,8 +37,21 @@ def test_it_draws(tmp_path):
 def test_what_it_says_is_in_the_code():
     code = (ROOT / "csrc" / "cuda" / "gemm.cuh").read_text()
     table = (ROOT / "csrc" / "cuda" / "dispatch.h").read_text()
-    for phrase in ("kTileColumns = 128;", "kTileDepth = 64;"):
-        assert phrase in table, phrase
-    for phrase in ("kUnits == kThreads / 2", "T weights[2]["):
+    drawn = Path(design_picture.__file__).read_text()
+    # The kernel with 128 columns: with 256 all warps decode in every step.
+    assert f'{{"tiles128", Family::kTiles, 128, 128, {design_picture.STAGES}, kAnyRows' in table
+    assert "kTileDepth = 64;" in table
+    for phrase in (
+        "kThreads = 256;",
+        "kUnits * kTeams == kThreads",
+        "kUnits = kColumns * kDepth / kBlock;",
+        "team == (step + 1) % Traits::kTeams",
+        "ask(step + 1 + Traits::kTeams < steps)",
+        "T weights[2][",
+        "step + Traits::kStages - 1 < steps",
+    ):
         assert phrase in code, phrase
-    assert f"Family::kTiles, 128, {design_picture.STAGES}, kAnyRows" in table
+    # 256 threads for 128 blocks of weights: two teams of four warps, each two steps ahead with its constants.
+    assert 256 // (128 * 64 // 64) == 2
+    for phrase in ("128 blocks of 64", "128 x 64", "rows x 64", "4 of 8 warps", "two steps ahead", "(step + 1) % 2"):
+        assert phrase in drawn, phrase

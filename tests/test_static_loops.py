@@ -11,7 +11,9 @@ if not (Path(__file__).resolve().parent.parent / "bench" / "loops.py").is_file()
 
 from bench import loops, sass
 
-KIND = loops.Kind(decode=("PRMT", "LOP3", "IMAD.SHL"), weights=8, every=2, copies=lambda numbers: numbers[0] / 32)
+KIND = loops.Kind(
+    decode=("PRMT", "LOP3", "IMAD.SHL"), weights=8, every=lambda numbers: 2, copies=lambda numbers: numbers[0] / 32
+)
 
 #: The shape of gemm.cuh's loop: labels end in a colon, and jumps name them.
 LISTING = """

@@ -64,6 +64,18 @@ QLK_DEVICE fp16 from_bits<fp16>(uint16_t bits) {
     return __ushort_as_half(bits);
 }
 
+// The most shared memory that a block may have on the architecture that is compiled for (CUDA C++ Programming Guide,
+// "Technical Specifications per Compute Capability"): a kernel that needs more is left empty there.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10 || __CUDA_ARCH__ / 100 == 11
+constexpr size_t kMostShared = 227 * 1024;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr size_t kMostShared = 163 * 1024;
+#elif __CUDA_ARCH__ < 800
+constexpr size_t kMostShared = 64 * 1024;
+#else
+constexpr size_t kMostShared = 99 * 1024;
+#endif
+
 // The block's dynamic shared memory: the only kind that kernels here use, laid out by a struct.
 template <class T>
 QLK_DEVICE T& shared_memory() {

@@ -32,40 +32,42 @@ struct Problem {
 
 enum class Family {
     kFew,     // few.cuh: up to 16 rows of x; codes looked up in shared memory, the products on tensor cores
-    kTiles,   // gemm.cuh: a tile of rows x 128 columns for each block
+    kTiles,   // gemm.cuh: a tile of rows x columns for each block
     kFloats,  // product.cuh: float32 units, for whatever the others do not take
 };
 
 struct Row {
     const char* name;
     Family family;
-    int rows;                    // of a tile
+    int rows, columns;           // of a tile
     int stages;                  // of copies under way
     int64_t most;                // rows of x it is meant for
     int least_bf16, least_fp16;  // architectures
+    bool full;                   // only where its tiles fill the card
 };
 
 constexpr int64_t kAnyRows = INT64_MAX;
 
 // The first row that can take the problem runs.
 constexpr Row kDispatch[] = {
-    {"few", Family::kFew, 16, 4, 16, 80, 80},
-    {"tiles16", Family::kTiles, 16, 4, 16, 80, 75},
-    {"tiles32", Family::kTiles, 32, 4, 32, 80, 75},
-    {"tiles64", Family::kTiles, 64, 4, 64, 80, 75},
-    {"tiles128", Family::kTiles, 128, 4, kAnyRows, 80, 75},
-    {"tiles128x3", Family::kTiles, 128, 3, kAnyRows, 80, 75},  // three stages fit the 99 KiB of sm_86, sm_89 and sm_120
-    {"tiles32any", Family::kTiles, 32, 4, kAnyRows, 80, 75},   // the 64 KiB of sm_75
-    {"floats", Family::kFloats, 64, 1, kAnyRows, 0, 0},
+    {"few", Family::kFew, 16, 8, 4, 16, 80, 80, false},
+    {"tiles16", Family::kTiles, 16, 128, 4, 16, 80, 75, false},
+    {"tiles32", Family::kTiles, 32, 128, 4, 32, 80, 75, false},
+    {"tiles64", Family::kTiles, 64, 128, 4, 64, 80, 75, false},
+    {"tiles128wide", Family::kTiles, 128, 256, 4, kAnyRows, 80, 75, true},
+    {"tiles128", Family::kTiles, 128, 128, 4, kAnyRows, 80, 75, false},
+    // Three stages fit the 99 KiB of sm_86, sm_89 and sm_120; 32 rows the 64 KiB of sm_75.
+    {"tiles128x3", Family::kTiles, 128, 128, 3, kAnyRows, 80, 75, false},
+    {"tiles32any", Family::kTiles, 32, 128, 4, kAnyRows, 80, 75, false},
+    {"floats", Family::kFloats, 64, 64, 1, kAnyRows, 0, 0, false},
 };
 
-constexpr int kTileColumns = 128;
 constexpr int kTileDepth = 64;
 constexpr int64_t kMostScratch = 16 << 20;
 
 // Shared memory of a block of gemm.cuh: the stages of both operands, and two of decoded weights.
-constexpr size_t tiles_shared(int rows, int stages) {
-    return static_cast<size_t>(stages) * (rows * 128 + 4096) + 2 * 16384;
+constexpr size_t tiles_shared(int rows, int columns, int stages) {
+    return static_cast<size_t>(stages) * (rows * 128 + columns * 32) + 2 * columns * 128;
 }
 
 // Of few.cuh: two levels for each byte, 32 times; the table of constants; x, its rows by 128 columns, 16 rows where
@@ -92,6 +94,7 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
         return "the architecture lacks its instructions";
     }
     if (p.k % kBlock != 0) return "K is no multiple of 64";
+    if (p.n > INT32_MAX || p.k > INT32_MAX) return "a side of the weight is beyond 32 bits";
     if (!p.weight_aligned) return "the packed weight does not lie on 16 bytes";
     if (row.family == Family::kFew) {
         if (p.backward) return "it computes no gradients";
@@ -100,8 +103,9 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
         if (few_shared(p.m, p.k) > card.shared_bytes) return "x does not fit into shared memory";
         return nullptr;
     }
-    return tiles_shared(row.rows, row.stages) > card.shared_bytes ? "its stages do not fit into shared memory"
-                                                                  : nullptr;
+    return tiles_shared(row.rows, row.columns, row.stages) > card.shared_bytes
+               ? "its stages do not fit into shared memory"
+               : nullptr;
 }
 
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
@@ -121,14 +125,14 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         plan.tiles = ((p.m + 63) / 64) * ((p.columns() + 63) / 64);
         return plan;
     }
-    plan.tiles = ((p.m + row.rows - 1) / row.rows) * ((p.columns() + kTileColumns - 1) / kTileColumns);
+    plan.tiles = ((p.m + row.rows - 1) / row.rows) * ((p.columns() + row.columns - 1) / row.columns);
     // As many parts as give every multiprocessor its blocks, of at least eight steps each.
     const int64_t room = sms * (row.rows <= 32 ? 2 : 1);
     const int64_t steps = (p.depth() + kTileDepth - 1) / kTileDepth;
-    const int64_t tile_bytes = static_cast<int64_t>(row.rows) * kTileColumns * 4;
+    const int64_t tile_bytes = static_cast<int64_t>(row.rows) * row.columns * 4;
     int64_t splits = plan.tiles == 0 ? 1 : std::min(room / plan.tiles, steps / 8);
     splits = std::min(splits, (kMostScratch - plan.tiles * 8 - 16) / std::max<int64_t>(plan.tiles * tile_bytes, 1));
-    plan.splits = static_cast<int>(std::clamp<int64_t>(splits, 1, 16));
+    plan.splits = row.full ? 1 : static_cast<int>(std::clamp<int64_t>(splits, 1, 16));
     if (plan.splits > 1) plan.scratch = plan.tiles * plan.splits * tile_bytes + (plan.tiles + 1) / 2 * 16;
     return plan;
 }
@@ -150,7 +154,9 @@ inline Plan plan(const Problem& p, const Card& card) {
         QLK_CHECK(false, "QLORA_KERNELS_CUDA_KERNEL=" + std::string(forced) + " names no kernel; there are " + names);
     }
     for (const Row& row : kDispatch) {
-        if (p.m <= row.most && !refusal(row, p, card)) return planned(row, p, card);
+        if (p.m > row.most || refusal(row, p, card)) continue;
+        const Plan found = planned(row, p, card);
+        if (!row.full || found.tiles >= card.multiprocessors) return found;
     }
     QLK_CHECK(false, "no kernel takes the problem");
 }

@@ -12,9 +12,9 @@
 // and a quarter of its integer instructions; shared memory gives 32 weights a clock. Weights are rounded as dequantize
 // rounds them, which no table of finished pairs could have: its entries would have to be those of the block's constant.
 //
-// What a lane reads of W is asked for kAhead chunks ahead, into registers, across the groups. Beyond the weight it
-// reads the first block again, and beyond x the last row: those sums are of rows and columns that are not stored, and
-// columns beyond K meet zeros in x. That spares the main loop its predicates.
+// What a lane reads of W is asked for kAhead chunks ahead, into registers, across the groups. Beyond K it reads the
+// last block of the row again, which meets zeros in x; beyond the last row of W or of x another row, whose sums are not
+// stored. That spares the main loop its predicates.
 //
 // Up to 8 rows of x leave half of a product's 16 without use. Four registers of x, pairs 0 to 3 of a row, would have to
 // be spread over rows g and g + 8 with zeros between; instead all four go in as they are, once with pairs 0 and 2 of W,
@@ -80,22 +80,21 @@ struct Few {
         float nested;
     };
 
-    // Where this lane reads next: a block of W, by its number in the row and in all of W.
+    // Where this lane reads next: a block of W, by the number of its row's first and its own in the row.
     struct Cursor {
-        uint32_t in_row, block;
-        uint32_t end;  // of in_row; 0 for a row beyond W
+        uint32_t first, in_row;
     };
 
     QLK_DEVICE Cursor begin(int64_t group) const {
         const int64_t row = (group * a.row_tiles + tile) * 8 + lane / 4;
-        const uint32_t in_row = static_cast<uint32_t>(slice * 2 + lane % 4 / 2);
-        const uint32_t each = static_cast<uint32_t>(a.k / kBlock);
-        return {in_row, static_cast<uint32_t>(row) * each + in_row, row < a.n ? each : 0};
+        const uint32_t blocks = static_cast<uint32_t>(a.k / kBlock);
+        return {row < a.n ? static_cast<uint32_t>(row) * blocks : 0, static_cast<uint32_t>(slice * 2 + lane % 4 / 2)};
     }
 
     // This lane's codes of a chunk, half a block.
     QLK_DEVICE Codes fetch(Cursor& at) const {
-        const uint32_t block = at.in_row < at.end ? at.block : 0;
+        const uint32_t last = static_cast<uint32_t>(a.k / kBlock) - 1;
+        const uint32_t block = at.first + (at.in_row < last ? at.in_row : last);
         Codes c;
         c.codes = ld_global_once_16(a.weight.packed + static_cast<uint64_t>(block) * (kBlock / 2) + lane % 2 * 16);
         if constexpr (kNested) {
@@ -106,7 +105,6 @@ struct Few {
             c.nested = 0.0f;
         }
         at.in_row += 2 * slices;
-        at.block += 2 * slices;
         return c;
     }
 

@@ -3,13 +3,18 @@
 //     forward    y = u B^T + x W^T + bias            columns: N   depth: K
 //     backward   dx = mask(v A) + dy W               columns: K   depth: N
 //
-// A thread block makes kRows x 128 outputs, 8 warps in a grid of kWarpsDown x (8 / kWarpsDown). Each step of 64 along
-// depth needs 128 blocks of 64 weights, from one packed copy in its natural order: forward, 128 rows of W by 64
-// columns; backward, 64 rows by 128 columns, which ldmatrix transposes on the way. Codes and the left operand come by
-// cp.async, kStages deep; four warps decode the codes of the next step to shared memory while all eight multiply this
-// one's, and the other four take the step after, so that each scheduler has one warp of either kind. One barrier a
-// step: after it, this step's weights are decoded, the copies of the next have landed, and what the last step read may
-// be overwritten.
+// A thread block makes kRows x kColumns outputs, 8 warps in a grid of kWarpsDown x (8 / kWarpsDown). Each step of 64
+// along depth needs kColumns blocks of 64 weights, from one packed copy in its natural order: forward, kColumns rows of
+// W by 64 columns; backward, 64 rows by kColumns columns, which ldmatrix transposes on the way. Codes and the left
+// operand come by cp.async, kStages deep. Each thread decodes a block at a time: with 128 columns four warps decode the
+// codes of the next step to shared memory while all eight multiply this one's, and the other four take the step after,
+// so that each scheduler has one warp of either kind; with 256 columns all decode in every step. One barrier a step:
+// after it, this step's weights are decoded, the copies of the next have landed, and what the last step read may be
+// overwritten.
+//
+// Why 256 columns where the outputs fill the card: a step of 128 x 128 moves 138 KiB through shared memory, most of it
+// operands that two to four warps read alike: 1080 clocks, more than its products take. Warps of 64 x 64 outputs move
+// 96 KiB for as much work.
 //
 // Why decode in the main loop: at 128 rows a weight costs 0.1 clock of an SM's tensor cores (sm_90's mma.sync) and 0.04
 // of its integer units, which run beside them. Panels in L2 would spare the repeats in every row of blocks, and pay
@@ -18,8 +23,8 @@
 // The low-rank part goes first, 64 of r at a time, so that dropout's mask can be put on it alone. Where there are few
 // tiles, several blocks share one, each with a part of the depth (splits.cuh), the first with the low-rank part.
 //
-// Shared memory: kStages * (kRows * 128 + 4096) + 2 * 16384 bytes. 16-byte pieces are swizzled by row: neither ldmatrix
-// nor any store has a bank conflict.
+// Shared memory: kStages * (kRows * 128 + kColumns * 32) + 2 * kColumns * 128 bytes. 16-byte pieces are swizzled by
+// row: neither ldmatrix nor any store has a bank conflict.
 #pragma once
 
 #include "decode.cuh"
@@ -45,12 +50,12 @@ struct GemmArguments {
     Splits splits;      // along the depth
 };
 
-template <class T, bool kBackward_, int kRows_, int kWarpsDown_, int kStages_>
+template <class T, bool kBackward_, int kRows_, int kColumns_, int kWarpsDown_, int kStages_>
 struct GemmTraits {
     static constexpr bool kBackward = kBackward_;
-    static constexpr int kRows = kRows_, kWarpsDown = kWarpsDown_, kStages = kStages_;
+    static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpsDown = kWarpsDown_, kStages = kStages_;
     static constexpr int kThreads = 256;
-    static constexpr int kColumns = kTileColumns;
+    static constexpr bool kSplits = kColumns == 128;  // the wide tiles run where they fill the card
     static constexpr int kDepth = kTileDepth;
     static constexpr int kWarpRows = kRows / kWarpsDown;
     static constexpr int kWarpColumns = kColumns / (8 / kWarpsDown);
@@ -58,7 +63,8 @@ struct GemmTraits {
     static constexpr int kPitch = kColumns + 8;                // of the results in shared memory
     static_assert(sizeof(T) == 2);
     static_assert(kDepth == kBlock, "a row of a forward tile is one block of weights");
-    static_assert(kUnits == kThreads / 2, "half of the threads decode, a block each");
+    static constexpr int kTeams = kThreads / kUnits;  // which take turns in decoding
+    static_assert(kUnits * kTeams == kThreads && kUnits % 32 == 0, "a thread decodes a block");
     static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0);
 
     struct Loop {
@@ -70,7 +76,7 @@ struct GemmTraits {
         Loop loop;
         T out[kRows * kPitch];
     };
-    static_assert(sizeof(Shared) == tiles_shared(kRows, kStages));
+    static_assert(sizeof(Shared) == tiles_shared(kRows, kColumns, kStages));
 };
 
 // Where a 16-byte piece of a row lies, in elements. Rows of 64 elements have 8 pieces, of 128 elements 16.
@@ -89,55 +95,140 @@ struct Gemm {
     const GemmArguments<T>& a;
     typename Traits::Loop& shared;
     int64_t first_row, first_column, depth;
-    int64_t first_step, steps;  // of this block
+    int first_step, steps;  // of this block
+    float offset;           // of the constants
     int self, lane, warp;
     float sum[kDownTiles][kAcrossTiles][4];
 
-    // Block `unit` of the weights of a step: its row of W, and its block in that row.
-    QLK_DEVICE bool unit_at(int64_t step, int unit, int64_t& row, int64_t& block) const {
+    // Where this thread copies from next, and decodes next; running, since computing them anew would cost as many
+    // instructions as the products.
+    static constexpr int kLeftCopies = (Traits::kRows * 8 + Traits::kThreads - 1) / Traits::kThreads;
+    static constexpr int kCodeCopies = Traits::kUnits * 2 / Traits::kThreads;
+    const T* left_next = nullptr;         // the first of kLeftCopies pieces, 32 rows apart
+    unsigned left_rows = 0;               // a bit for each: whether the row is one
+    const uint8_t* codes_next = nullptr;  // the first of kCodeCopies halves of blocks, 128 blocks of weights apart
+    unsigned code_columns = 0;            // a bit for each: whether it lies within the columns
+    int code_row = 0;                     // backward: the row of W
+    int64_t constant_next = 0;            // the block whose constant comes next
+    int constant_row = 0;                 // backward: its row
+    bool constant_column = false;         // whether it lies within the columns
+
+    QLK_DEVICE void start() {
+        const int row = self / 8, unit = self / 2;
+        left_next = a.left + (first_row + row) * depth + first_step * Traits::kDepth + self % 8 * 8;
+        left_rows = 0;
+#pragma unroll
+        for (int i = 0; i < kLeftCopies; ++i) left_rows |= (first_row + row + i * 32 < a.m ? 1u : 0u) << i;
+        const int64_t blocks = a.k / kBlock;  // of a row of W
+        code_columns = 0;
+        const int decoding = self % Traits::kUnits, team = self / Traits::kUnits;
         if constexpr (kBackward) {
-            row = step * Traits::kDepth + unit % Traits::kDepth;
-            block = first_column / kBlock + unit / Traits::kDepth;
+            code_row = first_step * Traits::kDepth + unit % Traits::kDepth;
+            const int64_t block = first_column / kBlock + unit / Traits::kDepth;
+            codes_next =
+                a.weight.packed + (static_cast<int64_t>(code_row) * blocks + block) * (kBlock / 2) + self % 2 * 16;
+#pragma unroll
+            for (int i = 0; i < kCodeCopies; ++i) {
+                code_columns |= (block + i * (Traits::kThreads / 2 / Traits::kDepth) < blocks ? 1u : 0u) << i;
+            }
+            constant_row = (first_step + team) * Traits::kDepth + decoding % Traits::kDepth;
+            const int64_t column = first_column / kBlock + decoding / Traits::kDepth;
+            constant_next = constant_row * blocks + column;
+            constant_column = column < blocks;
         } else {
-            row = first_column + unit;
-            block = step;
+            code_row = constant_row = 0;
+            codes_next = a.weight.packed + ((first_column + unit) * blocks + first_step) * (kBlock / 2) + self % 2 * 16;
+#pragma unroll
+            for (int i = 0; i < kCodeCopies; ++i) {
+                code_columns |= (first_column + unit + i * (Traits::kThreads / 2) < a.n ? 1u : 0u) << i;
+            }
+            constant_next = (first_column + decoding) * blocks + first_step + team;
+            constant_column = first_column + decoding < a.n;
         }
-        return row < a.n && block < a.k / kBlock;
     }
 
-    QLK_DEVICE void copy_step(int64_t step, int stage) {
+    QLK_DEVICE void copy_step(int step, int stage) {
         // What lies outside is zeros; its address, which is not read, stays inside.
-        for (int i = self; i < Traits::kRows * 8; i += Traits::kThreads) {
-            const int row = i / 8, piece = i % 8;
-            const int64_t at = step * Traits::kDepth + piece * 8;
-            T* const to = &shared.left[stage][swizzled<Traits::kDepth>(row, piece)];
-            const T* const from = a.left + (first_row + row) * depth + at;
-            if (a.left_aligned) {
-                const bool inside = first_row + row < a.m && at < depth;
-                cp_async_16(to, inside ? from : a.left, inside ? 16 : 0);
-            } else {
-#pragma unroll 1
-                for (int e = 0; e < 8; ++e) {
-                    const bool inside = first_row + row < a.m && at + e < depth;
-                    store_shared(to + e, inside ? load_global(from + e) : from_float<T>(0.0f));
+        const int row = self / 8, piece = self % 8;
+        if (a.left_aligned) {
+            if (Traits::kRows * 8 >= Traits::kThreads || self < Traits::kRows * 8) {
+                const bool inside = !kBackward || step * Traits::kDepth + piece * 8 < static_cast<int>(depth);
+                T* const to = &shared.left[stage][swizzled<Traits::kDepth>(row, piece)];
+                const T* from = left_next;
+#pragma unroll
+                for (int i = 0; i < kLeftCopies; ++i) {
+                    const bool valid = inside && (left_rows >> i & 1);
+                    cp_async_16(to + i * 32 * Traits::kDepth, valid ? from : a.left, valid ? 16 : 0);
+                    from += 32 * depth;
                 }
             }
+            left_next += Traits::kDepth;
+        } else {
+#pragma unroll 1
+            for (int i = self; i < Traits::kRows * Traits::kDepth; i += Traits::kThreads) {
+                const int at_row = i / Traits::kDepth, e = i % Traits::kDepth;
+                const int64_t at = static_cast<int64_t>(step) * Traits::kDepth + e;
+                const bool inside = first_row + at_row < a.m && at < depth;
+                store_shared(&shared.left[stage][swizzled<Traits::kDepth>(at_row, e / 8) + e % 8],
+                             inside ? load_global(a.left + (first_row + at_row) * depth + at) : from_float<T>(0.0f));
+            }
         }
-        const int unit = self / 2, half = self % 2;
-        int64_t row, block;
-        const bool inside = unit_at(step, unit, row, block);
-        cp_async_16(&shared.codes[stage][code_slot(unit, half)],
-                    inside ? a.weight.packed + (row * a.k + block * kBlock) / 2 + half * 16 : a.weight.packed,
-                    inside ? 16 : 0);
+        const bool inside = !kBackward || code_row < a.n;
+        // 128 blocks on: forward as many rows of W, backward two blocks along them.
+        const int64_t apart =
+            kBackward ? Traits::kThreads / 2 / Traits::kDepth * (kBlock / 2) : a.k / 2 * (Traits::kThreads / 2);
+        const uint8_t* from = codes_next;
+#pragma unroll
+        for (int i = 0; i < kCodeCopies; ++i) {
+            const bool valid = inside && (code_columns >> i & 1);
+            cp_async_16(&shared.codes[stage][code_slot(self / 2 + i * (Traits::kThreads / 2), self % 2)],
+                        valid ? from : a.weight.packed, valid ? 16 : 0);
+            from += apart;
+        }
+        if constexpr (kBackward) {
+            codes_next += a.k / 2 * Traits::kDepth;
+            code_row += Traits::kDepth;
+        } else {
+            codes_next += kBlock / 2;
+        }
     }
 
     // 8 neighbouring units, read together, lie in 8 different groups of banks.
     QLK_DEVICE static int code_slot(int unit, int half) { return unit * 2 + (half ^ (unit >> 2 & 1)); }
 
-    QLK_DEVICE float constant(int64_t step) const {
-        int64_t row, block;
-        const bool inside = step * Traits::kDepth < depth && unit_at(step, self % Traits::kUnits, row, block);
-        return inside ? decode_absmax(a.weight, row * (a.k / kBlock) + block) : 0.0f;
+    // A block's constant on its way: asked for two turns before it is needed, looked up in its table one before.
+    struct Constant {
+        uint32_t code;  // or, without double quantization, the constant's bits
+        float nested;
+    };
+
+    // Asks for this thread's next; outside, nothing, which decodes to a finite number that meets zeros or is not
+    // stored.
+    QLK_DEVICE Constant ask(bool wanted) {
+        Constant c{0, 0.0f};
+        if (wanted && constant_column && (!kBackward || constant_row < a.n)) {
+            if (a.weight.absmax) {
+                c.code = __float_as_uint(load_global(a.weight.absmax + constant_next));
+            } else {
+                c.code = load_global(a.weight.absmax_code + constant_next);
+                c.nested = load_global(a.weight.nested_absmax + constant_next / kNestedBlock);
+            }
+        }
+        if constexpr (kBackward) {
+            constant_next += a.k * Traits::kTeams;
+            constant_row += Traits::kDepth * Traits::kTeams;
+        } else {
+            constant_next += Traits::kTeams;
+        }
+        return c;
+    }
+
+    QLK_DEVICE float entry(const Constant& c) const {
+        return a.weight.absmax ? __uint_as_float(c.code) : load_global(a.weight.nested_table + c.code);
+    }
+
+    QLK_DEVICE float constant(const Constant& c, float entry) const {
+        return a.weight.absmax ? entry : __fadd_rn(__fmul_rn(entry, c.nested), offset);
     }
 
     // Decodes the block of weights that is this thread's in a step.
@@ -264,32 +355,35 @@ struct Gemm {
         }
         if (first_step == 0) low_rank();
 
-        const int team = warp / 4;  // decodes the steps whose number is its own modulo 2
+        const int team = self / Traits::kUnits;  // decodes the steps whose number is its own modulo kTeams
+        start();
         for (int step = 0; step < Traits::kStages - 1; ++step) {
             if (step < steps) copy_step(first_step + step, step);
             cp_async_commit();
         }
-        float absmax = constant(first_step + team);
+        Constant next = ask(team < steps);
         cp_async_wait<Traits::kStages - 2>();
         __syncthreads();
         if (team == 0) {
-            decode(0, 0, absmax);
-            absmax = constant(first_step + 2);
+            decode(0, 0, constant(next, entry(next)));
+            next = ask(Traits::kTeams < steps);
         }
         int stage = 0;
-        for (int64_t step = 0; step < steps; ++step) {
+        for (int step = 0; step < steps; ++step) {
             const int next_stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
             const int last_stage = stage == 0 ? Traits::kStages - 1 : stage - 1;
             // The copies of the next step, whose codes are about to be decoded.
             cp_async_wait<Traits::kStages - 3>();
             __syncthreads();
+            const bool decodes = step + 1 < steps && team == (step + 1) % Traits::kTeams;
+            const float looked_up = decodes ? entry(next) : 0.0f;
             if (step + Traits::kStages - 1 < steps) copy_step(first_step + step + Traits::kStages - 1, last_stage);
             cp_async_commit();
-            if (step + 1 < steps && team == static_cast<int>((step + 1) % 2)) {
-                decode(next_stage, static_cast<int>((step + 1) % 2), absmax);
-                absmax = constant(first_step + step + 3);
+            if (decodes) {
+                decode(next_stage, (step + 1) % 2, constant(next, looked_up));
+                next = ask(step + 1 + Traits::kTeams < steps);
             }
-            multiply(stage, static_cast<int>(step % 2), Traits::kDepth / 16);
+            multiply(stage, step % 2, Traits::kDepth / 16);
             stage = next_stage;
         }
     }
@@ -335,33 +429,41 @@ struct Gemm {
 // Blocks of one tile come one after another; tiles go down the rows first: those that run together share their weights
 // in L2.
 template <class T, class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) gemm_kernel(const __grid_constant__ GemmArguments<T> a) {
+QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
     auto& shared = shared_memory<typename Traits::Shared>();
     const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
     const unsigned tile = blockIdx.x / static_cast<unsigned>(a.splits.count);
     const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.splits.count));
     const int64_t depth = Traits::kBackward ? a.n : a.k;
     const int64_t steps = (depth + Traits::kDepth - 1) / Traits::kDepth;
-    const int64_t first_step = steps * split / a.splits.count;
+    const int first_step = static_cast<int>(steps * split / a.splits.count);
     Gemm<T, Traits> gemm{a,
                          shared.loop,
                          static_cast<int64_t>(tile % down) * Traits::kRows,
                          static_cast<int64_t>(tile / down) * Traits::kColumns,
                          depth,
                          first_step,
-                         steps * (split + 1) / a.splits.count - first_step,
+                         static_cast<int>(steps * (split + 1) / a.splits.count) - first_step,
+                         a.weight.absmax ? 0.0f : load_global(a.weight.nested_offset),
                          static_cast<int>(threadIdx.x),
                          static_cast<int>(threadIdx.x % 32),
                          static_cast<int>(threadIdx.x / 32),
                          {}};
     gemm.run();
-    // A barrier stands before the word is written, and another before the results are.
-    using Sums = float[sizeof(gemm.sum) / sizeof(float)];
-    if (!add_splits<Traits::kThreads>(a.splits, tile, split, reinterpret_cast<Sums&>(gemm.sum),
-                                      reinterpret_cast<int*>(&shared))) {
-        return;
+    if constexpr (Traits::kSplits) {
+        // A barrier stands before the word is written, and another before the results are.
+        using Sums = float[sizeof(gemm.sum) / sizeof(float)];
+        if (!add_splits<Traits::kThreads>(a.splits, tile, split, reinterpret_cast<Sums&>(gemm.sum),
+                                          reinterpret_cast<int*>(&shared))) {
+            return;
+        }
     }
     gemm.store(shared.out);
+}
+
+template <class T, class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) gemm_kernel(const __grid_constant__ GemmArguments<T> a) {
+    if constexpr (sizeof(typename Traits::Shared) <= kMostShared) gemm_tile<T, Traits>(a);
 }
 
 }  // namespace qlk::cuda

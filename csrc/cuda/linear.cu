@@ -25,7 +25,7 @@ Dropout dropout_of(double p, const int64_t* seed) {
 }
 
 Card card(int device) {
-    return {compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 1, 4>>, device), multiprocessors(device),
+    return {compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 128, 1, 4>>, device), multiprocessors(device),
             shared_limit(device)};
 }
 
@@ -38,9 +38,9 @@ Splits splits_of(const Plan& plan, void* scratch) {
             next_launch(), plan.splits};
 }
 
-template <class T, bool kBackward, int kRows, int kWarpsDown, int kStages>
+template <class T, bool kBackward, int kRows, int kColumns, int kWarpsDown, int kStages>
 void gemm_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream) {
-    using Traits = GemmTraits<T, kBackward, kRows, kWarpsDown, kStages>;
+    using Traits = GemmTraits<T, kBackward, kRows, kColumns, kWarpsDown, kStages>;
     launch(gemm_kernel<T, Traits>, plan.tiles * plan.splits, Traits::kThreads, sizeof(typename Traits::Shared), stream,
            a);
 }
@@ -83,13 +83,15 @@ bool gemm(GemmArguments<T> a, void* scratch, const Stream& stream) {
             return true;
         }
         a.splits = splits_of(p, scratch);
-        switch (p.row.rows * 10 + p.row.stages) {
-            case 164: gemm_launch<T, kBackward, 16, 1, 4>(a, p, stream); return true;
-            case 324: gemm_launch<T, kBackward, 32, 1, 4>(a, p, stream); return true;
-            case 644: gemm_launch<T, kBackward, 64, 2, 4>(a, p, stream); return true;
-            case 1284: gemm_launch<T, kBackward, 128, 2, 4>(a, p, stream); return true;
-            case 1283: gemm_launch<T, kBackward, 128, 2, 3>(a, p, stream); return true;
-        }
+        const auto is = [&](int rows, int columns, int stages) {
+            return p.row.rows == rows && p.row.columns == columns && p.row.stages == stages;
+        };
+        if (is(16, 128, 4)) return gemm_launch<T, kBackward, 16, 128, 1, 4>(a, p, stream), true;
+        if (is(32, 128, 4)) return gemm_launch<T, kBackward, 32, 128, 1, 4>(a, p, stream), true;
+        if (is(64, 128, 4)) return gemm_launch<T, kBackward, 64, 128, 2, 4>(a, p, stream), true;
+        if (is(128, 128, 4)) return gemm_launch<T, kBackward, 128, 128, 2, 4>(a, p, stream), true;
+        if (is(128, 128, 3)) return gemm_launch<T, kBackward, 128, 128, 2, 3>(a, p, stream), true;
+        if (is(128, 256, 4)) return gemm_launch<T, kBackward, 128, 256, 2, 4>(a, p, stream), true;
     }
     QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
 }

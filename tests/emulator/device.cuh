@@ -295,6 +295,8 @@ T from_bits(uint16_t bits) {
     return {bits};
 }
 
+constexpr size_t kMostShared = 227 * 1024;
+
 template <class T>
 T& shared_memory(emu::Site s = emu::Site::here()) {
     if (sizeof(T) > emu::shared_size()) {
