@@ -132,18 +132,26 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
-inline int multiprocessors(int device) {
-    int count = 0;
-    QLK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
+// An attribute of a device, asked for once.
+template <cudaDeviceAttr kAttribute>
+int device_attribute(int device) {
+    static std::atomic<int> known[64] = {};
+    std::atomic<int>* const slot = device >= 0 && device < 64 ? &known[device] : nullptr;
+    if (slot && slot->load(std::memory_order_relaxed) > 0) return slot->load(std::memory_order_relaxed);
+    int value = 0;
+    QLK_CUDA(cudaDeviceGetAttribute(&value, kAttribute, device));
+    if (slot) slot->store(value, std::memory_order_relaxed);
+    return value;
 }
+
+inline int multiprocessors(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
 
 // The architecture whose instructions a kernel has on a device, 80 for compute_80: not the card's own, where the driver
 // has compiled it from PTX of an older one. Asked for once: it costs a microsecond.
 template <class Params>
 int compiled_for(void (*kernel)(Params), int device) {
     static std::atomic<int> known[64] = {};
-    std::atomic<int>* const slot = device < 64 ? &known[device] : nullptr;
+    std::atomic<int>* const slot = device >= 0 && device < 64 ? &known[device] : nullptr;
     if (slot && slot->load(std::memory_order_relaxed) > 0) return slot->load(std::memory_order_relaxed);
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes = {};
@@ -154,9 +162,7 @@ int compiled_for(void (*kernel)(Params), int device) {
 
 // The most shared memory that a block may ask for.
 inline size_t shared_limit(int device) {
-    int bytes = 0;
-    QLK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return static_cast<size_t>(bytes);
+    return static_cast<size_t>(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device));
 }
 
 // Launches kernel<<<blocks, threads, shared_bytes, stream>>>(params) and throws when it cannot start. threads must be
