@@ -137,10 +137,14 @@ def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
     if plan["kernel"] == "few":
         slices = 16 // plan["row_tiles"]  # warps that share rows, each with four chunks of 128 in a turn
         columns, depth = 8 * plan["row_tiles"], 4 * 128 * slices
-        # For each weight 4 bytes of the table; x, 64 bytes for each row and quarter of a chunk, comes to each warp.
+        # For each weight 4 bytes of the table; x, 64 bytes for each row and piece of a chunk, comes to each warp.
         moved = 4 * columns * depth + 16 * 4 * 4 * 64 * (16 if m > 8 else m)
         kernel = f"few_kernel<bf16, {str(m > 8).lower()}, true>"
         return Launch("few", kernel, 16, columns, depth, 1, 1, 16, moved, persistent=True)
+    if plan["kernel"] == "floats":
+        raise ValueError(
+            f"N = {n}, K = {k} goes to the float32 units, for which there is no prediction: K % 64 is not 0"
+        )
     rows, columns = plan["rows"], plan["columns"]
     down = 2 if rows >= 64 else 1
     traits = f"GemmTraits<bf16, {str(backward).lower()}, {rows}, {columns}, {down}, {plan['stages']}>"

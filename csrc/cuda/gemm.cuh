@@ -12,8 +12,8 @@
 // after it, this step's weights are decoded, the copies of the next have landed, and what the last step read may be
 // overwritten.
 //
-// Why 256 columns where the outputs fill the card: a step of 128 x 128 moves 138 KiB through shared memory, most of it
-// operands that two to four warps read alike: 1080 clocks, more than its products take. Warps of 64 x 64 outputs move
+// Why 256 columns where the outputs fill the card: a step of 128 x 128 moves 136 KiB through shared memory, most of it
+// operands that two to four warps read alike: 1088 clocks, more than its products take. Warps of 64 x 64 outputs move
 // 96 KiB for as much work.
 //
 // Why decode in the main loop: at 128 rows a weight costs 0.1 clock of an SM's tensor cores (sm_90's mma.sync) and 0.04
