@@ -141,10 +141,6 @@ def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
         moved = 4 * columns * depth + 16 * 4 * 4 * 64 * (16 if m > 8 else m)
         kernel = f"few_kernel<bf16, {str(m > 8).lower()}, true>"
         return Launch("few", kernel, 16, columns, depth, 1, 1, 16, moved, persistent=True)
-    if plan["kernel"] == "floats":
-        raise ValueError(
-            f"N = {n}, K = {k} goes to the float32 units, for which there is no prediction: K % 64 is not 0"
-        )
     rows, columns = plan["rows"], plan["columns"]
     down = 2 if rows >= 64 else 1
     traits = f"GemmTraits<bf16, {str(backward).lower()}, {rows}, {columns}, {down}, {plan['stages']}>"
@@ -305,6 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"the file for all cards, directions and shapes; default {OUT.name}")
     arguments = parser.parse_args(argv)
     shapes = [tuple(shape) for shape in arguments.shape or SHAPES]
+    for n, k in shapes:
+        if n < 1 or k < 1 or k % 64:
+            parser.error(f"N = {n}, K = {k}: there are predictions for the tensor cores' kernels, K a multiple of 64")
     for shape in shapes:
         print(table(list(every([CARDS[arguments.card]], [shape], [arguments.backward]))))
     if not arguments.shape or arguments.out:
