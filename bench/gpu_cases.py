@@ -39,7 +39,8 @@ DEQUANTIZE_RANGES = (
     ((5, 77), (1, 4)),
 )
 #: Weights [N, K], rows of x, rank and dropout of the layer: few rows, and each tile of the tensor cores' kernels, with
-#: tails; odd N; a K that is no multiple of 64, which the float32 units take; 16 rows; a tile that blocks share.
+#: tails; odd N; a K that is no multiple of 64, which the float32 units take; 16 rows; a tile that blocks share;
+#: sums of the adapter's gradients that blocks share both ways.
 LINEAR_SHAPES = (
     ((72, 128), 5, 17, 0.3),
     ((72, 192), 30, 1, 0.0),
@@ -48,6 +49,7 @@ LINEAR_SHAPES = (
     ((34, 100), 9, 3, 0.2),
     ((24, 1088), 16, 6, 0.0),
     ((72, 1088), 20, 8, 0.0),
+    ((40, 640), 260, 40, 0.1),
 )
 
 

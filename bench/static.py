@@ -39,6 +39,9 @@ SHARED = {
     # At M = 8 and K = 4096: it depends on both.
     "few_kernel": ("few.cuh", "few_shared(8, 4096)"),
     "gemm_kernel": ("gemm.cuh", "sizeof(<second>::Shared)"),
+    "adapter_down_kernel": ("adapters.cuh", "sizeof(<second>::Shared)"),
+    "adapter_gradient_kernel": ("adapters.cuh", "sizeof(<second>::Shared)"),
+    "adapter_sum_kernel": ("parts.cuh", "size_t{0}"),
     "product_kernel": ("product.cuh", "sizeof(ProductTraits::Shared)"),
     "absmax_sums_kernel": ("quantize_absmax.cuh", "size_t{0}"),
 }

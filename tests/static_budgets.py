@@ -88,6 +88,14 @@ BUDGETS = {
     "gemm_kernel<*, GemmTraits<*, 64, 128, 2, 4>>": Budget(256, 80 * 1024, _SUMS, loop=LoopBudget(32, outside=220)),
     "gemm_kernel<*, GemmTraits<*, 32, 128, 1, 4>>": Budget(512, 64 * 1024, _TWO, loop=LoopBudget(16, outside=200)),
     "gemm_kernel<*, GemmTraits<*, 16, 128, 1, 4>>": Budget(512, 56 * 1024, _TWO, loop=LoopBudget(8, outside=185)),
+    # Shared memory: the stages of big and, but for dA and dB alone, of the adapter; two tiles of u or v.
+    "adapter_down_kernel<*, AdapterTraits<*, 16, 3, true, false, *>>": Budget(512, 55 * 1024, _TWO),
+    "adapter_down_kernel<*, AdapterTraits<*, 32, 4, true, false, *>>": Budget(512, 81 * 1024, _TWO),
+    "adapter_gradient_kernel<*, AdapterTraits<*, 16, 3, *, true, true>>": Budget(512, 63 * 1024, _TWO),
+    "adapter_gradient_kernel<*, AdapterTraits<*, 32, 4, *, true, true>>": Budget(
+        256, 97 * 1024, "one block: 64 sums of the gradient a thread, 16 of v"
+    ),
+    "adapter_sum_kernel<*>": Budget(512, 0, "two blocks: eight parts of four sums under way"),
     "product_kernel<InputGradientProduct<*>>": Budget(
         256, 17 * 1024, "one block: two parts, the second of decoded weights"
     ),

@@ -27,4 +27,19 @@ QLK_DEVICE_CALL bool dropout_keeps(const int64_t* seed, uint32_t threshold, int6
     return Dropout{seed, threshold}.keeps(i);
 }
 
+// For elements i to i + 7, the first in the lowest bit; each counter's words are computed once.
+QLK_DEVICE_CALL uint32_t dropout_keeps_8(uint64_t seed, uint32_t threshold, int64_t i) {
+    const int before = static_cast<int>(i % 4);
+    uint32_t keep = 0;
+#pragma unroll
+    for (int block = 0; block < 3; ++block) {
+        if (block == 2 && before == 0) break;
+        uint32_t words[4];
+        philox_blocks(seed, static_cast<uint64_t>(i) / 4 + block, 1, words);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) keep |= (words[e] >= threshold ? 1u : 0u) << (block * 4 + e);
+    }
+    return keep >> before;
+}
+
 }  // namespace qlk::cuda

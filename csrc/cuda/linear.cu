@@ -1,6 +1,7 @@
 #include "linear.cuh"
 
 #include "../philox.h"
+#include "adapters.h"
 #include "aligned.h"
 #include "dispatch.h"
 #include "few.cuh"
@@ -109,7 +110,10 @@ void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, c
     const DeviceGuard guard(stream.device);
     if (r > 0) {
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
-        product_launch(DownProduct<T>{{p.m, r, {0, k}}, x, a, dropout_of(p.dropout, seed), scale, u}, stream);
+        const Dropout dropout = dropout_of(p.dropout, seed);
+        if (!adapter_down(x, a, u, p.m, k, r, scale, dropout, scratch, stream)) {
+            product_launch(DownProduct<T>{{p.m, r, {0, k}}, x, a, dropout, scale, u}, stream);
+        }
     }
     const GemmArguments<T> tiled{
         DeviceWeight::of(p.weight), n,   k, x, u, static_cast<const T*>(p.lora_b), p.bias, Dropout{nullptr, 0},
@@ -137,10 +141,18 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, 
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
     const Dropout dropout = r > 0 ? dropout_of(p.dropout, seed) : Dropout{nullptr, 0};
     const DeviceGuard guard(stream.device);
-    if (r > 0 && (p.dx || p.da)) {
-        QLK_CHECK(v != nullptr, "the gradients of x and lora_A need room for v, [M, r]");
+    const bool need_v = r > 0 && (p.dx || p.da), need_db = r > 0 && p.db;
+    if (need_v || need_db) {
+        QLK_CHECK(!need_v || v != nullptr, "the gradients of x and lora_A need room for v, [M, r]");
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
-        product_launch(UpGradientProduct<T>{{p.m, r, {0, n}}, dy, b, scale, v}, stream);
+        const T* const u = static_cast<const T*>(p.u);
+        float* const db = need_db ? p.db : nullptr;
+        if (!adapter_up_gradient(dy, b, u, need_v ? v : nullptr, db, p.m, n, r, scale, scratch, stream)) {
+            if (need_v) product_launch(UpGradientProduct<T>{{p.m, r, {0, n}}, dy, b, scale, v}, stream);
+            if (need_db) {
+                product_launch(AdapterGradientProduct<T>{{n, r, {0, p.m}}, dy, u, Dropout{nullptr, 0}, db}, stream);
+            }
+        }
     }
     if (p.dx) {
         const T* const lora_a = static_cast<const T*>(p.lora_a);
@@ -152,13 +164,10 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, 
         }
     }
     if (r > 0 && p.da) {
-        product_launch(AdapterGradientProduct<T>{{r, k, {0, p.m}}, v, static_cast<const T*>(p.x), dropout, p.da},
-                       stream);
-    }
-    if (r > 0 && p.db) {
-        product_launch(
-            AdapterGradientProduct<T>{{n, r, {0, p.m}}, dy, static_cast<const T*>(p.u), Dropout{nullptr, 0}, p.db},
-            stream);
+        const T* const x = static_cast<const T*>(p.x);
+        if (!adapter_down_gradient(x, v, p.da, p.m, k, r, dropout, scratch, stream)) {
+            product_launch(AdapterGradientProduct<T>{{r, k, {0, p.m}}, v, x, dropout, p.da}, stream);
+        }
     }
 }
 
@@ -182,8 +191,10 @@ void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v
     QLK_CHECK(false, "linear_backward of dtype code " + std::to_string(static_cast<int>(p.dtype)));
 }
 
-int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t, DType dtype, bool backward, int device) {
-    return plan({m, n, k, dtype, backward, true}, card(device)).scratch;
+// The kernels of a pass come one after another and share their room.
+int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool backward, int device) {
+    const int64_t for_w = plan({m, n, k, dtype, backward, true}, card(device)).scratch;
+    return std::max(for_w, adapter_scratch(m, n, k, r, dtype, backward, device));
 }
 
 }  // namespace qlk::cuda

@@ -17,6 +17,26 @@ struct Splits {
     int count;                   // of the blocks that share a tile, at most 255; 1: none of this is touched
 };
 
+// Whether this block comes last of those that share a tile; then it sees what the others gave to store_exchanged before
+// they came here. All threads of the block come. `word`: of shared memory, for this alone.
+QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int* word) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();  // for all threads of the block, whose stores the barrier put before this
+        unsigned long long seen = load_exchanged(splits.ticket + tile), before;
+        do {
+            before = seen;
+            const unsigned long long others = (before & ~0xffull) == splits.launch ? before & 0xff : 0;
+            const bool last = static_cast<int>(others) == splits.count - 1;
+            seen = atomicCAS(splits.ticket + tile, before, last ? 0ull : splits.launch | (others + 1));
+            store_shared(word, last ? 1 : 0);
+        } while (seen != before);
+        __threadfence();
+    }
+    __syncthreads();
+    return load_shared(word) != 0;
+}
+
 // Every thread of the block brings its sums. In the block that comes last they become those of all blocks, and the
 // result is true; the others are done. `word`: of shared memory, for this alone.
 template <int kThreads, int kSums>
@@ -31,21 +51,7 @@ QLK_DEVICE bool add_splits(const Splits& splits, int64_t tile, int split, float 
     for (int i = 0; i < kSums / 4; ++i) {
         store_exchanged(place(split, i), make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
     }
-    __syncthreads();
-    if (self == 0) {
-        __threadfence();  // for all threads of the block, whose stores the barrier put before this
-        unsigned long long seen = load_exchanged(splits.ticket + tile), before;
-        do {
-            before = seen;
-            const unsigned long long others = (before & ~0xffull) == splits.launch ? before & 0xff : 0;
-            const bool last = static_cast<int>(others) == splits.count - 1;
-            seen = atomicCAS(splits.ticket + tile, before, last ? 0ull : splits.launch | (others + 1));
-            store_shared(word, last ? 1 : 0);
-        } while (seen != before);
-        __threadfence();
-    }
-    __syncthreads();
-    if (!load_shared(word)) return false;
+    if (!comes_last(splits, tile, word)) return false;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sum[i] = 0.0f;
 #pragma unroll 1

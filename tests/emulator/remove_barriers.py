@@ -33,6 +33,10 @@ QUANTIZATION = tuple(
     for words in ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "test")
 )
 TESTS = {
+    "adapters": (
+        ("tests/test_cuda_adapters.py", "test_every_shape"),
+        ("tests/test_cuda_adapters.py", "test_every_rank or test_the_bits"),
+    ),
     "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
     "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),
     "gemm": (("tests/test_cuda.py", "emulated and tensor_cores"), ("tests/test_cuda.py", "pipeline or emulated")),
