@@ -34,9 +34,15 @@ QLK_DEVICE void cp_async_16(void* shared, const void* global, uint32_t valid = 1
                    "r"(valid)
                  : "memory");
 #else
-    for (uint32_t i = 0; i < 16; ++i) {
-        static_cast<unsigned char*>(shared)[i] = i < valid ? static_cast<const unsigned char*>(global)[i] : 0;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (valid == 16) {
+        v = __ldg(static_cast<const uint4*>(global));
+    } else {
+        for (uint32_t i = 0; i < valid; ++i) {
+            reinterpret_cast<unsigned char*>(&v)[i] = static_cast<const unsigned char*>(global)[i];
+        }
     }
+    *static_cast<uint4*>(shared) = v;
 #endif
 }
 
