@@ -178,6 +178,8 @@ def _quantize(namespace: argparse.Namespace, arguments: list[str]) -> int:
 def _info(namespace: argparse.Namespace, arguments: list[str]) -> int:
     if namespace.dispatch:
         return _dispatch(namespace)
+    if namespace.arch is not None:
+        raise InputError("--arch goes with --dispatch N K")
     from .build_info import build_info, describe
 
     info = build_info()
@@ -199,6 +201,7 @@ def _dispatch(namespace: argparse.Namespace) -> int:
     elif card is None:
         known = ", ".join(map(str, dispatch.CARDS))
         raise InputError(f"--arch {namespace.arch}: there are figures for {known}")
+    forced = os.environ.pop("QLORA_KERNELS_CUDA_KERNEL", None)  # the table is what runs without it
     try:
         if namespace.json:
             table = [
@@ -207,12 +210,14 @@ def _dispatch(namespace: argparse.Namespace) -> int:
                 for name, dtype in dispatch.DTYPES.items()
                 for first, last, plan in dispatch.ranges(card, n, k, dtype, backward)
             ]
-            text = json.dumps({"n": n, "k": k, "card": vars(card), "table": table}, indent=2)
+            print(json.dumps({"n": n, "k": k, "card": vars(card), "table": table}, indent=2))
         else:
-            text = dispatch.describe(n, k, card, remark)
-    except RuntimeError as error:  # QLORA_KERNELS_CUDA_KERNEL asks for what cannot be
-        raise InputError(_plain(error)) from None
-    print(text)
+            print(dispatch.describe(n, k, card, remark))
+            if forced:
+                print(f"QLORA_KERNELS_CUDA_KERNEL={forced} is set: that one runs, or the call fails.")
+    finally:
+        if forced is not None:
+            os.environ["QLORA_KERNELS_CUDA_KERNEL"] = forced
     return 0
 
 

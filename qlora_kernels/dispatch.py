@@ -43,8 +43,6 @@ CARDS = {
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-#: Beyond, more rows change nothing but the number of tiles.
-_MOST_ROWS = 16384
 
 
 def seen() -> Card | None:
@@ -56,7 +54,7 @@ def seen() -> Card | None:
         found.name,
         10 * found.major + found.minor,
         found.multi_processor_count,
-        getattr(found, "shared_memory_per_block_optin", CARDS[90].shared_bytes),
+        getattr(found, "shared_memory_per_block_optin", CARDS[75].shared_bytes),
     )
 
 
@@ -79,7 +77,8 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
 def ranges(card: Card, n: int, k: int, dtype: torch.dtype, backward: bool) -> list[tuple[int, int | None, dict]]:
     """From which M to which (None: any more) which kernel runs, with how many blocks a tile."""
     found: list[tuple[int, int | None, dict]] = []
-    for m in range(1, _MOST_ROWS + 1):
+    # With a tile of 128 rows for each multiprocessor, the widest fill the card whatever N and K are.
+    for m in range(1, 128 * card.multiprocessors + 2):
         plan = choose(card, m, n, k, dtype, backward)
         if found and all(found[-1][2][key] == plan[key] for key in ("kernel", "splits")):
             found[-1] = (found[-1][0], m, plan)

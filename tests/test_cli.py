@@ -342,17 +342,32 @@ def test_dispatch_prints_which_kernel_runs(capsys, monkeypatch):
     assert found["card"]["architecture"] == 75
     assert {row["kernel"] for row in found["table"]} == {"floats"}, "K is no multiple of 64"
     monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "tiles64")
-    assert main(["info", "--dispatch", "64", "64", "--arch", "80"]) == 2
-    assert capsys.readouterr().err == (
-        "qlora-kernels info: QLORA_KERNELS_CUDA_KERNEL=tiles64 cannot take M = 1, N = 64, K = 64: float32 has no "
-        "tensor cores here\n"
-    )
+    assert main(["info", "--dispatch", "4096", "4096", "--arch", "80"]) == 0
+    text = capsys.readouterr().out
+    assert " few " in text
+    assert text.endswith("QLORA_KERNELS_CUDA_KERNEL=tiles64 is set: that one runs, or the call fails.\n")
+    assert os.environ["QLORA_KERNELS_CUDA_KERNEL"] == "tiles64"
     for arguments, words in (
         (["--dispatch", "0", "64"], "N and K should be from 1"),
         (["--dispatch", "64", "64", "--arch", "42"], "there are figures for 75, 80"),
+        (["--arch", "90"], "--arch goes with --dispatch"),
     ):
         assert main(["info", *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_ptx_of_an_older_card_gets_kernels_that_have_code_there():
+    from dataclasses import replace
+
+    from qlora_kernels import dispatch
+
+    h200 = dispatch.CARDS[90]
+    for architecture in (75, 86, 89):
+        old = replace(h200, architecture=architecture)
+        native = replace(h200, architecture=architecture, shared_bytes=dispatch.CARDS[architecture].shared_bytes)
+        for m in (1, 10, 40, 100, 5000):
+            chosen = [dispatch.choose(card, m, 4096, 4096, torch.float16, False) for card in (old, native)]
+            assert chosen[0] == chosen[1]
 
 
 def test_every_range_of_the_dispatch_is_what_runs():
@@ -370,3 +385,5 @@ def test_every_range_of_the_dispatch_is_what_runs():
                     assert chosen["splits"] == 1 or chosen["scratch"] > 0
                     end = last
                 assert end is None
+                for m in (30000, 10**6):
+                    assert dispatch.choose(card, m, 1024, 2048, dtype, backward)["kernel"] == plan["kernel"]

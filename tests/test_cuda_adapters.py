@@ -215,3 +215,23 @@ def test_few_rows_spread_over_the_card():
     layer = Layer(3, 1024, 1024, 16)
     for call in (layer.forward, layer.backward):
         assert traffic(call, multiprocessors=64)["blocks"] > 16
+
+
+def test_a_gradient_that_lies_on_no_8_bytes():
+    layer = Layer(64, 64, 64, 8)
+    with emulated(architecture=90):
+        pieces = tuple(p.data_ptr() for p in layer.weight.pieces)
+        packed, absmax, nested_absmax, offset, table = pieces
+        weight = (packed, 0, absmax, nested_absmax, table, offset, 64, 64)
+        for shift in (0, 1):
+            room = torch.full((64 * 8 + 2,), torch.nan)
+            db = room[shift:]
+            bytes_needed = module().linear_scratch(64, 64, 64, 8, 1, True, 0)
+            scratch = torch.empty(max(bytes_needed, 16), dtype=torch.uint8)
+            A, B = layer.A.bfloat16(), layer.B.bfloat16()
+            module().linear_backward(
+                weight, layer.dy.data_ptr(), 0, layer.u.data_ptr(), A.data_ptr(), B.data_ptr(), 0, 0, db.data_ptr(),
+                0, 64, 8, 1.0, 0.0, 0, scratch.data_ptr(), 1, 0, 0,
+            )  # fmt: skip
+            found = room[shift : shift + 64 * 8].view(64, 8)
+            assert relative_error(found, layer.dy.double().T @ layer.u.double()) < 1e-6

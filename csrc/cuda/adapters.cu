@@ -28,7 +28,7 @@ constexpr Shape shape_of() {
 
 template <class T>
 Card card_of(int device) {
-    return {compiled_for(adapter_sum_kernel<T>, device), multiprocessors(device), shared_limit(device)};
+    return Card::of(compiled_for(adapter_sum_kernel<T>, device), multiprocessors(device), shared_limit(device));
 }
 
 // Whether it can run blocks of that shape.
@@ -102,7 +102,10 @@ GradientPlan gradient_plan(int64_t m, int64_t c, int64_t r, bool down, const Sha
             if (tiles_each > 2 && across < shape.stages - 1) break;
             const int64_t bytes = down_bytes + (row_splits > 1 ? row_splits * gradient_bytes : 0);
             const int64_t rounds = parts_of(column_splits * rank_tiles * row_splits, blocks);
-            const int64_t cost = launches * ((rounds * tiles_each * across + kLaunch) * kStep + bytes / blocks);
+            // The parts are written and read; so is the gradient, by every launch after the first.
+            const int64_t again = (launches - 1) * 2 * gradient_bytes;
+            const int64_t cost =
+                launches * ((rounds * tiles_each * across + kLaunch) * kStep + 2 * bytes / blocks) + again / blocks;
             if (cost >= best_cost) continue;
             best_cost = cost;
             best = {rows,
@@ -193,6 +196,7 @@ bool gradient_launch(AdapterArguments<T> a, const Card& card, void* scratch, con
         } else {
             a.gradient = gradient;
         }
+        a.gradient_paired = a.r % 2 == 0 && lies_on(a.gradient, 8);
         launch(adapter_gradient_kernel<T, Traits>,
                static_cast<int64_t>(plan.column_splits) * a.row_splits * plan.rank_tiles, Traits::kThreads,
                shape.shared, stream, a);

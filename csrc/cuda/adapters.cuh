@@ -49,6 +49,7 @@ struct AdapterArguments {
     float* gradient;          // [splits of the rows][gradient_stride], of dB [c, r] or dA [r, c]
     int64_t gradient_stride;  // a multiple of 4
     bool gradient_by_rank;    // dA
+    bool gradient_paired;     // dB: its rows lie on 8 bytes
     bool add;                 // to what is in `gradient`
     int row_splits;           // adapter_gradient_kernel
     int across;               // adapter_gradient_kernel: tiles of 64 columns that a block has
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                     float* const to = parts + column * a.r + rank;
                     if (a.add && rank < a.r) first += load_exchanged(to);
                     if (a.add && rank + 1 < a.r) second += load_exchanged(to + 1);
-                    store_two(to, first, second, a.r - rank, a.r % 2 == 0);
+                    store_two(to, first, second, a.r - rank, a.gradient_paired);
                 }
             }
         }

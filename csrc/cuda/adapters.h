@@ -6,7 +6,7 @@
 
 namespace qlk::cuda {
 
-// Each returns whether it has launched what computes the product; if not, nothing has happened. `scratch` has
+// Each returns whether it has launched what computes the product; if not, all of it is the caller's. `scratch` has
 // adapter_scratch bytes. T: float, for which that is never so, bf16 or fp16.
 
 // u [m, r] = scale * mask(x [m, k]) lora_a [r, k]^T

@@ -64,16 +64,11 @@ QLK_DEVICE fp16 from_bits<fp16>(uint16_t bits) {
     return __ushort_as_half(bits);
 }
 
-// The most shared memory that a block may have on the architecture that is compiled for (CUDA C++ Programming Guide,
-// "Technical Specifications per Compute Capability"): a kernel that needs more is left empty there.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10 || __CUDA_ARCH__ / 100 == 11
-constexpr size_t kMostShared = 227 * 1024;
-#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr size_t kMostShared = 163 * 1024;
-#elif __CUDA_ARCH__ < 800
-constexpr size_t kMostShared = 64 * 1024;
+// The architecture that is compiled for, 90 for sm_90; of the host's part, 0.
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 #else
-constexpr size_t kMostShared = 99 * 1024;
+constexpr int kArchitecture = 0;
 #endif
 
 // The block's dynamic shared memory: the only kind that kernels here use, laid out by a struct.
@@ -83,6 +78,9 @@ QLK_DEVICE T& shared_memory() {
     extern __shared__ __align__(128) unsigned char qlk_shared_bytes[];
     return *reinterpret_cast<T*>(qlk_shared_bytes);
 }
+
+// Ends the launch with an error.
+QLK_DEVICE void trap() { __trap(); }
 
 // Plain accesses, named so that the emulator can check and count them.
 template <class T>

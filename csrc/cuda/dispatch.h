@@ -12,11 +12,25 @@
 
 namespace qlk::cuda {
 
+// The most shared memory that a block may have on an architecture, 90 for sm_90 (CUDA C++ Programming Guide, "Technical
+// Specifications per Compute Capability"). A kernel that needs more is left without code there.
+constexpr size_t most_shared(int architecture) {
+    return architecture < 80                                                   ? 64 * 1024
+           : architecture == 80 || architecture == 87                          ? 163 * 1024
+           : architecture == 90 || (architecture >= 100 && architecture < 120) ? 227 * 1024
+                                                                               : 99 * 1024;
+}
+
 // What the choice needs to know of a card.
 struct Card {
     int architecture;  // whose instructions the kernels have: 90 for sm_90
     int multiprocessors;
     size_t shared_bytes;  // that a block may have
+
+    // Code that the driver has compiled from an older architecture's PTX lacks what did not fit there.
+    static Card of(int architecture, int multiprocessors, size_t shared_bytes) {
+        return {architecture, multiprocessors, std::min(shared_bytes, most_shared(architecture))};
+    }
 };
 
 // The product: y = x W^T, or dx = dy W with `backward`.
@@ -94,7 +108,7 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
         return "the architecture lacks its instructions";
     }
     if (p.k % kBlock != 0) return "K is no multiple of 64";
-    if (p.n > INT32_MAX || p.k > INT32_MAX) return "a side of the weight is beyond 32 bits";
+    if (std::max(p.n, p.k) > INT32_MAX - 4096) return "a side of the weight is beyond 32 bits";
     if (!p.weight_aligned) return "the packed weight does not lie on 16 bytes";
     if (row.family == Family::kFew) {
         if (p.backward) return "it computes no gradients";

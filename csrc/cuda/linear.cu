@@ -26,8 +26,8 @@ Dropout dropout_of(double p, const int64_t* seed) {
 }
 
 Card card(int device) {
-    return {compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 128, 1, 4>>, device), multiprocessors(device),
-            shared_limit(device)};
+    return Card::of(compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 128, 1, 4>>, device),
+                    multiprocessors(device), shared_limit(device));
 }
 
 // Tickets first: what they lie on is a multiple of 16, too.

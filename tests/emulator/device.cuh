@@ -295,7 +295,7 @@ T from_bits(uint16_t bits) {
     return {bits};
 }
 
-constexpr size_t kMostShared = 227 * 1024;
+constexpr int kArchitecture = 0;  // every kernel has its code
 
 template <class T>
 T& shared_memory(emu::Site s = emu::Site::here()) {
@@ -305,6 +305,8 @@ T& shared_memory(emu::Site s = emu::Site::here()) {
     }
     return *reinterpret_cast<T*>(emu::shared_bytes());
 }
+
+[[noreturn]] inline void trap(emu::Site s = emu::Site::here()) { emu::fail(s, "a trap"); }
 
 template <class T>
 T load_shared(const T* address, emu::Site s = emu::Site::here()) {
