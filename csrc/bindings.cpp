@@ -57,6 +57,21 @@ PYBIND11_MODULE(_C, m) {
         },
         Released());
 
+    m.def(
+        "optimizer_step",
+        [](const Optimizer& optimizer, int threads) { qlk::cpu::optimizer_step(optimizer_params(optimizer, threads)); },
+        Released());
+    m.def(
+        "quantize_states",
+        [](Address values, Address code, Address absmax, int64_t count, bool is_signed) {
+            qlk::cpu::quantize_states(at<const float>(values), at<uint8_t>(code), at<float>(absmax), count, is_signed);
+        },
+        Released());
+    m.def("dynamic_map", [](bool is_signed) {
+        const qlk::DynamicMap& map = qlk::dynamic_map(is_signed);
+        return std::vector<float>(map.value, map.value + 256);
+    });
+
     m.def("nf4_levels", [] { return std::vector<float>(qlk::kLevels, qlk::kLevels + 16); });
     m.def("e4m3_table", [] {
         std::vector<float> table(256);

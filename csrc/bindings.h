@@ -34,3 +34,28 @@ inline qlk::DType dtype_of(int code) {
     QLK_CHECK(code >= 0 && code <= 2, "unknown dtype code " + std::to_string(code));
     return static_cast<qlk::DType>(code);
 }
+
+// algorithm, state_bits, chunks, all_chunks, tensors, tensor_count, groups, control, steps, partial, states,
+// grad_scale, found_inf, max_grad_norm, skip_nonfinite
+using Optimizer = std::tuple<int, int, Address, int64_t, Address, int64_t, Address, Address, Address, Address, Address,
+                             Address, Address, double, bool>;
+
+inline qlk::OptimizerParams optimizer_params(const Optimizer& o, int threads) {
+    QLK_CHECK(std::get<0>(o) == 0 || std::get<0>(o) == 1, "unknown optimizer " + std::to_string(std::get<0>(o)));
+    return {static_cast<qlk::Algorithm>(std::get<0>(o)),
+            std::get<1>(o),
+            at<const qlk::OptimizerChunk>(std::get<2>(o)),
+            std::get<3>(o),
+            at<const qlk::OptimizerTensor>(std::get<4>(o)),
+            std::get<5>(o),
+            at<const qlk::OptimizerGroup>(std::get<6>(o)),
+            at<qlk::OptimizerControl>(std::get<7>(o)),
+            at<float>(std::get<8>(o)),
+            at<double>(std::get<9>(o)),
+            at<unsigned char>(std::get<10>(o)),
+            at<const float>(std::get<11>(o)),
+            at<const float>(std::get<12>(o)),
+            std::get<13>(o),
+            std::get<14>(o),
+            threads};
+}

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "nf4.h"
+#include "optimizer.h"
 
 namespace qlk {
 
@@ -98,6 +99,10 @@ void quantize_absmax(const QuantizeAbsmaxParams& params);
 void dequantize(const DequantizeParams& params);
 void linear_forward(const LinearForwardParams& params);
 void linear_backward(const LinearBackwardParams& params);
+// One step of an optimizer; everything that the params point to is written by it alone.
+void optimizer_step(const OptimizerParams& params);
+// States to 8 bits: codes [count] and constants [(count + 255) / 256].
+void quantize_states(const float* values, uint8_t* code, float* absmax, int64_t count, bool is_signed);
 
 // Instruction sets, best first: those built in, and the one in use (QLORA_KERNELS_CPU_ISA forces one; it is read at
 // every call, an unknown or unavailable name throws).
@@ -133,6 +138,13 @@ void linear_backward(const LinearBackwardParams& params, const int64_t* seed, vo
                      const Stream& stream);
 // Bytes of scratch that either of them needs for these sizes, at most 16 MiB.
 int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool backward, int device);
+
+// The sum of squares of all gradients, the coefficient they are multiplied by, and whether the step is left out, in
+// params.control. Needed before optimizer_step where params.max_grad_norm, skip_nonfinite or grad_scale ask for any.
+void optimizer_norm(const OptimizerParams& params, const Stream& stream);
+// The step of chunks [begin, end). `measured`: optimizer_norm came before. `last`: counts the step, when all is done.
+void optimizer_step(const OptimizerParams& params, int64_t begin, int64_t end, bool measured, bool last,
+                    const Stream& stream);
 
 }  // namespace cuda
 }  // namespace qlk

@@ -18,6 +18,7 @@ from .models import (
     unmerge_adapters,
 )
 from .nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .optim import PagedAdamW, PagedLion
 from .qlinear import QLinear
 from .version import version as _version
 
@@ -27,6 +28,8 @@ __all__ = [
     "AdapterConfig",
     "MergeReport",
     "NF4Weight",
+    "PagedAdamW",
+    "PagedLion",
     "QLinear",
     "QuantizeReport",
     "__version__",

@@ -166,6 +166,14 @@ class CPU:
         )
 
     @staticmethod
+    def quantize_states(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
+        """An optimizer's states, float32 [count], to codes uint8 [count] and constants float32 [blocks of 256]."""
+        count = values.numel()
+        code, absmax = torch.empty(count, dtype=torch.uint8), torch.empty(-(-count // 256), dtype=torch.float32)
+        native().quantize_states(values.data_ptr(), code.data_ptr(), absmax.data_ptr(), count, is_signed)
+        return code, absmax
+
+    @staticmethod
     def linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):
         m, k = x.shape
         r = 0 if lora_A is None else lora_A.shape[0]

@@ -178,6 +178,16 @@ void linear_backward(const LinearBackwardParams& params) {
     select().linear_backward(p);
 }
 
+void optimizer_step(const OptimizerParams& params) {
+    OptimizerParams p = params;
+    p.threads = worthwhile(p.threads, p.all_chunks * kChunk, 1 << 15);
+    optimizer_step(p, select());
+}
+
+void quantize_states(const float* values, uint8_t* code, float* absmax, int64_t count, bool is_signed) {
+    select().quantize_states(values, code, absmax, count, is_signed);
+}
+
 const char* isa_in_use() { return select().name; }
 
 const char* isas_built() {

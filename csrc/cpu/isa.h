@@ -10,6 +10,18 @@ namespace qlk::cpu {
 using NearestCodes = void (*)(const double* midpoints, const uint8_t* code, float scale, const float* value, int count,
                               uint8_t* out);
 
+// What a chunk of an optimizer's step needs of its group, rounded once to float32.
+struct StepScalars {
+    float decay;  // 1 - lr * weight_decay
+    float beta1, beta2;
+    float rest1, rest2;  // 1 - beta
+    float rate;          // AdamW: lr / (1 - beta1^step); Lion: lr
+    float root;          // sqrt(1 - beta2^step)
+    float eps;
+    float coefficient;  // of the gradients
+    bool scales;        // whether it is anything but 1
+};
+
 struct Kernels {
     const char* name;
     int64_t (*quantize)(const QuantizeParams&);
@@ -17,9 +29,14 @@ struct Kernels {
     void (*dequantize)(const DequantizeParams&);
     void (*linear_forward)(const LinearForwardParams&);
     void (*linear_backward)(const LinearBackwardParams&);
+    void (*step_chunk)(const OptimizerParams&, const OptimizerChunk&, const StepScalars&);
+    void (*quantize_states)(const float* values, uint8_t* code, float* absmax, int64_t count, bool is_signed);
+    double (*sum_of_squares)(const void* values, int64_t count, DType dtype);
 };
 
 // The part of quantize_absmax that all sets share.
 void quantize_absmax(const QuantizeAbsmaxParams& params, NearestCodes nearest);
+// The part of optimizer_step that all sets share.
+void optimizer_step(const OptimizerParams& params, const Kernels& kernels);
 
 }  // namespace qlk::cpu

@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "nearest.h"
+#include "optimizer.h"
 #include "quantize.h"
 #if defined(__AVX512BF16__)
 #include "engine_bf16.h"
@@ -59,6 +60,7 @@ static void linear_backward(const LinearBackwardParams& p) {
 #define QLK_STRING(x) QLK_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {QLK_STRING(QLK_ISA), quantize, nearest_codes, dequantize, linear_forward, linear_backward};
+const Kernels kernels = {QLK_STRING(QLK_ISA), quantize,   nearest_codes,   dequantize,    linear_forward,
+                         linear_backward,     step_chunk, quantize_states, sum_of_squares};
 
 }  // namespace qlk::cpu::QLK_ISA

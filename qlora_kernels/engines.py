@@ -1,0 +1,110 @@
+"""Runs a paged optimizer's steps on one kind of device: tables to raw pointers, and pages to and fro."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from . import backends
+from .arena import HostArena, Layout
+
+_NORM, _COME, _SKIPPED = 8, 20, 24  # offsets in OptimizerControl, csrc/optimizer.h
+
+
+class Engine(Protocol):
+    """What an optimizer needs of its device."""
+
+    device: torch.device
+    layout: Layout
+    arena: Any
+
+    def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None: ...
+    def refresh(self, groups: np.ndarray) -> None: ...
+    def found(self) -> tuple[float, int]: ...
+    def set_found(self, norm: float, skipped: int) -> None: ...
+    def page_out(self) -> None: ...
+    def page_in(self) -> None: ...
+    def resident_bytes(self) -> int: ...
+
+
+def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[str, Any]) -> Engine:
+    """The engine for parameters like this one, its arena filled with zeros.
+
+    Raises:
+        MemoryError: when there is no memory for the arena.
+        ValueError: when the page budget is too small for any step.
+    """
+    backend = backends.of(parameter)
+    if backend is backends.CPU:
+        return HostEngine(layout, algorithm, settings)
+    raise RuntimeError(f"parameters on {parameter.device} cannot be optimized yet; only those on the CPU can")
+
+
+def operands(layout: Layout, algorithm: int, settings: dict[str, Any], where: dict[str, int]) -> tuple:
+    """OptimizerParams for the extension; ``where`` has the addresses."""
+    base = where["arena"]
+    return (
+        algorithm,
+        settings["state_bits"],
+        where["chunks"],
+        layout.chunk_count,
+        where["tensors"],
+        len(layout.slots),
+        where["groups"],
+        base + layout.control,
+        base + layout.steps,
+        base + layout.partial,
+        where.get("states", base),
+        where["grad_scale"],
+        where["found_inf"],
+        settings["max_grad_norm"] or 0.0,
+        settings["skip_nonfinite"],
+    )
+
+
+class HostEngine:
+    """The CPU, with states in memory or in a file."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, layout: Layout, algorithm: int, settings: dict[str, Any]):
+        self.layout = layout
+        self.arena = HostArena(layout.nbytes, settings["page_file"])
+        self._algorithm, self._settings = algorithm, settings
+        self._norm = self.arena.view(layout.control + _NORM, 1, torch.float32)
+        self._skipped = self.arena.view(layout.control + _SKIPPED, 1, torch.int64)
+
+    def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None:
+        scale, inf = (None if t is None else t.detach().reshape(-1).float().cpu() for t in (grad_scale, found_inf))
+        where = {
+            "arena": self.arena.address,
+            "chunks": self.layout.chunks.ctypes.data,
+            "tensors": addresses.ctypes.data,
+            "groups": groups.ctypes.data,
+            "grad_scale": 0 if scale is None else scale.data_ptr(),
+            "found_inf": 0 if inf is None else inf.data_ptr(),
+        }
+        backends.native().optimizer_step(
+            operands(self.layout, self._algorithm, self._settings, where), torch.get_num_threads()
+        )
+
+    def refresh(self, groups: np.ndarray) -> None:
+        """There are no graphs here."""
+
+    def found(self) -> tuple[float, int]:
+        return self._norm.item(), int(self._skipped.item())
+
+    def set_found(self, norm: float, skipped: int) -> None:
+        self._norm.fill_(norm)
+        self._skipped.fill_(skipped)
+
+    def page_out(self) -> None:
+        self.arena.page_out()
+
+    def page_in(self) -> None:
+        self.arena.page_in()
+
+    def resident_bytes(self) -> int:
+        return self.arena.resident_bytes()

@@ -1,0 +1,624 @@
+"""PagedAdamW and PagedLion: optimizers whose states lie in one arena that is paged between the device and the host."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import backends, engines
+from .arena import FIRST, FIRST_ABSMAX, MASTER, SECOND, SECOND_ABSMAX, STATE_BLOCK, Layout, Slot
+from .errors import require
+from .files import save_torch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of torch.optim.AdamW's groups: without meaning here, and not kept.
+_TORCH_ONLY = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+_FORMAT = "qlora_kernels.optim/1"
+
+
+class _Paged(torch.optim.Optimizer):
+    """What PagedAdamW and PagedLion have in common."""
+
+    _algorithm: int
+    #: The states' names in torch.optim, and the planes of the arena that hold them: of 32 bits, and the constants of 8.
+    _moments: tuple[tuple[str, int, int], ...]
+    # torch.amp.GradScaler then leaves the division to the step, which reads scale and infinities on the device.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, params, defaults, *, state_bits, max_grad_norm, page_budget, master_weights, skip_nonfinite, page_file
+    ):
+        require(state_bits in (32, 8), ValueError, f"state_bits should be 32 or 8, found {state_bits!r}")
+        if max_grad_norm is not None:
+            _require_number("max_grad_norm", max_grad_norm, lambda x: x > 0, "above 0")
+        if page_budget is not None:
+            good = isinstance(page_budget, int) and not isinstance(page_budget, bool) and page_budget > 0
+            require(good, ValueError, f"page_budget should be a number of bytes above 0, found {page_budget!r}")
+        if page_file is not None:
+            folder = os.fspath(page_file)
+            require(os.path.isdir(folder), NotADirectoryError, f"page_file should be a folder; {folder} is none")
+        self._settings = {
+            "state_bits": state_bits,
+            "max_grad_norm": None if max_grad_norm is None else float(max_grad_norm),
+            "page_budget": page_budget,
+            "master_weights": bool(master_weights),
+            "skip_nonfinite": bool(skip_nonfinite),
+            "page_file": None if page_file is None else os.fspath(page_file),
+        }
+        self._engine: engines.Engine | None = None
+        self._params: list[Tensor] = []  # of the arena, in its order
+        self._frozen: list[Tensor] = []  # the others
+        self._seen: list[tuple[int, torch.dtype, tuple[int, ...]]] = []  # address, dtype, strides of each of _params
+        self._control = (0.0, 0)  # norm and skipped steps from before there was an arena
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------------------------------------ parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch.optim does; the arena, where there is one already, grows.
+
+        Raises:
+            ValueError: for a setting out of range, a parameter that is in another group, or one of another device.
+            TypeError: for parameters that are complex, sparse or of a dtype without kernels.
+            MemoryError: when there is no memory for the larger arena; then nothing has changed.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            seen = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+            devices = sorted({str(p.device) for p in seen})
+            require(
+                len(devices) <= 1,
+                ValueError,
+                f"all parameters should be on one device, found {', '.join(devices)}; use an optimizer for each device",
+            )
+            if self._engine is not None:
+                self._build()
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        _require_number("lr", group["lr"], lambda x: x >= 0, "at least 0")
+        _require_number("weight_decay", group["weight_decay"], lambda x: x >= 0, "at least 0")
+        betas = group["betas"]
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        require(pair, ValueError, f"betas should be two numbers, found {betas!r}")
+        for i, beta in enumerate(betas):
+            _require_number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
+        if "eps" in group:
+            _require_number("eps", group["eps"], lambda x: x >= 0, "at least 0")
+        for name in ("amsgrad", "maximize"):
+            require(not group.get(name), ValueError, f"{name}=True is not supported by {type(self).__name__}")
+        for i, p in enumerate(group["params"]):
+            if p.requires_grad:
+                _check_parameter(p, f"parameter {i} of the group")
+
+    # ----------------------------------------------------------------------------------------------------- arena
+
+    def _build(self) -> None:
+        """Makes the arena for the parameters as they are, takes the states over, and lets go of the old one."""
+        params, groups, frozen = [], [], []
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.requires_grad or p.grad is not None:
+                    params.append(p)
+                    groups.append(index)
+                else:
+                    frozen.append(p)
+        require(bool(params), ValueError, "no parameter of the optimizer requires a gradient")
+        for i, p in enumerate(params):
+            _check_parameter(p, f"parameter {i}")
+        devices = sorted({str(p.device) for p in params})
+        require(len(devices) == 1, ValueError, f"all parameters should be on one device, found {', '.join(devices)}")
+        planes = [self._planes_of(p) for p in params]
+        slots = [Slot(p.numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
+        layout = Layout(slots, self._settings["state_bits"])
+        norm, skipped = self._found()
+        engine = engines.of(params[0], layout, self._algorithm, self._settings)
+        engine.set_found(norm, skipped)
+        states = {p: self._views(engine, layout, i, p) for i, p in enumerate(params)}
+        for p, views in states.items():
+            old = self.state.get(p)
+            if old:
+                _convert(old, views, p)
+            elif "master" in views:
+                views["master"].copy_(p.detach())
+        self.state.update(states)
+        self._params, self._frozen = params, frozen
+        self._seen = [(p.data_ptr(), p.dtype, p.stride()) for p in params]
+        self._engine = engine
+
+    def _planes_of(self, p: Tensor) -> tuple[int, ...]:
+        narrow = self._settings["state_bits"] == 8
+        planes = [plane for _, plane, _ in self._moments]
+        planes += [absmax for _, _, absmax in self._moments] if narrow else []
+        planes += [MASTER] if self._settings["master_weights"] and p.dtype != torch.float32 else []
+        return tuple(planes)
+
+    def _views(self, engine: engines.Engine, layout: Layout, index: int, p: Tensor) -> dict[str, Tensor]:
+        """The states of a parameter: tensors that lie in the arena, of the parameter's shape."""
+
+        def view(plane: int, dtype: torch.dtype, count: int) -> Tensor:
+            return engine.arena.view(int(layout.planes[index, plane]), count, dtype)
+
+        def shaped(flat: Tensor) -> Tensor:
+            # A dense parameter's elements, in the order in which they lie in memory.
+            return flat.as_strided(p.shape, p.stride()) if p.numel() else flat.view(p.shape)
+
+        count = p.numel()
+        views = {"step": engine.arena.view(layout.steps + 4 * index, 1, torch.float32)[0]}
+        for name, plane, absmax in self._moments:
+            if self._settings["state_bits"] == 32:
+                views[name] = shaped(view(plane, torch.float32, count))
+            else:
+                views[f"{name}_code"] = shaped(view(plane, torch.uint8, count))
+                views[f"{name}_absmax"] = view(absmax, torch.float32, -(-count // STATE_BLOCK))
+        if MASTER in self._planes_of(p):
+            views["master"] = shaped(view(MASTER, torch.float32, count))
+        return views
+
+    def _found(self) -> tuple[float, int]:
+        return self._control if self._engine is None else self._engine.found()
+
+    # ------------------------------------------------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step for every parameter that has a gradient.
+
+        On a CUDA device nothing waits for the device; the work goes to the current stream. Gradients are read, never
+        changed. Inside a CUDA graph's capture the step has to have run once before, with everything on the device.
+
+        Args:
+            closure: computes the loss again and returns it.
+
+        Returns:
+            What the closure returns, or None.
+
+        Raises:
+            RuntimeError: for a sparse gradient, or one of another dtype or device than its parameter; nothing has
+                changed then.
+            MemoryError: when there is no memory for the states, at the first step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = None if self._stale() else self._addresses()
+        if found is None:
+            if all(p.grad is None for group in self.param_groups for p in group["params"]):
+                return loss
+            self._build()
+            found = self._addresses()
+        addresses, keep = found
+        if not addresses[1::2].any():
+            return loss
+        self._engine.step(
+            addresses,
+            self._hyperparameters(),
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+        del keep  # copies of gradients: their memory may be used again behind the step
+        return loss
+
+    def _stale(self) -> bool:
+        """Whether there is no arena, or one that lacks a parameter which was frozen when it was made."""
+        return self._engine is None or any(p.grad is not None for p in self._frozen)
+
+    def _addresses(self) -> tuple[np.ndarray, list[Tensor]] | None:
+        """OptimizerTensor[tensors]: where parameters and gradients lie, and copies of gradients that lay otherwise.
+
+        None when a parameter has another dtype, shape or device than when the arena was made.
+        """
+        addresses: list[int] = []
+        copies = []
+        for i, (p, (at, dtype, strides)) in enumerate(zip(self._params, self._seen)):
+            here = p.data_ptr()
+            if here != at:
+                if p.dtype is not dtype or p.stride() != strides or p.device != self._engine.device:
+                    return None
+                self._seen[i] = (here, dtype, strides)
+            grad = p.grad
+            if grad is None:
+                addresses += (here, 0)
+                continue
+            if grad.dtype is not dtype or grad.layout is not torch.strided or grad.is_cuda != p.is_cuda:
+                raise _bad_gradient(i, p, grad)
+            if grad.stride() != strides:
+                grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
+                copies.append(grad)
+            addresses += (here, grad.data_ptr() or 1)  # of an empty one the address is 0, which means none
+        return np.array(addresses, dtype=np.int64), copies
+
+    def _hyperparameters(self) -> np.ndarray:
+        """OptimizerGroup[groups]."""
+        rows = [
+            (float(g["lr"]), float(g["betas"][0]), float(g["betas"][1]), g.get("eps", 0.0), g["weight_decay"], 0.0)
+            for g in self.param_groups
+        ]
+        return np.array(rows, dtype=np.float64)
+
+    def refresh(self) -> None:
+        """Gives the groups' settings, such as a scheduler's lr, to CUDA graphs that have captured a step."""
+        if self._engine is not None:
+            self._engine.refresh(self._hyperparameters())
+
+    # ---------------------------------------------------------------------------------------------- what it knows
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because of gradients that were not finite. Waits for the device."""
+        return self._found()[1]
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of all gradients in the last step, before clipping; needs max_grad_norm or skip_nonfinite.
+
+        Waits for the device.
+        """
+        return self._found()[0]
+
+    def page_out(self) -> None:
+        """Sends the states to the host (a CUDA device), or to the file (``page_file``)."""
+        if self._engine is not None:
+            self._engine.page_out()
+
+    def page_in(self) -> None:
+        """Asks for all states to come to the device, or from the file, in the background."""
+        if self._engine is not None:
+            self._engine.page_in()
+
+    def resident_bytes(self) -> int:
+        """Bytes of the arena on the device, as far as was asked for; with ``page_file``, bytes in memory."""
+        return 0 if self._engine is None else self._engine.resident_bytes()
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arena; 0 before the first step."""
+        return 0 if self._engine is None else self._engine.layout.nbytes
+
+    @property
+    def paging(self) -> str:
+        """How states are paged here, for people."""
+        return "not yet: the arena is made at the first step" if self._engine is None else self._engine.arena.kind
+
+    # ------------------------------------------------------------------------------------------------- state dict
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's: the tensors are those of the arena, not copies.
+
+        With 32-bit states the names are torch.optim.AdamW's, which can load it (Lion's: "exp_avg" alone). With 8 bits
+        "exp_avg_code" uint8 of the parameter's shape and "exp_avg_absmax" float32 [blocks of 256], likewise
+        "exp_avg_sq". "master" float32 with ``master_weights``.
+        """
+        if self._engine is not None:
+            self._engine.arena.synchronize()
+        return super().state_dict()
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """The same for torch.optim: float32 copies, decoded where states have 8 bits, on the parameters' device."""
+        own = self.state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, entry in own["state"].items():
+            wide = {"step": entry["step"].detach().cpu().clone()}
+            for name, _, _ in self._moments:
+                wide[name] = _decoded(entry, name).to(params[index].device, copy=True)
+            own["state"][index] = wide
+        return own
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over states and settings of a state dict of this class, of either number of bits, or of torch.optim.
+
+        The states stay paged: they are copied into the arena, wherever they come from.
+
+        Raises:
+            ValueError: when it is of another model or another optimizer; nothing has changed then.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups, states = self._checked(state_dict)
+        before = [dict(group) for group in self.param_groups]
+        try:
+            for group, saved in zip(self.param_groups, groups):
+                group.update({k: v for k, v in saved.items() if k != "params" and k not in _TORCH_ONLY})
+                self._check_group(group)
+            if states and (self._engine is None or self._stale()):
+                self._build()
+        except BaseException:
+            for group, old in zip(self.param_groups, before):
+                group.clear()
+                group.update(old)
+            raise
+        if self._engine is not None:
+            self._engine.arena.synchronize()
+            with torch.no_grad():
+                for p in self._params:
+                    _convert(states.get(p, {}), self.state[p], p)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+        """The groups and the states by parameter, after every check that needs no arena."""
+        who = type(self).__name__
+        good = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
+        require(good, ValueError, "a state dict with 'state' and 'param_groups' is expected")
+        groups, saved = list(state_dict["param_groups"]), state_dict["state"]
+        require(
+            len(groups) == len(self.param_groups),
+            ValueError,
+            f"the state dict is of another model: {len(groups)} parameter groups there, {len(self.param_groups)} here",
+        )
+        states: dict[Tensor, dict[str, Any]] = {}
+        for i, (mine, theirs) in enumerate(zip(self.param_groups, groups)):
+            require(
+                len(mine["params"]) == len(theirs["params"]),
+                ValueError,
+                f"the state dict is of another model: group {i} has {len(theirs['params'])} parameters there, "
+                f"{len(mine['params'])} here",
+            )
+            for name in ("amsgrad", "maximize"):
+                require(not theirs.get(name), ValueError, f"the state dict is of an optimizer with {name}=True")
+            for p, key in zip(mine["params"], theirs["params"]):
+                entry = saved.get(key)
+                if not entry:
+                    continue
+                for name, _, _ in self._moments:
+                    _check_moment(entry, name, p, f"parameter {key}", who)
+                steps = entry.get("step", 0.0)
+                steps = steps.item() if isinstance(steps, Tensor) and steps.numel() == 1 else steps
+                good = isinstance(steps, (int, float)) and steps >= 0
+                require(good, ValueError, f"parameter {key} of the state dict has no step count, found {steps!r}")
+                if "master" in entry:
+                    _check_shape(entry["master"], p, f"'master' of parameter {key}")
+                states[p] = entry
+        return groups, states
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the state dict to a file that is the old one or the new one, whenever the process is killed."""
+        save_torch({"format": _FORMAT, "optimizer": type(self).__name__, **self.state_dict()}, path)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Loads what save() has written.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is damaged, or of another model or optimizer; nothing has changed then.
+        """
+        try:
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except OSError:
+            raise
+        except Exception as error:  # whatever the bytes of a damaged file lead to
+            raise ValueError(f"{os.fspath(path)} is not a whole optimizer file ({error})") from None
+        good = isinstance(value, dict) and value.pop("format", None) == _FORMAT
+        require(good, ValueError, f"{os.fspath(path)} is not an optimizer's file")
+        who = value.pop("optimizer", None)
+        require(who == type(self).__name__, ValueError, f"{os.fspath(path)} is of {who}, not of {type(self).__name__}")
+        self.load_state_dict(value)
+
+    # -------------------------------------------------------------------------------------------- copy and pickle
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._engine is not None:
+            self._engine.arena.synchronize()
+        return {**super().__getstate__(), "_settings": self._settings, "_control": self._found()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The states come as ordinary tensors; the next step makes an arena for them.
+        self._engine, self._params, self._frozen, self._seen = None, [], [], []
+        super().__setstate__(state)
+
+
+class PagedAdamW(_Paged):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with paged states, in one launch for all parameters.
+
+    The numbers are those of torch.optim.AdamW, every operation in float32 and rounded once. Parameters are float32,
+    bfloat16 or float16, all on one device, with gradients of the same dtype.
+
+    On a CUDA device the states lie in managed memory: they go to the host when the card's memory is needed, and beyond
+    ``page_budget`` by themselves. On the CPU they lie in the host's memory, or in a file with ``page_file``.
+
+    Args:
+        params: parameters, named parameters or groups, as for torch.optim.
+        lr: learning rate; a number, or a tensor of one.
+        betas: decay rates of the first and second moment, in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled: parameters shrink by lr * weight_decay a step.
+        state_bits: 32: float32 moments; 8: one byte each, in blocks of 256 with a float32 constant (Dettmers et al.
+            2021, arXiv 2110.02861), a quarter of the memory.
+        max_grad_norm: clip the norm of all gradients to this, as torch.nn.utils.clip_grad_norm_ does, within the step.
+        page_budget: most bytes of states on the CUDA device at a time; None: as many as there are.
+        master_weights: keep a float32 copy of 16-bit parameters in the arena, which the step works on. What is written
+            to a parameter from outside counts.
+        skip_nonfinite: leave out a step whose gradients hold NaN or infinity; see ``skipped_steps``.
+        page_file: on the CPU, a folder in which a file holds the states, paged by the system: for states larger than
+            memory. Needs as much room there as the states take. On a CUDA device it has no effect.
+
+    Raises:
+        ValueError: for settings out of range, parameters of several devices, or in two groups.
+        TypeError: for parameters without kernels (float64, complex, sparse).
+    """
+
+    _algorithm = 0
+    _moments = (("exp_avg", FIRST, FIRST_ABSMAX), ("exp_avg_sq", SECOND, SECOND_ABSMAX))
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_bits: int = 32,
+        max_grad_norm: float | None = None,
+        page_budget: int | None = None,
+        master_weights: bool = False,
+        skip_nonfinite: bool = False,
+        page_file: str | os.PathLike | None = None,
+    ):
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            state_bits=state_bits,
+            max_grad_norm=max_grad_norm,
+            page_budget=page_budget,
+            master_weights=master_weights,
+            skip_nonfinite=skip_nonfinite,
+            page_file=page_file,
+        )
+
+
+class PagedLion(_Paged):
+    """Lion (Chen et al. 2023, arXiv 2302.06675) with paged states: one moment, and steps of ``lr`` either way.
+
+    Args:
+        params, state_bits, max_grad_norm, page_budget, master_weights, skip_nonfinite, page_file: see PagedAdamW.
+        lr: learning rate, about a tenth of AdamW's.
+        betas: of the update, and of the moment.
+        weight_decay: decoupled, about ten times AdamW's.
+    """
+
+    _algorithm = 1
+    _moments = (("exp_avg", FIRST, FIRST_ABSMAX),)
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        state_bits: int = 32,
+        max_grad_norm: float | None = None,
+        page_budget: int | None = None,
+        master_weights: bool = False,
+        skip_nonfinite: bool = False,
+        page_file: str | os.PathLike | None = None,
+    ):
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "weight_decay": weight_decay},
+            state_bits=state_bits,
+            max_grad_norm=max_grad_norm,
+            page_budget=page_budget,
+            master_weights=master_weights,
+            skip_nonfinite=skip_nonfinite,
+            page_file=page_file,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+def _require_number(name: str, value: Any, good: Callable[[float], bool], what: str) -> None:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    require(number and good(value), ValueError, f"{name} should be a finite number {what}, found {value!r}")
+
+
+def _check_parameter(p: Tensor, what: str) -> None:
+    require(p.layout is torch.strided, TypeError, f"{what} is {p.layout}; only dense parameters can be optimized")
+    require(
+        p.dtype in _DTYPES,
+        TypeError,
+        f"{what} is {p.dtype}; only float32, bfloat16 and float16 parameters can be optimized",
+    )
+    # Without holes or overlaps: then the elements, in the order of memory, are one flat array.
+    require(
+        p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride(),
+        TypeError,
+        f"{what} of shape {list(p.shape)} has holes or overlaps in memory (strides {list(p.stride())}); "
+        "only dense parameters can be optimized",
+    )
+
+
+def _bad_gradient(index: int, p: Tensor, grad: Tensor) -> Exception:
+    what = f"the gradient of parameter {index}, of shape {list(p.shape)},"
+    if grad.layout is not torch.strided:
+        return RuntimeError(f"{what} is sparse ({grad.layout}); only dense gradients can be used")
+    if grad.device != p.device:
+        return RuntimeError(f"{what} is on {grad.device}, the parameter on {p.device}")
+    return RuntimeError(f"{what} is {grad.dtype}, the parameter {p.dtype}; both should have the same dtype")
+
+
+def _check_shape(value: Any, p: Tensor, what: str) -> None:
+    good = isinstance(value, Tensor) and value.shape == p.shape
+    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    require(good, ValueError, f"the state dict is of another model: {what} is {found} there and {list(p.shape)} here")
+
+
+def _check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, who: str) -> None:
+    if f"{name}_code" in entry:
+        _check_shape(entry[f"{name}_code"], p, f"'{name}_code' of {what}")
+        absmax, blocks = entry.get(f"{name}_absmax"), -(-p.numel() // STATE_BLOCK)
+        good = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
+        require(good, ValueError, f"'{name}_absmax' of {what} in the state dict should have {blocks} constants")
+        return
+    require(name in entry, ValueError, f"the state dict is of another optimizer: {who} needs '{name}' of {what}")
+    _check_shape(entry[name], p, f"'{name}' of {what}")
+
+
+# -------------------------------------------------------------------------------------------- states of other forms
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """Elements in the order in which ``like``'s lie in memory, on the CPU: a copy."""
+    out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype)
+    out.copy_(tensor.detach())
+    return out.as_strided((like.numel(),), (1,)) if like.numel() else out.reshape(-1)
+
+
+def _decoded(entry: Mapping[str, Tensor], name: str) -> Tensor:
+    """A moment in float32, of the parameter's shape; on the CPU where it had 8 bits."""
+    if name in entry:
+        return entry[name].detach().float()
+    code = entry[f"{name}_code"]
+    table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"))
+    flat = _flat(code, code)
+    absmax = entry[f"{name}_absmax"].detach().cpu().repeat_interleave(STATE_BLOCK)[: flat.numel()]
+    values = torch.empty_strided(code.shape, code.stride())
+    if code.numel():
+        values.as_strided((code.numel(),), (1,)).copy_(table[flat.long()] * absmax)
+    return values
+
+
+def _encoded(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
+    """float32 [count] to codes and constants, by the rules of csrc/cpu/optimizer.h."""
+    return backends.CPU.quantize_states(values, is_signed)
+
+
+def _convert(entry: Mapping[str, Any], views: dict[str, Tensor], p: Tensor) -> None:
+    """Fills a parameter's states from those of another form; zeros where there are none."""
+    steps = entry.get("step", 0.0)
+    views["step"].fill_(float(steps))
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name in views:
+            views[name].copy_(_decoded(entry, name)) if entry else views[name].zero_()
+        elif f"{name}_code" in views:
+            code, absmax = views[f"{name}_code"], views[f"{name}_absmax"]
+            if not entry:
+                table = backends.native().dynamic_map(name == "exp_avg")
+                code.fill_(table.index(0.0))
+                absmax.zero_()
+            elif f"{name}_code" in entry:
+                code.copy_(entry[f"{name}_code"])
+                absmax.copy_(entry[f"{name}_absmax"].reshape(-1))
+            else:
+                flat, constants = _encoded(_flat(entry[name].float(), p), name == "exp_avg")
+                if p.numel():
+                    code.as_strided((p.numel(),), (1,)).copy_(flat)
+                absmax.copy_(constants)
+    if "master" in views:
+        views["master"].copy_(entry["master"] if "master" in entry else p.detach())
