@@ -35,10 +35,10 @@ inline qlk::DType dtype_of(int code) {
     return static_cast<qlk::DType>(code);
 }
 
-// algorithm, state_bits, chunks, all_chunks, tensors, tensor_count, groups, control, steps, partial, states,
+// algorithm, state_bits, chunks, all_chunks, tensors, tensor_count, groups, control, steps, partial, header, states,
 // grad_scale, found_inf, max_grad_norm, skip_nonfinite
 using Optimizer = std::tuple<int, int, Address, int64_t, Address, int64_t, Address, Address, Address, Address, Address,
-                             Address, Address, double, bool>;
+                             Address, Address, Address, double, bool>;
 
 inline qlk::OptimizerParams optimizer_params(const Optimizer& o, int threads) {
     QLK_CHECK(std::get<0>(o) == 0 || std::get<0>(o) == 1, "unknown optimizer " + std::to_string(std::get<0>(o)));
@@ -53,9 +53,10 @@ inline qlk::OptimizerParams optimizer_params(const Optimizer& o, int threads) {
             at<float>(std::get<8>(o)),
             at<double>(std::get<9>(o)),
             at<unsigned char>(std::get<10>(o)),
-            at<const float>(std::get<11>(o)),
+            at<unsigned char>(std::get<11>(o)),
             at<const float>(std::get<12>(o)),
-            std::get<13>(o),
+            at<const float>(std::get<13>(o)),
             std::get<14>(o),
+            std::get<15>(o),
             threads};
 }

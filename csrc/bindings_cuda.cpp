@@ -2,7 +2,11 @@
 
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "bindings.h"
+#include "cuda/arena.h"
+#include "cuda/optimizer_launch.h"
 
 void bind_cuda(py::module_ m) {
     using Released = py::call_guard<py::gil_scoped_release>;
@@ -57,5 +61,51 @@ void bind_cuda(py::module_ m) {
         Released());
     m.def("linear_scratch", [](int64_t rows, int64_t n, int64_t k, int64_t r, int dtype, bool backward, int device) {
         return qlk::cuda::linear_scratch(rows, n, k, r, dtype_of(dtype), backward, device);
+    });
+
+    // begin, end, arrive, leave, staged: see csrc/cuda/arena.h.
+    using Plan =
+        std::vector<std::tuple<int64_t, int64_t, qlk::cuda::Intervals, qlk::cuda::Intervals, std::vector<int64_t>>>;
+    using qlk::cuda::Arena;
+    py::class_<Arena>(m, "Arena")
+        .def(py::init<int64_t, int64_t, int64_t, int>(), py::arg("bytes"), py::arg("header"), py::arg("staging"),
+             py::arg("device"), Released())
+        .def_property_readonly("header", [](const Arena& a) { return reinterpret_cast<Address>(a.header()); })
+        .def_property_readonly("states", [](const Arena& a) { return reinterpret_cast<Address>(a.states()); })
+        .def_property_readonly("base", [](const Arena& a) { return reinterpret_cast<Address>(a.base()); })
+        .def(
+            "plan",
+            [](Arena& a, const Plan& plan) {
+                std::vector<qlk::cuda::Stretch> stretches;
+                for (const auto& [begin, end, arrive, leave, staged] : plan) {
+                    QLK_CHECK(staged.empty() || staged.size() == arrive.size(), "a place for each interval");
+                    stretches.push_back({begin, end, arrive, leave, staged});
+                }
+                a.plan(std::move(stretches));
+            },
+            Released())
+        .def(
+            "step",
+            [](Arena& a, const Optimizer& optimizer, Address maps, bool measure, int device, Address stream) {
+                a.step(optimizer_params(optimizer, 0), at<const qlk::DynamicMap>(maps), measure,
+                       {device, at<void>(stream)});
+            },
+            Released())
+        .def(
+            "page_in", [](Arena& a, int device, Address stream) { a.page_in({device, at<void>(stream)}); }, Released())
+        .def(
+            "page_out", [](Arena& a, int device, Address stream) { a.page_out({device, at<void>(stream)}); },
+            Released())
+        .def(
+            "to_host", [](Arena& a, int device, Address stream) { a.to_host({device, at<void>(stream)}); }, Released())
+        .def("wait", &Arena::wait, Released())
+        .def("resident_bytes", &Arena::resident_bytes);
+    m.def("pages_managed", &qlk::cuda::can_page, "Whether a device and the host may use managed memory together.");
+    m.def("dynamic_maps", [] {
+        // As the kernels read them: signed, then unsigned.
+        std::string bytes(2 * sizeof(qlk::DynamicMap), '\0');
+        std::memcpy(bytes.data(), &qlk::dynamic_map(true), sizeof(qlk::DynamicMap));
+        std::memcpy(bytes.data() + sizeof(qlk::DynamicMap), &qlk::dynamic_map(false), sizeof(qlk::DynamicMap));
+        return py::bytes(bytes);
     });
 }

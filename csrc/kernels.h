@@ -139,12 +139,5 @@ void linear_backward(const LinearBackwardParams& params, const int64_t* seed, vo
 // Bytes of scratch that either of them needs for these sizes, at most 16 MiB.
 int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool backward, int device);
 
-// The sum of squares of all gradients, the coefficient they are multiplied by, and whether the step is left out, in
-// params.control. Needed before optimizer_step where params.max_grad_norm, skip_nonfinite or grad_scale ask for any.
-void optimizer_norm(const OptimizerParams& params, const Stream& stream);
-// The step of chunks [begin, end). `measured`: optimizer_norm came before. `last`: counts the step, when all is done.
-void optimizer_step(const OptimizerParams& params, int64_t begin, int64_t end, bool measured, bool last,
-                    const Stream& stream);
-
 }  // namespace cuda
 }  // namespace qlk

@@ -12,7 +12,7 @@ namespace qlk {
 enum class Algorithm : int { kAdamW = 0, kLion = 1 };
 
 constexpr int kStateBlock = 256;  // elements that share a constant of 8-bit states
-constexpr int kChunk = 16384;
+constexpr int kChunk = 8192;
 
 // The planes of a chunk's states. Those that an optimizer lacks are kNoPlane.
 enum Plane : int {
@@ -29,9 +29,10 @@ struct OptimizerChunk {
     int32_t tensor;
     int32_t count;  // of elements
     int32_t group;
-    int32_t dtype;           // of the parameter and its gradient
-    int64_t first;           // element of the tensor
-    int64_t plane[kPlanes];  // bytes from `states`, a multiple of 16
+    int32_t dtype;  // of the parameter and its gradient
+    int64_t first;  // element of the tensor
+    // Bytes, a multiple of 16: of kFirstAbsmax and kSecondAbsmax from `header`, of the others from `states`.
+    int64_t plane[kPlanes];
 };
 static_assert(sizeof(OptimizerChunk) == 64);
 
@@ -86,6 +87,7 @@ struct OptimizerParams {
     OptimizerControl* control;
     float* steps;     // [tensor_count], done so far
     double* partial;  // [all_chunks], for the norm
+    unsigned char* header;
     unsigned char* states;
     const float* grad_scale;  // [1]: the gradients are divided by it; or null
     const float* found_inf;   // [1]: not zero when the step is to be left out; or null

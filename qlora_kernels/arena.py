@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -15,10 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 16384  # elements; csrc/optimizer.h
+CHUNK = 8192  # elements; csrc/optimizer.h
 STATE_BLOCK = 256
 PAGE = 65536  # what is sent from one side to the other: at least a page of any of them
-STRETCH = 64 << 20  # most bytes of states that a step works on at a time, where they do not all stay on the device
+# Bytes of states that a step works on at a time, where they do not all stay on the device: at most, and, where the
+# budget has room for four, at least, so that launches and prefetches stay few.
+STRETCH = 64 << 20
+LEAST_STRETCH = 8 << 20
 
 #: Planes of a chunk's states, in the order of csrc/optimizer.h.
 FIRST, SECOND, FIRST_ABSMAX, SECOND_ABSMAX, MASTER = range(5)
@@ -51,7 +55,7 @@ class Slot:
 class Layout:
     """Where everything lies in an arena, in bytes from its begin.
 
-    First what every step needs (control, the tensors' step counts, the sums of the norm, the constants of 8-bit states):
+    First what every step needs (control, the tensors' step counts, sums of the norm, the constants of 8-bit states):
     ``header`` bytes that never leave the device. Then the states, tensor after tensor.
     """
 
@@ -63,7 +67,7 @@ class Layout:
         self.control = 0
         self.steps = _CONTROL_BYTES
         self.partial = _aligned(self.steps + 4 * len(self.slots))
-        end = _aligned(self.partial + 8 * self.chunk_count)
+        end = _aligned(self.partial + 8 * max(self.chunk_count, 1))
         self.planes = np.full((len(self.slots), PLANES), -1, dtype=np.int64)
         for pages in (False, True):
             for i, slot in enumerate(self.slots):
@@ -154,6 +158,21 @@ def least_budget(layout: Layout) -> int:
     return layout.header + 4 * (widest + 2 * PAGE * 3)
 
 
+def _small_budget(layout: Layout, budget: int) -> ValueError:
+    least = min(layout.nbytes, least_budget(layout))
+    return ValueError(f"page_budget should be at least {least} bytes for these parameters, found {budget}")
+
+
+def _chunk_bytes(layout: Layout) -> np.ndarray:
+    """Bytes of each chunk's states."""
+    sizes = np.zeros(layout.chunk_count, dtype=np.int64)
+    elements = layout.chunks.view(np.int32)[:, 1].astype(np.int64)
+    for plane in (FIRST, SECOND, MASTER):
+        wide = 4 if plane == MASTER or layout.state_bits == 32 else 1
+        sizes += np.where(layout.chunks[:, 3 + plane] >= 0, elements * wide, 0)
+    return sizes
+
+
 def stretches(layout: Layout, budget: int | None) -> list[Stretch]:
     """The order of a step: first what stays on the device, in one stretch, then the rest piece by piece.
 
@@ -165,24 +184,16 @@ def stretches(layout: Layout, budget: int | None) -> list[Stretch]:
     """
     pages = layout.nbytes // PAGE
     rest = pages * PAGE if budget is None else budget
-    if budget is not None and rest < min(layout.nbytes, least_budget(layout)):
-        raise ValueError(
-            f"page_budget should be at least {min(layout.nbytes, least_budget(layout))} bytes for these parameters, "
-            f"found {budget}"
-        )
+    if rest < min(layout.nbytes, least_budget(layout)):
+        raise _small_budget(layout, rest)
     count = layout.chunk_count
     if rest >= layout.nbytes:
         return [Stretch(0, count, ((0, layout.nbytes),), ())]
     rest -= layout.header
-    size = min(STRETCH, rest // 4)
+    size = min(STRETCH, max(rest // 16, min(rest // 4, LEAST_STRETCH)))
     slack = 6 * PAGE  # of a piece: the ends of three intervals
     stay = rest - 4 * size
-    sizes = np.zeros(count, dtype=np.int64)
-    elements = layout.chunks.view(np.int32)[:, 1].astype(np.int64)
-    for plane in (FIRST, SECOND, MASTER):
-        wide = 4 if plane == MASTER or layout.state_bits == 32 else 1
-        sizes += np.where(layout.chunks[:, 3 + plane] >= 0, elements * wide, 0)
-    total = np.concatenate([[0], np.cumsum(sizes)])
+    total = np.concatenate([[0], np.cumsum(_chunk_bytes(layout))])
     cuts = [int(np.searchsorted(total, max(stay - slack, 0), side="right")) - 1]
     while cuts[-1] < count:
         at = int(np.searchsorted(total, total[cuts[-1]] + max(size - slack, 1), side="right")) - 1
@@ -190,7 +201,7 @@ def stretches(layout: Layout, budget: int | None) -> list[Stretch]:
     if cuts[0] > 0:
         cuts.insert(0, 0)
     # A page belongs to every stretch that touches it: it comes before the first, and goes after the last.
-    ranges = [(a, b) for a, b in zip(cuts, cuts[1:]) if b > a]
+    ranges = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
     first, last = np.full(pages, len(ranges)), np.full(pages, -1)
     for i, (a, b) in enumerate(ranges):
         for begin, end in layout.intervals(a, b):
@@ -207,6 +218,44 @@ def stretches(layout: Layout, budget: int | None) -> list[Stretch]:
         Stretch(a, b, _runs(np.flatnonzero(first == i)), _runs(np.flatnonzero(last == i)))
         for i, (a, b) in enumerate(ranges)
     ]
+
+
+def staged(
+    layout: Layout, budget: int | None
+) -> tuple[list[tuple[int, int, tuple, tuple, tuple[int, ...]]], np.ndarray, int]:
+    """The order of a step where all states are copied to the device and back, through three places in turn.
+
+    Returns:
+        Stretches as (begin, end, intervals of the arena, the same, where each goes in the staging memory); the chunks
+        as they lie there; the staging memory's bytes.
+
+    Raises:
+        ValueError: when the budget is too small for any step.
+    """
+    if budget is not None and budget < min(layout.nbytes, least_budget(layout)):
+        raise _small_budget(layout, budget)
+    size = STRETCH if budget is None else min(STRETCH, max(budget - layout.header, 0) // 4)
+    sizes = _chunk_bytes(layout)
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    cuts = [0]
+    while cuts[-1] < layout.chunk_count:
+        at = int(np.searchsorted(total, total[cuts[-1]] + size, side="right")) - 1
+        cuts.append(max(at, cuts[-1] + 1))
+    pieces = [layout.intervals(a, b) for a, b in itertools.pairwise(cuts)]
+    place = _aligned(max((sum(_aligned(end - first) for first, end in piece) for piece in pieces), default=_ALIGNED))
+    chunks, plan = layout.chunks.copy(), []
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+        at, where = i % 3 * place, []
+        planes = chunks[a:b, 3:]
+        original = layout.chunks[a:b, 3:]
+        for first, end in pieces[i]:
+            inside = (original >= first) & (original < end)
+            inside[:, [FIRST_ABSMAX, SECOND_ABSMAX]] = False
+            planes[inside] = original[inside] - first + at
+            where.append(at)
+            at += _aligned(end - first)
+        plan.append((a, b, tuple(pieces[i]), tuple(pieces[i]), tuple(where)))
+    return plan or [(0, 0, (), (), ())], chunks, 3 * place
 
 
 def no_memory(nbytes: int, where: str, why: str) -> MemoryError:
@@ -254,8 +303,13 @@ class HostArena:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
 
+    #: Where a step's states are filled from.
+    host_view = view
+
     def synchronize(self) -> None:
         """Nothing is ever under way."""
+
+    to_host = synchronize
 
     def page_out(self) -> None:
         """Writes the file and gives its memory back; without one there is nowhere to go."""

@@ -237,6 +237,15 @@ def _like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(0)
 
 
+class _Exposed:
+    """Device memory as torch.as_tensor takes it (__cuda_array_interface__, version 3)."""
+
+    def __init__(self, owner, address: int, count: int, dtype: torch.dtype):
+        kind = {torch.float32: "<f4", torch.uint8: "|u1", torch.int64: "<i8"}[dtype]
+        self._owner = owner
+        self.__cuda_array_interface__ = {"shape": (count,), "typestr": kind, "data": (address, False), "version": 3}
+
+
 class CUDA:
     """The CUDA kernels, on the tensors' device and the caller's current stream there. Nothing waits for the device."""
 
@@ -244,7 +253,26 @@ class CUDA:
     refuses_non_finite = False
 
     def __init__(self, kernels: ModuleType):
-        self._kernels = kernels
+        self._kernels = self.kernels = kernels
+
+    # What a paged optimizer needs (cuda_engine.py).
+
+    def queue(self, device: torch.device) -> tuple[int, int]:
+        """The device's ordinal and the address of the caller's stream there."""
+        return self._queue(device)
+
+    def capturing(self, device: torch.device) -> bool:
+        """Whether the caller's stream is being captured into a CUDA graph."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def upload(self, table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A copy on the device that the host does not wait for, and the pinned memory that it comes from."""
+        pinned = table.pin_memory()
+        return pinned, pinned.to(device, non_blocking=True)
+
+    def expose(self, owner, address: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Device memory as a tensor that keeps its owner alive."""
+        return torch.as_tensor(_Exposed(owner, address, count, dtype), device=device)
 
     @staticmethod
     def _empty(shape, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from . import backends
 from .arena import HostArena, Layout
 
-_NORM, _COME, _SKIPPED = 8, 20, 24  # offsets in OptimizerControl, csrc/optimizer.h
+NORM, SKIPPED = 8, 24  # offsets in OptimizerControl, csrc/optimizer.h
 
 
 class Engine(Protocol):
@@ -39,7 +39,9 @@ def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[s
     backend = backends.of(parameter)
     if backend is backends.CPU:
         return HostEngine(layout, algorithm, settings)
-    raise RuntimeError(f"parameters on {parameter.device} cannot be optimized yet; only those on the CPU can")
+    from .cuda_engine import CudaEngine
+
+    return CudaEngine(backend, parameter.device, layout, algorithm, settings)
 
 
 def operands(layout: Layout, algorithm: int, settings: dict[str, Any], where: dict[str, int]) -> tuple:
@@ -56,6 +58,7 @@ def operands(layout: Layout, algorithm: int, settings: dict[str, Any], where: di
         base + layout.control,
         base + layout.steps,
         base + layout.partial,
+        base,
         where.get("states", base),
         where["grad_scale"],
         where["found_inf"],
@@ -73,8 +76,8 @@ class HostEngine:
         self.layout = layout
         self.arena = HostArena(layout.nbytes, settings["page_file"])
         self._algorithm, self._settings = algorithm, settings
-        self._norm = self.arena.view(layout.control + _NORM, 1, torch.float32)
-        self._skipped = self.arena.view(layout.control + _SKIPPED, 1, torch.int64)
+        self._norm = self.arena.view(layout.control + NORM, 1, torch.float32)
+        self._skipped = self.arena.view(layout.control + SKIPPED, 1, torch.int64)
 
     def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None:
         scale, inf = (None if t is None else t.detach().reshape(-1).float().cpu() for t in (grad_scale, found_inf))

@@ -124,17 +124,20 @@ class _Paged(torch.optim.Optimizer):
         norm, skipped = self._found()
         engine = engines.of(params[0], layout, self._algorithm, self._settings)
         engine.set_found(norm, skipped)
-        states = {p: self._views(engine, layout, i, p) for i, p in enumerate(params)}
-        for p, views in states.items():
-            old = self.state.get(p)
-            if old:
-                _convert(old, views, p)
-            elif "master" in views:
-                views["master"].copy_(p.detach())
-        self.state.update(states)
+        if self._engine is not None:
+            self._engine.arena.synchronize()
+        self._fill(engine, params, self.state)
+        self.state.update({p: self._views(engine.arena.view, layout, i, p) for i, p in enumerate(params)})
         self._params, self._frozen = params, frozen
         self._seen = [(p.data_ptr(), p.dtype, p.stride()) for p in params]
         self._engine = engine
+
+    def _fill(self, engine: engines.Engine, params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Fills an arena from states of any form, by the host: no page has to come to the device for it."""
+        engine.arena.to_host()
+        with torch.no_grad():
+            for i, p in enumerate(params):
+                _convert(states.get(p) or {}, self._views(engine.arena.host_view, engine.layout, i, p), p)
 
     def _planes_of(self, p: Tensor) -> tuple[int, ...]:
         narrow = self._settings["state_bits"] == 8
@@ -143,18 +146,18 @@ class _Paged(torch.optim.Optimizer):
         planes += [MASTER] if self._settings["master_weights"] and p.dtype != torch.float32 else []
         return tuple(planes)
 
-    def _views(self, engine: engines.Engine, layout: Layout, index: int, p: Tensor) -> dict[str, Tensor]:
+    def _views(self, at: Callable[..., Tensor], layout: Layout, index: int, p: Tensor) -> dict[str, Tensor]:
         """The states of a parameter: tensors that lie in the arena, of the parameter's shape."""
 
         def view(plane: int, dtype: torch.dtype, count: int) -> Tensor:
-            return engine.arena.view(int(layout.planes[index, plane]), count, dtype)
+            return at(int(layout.planes[index, plane]), count, dtype)
 
         def shaped(flat: Tensor) -> Tensor:
             # A dense parameter's elements, in the order in which they lie in memory.
             return flat.as_strided(p.shape, p.stride()) if p.numel() else flat.view(p.shape)
 
         count = p.numel()
-        views = {"step": engine.arena.view(layout.steps + 4 * index, 1, torch.float32)[0]}
+        views = {"step": at(layout.steps + 4 * index, 1, torch.float32)[0]}
         for name, plane, absmax in self._moments:
             if self._settings["state_bits"] == 32:
                 views[name] = shaped(view(plane, torch.float32, count))
@@ -340,10 +343,7 @@ class _Paged(torch.optim.Optimizer):
                 group.update(old)
             raise
         if self._engine is not None:
-            self._engine.arena.synchronize()
-            with torch.no_grad():
-                for p in self._params:
-                    _convert(states.get(p, {}), self.state[p], p)
+            self._fill(self._engine, self._params, states)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

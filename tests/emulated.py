@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from qlora_kernels import backends
+from qlora_kernels import backends, cuda_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 #: "sanitized" builds it under AddressSanitizer and UBSan; python itself then needs libasan in LD_PRELOAD.
@@ -74,6 +74,18 @@ class Emulated(backends.CUDA):
     def _queue(device):
         return 0, 0
 
+    def capturing(self, device):
+        return self.captures
+
+    def upload(self, table, device):
+        return table, table.clone()
+
+    def expose(self, owner, address, count, dtype, device):
+        return cuda_engine.host_memory(owner, address, count, dtype)
+
+    #: What a test says of the caller's stream.
+    captures = False
+
 
 @contextlib.contextmanager
 def emulated(order: str = "forward", landing: str = "latest", **options):
@@ -85,6 +97,11 @@ def emulated(order: str = "forward", landing: str = "latest", **options):
     finally:
         backends.forced = before
         module().configure()
+
+
+def paging() -> dict:
+    """Pages moved since reset_paging(), and where they are (tests/emulator/managed.h)."""
+    return json.loads(module().paging())
 
 
 def counters() -> dict:

@@ -47,6 +47,7 @@ class Budget:
 _FULL = "every thread that the multiprocessor holds: a warp has but 512 bytes of codes under way"
 _TAILS = "unaligned ranges: launched as the aligned kernel is"
 _QUANTIZE = "five blocks: while a thread works on 16 bytes it has the next 16 under way, in registers"
+_STEP = "four blocks: 64 bytes a thread under way are 64 KiB, twice what the latency of memory takes at 4.3 TB/s"
 
 _SUMS = "one block: 64 sums a thread, 16 + 2 operands, and 8 registers of tables in the warps that decode"
 _TWO = "two blocks: one multiplies while the other waits"
@@ -60,6 +61,13 @@ BUDGETS = {
     "dequantize_kernel<bf16, false>": Budget(2048, 4096, _TAILS),
     "dequantize_kernel<fp16, false>": Budget(2048, 4096, _TAILS),
     "dequantize_kernel<float, false>": Budget(2048, 4096, _TAILS),
+    # Loads and stores: parameter, gradient and each moment of four elements; float32 also has the master copy's.
+    "optimizer_step_kernel<AdamW, 32>": Budget(1024, 64, _STEP, loads_128=8, stores_128=8),
+    "optimizer_step_kernel<Lion, 32>": Budget(1024, 64, _STEP, loads_128=5, stores_128=5),
+    "optimizer_step_kernel<*, 8>": Budget(
+        768, 5760, "three blocks: a lane has eight elements, and codes to search for"
+    ),
+    "optimizer_norm_kernel": Budget(1024, 80, "four blocks: it only reads"),
     "quantize_absmax_kernel": Budget(
         512, 37 * 1024, "two blocks, as many as are launched; 2 x 38 KiB fit everywhere but on sm_75, which has 64"
     ),

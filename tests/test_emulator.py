@@ -255,3 +255,14 @@ def test_counters_start_again():
         "shared": {},
         "global": {},
     }
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_a_block_has_read_is_overwritten_only_after_fences(order):
+    options = {"output": 2 + 3 * 64, "blocks": 3, "order": order}
+    found = run("last block overwrites", **options)
+    assert found[2:] == DATA * 3
+    with pytest.raises(RuntimeError, match="has read, which no fence has published"):
+        run("last block overwrites without publishing", **options)
+    with pytest.raises(RuntimeError, match="has read, and has not taken that up with a fence"):
+        run("last block overwrites without taking up", **options)

@@ -10,12 +10,7 @@ import torch
 from qlora_kernels import PagedAdamW, PagedLion, backends
 
 
-@pytest.fixture
-def engine(isa):
-    return isa
-
-
-#: Sizes around a block of 256, a chunk of 16384, and none.
+#: Sizes around a block of 256, two chunks of 8192, and none.
 SHAPES = ((3, 5), (0,), (), (256,), (300, 7), (16384,), (129, 130))
 
 

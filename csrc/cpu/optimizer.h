@@ -111,8 +111,8 @@ inline void step_typed(const OptimizerParams& a, const OptimizerChunk& chunk, co
     float* const master = reinterpret_cast<float*>(plane(kMaster));
     const bool narrow = a.state_bits == 8, adam = a.algorithm == Algorithm::kAdamW;
     const DynamicMap &with = dynamic_map(true), &without = dynamic_map(false);
-    float* const first_absmax = reinterpret_cast<float*>(plane(kFirstAbsmax));
-    float* const second_absmax = reinterpret_cast<float*>(plane(kSecondAbsmax));
+    float* const first_absmax = reinterpret_cast<float*>(a.header + chunk.plane[kFirstAbsmax]);
+    float* const second_absmax = reinterpret_cast<float*>(a.header + chunk.plane[kSecondAbsmax]);
 
     for (int at = 0; at < chunk.count; at += kStateBlock) {
         const int count = chunk.count - at < kStateBlock ? chunk.count - at : kStateBlock;

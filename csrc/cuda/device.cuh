@@ -100,6 +100,12 @@ QLK_DEVICE void store_global(T* address, T value) {
     *address = value;
 }
 
+// Of memory that the launch writes to, too: __ldg's path may hold what was there before.
+template <class T>
+QLK_DEVICE T load_changing(const T* address) {
+    return *address;
+}
+
 // What blocks tell each other within a launch: past L1, where an older value may lie.
 template <class T>
 QLK_DEVICE T load_exchanged(const T* address) {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "managed.h"
+
 namespace emu {
 namespace {
 
@@ -385,6 +387,7 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
                        std::to_string(byte - block.shared) + " of " + std::to_string(block.shared_size));
     }
     if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
+    if (any_managed && space == Space::kGlobal) touch(address, bytes, site);
     if (kind == Kind::kStore) ++block.device.progress;
     const uint32_t number = site_number(site);
     if (inside && block.races) {
@@ -400,8 +403,10 @@ void observed() {
     Device& device = self.block->device;
     ++device.publications;
     for (const uintptr_t address : self.exchange.fenced) {
-        auto& store = device.exchanged[address];
+        auto& [store, readers] = device.exchanged[address];
         if (store.block == self.block->number) store.published = device.publications;
+        const auto reader = readers.find(self.block->number);
+        if (reader != readers.end()) reader->second = device.publications;
     }
     self.exchange.fenced.clear();
     self.exchange.observed = device.publications;
@@ -410,17 +415,22 @@ void observed() {
 void exchange(Kind kind, const void* address, Site site) {
     Thread& self = this_thread();
     Block& block = *self.block;
-    auto& all = block.device.exchanged;
-    const auto key = reinterpret_cast<uintptr_t>(address);
+    auto& [store, readers] = block.device.exchanged[reinterpret_cast<uintptr_t>(address)];
+    const uint64_t taken_up = std::max(self.exchange.taken_up, block.exchange.taken_up);
+    self.exchange.unpublished.push_back(reinterpret_cast<uintptr_t>(address));
     if (kind == Kind::kStore) {
-        all[key] = {block.number, self.linear, site, 0};
-        self.exchange.unpublished.push_back(key);
+        for (const auto& [reader, published] : readers) {
+            if (reader == block.number || (published && published <= taken_up)) continue;
+            fail(site, "stores to what block " + std::to_string(reader) + " has read" +
+                           (published ? ", and has not taken that up with a fence" : ", which no fence has published"));
+        }
+        readers.clear();
+        store = {block.number, self.linear, site, 0};
         return;
     }
-    const auto found = all.find(key);
-    if (found == all.end() || found->second.block == block.number) return;
-    const auto& store = found->second;
-    if (store.published && store.published <= std::max(self.exchange.taken_up, block.exchange.taken_up)) return;
+    readers[block.number] = 0;
+    if (store.block == Device::Store::kNone || store.block == block.number) return;
+    if (store.published && store.published <= taken_up) return;
     fail(site, "reads what thread " + std::to_string(store.thread) + " of block " + std::to_string(store.block) +
                    " stored at " + place(store.site) +
                    (store.published ? ", and has not taken it up with a fence" : ", which no fence has published"));

@@ -27,7 +27,7 @@ struct Copy {
 // What a thread, or a block at its last barrier, has to do with other blocks' stores. Blocks are told apart by their
 // place in the grid: one that has ended may have left its memory to another.
 struct Exchange {
-    std::vector<uintptr_t> unpublished, fenced;  // addresses of its stores; the latter wait for an atomic operation
+    std::vector<uintptr_t> unpublished, fenced;  // addresses that it used; the latter wait for an atomic operation
     uint64_t observed = 0, taken_up = 0;         // times of the device's publications
 };
 
@@ -137,12 +137,14 @@ class Device {
     uint64_t progress = 0;  // counts what can end somebody's spinning
 
     struct Store {
-        uint64_t block;
-        int thread;
-        Site site;
-        uint64_t published;  // when; 0: not yet
+        static constexpr uint64_t kNone = ~0ull;
+        uint64_t block = kNone;
+        int thread = 0;
+        Site site{"", 0};
+        uint64_t published = 0;  // when; 0: not yet
     };
-    std::unordered_map<uintptr_t, Store> exchanged;  // the last of each address
+    // Of each address the last store, and when each block that has read it since has published that.
+    std::unordered_map<uintptr_t, std::pair<Store, std::map<uint64_t, uint64_t>>> exchanged;
     uint64_t publications = 0;
 
   private:

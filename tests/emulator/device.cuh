@@ -196,6 +196,10 @@ inline void __threadfence(emu::Site s = emu::Site::here()) { emu::fence(s); }
 
 inline float __fmul_rn(float a, float b) { return a * b; }  // compiled without contraction
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline double __dsqrt_rn(double a) { return std::sqrt(a); }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __double2float_rn(double value) { return static_cast<float>(value); }
@@ -327,6 +331,11 @@ template <class T>
 void store_global(T* address, std::common_type_t<T> value, emu::Site s = emu::Site::here()) {
     emu::access(emu::Space::kGlobal, emu::Kind::kStore, address, sizeof(T), s);
     *address = value;
+}
+
+template <class T>
+T load_changing(const T* address, emu::Site s = emu::Site::here()) {
+    return load_global(address, s);
 }
 
 template <class T>

@@ -50,6 +50,14 @@ struct Options {
     int architecture = 90;  // that kernels count as compiled for: 90 for sm_90
     // Shared memory a block may have (227 KiB on sm_90, 64 KiB on sm_75).
     size_t max_shared_bytes = 227 * 1024;
+    // Of managed.h: whether there is such memory, its pages, the most that can be had at once, whether a kernel may use
+    // a page that is on the host, and what the card has left.
+    bool managed = true;
+    size_t page_bytes = 65536;
+    size_t managed_limit = size_t{1} << 40;
+    bool forbid_faults = false;
+    size_t free_bytes = size_t{64} << 30;
+    bool capturing = false;  // what the caller's stream says when asked
 };
 
 // The options of the launches to come, of this thread of the process.
@@ -105,7 +113,8 @@ void changed();
 // published is the thread's to take up, with a fence.
 void observed();
 // An access to global memory by which blocks tell each other something. A load of what another block stored throws
-// unless a fence and an atomic operation of that block came between, and then those of the reader, the fence last.
+// unless a fence and an atomic operation of that block came between, and then those of the reader, the fence last. So
+// does a store to what another block has loaded.
 void exchange(Kind kind, const void* address, Site site);
 // __threadfence: what the thread has stored, or has met in a barrier of the block, comes before its next atomic
 // operation, and what its last one observed is taken up.

@@ -6,6 +6,7 @@
 #include "bindings_cuda.h"
 #include "conformance.h"
 #include "emulator.h"
+#include "managed.h"
 #include "samples.h"
 
 PYBIND11_MODULE(_emulated, m) {
@@ -15,7 +16,8 @@ PYBIND11_MODULE(_emulated, m) {
     m.def(
         "configure",
         [](const std::string& order, const std::string& landing, uint64_t seed, bool find_races, int resident_blocks,
-           int multiprocessors, int architecture, size_t max_shared_bytes) {
+           int multiprocessors, int architecture, size_t max_shared_bytes, bool managed, size_t page_bytes,
+           size_t managed_limit, bool forbid_faults, size_t free_bytes, bool capturing) {
             emu::Options o;
             const auto pick = [](const std::string& name, std::initializer_list<const char*> names) {
                 int i = 0;
@@ -33,11 +35,21 @@ PYBIND11_MODULE(_emulated, m) {
             o.multiprocessors = multiprocessors;
             o.architecture = architecture;
             o.max_shared_bytes = max_shared_bytes;
+            o.managed = managed;
+            o.page_bytes = page_bytes;
+            o.managed_limit = managed_limit;
+            o.forbid_faults = forbid_faults;
+            o.free_bytes = free_bytes;
+            o.capturing = capturing;
             emu::options() = o;
         },
         py::arg("order") = "forward", py::arg("landing") = "latest", py::arg("seed") = 0, py::arg("find_races") = true,
         py::arg("resident_blocks") = 1, py::arg("multiprocessors") = 2, py::arg("architecture") = 90,
-        py::arg("max_shared_bytes") = 227 * 1024);
+        py::arg("max_shared_bytes") = 227 * 1024, py::arg("managed") = true, py::arg("page_bytes") = 65536,
+        py::arg("managed_limit") = size_t{1} << 40, py::arg("forbid_faults") = false,
+        py::arg("free_bytes") = size_t{64} << 30, py::arg("capturing") = false);
+    m.def("paging", [] { return emu::paging().json(); });
+    m.def("reset_paging", &emu::reset_paging);
     m.def("counters", [] { return emu::counters().json(); });
     m.def("reset_counters", &emu::reset_counters);
     m.def("conformance_kernels", [] {

@@ -39,6 +39,7 @@ TESTS = {
     ),
     "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
     "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),
+    "optimizer": (("tests/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
     "gemm": (("tests/test_cuda.py", "emulated and tensor_cores"), ("tests/test_cuda.py", "pipeline or emulated")),
     "product": (
         ("tests/test_ops.py", "emulated and test_forward_and_dx_within_the_contract"),

@@ -209,6 +209,20 @@ void last_block_adds(Arguments a) {
     atomicAdd(a.out + 1, sum);
 }
 
+// The block that comes last overwrites what all have read; the right pattern, and each of its parts missing.
+template <bool kPublish, bool kTakeUp>
+void last_block_overwrites(Arguments a) {
+    store_global(a.out + 2 + blockIdx.x * size() + id(), load_exchanged(a.in + id()));
+    __syncthreads();
+    if (id() == 0) {
+        if (kPublish) __threadfence();
+        store_shared(words(), atomicAdd(a.out, 1u) + 2u == gridDim.x ? 1u : 0u);  // out begins as -1
+        if (kTakeUp) __threadfence();
+    }
+    __syncthreads();
+    if (load_shared(words())) store_exchanged(const_cast<uint32_t*>(a.in) + id(), id());
+}
+
 struct Sample {
     const char* name;
     void (*kernel)(Arguments);
@@ -237,6 +251,9 @@ const Sample kSamples[] = {
     {"last block adds without a barrier", last_block_adds<false, true, true>},
     {"last block adds without publishing", last_block_adds<true, false, true>},
     {"last block adds without taking up", last_block_adds<true, true, false>},
+    {"last block overwrites", last_block_overwrites<true, true>},
+    {"last block overwrites without publishing", last_block_overwrites<false, true>},
+    {"last block overwrites without taking up", last_block_overwrites<true, false>},
     {"stride 1", strided<1>},
     {"stride 2", strided<2>},
     {"stride 32", strided<32>},

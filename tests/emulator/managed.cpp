@@ -1,0 +1,170 @@
+#include "managed.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <new>
+#include <random>
+#include <set>
+#include <vector>
+
+namespace emu {
+
+struct Queue {
+    std::deque<std::function<void()>> operations;
+    uint64_t done = 0;
+};
+
+namespace {
+
+struct Range {
+    size_t bytes, page_bytes;
+    std::vector<bool> on_device;
+};
+
+// By the address of their first byte, which lies on a page.
+std::map<uintptr_t, Range>& ranges() {
+    static thread_local std::map<uintptr_t, Range> all;
+    return all;
+}
+Paging& counts() {
+    static thread_local Paging all;
+    return all;
+}
+std::set<Queue*>& queues() {
+    static thread_local std::set<Queue*> all;
+    return all;
+}
+
+std::pair<const uintptr_t, Range>* range_of(uintptr_t address) {
+    auto after = ranges().upper_bound(address);
+    if (after == ranges().begin()) return nullptr;
+    --after;
+    return address < after->first + after->second.bytes ? &*after : nullptr;
+}
+
+bool move(Range& range, size_t page, bool to_device) {
+    if (range.on_device[page] == to_device) return false;
+    range.on_device[page] = to_device;
+    Paging& all = counts();
+    all.resident += to_device ? 1 : -1;
+    all.resident_peak = std::max(all.resident_peak, all.resident);
+    return true;
+}
+
+void run_until(Queue* queue, uint64_t position) {
+    while (queue->done < position && !queue->operations.empty()) {
+        const auto operation = std::move(queue->operations.front());
+        queue->operations.pop_front();
+        ++queue->done;
+        operation();
+    }
+}
+
+}  // namespace
+
+thread_local bool any_managed = false;
+
+Paging paging() { return counts(); }
+void reset_paging() {
+    const uint64_t resident = counts().resident;
+    counts() = {};
+    counts().resident = counts().resident_peak = resident;
+}
+
+std::string Paging::json() const {
+    const auto field = [](const char* name, uint64_t value) {
+        return "\"" + std::string(name) + "\": " + std::to_string(value);
+    };
+    return "{" + field("to_device", to_device) + ", " + field("to_host", to_host) + ", " +
+           field("prefetches", prefetches) + ", " + field("faults", faults) + ", " + field("resident", resident) +
+           ", " + field("resident_peak", resident_peak) + "}";
+}
+
+void* allocate_managed(size_t bytes) {
+    if (bytes > options().managed_limit) {
+        throw Error("cudaErrorMemoryAllocation: out of memory (" + std::to_string(bytes) + " bytes)");
+    }
+    const size_t page = options().page_bytes, pages = (bytes + page - 1) / page;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, page, pages * page) != 0) throw std::bad_alloc();
+    std::memset(memory, 0xff, pages * page);
+    ranges()[reinterpret_cast<uintptr_t>(memory)] = {pages * page, page, std::vector<bool>(pages, false)};
+    any_managed = true;
+    return memory;
+}
+
+void free_managed(void* memory) {
+    const auto range = ranges().find(reinterpret_cast<uintptr_t>(memory));
+    if (range == ranges().end()) throw Error("what is freed is not managed memory");
+    counts().resident -= std::count(range->second.on_device.begin(), range->second.on_device.end(), true);
+    ranges().erase(range);
+    any_managed = !ranges().empty();
+    std::free(memory);
+}
+
+void prefetch(const void* memory, size_t bytes, bool to_device) {
+    const auto address = reinterpret_cast<uintptr_t>(memory);
+    auto* const range = range_of(address);
+    if (bytes == 0 || !range || address + bytes > range->first + range->second.bytes) {
+        throw Error("cudaErrorInvalidValue: a prefetch of " + std::to_string(bytes) + " bytes outside managed memory");
+    }
+    Paging& all = counts();
+    ++all.prefetches;
+    const size_t size = range->second.page_bytes;
+    const size_t first = (address - range->first) / size, end = (address - range->first + bytes + size - 1) / size;
+    for (size_t page = first; page < end; ++page) {
+        if (move(range->second, page, to_device)) ++(to_device ? all.to_device : all.to_host);
+    }
+}
+
+void touch(const void* address, size_t bytes, Site site) {
+    const auto at = reinterpret_cast<uintptr_t>(address);
+    auto* const range = range_of(at);
+    if (!range) return;
+    const size_t size = range->second.page_bytes;
+    for (size_t page = (at - range->first) / size; page <= (at - range->first + bytes - 1) / size; ++page) {
+        if (range->second.on_device[page]) continue;
+        if (options().forbid_faults) {
+            fail(site, "an access to page " + std::to_string(page) + " of managed memory, which is on the host");
+        }
+        move(range->second, page, true);
+        ++counts().faults;
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------- streams
+
+Queue* make_queue() {
+    auto* const queue = new Queue;
+    queues().insert(queue);
+    return queue;
+}
+
+void destroy_queue(Queue* queue) {
+    drain(queue);
+    queues().erase(queue);
+    delete queue;
+}
+
+void drain(Queue* queue) {
+    if (queue) run_until(queue, ~uint64_t{0});
+}
+
+void enqueue(Queue* queue, std::function<void()> operation) {
+    if (!queue) return operation();
+    queue->operations.push_back(std::move(operation));
+    static thread_local std::mt19937_64 random(1);
+    const Landing landing = options().landing;
+    if (landing == Landing::kEarliest || (landing == Landing::kRandom && random() % 2)) drain(queue);
+}
+
+Mark mark(Queue* queue) { return {queue, queue ? queue->done + queue->operations.size() : 0}; }
+
+void hold(Queue* queue, Mark until) {
+    if (!until.queue || !queues().count(until.queue) || until.queue == queue) return;
+    enqueue(queue, [until] { run_until(until.queue, until.position); });
+}
+
+}  // namespace emu

@@ -1,0 +1,293 @@
+"""What a paged optimizer has on the device, and when: on the emulator, which knows on which side each page lies."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from emulated import Emulated, counters, emulated, paging
+from emulated import module as emulator
+
+from qlora_kernels import PagedAdamW, PagedLion, arena, backends
+
+#: Small ones, so that small arenas have many.
+PAGE = 4096
+LANDINGS = ("earliest", "latest", "random")
+STRICT = {"forbid_faults": True, "page_bytes": PAGE}
+
+
+def parameters(dtype=torch.float32, sizes=(70_000, 10, 300, 40_000, 9_000, 70_001)):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in sizes]
+
+
+def steps(optimizer, params, count=3, first=0):
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def everything(optimizer, params):
+    """Parameters and states, as bytes."""
+    optimizer.state_dict()  # waits for what is under way
+    tensors = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+    return [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors]
+
+
+def least(kind, params, **options):
+    """The least budget that a step is possible with."""
+    probe = kind(params, page_budget=1, **options)
+    with pytest.raises(ValueError, match=r"page_budget should be at least (\d+) bytes") as raised:
+        steps(probe, params, 1)
+    return int(str(raised.value).split("at least ")[1].split()[0])
+
+
+@pytest.fixture(autouse=True)
+def _small_pages(monkeypatch):
+    monkeypatch.setattr(arena, "PAGE", PAGE)
+
+
+@pytest.fixture(params=LANDINGS)
+def landing(request):
+    with emulated("forward", landing=request.param, **STRICT):
+        gc.collect()
+        emulator().reset_paging()
+        assert paging()["resident"] == 0, "arenas are freed with their optimizers"
+        yield request.param
+
+
+CASES = [
+    (PagedAdamW, {}, torch.float32),
+    (PagedAdamW, {"state_bits": 8, "master_weights": True}, torch.bfloat16),
+    (PagedLion, {"max_grad_norm": 0.5}, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "dtype"), CASES)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_budget_is_kept_and_every_page_comes_before_it_is_used(landing, kind, options, dtype, share):
+    plain = parameters(dtype)
+    reference = kind(plain, **options)
+    steps(reference, plain)
+    expected = everything(reference, plain)
+    whole = reference.arena_bytes
+    del reference
+    gc.collect()
+
+    params = parameters(dtype)
+    low = least(kind, parameters(dtype), **options)
+    budget = int(low + share * (whole - low))
+    assert budget < whole
+    emulator().reset_paging()
+    ours = kind(params, page_budget=budget, **options)
+    steps(ours, params)  # with faults forbidden: a page that is late ends the test
+    ours.page_in()
+    assert everything(ours, params) == expected
+    found = paging()
+    assert found["faults"] == 0
+    assert found["resident_peak"] * PAGE <= budget
+    assert found["to_host"] > 0, "what is beyond the budget goes back"
+    assert ours.resident_bytes() <= budget
+
+
+def test_what_stays_does_not_move(landing):
+    params = parameters()
+    ours = PagedAdamW(params)
+    steps(ours, params, 1)
+    found = paging()
+    pages = ours.arena_bytes // PAGE
+    assert found["to_device"] == found["resident"] == pages
+    assert ours.resident_bytes() == ours.arena_bytes
+    emulator().reset_paging()
+    steps(ours, params, 3, 1)
+    found = paging()
+    assert found["to_device"] == found["to_host"] == found["prefetches"] == 0
+
+
+def test_half_a_budget_moves_only_the_other_half(landing, monkeypatch):
+    monkeypatch.setattr(arena, "LEAST_STRETCH", 1 << 18)
+    params = parameters(sizes=(400_000, 400_000))
+    budget = 5 << 20
+    ours = PagedAdamW(params, page_budget=budget)
+    steps(ours, params, 2)
+    emulator().reset_paging()
+    steps(ours, params, 1, 2)
+    ours._engine.arena.native.wait()
+    moved = paging()["to_device"] * PAGE
+    stays = ours.arena_bytes - moved
+    assert stays >= budget // 2 - (1 << 20)
+    assert 0 < moved < ours.arena_bytes
+
+
+def test_page_out_and_page_in(landing):
+    params = parameters()
+    ours = PagedAdamW(params)
+    steps(ours, params, 2)
+    for _ in range(2):
+        ours.page_out()
+        assert ours.resident_bytes() == ours._engine.layout.header
+        ours.page_in()
+        assert ours.resident_bytes() == ours.arena_bytes
+    ours.page_out()
+    steps(ours, params, 1, 2)
+    plain = parameters()
+    reference = PagedAdamW(plain)
+    steps(reference, plain, 3)
+    assert everything(ours, params) == everything(reference, plain)
+
+
+def test_pages_that_the_driver_has_taken_come_again():
+    with emulated(**STRICT, free_bytes=1 << 20):
+        params = parameters()
+        ours = PagedAdamW(params)
+        steps(ours, params, 1)
+        emulator().reset_paging()
+        steps(ours, params, 1, 1)
+        assert paging()["prefetches"] > 0
+
+
+def test_a_forbidden_access_is_an_error():
+    # The check of the check: a step whose pages nobody has asked for.
+    with emulated(**STRICT):
+        params = parameters()
+        ours = PagedAdamW(params)
+        steps(ours, params, 1)
+        ours.page_out()
+        engine = ours._engine
+        plan = [(0, engine.layout.chunk_count, [], [], [])]
+        engine.arena.native.plan(plan)
+        ours.state_dict()
+        engine.arena.native.wait()
+        with pytest.raises(RuntimeError, match="of managed memory, which is on the host"):
+            steps(ours, params, 1, 1)
+    with emulated():
+        emulator().reset_paging()
+        params = parameters()
+        ours = PagedAdamW(params)
+        steps(ours, params, 1)
+        ours.page_out()
+        ours._engine.arena.native.plan([(0, ours._engine.layout.chunk_count, [], [], [])])
+        steps(ours, params, 1, 1)
+        assert paging()["faults"] > 0
+
+
+@pytest.mark.parametrize(("kind", "options", "dtype"), CASES)
+@pytest.mark.parametrize("tight", [True, False])
+def test_without_managed_memory_copies_do_the_same(landing, kind, options, dtype, tight):
+    plain = parameters(dtype)
+    reference = kind(plain, **options)
+    steps(reference, plain, 4)
+    emulator().configure(landing=landing, managed=False)
+    params = parameters(dtype)
+    budget = least(kind, parameters(dtype), **options) if tight else None
+    ours = kind(params, page_budget=budget, **options)
+    steps(ours, params, 4)
+    assert everything(ours, params) == everything(reference, plain)
+    assert "pinned" in ours.paging
+    if tight:
+        assert ours._engine.arena.native.base != ours._engine.arena.native.states
+
+
+def test_a_step_is_one_launch_however_many_tensors_there_are():
+    with emulated():
+        for options, launches in (({}, 1), ({"max_grad_norm": 1.0}, 2), ({"skip_nonfinite": True}, 2)):
+            for sizes in ((100,), (100,) * 60):
+                params = parameters(sizes=sizes)
+                ours = PagedAdamW(params, **options)
+                steps(ours, params, 1)
+                emulator().reset_counters()
+                steps(ours, params, 1, 1)
+                assert counters()["launches"] == launches
+
+
+def test_a_captured_step_needs_everything_on_the_device():
+    with emulated(**STRICT):
+        params, small = parameters(), parameters()
+        ours = PagedAdamW(params)
+        paged = PagedAdamW(small, page_budget=least(PagedAdamW, parameters()))
+        emulator().configure(capturing=True, **STRICT)
+        with pytest.raises(RuntimeError, match=r"call page_in\(\)"):
+            steps(ours, params, 1)
+        emulator().configure(**STRICT)
+        steps(ours, params, 1)
+        steps(paged, small, 1)
+        emulator().configure(capturing=True, **STRICT)
+        with pytest.raises(RuntimeError, match="set no page_budget"):
+            steps(paged, small, 1)
+        backends.forced.captures = True
+        steps(ours, params, 1, 1)
+        # A graph copies its settings from memory that the host can change.
+        ours.param_groups[0]["lr"] = 0.5
+        ours.refresh()
+        source, there = ours._engine._captured["groups"][0]
+        assert source[0, 0] == 0.5
+        assert there[0, 0] == 1e-3
+
+
+def test_no_memory_for_the_arena():
+    with emulated(managed_limit=1 << 20):
+        params = parameters()
+        before = [p.detach().clone() for p in params]
+        ours = PagedAdamW(params)
+        with pytest.raises(MemoryError, match=r"need \d+ bytes .* of managed memory.* state_bits=8 .* page_file"):
+            steps(ours, params, 1)
+        assert all(torch.equal(p, b) for p, b in zip(params, before))
+        assert not ours.state
+        emulator().configure()
+        steps(ours, params, 1)
+        assert ours.state[params[0]]["step"] == 1
+
+
+def test_a_group_added_later_grows_the_arena():
+    with emulated(**STRICT):
+        params = parameters()
+        ours = PagedAdamW(params[:3])
+        steps(ours, params[:3], 2)
+        before = everything(ours, params[:3])
+        small = ours.arena_bytes
+        ours.add_param_group({"params": params[3:], "lr": 0.5})
+        assert ours.arena_bytes > small
+        assert everything(ours, params[:3]) == before
+        gc.collect()
+        steps(ours, params, 1, 2)
+        assert paging()["resident"] * PAGE == ours.arena_bytes, "the smaller one has gone"
+        emulator().configure(managed_limit=1 << 16, **STRICT)
+        now = everything(ours, params)
+        extra = torch.nn.Parameter(torch.zeros(100_000))
+        with pytest.raises(MemoryError):
+            ours.add_param_group({"params": [extra]})
+        assert len(ours.param_groups) == 2
+        assert everything(ours, params) == now
+
+
+def test_states_outlive_their_optimizer():
+    with emulated():
+        params = parameters()
+        ours = PagedAdamW(params)
+        steps(ours, params, 1)
+        kept = ours.state[params[0]]["exp_avg"]
+        value = kept.clone()
+        del ours
+        gc.collect()
+        parameters(sizes=(1 << 20,))
+        assert torch.equal(kept, value)
+
+
+def test_state_dicts_go_between_devices():
+    cpu_params, params = parameters(), parameters()
+    on_cpu = PagedAdamW(cpu_params, lr=0.01)
+    steps(on_cpu, cpu_params, 2)
+    with emulated(**STRICT):
+        ours = PagedAdamW(params)
+        with torch.no_grad():
+            for p, q in zip(params, cpu_params):
+                p.copy_(q)
+        ours.load_state_dict(on_cpu.state_dict())
+        assert isinstance(backends.forced, Emulated)
+        steps(ours, params, 1, 2)
+        there = everything(ours, params)
+    steps(on_cpu, cpu_params, 1, 2)
+    assert there == everything(on_cpu, cpu_params)
