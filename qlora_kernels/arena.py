@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -51,8 +53,8 @@ class Slot:
 class Layout:
     """Where everything lies in an arena, in bytes from its begin.
 
-    First what every step needs (control, the tensors' step counts, the sums of the norm, the constants of 8-bit states):
-    ``header`` bytes that never leave the device. Then the states, tensor after tensor.
+    First what every step needs (control, the tensors' step counts, the sums of the norm, the constants of 8-bit
+    states): ``header`` bytes that never leave the device. Then the states, tensor after tensor.
     """
 
     def __init__(self, slots: Sequence[Slot], state_bits: int):
@@ -181,7 +183,8 @@ def stretches(layout: Layout, budget: int | None) -> list[Stretch]:
     elements = layout.chunks.view(np.int32)[:, 1].astype(np.int64)
     for plane in (FIRST, SECOND, MASTER):
         wide = 4 if plane == MASTER or layout.state_bits == 32 else 1
-        sizes += np.where(layout.chunks[:, 3 + plane] >= 0, elements * wide, 0)
+        # With what is left free behind a plane, which is most of it where tensors are tiny.
+        sizes += np.where(layout.chunks[:, 3 + plane] >= 0, _aligned(elements * wide), 0)
     total = np.concatenate([[0], np.cumsum(sizes)])
     cuts = [int(np.searchsorted(total, max(stay - slack, 0), side="right")) - 1]
     while cuts[-1] < count:
@@ -190,7 +193,7 @@ def stretches(layout: Layout, budget: int | None) -> list[Stretch]:
     if cuts[0] > 0:
         cuts.insert(0, 0)
     # A page belongs to every stretch that touches it: it comes before the first, and goes after the last.
-    ranges = [(a, b) for a, b in zip(cuts, cuts[1:]) if b > a]
+    ranges = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
     first, last = np.full(pages, len(ranges)), np.full(pages, -1)
     for i, (a, b) in enumerate(ranges):
         for begin, end in layout.intervals(a, b):
@@ -239,12 +242,15 @@ class HostArena:
                 os.posix_fallocate(self._file.fileno(), 0, nbytes)
                 self._memory = mmap.mmap(self._file.fileno(), nbytes)
         except (OSError, MemoryError, OverflowError) as error:
+            if self._file is not None:
+                self._file.close()  # what was reserved of a full disk is free again
             if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
                 raise
             where = "of memory" if page_file is None else f"in a file in {os.fspath(page_file)}"
             raise no_memory(nbytes, where, str(error)) from None
         if page_file is None and hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a kernel without large pages
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.address = self._bytes.data_ptr()
 
