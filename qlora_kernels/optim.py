@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends, engines
 from .arena import FIRST, FIRST_ABSMAX, MASTER, SECOND, SECOND_ABSMAX, STATE_BLOCK, Layout, Slot
-from .errors import require
+from .errors import require, sentence
 from .files import save_torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,8 @@ class _Paged(torch.optim.Optimizer):
     def __init__(
         self, params, defaults, *, state_bits, max_grad_norm, page_budget, master_weights, skip_nonfinite, page_file
     ):
-        require(state_bits in (32, 8), ValueError, f"state_bits should be 32 or 8, found {state_bits!r}")
+        good = isinstance(state_bits, int) and state_bits in (32, 8)
+        require(good, ValueError, f"state_bits should be 32 or 8, found {state_bits!r}")
         if max_grad_norm is not None:
             _require_number("max_grad_norm", max_grad_norm, lambda x: x > 0, "above 0")
         if page_budget is not None:
@@ -445,10 +446,17 @@ class _Paged(torch.optim.Optimizer):
         return groups, states
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the state dict to a file that is the old one or the new one, whenever the process is killed."""
+        """Writes the state dict to a file that is the old one or the new one, whenever the process is killed.
+
+        Raises:
+            OSError: when the file cannot be written; the old one is still there then.
+        """
         own = self.state_dict()
         own["param_groups"] = [{k: _plain(v) for k, v in group.items()} for group in own["param_groups"]]
-        save_torch({"format": _FORMAT, "optimizer": type(self).__name__, **own}, path)
+        try:
+            save_torch({"format": _FORMAT, "optimizer": type(self).__name__, **own}, path)
+        except RuntimeError as error:  # of torch's writer, which does not say what the system said
+            raise OSError(f"{os.fspath(path)} cannot be written; is the disk full? ({sentence(error)})") from error
 
     def load(self, path: str | os.PathLike) -> None:
         """Loads what save() has written.
@@ -457,12 +465,12 @@ class _Paged(torch.optim.Optimizer):
             FileNotFoundError: when there is no such file.
             ValueError: when it is damaged, or of another model or optimizer; nothing has changed then.
         """
+        with open(path, "rb"):
+            pass  # what keeps a file from being read is told as it is; torch tells of damage as OSError, too
         try:
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except OSError:
-            raise
         except Exception as error:  # whatever the bytes of a damaged file lead to
-            raise ValueError(f"{os.fspath(path)} is not a whole optimizer file ({error})") from None
+            raise ValueError(f"{os.fspath(path)} is not a whole optimizer file ({sentence(error)})") from None
         good = isinstance(value, dict) and value.pop("format", None) == _FORMAT
         require(good, ValueError, f"{os.fspath(path)} is not an optimizer's file")
         who = value.pop("optimizer", None)
