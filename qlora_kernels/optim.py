@@ -692,10 +692,10 @@ def _decoded(entry: Mapping[str, Tensor], name: str) -> Tensor:
     if name in entry:
         return entry[name].detach().float()
     code = entry[f"{name}_code"]
-    table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"), device="cpu")
+    table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"), dtype=torch.float32, device="cpu")
     flat = _flat(code, code)
     absmax = entry[f"{name}_absmax"].detach().cpu().reshape(-1).repeat_interleave(STATE_BLOCK)[: flat.numel()]
-    values = torch.empty_strided(code.shape, code.stride(), device="cpu")
+    values = torch.empty_strided(code.shape, code.stride(), dtype=torch.float32, device="cpu")
     if code.numel():
         values.as_strided((code.numel(),), (1,)).copy_(table[flat.long()] * absmax)
     return values

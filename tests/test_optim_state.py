@@ -223,6 +223,19 @@ def test_torch_state_dict_is_a_copy_that_torch_goes_on_from(state_bits, dtype):
     assert theirs.param_groups[0]["lr"] == 0.01
 
 
+def test_another_default_dtype_is_not_that_of_states():
+    model, optimizer = trained(PagedAdamW, state_bits=8)
+    expected = [{k: bits(v) for k, v in s.items()} for s in optimizer.torch_state_dict()["state"].values()]
+    torch.set_default_dtype(torch.float64)
+    try:
+        decoded = optimizer.torch_state_dict()["state"].values()
+        other = PagedAdamW(model.parameters())
+        other.load_state_dict(optimizer.state_dict())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [{k: bits(v) for k, v in s.items()} for s in decoded] == states(other) == expected
+
+
 def test_states_of_16_bits_from_torch():
     theirs = net(dtype=torch.bfloat16)
     b = torch.optim.AdamW(theirs.parameters(), lr=0.01)
