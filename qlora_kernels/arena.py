@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -55,8 +56,8 @@ class Slot:
 class Layout:
     """Where everything lies in an arena, in bytes from its begin.
 
-    First what every step needs (control, the tensors' step counts, sums of the norm, the constants of 8-bit states):
-    ``header`` bytes that never leave the device. Then the states, tensor after tensor.
+    First what every step needs (control, the tensors' step counts, the sums of the norm, the constants of 8-bit
+    states): ``header`` bytes that never leave the device. Then the states, tensor after tensor.
     """
 
     def __init__(self, slots: Sequence[Slot], state_bits: int):
@@ -164,12 +165,12 @@ def _small_budget(layout: Layout, budget: int) -> ValueError:
 
 
 def _chunk_bytes(layout: Layout) -> np.ndarray:
-    """Bytes of each chunk's states."""
+    """Bytes of each chunk's states, with what is left free behind a plane: most of it where tensors are tiny."""
     sizes = np.zeros(layout.chunk_count, dtype=np.int64)
     elements = layout.chunks.view(np.int32)[:, 1].astype(np.int64)
     for plane in (FIRST, SECOND, MASTER):
         wide = 4 if plane == MASTER or layout.state_bits == 32 else 1
-        sizes += np.where(layout.chunks[:, 3 + plane] >= 0, elements * wide, 0)
+        sizes += np.where(layout.chunks[:, 3 + plane] >= 0, _aligned(elements * wide), 0)
     return sizes
 
 
@@ -288,12 +289,15 @@ class HostArena:
                 os.posix_fallocate(self._file.fileno(), 0, nbytes)
                 self._memory = mmap.mmap(self._file.fileno(), nbytes)
         except (OSError, MemoryError, OverflowError) as error:
+            if self._file is not None:
+                self._file.close()  # what was reserved of a full disk is free again
             if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
                 raise
             where = "of memory" if page_file is None else f"in a file in {os.fspath(page_file)}"
             raise no_memory(nbytes, where, str(error)) from None
         if page_file is None and hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a kernel without large pages
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.address = self._bytes.data_ptr()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,13 +17,14 @@ from torch import Tensor
 
 from . import backends, engines
 from .arena import FIRST, FIRST_ABSMAX, MASTER, SECOND, SECOND_ABSMAX, STATE_BLOCK, Layout, Slot
-from .errors import require
+from .errors import require, sentence
 from .files import save_torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of torch.optim.AdamW's groups: without meaning here, and not kept.
 _TORCH_ONLY = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 _FORMAT = "qlora_kernels.optim/1"
+_NAMES = {"step", "master"} | {f"exp_avg{sq}{form}" for sq in ("", "_sq") for form in ("", "_code", "_absmax")}
 
 
 class _Paged(torch.optim.Optimizer):
@@ -34,14 +39,15 @@ class _Paged(torch.optim.Optimizer):
     def __init__(
         self, params, defaults, *, state_bits, max_grad_norm, page_budget, master_weights, skip_nonfinite, page_file
     ):
-        require(state_bits in (32, 8), ValueError, f"state_bits should be 32 or 8, found {state_bits!r}")
+        good = isinstance(state_bits, int) and state_bits in (32, 8)
+        require(good, ValueError, f"state_bits should be 32 or 8, found {state_bits!r}")
         if max_grad_norm is not None:
             _require_number("max_grad_norm", max_grad_norm, lambda x: x > 0, "above 0")
         if page_budget is not None:
             good = isinstance(page_budget, int) and not isinstance(page_budget, bool) and page_budget > 0
             require(good, ValueError, f"page_budget should be a number of bytes above 0, found {page_budget!r}")
         if page_file is not None:
-            folder = os.fspath(page_file)
+            page_file = folder = os.path.abspath(os.fspath(page_file))
             require(os.path.isdir(folder), NotADirectoryError, f"page_file should be a folder; {folder} is none")
         self._settings = {
             "state_bits": state_bits,
@@ -49,14 +55,21 @@ class _Paged(torch.optim.Optimizer):
             "page_budget": page_budget,
             "master_weights": bool(master_weights),
             "skip_nonfinite": bool(skip_nonfinite),
-            "page_file": None if page_file is None else os.fspath(page_file),
+            "page_file": page_file,
         }
+        self._forget()
+        self._control = (0.0, 0)  # norm and skipped steps from before there was an arena
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """As if there had never been an arena."""
         self._engine: engines.Engine | None = None
         self._params: list[Tensor] = []  # of the arena, in its order
         self._frozen: list[Tensor] = []  # the others
-        self._seen: list[tuple[int, torch.dtype, tuple[int, ...]]] = []  # address, dtype, strides of each of _params
-        self._control = (0.0, 0)  # norm and skipped steps from before there was an arena
-        super().__init__(params, defaults)
+        self._seen: list[tuple] = []  # address, and _form, of each of _params
+        self._groups: list[list[Tensor]] = []  # parameters of each group, when the arena was made
+        self._own: list[dict[str, Tensor]] = []  # the states of each of _params, and all their tensors
+        self._tensors: list[Tensor] = []
 
     # ------------------------------------------------------------------------------------------------ parameters
 
@@ -97,18 +110,23 @@ class _Paged(torch.optim.Optimizer):
             _require_number("eps", group["eps"], lambda x: x >= 0, "at least 0")
         for name in ("amsgrad", "maximize"):
             require(not group.get(name), ValueError, f"{name}=True is not supported by {type(self).__name__}")
+        twice = len(set(group["params"])) < len(group["params"])
+        require(not twice, ValueError, "a parameter is more than once in the group")
         for i, p in enumerate(group["params"]):
             if p.requires_grad:
                 _check_parameter(p, f"parameter {i} of the group")
 
     # ----------------------------------------------------------------------------------------------------- arena
 
-    def _build(self) -> None:
-        """Makes the arena for the parameters as they are, takes the states over, and lets go of the old one."""
+    def _build(self, loading: Mapping[Tensor, Any] | None = None) -> None:
+        """Makes the arena for the parameters as they are, takes the states over, and lets go of the old one.
+
+        What has states, or is about to have (``loading``), keeps its place while it is frozen.
+        """
         params, groups, frozen = [], [], []
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.requires_grad or p.grad is not None:
+                if p.requires_grad or p.grad is not None or self.state.get(p) or (loading and p in loading):
                     params.append(p)
                     groups.append(index)
                 else:
@@ -118,6 +136,15 @@ class _Paged(torch.optim.Optimizer):
             _check_parameter(p, f"parameter {i}")
         devices = sorted({str(p.device) for p in params})
         require(len(devices) == 1, ValueError, f"all parameters should be on one device, found {', '.join(devices)}")
+        require(
+            params[0].device.type in ("cpu", "cuda"),
+            RuntimeError,
+            f"parameters on {devices[0]} cannot be optimized; move the model to the CPU or to a CUDA device first",
+        )
+        who = type(self).__name__
+        for i, p in enumerate(params):
+            if self.state.get(p):
+                _check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
         planes = [self._planes_of(p) for p in params]
         slots = [Slot(p.numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
         layout = Layout(slots, self._settings["state_bits"])
@@ -127,9 +154,18 @@ class _Paged(torch.optim.Optimizer):
         if self._engine is not None:
             self._engine.arena.synchronize()
         self._fill(engine, params, self.state)
-        self.state.update({p: self._views(engine.arena.view, layout, i, p) for i, p in enumerate(params)})
+        states = {p: self._views(engine.arena.view, layout, i, p) for i, p in enumerate(params)}
+        tensors = [views[key] for views in states.values() for key in self._keys()]
+        for p, views in states.items():
+            views.update({k: v for k, v in self.state.get(p, {}).items() if k not in _NAMES})  # somebody else's
+        others = {p: entry for p, entry in self.state.items() if p not in states}
+        self.state.clear()
+        self.state.update(states)
+        self.state.update(others)
         self._params, self._frozen = params, frozen
-        self._seen = [(p.data_ptr(), p.dtype, p.stride()) for p in params]
+        self._seen = [(p.data_ptr(), *_form(p)) for p in params]
+        self._groups = [list(group["params"]) for group in self.param_groups]
+        self._own, self._tensors = list(states.values()), tensors
         self._engine = engine
 
     def _fill(self, engine: engines.Engine, params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -138,6 +174,11 @@ class _Paged(torch.optim.Optimizer):
         with torch.no_grad():
             for i, p in enumerate(params):
                 _convert(states.get(p) or {}, self._views(engine.arena.host_view, engine.layout, i, p), p)
+
+    def _keys(self) -> list[str]:
+        """What every parameter has in its state."""
+        forms = ("",) if self._settings["state_bits"] == 32 else ("_code", "_absmax")
+        return ["step"] + [name + form for name, _, _ in self._moments for form in forms]
 
     def _planes_of(self, p: Tensor) -> tuple[int, ...]:
         narrow = self._settings["state_bits"] == 8
@@ -187,8 +228,9 @@ class _Paged(torch.optim.Optimizer):
             What the closure returns, or None.
 
         Raises:
-            RuntimeError: for a sparse gradient, or one of another dtype or device than its parameter; nothing has
-                changed then.
+            RuntimeError: for a sparse gradient, or one of another dtype, shape or device than its parameter; nothing
+                has changed then.
+            ValueError: for a setting that is not finite, and when a parameter's shape is no longer its states'.
             MemoryError: when there is no memory for the states, at the first step.
         """
         loss = None
@@ -214,8 +256,23 @@ class _Paged(torch.optim.Optimizer):
         return loss
 
     def _stale(self) -> bool:
-        """Whether there is no arena, or one that lacks a parameter which was frozen when it was made."""
-        return self._engine is None or any(p.grad is not None for p in self._frozen)
+        """Whether there is no arena, or one for other parameters or states than there are now.
+
+        It lacks those which were frozen when it was made; and groups and ``state`` are anybody's to write to.
+        """
+        if self._engine is None or len(self.param_groups) != len(self._groups):
+            return True
+        get = operator.itemgetter(*self._keys())
+        try:
+            same = (
+                all(_same(group["params"], params) for group, params in zip(self.param_groups, self._groups))
+                and len(self.state) >= len(self._own)
+                and all(map(operator.is_, self.state.values(), self._own))
+                and all(map(operator.is_, chain.from_iterable(map(get, self._own)), self._tensors))
+            )
+        except KeyError:
+            return True
+        return not same or any(p.grad is not None for p in self._frozen)
 
     def _addresses(self) -> tuple[np.ndarray, list[Tensor]] | None:
         """OptimizerTensor[tensors]: where parameters and gradients lie, and copies of gradients that lay otherwise.
@@ -224,19 +281,23 @@ class _Paged(torch.optim.Optimizer):
         """
         addresses: list[int] = []
         copies = []
-        for i, (p, (at, dtype, strides)) in enumerate(zip(self._params, self._seen)):
+        for i, (p, (at, count, dtype, shape, strides)) in enumerate(zip(self._params, self._seen)):
             here = p.data_ptr()
-            if here != at:
-                if p.dtype is not dtype or p.stride() != strides or p.device != self._engine.device:
+            if here != at or p.numel() != count:
+                if _form(p) != self._seen[i][1:] or p.device != self._engine.device:
                     return None
-                self._seen[i] = (here, dtype, strides)
+                self._seen[i] = (here, count, dtype, shape, strides)
             grad = p.grad
             if grad is None:
                 addresses += (here, 0)
                 continue
-            if grad.dtype is not dtype or grad.layout is not torch.strided or grad.is_cuda != p.is_cuda:
-                raise _bad_gradient(i, p, grad)
-            if grad.stride() != strides:
+            good = grad.dtype is dtype and grad.layout is torch.strided and grad.is_cuda == p.is_cuda
+            good = good and grad.shape == shape
+            if not good or grad.stride() != strides:
+                if _form(p) != self._seen[i][1:]:  # another parameter where the last one lay
+                    return None
+                if not good:
+                    raise _bad_gradient(i, p, grad)
                 grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
                 copies.append(grad)
             addresses += (here, grad.data_ptr() or 1)  # of an empty one the address is 0, which means none
@@ -248,7 +309,12 @@ class _Paged(torch.optim.Optimizer):
             (float(g["lr"]), float(g["betas"][0]), float(g["betas"][1]), g.get("eps", 0.0), g["weight_decay"], 0.0)
             for g in self.param_groups
         ]
-        return np.array(rows, dtype=np.float64)
+        table = np.array(rows, dtype=np.float64)
+        if not np.isfinite(table).all():
+            index = int(np.flatnonzero(~np.isfinite(table).all(1))[0])
+            named = dict(zip(("lr", "betas[0]", "betas[1]", "eps", "weight_decay"), table[index].tolist()))
+            raise ValueError(f"settings should be finite numbers, found {named} in group {index}")
+        return table
 
     def refresh(self) -> None:
         """Gives the groups' settings, such as a scheduler's lr, to CUDA graphs that have captured a step."""
@@ -333,16 +399,20 @@ class _Paged(torch.optim.Optimizer):
         before = [dict(group) for group in self.param_groups]
         try:
             for group, saved in zip(self.param_groups, groups):
-                group.update({k: v for k, v in saved.items() if k != "params" and k not in _TORCH_ONLY})
+                kept = {k: v for k, v in saved.items() if k != "params" and k not in _TORCH_ONLY}
+                group.update(copy.deepcopy(kept))  # an lr that is a tensor is not to be shared
                 self._check_group(group)
-            if states and (self._engine is None or self._stale()):
-                self._build()
+            if states and (self._stale() or any(p in states for p in self._frozen)):
+                self._build(states)
         except BaseException:
             for group, old in zip(self.param_groups, before):
                 group.clear()
                 group.update(old)
             raise
-        if self._engine is not None:
+        if self._engine is None or (not states and self._stale()):
+            self.state.clear()
+            self._forget()
+        else:
             self._fill(self._engine, self._params, states)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -372,20 +442,22 @@ class _Paged(torch.optim.Optimizer):
                 entry = saved.get(key)
                 if not entry:
                     continue
-                for name, _, _ in self._moments:
-                    _check_moment(entry, name, p, f"parameter {key}", who)
-                steps = entry.get("step", 0.0)
-                steps = steps.item() if isinstance(steps, Tensor) and steps.numel() == 1 else steps
-                good = isinstance(steps, (int, float)) and steps >= 0
-                require(good, ValueError, f"parameter {key} of the state dict has no step count, found {steps!r}")
-                if "master" in entry:
-                    _check_shape(entry["master"], p, f"'master' of parameter {key}")
+                _check_entry(entry, self._moments, p, f"parameter {key}", who)
                 states[p] = entry
         return groups, states
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the state dict to a file that is the old one or the new one, whenever the process is killed."""
-        save_torch({"format": _FORMAT, "optimizer": type(self).__name__, **self.state_dict()}, path)
+        """Writes the state dict to a file that is the old one or the new one, whenever the process is killed.
+
+        Raises:
+            OSError: when the file cannot be written; the old one is still there then.
+        """
+        own = self.state_dict()
+        own["param_groups"] = [{k: _plain(v) for k, v in group.items()} for group in own["param_groups"]]
+        try:
+            save_torch({"format": _FORMAT, "optimizer": type(self).__name__, **own}, path)
+        except RuntimeError as error:  # of torch's writer, which does not say what the system said
+            raise OSError(f"{os.fspath(path)} cannot be written; is the disk full? ({sentence(error)})") from error
 
     def load(self, path: str | os.PathLike) -> None:
         """Loads what save() has written.
@@ -394,12 +466,12 @@ class _Paged(torch.optim.Optimizer):
             FileNotFoundError: when there is no such file.
             ValueError: when it is damaged, or of another model or optimizer; nothing has changed then.
         """
+        with open(path, "rb"):
+            pass  # what keeps a file from being read is told as it is; torch tells of damage as OSError, too
         try:
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except OSError:
-            raise
         except Exception as error:  # whatever the bytes of a damaged file lead to
-            raise ValueError(f"{os.fspath(path)} is not a whole optimizer file ({error})") from None
+            raise ValueError(f"{os.fspath(path)} is not a whole optimizer file ({sentence(error)})") from None
         good = isinstance(value, dict) and value.pop("format", None) == _FORMAT
         require(good, ValueError, f"{os.fspath(path)} is not an optimizer's file")
         who = value.pop("optimizer", None)
@@ -415,7 +487,7 @@ class _Paged(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The states come as ordinary tensors; the next step makes an arena for them.
-        self._engine, self._params, self._frozen, self._seen = None, [], [], []
+        self._forget()
         super().__setstate__(state)
 
 
@@ -524,7 +596,7 @@ class PagedLion(_Paged):
 def _require_number(name: str, value: Any, good: Callable[[float], bool], what: str) -> None:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     require(number and good(value), ValueError, f"{name} should be a finite number {what}, found {value!r}")
 
 
@@ -548,15 +620,31 @@ def _bad_gradient(index: int, p: Tensor, grad: Tensor) -> Exception:
     what = f"the gradient of parameter {index}, of shape {list(p.shape)},"
     if grad.layout is not torch.strided:
         return RuntimeError(f"{what} is sparse ({grad.layout}); only dense gradients can be used")
+    if grad.shape != p.shape:
+        return RuntimeError(f"{what} has another shape, {list(grad.shape)}; zero_grad() lets go of it")
     if grad.device != p.device:
         return RuntimeError(f"{what} is on {grad.device}, the parameter on {p.device}")
     return RuntimeError(f"{what} is {grad.dtype}, the parameter {p.dtype}; both should have the same dtype")
 
 
+def _check_entry(entry: Mapping[str, Any], moments, p: Tensor, what: str, who: str) -> None:
+    """Whether a parameter's states, from wherever, can become its states here."""
+    for name, _, _ in moments:
+        _check_moment(entry, name, p, what, who)
+    steps = entry.get("step", 0.0)
+    steps = steps.item() if isinstance(steps, Tensor) and steps.numel() == 1 and not steps.is_meta else steps
+    good = isinstance(steps, Real) and math.isfinite(steps) and steps >= 0
+    require(good, ValueError, f"{what} has no step count among its states, found {steps!r}")
+    if "master" in entry:
+        _check_shape(entry["master"], p, f"'master' of {what}")
+
+
 def _check_shape(value: Any, p: Tensor, what: str) -> None:
     good = isinstance(value, Tensor) and value.shape == p.shape
     found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    require(good, ValueError, f"the state dict is of another model: {what} is {found} there and {list(p.shape)} here")
+    require(good, ValueError, f"the states are of another model: {what} is {found} there and {list(p.shape)} here")
+    real = value.layout is torch.strided and not value.is_meta and not value.is_complex()
+    require(real, ValueError, f"{what} should be a dense tensor of real numbers")
 
 
 def _check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, who: str) -> None:
@@ -564,18 +652,38 @@ def _check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, who
         _check_shape(entry[f"{name}_code"], p, f"'{name}_code' of {what}")
         absmax, blocks = entry.get(f"{name}_absmax"), -(-p.numel() // STATE_BLOCK)
         good = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
-        require(good, ValueError, f"'{name}_absmax' of {what} in the state dict should have {blocks} constants")
+        require(good, ValueError, f"'{name}_absmax' of {what} should have {blocks} constants, and its codes be uint8")
         return
-    require(name in entry, ValueError, f"the state dict is of another optimizer: {who} needs '{name}' of {what}")
+    require(name in entry, ValueError, f"the states are of another optimizer: {who} needs '{name}' of {what}")
     _check_shape(entry[name], p, f"'{name}' of {what}")
 
 
 # -------------------------------------------------------------------------------------------- states of other forms
 
 
+def _form(p: Tensor) -> tuple:
+    return p.numel(), p.dtype, p.shape, p.stride()
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether elements of dense tensors of one shape lie in the same order."""
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers, which some schedulers leave behind and torch.load refuses, as Python's."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     """Elements in the order in which ``like``'s lie in memory, on the CPU: a copy."""
-    out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype)
+    out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device="cpu")
     out.copy_(tensor.detach())
     return out.as_strided((like.numel(),), (1,)) if like.numel() else out.reshape(-1)
 
@@ -585,10 +693,10 @@ def _decoded(entry: Mapping[str, Tensor], name: str) -> Tensor:
     if name in entry:
         return entry[name].detach().float()
     code = entry[f"{name}_code"]
-    table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"))
+    table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"), dtype=torch.float32, device="cpu")
     flat = _flat(code, code)
-    absmax = entry[f"{name}_absmax"].detach().cpu().repeat_interleave(STATE_BLOCK)[: flat.numel()]
-    values = torch.empty_strided(code.shape, code.stride())
+    absmax = entry[f"{name}_absmax"].detach().cpu().reshape(-1).repeat_interleave(STATE_BLOCK)[: flat.numel()]
+    values = torch.empty_strided(code.shape, code.stride(), dtype=torch.float32, device="cpu")
     if code.numel():
         values.as_strided((code.numel(),), (1,)).copy_(table[flat.long()] * absmax)
     return values
@@ -612,11 +720,11 @@ def _convert(entry: Mapping[str, Any], views: dict[str, Tensor], p: Tensor) -> N
                 table = backends.native().dynamic_map(name == "exp_avg")
                 code.fill_(table.index(0.0))
                 absmax.zero_()
-            elif f"{name}_code" in entry:
+            elif f"{name}_code" in entry and _same_order(entry[f"{name}_code"], code):
                 code.copy_(entry[f"{name}_code"])
                 absmax.copy_(entry[f"{name}_absmax"].reshape(-1))
             else:
-                flat, constants = _encoded(_flat(entry[name].float(), p), name == "exp_avg")
+                flat, constants = _encoded(_flat(_decoded(entry, name), p), name == "exp_avg")
                 if p.numel():
                     code.as_strided((p.numel(),), (1,)).copy_(flat)
                 absmax.copy_(constants)

@@ -9,7 +9,6 @@ import torch
 
 from qlora_kernels import PagedAdamW, PagedLion, backends
 
-
 #: Sizes around a block of 256, two chunks of 8192, and none.
 SHAPES = ((3, 5), (0,), (), (256,), (300, 7), (16384,), (129, 130))
 

@@ -1,0 +1,94 @@
+"""Small trainings with paged optimizers, and everything that an optimizer knows, to be compared bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_kernels import PagedAdamW, PagedLion
+
+#: Both algorithms, both numbers of bits, with a master and without.
+KINDS = {
+    "adamw": lambda params, **more: PagedAdamW(params, **{"lr": 1e-2, **more}),
+    "adamw-8": lambda params, **more: PagedAdamW(params, **{"lr": 1e-2, "state_bits": 8, **more}),
+    "lion": lambda params, **more: PagedLion(params, **{"lr": 1e-3, **more}),
+    "lion-8": lambda params, **more: PagedLion(params, **{"lr": 1e-3, "state_bits": 8, **more}),
+}
+
+
+class Net(nn.Module):
+    """Two layers, with a parameter of no dimension and one of no elements."""
+
+    def __init__(self, width: int = 40):
+        super().__init__()
+        self.up = nn.Linear(8, width)
+        self.norm = nn.LayerNorm(width)
+        self.down = nn.Linear(width, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.none = nn.Parameter(torch.empty(0, 7))
+
+    def forward(self, x):
+        return self.down(self.norm(self.up(x)).tanh()) * self.scale + self.none.sum()
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float32, **more) -> Net:
+    torch.manual_seed(seed)
+    return Net(**more).to(dtype)
+
+
+def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+    """Of the batch of a step."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x, y = torch.randn(6, 8, generator=generator), torch.randn(6, 3, generator=generator)
+    like = next(p for p in model.parameters() if p.numel())
+    return (model(x.to(like)) - y.to(like)).square().mean()
+
+
+def train(model: nn.Module, optimizer, steps, schedule=None) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+
+
+def bits(value):
+    """A tensor's dtype, shape and bytes; of anything else, what it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    flat = value.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+    return (value.dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes())
+
+
+def states(optimizer, *without: str) -> list:
+    """Of each parameter, by name and in bits."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [{k: bits(v) for k, v in optimizer.state.get(p, {}).items() if k not in without} for p in params]
+
+
+def values(optimizer) -> list:
+    return [bits(p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def groups(optimizer) -> list:
+    plain = [{k: bits(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [(plain[i], [id(p) for p in group["params"]]) for i, group in enumerate(optimizer.param_groups)]
+
+
+@contextlib.contextmanager
+def refused(optimizer, error, match):
+    """Something that raises, and changes nothing: no parameter, no state, no setting."""
+    before = states(optimizer), values(optimizer), groups(optimizer), optimizer.skipped_steps, optimizer.grad_norm
+    with pytest.raises(error, match=match):
+        yield
+    after = states(optimizer), values(optimizer), groups(optimizer), optimizer.skipped_steps, optimizer.grad_norm
+    assert after == before
+
+
+def assert_same(a, b) -> None:
+    assert values(a) == values(b)
+    assert states(a) == states(b)
