@@ -91,8 +91,7 @@ void bind_cuda(py::module_ m) {
                        {device, at<void>(stream)});
             },
             Released())
-        .def(
-            "page_in", [](Arena& a, int device, Address stream) { a.page_in({device, at<void>(stream)}); }, Released())
+        .def("page_in", &Arena::page_in, Released())
         .def(
             "page_out", [](Arena& a, int device, Address stream) { a.page_out({device, at<void>(stream)}); },
             Released())

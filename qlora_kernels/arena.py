@@ -243,7 +243,7 @@ def staged(
         at = int(np.searchsorted(total, total[cuts[-1]] + size, side="right")) - 1
         cuts.append(max(at, cuts[-1] + 1))
     pieces = [layout.intervals(a, b) for a, b in itertools.pairwise(cuts)]
-    place = _aligned(max((sum(_aligned(end - first) for first, end in piece) for piece in pieces), default=_ALIGNED))
+    place = _aligned(max((sum(_aligned(b - a) for a, b in piece) for piece in pieces), default=1), PAGE)
     chunks, plan = layout.chunks.copy(), []
     for i, (a, b) in enumerate(itertools.pairwise(cuts)):
         at, where = i % 3 * place, []

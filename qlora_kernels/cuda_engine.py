@@ -154,7 +154,7 @@ class CudaEngine:
         self.arena.native.page_out(*self._backend.queue(self.device))
 
     def page_in(self) -> None:
-        self.arena.native.page_in(*self._backend.queue(self.device))
+        self.arena.native.page_in()
 
     def resident_bytes(self) -> int:
         return self.arena.native.resident_bytes()

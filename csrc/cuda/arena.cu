@@ -117,9 +117,9 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
     const DeviceGuard guard(device_);
     const size_t count = stretches_.size();
     if (capturing(main)) {
-        QLK_CHECK(count == 1 && here_[0] && !staging_,
+        QLK_CHECK(count == 1 && here_[0] && !coming_ && !staging_,
                   "a CUDA graph can capture a step only when all states are on the device and stay there: take a step "
-                  "or call page_in() before, and set no page_budget");
+                  "before, and set no page_budget");
         if (measure) optimizer_norm(params, main);
         return optimizer_step(params, maps, stretches_[0].begin, stretches_[0].end, measure, true, main);
     }
@@ -130,12 +130,15 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
     }
     if (measure) optimizer_norm(params, main);
     if (count == 1 && here_[0]) {
+        if (coming_) arrived_[0]->hold(main);
+        coming_ = false;
         return optimizer_step(params, maps, stretches_[0].begin, stretches_[0].end, measure, true, main);
     }
     // What has left in the last step is on the host.
     left_[kEvents - 1]->hold(in_->get());
     arrive(0);
     arrived_[0]->record(in_->get());
+    coming_ = false;
     for (size_t i = 0; i < count; ++i) {
         const size_t now = i % (kEvents - 1), next = (i + 1) % (kEvents - 1);
         if (i + 1 < count) {
@@ -154,14 +157,14 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
     left_[kEvents - 1]->record(out_->get());
 }
 
-void Arena::page_in(const Stream& main) {
+void Arena::page_in() {
     const DeviceGuard guard(device_);
-    if (staging_) return;  // everything passes through
-    done_[0]->record(main);
-    done_[0]->hold(in_->get());
+    // What passes through need not come now, and what does not stay would only be sent back.
+    if (staging_ || here_[0] || !stretches_[0].leave.empty()) return;
     left_[kEvents - 1]->hold(in_->get());
-    // What does not stay would only be sent back.
-    if (stretches_[0].leave.empty()) arrive(0);
+    arrive(0);
+    arrived_[0]->record(in_->get());
+    coming_ = true;
 }
 
 void Arena::page_out(const Stream& main) {
@@ -174,7 +177,7 @@ void Arena::page_out(const Stream& main) {
         if (end > begin) prefetch(states_ + begin, static_cast<size_t>(end - begin), false, out_->get());
     }
     left_[kEvents - 1]->record(out_->get());
-    here_[0] = false;
+    here_[0] = coming_ = false;
     resident_ = header_bytes_;
 }
 
@@ -183,6 +186,7 @@ void Arena::to_host(const Stream& main) {
     synchronize(main);
     wait();
     std::fill(here_.begin(), here_.end(), false);
+    coming_ = false;
     resident_ = header_bytes_;
 }
 

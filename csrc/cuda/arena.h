@@ -49,7 +49,9 @@ class Arena {
     // `measure`: launches optimizer_norm before. States of other kinds than those of `maps` need none.
     void step(const OptimizerParams& params, const DynamicMap* maps, bool measure, const Stream& stream);
 
-    void page_in(const Stream& stream);
+    // In the background: the next step waits for it.
+    void page_in();
+    // After what the stream has to do with them.
     void page_out(const Stream& stream);
     // Waits until nothing is under way: the host may then use the states, and their pages count as being there.
     void to_host(const Stream& stream);
@@ -67,6 +69,7 @@ class Arena {
     unsigned char *header_ = nullptr, *states_ = nullptr, *staging_ = nullptr;
     std::vector<Stretch> stretches_;
     std::vector<bool> here_;
+    bool coming_ = false;  // the first stretch, and no step has waited for it
     int64_t resident_ = 0;
     std::unique_ptr<SideStream> in_, out_;
     static constexpr size_t kEvents = 4;

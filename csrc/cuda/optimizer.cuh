@@ -369,7 +369,9 @@ QLK_DEVICE void count_step(const OptimizerArguments& a) {
 }
 
 template <class Rule, int kBits>
-__global__ void __launch_bounds__(kOptimizerThreads, kBits == 32 ? 4 : 3)
+__global__ void __launch_bounds__(kOptimizerThreads, kBits == 32            ? 4
+                                                     : kArchitecture >= 120 ? 2
+                                                                            : 3)
     optimizer_step_kernel(const __grid_constant__ OptimizerArguments a) {
     auto& shared = shared_memory<OptimizerShared<kBits>>();
     // A launch without chunks, of empty tensors alone, counts its step.

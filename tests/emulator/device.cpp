@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "block.h"
+#include "managed.h"
 
 namespace emu {
 
@@ -93,6 +94,7 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
                     std::to_string(options().max_shared_bytes));
     }
     count_launch();
+    note_launch();
     Device(grid, block, shared_bytes, body).run();
 }
 

@@ -14,14 +14,23 @@ namespace emu {
 struct Queue {
     std::deque<std::function<void()>> operations;
     uint64_t done = 0;
+    uint64_t launches = 0;  // of the caller's stream that it has waited for
 };
 
 namespace {
 
 struct Range {
     size_t bytes, page_bytes;
+    bool managed;
     std::vector<bool> on_device;
+    std::vector<uint64_t> used;  // by which launch last
+
+    Range(size_t size, size_t page, bool moves)
+        : bytes(size), page_bytes(page), managed(moves), on_device(size / page, !moves), used(size / page, 0) {}
 };
+
+thread_local uint64_t launches = 0;
+thread_local const Queue* running = nullptr;  // whose operation it is; null: the caller's stream
 
 // By the address of their first byte, which lies on a page.
 std::map<uintptr_t, Range>& ranges() {
@@ -58,7 +67,46 @@ void run_until(Queue* queue, uint64_t position) {
         const auto operation = std::move(queue->operations.front());
         queue->operations.pop_front();
         ++queue->done;
-        operation();
+        const Queue* const before = running;
+        running = queue;
+        try {
+            operation();
+        } catch (...) {
+            running = before;
+            throw;
+        }
+        running = before;
+    }
+}
+
+void* allocate(size_t bytes, bool managed) {
+    const size_t page = options().page_bytes, pages = std::max<size_t>((bytes + page - 1) / page, 1);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, page, pages * page) != 0) throw std::bad_alloc();
+    std::memset(memory, 0xff, pages * page);
+    ranges().emplace(reinterpret_cast<uintptr_t>(memory), Range(pages * page, page, managed));
+    any_managed = true;
+    return memory;
+}
+
+void release(void* memory) {
+    const auto found = ranges().find(reinterpret_cast<uintptr_t>(memory));
+    if (found == ranges().end()) throw Error("what is freed was not allocated here");
+    const Range& range = found->second;
+    if (range.managed) counts().resident -= std::count(range.on_device.begin(), range.on_device.end(), true);
+    ranges().erase(found);
+    any_managed = !ranges().empty();
+    std::free(memory);
+}
+
+// What a side stream does to memory comes after the kernels that have used it.
+void after_kernels(const Range& range, size_t first, size_t end) {
+    if (!running) return;
+    for (size_t page = first; page < end; ++page) {
+        if (range.used[page] <= running->launches) continue;
+        throw Error("a side stream moves page " + std::to_string(page) + " of memory that launch " +
+                    std::to_string(range.used[page]) + " uses, and has waited only for the first " +
+                    std::to_string(running->launches));
     }
 }
 
@@ -86,22 +134,23 @@ void* allocate_managed(size_t bytes) {
     if (bytes > options().managed_limit) {
         throw Error("cudaErrorMemoryAllocation: out of memory (" + std::to_string(bytes) + " bytes)");
     }
-    const size_t page = options().page_bytes, pages = (bytes + page - 1) / page;
-    void* memory = nullptr;
-    if (posix_memalign(&memory, page, pages * page) != 0) throw std::bad_alloc();
-    std::memset(memory, 0xff, pages * page);
-    ranges()[reinterpret_cast<uintptr_t>(memory)] = {pages * page, page, std::vector<bool>(pages, false)};
-    any_managed = true;
-    return memory;
+    return allocate(bytes, true);
 }
+void free_managed(void* memory) { release(memory); }
+void* allocate_device(size_t bytes) { return allocate(bytes, false); }
+void free_device(void* memory) { release(memory); }
+void note_launch() { ++launches; }
 
-void free_managed(void* memory) {
-    const auto range = ranges().find(reinterpret_cast<uintptr_t>(memory));
-    if (range == ranges().end()) throw Error("what is freed is not managed memory");
-    counts().resident -= std::count(range->second.on_device.begin(), range->second.on_device.end(), true);
-    ranges().erase(range);
-    any_managed = !ranges().empty();
-    std::free(memory);
+void copy(void* to, const void* from, size_t bytes) {
+    for (const void* memory : {const_cast<const void*>(to), from}) {
+        const auto address = reinterpret_cast<uintptr_t>(memory);
+        const auto* const range = range_of(address);
+        if (!range || bytes == 0) continue;
+        const size_t size = range->second.page_bytes;
+        after_kernels(range->second, (address - range->first) / size,
+                      (address - range->first + bytes + size - 1) / size);
+    }
+    std::memcpy(to, from, bytes);
 }
 
 void prefetch(const void* memory, size_t bytes, bool to_device) {
@@ -114,6 +163,7 @@ void prefetch(const void* memory, size_t bytes, bool to_device) {
     ++all.prefetches;
     const size_t size = range->second.page_bytes;
     const size_t first = (address - range->first) / size, end = (address - range->first + bytes + size - 1) / size;
+    if (!to_device) after_kernels(range->second, first, end);
     for (size_t page = first; page < end; ++page) {
         if (move(range->second, page, to_device)) ++(to_device ? all.to_device : all.to_host);
     }
@@ -125,6 +175,7 @@ void touch(const void* address, size_t bytes, Site site) {
     if (!range) return;
     const size_t size = range->second.page_bytes;
     for (size_t page = (at - range->first) / size; page <= (at - range->first + bytes - 1) / size; ++page) {
+        range->second.used[page] = launches;
         if (range->second.on_device[page]) continue;
         if (options().forbid_faults) {
             fail(site, "an access to page " + std::to_string(page) + " of managed memory, which is on the host");
@@ -160,11 +211,14 @@ void enqueue(Queue* queue, std::function<void()> operation) {
     if (landing == Landing::kEarliest || (landing == Landing::kRandom && random() % 2)) drain(queue);
 }
 
-Mark mark(Queue* queue) { return {queue, queue ? queue->done + queue->operations.size() : 0}; }
+Mark mark(Queue* queue) { return {queue, queue ? queue->done + queue->operations.size() : 0, launches}; }
 
 void hold(Queue* queue, Mark until) {
-    if (!until.queue || !queues().count(until.queue) || until.queue == queue) return;
-    enqueue(queue, [until] { run_until(until.queue, until.position); });
+    if (until.queue && (!queues().count(until.queue) || until.queue == queue)) return;
+    enqueue(queue, [queue, until] {
+        if (until.queue) run_until(until.queue, until.position);
+        if (queue) queue->launches = std::max(queue->launches, until.queue ? until.queue->launches : until.launches);
+    });
 }
 
 }  // namespace emu

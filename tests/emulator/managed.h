@@ -2,7 +2,9 @@
 //
 // A page is on the device or on the host. A kernel's access to one that is on the host is a fault, as on a card: it
 // moves the page and is counted, or, where options().forbid_faults says so, is an error. What is put into a side stream
-// happens as early or as late as the waits permit: options().landing.
+// happens as early or as late as the waits permit: options().landing. The caller's stream does everything at once; so
+// that a side stream is not found to wait for a kernel by chance, what moves or overwrites memory that a kernel has
+// used is an error there unless an event after that kernel has been waited for.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +28,11 @@ void reset_paging();  // the counts; pages stay where they are
 
 void* allocate_managed(size_t bytes);
 void free_managed(void* memory);
+// Plain memory of the device, of which only the use by kernels is known.
+void* allocate_device(size_t bytes);
+void free_device(void* memory);
+void copy(void* to, const void* from, size_t bytes);
+void note_launch();
 void prefetch(const void* memory, size_t bytes, bool to_device);
 // An access of a kernel; called only where there is managed memory.
 void touch(const void* address, size_t bytes, Site site);
@@ -42,6 +49,7 @@ void drain(Queue* queue);
 struct Mark {
     Queue* queue = nullptr;
     uint64_t position = 0;
+    uint64_t launches = 0;  // of the caller's stream, which has no queue
 };
 Mark mark(Queue* queue);
 void hold(Queue* queue, Mark until);

@@ -20,9 +20,9 @@ inline void* allocate_plain(size_t bytes) {
     return memory;
 }
 inline void* allocate_pinned(size_t bytes, int) { return allocate_plain(bytes); }
-inline void* allocate_device(size_t bytes, int) { return allocate_plain(bytes); }
+inline void* allocate_device(size_t bytes, int) { return emu::allocate_device(bytes); }
 inline void free_pinned(void* memory) { std::free(memory); }
-inline void free_device(void* memory) { std::free(memory); }
+inline void free_device(void* memory) { emu::free_device(memory); }
 inline size_t free_memory(int) { return emu::options().free_bytes; }
 
 inline emu::Queue* queue_of(const Stream& stream) { return static_cast<emu::Queue*>(stream.handle); }
@@ -32,7 +32,7 @@ inline void prefetch(const void* memory, size_t bytes, bool to_device, const Str
 }
 inline void prefer_device(const void*, size_t, int) {}
 inline void copy(void* to, const void* from, size_t bytes, const Stream& stream) {
-    emu::enqueue(queue_of(stream), [=] { std::memcpy(to, from, bytes); });
+    emu::enqueue(queue_of(stream), [=] { emu::copy(to, from, bytes); });
 }
 inline void fill_zero(void* memory, size_t bytes, const Stream& stream) {
     emu::enqueue(queue_of(stream), [=] { std::memset(memory, 0, bytes); });

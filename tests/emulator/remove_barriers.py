@@ -25,7 +25,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 #: Statements that order something: calls of these, alone on their line or before a comment.
 ORDERING = re.compile(
     r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+)"
-    r"(?:<[^;]*>)?\([^;]*\);)"
+    r"(?:<[^;]*>)?\([^;]*\);"
+    # Of streams, in arena.cu.
+    r"|\w+\[[^\]]*\]->hold\([^;]*\);)"
 )
 #: The tests of each source, those first that are quickest to fail: a file, and what to select in it.
 QUANTIZATION = tuple(
@@ -39,6 +41,9 @@ TESTS = {
     ),
     "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
     "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),
+    "arena": tuple(
+        ("tests/test_paging.py", words) for words in ("page_out_and", "budget_is_kept and options0", "copies_do")
+    ),
     "optimizer": (("tests/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
     "gemm": (("tests/test_cuda.py", "emulated and tensor_cores"), ("tests/test_cuda.py", "pipeline or emulated")),
     "product": (
@@ -108,9 +113,9 @@ def main() -> int:
     from tqdm import tqdm
 
     files = [f.resolve().relative_to(ROOT) for f in options.files]
-    files = files or sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").glob("*.cuh"))
-    # ptx.cuh and device.cuh define these statements; they do not use them.
-    files = [f for f in files if f.name not in ("ptx.cuh", "device.cuh")]
+    files = files or sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").glob("*.cu*"))
+    # These define such statements; they do not use them.
+    files = [f for f in files if f.name not in ("ptx.cuh", "device.cuh", "memory.cuh")]
     if options.changed_since:
         command = ["git", "diff", "--name-only", options.changed_since, "--", "csrc/cuda"]
         changed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
