@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -118,6 +119,31 @@ def save_safetensors(
 def save_torch(value: Any, path: str | os.PathLike) -> None:
     """``torch.save``, whole or not at all."""
     write_atomically(path, lambda temporary: torch.save(value, temporary))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of everything in nested dicts and sequences, tensors byte for byte."""
+    result = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, torch.Tensor):
+            flat = part.detach().cpu().contiguous().flatten()
+            result.update(f"{part.dtype}{list(part.shape)}".encode())
+            result.update(flat.view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            result.update(f"{{{len(part)}".encode())
+            for key, inner in part.items():
+                result.update(f"{key!r}:".encode(errors="surrogatepass"))
+                add(inner)
+        elif isinstance(part, (list, tuple)):
+            result.update(f"[{len(part)}".encode())
+            for inner in part:
+                add(inner)
+        else:
+            result.update(f"{part!r},".encode(errors="surrogatepass"))
+
+    add(value)
+    return result.hexdigest()
 
 
 def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import backends, engines
 from .arena import FIRST, FIRST_ABSMAX, MASTER, SECOND, SECOND_ABSMAX, STATE_BLOCK, Layout, Slot
 from .errors import require, sentence
-from .files import save_torch
+from .files import digest, save_torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of torch.optim.AdamW's groups: without meaning here, and not kept.
@@ -455,7 +455,7 @@ class _Paged(torch.optim.Optimizer):
         own = self.state_dict()
         own["param_groups"] = [{k: _plain(v) for k, v in group.items()} for group in own["param_groups"]]
         try:
-            save_torch({"format": _FORMAT, "optimizer": type(self).__name__, **own}, path)
+            save_torch({"format": _FORMAT, "optimizer": type(self).__name__, "sha256": digest(own), **own}, path)
         except RuntimeError as error:  # of torch's writer, which does not say what the system said
             raise OSError(f"{os.fspath(path)} cannot be written; is the disk full? ({sentence(error)})") from error
 
@@ -476,6 +476,8 @@ class _Paged(torch.optim.Optimizer):
         require(good, ValueError, f"{os.fspath(path)} is not an optimizer's file")
         who = value.pop("optimizer", None)
         require(who == type(self).__name__, ValueError, f"{os.fspath(path)} is of {who}, not of {type(self).__name__}")
+        good = value.pop("sha256", None) == digest(value)
+        require(good, ValueError, f"{os.fspath(path)} is damaged: it does not have the digest that was written with it")
         self.load_state_dict(value)
 
     # -------------------------------------------------------------------------------------------- copy and pickle

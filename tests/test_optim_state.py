@@ -809,3 +809,17 @@ def test_gradients_of_another_dtype(make, dtype):
     p.grad = torch.ones(300)
     optimizer.step()
     assert bits(first) == bits(p) != before[0]
+
+
+def test_a_file_with_one_bit_changed_is_refused(tmp_path, make):
+    _, ours = trained(make)
+    path = tmp_path / "optimizer.pt"
+    ours.save(path)
+    ours.load(path)
+    good = path.read_bytes()
+    # In the data of a state, which torch does not check.
+    largest = max((t for entry in ours.state.values() for t in entry.values()), key=torch.Tensor.numel)
+    at = good.index(largest.numpy().tobytes()) + 100
+    path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+    with refused(ours, ValueError, "does not have the digest"):
+        ours.load(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from ..adapters import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import InputError, sentence
-from ..files import save_torch
+from ..files import digest, save_torch
 from .options import Options
 
 NAME = "checkpoint.pt"
@@ -60,7 +59,7 @@ def path_in(out: str) -> str:
 def save(checkpoint: Checkpoint, out: str) -> None:
     """Writes ``out/checkpoint.pt``, whole or not at all."""
     value = dict(vars(checkpoint))
-    save_torch({"format": _FORMAT, "sha256": _digest(value), **value}, path_in(out))
+    save_torch({"format": _FORMAT, "sha256": digest(value), **value}, path_in(out))
 
 
 def sweep(out: str) -> None:
@@ -90,34 +89,9 @@ def load(out: str) -> Checkpoint:
         raise InputError(f"--resume: {path} is not a whole checkpoint ({sentence(error)})") from None
     if not isinstance(value, dict) or value.pop("format", None) != _FORMAT or set(value) != _FIELDS | {"sha256"}:
         raise InputError(f"--resume: {path} is not a checkpoint of this command")
-    if value.pop("sha256") != _digest(value):
+    if value.pop("sha256") != digest(value):
         raise InputError(f"--resume: {path} is damaged: its contents do not have the digest that was written with them")
     return Checkpoint(**value)
-
-
-def _digest(value: Any) -> str:
-    """SHA-256 of everything in nested dicts and sequences, tensors byte for byte."""
-    result = hashlib.sha256()
-
-    def add(part: Any) -> None:
-        if isinstance(part, torch.Tensor):
-            flat = part.detach().cpu().contiguous().flatten()
-            result.update(f"{part.dtype}{list(part.shape)}".encode())
-            result.update(flat.view(torch.uint8).numpy())
-        elif isinstance(part, dict):
-            result.update(f"{{{len(part)}".encode())
-            for key, inner in part.items():
-                result.update(f"{key!r}:".encode(errors="surrogatepass"))
-                add(inner)
-        elif isinstance(part, (list, tuple)):
-            result.update(f"[{len(part)}".encode())
-            for inner in part:
-                add(inner)
-        else:
-            result.update(f"{part!r},".encode(errors="surrogatepass"))
-
-    add(value)
-    return result.hexdigest()
 
 
 def check_same_run(checkpoint: Checkpoint, options: Options, identity: dict[str, str]) -> None:
