@@ -18,11 +18,11 @@ pytest.importorskip("transformers")
 
 from small_runs import SMALL, base_in, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
-from qlora_kernels import finetune
+from qlora_kernels import PagedAdamW, PagedLion, engines, finetune
 from qlora_kernels.errors import InputError
 from qlora_kernels.finetune import data, lora16, memory, tiny
-from qlora_kernels.finetune.options import Options
-from qlora_kernels.finetune.train import Trainer, learning_rate
+from qlora_kernels.finetune.options import OPTIMIZERS, Options
+from qlora_kernels.finetune.train import Trainer, learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -191,6 +191,86 @@ def test_accumulation_and_checkpointing_do_not_change_the_losses(run, tmp_path):
     assert losses(tmp_path / "c")["qlora"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_that_was_asked_for(name, tmp_path):
+    limits = {} if name == "adamw" else {"page_file": str(tmp_path), "page_budget": 1 << 20}
+    options = Options(optim=name, weight_decay=0.25, max_grad_norm=0.5, **limits).resolve()
+    made = make_optimizer([torch.nn.Parameter(torch.ones(300))], 0.125, options)
+    expected = {"adamw": torch.optim.AdamW, "paged_lion": PagedLion}.get(name, PagedAdamW)
+    assert type(made) is expected
+    [group] = made.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.125, 0.25, (0.9, 0.99))
+    if name != "adamw":
+        assert made._settings == {
+            **{"state_bits": 8 if name.endswith("8bit") else 32, "max_grad_norm": 0.5, **limits},
+            **{"master_weights": False, "skip_nonfinite": False},
+        }
+        for unlimited in (0.0, math.inf):
+            options.max_grad_norm = unlimited
+            assert make_optimizer([torch.nn.Parameter(torch.ones(3))], 1.0, options)._settings["max_grad_norm"] is None
+
+
+def test_lion_takes_a_lower_learning_rate_unless_one_is_given():
+    for model, factor in (("tiny", 3), ("some/folder", 10)):
+        adamw, lion = (Options(model=model, optim=name).resolve() for name in ("paged_adamw", "paged_lion"))
+        assert (lion.lr, lion.full_lr) == pytest.approx((adamw.lr / factor, adamw.full_lr / factor))
+        given = Options(model=model, optim="paged_lion", lr=0.5, full_lr=0.25).resolve()
+        assert (given.lr, given.full_lr) == (0.5, 0.25)
+
+
+def test_paged_adamw_trains_as_torch_does(run, tmp_path):
+    """Pretraining, too, and with every gradient clipped."""
+    more = ("--compare", "--max-grad-norm", "0.05", "--weight-decay", "0.1", "--compute", "float32")
+    assert run(*more, cached=False) == 0
+    assert run(*more, "--optim", "adamw", out="torch", cached=False) == 0
+    assert run(*more, "--max-grad-norm", "0", out="free", cached=False) == 0
+    ours, expected, free = (losses(tmp_path / out) for out in ("out", "torch", "free"))
+    for key in ("qlora", "lora16", "full"):
+        assert ours[key] == pytest.approx(expected[key], rel=1e-4)
+        assert ours[key] != pytest.approx(free[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_lion"])
+def test_the_other_optimizers_learn(run, tmp_path, name):
+    small = [*SMALL, "--pretrain-steps", "40", "--steps", "40", "--compare"]
+    assert run("--optim", name, small=small, cached=False) == 0
+    pretraining = json.loads((base_in(tmp_path / "out") / "pretraining.json").read_text())["losses"]
+    assert sum(pretraining[-4:]) < 0.95 * sum(pretraining[:4])
+    results = metrics(tmp_path / "out")["results"]
+    before = results["base16"]["loss"]
+    for key, least in (("qlora", 0.005), ("lora16", 0.005), ("full", 0.3)):
+        assert before - results[key]["loss"] > least, key
+    assert metrics(tmp_path / "out")["options"]["optim"] == name
+
+
+def test_states_in_a_file_give_the_same_numbers(run, tmp_path, monkeypatch):
+    kinds = []
+    original = engines.HostArena
+
+    def arena(*arguments):
+        made = original(*arguments)
+        kinds.append(made.kind)
+        return made
+
+    monkeypatch.setattr(engines, "HostArena", arena)
+    folder = tmp_path / "states"
+    folder.mkdir()
+    assert run() == 0
+    assert run("--page-file", str(folder), "--page-budget", str(1 << 30), out="paged") == 0
+    assert kinds[0] == "host memory"
+    assert kinds[-1] == "a memory-mapped file"
+    assert losses(tmp_path / "out") == losses(tmp_path / "paged")
+    assert not os.listdir(folder), "the file has a name"
+
+
+def test_no_room_for_the_states_is_one_sentence(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert run("--page-file", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert f"in a file in {tmp_path}, which cannot be had" in error
+    assert error.count("\n") == 1
+
+
 def test_pairs_and_epochs(run, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}+1=", "completion": str(i + 1)}) for i in range(20)))
@@ -240,6 +320,13 @@ def test_what_cannot_be_written_is_found_before_the_training(run, tmp_path, monk
 
 
 def test_options_refuse_nonsense():
-    for field, value in (("rank", 0), ("steps", 0), ("lr", -1.0), ("held_out", 1.0), ("tiny_hidden", 65)):
+    for field, value in (
+        ("rank", 0),
+        ("steps", 0),
+        ("lr", -1.0),
+        ("optim", "sgd"),
+        ("held_out", 1.0),
+        ("tiny_hidden", 65),
+    ):
         with pytest.raises(InputError, match=f"--{field.replace('_', '-')}"):
             finetune.Options(**{field: value}).resolve()

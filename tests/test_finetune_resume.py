@@ -19,6 +19,7 @@ from small_runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics,
 
 from qlora_kernels.cli import main
 from qlora_kernels.finetune import run as run_module
+from qlora_kernels.finetune.options import Options
 from qlora_kernels.finetune.train import Trainer
 from qlora_kernels.quantize_folder import quantize_folder
 
@@ -63,6 +64,28 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(run, whole, tmp_path, monke
     first, second = (load_file(o / "adapter" / "adapter_model.safetensors") for o in (tmp_path / "out", whole))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_lion", "adamw"])
+def test_resume_with_every_optimizer(run, tmp_path, monkeypatch, name):
+    options = ("--optim", name, "--weight-decay", "0.1")
+    assert run(*options, out="whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, "qlora", 2)
+        assert run(*options) == 130
+    paged = () if name == "adamw" else ("--page-file", str(tmp_path))  # where states lie is no part of the run
+    assert run(*options, *paged, "--resume") == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    first, second = (load_file(tmp_path / o / "adapter" / "adapter_model.safetensors") for o in ("out", "whole"))
+    assert all(torch.equal(first[key], second[key]) for key in second)
+
+
+def test_a_checkpoint_without_an_optimizer_s_name_is_of_torch_s():
+    options = Options().resolve()
+    earlier = {key: value for key, value in options.decisive().items() if key != "optim"}
+    assert options.differences(earlier) == ["--optim was adamw and is paged_adamw"]
+    options.optim = "adamw"
+    assert options.differences(earlier) == []
 
 
 @pytest.mark.parametrize("save_every", ["2", "0"])
@@ -131,6 +154,7 @@ def test_resume_refuses_another_run(run, tmp_path, monkeypatch, capsys, hf_folde
     other.write_text("some other text that is long enough to train on\n" * 50)
     for more, expected in (
         (("--lr", "0.5"), "--lr was 0.004 and is 0.5"),
+        (("--optim", "adamw"), "--optim was paged_adamw and is adamw"),
         (("--rank", "2"), "--rank was 4 and is 2"),
         (("--eval-tokens", "256"), "--eval-tokens was 512 and is 256"),
         (("--data", str(other)), "--data was None"),

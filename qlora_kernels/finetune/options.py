@@ -12,12 +12,13 @@ from ..errors import InputError
 
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE = ("auto", "bfloat16", "float32")
+OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit", "paged_lion", "adamw")
 
 # Options that decide the numbers of a run: --resume refuses to go on when one of them has changed.
 _DECISIVE = (
-    "model", "data", "held_out", "seq_len", "steps", "epochs", "batch_size", "grad_accum", "lr", "full_lr", "warmup",
-    "schedule", "weight_decay", "max_grad_norm", "seed", "rank", "alpha", "lora_dropout", "rslora", "target_modules",
-    "double_quant", "compute", "compare", "device", "eval_tokens", "tiny_hidden", "tiny_layers",
+    "model", "data", "held_out", "seq_len", "steps", "epochs", "batch_size", "grad_accum", "optim", "lr", "full_lr",
+    "warmup", "schedule", "weight_decay", "max_grad_norm", "seed", "rank", "alpha", "lora_dropout", "rslora",
+    "target_modules", "double_quant", "compute", "compare", "device", "eval_tokens", "tiny_hidden", "tiny_layers",
     "tiny_seq_len", "pretrain_steps",
 )  # fmt: skip
 
@@ -39,6 +40,9 @@ class Options:
     batch_size: int = 8
     grad_accum: int = 1
     gradient_checkpointing: bool = False
+    optim: str = "paged_adamw"
+    page_file: str | None = None
+    page_budget: int | None = None
     lr: float | None = None
     full_lr: float | None = None
     warmup: float = 0.05
@@ -85,9 +89,19 @@ class Options:
         # The tiny model never saw a longer sequence than it was pretrained on.
         self.seq_len = self.seq_len or (self.tiny_seq_len if self.is_tiny else 512)
         # A tiny model takes, and needs, far larger steps than one of billions of parameters.
-        self.lr = self.lr if self.lr is not None else (4e-3 if self.is_tiny else 2e-4)
-        self.full_lr = self.full_lr if self.full_lr is not None else (1e-3 if self.is_tiny else 1e-5)
+        self.lr = self.lr if self.lr is not None else self.usual_lr(4e-3 if self.is_tiny else 2e-4)
+        self.full_lr = self.full_lr if self.full_lr is not None else self.usual_lr(1e-3 if self.is_tiny else 1e-5)
         return self
+
+    def usual_lr(self, adamw: float) -> float:
+        """The learning rate that does with the optimizer what ``adamw`` does with AdamW.
+
+        Lion wants a third to a tenth (Chen et al. 2023, section 5): its steps are as long as they can be. For the tiny
+        model, by trial: of a third, a fifth and a tenth the first gives the lowest losses.
+        """
+        if self.optim != "paged_lion":
+            return adamw
+        return adamw / 3 if self.is_tiny else adamw / 10
 
     def _check(self) -> None:
         positive = (
@@ -97,7 +111,7 @@ class Options:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{_flag(name)} should be at least 1, found {getattr(self, name)}")
-        for name in ("steps", "epochs", "lr", "full_lr", "alpha", "train_seconds", "pretrain_seconds"):
+        for name in ("steps", "epochs", "lr", "full_lr", "alpha", "page_budget", "train_seconds", "pretrain_seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{_flag(name)} should be positive, found {value}")
@@ -123,6 +137,13 @@ class Options:
             raise InputError(f"--schedule should be one of {', '.join(SCHEDULES)}, found {self.schedule}")
         if self.compute not in COMPUTE:
             raise InputError(f"--compute should be one of {', '.join(COMPUTE)}, found {self.compute}")
+        if self.optim not in OPTIMIZERS:
+            raise InputError(f"--optim should be one of {', '.join(OPTIMIZERS)}, found {self.optim}")
+        for name in ("page_file", "page_budget"):
+            if self.optim == "adamw" and getattr(self, name) is not None:
+                raise InputError(f"{_flag(name)} needs a paged optimizer, and --optim is adamw")
+        if self.page_file is not None and not os.path.isdir(self.page_file):
+            raise InputError(f"--page-file should be a folder that is there, found {self.page_file}")
 
     def targets(self) -> str | list[str]:
         """``target_modules`` as :func:`qlora_kernels.quantize_model` takes it."""
@@ -137,7 +158,7 @@ class Options:
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """What differs from the options of an earlier run, one phrase each."""
-        now = self.decisive()
+        now, earlier = self.decisive(), {"optim": "adamw", **earlier}  # the only one, before there was a choice
         return [
             f"{_flag(name)} was {earlier[name]} and is {now[name]}"
             for name in _DECISIVE
@@ -204,12 +225,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(group, "grad_accum", "forward passes in an optimizer step")
     add(group, "seq_len", "tokens in a sequence (default 128 for tiny, else 512)", type=int)
     add(group, "gradient_checkpointing", "recompute activations in the backward pass: less memory, more time")
-    add(group, "lr", "peak learning rate of the adapters (default 4e-3 for tiny, else 2e-4)", type=float)
-    add(group, "full_lr", "that of full fine-tuning with --compare (default 1e-3 for tiny, else 1e-5)", type=float)
+    add(
+        group,
+        "optim",
+        "paged_adamw, paged_adamw_8bit (a quarter of the states' memory), paged_lion (half of it), or adamw: torch's",
+        choices=OPTIMIZERS,
+        metavar="NAME",
+    )
+    add(group, "page_file", "keep the states of a paged optimizer in a file in this folder (CPU)", metavar="FOLDER")
+    add(
+        group,
+        "page_budget",
+        "most bytes of a paged optimizer's states on the device at a time (CUDA; default: as many as there are)",
+        type=int,
+        metavar="BYTES",
+    )
+    add(
+        group,
+        "lr",
+        "peak learning rate of the adapters (default 4e-3 for tiny, else 2e-4; for paged_lion a third of it for tiny, "
+        "else a tenth)",
+        type=float,
+    )
+    add(
+        group,
+        "full_lr",
+        "that of full fine-tuning with --compare (default 1e-3 for tiny, else 1e-5; for paged_lion likewise less)",
+        type=float,
+    )
     add(group, "warmup", "steps of linear warmup; below 1, a fraction of all steps")
     add(group, "schedule", "learning rate after the warmup", choices=SCHEDULES, metavar="NAME")
-    add(group, "weight_decay", "AdamW's weight decay")
-    add(group, "max_grad_norm", "clip gradients to this norm; 0 does not clip")
+    add(group, "weight_decay", "weight decay, decoupled: parameters shrink by lr times this in a step")
+    add(group, "max_grad_norm", "clip the norm of all gradients to this; 0 does not clip")
     add(group, "seed", "seed of initial values, data order, dropout and sampling")
     group = parser.add_argument_group("adapters")
     add(group, "rank", "rank of the adapters")

@@ -24,7 +24,7 @@ from .train import Phase, Trainer
 END = 256  # id of <|endoftext|>; ids below it are bytes
 _VOCABULARY = 272  # 257, and up to a multiple of 16 for the matrix units
 _BATCH_SIZE = 8
-_LR = 1e-3  # by trial: of 7e-4, 1e-3 and 1.5e-3 the lowest loss after 900 steps of 8 sequences of 128 bytes
+_LR = 1e-3  # AdamW's, by trial: of 7e-4, 1e-3 and 1.5e-3 the lowest loss after 900 steps of 8 sequences of 128 bytes
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings", "__pycache__"}
 _LEAST_BYTES = 500_000
 
@@ -107,7 +107,8 @@ def cache_folder(options: Options, compute: torch.dtype) -> str:
         "seq_len": options.tiny_seq_len,
         "steps": options.pretrain_steps,
         "batch_size": _BATCH_SIZE,
-        "lr": _LR,
+        "optim": options.optim,
+        "lr": options.usual_lr(_LR),
         "seed": options.seed,
         "compute": str(compute),
         "python": sys.version,
@@ -136,7 +137,7 @@ def pretrain(
         title="pretraining",
         model=model,
         data=Windows(text, options.tiny_seq_len, options.seed),
-        lr=_LR,
+        lr=options.usual_lr(_LR),
         steps=options.pretrain_steps,
         batch_size=_BATCH_SIZE,
         autocast=compute if compute != torch.float32 else None,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, sentence
+from ..optim import PagedAdamW, PagedLion
 from ..progress import bar
 from ..signals import Interrupted, StopSignal
 from . import checkpoint as ckpt
@@ -62,9 +63,29 @@ class Trained:
     tokens_per_second: float = 0.0
 
 
-def make_optimizer(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """The one place that chooses the optimizer."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+def make_optimizer(parameters: list[nn.Parameter], lr: float, options: Options) -> torch.optim.Optimizer:
+    """The one place that chooses the optimizer. A paged one clips the gradients within its step."""
+    common = {"lr": lr, "weight_decay": options.weight_decay, "betas": (0.9, 0.99)}
+    if options.optim == "adamw":
+        return torch.optim.AdamW(parameters, **common, fused=True)
+    kind = PagedLion if options.optim == "paged_lion" else PagedAdamW
+    return kind(
+        parameters,
+        **common,
+        state_bits=8 if options.optim == "paged_adamw_8bit" else 32,
+        max_grad_norm=options.max_grad_norm if 0 < options.max_grad_norm < math.inf else None,
+        page_budget=options.page_budget,
+        page_file=options.page_file,
+    )
+
+
+@contextlib.contextmanager
+def _arena() -> Iterator[None]:
+    """Where a paged optimizer makes its arena: that there is no room for it, or too small a budget, in one sentence."""
+    try:
+        yield
+    except (MemoryError, ValueError) as error:
+        raise InputError(f"the optimizer cannot go on: {sentence(error)}") from error
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:
@@ -143,13 +164,14 @@ class Trainer:
         """
         options, device = self.options, self.options.device
         parameters = trainable(phase.model)
-        optimizer = make_optimizer(list(parameters.values()), phase.lr, options.weight_decay)
+        optimizer = make_optimizer(list(parameters.values()), phase.lr, options)
         torch.manual_seed(options.seed)
         trained, total = Trained(), phase.steps
         if self.resumed is not None and self.resumed.phase == phase.name:
             saved = self.resumed
             ckpt.restore_tensors(saved, parameters)
-            optimizer.load_state_dict(saved.optimizer)
+            with _arena():
+                optimizer.load_state_dict(saved.optimizer)
             ckpt.restore_rng(saved.rng, device)
             trained.losses, trained.seconds, trained.steps, total = saved.losses, saved.seconds, saved.step, saved.total
             note(f"resuming {phase.title} after step {saved.step} of {total}")
@@ -205,9 +227,10 @@ class Trainer:
             total_loss += loss.item()
         if not math.isfinite(total_loss):
             raise InputError(f"the loss became {total_loss} at step {step + 1} of {phase.title}; try a smaller --lr")
-        if options.max_grad_norm:
+        if options.max_grad_norm and options.optim == "adamw":
             torch.nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm, foreach=True)
-        optimizer.step()
+        with _arena():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return total_loss, sum(batch.inputs.numel() for batch in batches)
 
