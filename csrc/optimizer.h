@@ -62,17 +62,17 @@ struct OptimizerControl {
 // A value's code is the nearest entry's, that of the smaller magnitude at a midpoint. The search starts from the upper
 // bits of the value: no more than kClimb midpoints lie among the floats that share them.
 struct DynamicMap {
-    static constexpr int kShift = 18;                                  // sign, exponent and 5 bits of the fraction
+    static constexpr int kShift = 17;                                  // of sign, exponent and 6 bits of the fraction
     static constexpr uint32_t kLowest = (127u - 24) << (23 - kShift);  // 2^-24, below the first midpoint
     static constexpr int kKeys = (24 << (23 - kShift)) + 1;            // up to 1 and what is beyond
-    static constexpr int kClimb = 3;
+    static constexpr int kClimb = 2;
 
     float value[256];          // by code
     float midpoint[256 + 4];   // between the magnitudes, ascending; then infinity
     uint8_t start[kKeys + 3];  // of each key: midpoints below all its floats
     int32_t zero;              // the code of zero; codes of positive values follow
 };
-static_assert(DynamicMap::kKeys == 769);
+static_assert(DynamicMap::kKeys == 1537);
 
 const DynamicMap& dynamic_map(bool is_signed);
 

@@ -43,56 +43,120 @@ QLK_INLINE void lion(const StepScalars& s, int count, const float* __restrict g,
     const float decay = s.decay, beta1 = s.beta1, rest1 = s.rest1, beta2 = s.beta2, rest2 = s.rest2, rate = -s.rate;
     for (int i = 0; i < count; ++i) {
         const float u = m[i] * beta1 + rest1 * g[i];
-        const float sign = u > 0 ? 1.0f : u < 0 ? -1.0f : u;
-        p[i] = p[i] * decay + rate * sign;
+        // Zero and NaN are their own sign; compared as integers, which can be done many at a time whatever the set.
+        const uint32_t bits = bits_of(u);
+        const uint32_t sign = (bits & 0x7fffffffu) - 1 < 0x7f800000u ? (bits & 0x80000000u) | 0x3f800000u : bits;
+        p[i] = p[i] * decay + rate * float_of(sign);
         m[i] = m[i] * beta2 + rest2 * g[i];
     }
 }
 
 // ------------------------------------------------------------------------------------------------- 8-bit states
 
-QLK_INLINE void decode_states(const DynamicMap& map, const uint8_t* code, float absmax, int count, float* out) {
-    for (int i = 0; i < count; ++i) out[i] = map.value[code[i]] * absmax;
+// Four bytes for each entry, for gathers; a map's start[] and midpoint[] as in csrc/optimizer.h.
+struct Search {
+    alignas(64) int32_t start[DynamicMap::kKeys + 15];
+    explicit Search(const DynamicMap& map) {
+        for (int i = 0; i < DynamicMap::kKeys + 15; ++i) start[i] = i < DynamicMap::kKeys ? map.start[i] : 0;
+    }
+};
+inline const Search& search_of(bool is_signed) {
+    static const Search with(dynamic_map(true)), without(dynamic_map(false));
+    return is_signed ? with : without;
 }
 
-// How many of the map's midpoints a magnitude is above.
-QLK_INLINE int32_t rank_of(const DynamicMap& map, float magnitude) {
-    const int32_t key =
-        static_cast<int32_t>(bits_of(magnitude) >> DynamicMap::kShift) - static_cast<int32_t>(DynamicMap::kLowest);
-    const int32_t inside = key < 0 ? 0 : key < DynamicMap::kKeys ? key : DynamicMap::kKeys - 1;
-    int32_t rank = map.start[inside];
-    for (int i = 0; i < DynamicMap::kClimb; ++i) rank += magnitude > map.midpoint[rank] ? 1 : 0;
-    return rank;
+QLK_INLINE void decode_states(const DynamicMap& map, const uint8_t* code, float absmax, int count, float* out) {
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16) {
+        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + i)));
+        const __m512 value = _mm512_i32gather_ps(index, map.value, 4);
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(value, _mm512_set1_ps(absmax)));
+    }
+#elif defined(__AVX2__)
+    for (; i + 8 <= count; i += 8) {
+        const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + i)));
+        const __m256 value = _mm256_i32gather_ps(map.value, index, 4);
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(value, _mm256_set1_ps(absmax)));
+    }
+#endif
+    for (; i < count; ++i) out[i] = map.value[code[i]] * absmax;
+}
+
+// How many of the map's midpoints each of `count` magnitudes is above, by the search that csrc/optimizer.h describes.
+QLK_INLINE void ranks_of(const DynamicMap& map, const Search& search, const float* magnitude, int count,
+                         int32_t* rank) {
+    constexpr int kLowest = static_cast<int>(DynamicMap::kLowest), kLast = DynamicMap::kKeys - 1;
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16) {
+        const __m512 x = _mm512_loadu_ps(magnitude + i);
+        __m512i key =
+            _mm512_sub_epi32(_mm512_srli_epi32(_mm512_castps_si512(x), DynamicMap::kShift), _mm512_set1_epi32(kLowest));
+        key = _mm512_min_epi32(_mm512_max_epi32(key, _mm512_setzero_si512()), _mm512_set1_epi32(kLast));
+        __m512i found = _mm512_i32gather_epi32(key, search.start, 4);
+        for (int step = 0; step < DynamicMap::kClimb; ++step) {
+            const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_i32gather_ps(found, map.midpoint, 4), _CMP_GT_OQ);
+            found = _mm512_mask_add_epi32(found, above, found, _mm512_set1_epi32(1));
+        }
+        _mm512_storeu_si512(rank + i, found);
+    }
+#elif defined(__AVX2__)
+    for (; i + 8 <= count; i += 8) {
+        const __m256 x = _mm256_loadu_ps(magnitude + i);
+        __m256i key =
+            _mm256_sub_epi32(_mm256_srli_epi32(_mm256_castps_si256(x), DynamicMap::kShift), _mm256_set1_epi32(kLowest));
+        key = _mm256_min_epi32(_mm256_max_epi32(key, _mm256_setzero_si256()), _mm256_set1_epi32(kLast));
+        __m256i found = _mm256_i32gather_epi32(search.start, key, 4);
+        for (int step = 0; step < DynamicMap::kClimb; ++step) {
+            const __m256 above = _mm256_cmp_ps(x, _mm256_i32gather_ps(map.midpoint, found, 4), _CMP_GT_OQ);
+            found = _mm256_sub_epi32(found, _mm256_castps_si256(above));  // a true lane is -1
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(rank + i), found);
+    }
+#endif
+    for (; i < count; ++i) {
+        const int key = static_cast<int>(bits_of(magnitude[i]) >> DynamicMap::kShift) - kLowest;
+        int found = search.start[key < 0 ? 0 : key < kLast ? key : kLast];
+        for (int step = 0; step < DynamicMap::kClimb; ++step) found += magnitude[i] > map.midpoint[found] ? 1 : 0;
+        rank[i] = found;
+    }
 }
 
 // The codes of up to 256 values, and their constant: the largest magnitude, no larger than float32 has. NaN counts as
 // zero, so that one spoils its own parameter and not those beside it.
 template <bool kSigned>
-inline float encode_states(const DynamicMap& map, float* value, int count, uint8_t* code) {
-    constexpr float kMost = 3.4028234663852886e38f;
-    float largest = 0;
+inline float encode_states(const DynamicMap& map, const float* value, int count, uint8_t* code) {
+    // As integers, whose order is that of non-negative floats: compilers compare those many at a time whatever the set.
+    constexpr uint32_t kInfinity = 0x7f800000u, kMost = kInfinity - 1;
+    alignas(64) uint32_t size[kStateBlock];
+    uint32_t most = 0;
     for (int i = 0; i < count; ++i) {
-        const float magnitude = std::fabs(value[i]);
-        const float finite = magnitude <= kMost ? magnitude : magnitude > kMost ? kMost : 0.0f;
-        value[i] = kSigned && value[i] < 0 ? -finite : finite;
-        largest = finite > largest ? finite : largest;
+        const uint32_t bits = bits_of(value[i]) & 0x7fffffffu, number = bits <= kInfinity ? ~0u : 0u;
+        size[i] = (bits < kMost ? bits : kMost) & number;
     }
-    if (largest == 0) {
+    for (int i = 0; i < count; ++i) most = most > size[i] ? most : size[i];
+    const float largest = float_of(most);
+    if (most == 0) {
         std::memset(code, map.zero, count);
-        return 0;
+        return largest;
     }
     alignas(64) int32_t rank[kStateBlock];
-    for (int i = 0; i < count; ++i) rank[i] = rank_of(map, std::fabs(value[i]) / largest);
+    alignas(64) float magnitude[kStateBlock];
+    for (int i = 0; i < count; ++i) magnitude[i] = float_of(size[i]) / largest;
+    ranks_of(map, search_of(kSigned), magnitude, count, rank);
+    const int32_t zero = map.zero;
     if (kSigned) {
         // -1 is not in the map.
         for (int i = 0; i < count; ++i) {
-            const int32_t below = rank[i] < map.zero ? rank[i] : map.zero;
-            code[i] = static_cast<uint8_t>(value[i] < 0 ? map.zero - below : map.zero + rank[i]);
+            const int32_t below = rank[i] < zero ? rank[i] : zero;
+            code[i] = static_cast<uint8_t>(bits_of(value[i]) >> 31 ? zero - below : zero + rank[i]);
         }
     } else {
         // A second moment that has become zero under a first one that has not would let the parameter jump.
         for (int i = 0; i < count; ++i) {
-            code[i] = static_cast<uint8_t>(rank[i] == 0 && value[i] > 0 ? 1 : rank[i]);
+            const int32_t least = size[i] ? 1 : 0;
+            code[i] = static_cast<uint8_t>(rank[i] > least ? rank[i] : least);
         }
     }
     return largest;
@@ -180,19 +244,29 @@ static void quantize_states(const float* values, uint8_t* code, float* absmax, i
     }
 }
 
-// In float64, where the square of no finite float32 overflows; eight sums side by side, then one after the other.
+// In float64, where the square of no finite float32 overflows, and where it is exact. Sixteen sums side by side, then
+// one after the other.
 template <class T>
 inline double sum_of_squares_typed(const T* values, int64_t count) {
-    double lane[8] = {0};
+    typedef double Lanes __attribute__((vector_size(64)));
+    typedef float Floats __attribute__((vector_size(32)));
+    Lanes sum[2] = {};
     for (int64_t at = 0; at < count; at += kStateBlock) {
         const int size = count - at < kStateBlock ? static_cast<int>(count - at) : kStateBlock;
-        alignas(64) float line[kStateBlock] = {0};
+        alignas(64) float line[kStateBlock];
         to_float(values + at, line, size);
-        for (int i = 0; i < kStateBlock; i += 8) {
-            for (int j = 0; j < 8; ++j) lane[j] += static_cast<double>(line[i + j]) * static_cast<double>(line[i + j]);
+        for (int i = size; i < (size + 15) / 16 * 16; ++i) line[i] = 0;
+        for (int i = 0; i < size; i += 16) {
+            for (int half = 0; half < 2; ++half) {
+                Floats part;
+                std::memcpy(&part, line + i + 8 * half, sizeof part);
+                const Lanes wide = __builtin_convertvector(part, Lanes);
+                sum[half] += wide * wide;
+            }
         }
     }
-    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+    const Lanes both = sum[0] + sum[1];
+    return ((both[0] + both[1]) + (both[2] + both[3])) + ((both[4] + both[5]) + (both[6] + both[7]));
 }
 
 static double sum_of_squares(const void* values, int64_t count, DType dtype) {
