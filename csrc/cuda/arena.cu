@@ -130,6 +130,7 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
     }
     if (measure) optimizer_norm(params, main);
     if (count == 1 && here_[0]) {
+        arrived_[0]->hold(main);  // after page_in() it may be on its way
         return optimizer_step(params, maps, stretches_[0].begin, stretches_[0].end, measure, true, main);
     }
     // What has left in the last step is on the host.
@@ -161,7 +162,9 @@ void Arena::page_in(const Stream& main) {
     done_[0]->hold(in_->get());
     left_[kEvents - 1]->hold(in_->get());
     // What does not stay would only be sent back.
-    if (stretches_[0].leave.empty()) arrive(0);
+    if (!stretches_[0].leave.empty()) return;
+    arrive(0);
+    arrived_[0]->record(in_->get());
 }
 
 void Arena::page_out(const Stream& main) {
