@@ -1,6 +1,7 @@
 """Small cases of each CUDA kernel, held against the CPU's results: python -m bench.gpu_cases
 
-Bit for bit; the layer's products, whose sums have another order, within the rounding of their dtype.
+Bit for bit; the layer's products, whose sums have another order, within the rounding of their dtype. A gradient norm
+is a sum, too: its gradients are chosen so that no order of it rounds, but for one case.
 
 What compute-sanitizer runs. Inputs are made on the CPU and copied, results are copied back and compared there, so that
 this package's kernels are nearly the only ones on the card: for 16-bit layers torch casts bias and gradients. The tool
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_kernels import NF4Weight, backends, default_nested_table, ops
+from qlora_kernels import NF4Weight, PagedAdamW, PagedLion, backends, default_nested_table, ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Weights [N, K] to quantize: a full thread block (256 blocks of 64); two and a part; one weight; one short of a block;
@@ -50,6 +51,21 @@ LINEAR_SHAPES = (
     ((24, 1088), 16, 6, 0.0),
     ((72, 1088), 20, 8, 0.0),
     ((40, 640), 260, 40, 0.1),
+)
+#: Parameters of an optimizer: a chunk of 8192 elements and three; a block of 256 and one; less than a row of 16 bytes;
+#: none; one that never has a gradient. By SHIFTED, the parameter or its gradient lies off 16 bytes.
+OPTIMIZER_COUNTS = (8195, 257, 3, 1030, 0, 700, 300)
+SHIFTED = {3: "parameter", 5: "gradient"}
+WITHOUT_GRADIENT = 6
+OPTIMIZER_STEPS = 3
+#: What a step may be asked for beside the step: (name, settings, what a gradient scaler says).
+OPTIMIZER_EXTRAS = (
+    ("clipped", {"max_grad_norm": 0.5}, None),
+    ("below the norm", {"max_grad_norm": 1e6}, None),
+    ("an infinite gradient left out", {"skip_nonfinite": True}, None),
+    ("scaled by 3", {}, (3.0, 0.0)),
+    ("left out by the scaler", {}, (1024.0, 1.0)),
+    ("clipped, scaled by 3, an infinite gradient left out", {"max_grad_norm": 0.5, "skip_nonfinite": True}, (3.0, 0.0)),
 )
 
 
@@ -204,6 +220,88 @@ def _linear(shape, m, r, dropout, dtype, seed) -> Callable[[str], Sequence[Tenso
     return run
 
 
+def _gradients(step: int, dtype: torch.dtype, seed: int, whole: bool, infinite: bool) -> list[Tensor]:
+    """Gradients of all parameters: those of one differ in size from the next one's.
+
+    With ``whole``, multiples of 1/64 up to 2, whose squares and their sums are exact in float64; with ``infinite``, the
+    second step's hold an infinity.
+    """
+    generator = torch.Generator().manual_seed(100 * seed + step)
+    grads = []
+    for i, count in enumerate(OPTIMIZER_COUNTS):
+        if whole:
+            grad = torch.randint(-127, 128, (count,), generator=generator) / 64
+        else:
+            grad = torch.randn(count, generator=generator) * 10.0 ** (i % 4 - 2)
+        grads.append(grad.to(dtype))
+    if infinite and step == 1:
+        grads[1][200] = torch.inf
+    return grads
+
+
+def _optimizer(kind, dtype, settings, scaler, whole, seed) -> Callable[[str], Sequence[Tensor]]:
+    """Some steps: parameters, states and step counts, and what was found of the gradients."""
+
+    def run(device: str) -> Sequence[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        params = []
+        for i, count in enumerate(OPTIMIZER_COUNTS):
+            start = torch.randn(count, generator=generator).to(dtype)
+            params.append(torch.nn.Parameter(_on(device, start, int(SHIFTED.get(i) == "parameter"))))
+        optimizer = kind(params, lr=0.01, weight_decay=0.1, **settings)
+        if scaler is not None:
+            optimizer.grad_scale, optimizer.found_inf = (_on(device, torch.tensor([one])) for one in scaler)
+        for step in range(OPTIMIZER_STEPS):
+            grads = _gradients(step, dtype, seed, whole, settings.get("skip_nonfinite", False))
+            for i, (p, grad) in enumerate(zip(params, grads)):
+                # One comes a step late: its count stays behind.
+                lacks = i == WITHOUT_GRADIENT or (i == 1 and step == 0)
+                p.grad = None if lacks else _on(device, grad, int(SHIFTED.get(i) == "gradient"))
+            optimizer.step()
+        optimizer.state_dict()  # waits for what is under way
+        states = [tensor for p in params for _, tensor in sorted(optimizer.state[p].items())]
+        found = [torch.tensor([optimizer.grad_norm]), torch.tensor([optimizer.skipped_steps])]
+        return [*params, *states, *found]
+
+    return run
+
+
+def _norm(dtype, seed) -> Callable[[str], Sequence[Tensor]]:
+    """The norm of gradients whose squares no float64 sum holds."""
+
+    def run(device: str) -> Sequence[Tensor]:
+        params = [torch.nn.Parameter(_on(device, torch.zeros(count, dtype=dtype))) for count in OPTIMIZER_COUNTS]
+        optimizer = PagedLion(params, max_grad_norm=0.5)
+        for p, grad in zip(params, _gradients(0, dtype, seed, False, False)):
+            p.grad = _on(device, grad)
+        optimizer.step()
+        return [torch.tensor([optimizer.grad_norm])]
+
+    return run
+
+
+def _optimizers(seed: int) -> Iterator[Case]:
+    """The optimizers' cases, with random numbers of their own from a seed on."""
+    for kind, state_bits in ((PagedAdamW, 32), (PagedAdamW, 8), (PagedLion, 32), (PagedLion, 8)):
+        for dtype in DTYPES:
+            for master in (False,) if dtype == torch.float32 else (False, True):
+                settings = {"state_bits": state_bits, "master_weights": master}
+                name = f"{kind.__name__} {state_bits} bits, {str(dtype).removeprefix('torch.')}"
+                name += ", master weights" if master else ""
+                seed += 1
+                yield Case("optimizer_step", name, _optimizer(kind, dtype, settings, None, False, seed))
+    for extra, more, scaler in OPTIMIZER_EXTRAS:
+        for kind, state_bits, dtype in ((PagedAdamW, 32, torch.float32), (PagedLion, 8, torch.bfloat16)):
+            settings = {"state_bits": state_bits, "master_weights": dtype != torch.float32, **more}
+            name = f"{kind.__name__} {state_bits} bits, {str(dtype).removeprefix('torch.')}, {extra}"
+            seed += 1
+            yield Case("optimizer_step", name, _optimizer(kind, dtype, settings, scaler, True, seed))
+    for dtype in DTYPES:
+        seed += 1
+        name = f"of {str(dtype).removeprefix('torch.')} gradients"
+        yield Case("optimizer_norm", name, _norm(dtype, seed), 1e-6)
+
+
 def cases() -> Iterator[Case]:
     """All of them, always in the same order with the same random numbers."""
     seed = 0
@@ -233,6 +331,7 @@ def cases() -> Iterator[Case]:
             name = f"{count} constants" + (", an irregular table" if irregular else "")
             seed += 1
             yield Case("quantize_absmax", name, _quantize_absmax(count, irregular, seed))
+    yield from _optimizers(seed)
 
 
 def verdict(equal: int, total: int) -> str:

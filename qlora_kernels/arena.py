@@ -256,7 +256,7 @@ def staged(
             where.append(at)
             at += _aligned(end - first)
         plan.append((a, b, tuple(pieces[i]), tuple(pieces[i]), tuple(where)))
-    return plan or [(0, 0, (), (), ())], chunks, 3 * place
+    return plan or [(0, 0, (), (), ())], chunks, min(max(len(plan), 1), 3) * place
 
 
 def no_memory(nbytes: int, where: str, why: str) -> MemoryError:

@@ -265,10 +265,17 @@ class CUDA:
         """Whether the caller's stream is being captured into a CUDA graph."""
         return torch.cuda.is_current_stream_capturing()
 
-    def upload(self, table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A copy on the device that the host does not wait for, and the pinned memory that it comes from."""
-        pinned = table.pin_memory()
-        return pinned, pinned.to(device, non_blocking=True)
+    def pin(self, table: Tensor) -> Tensor:
+        """A copy in memory that the device can read by itself."""
+        return table.pin_memory()
+
+    def send(self, pinned: Tensor, device: torch.device) -> Tensor:
+        """A copy on the device that the host does not wait for."""
+        return pinned.to(device, non_blocking=True)
+
+    def wait(self, device: torch.device) -> None:
+        """Waits for all that the device has been given to do."""
+        torch.cuda.synchronize(device)
 
     def expose(self, owner, address: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Device memory as a tensor that keeps its owner alive."""

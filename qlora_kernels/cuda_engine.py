@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ def host_memory(owner: Any, address: int, count: int, dtype: torch.dtype) -> Ten
 class CudaArena:
     """The extension's Arena, with views of it.
 
+    Managed memory where the card can use it beside the host, and QLORA_KERNELS_MANAGED=0 does not forbid it.
+
     Raises:
         MemoryError: when there is no memory for it.
         ValueError: when the page budget is too small for any step.
@@ -33,19 +36,17 @@ class CudaArena:
     def __init__(self, backend, device: torch.device, layout: Layout, budget: int | None):
         self._backend, self._device, self._layout = backend, device, layout
         ordinal, _ = backend.queue(device)
-        self.managed = backend.kernels.pages_managed(ordinal)
+        forbidden = os.environ.get("QLORA_KERNELS_MANAGED") == "0"
+        self.managed = not forbidden and backend.kernels.pages_managed(ordinal)
         self.chunks = layout.chunks
         if self.managed:
             plan = [(s.begin, s.end, s.arrive, s.leave, ()) for s in arena.stretches(layout, budget)]
             staging = 0
         else:
             plan, self.chunks, staging = arena.staged(layout, budget)
-        self.kind = (
-            "managed memory"
-            if self.managed
-            else "pinned host memory, copied to the device piece by piece (the device "
-            "and the host cannot use managed memory together here)"
-        )
+        why = "QLORA_KERNELS_MANAGED=0" if forbidden else "device and host cannot use managed memory together here"
+        pinned = f"pinned host memory, copied to the device piece by piece ({why})"
+        self.kind = "managed memory" if self.managed else pinned
         try:
             self.native = backend.kernels.Arena(layout.nbytes, layout.header, staging, ordinal)
         except (RuntimeError, MemoryError) as error:
@@ -96,22 +97,28 @@ class CudaEngine:
         self._tables: dict[str, tuple[bytes, Any, Tensor]] = {}
         # Of captured graphs, which copy them at every replay: pinned memory and the device's.
         self._captured: dict[str, list[tuple[Tensor, Tensor]]] = {"tensors": [], "groups": []}
+        # Pinned memory for the next of those: none can be had while a stream is being captured.
+        self._spare: dict[str, Tensor] = {}
 
     def _upload(self, table: np.ndarray) -> Tensor:
-        return self._backend.upload(torch.from_numpy(np.ascontiguousarray(table)), self.device)[1]
+        return self._backend.send(self._backend.pin(torch.from_numpy(np.ascontiguousarray(table))), self.device)
 
     def _table(self, name: str, table: np.ndarray) -> Tensor:
         """On the device: uploaded again only when it has changed."""
         if self._backend.capturing(self.device):
-            pair = self._backend.upload(torch.from_numpy(table), self.device)
-            self._captured[name].append(pair)
-            return pair[1]
+            source, spare = torch.from_numpy(table), self._spare.pop(name, None)
+            pinned = self._backend.pin(source) if spare is None else spare.copy_(source)
+            there = self._backend.send(pinned, self.device)
+            self._captured[name].append((pinned, there))
+            return there
         now, queue = table.tobytes(), self._backend.queue(self.device)
         before = self._tables.get(name)
         if before is not None and before[:2] == (now, queue):
             return before[2]
         there = self._upload(table)
         self._tables[name] = (now, queue, there)
+        if name not in self._spare:
+            self._spare[name] = self._backend.pin(torch.from_numpy(table))
         return there
 
     def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None:
@@ -140,8 +147,12 @@ class CudaEngine:
         )
 
     def refresh(self, groups: np.ndarray) -> None:
-        for source, _ in self._captured["groups"]:
-            source.copy_(torch.from_numpy(groups))
+        table = torch.from_numpy(groups)
+        changed = [source for source, _ in self._captured["groups"] if not torch.equal(source, table)]
+        if changed:
+            self._backend.wait(self.device)  # a replay under way reads what it was launched with
+        for source in changed:
+            source.copy_(table)
 
     def found(self) -> tuple[float, int]:
         return self._norm.item(), int(self._skipped.item())

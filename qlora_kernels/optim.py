@@ -317,7 +317,10 @@ class _Paged(torch.optim.Optimizer):
         return table
 
     def refresh(self) -> None:
-        """Gives the groups' settings, such as a scheduler's lr, to CUDA graphs that have captured a step."""
+        """Gives the groups' settings, such as a scheduler's lr, to CUDA graphs that have captured a step.
+
+        Waits for the device where they have changed: a replay under way goes by the old ones.
+        """
         if self._engine is not None:
             self._engine.refresh(self._hyperparameters())
 

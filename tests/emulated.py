@@ -77,14 +77,22 @@ class Emulated(backends.CUDA):
     def capturing(self, device):
         return self.captures
 
-    def upload(self, table, device):
-        return table, table.clone()
+    def pin(self, table):
+        return table.clone()
+
+    def send(self, pinned, device):
+        return pinned.clone()
+
+    def wait(self, device):
+        self.waits += 1
 
     def expose(self, owner, address, count, dtype, device):
         return cuda_engine.host_memory(owner, address, count, dtype)
 
     #: What a test says of the caller's stream.
     captures = False
+    #: How often the host has waited for the device.
+    waits = 0
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ def test_the_cases_on_the_emulator(capsys):
         "quantize_absmax",
         "dequantize",
         "linear",
+        "optimizer_step",
+        "optimizer_norm",
     }
 
 
@@ -69,6 +71,41 @@ def test_a_wrong_bit_is_found(monkeypatch, capsys, operation):
     assert f"{operation}, " in out
     assert "1 of " in out
     assert "gpu_cases: 0 of " in out
+
+
+@pytest.mark.parametrize("what", ["parameter", "exp_avg_code", "exp_avg_absmax", "master", "step", "norm"])
+def test_a_wrong_step_is_found(monkeypatch, capsys, what):
+    right = gpu_cases.PagedLion.step
+
+    def wrong(self):
+        right(self)
+        if gpu_cases.backends.forced is None:
+            return
+        p = self.param_groups[0]["params"][0]
+        found = {**self.state[p], "parameter": p.detach(), "norm": self._engine._norm}[what]
+        found.reshape(-1)[-1:].view(torch.uint8)[0] ^= 1
+
+    monkeypatch.setattr(gpu_cases.PagedLion, "step", wrong)
+    with emulated():
+        case = "optimizer_step PagedLion 8 bits, bfloat16, clipped, scaled"
+        assert gpu_cases.main(["--only", case], device="cpu") == 1
+    assert "gpu_cases: 0 of 1" in capsys.readouterr().out
+
+
+def test_optimizer_cases_reach_every_path():
+    """Steps are taken and left out, norms clipped and not, and a norm is of every gradient."""
+    with gpu_cases.cpu_kernels():
+        results = {case.name: case.run("cpu") for case in gpu_cases.cases() if case.kernel.startswith("optimizer")}
+    assert len(results) == 20 + 2 * len(gpu_cases.OPTIMIZER_EXTRAS) + 3
+    plain = next(found for name, found in results.items() if name.startswith("PagedAdamW 32"))
+    params = len(gpu_cases.OPTIMIZER_COUNTS)
+    assert [found.item() for found in plain[params + 2 : -2 : 3]] == [3, 2, 3, 3, 3, 3, 0]
+    for extra, more, scaler in gpu_cases.OPTIMIZER_EXTRAS:
+        norm, skipped = (one.item() for one in results[f"PagedAdamW 32 bits, float32, {extra}"][-2:])
+        assert skipped == (3 if scaler and scaler[1] else 1 if "skip_nonfinite" in more else 0)
+        assert (norm > 0.5) == bool(more), extra
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert results[f"of {dtype} gradients"][0].item() > 0
 
 
 def test_an_element_that_is_not_written_is_found(monkeypatch):

@@ -15,13 +15,14 @@ SHAPES = ((3, 5), (0,), (), (256,), (300, 7), (16384,), (129, 130))
 
 def parameters(dtype=torch.float32, shapes=SHAPES):
     generator = torch.Generator().manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    random = (torch.randn(s, generator=generator, device="cpu") for s in shapes)
+    return [torch.nn.Parameter(t.to(torch.get_default_device(), dtype)) for t in random]
 
 
 def set_gradients(params, step, scale=1.0, without=()):
     generator = torch.Generator().manual_seed(100 + step)
     for i, p in enumerate(params):
-        grad = torch.randn(p.shape, generator=generator) * 10.0 ** ((i % 5) - 3) * scale
+        grad = torch.randn(p.shape, generator=generator, device="cpu") * 10.0 ** ((i % 5) - 3) * scale
         p.grad = None if i in without else grad.to(p)
 
 
