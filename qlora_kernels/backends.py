@@ -263,7 +263,8 @@ class CUDA:
 
     def capturing(self, device: torch.device) -> bool:
         """Whether the caller's stream is being captured into a CUDA graph."""
-        return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
 
     def pin(self, table: Tensor) -> Tensor:
         """A copy in memory that the device can read by itself."""

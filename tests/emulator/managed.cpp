@@ -72,6 +72,9 @@ void run_until(Queue* queue, uint64_t position) {
         try {
             operation();
         } catch (...) {
+            // What was to come after it is not done any more, as after an error on a card.
+            queue->done += queue->operations.size();
+            queue->operations.clear();
             running = before;
             throw;
         }
