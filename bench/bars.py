@@ -1,4 +1,4 @@
-"""How fast this package sets out to be: ratios that a run is held against, for two threads and N = K = 4096, bf16.
+"""How fast this package sets out to be: ratios that a run is held against, for two threads and N = K = 4096.
 
 They are shown beside what was reached and asserted nowhere: a time on somebody else's machine is no test.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .common import OURS
-from .contenders import BNB, DENSE, PEFT
+from .contenders import BNB, DENSE, FOREACH, FUSED, PEFT
 
 BARS_SIZE, BARS_THREADS = 4096, 2
 
@@ -38,6 +38,13 @@ BARS = (
     Bar("dequantize", None, BNB, 4),
     Bar("quantize", None, BNB, 20),
 )
+OPTIMIZER_BARS = (
+    Bar("adamw_step", None, FUSED, 1),
+    Bar("adamw_step", None, FOREACH, 3),
+    Bar("adamw_clipped_step", None, FUSED, 1),
+)
+#: By the suite that a result file is of.
+SUITE_BARS = {"linear": BARS, "optimizer": OPTIMIZER_BARS}
 
 
 @dataclass(frozen=True)
@@ -76,21 +83,26 @@ def ratio_to_ours(case: dict[str, Any], contender: dict[str, Any]) -> float | No
     return contender["median_ms"] / find_contender(case, OURS)["median_ms"]
 
 
+def suite_of(results: dict[str, Any]) -> str:
+    """Which of :data:`bench.run.SUITES` a result is of."""
+    return results.get("suite", "linear")
+
+
 def bars_apply(results: dict[str, Any]) -> bool:
     """Whether a result is of the size and threads that the bars are for."""
     s = results["settings"]
     return s["n"] == s["k"] == BARS_SIZE and s["threads"] == BARS_THREADS
 
 
-def judge(results: dict[str, Any], bars: tuple[Bar, ...] = BARS) -> list[Verdict]:
-    """Every bar with what was reached, the worst first.
+def judge(results: dict[str, Any], bars: tuple[Bar, ...] | None = None) -> list[Verdict]:
+    """Every bar (by default of the results' suite) with what was reached, the worst first.
 
     Raises:
         ValueError: when the results have no such case or contender: a bar must not vanish by not being measured.
     """
     cases = {(case["operation"], case["m"]): case for case in results["cases"]}
     verdicts = []
-    for bar in bars:
+    for bar in SUITE_BARS[suite_of(results)] if bars is None else bars:
         where = bar.operation if bar.m is None else f"{bar.operation}, M = {bar.m}"
         case = cases.get((bar.operation, bar.m))
         if case is None:

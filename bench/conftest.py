@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,17 @@ from . import tables
 from .common import Settings
 from .contenders import Lab
 
-_RESULTS = pytest.StashKey[dict[str, Any]]()
+_RESULTS = pytest.StashKey[dict[str, dict[str, Any]]]()  # by suite
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = Settings()
     group = parser.getgroup("qlora_kernels bench")
-    group.addoption("--bench-out", metavar="FILE", help="write what was measured here, as JSON")
+    group.addoption(
+        "--bench-out",
+        metavar="FILE",
+        help="write what was measured here, as JSON; optimizers to optimizer-FILE",
+    )
     group.addoption("--bench-size", type=int, default=default.n, help="N = K (default %(default)s)")
     group.addoption("--bench-threads", type=int, default=default.threads, help="threads (default %(default)s)")
     group.addoption("--bench-seconds", type=float, default=default.seconds, help="for each case (default %(default)s)")
@@ -32,24 +37,31 @@ def lab(pytestconfig: pytest.Config) -> Lab:
         threads=pytestconfig.getoption("--bench-threads"),
         seconds=pytestconfig.getoption("--bench-seconds"),
     )
-    pytestconfig.stash[_RESULTS] = result_files.begin(settings)
+    pytestconfig.stash[_RESULTS] = {suite: result_files.begin(settings, suite) for suite in result_files.PREFIXES}
     return Lab(settings)
 
 
 @pytest.fixture
 def results(lab: Lab, pytestconfig: pytest.Config) -> list[dict[str, Any]]:
     """Where a test leaves what it measured."""
-    return pytestconfig.stash[_RESULTS]["cases"]
+    return pytestconfig.stash[_RESULTS]["linear"]["cases"]
+
+
+@pytest.fixture
+def optimizer_results(lab: Lab, pytestconfig: pytest.Config) -> list[dict[str, Any]]:
+    """Likewise, of optimizers."""
+    return pytestconfig.stash[_RESULTS]["optimizer"]["cases"]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    measured = config.stash.get(_RESULTS, None)
-    if not measured or not measured["cases"]:
-        return
-    path = config.getoption("--bench-out")
-    if path:
-        result_files.save(measured, path)
-    try:
-        terminalreporter.write_line("\n" + tables.terminal(measured))
-    except ValueError as problem:  # a selection of the cases was run
-        terminalreporter.write_line(f"no table: {problem}")
+    out = config.getoption("--bench-out")
+    for suite, measured in config.stash.get(_RESULTS, {}).items():
+        if not measured["cases"]:
+            continue
+        if out:
+            path = Path(out)
+            result_files.save(measured, path if suite == "linear" else path.with_name(f"{suite}-{path.name}"))
+        try:
+            terminalreporter.write_line("\n" + tables.terminal(measured))
+        except ValueError as problem:  # a selection of the cases was run
+            terminalreporter.write_line(f"no table: {problem}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import qlora_kernels
 from qlora_kernels import reference
 
+from .adapter_tensors import AdapterTensors
 from .common import Settings
 
 DENSE = "torch dense bf16"
@@ -19,7 +20,9 @@ BNB_EVAL = "bitsandbytes, eval-mode layer"
 PEFT = "PEFT + bitsandbytes"
 PEFT_EVAL = "PEFT + bitsandbytes, eval mode"
 COPY = "plain copy"
-#: On a card: a copy of as many bytes as this package's call must move, half read and half written.
+FUSED = "torch fused"
+FOREACH = "torch foreach"
+#: A copy of as many bytes as this package's call must move, half read and half written.
 EQUAL_COPY = "copy of as many bytes"
 #: On a card: quantize() as users call it. It looks at its result, and so waits for the device.
 CHECKED = "qlora_kernels, checked"
@@ -124,6 +127,11 @@ class Lab:
             layer.lora_A["default"].copy_(A)
             layer.lora_B["default"].copy_(B)
         return layer
+
+    @cached_property
+    def adapter_tensors(self) -> AdapterTensors:
+        """What optimizers work on."""
+        return AdapterTensors(self.settings)
 
     # -------------------------------------------------------------------------------------------------- inputs
 

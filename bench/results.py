@@ -13,12 +13,15 @@ from .machine import describe_commit, describe_machine, describe_versions
 
 FOLDER = Path(__file__).resolve().parent / "results"
 FORMAT = 1
+#: How the names of result files begin, by suite.
+PREFIXES = {"linear": "cpu-", "optimizer": "optimizer-"}
 
 
-def begin(settings: Settings) -> dict[str, Any]:
+def begin(settings: Settings, suite: str = "linear") -> dict[str, Any]:
     """A new result, without cases; made before the first one, so that the load it notes is not its own."""
     return {
         "format": FORMAT,
+        "suite": suite,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **describe_commit(),
         "machine": describe_machine(),
@@ -46,15 +49,17 @@ def load(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def newest(folder: str | Path = FOLDER, prefix: str = "cpu-") -> Path:
+def newest(folder: str | Path = FOLDER, suite: str = "linear") -> Path:
     """The result file with the latest date inside.
 
     Raises:
         FileNotFoundError: when there is none.
     """
+    prefix = PREFIXES[suite]
     files = list(Path(folder).glob(f"{prefix}*.json"))
     if not files:
         raise FileNotFoundError(
-            f"no {prefix}*.json in {folder}; run: python -m bench.run --out bench/results/cpu-NAME.json"
+            f"no {prefix}*.json in {folder}; run: python -m bench.run --suite {suite} "
+            f"--out bench/results/{prefix}NAME.json"
         )
     return max(files, key=lambda path: (load(path)["date"], path.name))

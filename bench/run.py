@@ -1,4 +1,7 @@
-"""Measures everything and prints the tables: python -m bench.run --out bench/results/cpu-NAME.json
+"""Measures everything of a suite and prints the tables:
+
+python -m bench.run --out bench/results/cpu-NAME.json
+python -m bench.run --suite optimizer --out bench/results/optimizer-NAME.json
 
 ``pytest bench/ --benchmark-only`` measures the same cases under pytest-benchmark.
 """
@@ -11,34 +14,38 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import bench_dequantize, bench_linear_backward, bench_linear_forward, bench_quantize, tables
+from . import bench_dequantize, bench_linear_backward, bench_linear_forward, bench_optimizer, bench_quantize, tables
 from . import results as result_files
 from .common import Case, Settings, measure
 from .contenders import Lab
 
-MODULES = (bench_quantize, bench_dequantize, bench_linear_forward, bench_linear_backward)
+SUITES = {
+    "linear": (bench_quantize, bench_dequantize, bench_linear_forward, bench_linear_backward),
+    "optimizer": (bench_optimizer,),
+}
 
 
-def all_cases(lab: Lab) -> Iterator[Case]:
-    for module in MODULES:
+def all_cases(lab: Lab, suite: str = "linear") -> Iterator[Case]:
+    for module in SUITES[suite]:
         yield from module.cases(lab)
 
 
-def run(settings: Settings, retries: int = 0, show: bool = True) -> dict[str, Any]:
-    """Measures every case.
+def run(settings: Settings, retries: int = 0, show: bool = True, suite: str = "linear") -> dict[str, Any]:
+    """Measures every case of a suite.
 
     Args:
         settings: sizes and durations.
         retries: see :func:`bench.common.measure`.
         show: name each case on stderr as it begins.
+        suite: one of SUITES.
 
     Returns:
         The result, as :func:`bench.results.save` writes it.
     """
-    results = result_files.begin(settings)
+    results = result_files.begin(settings, suite)
     lab = Lab(settings)
     start = time.monotonic()
-    for case in all_cases(lab):
+    for case in all_cases(lab, suite):
         if show:
             print(f"{time.monotonic() - start:6.1f} s  {case.name}", file=sys.stderr, flush=True)
         results["cases"].append(measure(case, settings, retries))
@@ -51,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = Settings()
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", help="write the result here, as JSON")
-    parser.add_argument("--size", type=int, default=default.n, metavar="N", help="N = K (default %(default)s)")
+    parser.add_argument("--suite", choices=SUITES, default="linear", help="what to measure (default %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=default.n, metavar="N", help="N = K, or the hidden size (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=default.threads, metavar="N", help="default %(default)s")
     parser.add_argument(
         "--seconds", type=float, default=default.seconds, metavar="X", help="for each case (default %(default)s)"
@@ -74,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=arguments.seconds,
         min_rounds=arguments.min_rounds,
     )
-    results = run(settings, arguments.retries)
+    results = run(settings, arguments.retries, suite=arguments.suite)
     if arguments.out:
         result_files.save(results, arguments.out)
     print(tables.terminal(results))

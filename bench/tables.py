@@ -1,6 +1,6 @@
 """Tables and the plot, from a result file: no figure in README.md is typed by hand.
 
-python -m bench.tables            # README's table and the plot from the newest file in bench/results/
+python -m bench.tables            # README's tables and the plot from the newest files in bench/results/
 python -m bench.tables FILE       # only prints
 """
 
@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from . import results as result_files
-from .bars import BARS_SIZE, BARS_THREADS, bars_apply, find_contender, judge, ratio_to_ours, title_of
+from .bars import BARS_SIZE, BARS_THREADS, bars_apply, find_contender, judge, ratio_to_ours, suite_of, title_of
 from .common import OURS, QUIET
-from .contenders import BNB, BNB_EVAL, COPY, DENSE, PEFT, PEFT_EVAL
+from .contenders import BNB, BNB_EVAL, COPY, DENSE, EQUAL_COPY, FOREACH, FUSED, PEFT, PEFT_EVAL
 from .machine import ROOT
 
 README = ROOT / "README.md"
 PLOT = result_files.FOLDER / "cpu.png"
 
-_COLUMNS = (OURS, DENSE, BNB, BNB_EVAL, PEFT, PEFT_EVAL)
+_COLUMNS = (OURS, DENSE, FUSED, FOREACH, BNB, BNB_EVAL, PEFT, PEFT_EVAL)
 _HEADINGS = {OURS: "this package", DENSE: "torch, dense bf16", BNB_EVAL: "bitsandbytes, eval-mode layer"}
-_BEGIN, _END = "<!-- table: cpu -->", "<!-- /table -->"
+#: What README says between the markers of a suite.
+_BEGINS, _END = {"linear": "<!-- table: cpu -->", "optimizer": "<!-- table: optimizer -->"}, "<!-- /table -->"
+NOT_MEASURED = "Speed: not measured yet."
 
 
 def terminal(results: dict[str, Any]) -> str:
@@ -81,9 +83,12 @@ def _machine_line(results: dict[str, Any]) -> str:
     virtual = "virtual machine, " if m["virtual"] else ""
     others = max((case["other_processes"] or 0 for case in results["cases"]), default=0)
     busy = f"; other processes took up to {others:.0%} of the machine meanwhile" if others > QUIET else ""
+    size = f"N = {s['n']}, K = {s['k']}"
+    if suite_of(results) == "optimizer":
+        size = f"hidden size {s['n']}, r = {s['rank']}"
     return (
         f"{m['cpu']} ({virtual}{m['usable_cores']} cores, kernels for {m['isa_in_use']}), {s['threads']} threads, "
-        f"N = {s['n']}, K = {s['k']}, torch {v['torch']}, bitsandbytes {v['bitsandbytes']}, PEFT {v['peft']}, "
+        f"{size}, torch {v['torch']}, bitsandbytes {v['bitsandbytes']}, PEFT {v['peft']}, "
         f"{v['compiler']}, commit {commit}, {results['date'][:10]}{busy}"
     )
 
@@ -134,6 +139,12 @@ def _notes(results: dict[str, Any], ours: list[tuple[dict[str, Any], dict[str, A
         (first, few), (last, many) = forward[0], forward[-1]
         notes.append(f"At M = {first} this package reads packed weights at {few['gb_per_s']:.0f} GB/s")
         notes.append(f"at M = {last} it multiplies at {many['gflop_per_s']:.0f} GFLOP/s")
+    steps = [o for c, o in ours if c["operation"] == "adamw_step"]
+    if steps:
+        notes.append(f"A step of AdamW moves {steps[0]['gb_per_s']:.0f} GB/s (28 bytes a parameter)")
+    equal = [c for case in results["cases"] if (c := find_contender(case, EQUAL_COPY)) and "failed" not in c]
+    if equal:
+        notes.append(f"a copy of as many bytes {equal[0]['gb_per_s']:.0f} GB/s")
     copies = [c for case in results["cases"] if (c := find_contender(case, COPY)) and "failed" not in c]
     if copies:
         notes.append(f"a plain copy into a new tensor moves {copies[0]['gb_per_s']:.0f} GB/s (read and write)")
@@ -181,16 +192,36 @@ def source_note(results: dict[str, Any], source: str) -> str:
     return f"{source} {results['date']}"
 
 
-def replace_table(text: str, table: str) -> str:
-    """README's text with the table between the markers.
+def replace_table(text: str, table: str, suite: str = "linear") -> str:
+    """README's text with the table between the markers of a suite.
 
     Raises:
         ValueError: when the markers are missing.
     """
-    pattern = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+    begin = _BEGINS[suite]
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(_END), re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"the text should hold the markers {_BEGIN} and {_END}")
-    return pattern.sub(lambda _: f"{_BEGIN}\n{table}\n{_END}", text)
+        raise ValueError(f"the text should hold the markers {begin} and {_END}")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{_END}", text)
+
+
+def filled(text: str) -> str:
+    """README's text with the tables of the newest results.
+
+    Raises:
+        ValueError: when markers are missing.
+        FileNotFoundError: when the layer was never measured; of optimizers the text says so.
+    """
+    for suite in _BEGINS:
+        try:
+            path = result_files.newest(suite=suite)
+        except FileNotFoundError:
+            if suite == "linear":
+                raise
+            text = replace_table(text, NOT_MEASURED, suite)
+        else:
+            text = replace_table(text, markdown(result_files.load(path), relative(path)), suite)
+    return text
 
 
 def relative(path: Path) -> str:
@@ -207,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     path = result_files.newest()
     results = result_files.load(path)
-    README.write_text(replace_table(README.read_text(), markdown(results, relative(path))))
+    README.write_text(filled(README.read_text()))
     plot(results, PLOT, relative(path))
-    print(f"README.md and {relative(PLOT)} from {relative(path)}")
+    print(f"README.md and {relative(PLOT)} from {relative(path)} and what there is of other suites")
     return 0
 
 

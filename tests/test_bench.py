@@ -18,9 +18,9 @@ if not (ROOT / "bench" / "run.py").is_file():
 sys.path.append(str(ROOT))  # bench is no part of the installed package
 
 from bench import common, results, run, tables  # noqa: E402
-from bench.bars import BARS, Bar, judge  # noqa: E402
+from bench.bars import BARS, OPTIMIZER_BARS, SUITE_BARS, Bar, judge  # noqa: E402
 from bench.common import OURS, Case, Contender, Measurement, Ready, Settings  # noqa: E402
-from bench.contenders import BNB, DENSE, PEFT, Lab  # noqa: E402
+from bench.contenders import BNB, DENSE, EQUAL_COPY, FOREACH, FUSED, PEFT, Lab  # noqa: E402
 
 TINY = Settings(n=256, k=256, threads=1, seconds=0.0, min_rounds=2)
 
@@ -40,6 +40,12 @@ def tiny(tmp_path_factory) -> dict:
     return results.load(path)
 
 
+@pytest.fixture(scope="module")
+def tiny_optimizer() -> dict:
+    """The optimizers' suite, for the adapters of a model with 256 columns."""
+    return run.run(TINY, show=False, suite="optimizer")
+
+
 def fake(prepare_other, name: str = BNB) -> Case:
     """A case in which this package doubles a number, against one other contender."""
     ours = Ready(lambda i: torch.tensor(2.0), lambda y: abs(y.item() - 2), 0.1, bytes=8)
@@ -49,11 +55,26 @@ def fake(prepare_other, name: str = BNB) -> Case:
 # ------------------------------------------------------------------------------------------------------- README
 
 
-def test_readme_shows_the_newest_result():
-    path = results.newest()
+def test_readme_shows_the_newest_results():
     text = (ROOT / "README.md").read_text()
-    expected = tables.replace_table(text, tables.markdown(results.load(path), tables.relative(path)))
-    assert text == expected, "README.md is out of date; run: python -m bench.tables"
+    assert text == tables.filled(text), "README.md is out of date; run: python -m bench.tables"
+    path = results.newest()
+    assert tables.markdown(results.load(path), tables.relative(path)) in text
+
+
+def test_readme_has_a_table_for_each_suite(tmp_path, monkeypatch, tiny, tiny_optimizer):
+    text = "<!-- table: cpu -->\nold\n<!-- /table -->\nmiddle\n<!-- table: optimizer -->\nold\n<!-- /table -->\n"
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(results.newest, "__defaults__", (tmp_path, "linear"))
+    results.save(tiny, tmp_path / "cpu-x.json")
+    linear = tables.markdown(tiny, "cpu-x.json")
+    without = tables.filled(text)
+    assert without == tables.replace_table(tables.replace_table(text, linear), tables.NOT_MEASURED, "optimizer")
+    results.save(tiny_optimizer, tmp_path / "optimizer-x.json")
+    table = tables.markdown(tiny_optimizer, "optimizer-x.json")
+    assert "| | this package | torch fused | torch foreach | bitsandbytes |" in table
+    assert "a copy of as many bytes" in table
+    assert tables.filled(text) == without.replace(tables.NOT_MEASURED, table)
 
 
 def test_plot_is_of_the_newest_result():
@@ -68,8 +89,10 @@ def test_newest_goes_by_the_date_inside(tmp_path):
     for name, date in (("cpu-z", "2020-01-01T00:00:00+00:00"), ("cpu-a", "2021-01-01T00:00:00+00:00")):
         results.save({"format": results.FORMAT, "date": date}, tmp_path / f"{name}.json")
     assert results.newest(tmp_path).name == "cpu-a.json"
-    with pytest.raises(FileNotFoundError, match=r"bench\.run"):
+    with pytest.raises(FileNotFoundError, match=r"bench\.run --suite linear --out bench/results/cpu-NAME"):
         results.newest(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="--suite optimizer"):
+        results.newest(tmp_path, "optimizer")
 
 
 def test_table_needs_its_markers():
@@ -86,12 +109,18 @@ def test_foreign_result_file_is_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------------- bars
 
 
-def test_every_bar_of_a_run_has_its_verdict(tiny):
-    verdicts = judge(tiny)
-    assert len(verdicts) == len(BARS)
+@pytest.mark.parametrize(("fixture", "bars"), [("tiny", BARS), ("tiny_optimizer", OPTIMIZER_BARS)])
+def test_every_bar_of_a_run_has_its_verdict(fixture, bars, request):
+    verdicts = judge(request.getfixturevalue(fixture))
+    assert len(verdicts) == len(bars)
+    assert {v.bar for v in verdicts} == set(bars)
     assert [v.share for v in verdicts] == sorted(v.share for v in verdicts)
     for v in verdicts:
         assert v.word == ("not measured" if v.ratio is None else "pass" if v.ratio >= v.bar.at_least else "miss")
+
+
+def test_suites_are_those_that_have_bars_and_files():
+    assert set(run.SUITES) == set(SUITE_BARS) == set(results.PREFIXES)
 
 
 @pytest.mark.parametrize("table", [judge, tables.terminal, lambda r: tables.markdown(r, "x.json")])
@@ -208,6 +237,51 @@ def test_tiny_run_measures_every_case(tiny):
     assert "M = 2048" in tables.terminal(tiny)
 
 
+def test_tiny_run_of_the_optimizers(tiny_optimizer):
+    """All compute the same, on 448 tensors; and the bytes are those of what a step reads and writes."""
+    found = {case["operation"]: case["contenders"] for case in tiny_optimizer["cases"]}
+    assert list(found) == ["adamw_step", "adamw_clipped_step", "adamw_8bit_step", "lion_step"]
+    tensors = Lab(TINY).adapter_tensors
+    assert len(tensors.parameters) == 448
+    assert tensors.count == 16 * 32 * (4 * 512 + 3 * (256 + 688))
+    bytes_each = {"adamw_step": 28, "adamw_clipped_step": 32, "adamw_8bit_step": 16.0625, "lion_step": 20}
+    for operation, contenders in found.items():
+        ours = contenders[0]
+        assert ours["name"] == OURS
+        assert ours["gb_per_s"] == pytest.approx(bytes_each[operation] * tensors.count / ours["median_ms"] / 1e6)
+        for contender in contenders:
+            assert ("failed" in contender) != ("median_ms" in contender)
+            assert "wrong result" not in contender.get("failed", "")
+            if contender["name"] in (FUSED, FOREACH, EQUAL_COPY):
+                assert "failed" not in contender
+    text = tables.terminal(tiny_optimizer)
+    assert "hidden size 256, r = 16" in text
+    assert "AdamW with clipping" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("adamw", {"lr": 1.01e-3}),
+        ("adamw", {"betas": (0.9, 0.99)}),
+        ("adamw", {"betas": (0.8, 0.999)}),
+        ("adamw", {"weight_decay": 0.0}),
+        ("adamw_clipped", {"max_grad_norm": None}),
+        ("adamw_8bit", {"lr": 1.5e-3}),
+        ("lion", {"betas": (0.99, 0.99)}),
+    ],
+)
+def test_an_optimizer_that_does_something_else_is_not_timed(case, options, monkeypatch):
+    from bench import bench_optimizer
+
+    name = "PagedLion" if case == "lion" else "PagedAdamW"
+    original = getattr(bench_optimizer, name)
+    monkeypatch.setattr(bench_optimizer, name, lambda params, **given: original(params, **{**given, **options}))
+    lab = Lab(Settings(n=64, k=64, threads=1, seconds=0.0, min_rounds=1))
+    with pytest.raises(common.WrongResult):
+        Measurement(getattr(bench_optimizer, case)(lab), lab.settings)
+
+
 def test_dequantizing_into_a_given_tensor_is_a_row_of_its_own(tiny):
     """And no bar's: those are for a new tensor."""
     given = [c["contenders"][0] for c in tiny["cases"] if c["operation"] == "dequantize_out"]
@@ -218,7 +292,7 @@ def test_dequantizing_into_a_given_tensor_is_a_row_of_its_own(tiny):
 
 
 def test_command_writes_a_result_and_a_plot(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "run", lambda settings, retries: tiny)
+    monkeypatch.setattr(run, "run", lambda settings, retries, suite: tiny)
     assert run.main(["--out", str(tmp_path / "new" / "cpu-x.json"), "--size", "256"]) == 0
     assert "bars" in capsys.readouterr().out
     assert results.load(tmp_path / "new" / "cpu-x.json") == tiny

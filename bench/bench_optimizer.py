@@ -1,0 +1,169 @@
+"""Optimizers' steps over the 448 adapter tensors of a model of 7 billion parameters: r = 16, float32, 40 M elements."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from qlora_kernels import PagedAdamW, PagedLion
+
+from .adapter_tensors import SCALES, adamw_moves, lion_moves
+from .common import CLOCK, OURS, Case, Contender, Ready, run_under_pytest
+from .contenders import BNB, EQUAL_COPY, FOREACH, FUSED, Lab
+
+LR, LION_LR, DECAY, EPS = 1e-3, 1e-4, 0.01, 1e-8
+BETAS, LION_BETAS = (0.9, 0.999), (0.9, 0.99)
+MAX_GRAD_NORM = 1.0
+ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+LION = {"lr": LION_LR, "betas": LION_BETAS, "weight_decay": DECAY}
+
+# Of a step's length, after one to four. Rounding parameters to float32 makes 1e-5 of Lion's, which are the shortest.
+LIMIT = 1e-4
+# States of 8 bits: a moment is rounded to one of 256 levels in every step, and so moves the next.
+LIMIT_8BIT = 0.3
+
+# Bytes an element: what a step must read and write. p and g of float32, p again; then a moment, both ways.
+PARAMETER, MOMENT, MOMENT_8BIT = 12, 8, 2 * (1 + 4 / 256)
+NORM = 4  # the gradients once before
+
+
+def adamw(lab: Lab) -> Case:
+    make = _maker(lab, _adamw_error(lab, None), LIMIT, PARAMETER + 2 * MOMENT)
+    contenders = [
+        Contender(OURS, make(lambda params: PagedAdamW(params, **ADAMW).step)),
+        Contender(FUSED, make(lambda params: torch.optim.AdamW(params, **ADAMW, fused=True).step)),
+        Contender(FOREACH, make(lambda params: torch.optim.AdamW(params, **ADAMW, foreach=True).step)),
+        Contender(BNB, make(lambda params: _bitsandbytes("PagedAdamW32bit", params, **ADAMW))),
+        Contender(EQUAL_COPY, _copy(lab, PARAMETER + 2 * MOMENT)),
+    ]
+    return Case("adamw_step", "AdamW", None, None, contenders)
+
+
+def adamw_clipped(lab: Lab) -> Case:
+    make = _maker(lab, _adamw_error(lab, MAX_GRAD_NORM), LIMIT, PARAMETER + 2 * MOMENT + NORM)
+
+    def clipping(**kind: bool) -> Callable[[list], Callable[[], object]]:
+        def made(params: list) -> Callable[[], object]:
+            optimizer = torch.optim.AdamW(params, **ADAMW, **kind)
+
+            def call() -> None:
+                torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+                optimizer.step()
+
+            return call
+
+        return made
+
+    contenders = [
+        Contender(OURS, make(lambda params: PagedAdamW(params, **ADAMW, max_grad_norm=MAX_GRAD_NORM).step)),
+        Contender(FUSED, make(clipping(fused=True))),
+        Contender(FOREACH, make(clipping(foreach=True))),
+    ]
+    return Case("adamw_clipped_step", "AdamW with clipping", None, None, contenders)
+
+
+def adamw_8bit(lab: Lab) -> Case:
+    make = _maker(lab, _adamw_error(lab, None), LIMIT_8BIT, PARAMETER + 2 * MOMENT_8BIT)
+    wide = _maker(lab, _adamw_error(lab, None), LIMIT, PARAMETER + 2 * MOMENT)
+    contenders = [
+        Contender(OURS, make(lambda params: PagedAdamW(params, **ADAMW, state_bits=8).step)),
+        Contender(FUSED, wide(lambda params: torch.optim.AdamW(params, **ADAMW, fused=True).step)),
+        Contender(BNB, make(lambda params: _bitsandbytes("AdamW8bit", params, **ADAMW))),
+    ]
+    return Case("adamw_8bit_step", "AdamW, 8-bit states", None, None, contenders)
+
+
+def lion(lab: Lab) -> Case:
+    tensors = lab.adapter_tensors
+
+    def error(steps: int) -> float:
+        return tensors.error(lion_moves(tensors.scales(steps, None), LION_LR, LION_BETAS), 1 - LION_LR * DECAY)
+
+    make = _maker(lab, error, LIMIT, PARAMETER + MOMENT)
+    contenders = [
+        Contender(OURS, make(lambda params: PagedLion(params, **LION).step)),
+        Contender(BNB, make(lambda params: _bitsandbytes("PagedLion32bit", params, **LION))),
+    ]
+    return Case("lion_step", "Lion", None, None, contenders)
+
+
+CASES = (adamw, adamw_clipped, adamw_8bit, lion)
+
+
+def cases(lab: Lab) -> Iterator[Case]:
+    for case in CASES:
+        yield case(lab)
+
+
+def _adamw_error(lab: Lab, max_grad_norm: float | None) -> Callable[[int], float]:
+    tensors = lab.adapter_tensors
+
+    def error(steps: int) -> float:
+        moves = adamw_moves(tensors.scales(steps, max_grad_norm), LR, BETAS, EPS)
+        return tensors.error(moves, 1 - LR * DECAY)
+
+    return error
+
+
+def _maker(lab: Lab, error: Callable[[int], float], limit: float, bytes_each: float) -> Callable:
+    """From what makes an optimizer's step to what prepares a contender.
+
+    All work on the same parameters and gradients. The first steps are verified, with gradients that change in between;
+    those that are timed go on with the last ones.
+    """
+    tensors = lab.adapter_tensors
+
+    def make(made: Callable[[list], Callable[[], object]]) -> Callable[[], Ready]:
+        def prepare() -> Ready:
+            tensors.set_step(0)
+            step, done = made(tensors.parameters), 0
+
+            def checked(_: object) -> float:
+                nonlocal done
+                done += 1
+                found = error(done)
+                tensors.set_step(done if done < len(SCALES) else len(SCALES) - 1)
+                return found
+
+            return Ready(lambda _: step(), checked, limit, round(bytes_each * tensors.count))
+
+        return prepare
+
+    return make
+
+
+def _bitsandbytes(name: str, params: list, **options) -> Callable[[], object]:
+    from bitsandbytes import optim
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = getattr(optim, name)(params, **options)
+
+    def call() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the CPU the paged ones are not
+            optimizer.step()
+
+    return call
+
+
+def _copy(lab: Lab, bytes_each: int) -> Callable[[], Ready]:
+    """As many bytes as a step reads and writes, half of them read, into memory that has been touched before."""
+
+    def prepare() -> Ready:
+        count = lab.adapter_tensors.count * bytes_each // 8
+        source, out = torch.ones(count), torch.zeros(count)
+        return Ready(
+            lambda _: out.copy_(source), lambda result: 0.0 if torch.equal(result, source) else 1.0, 0.5, 8 * count
+        )
+
+    return prepare
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.__name__ for case in CASES])
+@pytest.mark.benchmark(group="optimizer", timer=CLOCK)
+def test_optimizer(benchmark, lab, optimizer_results, case):
+    optimizer_results.append(run_under_pytest(benchmark, case(lab), lab.settings))
