@@ -268,7 +268,7 @@ def test_tiny_run_of_the_optimizers(tiny_optimizer):
         ("adamw", {"weight_decay": 0.0}),
         ("adamw_clipped", {"max_grad_norm": None}),
         ("adamw_8bit", {"lr": 1.5e-3}),
-        ("lion", {"betas": (0.1, 0.99)}),
+        ("lion", {"betas": (0.99, 0.99)}),
     ],
 )
 def test_an_optimizer_that_does_something_else_is_not_timed(case, options, monkeypatch):
