@@ -63,9 +63,9 @@ void bind_cuda(py::module_ m) {
         return qlk::cuda::linear_scratch(rows, n, k, r, dtype_of(dtype), backward, device);
     });
 
-    // begin, end, arrive, leave, staged: see csrc/cuda/arena.h.
-    using Plan =
-        std::vector<std::tuple<int64_t, int64_t, qlk::cuda::Intervals, qlk::cuda::Intervals, std::vector<int64_t>>>;
+    // begin, end, arrive, leave, staged, stays: see csrc/cuda/arena.h.
+    using Plan = std::vector<
+        std::tuple<int64_t, int64_t, qlk::cuda::Intervals, qlk::cuda::Intervals, std::vector<int64_t>, bool>>;
     using qlk::cuda::Arena;
     py::class_<Arena>(m, "Arena")
         .def(py::init<int64_t, int64_t, int64_t, int>(), py::arg("bytes"), py::arg("header"), py::arg("staging"),
@@ -77,9 +77,9 @@ void bind_cuda(py::module_ m) {
             "plan",
             [](Arena& a, const Plan& plan) {
                 std::vector<qlk::cuda::Stretch> stretches;
-                for (const auto& [begin, end, arrive, leave, staged] : plan) {
+                for (const auto& [begin, end, arrive, leave, staged, stays] : plan) {
                     QLK_CHECK(staged.empty() || staged.size() == arrive.size(), "a place for each interval");
-                    stretches.push_back({begin, end, arrive, leave, staged});
+                    stretches.push_back({begin, end, arrive, leave, staged, stays});
                 }
                 a.plan(std::move(stretches));
             },
@@ -99,6 +99,7 @@ void bind_cuda(py::module_ m) {
             "to_host", [](Arena& a, int device, Address stream) { a.to_host({device, at<void>(stream)}); }, Released())
         .def("wait", &Arena::wait, Released())
         .def("resident_bytes", &Arena::resident_bytes);
+    m.def("free_memory", &qlk::cuda::free_bytes, "Bytes that a device has left.");
     m.def("pages_managed", &qlk::cuda::can_page, "Whether a device and the host may use managed memory together.");
     m.def("dynamic_maps", [] {
         // As the kernels read them: signed, then unsigned.

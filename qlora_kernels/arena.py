@@ -132,12 +132,14 @@ class Stretch:
         begin, end: its chunks.
         arrive: pages that have to come to the device before it, (first byte, end).
         leave: pages that may go back to the host after it.
+        stays: whether none of its pages ever goes.
     """
 
     begin: int
     end: int
     arrive: tuple[tuple[int, int], ...]
     leave: tuple[tuple[int, int], ...]
+    stays: bool
 
 
 def _runs(pages: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -189,7 +191,7 @@ def stretches(layout: Layout, budget: int | None) -> list[Stretch]:
         raise _small_budget(layout, rest)
     count = layout.chunk_count
     if rest >= layout.nbytes:
-        return [Stretch(0, count, ((0, layout.nbytes),), ())]
+        return [Stretch(0, count, ((0, layout.nbytes),), (), True)]
     rest -= layout.header
     size = min(STRETCH, max(rest // 16, min(rest // 4, LEAST_STRETCH)))
     slack = 6 * PAGE  # of a piece: the ends of three intervals
@@ -216,14 +218,14 @@ def stretches(layout: Layout, budget: int | None) -> list[Stretch]:
     if stays:
         last[first == 0] = len(ranges)
     return [
-        Stretch(a, b, _runs(np.flatnonzero(first == i)), _runs(np.flatnonzero(last == i)))
+        Stretch(a, b, _runs(np.flatnonzero(first == i)), _runs(np.flatnonzero(last == i)), stays and i == 0)
         for i, (a, b) in enumerate(ranges)
     ]
 
 
 def staged(
     layout: Layout, budget: int | None
-) -> tuple[list[tuple[int, int, tuple, tuple, tuple[int, ...]]], np.ndarray, int]:
+) -> tuple[list[tuple[int, int, tuple, tuple, tuple[int, ...], bool]], np.ndarray, int]:
     """The order of a step where all states are copied to the device and back, through three places in turn.
 
     Returns:
@@ -255,8 +257,8 @@ def staged(
             planes[inside] = original[inside] - first + at
             where.append(at)
             at += _aligned(end - first)
-        plan.append((a, b, tuple(pieces[i]), tuple(pieces[i]), tuple(where)))
-    return plan or [(0, 0, (), (), ())], chunks, min(max(len(plan), 1), 3) * place
+        plan.append((a, b, tuple(pieces[i]), tuple(pieces[i]), tuple(where), False))
+    return plan or [(0, 0, (), (), (), False)], chunks, min(max(len(plan), 1), 3) * place
 
 
 def no_memory(nbytes: int, where: str, why: str) -> MemoryError:

@@ -40,7 +40,10 @@ class CudaArena:
         self.managed = not forbidden and backend.kernels.pages_managed(ordinal)
         self.chunks = layout.chunks
         if self.managed:
-            plan = [(s.begin, s.end, s.arrive, s.leave, ()) for s in arena.stretches(layout, budget)]
+            if budget is None and layout.nbytes > (room := backend.kernels.free_memory(ordinal) // 2):
+                # All at once, the last pages to come would send away the first.
+                budget = max(room, arena.least_budget(layout))
+            plan = [(s.begin, s.end, s.arrive, s.leave, (), s.stays) for s in arena.stretches(layout, budget)]
             staging = 0
         else:
             plan, self.chunks, staging = arena.staged(layout, budget)
@@ -111,14 +114,14 @@ class CudaEngine:
             there = self._backend.send(pinned, self.device)
             self._captured[name].append((pinned, there))
             return there
+        if name not in self._spare:
+            self._spare[name] = self._backend.pin(torch.from_numpy(table))
         now, queue = table.tobytes(), self._backend.queue(self.device)
         before = self._tables.get(name)
         if before is not None and before[:2] == (now, queue):
             return before[2]
         there = self._upload(table)
         self._tables[name] = (now, queue, there)
-        if name not in self._spare:
-            self._spare[name] = self._backend.pin(torch.from_numpy(table))
         return there
 
     def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None:

@@ -143,6 +143,8 @@ class _Paged(torch.optim.Optimizer):
         )
         who = type(self).__name__
         for i, p in enumerate(params):
+            if p.numel() and not p.data_ptr():
+                raise _no_memory_of_its_own(f"parameter {i}", p)
             if self.state.get(p):
                 _check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
         planes = [self._planes_of(p) for p in params]
@@ -219,7 +221,8 @@ class _Paged(torch.optim.Optimizer):
         """Takes one step for every parameter that has a gradient.
 
         On a CUDA device nothing waits for the device; the work goes to the current stream. Gradients are read, never
-        changed. Inside a CUDA graph's capture the step has to have run once before, with everything on the device.
+        changed. Inside a CUDA graph's capture the step has to have run once before, with everything on the device. Only
+        a learning rate that is a tensor on the device has to be read from there: a number is better.
 
         Args:
             closure: computes the loss again and returns it.
@@ -252,6 +255,8 @@ class _Paged(torch.optim.Optimizer):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
+        # What torch's own operations do: backward then refuses a tensor that it saved and that has changed since.
+        torch.autograd.graph.increment_version([p for p in self._params if p.grad is not None and not p.is_inference()])
         del keep  # copies of gradients: their memory may be used again behind the step
         return loss
 
@@ -293,14 +298,17 @@ class _Paged(torch.optim.Optimizer):
                 continue
             good = grad.dtype is dtype and grad.layout is torch.strided and grad.is_cuda == p.is_cuda
             good = good and grad.shape == shape
-            if not good or grad.stride() != strides:
+            if not good or grad.stride() != strides or grad.is_neg():
                 if _form(p) != self._seen[i][1:]:  # another parameter where the last one lay
                     return None
                 if not good:
                     raise _bad_gradient(i, p, grad)
                 grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
                 copies.append(grad)
-            addresses += (here, grad.data_ptr() or 1)  # of an empty one the address is 0, which means none
+            there = grad.data_ptr()
+            if count and not (here and there):
+                raise _no_memory_of_its_own(f"parameter {i} or its gradient", p if not here else grad)
+            addresses += (here, there or 1)  # of an empty one the address is 0, which means none
         return np.array(addresses, dtype=np.int64), copies
 
     def _hyperparameters(self) -> np.ndarray:
@@ -314,6 +322,9 @@ class _Paged(torch.optim.Optimizer):
             index = int(np.flatnonzero(~np.isfinite(table).all(1))[0])
             named = dict(zip(("lr", "betas[0]", "betas[1]", "eps", "weight_decay"), table[index].tolist()))
             raise ValueError(f"settings should be finite numbers, found {named} in group {index}")
+        betas = table[:, 1:3]
+        if not ((betas >= 0) & (betas < 1)).all():
+            raise ValueError(f"betas should be at least 0 and below 1, found {betas.tolist()}")
         return table
 
     def refresh(self) -> None:
@@ -345,7 +356,7 @@ class _Paged(torch.optim.Optimizer):
             self._engine.page_out()
 
     def page_in(self) -> None:
-        """Asks for all states to come to the device, or from the file, in the background."""
+        """Asks for the states to come in the background: to the device those that stay there, or all from the file."""
         if self._engine is not None:
             self._engine.page_in()
 
@@ -381,6 +392,8 @@ class _Paged(torch.optim.Optimizer):
         own = self.state_dict()
         params = [p for group in self.param_groups for p in group["params"]]
         for index, entry in own["state"].items():
+            if "step" not in entry:  # somebody else's, or only looked at
+                continue
             wide = {"step": entry["step"].detach().cpu().clone()}
             for name, _, _ in self._moments:
                 wide[name] = _decoded(entry, name).to(params[index].device, copy=True)
@@ -514,7 +527,8 @@ class PagedAdamW(_Paged):
         state_bits: 32: float32 moments; 8: one byte each, in blocks of 256 with a float32 constant (Dettmers et al.
             2021, arXiv 2110.02861), a quarter of the memory.
         max_grad_norm: clip the norm of all gradients to this, as torch.nn.utils.clip_grad_norm_ does, within the step.
-        page_budget: most bytes of states on the CUDA device at a time; None: as many as there are.
+        page_budget: most bytes of states on the CUDA device at a time; None: all, or half of what the card has free
+            when the arena is made, where that is less.
         master_weights: keep a float32 copy of 16-bit parameters in the arena, which the step works on. What is written
             to a parameter from outside counts.
         skip_nonfinite: leave out a step whose gradients hold NaN or infinity; see ``skipped_steps``.
@@ -621,6 +635,13 @@ def _check_parameter(p: Tensor, what: str) -> None:
     )
 
 
+def _no_memory_of_its_own(what: str, tensor: Tensor) -> Exception:
+    return TypeError(
+        f"{what}, a {type(tensor).__name__} of shape {list(tensor.shape)}, has no memory of its own: what stands for "
+        "other tensors (FSDP2's DTensor, for example) and what was freed cannot be optimized here; torch.optim.AdamW can"
+    )
+
+
 def _bad_gradient(index: int, p: Tensor, grad: Tensor) -> Exception:
     what = f"the gradient of parameter {index}, of shape {list(p.shape)},"
     if grad.layout is not torch.strided:
@@ -636,7 +657,7 @@ def _check_entry(entry: Mapping[str, Any], moments, p: Tensor, what: str, who: s
     """Whether a parameter's states, from wherever, can become its states here."""
     for name, _, _ in moments:
         _check_moment(entry, name, p, what, who)
-    steps = entry.get("step", 0.0)
+    steps = entry.get("step")
     steps = steps.item() if isinstance(steps, Tensor) and steps.numel() == 1 and not steps.is_meta else steps
     good = isinstance(steps, Real) and math.isfinite(steps) and steps >= 0
     require(good, ValueError, f"{what} has no step count among its states, found {steps!r}")
@@ -658,6 +679,8 @@ def _check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, who
         absmax, blocks = entry.get(f"{name}_absmax"), -(-p.numel() // STATE_BLOCK)
         good = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
         require(good, ValueError, f"'{name}_absmax' of {what} should have {blocks} constants, and its codes be uint8")
+        real = absmax.layout is torch.strided and not absmax.is_meta and absmax.is_floating_point()
+        require(real, ValueError, f"'{name}_absmax' of {what} should be a dense tensor of real numbers")
         return
     require(name in entry, ValueError, f"the states are of another optimizer: {who} needs '{name}' of {what}")
     _check_shape(entry[name], p, f"'{name}' of {what}")

@@ -298,3 +298,22 @@ def test_agrees_with_torch(engine):
         theirs.step()
     for a, b in zip(ours_params, theirs_params):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_graph_that_saved_a_parameter_notices_the_step(engine):
+    w = torch.nn.Parameter(torch.ones(4))
+    x = torch.ones(4, requires_grad=True)
+    y = (w * x).sum()
+    w.grad = torch.ones(4)
+    PagedAdamW([w], lr=0.5).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_gradients_that_are_negated_views(engine):
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    params[0].grad = torch._neg_view(torch.ones(5))
+    params[1].grad = -torch.ones(5)
+    for p in params:
+        PagedAdamW([p], lr=0.1).step()
+    assert torch.equal(params[0], params[1])

@@ -823,3 +823,64 @@ def test_a_file_with_one_bit_changed_is_refused(tmp_path, make):
     path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
     with refused(ours, ValueError, "does not have the digest"):
         ours.load(path)
+
+
+@pytest.mark.parametrize("what", ["gradient", "freed"])
+def test_tensors_without_memory_of_their_own_are_refused(what):
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.empty_like.default, torch.ops.aten.detach.default):
+                return torch.empty(args[0].shape, **{k: v for k, v in (kwargs or {}).items() if k == "device"})
+            raise NotImplementedError(str(function))
+
+    p = nn.Parameter(torch.ones(4))
+    ours = PagedAdamW([p])
+    p.grad = torch.ones(4)
+    ours.step()
+    if what == "freed":
+        p.untyped_storage().resize_(0)
+    else:
+        p.grad = None
+        p.grad = Wrapper(torch.ones(4))
+    with pytest.raises(TypeError, match="no memory of its own"):
+        ours.step()
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.ones(1, device="meta"), torch.ones(1).to_sparse(), torch.ones(1, dtype=torch.cfloat)]
+)
+def test_constants_that_are_no_numbers_change_nothing(bad):
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    ours = PagedAdamW([p], state_bits=8)
+    ours.step()
+    saved = copy.deepcopy(ours.state_dict())
+    saved["param_groups"][0]["lr"] = 7.0
+    saved["state"][0]["exp_avg_code"].zero_()
+    saved["state"][0]["exp_avg_absmax"] = bad
+    with refused(ours, ValueError, "dense tensor of real numbers"):
+        ours.load_state_dict(saved)
+
+
+def test_what_others_left_in_the_state_is_not_for_torch():
+    p, frozen = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4), requires_grad=False)
+    p.grad = torch.ones(4)
+    ours = PagedAdamW([p, frozen])
+    ours.step()
+    assert ours.state[frozen] == {}
+    assert set(ours.torch_state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_betas_that_became_wrong_are_refused_at_the_step():
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    ours = PagedAdamW([p])
+    ours.step()
+    ours.param_groups[0]["betas"] = (1.0, 1.0)
+    with refused(ours, ValueError, "betas should be at least 0 and below 1"):
+        ours.step()

@@ -140,11 +140,57 @@ def test_page_out_and_page_in(landing):
     assert everything(ours, params) == everything(reference, plain)
 
 
+def test_page_out_comes_after_page_in(landing):
+    params = parameters()
+    ours = PagedAdamW(params)
+    steps(ours, params, 1)
+    ours.page_out()
+    ours.page_in()
+    ours.page_out()
+    ours._engine.arena.native.wait()
+    assert paging()["resident"] * PAGE == ours.resident_bytes() == ours._engine.layout.header
+
+
+def test_stretches_that_share_their_last_page(landing, monkeypatch):
+    # Two chunks of 32 KiB have one page of 64, so that some stretches have none of their own to send away.
+    monkeypatch.setattr(arena, "PAGE", 65536)
+    emulator().configure(landing=landing, forbid_faults=True)
+    sizes = (16384,) * 40
+    plain, params = parameters(sizes=sizes), parameters(sizes=sizes)
+    reference = PagedAdamW(plain)
+    steps(reference, plain)
+    expected = everything(reference, plain)
+    del reference
+    gc.collect()
+    budget = least(PagedAdamW, parameters(sizes=sizes))
+    ours = PagedAdamW(params, page_budget=budget)
+    emulator().reset_paging()
+    for step in range(3):
+        steps(ours, params, 1, step)
+        assert 0 < ours.resident_bytes() <= budget
+    assert any(not s.leave for s in arena.stretches(ours._engine.layout, budget))
+    assert paging()["faults"] == 0
+    assert paging()["resident_peak"] * 65536 <= budget
+    assert everything(ours, params) == expected
+
+
+def test_an_arena_larger_than_what_the_card_has_left_has_a_budget():
+    params = parameters(sizes=(200_000,) * 3)
+    with emulated(**STRICT, free_bytes=4 << 20):
+        ours = PagedAdamW(params)
+        steps(ours, params, 2)
+        ours._engine.arena.native.wait()
+        assert ours.arena_bytes > 4 << 20
+        assert ours.resident_bytes() <= 2 << 20
+        assert paging()["resident_peak"] * PAGE <= 2 << 20
+
+
 def test_pages_that_the_driver_has_taken_come_again():
-    with emulated(**STRICT, free_bytes=1 << 20):
+    with emulated(**STRICT):
         params = parameters()
         ours = PagedAdamW(params)
         steps(ours, params, 1)
+        emulator().configure(**STRICT, free_bytes=1 << 20)
         emulator().reset_paging()
         steps(ours, params, 1, 1)
         assert paging()["prefetches"] > 0
@@ -158,7 +204,7 @@ def test_a_forbidden_access_is_an_error():
         steps(ours, params, 1)
         ours.page_out()
         engine = ours._engine
-        plan = [(0, engine.layout.chunk_count, [], [], [])]
+        plan = [(0, engine.layout.chunk_count, [], [], [], True)]
         engine.arena.native.plan(plan)
         ours.state_dict()
         engine.arena.native.wait()
@@ -170,7 +216,7 @@ def test_a_forbidden_access_is_an_error():
         ours = PagedAdamW(params)
         steps(ours, params, 1)
         ours.page_out()
-        ours._engine.arena.native.plan([(0, ours._engine.layout.chunk_count, [], [], [])])
+        ours._engine.arena.native.plan([(0, ours._engine.layout.chunk_count, [], [], [], True)])
         steps(ours, params, 1, 1)
         assert paging()["faults"] > 0
 

@@ -15,6 +15,7 @@ constexpr size_t kScarce = size_t{256} << 20;
 }  // namespace
 
 bool can_page(int device) { return pages_managed(device); }
+int64_t free_bytes(int device) { return static_cast<int64_t>(free_memory(device)); }
 
 Arena::Arena(int64_t bytes, int64_t header, int64_t staging, int device)
     : device_(device), bytes_(bytes), header_bytes_(header) {
@@ -54,12 +55,13 @@ Arena::~Arena() {
 }
 
 void Arena::release() {
-    if (staging_) {
-        free_device(staging_);
+    // Whatever there is: the constructor may have got no further.
+    if (states_ == header_) {
+        if (states_) free_managed(states_);
+    } else {
+        if (header_) free_device(header_);
+        if (staging_) free_device(staging_);
         if (states_) free_pinned(states_ + header_bytes_);
-        free_device(header_);
-    } else if (states_) {
-        free_managed(states_);
     }
     staging_ = states_ = header_ = nullptr;
 }
@@ -109,7 +111,8 @@ void Arena::leave(size_t i, const Stream& stream) {
         }
     }
     resident_ -= bytes_of(intervals);
-    if (!intervals.empty()) here_[i] = false;
+    // Without an interval of its own, too: the last page of one stretch may be the next one's first.
+    here_[i] = s.stays;
 }
 
 void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool measure, const Stream& main) {
@@ -117,7 +120,7 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
     const DeviceGuard guard(device_);
     const size_t count = stretches_.size();
     if (capturing(main)) {
-        QLK_CHECK(count == 1 && here_[0] && !coming_ && !staging_,
+        QLK_CHECK(count == 1 && here_[0] && !coming_,
                   "a CUDA graph can capture a step only when all states are on the device and stay there: take a step "
                   "before, and set no page_budget");
         if (measure) optimizer_norm(params, main);
@@ -160,7 +163,7 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
 void Arena::page_in() {
     const DeviceGuard guard(device_);
     // What passes through need not come now, and what does not stay would only be sent back.
-    if (staging_ || here_[0] || !stretches_[0].leave.empty()) return;
+    if (here_[0] || !stretches_[0].stays) return;
     left_[kEvents - 1]->hold(in_->get());
     arrive(0);
     arrived_[0]->record(in_->get());
@@ -172,6 +175,7 @@ void Arena::page_out(const Stream& main) {
     if (staging_ || !here_[0]) return;
     done_[0]->record(main);
     done_[0]->hold(out_->get());
+    arrived_[0]->hold(out_->get());  // after page_in() it may be on its way
     for (const auto& [first, end] : stretches_[0].arrive) {
         const int64_t begin = first < header_bytes_ ? header_bytes_ : first;
         if (end > begin) prefetch(states_ + begin, static_cast<size_t>(end - begin), false, out_->get());
@@ -191,8 +195,8 @@ void Arena::to_host(const Stream& main) {
 }
 
 void Arena::wait() {
-    synchronize(in_->get());
     synchronize(out_->get());
+    synchronize(in_->get());
 }
 
 }  // namespace qlk::cuda

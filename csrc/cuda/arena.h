@@ -17,8 +17,10 @@ namespace qlk::cuda {
 class SideStream;
 class Event;
 
-// Whether managed memory can be used by device and host together: otherwise an arena needs staging memory.
+// Whether managed memory can be used by device and host together: otherwise an arena needs staging memory. Bytes that
+// the device has left.
 bool can_page(int device);
+int64_t free_bytes(int device);
 
 // Bytes from the arena's begin, first and end.
 using Intervals = std::vector<std::pair<int64_t, int64_t>>;
@@ -29,6 +31,7 @@ struct Stretch {
     Intervals leave;     // pages that none of the later ones needs
     // Without managed pages: where each interval goes, bytes from the staging memory's begin; `arrive` comes back.
     std::vector<int64_t> staged;
+    bool stays;  // it never leaves; the first one at most
 };
 
 class Arena {
