@@ -638,7 +638,7 @@ def _check_parameter(p: Tensor, what: str) -> None:
 def _no_memory_of_its_own(what: str, tensor: Tensor) -> Exception:
     return TypeError(
         f"{what}, a {type(tensor).__name__} of shape {list(tensor.shape)}, has no memory of its own: what stands for "
-        "other tensors (FSDP2's DTensor, for example) and what was freed cannot be optimized here; torch.optim.AdamW can"
+        "other tensors (FSDP2's DTensor, say) and what was freed cannot be optimized here; torch.optim.AdamW can"
     )
 
 

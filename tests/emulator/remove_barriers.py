@@ -42,7 +42,8 @@ TESTS = {
     "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
     "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),
     "arena": tuple(
-        ("tests/test_paging.py", words) for words in ("page_out_and", "budget_is_kept and options0", "copies_do")
+        ("tests/test_paging.py", words)
+        for words in ("page_out_and or page_out_comes", "budget_is_kept and options0", "copies_do")
     ),
     "optimizer": (("tests/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
     "gemm": (("tests/test_cuda.py", "emulated and tensor_cores"), ("tests/test_cuda.py", "pipeline or emulated")),
