@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .common import OURS
-from .contenders import BNB, DENSE, FOREACH, FUSED, PEFT
+from qlora_kernels.bench.common import OURS
+from qlora_kernels.bench.contenders import BNB, DENSE, FOREACH, FUSED, PEFT
 
 BARS_SIZE, BARS_THREADS = 4096, 2
 

@@ -25,11 +25,11 @@ from torch import Tensor
 
 import qlora_kernels
 from qlora_kernels import NF4Weight, default_nested_table, ops
+from qlora_kernels.bench.common import OURS, WrongResult, reason, relative_error
+from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
+from qlora_kernels.bench.cuda_timing import Card, Timed, copies_for, measure
 from qlora_kernels.files import save_json
 
-from .common import OURS, WrongResult, reason, relative_error
-from .contenders import BNB, CHECKED, EQUAL_COPY
-from .cuda_timing import Card, Timed, copies_for, measure
 from .gpu_cases import bits, cpu_kernels
 
 SHAPES = ((8192, 8192), (4096, 4096), (14336, 4096))

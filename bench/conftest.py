@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from qlora_kernels.bench.common import Settings
+from qlora_kernels.bench.contenders import Lab
+
 from . import results as result_files
 from . import tables
-from .common import Settings
-from .contenders import Lab
 
 _RESULTS = pytest.StashKey[dict[str, dict[str, Any]]]()  # by suite
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_kernels.bench.common import OURS
+from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
+
 from .bars import find_contender
-from .common import OURS
-from .contenders import BNB, CHECKED, EQUAL_COPY
 
 #: dequantize at this size should reach this share of a copy's bandwidth,
 COPY_BAR = ((8192, 8192), 0.90)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kernels import architectures
+from qlora_kernels.bench.machine import ROOT
 from qlora_kernels.files import load_json
 
 from . import gpu_cases
 from .gpu_facts import cards_now, facts, tool
 from .gpu_parsers import junit_counts, sanitizer_findings
-from .machine import ROOT
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TAIL_LINES = 40

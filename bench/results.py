@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .common import Settings
-from .machine import describe_commit, describe_machine, describe_versions
+from qlora_kernels.bench.common import Settings
+from qlora_kernels.bench.machine import describe_commit, describe_machine, describe_versions
 
 FOLDER = Path(__file__).resolve().parent / "results"
 FORMAT = 1

@@ -14,14 +14,16 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from . import bench_dequantize, bench_linear_backward, bench_linear_forward, bench_optimizer, bench_quantize, tables
+from qlora_kernels.bench.common import Case, Settings, measure
+from qlora_kernels.bench.contenders import Lab
+from qlora_kernels.bench.operations import dequantize, linear_forward, linear_step, optimizer, quantize
+
 from . import results as result_files
-from .common import Case, Settings, measure
-from .contenders import Lab
+from . import tables
 
 SUITES = {
-    "linear": (bench_quantize, bench_dequantize, bench_linear_forward, bench_linear_backward),
-    "optimizer": (bench_optimizer,),
+    "linear": (quantize, dequantize, linear_forward, linear_step),
+    "optimizer": (optimizer,),
 }
 
 
@@ -35,7 +37,7 @@ def run(settings: Settings, retries: int = 0, show: bool = True, suite: str = "l
 
     Args:
         settings: sizes and durations.
-        retries: see :func:`bench.common.measure`.
+        retries: see :func:`qlora_kernels.bench.common.measure`.
         show: name each case on stderr as it begins.
         suite: one of SUITES.
 

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_kernels.bench.common import OURS, QUIET
+from qlora_kernels.bench.contenders import BNB, BNB_EVAL, COPY, DENSE, EQUAL_COPY, FOREACH, FUSED, PEFT, PEFT_EVAL
+from qlora_kernels.bench.machine import ROOT
+
 from . import results as result_files
 from .bars import BARS_SIZE, BARS_THREADS, bars_apply, find_contender, judge, ratio_to_ours, suite_of, title_of
-from .common import OURS, QUIET
-from .contenders import BNB, BNB_EVAL, COPY, DENSE, EQUAL_COPY, FOREACH, FUSED, PEFT, PEFT_EVAL
-from .machine import ROOT
 
 README = ROOT / "README.md"
 PLOT = result_files.FOLDER / "cpu.png"

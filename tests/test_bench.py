@@ -17,10 +17,11 @@ if not (ROOT / "bench" / "run.py").is_file():
     pytest.skip("the bench comes with the source tree only", allow_module_level=True)
 sys.path.append(str(ROOT))  # bench is no part of the installed package
 
-from bench import common, results, run, tables  # noqa: E402
+from bench import results, run, tables  # noqa: E402
 from bench.bars import BARS, OPTIMIZER_BARS, SUITE_BARS, Bar, judge  # noqa: E402
-from bench.common import OURS, Case, Contender, Measurement, Ready, Settings  # noqa: E402
-from bench.contenders import BNB, DENSE, EQUAL_COPY, FOREACH, FUSED, PEFT, Lab  # noqa: E402
+from qlora_kernels.bench import common  # noqa: E402
+from qlora_kernels.bench.common import OURS, Case, Contender, Measurement, Ready, Settings  # noqa: E402
+from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY, FOREACH, FUSED, PEFT, Lab  # noqa: E402
 
 TINY = Settings(n=256, k=256, threads=1, seconds=0.0, min_rounds=2)
 
@@ -272,7 +273,7 @@ def test_tiny_run_of_the_optimizers(tiny_optimizer):
     ],
 )
 def test_an_optimizer_that_does_something_else_is_not_timed(case, options, monkeypatch):
-    from bench import bench_optimizer
+    from qlora_kernels.bench.operations import optimizer as bench_optimizer
 
     name = "PagedLion" if case == "lion" else "PagedAdamW"
     original = getattr(bench_optimizer, name)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from emulated import counters, emulated, module
 
-from bench import bench_cuda, cuda_timing, gpu_cases, gpu_report
-from bench.common import OURS
-from bench.contenders import BNB, CHECKED, EQUAL_COPY
+from bench import bench_cuda, gpu_cases, gpu_report
+from qlora_kernels.bench import cuda_timing
+from qlora_kernels.bench.common import OURS
+from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
 
 # -------------------------------------------------------------------------------------------------------------- cases
 

@@ -17,8 +17,9 @@ from emulated import emulated
 from test_bench_cuda import SteadyCard
 
 from bench import bench_cuda_linear as bench_linear
-from bench import cuda_timing, predict
-from bench.contenders import BNB, DENSE, EQUAL_COPY
+from bench import predict
+from qlora_kernels.bench import cuda_timing
+from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY
 
 SIZES = (((64, 128),), (1, 20), ((24, 64, 128),))
 

@@ -18,8 +18,8 @@ from test_bench_cuda import SteadyCard
 
 from bench import bench_cuda_optimizer as bench_optimizer
 from bench import predict
-from bench.common import OURS
 from qlora_kernels import PagedAdamW, arena, backends
+from qlora_kernels.bench.common import OURS
 
 #: 80,000 parameters; with pages of 4096 bytes, most of a budget of 95% stays.
 SHAPES = bench_optimizer.llama_adapters(layers=1, hidden=480, inner=512, rank=10)

@@ -13,7 +13,7 @@ import torch
 
 import qlora_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Instruction sets that decide how fast the contenders are.
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "avx512_fp16", "amx_bf16")
@@ -52,7 +52,9 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_commit() -> dict[str, Any]:
-    """The commit, and whether kernels or package differ from it; without git, None."""
+    """The commit, and whether kernels or package differ from it; None for an installed package and without git."""
+    if not (ROOT / "csrc" / "CMakeLists.txt").is_file():  # another project's commit, perhaps
+        return {"commit": None, "modified": None}
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", "csrc", "qlora_kernels", "bench/*.py")

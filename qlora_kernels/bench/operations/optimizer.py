@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 
-import pytest
 import torch
 
 from qlora_kernels import PagedAdamW, PagedLion
 
-from .adapter_tensors import SCALES, adamw_moves, lion_moves
-from .common import CLOCK, OURS, Case, Contender, Ready, run_under_pytest
-from .contenders import BNB, EQUAL_COPY, FOREACH, FUSED, Lab
+from ..adapter_tensors import SCALES, adamw_moves, lion_moves
+from ..common import OURS, Case, Contender, Ready
+from ..contenders import BNB, EQUAL_COPY, FOREACH, FUSED, Lab
 
 LR, LION_LR, DECAY, EPS = 1e-3, 1e-4, 0.01, 1e-8
 BETAS, LION_BETAS = (0.9, 0.999), (0.9, 0.99)
@@ -161,9 +160,3 @@ def _copy(lab: Lab, bytes_each: int) -> Callable[[], Ready]:
         )
 
     return prepare
-
-
-@pytest.mark.parametrize("case", CASES, ids=[case.__name__ for case in CASES])
-@pytest.mark.benchmark(group="optimizer", timer=CLOCK)
-def test_optimizer(benchmark, lab, optimizer_results, case):
-    optimizer_results.append(run_under_pytest(benchmark, case(lab), lab.settings))

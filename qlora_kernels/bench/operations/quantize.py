@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
 import torch
 
 import qlora_kernels
 
-from .common import CLOCK, OURS, Case, Contender, Ready, relative_error, run_under_pytest
-from .contenders import BNB, Lab
+from ..common import OURS, Case, Contender, Ready, relative_error
+from ..contenders import BNB, Lab
 
 # NF4 in blocks of 64 moves a normally distributed weight by 0.092, relative to its norm.
 LIMIT = 0.1
@@ -43,8 +42,3 @@ def case(lab: Lab) -> Case:
 
 def cases(lab: Lab) -> Iterator[Case]:
     yield case(lab)
-
-
-@pytest.mark.benchmark(group="quantize and dequantize", timer=CLOCK)
-def test_quantize(benchmark, lab, results):
-    results.append(run_under_pytest(benchmark, case(lab), lab.settings))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import CLOCK, OURS, Case, Contender, Ready, relative_error, run_under_pytest
-from .contenders import DENSE, PEFT, Lab
+from ..common import OURS, Case, Contender, Ready, relative_error
+from ..contenders import DENSE, PEFT, Lab
 
 ROWS = (16, 512)
 
@@ -79,9 +78,3 @@ def _checker(lab: Lab, x: Tensor, dy: Tensor) -> Callable[[str], Callable[[tuple
         return lambda found: max(map(relative_error, found, references[whose]))
 
     return checker
-
-
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.benchmark(group="forward + backward", timer=CLOCK)
-def test_linear_backward(benchmark, lab, results, m):
-    results.append(run_under_pytest(benchmark, case(lab, m), lab.settings))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
 import torch
 
-from .common import CLOCK, OURS, Case, Contender, Ready, relative_error, run_under_pytest
-from .contenders import BNB, COPY, Lab
+from ..common import OURS, Case, Contender, Ready, relative_error
+from ..contenders import BNB, COPY, Lab
 
 # bf16 rounds by 0.0017 on average.
 LIMIT = 0.003
@@ -102,13 +101,3 @@ def case_out(lab: Lab) -> Case:
 def cases(lab: Lab) -> Iterator[Case]:
     yield case(lab)
     yield case_out(lab)
-
-
-@pytest.mark.benchmark(group="quantize and dequantize", timer=CLOCK)
-def test_dequantize(benchmark, lab, results):
-    results.append(run_under_pytest(benchmark, case(lab), lab.settings))
-
-
-@pytest.mark.benchmark(group="quantize and dequantize", timer=CLOCK)
-def test_dequantize_out(benchmark, lab, results):
-    results.append(run_under_pytest(benchmark, case_out(lab), lab.settings))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import qlora_kernels
 
-from .common import CLOCK, OURS, Case, Contender, Ready, relative_error, run_under_pytest
-from .contenders import BNB, BNB_EVAL, DENSE, PEFT, PEFT_EVAL, Lab
+from ..common import OURS, Case, Contender, Ready, relative_error
+from ..contenders import BNB, BNB_EVAL, DENSE, PEFT, PEFT_EVAL, Lab
 
 ROWS = (1, 4, 16, 64, 512, 2048)
 
@@ -122,15 +121,3 @@ def _checker(lab: Lab, x: Tensor, adapter: bool) -> Callable[[str], Callable[[Te
         return lambda y: relative_error(y[chosen], references[whose])
 
     return checker
-
-
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.benchmark(group="forward", timer=CLOCK)
-def test_linear_forward(benchmark, lab, results, m):
-    results.append(run_under_pytest(benchmark, case(lab, m), lab.settings))
-
-
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.benchmark(group="forward with an adapter", timer=CLOCK)
-def test_linear_forward_adapter(benchmark, lab, results, m):
-    results.append(run_under_pytest(benchmark, case_with_adapter(lab, m), lab.settings))

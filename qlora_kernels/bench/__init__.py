@@ -1,0 +1,1 @@
+"""Benchmarks of this package beside its peers: ``qlora-kernels bench``."""
