@@ -24,10 +24,10 @@ from qlora_kernels import NF4Weight, linear
 from qlora_kernels.bench.common import OURS, WrongResult, relative_error
 from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY
 from qlora_kernels.bench.cuda_timing import Card, Timed
+from qlora_kernels.bench.limits import find_contender
 from qlora_kernels.files import save_json
 
 from . import predict
-from .bars import find_contender
 from .bench_cuda import Bench, _clone
 from .gpu_report import _number, times_ours
 from .gpu_report import table as aligned

@@ -27,10 +27,10 @@ from torch import Tensor
 from qlora_kernels import PagedAdamW, PagedLion, arena
 from qlora_kernels.bench.common import OURS, WrongResult, reason
 from qlora_kernels.bench.cuda_timing import Card, _summary
+from qlora_kernels.bench.limits import find_contender
 from qlora_kernels.files import save_json
 
 from . import predict
-from .bars import find_contender
 from .gpu_cases import bits, cpu_kernels
 from .gpu_report import _number
 from .gpu_report import table as aligned

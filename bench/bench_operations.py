@@ -1,47 +1,50 @@
-"""Every case under pytest-benchmark: ``pytest bench/ --benchmark-only``."""
+"""Every case under pytest-benchmark: ``pytest bench/ --benchmark-only``.
+
+pytest-benchmark times one function. Here that function is a whole round, in which all contenders take their turns in a
+process of their own, and the clock moves on by this package's share of it alone.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from qlora_kernels.bench.common import CLOCK, run_under_pytest
-from qlora_kernels.bench.operations import dequantize, linear_forward, linear_step, optimizer, quantize
+from qlora_kernels.bench.common import Settings
+from qlora_kernels.bench.measure import failed_ours
+from qlora_kernels.bench.points import Point
+from qlora_kernels.bench.worker import Remote, Worker
 
 
-@pytest.mark.benchmark(group="quantize and dequantize", timer=CLOCK)
-def test_quantize(benchmark, lab, results):
-    results.append(run_under_pytest(benchmark, quantize.case(lab), lab.settings))
+class RoundClock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-@pytest.mark.benchmark(group="quantize and dequantize", timer=CLOCK)
-def test_dequantize(benchmark, lab, results):
-    results.append(run_under_pytest(benchmark, dequantize.case(lab), lab.settings))
+CLOCK = RoundClock()
 
 
-@pytest.mark.benchmark(group="quantize and dequantize", timer=CLOCK)
-def test_dequantize_out(benchmark, lab, results):
-    results.append(run_under_pytest(benchmark, dequantize.case_out(lab), lab.settings))
+def measure(benchmark: Any, worker: Worker, settings: Settings, point: Point) -> dict[str, Any]:
+    """Measures a point with pytest-benchmark's fixture, whose table and JSON then hold it; needs CLOCK as its timer."""
+    remote = Remote(worker, settings, point, {})
+
+    def one_round() -> None:
+        CLOCK.now += remote.round()
+
+    benchmark.pedantic(one_round, rounds=remote.rounds, iterations=1)
+    case = remote.result()
+    benchmark.extra_info.update(case)
+    return case
 
 
-@pytest.mark.parametrize("m", linear_forward.ROWS)
-@pytest.mark.benchmark(group="forward", timer=CLOCK)
-def test_linear_forward(benchmark, lab, results, m):
-    results.append(run_under_pytest(benchmark, linear_forward.case(lab, m), lab.settings))
-
-
-@pytest.mark.parametrize("m", linear_forward.ROWS)
-@pytest.mark.benchmark(group="forward with an adapter", timer=CLOCK)
-def test_linear_forward_adapter(benchmark, lab, results, m):
-    results.append(run_under_pytest(benchmark, linear_forward.case_with_adapter(lab, m), lab.settings))
-
-
-@pytest.mark.parametrize("m", linear_step.ROWS)
-@pytest.mark.benchmark(group="forward + backward", timer=CLOCK)
-def test_linear_step(benchmark, lab, results, m):
-    results.append(run_under_pytest(benchmark, linear_step.case(lab, m), lab.settings))
-
-
-@pytest.mark.parametrize("case", optimizer.CASES, ids=[case.__name__ for case in optimizer.CASES])
-@pytest.mark.benchmark(group="optimizer", timer=CLOCK)
-def test_optimizer(benchmark, lab, optimizer_results, case):
-    optimizer_results.append(run_under_pytest(benchmark, case(lab), lab.settings))
+@pytest.mark.benchmark(timer=CLOCK)
+def test_operation(benchmark, worker, settings, cases, point):
+    benchmark.group = point.operation
+    case = measure(benchmark, worker, settings, point)
+    cases.append(case)
+    assert failed_ours(case) is None

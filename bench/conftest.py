@@ -1,68 +1,68 @@
-"""``pytest bench/ --benchmark-only [--bench-out FILE]``: the cases under pytest-benchmark."""
+"""``pytest bench/ --benchmark-only [--bench-sweep quick] [--bench-out FILE]``: the cases under pytest-benchmark."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from qlora_kernels.bench import results as result_files
+from qlora_kernels.bench import table
 from qlora_kernels.bench.common import Settings
-from qlora_kernels.bench.contenders import Lab
+from qlora_kernels.bench.options import largest_cache
+from qlora_kernels.bench.points import SWEEPS
+from qlora_kernels.bench.worker import Worker
 
-from . import results as result_files
-from . import tables
-
-_RESULTS = pytest.StashKey[dict[str, dict[str, Any]]]()  # by suite
+_RESULTS = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    default = Settings()
     group = parser.getgroup("qlora_kernels bench")
-    group.addoption(
-        "--bench-out",
-        metavar="FILE",
-        help="write what was measured here, as JSON; optimizers to optimizer-FILE",
-    )
-    group.addoption("--bench-size", type=int, default=default.n, help="N = K (default %(default)s)")
-    group.addoption("--bench-threads", type=int, default=default.threads, help="threads (default %(default)s)")
-    group.addoption("--bench-seconds", type=float, default=default.seconds, help="for each case (default %(default)s)")
+    group.addoption("--bench-sweep", choices=SWEEPS, default="usual", help="what to measure (default %(default)s)")
+    group.addoption("--bench-out", metavar="FILE", help="write what was measured here, as JSON lines")
+    group.addoption("--bench-threads", type=int, help="threads of the CPU")
+    group.addoption("--bench-seconds", type=float, default=Settings().seconds, help="a case (default %(default)s)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "point" in metafunc.fixturenames:
+        points = SWEEPS[metafunc.config.getoption("--bench-sweep")]()
+        metafunc.parametrize("point", points, ids=str)
 
 
 @pytest.fixture(scope="session")
-def lab(pytestconfig: pytest.Config) -> Lab:
-    size = pytestconfig.getoption("--bench-size")
-    settings = Settings(
-        n=size,
-        k=size,
-        threads=pytestconfig.getoption("--bench-threads"),
+def settings(pytestconfig: pytest.Config) -> Settings:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Settings(
+        device=device,
+        threads=pytestconfig.getoption("--bench-threads") or torch.get_num_threads(),
+        cache_bytes=largest_cache(device),
         seconds=pytestconfig.getoption("--bench-seconds"),
     )
-    pytestconfig.stash[_RESULTS] = {suite: result_files.begin(settings, suite) for suite in result_files.PREFIXES}
-    return Lab(settings)
 
 
-@pytest.fixture
-def results(lab: Lab, pytestconfig: pytest.Config) -> list[dict[str, Any]]:
+@pytest.fixture(scope="session")
+def cases(settings: Settings, pytestconfig: pytest.Config) -> list[dict[str, Any]]:
     """Where a test leaves what it measured."""
-    return pytestconfig.stash[_RESULTS]["linear"]["cases"]
+    measured = result_files.begin(settings, pytestconfig.getoption("--bench-sweep"))
+    pytestconfig.stash[_RESULTS] = measured
+    return measured["cases"]
 
 
 @pytest.fixture
-def optimizer_results(lab: Lab, pytestconfig: pytest.Config) -> list[dict[str, Any]]:
-    """Likewise, of optimizers."""
-    return pytestconfig.stash[_RESULTS]["optimizer"]["cases"]
+def worker() -> Iterator[Worker]:
+    with Worker() as worker:
+        yield worker
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    measured = config.stash.get(_RESULTS, None)
+    if measured is None or not measured["cases"]:
+        return
+    measured["complete"] = exitstatus == 0
     out = config.getoption("--bench-out")
-    for suite, measured in config.stash.get(_RESULTS, {}).items():
-        if not measured["cases"]:
-            continue
-        if out:
-            path = Path(out)
-            result_files.save(measured, path if suite == "linear" else path.with_name(f"{suite}-{path.name}"))
-        try:
-            terminalreporter.write_line("\n" + tables.terminal(measured))
-        except ValueError as problem:  # a selection of the cases was run
-            terminalreporter.write_line(f"no table: {problem}")
+    if out:
+        result_files.save(measured, out)
+    terminalreporter.write_line("\n" + table.terminal(measured))

@@ -1,7 +1,6 @@
-"""Tables and the plot, from a result file: no figure in README.md is typed by hand.
+"""README's tables and plots, from result files: no figure there is typed by hand.
 
-python -m bench.tables            # README's tables and the plot from the newest files in bench/results/
-python -m bench.tables FILE       # only prints
+python -m bench.tables        # from the newest results in bench/results/
 """
 
 from __future__ import annotations
@@ -9,118 +8,143 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels.bench.common import OURS, QUIET
-from qlora_kernels.bench.contenders import BNB, BNB_EVAL, COPY, DENSE, EQUAL_COPY, FOREACH, FUSED, PEFT, PEFT_EVAL
+from qlora_kernels.bench import plots, results
+from qlora_kernels.bench.common import OURS
+from qlora_kernels.bench.contenders import (
+    BNB,
+    BNB_EVAL,
+    COPY,
+    DENSE,
+    DEQUANTIZED,
+    EQUAL_COPY,
+    FOREACH,
+    FUSED,
+    PEFT,
+    PEFT_EVAL,
+)
+from qlora_kernels.bench.limits import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
 from qlora_kernels.bench.machine import ROOT
+from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
+from qlora_kernels.bench.points import OPTIMIZER, K, N
+from qlora_kernels.bench.table import machine_line
 
-from . import results as result_files
-from .bars import BARS_SIZE, BARS_THREADS, bars_apply, find_contender, judge, ratio_to_ours, suite_of, title_of
+from .bars import BARS, BARS_THREADS, OPTIMIZER_BARS, Bar, judge
 
 README = ROOT / "README.md"
-PLOT = result_files.FOLDER / "cpu.png"
+FOLDER = ROOT / "bench" / "results"
 
-_COLUMNS = (OURS, DENSE, FUSED, FOREACH, BNB, BNB_EVAL, PEFT, PEFT_EVAL)
-_HEADINGS = {OURS: "this package", DENSE: "torch, dense bf16", BNB_EVAL: "bitsandbytes, eval-mode layer"}
-#: What README says between the markers of a suite.
-_BEGINS, _END = {"linear": "<!-- table: cpu -->", "optimizer": "<!-- table: optimizer -->"}, "<!-- /table -->"
-NOT_MEASURED = "Speed: not measured yet."
+_COLUMNS = (OURS, DENSE, DEQUANTIZED, FUSED, FOREACH, BNB, BNB_EVAL, PEFT, PEFT_EVAL)
+_HEADINGS = {OURS: "this package", DENSE: "torch, dense"}
+_END = "<!-- /table -->"
 
 
-def terminal(results: dict[str, Any]) -> str:
-    """Everything that was measured, and each bar beside what was reached, the worst first."""
-    lines = [_machine_line(results), ""]
-    rows = [("", "median ms", "20%", "80%", "x ours", "GB/s", "GFLOP/s", "error")]
-    for case in results["cases"]:
-        others = case["other_processes"] or 0
-        disturbed = f"(others took {others:.0%} of the machine)" if others > QUIET else ""
-        rows.append((title_of(case), disturbed, *[""] * 6))
-        for contender in case["contenders"]:
-            rows.append(("  " + contender["name"], *_figures(case, contender)))
-    lines += _align(rows)
-    lines += ["", "bars, the worst first (reached: how many times as long as this package the other took)"]
-    if not bars_apply(results):
-        lines.append(f"(they are for N = K = {BARS_SIZE} and {BARS_THREADS} threads, and this run had others)")
-    rows = [("", "against", "reached", "bar", "reached / bar", "")]
-    for verdict in judge(results):
-        reached = verdict.reason if verdict.ratio is None else f"{verdict.ratio:.2f}"
-        share = "" if verdict.ratio is None else f"{verdict.share:.2f}"
-        bar = f"{verdict.bar.at_least:g}"
-        rows.append((verdict.title, verdict.bar.contender, reached, bar, share, verdict.word))
-    return "\n".join(lines + _align(rows, left=2))
+def newest(folder: str | Path = FOLDER, prefix: str = "cpu-") -> Path:
+    """The result file with the latest date inside.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    files = list(Path(folder).glob(f"{prefix}*.jsonl"))
+    if not files:
+        raise FileNotFoundError(f"no {prefix}*.jsonl in {folder}; run: qlora-kernels bench --out {prefix}NAME.jsonl")
+    return max(files, key=lambda path: (results.load(path)["date"], path.name))
 
 
-def _figures(case: dict[str, Any], contender: dict[str, Any]) -> tuple[str, ...]:
-    if "failed" in contender:
-        return (contender["failed"], *[""] * 6)
-    flops = contender["gflop_per_s"]
-    return (
-        f"{contender['median_ms']:.3f}",
-        f"{contender['q20_ms']:.3f}",
-        f"{contender['q80_ms']:.3f}",
-        f"{ratio_to_ours(case, contender):.2f}",
-        f"{contender['gb_per_s']:.1f}",
-        "" if flops is None else f"{flops:.0f}",
-        f"{contender['error']:.1e}",
-    )
+# --------------------------------------------------------------------------------------------------------- tables
 
 
-def _align(rows: list[tuple[str, ...]], left: int = 1) -> list[str]:
-    """Columns under each other; a reason for failure may stick out of its column."""
-    widths = [max((len(r[i]) for r in rows if any(r[i + 1 :]) or i == 0), default=0) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _machine_line(results: dict[str, Any]) -> str:
-    m, v, s = results["machine"], results["versions"], results["settings"]
-    commit = (results["commit"] or "unknown")[:10] + (" with changes" if results["modified"] else "")
-    virtual = "virtual machine, " if m["virtual"] else ""
-    others = max((case["other_processes"] or 0 for case in results["cases"]), default=0)
-    busy = f"; other processes took up to {others:.0%} of the machine meanwhile" if others > QUIET else ""
-    size = f"N = {s['n']}, K = {s['k']}"
-    if suite_of(results) == "optimizer":
-        size = f"hidden size {s['n']}, r = {s['rank']}"
-    return (
-        f"{m['cpu']} ({virtual}{m['usable_cores']} cores, kernels for {m['isa_in_use']}), {s['threads']} threads, "
-        f"{size}, torch {v['torch']}, bitsandbytes {v['bitsandbytes']}, PEFT {v['peft']}, "
-        f"{v['compiler']}, commit {commit}, {results['date'][:10]}{busy}"
-    )
-
-
-def markdown(results: dict[str, Any], source: str) -> str:
-    """The part of README between the markers: times, then bars.
+def layer_table(found: dict[str, Any], source: str) -> str:
+    """The weight that the bars are for: times, rates, bars.
 
     Args:
-        results: a result.
+        found: a result.
         source: the file's name, for the reader.
 
     Raises:
         ValueError: when a bar's case is missing.
     """
-    lines = [
-        f"{_machine_line(results)} ([raw figures]({source})).",
-        "Median milliseconds; in brackets how many times as long as this package.",
-        "",
+    cases = [
+        c for c in found["cases"] if (c["n"], c["k"]) == (N, K) and (c["operation"], c["rank"]) != ("linear_step", 0)
     ]
-    columns = [c for c in _COLUMNS if any(find_contender(case, c) for case in results["cases"])]
-    lines += ["| | " + " | ".join(_HEADINGS.get(c, c) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for case in results["cases"]:
+    cases = [c for c in cases if c["operation"] != "linear_step" or c["rank"] == 16]
+    shown = [{**case, "n": None, "k": None} for case in cases]
+    lines = [*_head(found, source, f"N = {N}, K = {K}. "), "", *_grid(shown), "", _layer_notes(found, cases)]
+    return "\n".join([*lines, "", *_bars(found, BARS)])
+
+
+def optimizer_table(found: dict[str, Any], source: str) -> str:
+    """The optimizers' steps."""
+    cases = [case for case in found["cases"] if case["operation"] in OPTIMIZER]
+    shown = [{**case, "model": None, "rank": None, "dtype": "bfloat16"} for case in cases]
+    notes = []
+    ours = next((find_contender(c, OURS) for c in cases if c["operation"] == "adamw_step"), None)
+    if ours and "failed" not in ours:
+        notes.append(f"A step of AdamW moves {gb_per_s(ours):.0f} GB/s (28 bytes a parameter)")
+    equal = next((c for case in cases if (c := find_contender(case, EQUAL_COPY)) and "failed" not in c), None)
+    if equal:
+        notes.append(f"a copy of as many bytes {gb_per_s(equal):.0f} GB/s")
+    text = "; ".join(notes) + "." if notes else ""
+    return "\n".join([*_head(found, source), "", *_grid(shown), "", text, "", *_bars(found, OPTIMIZER_BARS)])
+
+
+def other_table(found: dict[str, Any], source: str) -> str:
+    """Other shapes, whole blocks, whole runs."""
+    cases = [
+        case
+        for case in found["cases"]
+        if case["operation"] not in ("limits", *OPTIMIZER, "finetune") and (case["n"], case["k"]) != (N, K)
+    ]
+    lines = [*_head(found, source), "", *_grid(cases)]
+    run = next((case for case in found["cases"] if case["operation"] == "finetune"), None)
+    if run is not None and all("failed" not in c for c in run["contenders"]):
+        parts = [
+            f"{_HEADINGS.get(name, name)} {c['tokens_per_second']:.0f} tokens/s, {c['peak'] / 1e6:.0f} MB"
+            for name in TRAININGS
+            if (c := find_contender(run, name))
+        ]
+        lines += ["", f"Fine-tuning the tiny model, with peak memory beyond the libraries': {'; '.join(parts)}."]
+    return "\n".join(lines)
+
+
+def _head(found: dict[str, Any], source: str, more: str = "") -> list[str]:
+    return [
+        f"{machine_line(found)} ([raw figures]({source})).",
+        f"{more}Median milliseconds; in brackets how many times as long as this package.",
+    ]
+
+
+def _grid(cases: list[dict[str, Any]]) -> list[str]:
+    """A row for each case, a column for each contender."""
+    columns = [c for c in _COLUMNS if any(find_contender(case, c) for case in cases)]
+    lines = ["| | " + " | ".join(_HEADINGS.get(c, c) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for case in cases:
         cells = [_cell(case, find_contender(case, column)) for column in columns]
         lines.append(f"| {title_of(case)} | " + " | ".join(cells) + " |")
-    ours = [(case, find_contender(case, OURS)) for case in results["cases"]]
-    lines += ["", _notes(results, ours), "", "What was aimed at, and what was reached:", ""]
+    return lines
+
+
+def title_of(case: dict[str, Any]) -> str:
+    """A case in words. A rank of 0, and a dtype that the title names, are not said."""
+    shown = {**case, "rank": case["rank"] or None}
+    if case["dtype"] in case["title"]:
+        shown["dtype"] = "bfloat16"
+    return ", ".join(part for part in (case["title"], sizes(shown)) if part)
+
+
+def _bars(found: dict[str, Any], bars: tuple[Bar, ...]) -> list[str]:
+    lines = ["What was aimed at, and what was reached:", ""]
+    if found["settings"]["threads"] != BARS_THREADS:
+        lines = [f"What was aimed at with {BARS_THREADS} threads, and what was reached with others:", ""]
     lines += ["| | against | at least | reached | |", "|---|---|---|---|---|"]
-    for v in judge(results):
+    for v in judge(found, bars):
+        case = {**v.case, "n": None, "k": None, "model": None}
         reached = v.reason if v.ratio is None else f"{v.ratio:.2f}×"
-        lines.append(f"| {v.title} | {v.bar.contender} | {v.bar.at_least:g}× | {reached} | {v.word} |")
-    return "\n".join(lines)
+        lines.append(f"| {title_of(case)} | {v.bar.contender} | {v.bar.at_least:g}× | {reached} | {v.word} |")
+    return lines
 
 
 def _cell(case: dict[str, Any], contender: dict[str, Any] | None) -> str:
@@ -129,26 +153,29 @@ def _cell(case: dict[str, Any], contender: dict[str, Any] | None) -> str:
     if "failed" in contender:
         return contender["failed"]
     text = _three_digits(contender["median_ms"])
-    return f"**{text}**" if contender["name"] == OURS else f"{text} ({ratio_to_ours(case, contender):.2g}×)"
+    if contender["name"] == OURS:
+        return f"**{text}**"
+    ratio = ratio_to_ours(case, contender)
+    return text if ratio is None else f"{text} ({ratio:.2g}×)"
 
 
-def _notes(results: dict[str, Any], ours: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     """Rates that say how near the limits are."""
-    notes = []
-    forward = [(c["m"], o) for c, o in ours if c["operation"] == "linear_forward"]
+    limits, notes = limits_of(found), []
+    forward = [c for c in plots.speed_cases({**found, "cases": cases}) if "failed" not in c["contenders"][0]]
     if forward:
-        (first, few), (last, many) = forward[0], forward[-1]
-        notes.append(f"At M = {first} this package reads packed weights at {few['gb_per_s']:.0f} GB/s")
-        notes.append(f"at M = {last} it multiplies at {many['gflop_per_s']:.0f} GFLOP/s")
-    steps = [o for c, o in ours if c["operation"] == "adamw_step"]
-    if steps:
-        notes.append(f"A step of AdamW moves {steps[0]['gb_per_s']:.0f} GB/s (28 bytes a parameter)")
-    equal = [c for case in results["cases"] if (c := find_contender(case, EQUAL_COPY)) and "failed" not in c]
-    if equal:
-        notes.append(f"a copy of as many bytes {equal[0]['gb_per_s']:.0f} GB/s")
-    copies = [c for case in results["cases"] if (c := find_contender(case, COPY)) and "failed" not in c]
-    if copies:
-        notes.append(f"a plain copy into a new tensor moves {copies[0]['gb_per_s']:.0f} GB/s (read and write)")
+        few, many = forward[0], forward[-1]
+        notes.append(f"At M = {few['m']} this package moves {gb_per_s(few['contenders'][0]):.1f} GB/s")
+        notes.append(
+            f"at M = {many['m']} it multiplies at {gflop_per_s(many, many['contenders'][0]) / 1e3:.2f} TFLOP/s"
+        )
+    if limits.bytes_per_s:
+        notes.append(f"a large copy moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)")
+    if "bfloat16" in limits.flops:
+        notes.append(f"a dense product reaches {limits.flops['bfloat16'] / 1e12:.2f} TFLOP/s")
+    copy = next((c for case in cases if (c := find_contender(case, COPY)) and "failed" not in c), None)
+    if copy:
+        notes.append(f"a copy into a new tensor moves {gb_per_s(copy):.1f} GB/s")
     return "; ".join(notes) + "." if notes else ""
 
 
@@ -158,71 +185,49 @@ def _three_digits(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def plot(results: dict[str, Any], path: Path, source: str) -> None:
-    """Time of forward over M for each contender, both axes logarithmic; the PNG's metadata name its source."""
-    import matplotlib
+TABLES: dict[str, Callable[[dict[str, Any], str], str]] = {
+    "cpu": layer_table,
+    "cpu-other": other_table,
+    "optimizer": optimizer_table,
+}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cases = [case for case in results["cases"] if case["operation"] == "linear_forward"]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, marker in zip((OURS, DENSE, BNB, BNB_EVAL), "osv^"):
-        found = [(c["m"], x) for c in cases if (x := find_contender(c, name)) and "failed" not in x]
-        if not found:
-            continue
-        rows, times = [m for m, _ in found], [x["median_ms"] for _, x in found]
-        low, high = [x["q20_ms"] for _, x in found], [x["q80_ms"] for _, x in found]
-        (line,) = axes.plot(
-            rows, times, marker=marker, label=_HEADINGS.get(name, name), zorder=3 if name == OURS else 2
-        )
-        axes.fill_between(rows, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    s = results["settings"]
-    axes.set(xscale="log", yscale="log", xlabel="M, rows of x", ylabel="milliseconds")
-    axes.set_title(f"forward, N = {s['n']}, K = {s['k']}, bf16, {s['threads']} threads", fontsize=10)
-    axes.set_xticks([c["m"] for c in cases], [str(c["m"]) for c in cases])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Source": source_note(results, source)})
-    plt.close(figure)
+# --------------------------------------------------------------------------------------------------------- README
 
 
-def source_note(results: dict[str, Any], source: str) -> str:
-    return f"{source} {results['date']}"
-
-
-def replace_table(text: str, table: str, suite: str = "linear") -> str:
-    """README's text with the table between the markers of a suite.
+def replace_table(text: str, table: str, name: str) -> str:
+    """README's text with the table between the markers of that name.
 
     Raises:
         ValueError: when the markers are missing.
     """
-    begin = _BEGINS[suite]
+    begin = f"<!-- table: {name} -->"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(_END), re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"the text should hold the markers {begin} and {_END}")
     return pattern.sub(lambda _: f"{begin}\n{table}\n{_END}", text)
 
 
-def filled(text: str) -> str:
-    """README's text with the tables of the newest results.
+def filled(text: str, folder: str | Path = FOLDER) -> str:
+    """README's text with the tables of the newest result.
 
     Raises:
-        ValueError: when markers are missing.
-        FileNotFoundError: when the layer was never measured; of optimizers the text says so.
+        ValueError: when markers are missing, or the case of a bar is.
+        FileNotFoundError: when there is no result.
     """
-    for suite in _BEGINS:
-        try:
-            path = result_files.newest(suite=suite)
-        except FileNotFoundError:
-            if suite == "linear":
-                raise
-            text = replace_table(text, NOT_MEASURED, suite)
-        else:
-            text = replace_table(text, markdown(result_files.load(path), relative(path)), suite)
+    path = newest(folder)
+    found = results.load(path)
+    for name, table in TABLES.items():
+        text = replace_table(text, table(found, relative(path)), name)
     return text
+
+
+def plot_path(name: str) -> Path:
+    return FOLDER / f"cpu-{name}.png"
+
+
+def source_note(found: dict[str, Any], source: str) -> str:
+    """What a plot's metadata say of its source."""
+    return f"{source} {found['date']}"
 
 
 def relative(path: Path) -> str:
@@ -231,17 +236,13 @@ def relative(path: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", help="print this result file and write nothing")
-    arguments = parser.parse_args(argv)
-    if arguments.file:
-        print(terminal(result_files.load(arguments.file)))
-        return 0
-    path = result_files.newest()
-    results = result_files.load(path)
+    argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0]).parse_args(argv)
+    path = newest()
+    found = results.load(path)
     README.write_text(filled(README.read_text()))
-    plot(results, PLOT, relative(path))
-    print(f"README.md and {relative(PLOT)} from {relative(path)} and what there is of other suites")
+    for name in plots.PLOTS:
+        plots.draw(found, name, plot_path(name), source_note(found, relative(path)))
+    print(f"README.md and its plots from {relative(path)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``qlora-kernels finetune``, ``quantize`` and ``info``."""
+"""The command line: ``qlora-kernels finetune``, ``quantize``, ``bench`` and ``info``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from .bench.options import add_arguments as add_bench_arguments
 from .errors import InputError, missing_extra, sentence
 from .finetune.options import add_arguments, from_arguments
 from .signals import Interrupted, StopSignal
@@ -133,6 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--quiet", action="store_true", help="no progress bar")
     quantize.set_defaults(run=_quantize)
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure this package beside torch, bitsandbytes and PEFT",
+        description="Every operation beside its peers, in one run, each case in a process of its own: verified, then "
+        "timed in turns. Tables here, figures and plots in files.",
+    )
+    add_bench_arguments(bench)
+    bench.set_defaults(run=_bench)
+
     info = commands.add_parser("info", help="what this build contains and what it runs on")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.add_argument(
@@ -173,6 +183,12 @@ def _quantize(namespace: argparse.Namespace, arguments: list[str]) -> int:
             return 128 + interrupted.signum
     print(report)
     return 0
+
+
+def _bench(namespace: argparse.Namespace, arguments: list[str]) -> int:
+    from .bench.command import command
+
+    return command(namespace)
 
 
 def _info(namespace: argparse.Namespace, arguments: list[str]) -> int:

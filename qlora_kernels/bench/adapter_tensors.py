@@ -1,4 +1,4 @@
-"""What optimizers work on: the adapters of a Llama with 32 layers, their gradients, and what steps should give."""
+"""What optimizers work on: the adapters of a whole Llama, their gradients, and what steps should give."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .common import Settings
+from .points import MODELS, Point
 
-LAYERS = 32
 #: Gradients of the steps that are verified, as multiples of the same ones: any two of them differ.
 SCALES = (1.0, -0.5, 0.75, 2.0)
 #: Of a tensor's elements those that are verified: each of these, in all tensors.
@@ -17,20 +16,19 @@ STRIDE = 17
 
 
 class AdapterTensors:
-    """float32 A [r, K] and B [N, r] of the seven linear layers of each of 32, shared by all contenders.
+    """float32 A [r, K] and B [N, r] of the seven linear layers of each block, shared by all contenders.
 
     With gradients that are multiples of the same ones all moments are, too: so the parameters after any number of steps
     have a formula, which is computed in float64.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        hidden, rank = settings.n, settings.rank
-        inner = hidden * 43 // 16  # 11008 for 4096, as in Llama-2-7B
-        layer = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
-        shapes = [shape for n, k in layer * LAYERS for shape in ((rank, k), (n, rank))]
+    def __init__(self, point: Point, device: torch.device) -> None:
+        model, rank = MODELS[point.model], point.rank
+        layer = list(model.linears.values())
+        shapes = [shape for n, k in layer * model.layers for shape in ((rank, k), (n, rank))]
         generator = torch.Generator().manual_seed(0)
-        self.begin = [torch.randn(shape, generator=generator).mul_(0.02) for shape in shapes]
-        self.gradients = [torch.randn(shape, generator=generator).mul_(1e-3) for shape in shapes]
+        self.begin = [torch.randn(shape, generator=generator).mul_(0.02).to(device) for shape in shapes]
+        self.gradients = [torch.randn(shape, generator=generator).mul_(1e-3).to(device) for shape in shapes]
         self.parameters = [nn.Parameter(value.clone()) for value in self.begin]
         for p in self.parameters:
             p.grad = torch.empty_like(p)
@@ -59,7 +57,7 @@ class AdapterTensors:
             moves: of each step so far: from a tensor's gradients in float64 to what the step subtracts.
             decay: what a step leaves of a parameter.
         """
-        worst = torch.zeros((), dtype=torch.float64)
+        worst = torch.zeros((), dtype=torch.float64, device=self.begin[0].device)
         for p, begin, gradient in zip(self.parameters, self.begin, self.gradients):
             found, value, g = (t.detach().flatten()[::STRIDE].double() for t in (p, begin, gradient))
             for move in moves:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, instruction sets, cores, memory, system."""
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, instruction sets, cores, memory, system; and the card, where the device is one."""
     info = qlora_kernels.build_info()
     cpuinfo = _cpuinfo()
     flags = set(cpuinfo.get("flags", "").split())
@@ -33,7 +33,25 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "virtual": "hypervisor" in flags,
         "system": f"{platform.system()} {platform.release()}",
+        **({} if device == "cpu" else {"gpu": _describe_card()}),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
+    }
+
+
+def _describe_card() -> dict[str, Any]:
+    """The current card: name, architecture, memory, driver."""
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {
+        "name": card.name,
+        "architecture": f"sm_{card.major}{card.minor}",
+        "memory_gib": round(card.total_memory / 2**30, 1),
+        "processors": card.multi_processor_count,
+        "driver": driver,
     }
 
 

@@ -1,1 +1,50 @@
-"""What is measured: a module for each operation, whose ``cases`` name the contenders, this package first."""
+"""What is measured: a module for each operation, whose ``case`` names the contenders, this package first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..common import Case, Settings
+from ..contenders import Lab
+from ..measure import start
+from ..points import Point
+from . import block_step, decode, dequantize, limits, linear_dx, linear_forward, linear_step, optimizer, quantize
+from .finetune import FinetuneMeasurement
+
+CASES: dict[str, Callable[[Lab], Case]] = {
+    "limits": limits.case,
+    "quantize": quantize.case,
+    "dequantize": dequantize.case,
+    "dequantize_out": dequantize.case_out,
+    "linear_forward": linear_forward.case,
+    "linear_dx": linear_dx.case,
+    "linear_step": linear_step.case,
+    "decode": decode.case,
+    "block_step": block_step.case,
+    "adamw_step": optimizer.adamw,
+    "adamw_clipped_step": optimizer.adamw_clipped,
+    "adamw_8bit_step": optimizer.adamw_8bit,
+    "lion_step": optimizer.lion,
+}
+OPERATIONS = (*CASES, "finetune")
+
+
+def begin(
+    settings: Settings,
+    point: Point,
+    without: Mapping[str, str] | None = None,
+    announce: Callable[[str], None] = lambda name: None,
+) -> Any:
+    """A measurement of a point: its contenders set up and verified, ready for rounds.
+
+    Args:
+        settings, point: how, and what.
+        without, announce: see :class:`qlora_kernels.bench.measure.Measurement`.
+
+    Returns:
+        An object with ``rounds``, ``round()`` and ``result()``.
+    """
+    if point.operation == "finetune":
+        return FinetuneMeasurement(settings, point, announce)
+    return start(CASES[point.operation](Lab(settings, point)), settings, point, without, announce)

@@ -1,8 +1,6 @@
-"""dequantize: NF4 with double quantization to bf16, into a new tensor and into one that is there already."""
+"""dequantize: NF4 with double quantization, into a new tensor and into one that is there already."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 
@@ -15,15 +13,16 @@ LIMIT = 0.003
 
 def case(lab: Lab) -> Case:
     """Every contender makes a new tensor, as users' calls do; the plain copy shows what that alone costs."""
-    written = 2 * lab.settings.n * lab.settings.k
+    written = lab.bytes_of("dense")
 
     def ours() -> Ready:
         weights = lab.ours
         return Ready(
-            lambda i: weights[i].dequantize(torch.bfloat16),
+            lambda i: weights[i].dequantize(lab.dtype),
             lambda out: relative_error(out, lab.exact("ours")),
             LIMIT,
             written + lab.bytes_of("ours"),
+            len(weights),
         )
 
     def bnb() -> Ready:
@@ -35,6 +34,7 @@ def case(lab: Lab) -> Case:
             lambda out: relative_error(out, lab.exact("bnb")),
             LIMIT,
             written + lab.bytes_of("bnb"),
+            len(weights),
         )
 
     def copy() -> Ready:
@@ -44,60 +44,60 @@ def case(lab: Lab) -> Case:
             lambda out: relative_error(out, lab.exact("ours")),
             LIMIT,
             2 * written,
+            len(weights),
         )
 
     contenders = [Contender(OURS, ours), Contender(BNB, bnb), Contender(COPY, copy)]
-    return Case("dequantize", "dequantize to bf16", None, None, contenders)
+    return Case(f"dequantize to {lab.point.dtype}", None, contenders)
 
 
 def case_out(lab: Lab) -> Case:
     """The same into a given tensor, one for each copy of the weight: memory that has been touched before."""
-    written = 2 * lab.settings.n * lab.settings.k
+    written = lab.bytes_of("dense")
 
-    def given() -> list[torch.Tensor]:
-        return [torch.zeros(lab.settings.n, lab.settings.k, dtype=torch.bfloat16) for _ in range(lab.settings.copies)]
+    def given(count: int) -> list[torch.Tensor]:
+        return [torch.zeros(lab.shape, dtype=lab.dtype, device=lab.device) for _ in range(count)]
 
     def ours() -> Ready:
-        weights, out = lab.ours, given()
+        weights, out = lab.ours, given(len(lab.dense))
         return Ready(
-            lambda i: weights[i].dequantize(torch.bfloat16, out=out[i]),
+            lambda i: weights[i].dequantize(lab.dtype, out=out[i % len(out)]),
             lambda result: relative_error(result, lab.exact("ours")),
             LIMIT,
             written + lab.bytes_of("ours"),
+            len(weights),
         )
 
     def bnb() -> Ready:
         from bitsandbytes.functional import dequantize_4bit
 
-        weights, out = lab.bnb, given()
+        weights, out = lab.bnb, given(len(lab.dense))
 
         def call(i: int) -> torch.Tensor:
             try:
-                dequantize_4bit(weights[i][0], weights[i][1], out=out[i])
+                dequantize_4bit(weights[i][0], weights[i][1], out=out[i % len(out)])
             except NotImplementedError:  # torch's reason fills a paragraph
                 raise NotImplementedError("no out= on the CPU") from None
-            return out[i]
+            return out[i % len(out)]
 
         return Ready(
             call,
             lambda result: relative_error(result, lab.exact("bnb")),
             LIMIT,
             written + lab.bytes_of("bnb"),
+            len(weights),
         )
 
     def copy() -> Ready:
-        weights, out = lab.dense, given()
+        weights = lab.dense
+        out = given(len(weights))
         return Ready(
             lambda i: out[i].copy_(weights[i]),
             lambda result: relative_error(result, lab.exact("ours")),
             LIMIT,
             2 * written,
+            len(weights),
         )
 
     contenders = [Contender(OURS, ours), Contender(BNB, bnb), Contender(COPY, copy)]
-    return Case("dequantize_out", "dequantize to bf16 into a given tensor", None, None, contenders)
-
-
-def cases(lab: Lab) -> Iterator[Case]:
-    yield case(lab)
-    yield case_out(lab)
+    return Case(f"dequantize to {lab.point.dtype} into a given tensor", None, contenders)

@@ -2,96 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import qlora_kernels
 
 from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import BNB, BNB_EVAL, DENSE, PEFT, PEFT_EVAL, Lab
-
-ROWS = (1, 4, 16, 64, 512, 2048)
+from ..contenders import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT, PEFT_EVAL, Lab
 
 # A bf16 output alone has an error of 0.0017; bitsandbytes' eval-mode layer rounds its constants to bf16 too (0.003).
 LIMIT = 0.01
 
 
-def case(lab: Lab, m: int) -> Case:
-    """Without an adapter."""
-    s = lab.settings
-    x = lab.rows(m, s.k)
+def case(lab: Lab) -> Case:
+    return _with_adapter(lab) if lab.point.rank else _without(lab)
+
+
+def moved(lab: Lab, whose: str) -> int:
+    """Bytes of the weight, of x, and of y."""
+    p = lab.point
+    return lab.bytes_of(whose) + p.m * (p.n + p.k) * lab.dtype.itemsize
+
+
+def _without(lab: Lab) -> Case:
+    p = lab.point
+    x = lab.rows(p.m, p.k)
     check = _checker(lab, x, adapter=False)
+
+    def ready(call: Callable[[int], Tensor], whose: str, copies: int) -> Ready:
+        return Ready(_no_grad(call), check("bnb" if "bnb" in whose else "ours"), LIMIT, moved(lab, whose), copies)
 
     def ours() -> Ready:
         weights = lab.ours
-        return Ready(
-            _no_grad(lambda i: qlora_kernels.linear(x, weights[i])), check("ours"), LIMIT, lab.bytes_of("ours")
-        )
+        return ready(lambda i: qlora_kernels.linear(x, weights[i]), "ours", len(weights))
 
     def dense() -> Ready:
         weights = lab.dense
-        return Ready(_no_grad(lambda i: F.linear(x, weights[i])), check("ours"), LIMIT, lab.bytes_of("dense"))
+        return ready(lambda i: F.linear(x, weights[i]), "dense", len(weights))
+
+    def dequantized() -> Ready:
+        weights = lab.ours
+        return ready(lambda i: F.linear(x, weights[i].dequantize(lab.dtype)), "ours", len(weights))
 
     def bnb() -> Ready:
         from bitsandbytes import matmul_4bit
 
         weights = lab.bnb
-        call = _no_grad(lambda i: matmul_4bit(x, weights[i][0].t(), quant_state=weights[i][1]))
-        return Ready(call, check("bnb"), LIMIT, lab.bytes_of("bnb"))
+        return ready(lambda i: matmul_4bit(x, weights[i][0].t(), quant_state=weights[i][1]), "bnb", len(weights))
 
     def bnb_eval() -> Ready:
         layers = lab.bnb_eval_layers
-        call = _no_grad(lambda i: layers[i](x))
-        call(0)  # repacks
-        return Ready(call, check("bnb"), LIMIT, lab.bytes_of("bnb_eval"))
+        _repack(layers, x)
+        return ready(lambda i: layers[i](x), "bnb_eval", len(layers))
 
-    contenders = [Contender(OURS, ours), Contender(DENSE, dense), Contender(BNB, bnb), Contender(BNB_EVAL, bnb_eval)]
-    return Case("linear_forward", "forward", m, 2 * m * s.n * s.k, contenders)
+    contenders = [
+        Contender(OURS, ours),
+        Contender(DENSE, dense),
+        Contender(DEQUANTIZED, dequantized),
+        Contender(BNB, bnb),
+        *([] if lab.cuda else [Contender(BNB_EVAL, bnb_eval)]),
+    ]
+    return Case("forward", 2 * p.m * p.n * p.k, contenders)
 
 
-def case_with_adapter(lab: Lab, m: int) -> Case:
-    """With an adapter: the layers as a user calls them. PEFT's takes another path in eval mode, so it runs in both."""
-    s = lab.settings
-    x = lab.rows(m, s.k)
+def _with_adapter(lab: Lab) -> Case:
+    """The layers as a user calls them. PEFT's takes another path in eval mode, so it runs in both."""
+    p = lab.point
+    x = lab.rows(p.m, p.k)
     check = _checker(lab, x, adapter=True)
+    adapter_bytes = p.rank * (p.n + p.k) * lab.dtype.itemsize
+
+    def ready(call: Callable[[int], Tensor], whose: str, copies: int) -> Ready:
+        total = moved(lab, whose) + adapter_bytes
+        return Ready(_no_grad(call), check("bnb" if "bnb" in whose else "ours"), LIMIT, total, copies)
 
     def ours() -> Ready:
         layers = [layer.eval() for layer in lab.layers]
-        return Ready(_no_grad(lambda i: layers[i](x)), check("ours"), LIMIT, lab.bytes_of("ours"))
+        return ready(lambda i: layers[i](x), "ours", len(layers))
 
     def dense() -> Ready:
         (A, B), weights = lab.adapter, lab.dense
-        call = _no_grad(lambda i: F.linear(x, weights[i]) + lab.scaling * F.linear(F.linear(x, A), B))
-        return Ready(call, check("ours"), LIMIT, lab.bytes_of("dense"))
+        return ready(
+            lambda i: F.linear(x, weights[i]) + lab.scaling * F.linear(F.linear(x, A), B), "dense", len(weights)
+        )
 
     def peft() -> Ready:
-        models = lab.peft_models(training=True)
-        return Ready(_no_grad(lambda i: models[i](x)), check("bnb"), LIMIT, lab.bytes_of("bnb"))
+        layers = lab.peft_layers(training=True)
+        return ready(lambda i: layers[i](x), "bnb", len(layers))
 
     def peft_eval() -> Ready:
-        models = lab.peft_models(training=False)
-        call = _no_grad(lambda i: models[i](x))
-        call(0)  # repacks
-        return Ready(call, check("bnb"), LIMIT, lab.bytes_of("bnb_eval"))
+        layers = lab.peft_layers(training=False)
+        _repack(layers, x)
+        return ready(lambda i: layers[i](x), "bnb_eval", len(layers))
 
     contenders = [
         Contender(OURS, ours),
         Contender(DENSE, dense),
         Contender(PEFT, peft),
-        Contender(PEFT_EVAL, peft_eval),
+        *([] if lab.cuda else [Contender(PEFT_EVAL, peft_eval)]),
     ]
-    flops = 2 * m * (s.n * s.k + s.rank * (s.n + s.k))
-    return Case("linear_forward_adapter", f"forward, r = {s.rank}", m, flops, contenders)
+    return Case("forward with an adapter", 2 * p.m * (p.n * p.k + p.rank * (p.n + p.k)), contenders)
 
 
-def cases(lab: Lab, rows: tuple[int, ...] = ROWS) -> Iterator[Case]:
-    for m in rows:
-        yield case(lab, m)
-    for m in rows:
-        yield case_with_adapter(lab, m)
+def _repack(layers: Sequence[nn.Module], x: Tensor) -> None:
+    """A first call, in which bitsandbytes' layer in eval mode stores its weight anew."""
+    with torch.no_grad():
+        for layer in layers:
+            layer(x[:1])
 
 
 def _no_grad(call: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
@@ -104,7 +124,7 @@ def _no_grad(call: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
 
 def _checker(lab: Lab, x: Tensor, adapter: bool) -> Callable[[str], Callable[[Tensor], float]]:
     """Errors on at most 16 rows from first to last, which keeps the float64 product short."""
-    chosen = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], 16)).round().long()
+    chosen = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], 16)).round().long().to(x.device)
     references: dict[str, Tensor] = {}
 
     def exact(whose: str) -> Tensor:

@@ -1,63 +1,103 @@
-"""A training step of one layer: forward, then the gradients of x, A and B."""
+"""linear_step: a training step of one layer: forward, then the gradients of x, A and B."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import DENSE, PEFT, Lab
+import qlora_kernels
 
-ROWS = (16, 512)
+from ..common import OURS, Case, Contender, Ready, relative_error
+from ..contenders import BNB, DENSE, DEQUANTIZED, PEFT, Lab
 
 # Gradients pass through two products that are rounded to bf16.
 LIMIT = 0.02
 
 
-def case(lab: Lab, m: int) -> Case:
-    s = lab.settings
-    x = lab.rows(m, s.k).requires_grad_()
-    dy = lab.rows(m, s.n, seed=3)
+class Dequantized(torch.autograd.Function):
+    """x W^T with W decoded anew in either direction, as a layer without fused kernels does it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: qlora_kernels.NF4Weight) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return dy @ ctx.weight.dequantize(dy.dtype), None
+
+
+def case(lab: Lab) -> Case:
+    """With rank 0, without the adapter: what that costs is the difference."""
+    p = lab.point
+    x = lab.rows(p.m, p.k).requires_grad_()
+    dy = lab.rows(p.m, p.n, seed=3)
     check = _checker(lab, x.detach(), dy)
 
-    def step(forward: Callable[[], Tensor], A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+    def leaves() -> tuple[Tensor, ...]:
+        return tuple(part.clone().requires_grad_() for part in lab.adapter) if p.rank else ()
+
+    def step(forward: Callable[[], Tensor], adapter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         y = forward()
-        return y, *torch.autograd.grad(y, (x, A, B), dy)
+        return y.detach(), *torch.autograd.grad(y, (x, *adapter), dy)
+
+    def ready(call: Callable[[int], tuple[Tensor, ...]], whose: str, copies: int) -> Ready:
+        # The weight once each way; x, y, dy, dx.
+        total = 2 * lab.bytes_of(whose) + 2 * p.m * (p.n + p.k) * lab.dtype.itemsize
+        return Ready(call, check("bnb" if whose == "bnb" else "ours"), LIMIT, total, copies)
+
+    def plain(product: Callable[[int], Tensor], whose: str, copies: int) -> Ready:
+        """A product, and the adapter in plain torch."""
+        adapter = leaves()
+
+        def forward(i: int) -> Tensor:
+            y = product(i)
+            if adapter:
+                y = y + lab.scaling * F.linear(F.linear(x, adapter[0]), adapter[1])
+            return y
+
+        return ready(lambda i: step(lambda: forward(i), adapter), whose, copies)
 
     def ours() -> Ready:
+        if not p.rank:
+            weights = lab.ours
+            return plain(lambda i: qlora_kernels.linear(x, weights[i]), "ours", len(weights))
         layers = [layer.train() for layer in lab.layers]
         adapters = [(layer.lora_A["default"], layer.lora_B["default"]) for layer in layers]
-        call = lambda i: step(lambda: layers[i](x), *adapters[i])  # noqa: E731
-        return Ready(call, check("ours"), LIMIT, 2 * lab.bytes_of("ours"))
+        return ready(lambda i: step(lambda: layers[i](x), adapters[i]), "ours", len(layers))
 
     def dense() -> Ready:
         weights = lab.dense
-        A, B = (part.clone().requires_grad_() for part in lab.adapter)
+        return plain(lambda i: F.linear(x, weights[i]), "dense", len(weights))
 
-        def forward(i: int) -> Tensor:
-            return F.linear(x, weights[i]) + lab.scaling * F.linear(F.linear(x, A), B)
+    def dequantized() -> Ready:
+        weights = lab.ours
+        return plain(lambda i: Dequantized.apply(x, weights[i]), "ours", len(weights))
 
-        return Ready(lambda i: step(lambda: forward(i), A, B), check("ours"), LIMIT, 2 * lab.bytes_of("dense"))
+    def bnb() -> Ready:
+        from bitsandbytes import matmul_4bit
+
+        weights = lab.bnb
+        product = lambda i: matmul_4bit(x, weights[i][0].t(), quant_state=weights[i][1])  # noqa: E731
+        return plain(product, "bnb", len(weights))
 
     def peft() -> Ready:
-        models = lab.peft_models(training=True)
-        layers = [model.base_model.model.linear for model in models]
+        layers = lab.peft_layers(training=True)
         adapters = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
-        call = lambda i: step(lambda: models[i](x), *adapters[i])  # noqa: E731
-        return Ready(call, check("bnb"), LIMIT, 2 * lab.bytes_of("bnb"))
+        return ready(lambda i: step(lambda: layers[i](x), adapters[i]), "bnb", len(layers))
 
-    contenders = [Contender(OURS, ours), Contender(DENSE, dense), Contender(PEFT, peft)]
+    contenders = [
+        Contender(OURS, ours),
+        Contender(DENSE, dense),
+        Contender(DEQUANTIZED, dequantized),
+        Contender(PEFT, peft) if p.rank else Contender(BNB, bnb),
+    ]
     # x W^T and dy W, each 2 M N K; and of the adapter forward, dx, dA and dB.
-    flops = 4 * m * s.n * s.k + 6 * m * s.rank * (s.n + s.k)
-    return Case("linear_backward", f"forward + backward, r = {s.rank}", m, flops, contenders)
-
-
-def cases(lab: Lab, rows: tuple[int, ...] = ROWS) -> Iterator[Case]:
-    for m in rows:
-        yield case(lab, m)
+    flops = 4 * p.m * p.n * p.k + 6 * p.m * p.rank * (p.n + p.k)
+    return Case("forward + backward", flops, contenders)
 
 
 def _checker(lab: Lab, x: Tensor, dy: Tensor) -> Callable[[str], Callable[[tuple[Tensor, ...]], float]]:
@@ -66,11 +106,14 @@ def _checker(lab: Lab, x: Tensor, dy: Tensor) -> Callable[[str], Callable[[tuple
 
     def exact(whose: str) -> tuple[Tensor, ...]:
         W = lab.exact(whose)
-        A, B = (part.double() for part in lab.adapter)
         x64, dy64 = x.double(), dy.double()
+        y, dx = x64 @ W.T, dy64 @ W
+        if not lab.point.rank:
+            return y, dx
+        A, B = (part.double() for part in lab.adapter)
         u = lab.scaling * x64 @ A.T
         v = lab.scaling * dy64 @ B
-        return x64 @ W.T + u @ B.T, dy64 @ W + v @ A, v.T @ x64, dy64.T @ u
+        return y + u @ B.T, dx + v @ A, v.T @ x64, dy64.T @ u
 
     def checker(whose: str) -> Callable[[tuple[Tensor, ...]], float]:
         if whose not in references:

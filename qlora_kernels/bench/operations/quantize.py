@@ -1,31 +1,42 @@
-"""quantize: a float32 weight to NF4 with double quantization."""
+"""quantize: a weight to NF4 with double quantization."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 
 import qlora_kernels
+from qlora_kernels import default_nested_table, ops
 
 from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import BNB, Lab
+from ..contenders import BNB, CHECKED, Lab
 
 # NF4 in blocks of 64 moves a normally distributed weight by 0.092, relative to its norm.
 LIMIT = 0.1
 
 
 def case(lab: Lab) -> Case:
-    weights = [lab.source.clone() for _ in range(lab.settings.copies)]
     exact = lab.source.double()
+    weights = lab.copied(lab.source, lab.source.nbytes, torch.clone)
+    moved = lab.source.nbytes + lab.bytes_of("ours")
 
     def ours() -> Ready:
         return Ready(
             lambda i: qlora_kernels.quantize(weights[i]),
             lambda out: relative_error(out.dequantize(torch.float32), exact),
             LIMIT,
-            weights[0].nbytes + lab.bytes_of("ours"),
+            moved,
+            len(weights),
+            waits=lab.cuda,
         )
+
+    def kernel() -> Ready:
+        """Without the look at the result, for which the host waits on a card."""
+        table = default_nested_table(lab.device)
+
+        def error(pieces: tuple) -> float:
+            return relative_error(qlora_kernels.NF4Weight(*pieces, lab.shape).dequantize(torch.float32), exact)
+
+        return Ready(lambda i: ops.quantize_nested(weights[i], table), error, LIMIT, moved, len(weights))
 
     def bnb() -> Ready:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -34,11 +45,9 @@ def case(lab: Lab) -> Case:
             lambda i: quantize_4bit(weights[i], quant_type="nf4", blocksize=64, compress_statistics=True),
             lambda out: relative_error(dequantize_4bit(*out), exact),
             LIMIT,
-            weights[0].nbytes + lab.bytes_of("bnb"),
+            lab.source.nbytes + lab.bytes_of("bnb"),
+            len(weights),
         )
 
-    return Case("quantize", "quantize from float32", None, None, [Contender(OURS, ours), Contender(BNB, bnb)])
-
-
-def cases(lab: Lab) -> Iterator[Case]:
-    yield case(lab)
+    first = [Contender(OURS, kernel), Contender(CHECKED, ours)] if lab.cuda else [Contender(OURS, ours)]
+    return Case(f"quantize from {lab.point.dtype}", None, [*first, Contender(BNB, bnb)])

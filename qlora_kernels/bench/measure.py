@@ -1,0 +1,220 @@
+"""How a case is measured: contenders are verified, then timed round by round in changing order.
+
+Clocks and neighbours on a machine drift, so the contenders take turns: a round gives each of them a few calls, the next
+round starts with another one. What is reported is the median over all calls, with the quantiles around it.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .common import OURS, Case, OtherProcesses, Ready, Settings, WrongResult, quantiles_of, reason
+from .peak import peak_allocated
+from .points import Point
+
+
+@dataclass
+class Runner:
+    """A contender in a case: ready, or why it does not take part."""
+
+    name: str
+    ready: Ready | None = None
+    error: float | None = None
+    failure: str | None = None
+    peak: int | None = None
+    typical: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    calls: int = 0
+
+    def once(self) -> float:
+        """Seconds of one call, on the next copy of the weight."""
+        index, self.calls = self.calls % self.ready.copies, self.calls + 1
+        begin = time.perf_counter()
+        result = self.ready.call(index)
+        end = time.perf_counter()
+        del result
+        return end - begin
+
+
+class Measurement:
+    """A case in progress: set up and verified when made, then timed by :meth:`round`.
+
+    Args:
+        case: what to measure.
+        settings: how.
+        point: where.
+        without: reasons why some contenders are left out, by name: in an earlier attempt the process ended with them.
+        announce: called with the name of each contender before it is prepared, and with "" once all are.
+
+    Attributes:
+        rounds: how many there should be.
+    """
+
+    # A call shorter than this is preceded by an untimed one, since the contender before it has left its own code in the
+    # caches. A longer one doesn't notice.
+    SHORT = 0.020
+    # A call longer than this is timed once a round, one longer than a third of it twice, others so often:
+    LONG, CALLS = 0.3, 4
+
+    def __init__(
+        self,
+        case: Case,
+        settings: Settings,
+        point: Point,
+        without: Mapping[str, str] | None = None,
+        announce: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.case, self.settings, self.point = case, settings, point
+        self.rounds_done = 0
+        torch.set_num_threads(settings.threads)
+        self.runners = []
+        for contender in case.contenders:
+            announce(contender.name)
+            self.runners.append(self._prepare(contender, (without or {}).get(contender.name)))
+        announce("")
+        self.running = [runner for runner in self.runners if runner.failure is None]
+        estimate = sum(r.typical * (self._timed_calls(r) + (r.typical < self.SHORT)) for r in self.running)
+        wanted = int(settings.seconds / estimate) if estimate else 0
+        self.rounds = min(max(wanted, settings.min_rounds), settings.max_rounds)
+        self._others = OtherProcesses()
+
+    def _prepare(self, contender: Any, failure: str | None) -> Runner:
+        """Sets a contender up and holds its result on the first and the last copy against the truth."""
+        runner = Runner(contender.name, failure=failure)
+        if failure is not None:
+            return runner
+        try:
+            ready = runner.ready = contender.prepare()
+            for check in range(ready.checks):
+                error = ready.error(ready.call(0 if check == 0 else ready.copies - 1))
+                runner.error = error if runner.error is None else max(runner.error, error)
+                if not error <= ready.limit:
+                    raise WrongResult(f"wrong result: error {error:.2e}, allowed {ready.limit:.0e}")
+            runner.peak = peak_allocated(lambda: ready.call(0), self.settings.device)
+            runner.typical = runner.once()
+            if runner.typical < self.LONG:
+                runner.typical = min(runner.once() for _ in range(self.CALLS))
+        except Exception as problem:
+            runner.failure, runner.ready = reason(problem), None
+        return runner
+
+    def _timed_calls(self, runner: Runner) -> int:
+        if runner.typical >= self.LONG:
+            return 1
+        return 2 if runner.typical >= self.LONG / 3 else self.CALLS
+
+    def round(self) -> float:
+        """One round; returns the mean time of this package's calls in it, in seconds."""
+        start = self.rounds_done % len(self.running)
+        self._others.resume()
+        gc.disable()
+        try:
+            for runner in self.running[start:] + self.running[:start]:
+                if runner.typical < self.SHORT:
+                    runner.once()
+                runner.seconds += [runner.once() for _ in range(self._timed_calls(runner))]
+        finally:
+            gc.enable()
+            self._others.pause()
+        self.rounds_done += 1
+        first = self.running[0]
+        return statistics.fmean(first.seconds[-self._timed_calls(first) :])
+
+    def result(self) -> dict[str, Any]:
+        """What was measured, as plain values for a JSON file."""
+        return {
+            **self.point.as_dict(),
+            "title": self.case.title,
+            "flops": self.case.flops,
+            "rounds": self.rounds_done,
+            "other_processes": self._others.share,
+            "contenders": [self._describe(runner) for runner in self.runners],
+        }
+
+    def _describe(self, runner: Runner) -> dict[str, Any]:
+        if runner.failure is not None:
+            return {"name": runner.name, "failed": runner.failure}
+        quantiles = quantiles_of(runner.seconds)
+        return {
+            "name": runner.name,
+            "samples": len(runner.seconds),
+            "median_ms": quantiles[50] * 1e3,
+            **{f"q{q}_ms": value * 1e3 for q, value in quantiles.items() if q != 50},
+            **self._facts(runner),
+        }
+
+    def _facts(self, runner: Runner) -> dict[str, Any]:
+        ready = runner.ready
+        return {
+            "error": runner.error,
+            "bytes": ready.bytes,
+            "copies": ready.copies,
+            "peak_allocated": runner.peak,
+            **({} if ready.parts is None else {"parts": ready.parts}),
+        }
+
+
+class CudaMeasurement(Measurement):
+    """The same on a card, whose one round is the whole of :func:`qlora_kernels.bench.cuda_timing.measure`."""
+
+    def __init__(self, *args: Any, card: Any = None, **more: Any) -> None:
+        from .cuda_timing import Card
+
+        super().__init__(*args, **more)
+        self.card = Card() if card is None else card
+        self.rounds = 1
+        self._measured: dict[str, dict[str, Any]] = {}
+
+    def round(self) -> float:
+        from .cuda_timing import Timed, measure
+
+        timed = [Timed(r.name, r.ready.call, r.ready.copies, r.ready.bytes, r.ready.waits) for r in self.running]
+        self._others.resume()
+        measured = measure(self.card, timed, self.settings.seconds)
+        self._others.pause()
+        self._measured = {one["name"]: one for one in measured}
+        self.rounds_done += 1
+        return measured[0]["us"] / 1e6
+
+    def _describe(self, runner: Runner) -> dict[str, Any]:
+        if runner.failure is not None:
+            return {"name": runner.name, "failed": runner.failure}
+        measured = self._measured[runner.name]
+        best = measured["graph_us"] or measured["event_us"]
+        return {
+            "name": runner.name,
+            "samples": best["samples"],
+            "median_ms": best["median"] / 1e3,
+            "q20_ms": best["q20"] / 1e3,
+            "q80_ms": best["q80"] / 1e3,
+            "by": "graph" if measured["graph_us"] else "events",
+            "event_ms": measured["event_us"]["median"] / 1e3,
+            "host_ms": measured["host_us"]["median"] / 1e3,
+            "no_graph": measured["no_graph"],
+            **self._facts(runner),
+        }
+
+
+def start(
+    case: Case,
+    settings: Settings,
+    point: Point,
+    without: Mapping[str, str] | None = None,
+    announce: Callable[[str], None] = lambda name: None,
+) -> Measurement:
+    """A measurement on the settings' device."""
+    kind = CudaMeasurement if settings.device.startswith("cuda") else Measurement
+    return kind(case, settings, point, without, announce)
+
+
+def failed_ours(case: dict[str, Any]) -> str | None:
+    """Why this package has no figure in a measured case, or None where it has, or takes no part."""
+    ours = next((c for c in case["contenders"] if c["name"] == OURS), None)
+    return None if ours is None else ours.get("failed")

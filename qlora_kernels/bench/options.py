@@ -1,0 +1,210 @@
+"""Options of ``qlora-kernels bench``: flags, checks, and the points that they choose."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from .common import Settings
+from .points import DTYPES, FULL_MINUTES_CUDA, MINUTES, MODELS, RANK, SWEEPS, K, N, Point
+
+#: What each operation is measured over.
+AXES = {
+    "limits": ("dtypes",),
+    "quantize": ("shapes", "dtypes"),
+    "dequantize": ("shapes", "dtypes"),
+    "dequantize_out": ("shapes", "dtypes"),
+    "linear_forward": ("shapes", "rows", "ranks", "dtypes"),
+    "linear_dx": ("shapes", "rows", "dtypes"),
+    "linear_step": ("shapes", "rows", "ranks", "dtypes"),
+    "decode": ("models", "ranks", "dtypes"),
+    "block_step": ("models", "rows", "ranks", "dtypes"),
+    "adamw_step": ("models", "ranks"),
+    "adamw_clipped_step": ("models", "ranks"),
+    "adamw_8bit_step": ("models", "ranks"),
+    "lion_step": ("models", "ranks"),
+    "finetune": ("ranks",),
+}
+_DEFAULTS = {
+    "shapes": [(N, K)],
+    "rows": [1, 16, 512],
+    "ranks": [RANK],
+    "dtypes": ["bfloat16"],
+    "models": ["llama-2-7b"],
+}
+_NEEDS_ADAPTER = (
+    "decode",
+    "block_step",
+    "adamw_step",
+    "adamw_clipped_step",
+    "adamw_8bit_step",
+    "lion_step",
+    "finetune",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    what = parser.add_argument_group("what to measure")
+    size = what.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a look at everything, in less than two minutes")
+    size.add_argument("--full", action="store_true", help="every axis: within eight minutes on a card, hours on a CPU")
+    what.add_argument("--operations", metavar="NAMES", help=f"only these, separated by commas: {', '.join(AXES)}")
+    what.add_argument("--shapes", metavar="NxK,...", help=f"weights, such as {N}x{K},11008x4096")
+    what.add_argument("--rows", metavar="M,...", help="rows of x, such as 1,16,512")
+    what.add_argument("--ranks", metavar="R,...", help="of the adapter, such as 0,16,64; 0 for none")
+    what.add_argument("--dtypes", metavar="NAMES", help=", ".join(DTYPES))
+    what.add_argument("--models", metavar="NAMES", help=", ".join(name for name in MODELS if name != "tiny"))
+    what.add_argument("--list", action="store_true", help="show what would be measured, and end")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a card if there is one"
+    )
+    how.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as many as torch uses here)")
+    how.add_argument("--seconds", type=float, metavar="X", help="to time a case (default 6; with --quick 1.5)")
+    how.add_argument("--minutes", type=float, metavar="X", help="for all; what does not fit is left out and named")
+    how.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure a case again, up to N times, while other processes disturb it; the quietest time counts",
+    )
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", metavar="FILE", help="JSON lines (default: bench-DEVICE-DATE.jsonl, here)")
+    out.add_argument("--no-plots", dest="plots", action="store_false", help="no PNG files beside it")
+    out.add_argument("--quiet", action="store_true", help="no progress")
+    out.add_argument("--show", metavar="FILE", help="the tables of an earlier result, and measure nothing")
+    out.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="what became slower from one result to another; measure nothing"
+    )
+
+
+def points_of(namespace: argparse.Namespace) -> list[Point]:
+    """What to measure: a sweep, cut down to some operations; or, with an axis given, every combination.
+
+    Raises:
+        InputError: for a value that no operation has.
+    """
+    operations = _words(namespace.operations, "--operations", AXES) if namespace.operations else None
+    given = {
+        "shapes": namespace.shapes and [_shape(word) for word in namespace.shapes.split(",")],
+        "rows": namespace.rows and _numbers(namespace.rows, "--rows", 1),
+        "ranks": namespace.ranks and _numbers(namespace.ranks, "--ranks", 0),
+        "dtypes": namespace.dtypes and _words(namespace.dtypes, "--dtypes", DTYPES),
+        "models": namespace.models and _words(namespace.models, "--models", MODELS),
+    }
+    if not any(given.values()):
+        points = SWEEPS[sweep_of(namespace)]()
+        if operations is None:
+            return points
+        return [p for p in points if p.operation in (*operations, "limits")] or _combined(operations, given)
+    return _combined(operations or ["linear_forward"], given)
+
+
+def sweep_of(namespace: argparse.Namespace) -> str:
+    return "quick" if namespace.quick else "full" if namespace.full else "usual"
+
+
+def _combined(operations: Sequence[str], given: dict[str, list | None]) -> list[Point]:
+    for name in (name for name, values in given.items() if values):
+        if not any(name in AXES[operation] for operation in operations):
+            raise InputError(f"--{name} says nothing about {', '.join(operations)}")
+    points = []
+    if "limits" not in operations:
+        points += [Point("limits", dtype) for dtype in given["dtypes"] or _DEFAULTS["dtypes"]]
+    for operation in operations:
+        axes = {name: (given[name] or _DEFAULTS[name]) if name in AXES[operation] else [None] for name in _DEFAULTS}
+        ranks = [r for r in axes["ranks"] if r or operation not in _NEEDS_ADAPTER]
+        if not ranks:
+            raise InputError(f"{operation} needs an adapter: --ranks should hold a number above 0")
+        for dtype in axes["dtypes"]:
+            for model in axes["models"]:
+                for shape in axes["shapes"]:
+                    for rank in ranks:
+                        for m in axes["rows"] if operation != "decode" else [1]:
+                            n, k = shape or (None, None)
+                            points.append(Point(operation, dtype or "float32", n, k, m, rank, model))
+    return [_without_dtype(point) for point in points]
+
+
+def _without_dtype(point: Point) -> Point:
+    """The tiny model's own choice is not the point's."""
+    return dataclasses.replace(point, dtype="bfloat16") if point.operation == "finetune" else point
+
+
+def settings_of(namespace: argparse.Namespace) -> Settings:
+    """How to measure.
+
+    Raises:
+        InputError: for a device that is not there, and for numbers out of range.
+    """
+    device = namespace.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device cuda: torch {torch.__version__} sees no card here")
+    threads = torch.get_num_threads() if namespace.threads is None else namespace.threads
+    if threads < 1:
+        raise InputError(f"--threads should be at least 1, found {threads}")
+    seconds = namespace.seconds if namespace.seconds is not None else 1.5 if namespace.quick else 6.0
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"--seconds should be positive, found {seconds:g}")
+    if namespace.minutes is not None and not 0 < namespace.minutes < float("inf"):
+        raise InputError(f"--minutes should be positive, found {namespace.minutes:g}")
+    if namespace.retries < 0:
+        raise InputError(f"--retries should not be negative, found {namespace.retries}")
+    return Settings(device=device, threads=threads, cache_bytes=largest_cache(device), seconds=seconds)
+
+
+def minutes_of(namespace: argparse.Namespace, device: str) -> float | None:
+    """For all cases, or None."""
+    if namespace.minutes is not None:
+        return namespace.minutes
+    sweep = sweep_of(namespace)
+    return FULL_MINUTES_CUDA if sweep == "full" and device == "cuda" else MINUTES[sweep]
+
+
+def largest_cache(device: str) -> int:
+    """Bytes of the last cache before memory: as the system tells, or else 64 MiB; thrice a card's."""
+    if device == "cuda":
+        return 3 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    found = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+        found.append(int(text.rstrip("KMG")) * units.get(text[-1], 1))
+    # A virtual machine may be told of a cache that it shares with many: no more than a 32nd of the memory is spent.
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 32
+    return min(max(found, default=64 << 20), limit)
+
+
+def _words(text: str, flag: str, known: Sequence[str] | dict) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    wrong = [word for word in words if word not in known]
+    if wrong or not words:
+        raise InputError(f"{flag} should be some of {', '.join(known)}; found {', '.join(wrong) or 'nothing'}")
+    return words
+
+
+def _numbers(text: str, flag: str, least: int) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"{flag} should be whole numbers separated by commas, found {text}") from None
+    if min(numbers) < least:
+        raise InputError(f"{flag} should be at least {least}, found {min(numbers)}")
+    return numbers
+
+
+def _shape(word: str) -> tuple[int, int]:
+    parts = word.lower().split("x")
+    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--shapes should be weights such as {N}x{K}, separated by commas; found {word}")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,23 @@
+"""Imports what is compared, quietly: what the process is forked from that measures. What is missing says so later."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+
+NAMES = ("bitsandbytes", "peft", "transformers.models.llama.modeling_llama")
+
+with open(os.devnull, "w") as nowhere:
+    before = os.dup(2)
+    sys.stderr.flush()
+    os.dup2(nowhere.fileno(), 2)
+    try:
+        for name in NAMES:
+            # A broken installation raises anything; the contender that needs it will raise it again.
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    finally:
+        os.dup2(before, 2)
+        os.close(before)

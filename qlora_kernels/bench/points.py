@@ -1,0 +1,176 @@
+"""Where to measure: operations, the shapes of well-known models' layers, and what a run goes through of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes, from its published configuration."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    layers: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """[N, K] of a block's seven linear layers."""
+        kv = self.hidden // self.heads * self.kv_heads
+        h, i = self.hidden, self.intermediate
+        return {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (i, h), "up": (i, h), "down": (h, i)}
+
+
+MODELS = {
+    "llama-2-7b": Shape(4096, 11008, 32, 32, 32),
+    "llama-3-8b": Shape(4096, 14336, 32, 8, 32),
+    "llama-3-70b": Shape(8192, 28672, 64, 8, 80),
+    #: For tests of the benchmarks themselves.
+    "tiny": Shape(256, 704, 4, 4, 2),
+}
+#: The weight that the bars are for.
+N, K, RANK = 4096, 4096, 16
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One case by its coordinates; those that an operation has no use for are None.
+
+    Attributes:
+        operation: a key of :data:`qlora_kernels.bench.operations.OPERATIONS`.
+        dtype: of activations and results.
+        n, k: out_features and in_features.
+        m: rows of x, or tokens.
+        rank: of the adapter; 0 for none.
+        model: a key of MODELS.
+    """
+
+    operation: str
+    dtype: str = "bfloat16"
+    n: int | None = None
+    k: int | None = None
+    m: int | None = None
+    rank: int | None = None
+    model: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        sizes = [] if self.model is None else [self.model]
+        sizes += [] if self.n is None else [f"{self.n} x {self.k}"]
+        sizes += [] if self.m is None else [f"M = {self.m}"]
+        sizes += [] if self.rank is None else [f"r = {self.rank}"]
+        sizes += [] if self.dtype == "bfloat16" else [self.dtype]
+        return ", ".join([self.operation, *sizes])
+
+
+POINT_KEYS = tuple(Point.__dataclass_fields__)
+
+
+def point_of(case: dict[str, Any]) -> Point:
+    """The point that a measured case is of."""
+    return Point(**{key: case[key] for key in POINT_KEYS})
+
+
+def shapes_of(*models: str) -> list[tuple[int, int]]:
+    """The different [N, K] of models' layers, in order."""
+    return list(dict.fromkeys(shape for model in models for shape in MODELS[model].linears.values()))
+
+
+def _limits(dtypes: Sequence[str] = ("bfloat16",)) -> Iterator[Point]:
+    for dtype in dtypes:
+        yield Point("limits", dtype)
+
+
+def _linear(rows: Sequence[int], ranks: Sequence[int], shapes=((N, K),), dtype: str = "bfloat16") -> Iterator[Point]:
+    for n, k in shapes:
+        for rank in ranks:
+            for m in rows:
+                yield Point("linear_forward", dtype, n, k, m, rank)
+
+
+def _of(operation: str, rows: Sequence[int] = (), ranks: Sequence[int] = (), shapes=((N, K),), dtype="bfloat16"):
+    for n, k in shapes:
+        for rank in ranks or (None,):
+            for m in rows or (None,):
+                yield Point(operation, dtype, n, k, m, rank)
+
+
+OPTIMIZER = ("adamw_step", "adamw_clipped_step", "adamw_8bit_step", "lion_step")
+
+
+def _optimizer(names: Sequence[str] = OPTIMIZER, model: str = "llama-2-7b") -> Iterator[Point]:
+    for name in names:
+        yield Point(name, "float32", rank=RANK, model=model)
+
+
+def quick() -> list[Point]:
+    """One look at each operation; decoding is forward at M = 1."""
+    return [
+        *_limits(),
+        *_of("quantize", dtype="float32"),
+        *_of("dequantize"),
+        *_linear((1, 16, 512), (0,)),
+        *_of("linear_dx", (512,)),
+        *_of("linear_step", (16, 512), (RANK,)),
+        Point("block_step", m=128, rank=RANK, model="llama-2-7b"),
+        *_optimizer(("adamw_step",)),
+        Point("finetune", rank=RANK),
+    ]
+
+
+def usual() -> list[Point]:
+    """What the README's tables and plots need."""
+    return [
+        *_limits(),
+        *_of("quantize", dtype="float32"),
+        *_of("quantize"),
+        *_of("dequantize"),
+        *_of("dequantize_out"),
+        *_linear((1, 4, 16, 64, 512, 2048), (0, RANK)),
+        *_linear((1, 16, 512), (0,), ((11008, 4096), (4096, 11008), (1024, 4096))),
+        *_of("linear_dx", (16, 512)),
+        *_of("linear_step", (16, 512), (RANK,)),
+        *_of("linear_step", (512,), (0, 1, 4, 64, 256)),
+        Point("decode", m=1, rank=RANK, model="llama-2-7b"),
+        Point("block_step", m=512, rank=RANK, model="llama-2-7b"),
+        Point("block_step", m=64, rank=RANK, model="llama-3-70b"),
+        *_optimizer(),
+        Point("finetune", rank=RANK),
+    ]
+
+
+def full() -> list[Point]:
+    """Every axis: rows from 1 to 16384, the layers of three models, ranks from 0 to 256, three dtypes."""
+    rows = tuple(4**i for i in range(8))  # 1 to 16384
+    shapes = shapes_of("llama-2-7b", "llama-3-8b", "llama-3-70b")
+    others = [shape for shape in shapes if shape != (N, K)]
+    ranks = (0, 1, 4, 16, 64, 256)
+    points = [
+        *_limits(DTYPES),
+        *usual()[1:],
+        *_linear(rows, (0, RANK)),
+        *_linear((1, 16, 64, 512, 4096), (0,), others),
+        *_of("linear_dx", (1, 16, 512, 4096)),
+        *_of("linear_step", (512, 4096), ranks),
+        *_of("linear_step", (512,), (RANK,), others),
+        *(p for dtype in DTYPES[1:] for p in _linear((1, 16, 512), (0, RANK), dtype=dtype)),
+        *(p for dtype in DTYPES[1:] for p in _of("dequantize", dtype=dtype)),
+        *_of("quantize", shapes=others),
+        *_of("dequantize", shapes=others),
+        *(Point("decode", m=1, rank=RANK, model=model) for model in ("llama-3-8b", "llama-3-70b")),
+        Point("block_step", m=512, rank=RANK, model="llama-3-8b"),
+    ]
+    return list(dict.fromkeys(points))
+
+
+SWEEPS = {"quick": quick, "usual": usual, "full": full}
+#: Minutes that a sweep may take, by device; None for as long as it takes.
+MINUTES = {"quick": 1.8, "usual": None, "full": None}
+FULL_MINUTES_CUDA = 7.5
