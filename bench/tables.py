@@ -170,7 +170,7 @@ def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
             f"at M = {many['m']} it multiplies at {gflop_per_s(many, many['contenders'][0]) / 1e3:.2f} TFLOP/s"
         )
     if limits.bytes_per_s:
-        notes.append(f"a large copy moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)")
+        notes.append(f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)")
     if "bfloat16" in limits.flops:
         notes.append(f"a dense product reaches {limits.flops['bfloat16'] / 1e12:.2f} TFLOP/s")
     copy = next((c for case in cases if (c := find_contender(case, COPY)) and "failed" not in c), None)

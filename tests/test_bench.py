@@ -10,11 +10,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from emulated import emulated
 
 import qlora_kernels
-from qlora_kernels.bench import command, common, compare, limits, options, plots, results, table, worker
+from qlora_kernels.bench import command, common, compare, cuda_timing, limits, options, plots, results, table, worker
 from qlora_kernels.bench.common import OURS, Case, Contender, Ready, Settings
-from qlora_kernels.bench.contenders import BNB, COPY, DENSE, EQUAL_COPY, FOREACH, FUSED, PEFT, PRODUCT, Lab
+from qlora_kernels.bench.contenders import (
+    BNB,
+    BNB_EVAL,
+    CHECKED,
+    COPY,
+    DENSE,
+    EQUAL_COPY,
+    FOREACH,
+    FUSED,
+    PEFT,
+    PEFT_EVAL,
+    PRODUCT,
+    Lab,
+)
 from qlora_kernels.bench.measure import CudaMeasurement, Measurement, failed_ours
 from qlora_kernels.bench.operations import CASES, OPERATIONS, begin
 from qlora_kernels.bench.peak import peak_allocated
@@ -394,6 +408,40 @@ def test_on_a_card_graphs_are_replayed():
         assert one["copies"] == 3
 
 
+CARD_POINTS = (
+    Point("quantize", n=24, k=64),
+    Point("dequantize", n=24, k=64),
+    Point("dequantize_out", n=24, k=64),
+    Point("linear_forward", m=3, rank=0, n=24, k=64),
+    Point("linear_forward", m=3, rank=2, n=24, k=64),
+    Point("linear_dx", m=20, n=24, k=64),
+    Point("linear_step", m=20, rank=2, n=24, k=64),
+    Point("adamw_step", "float32", rank=1, model="tiny"),
+)
+
+
+@pytest.mark.parametrize("point", CARD_POINTS, ids=str)
+def test_a_cards_cases_on_the_emulator(point, monkeypatch):
+    """The contenders that only a card has, this package's through the CUDA kernels."""
+    monkeypatch.setattr(Lab, "cuda", True)
+    monkeypatch.setattr(cuda_timing, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(cuda_timing, "MOST_CALLS", 1)
+    settings = replace(TINY, cache_bytes=1)
+    with emulated():
+        lab = Lab(settings, point)
+        measurement = CudaMeasurement(CASES[point.operation](lab), settings, point, card=FakeCard())
+        measurement.round()
+        case = measurement.result()
+    names = [one["name"] for one in case["contenders"]]
+    assert not {BNB_EVAL, PEFT_EVAL} & set(names)
+    assert (CHECKED in names) == (point.operation == "quantize")
+    for one in case["contenders"]:
+        assert "wrong result" not in one.get("failed", ""), one
+        if "bitsandbytes" not in one["name"]:
+            assert "failed" not in one, one
+            assert one["median_ms"] > 0
+
+
 # ------------------------------------------------------------------------------------------------------- workers
 
 
@@ -540,7 +588,7 @@ def test_table_shows_ratios_the_worst_first_and_shares_of_the_limits(tiny):
     assert limits.limits_of(run).share(case, case["contenders"][0]) == pytest.approx(0.5)
     assert limits.limits_of(run).share(case, case["contenders"][2]) == pytest.approx(1.0)
     text = table.terminal(run)
-    assert "a copy moves 10.0 GB/s" in text
+    assert "memory moves 10.0 GB/s" in text
     assert "1 TFLOP/s" in text
     assert "others took 20% of the machine" in text
     ratios = text[text.index("the worst first") :].splitlines()[1:]

@@ -25,6 +25,8 @@ PEFT_EVAL = "PEFT + bitsandbytes, eval mode"
 DEQUANTIZED = "dequantize, then dense"
 COPY = "plain copy"
 PRODUCT = "dense product"
+#: A copy reads what it is about to overwrite, too, where the processor does not know better; this does not.
+IN_PLACE = "scaling in place"
 FUSED = "torch fused"
 FOREACH = "torch foreach"
 #: A copy of as many bytes as this package's call must move, half read and half written.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .common import OURS
-from .contenders import COPY, EQUAL_COPY, PRODUCT
+from .contenders import COPY, EQUAL_COPY, IN_PLACE, PRODUCT
 
 #: Not rivals: what shows how far the roof is.
-ROOFS = (COPY, EQUAL_COPY, PRODUCT)
+ROOFS = (COPY, EQUAL_COPY, IN_PLACE, PRODUCT)
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Limits:
     """What the machine does at most.
 
     Attributes:
-        bytes_per_s: of a large copy, read and write.
+        bytes_per_s: read and written, of a large copy or by scaling in place, whichever is more.
         flops: a second, of a large dense product, by dtype.
     """
 
@@ -44,16 +44,16 @@ class Limits:
 
 def limits_of(results: dict[str, Any]) -> Limits:
     """From a run's cases of "limits"."""
-    copies, flops = [], {}
+    rates, flops = [], {}
     for case in results["cases"]:
         if case["operation"] != "limits":
             continue
-        copy, product = (find_contender(case, name) for name in (COPY, PRODUCT))
-        if copy and "failed" not in copy:
-            copies.append(copy["bytes"] / copy["median_ms"] * 1e3)
+        streams = [find_contender(case, name) for name in (COPY, IN_PLACE)]
+        rates += [one["bytes"] / one["median_ms"] * 1e3 for one in streams if one and "failed" not in one]
+        product = find_contender(case, PRODUCT)
         if product and "failed" not in product:
             flops[case["dtype"]] = case["flops"] / product["median_ms"] * 1e3
-    return Limits(max(copies, default=None), flops)
+    return Limits(max(rates, default=None), flops)
 
 
 def find_contender(case: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .common import OURS, QUIET
+from .contenders import PRODUCT
 from .limits import ROOFS, find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
 
 
@@ -14,7 +15,7 @@ def terminal(results: dict[str, Any]) -> str:
     lines = [machine_line(results)]
     limits = limits_of(results)
     if limits.bytes_per_s or limits.flops:
-        rates = [f"a copy moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)"] if limits.bytes_per_s else []
+        rates = [f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)"] if limits.bytes_per_s else []
         rates += [f"a dense {name} product reaches {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.flops.items()]
         lines.append(f"Limits, measured: {', '.join(rates)}.")
     lines += ["", *_every_figure(results), "", *_ratios(results)]
@@ -60,7 +61,7 @@ def _every_figure(results: dict[str, Any]) -> list[str]:
                 continue
             ratio, share = ratio_to_ours(case, c), limits.share(case, c)
             roof = c["name"] in ROOFS
-            speed, rate = gb_per_s(c), None if roof and c["name"] != "dense product" else gflop_per_s(case, c)
+            speed, rate = gb_per_s(c), None if roof and c["name"] != PRODUCT else gflop_per_s(case, c)
             rows.append(
                 (
                     "  " + c["name"],

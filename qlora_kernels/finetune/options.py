@@ -263,7 +263,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(group, "alpha", "the low-rank term is scaled by alpha / rank")
     add(group, "lora_dropout", "dropout on the adapter's input")
     add(group, "rslora", "scale by alpha / sqrt(rank) instead")
-    add(group, "target_modules", "comma-separated names of the layers to quantize and adapt", metavar="NAMES")
+    add(
+        group,
+        "target_modules",
+        "comma-separated names of the layers that get adapters; all are quantized",
+        metavar="NAMES",
+    )
     group.add_argument(
         "--no-double-quant",
         dest="double_quant",

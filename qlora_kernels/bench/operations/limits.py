@@ -1,11 +1,11 @@
-"""limits: what the machine does at most: a large copy, and a large product in plain torch."""
+"""limits: what the machine does at most: a large copy, scaling in place, and a large product, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 
 from ..common import Case, Contender, Ready, relative_error
-from ..contenders import COPY, PRODUCT, Lab
+from ..contenders import COPY, IN_PLACE, PRODUCT, Lab
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 #: N = K = M of the product.
@@ -13,7 +13,7 @@ SIZE = {"cpu": 4096, "cuda": 8192}
 
 
 def case(lab: Lab) -> Case:
-    """Both into memory that has been touched before. Nobody's kernels: this package takes no part."""
+    """All into memory that has been touched before. Nobody's kernels: this package takes no part."""
 
     def copy() -> Ready:
         source = torch.ones(COPY_BYTES[lab.device.type] // 4, device=lab.device)
@@ -24,6 +24,17 @@ def case(lab: Lab) -> Case:
             lambda found: 0.0 if torch.equal(found, source) else 1.0,
             0.5,
             2 * source.nbytes,
+            len(sources),
+        )
+
+    def in_place() -> Ready:
+        first = torch.ones(COPY_BYTES[lab.device.type] // 4, device=lab.device)
+        sources = lab.copied(first, first.nbytes, torch.clone)
+        return Ready(
+            lambda i: sources[i].mul_(-1.0),
+            lambda found: 0.0 if torch.equal(found.abs(), torch.ones_like(found)) else 1.0,
+            0.5,
+            2 * first.nbytes,
             len(sources),
         )
 
@@ -39,4 +50,5 @@ def case(lab: Lab) -> Case:
             3 * a.nbytes,
         )
 
-    return Case("limits", 2 * SIZE[lab.device.type] ** 3, [Contender(COPY, copy), Contender(PRODUCT, product)])
+    contenders = [Contender(COPY, copy), Contender(IN_PLACE, in_place), Contender(PRODUCT, product)]
+    return Case("limits", 2 * SIZE[lab.device.type] ** 3, contenders)

@@ -34,7 +34,7 @@ def case(lab: Lab) -> Case:
         table = default_nested_table(lab.device)
 
         def error(pieces: tuple) -> float:
-            return relative_error(qlora_kernels.NF4Weight(*pieces, lab.shape).dequantize(torch.float32), exact)
+            return relative_error(qlora_kernels.NF4Weight(*pieces, table, lab.shape).dequantize(torch.float32), exact)
 
         return Ready(lambda i: ops.quantize_nested(weights[i], table), error, LIMIT, moved, len(weights))
 
