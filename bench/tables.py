@@ -1,18 +1,20 @@
 """README's tables and plots, from result files: no figure there is typed by hand.
 
-python -m bench.tables        # from the newest results in bench/results/
+python -m bench.tables        # from the newest result of each kind in bench/results/
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels.bench import plots, results
+from qlora_kernels.bench import plots, rank_report, results
 from qlora_kernels.bench.common import OURS
 from qlora_kernels.bench.contenders import (
     BNB,
@@ -29,8 +31,10 @@ from qlora_kernels.bench.contenders import (
 from qlora_kernels.bench.limits import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
 from qlora_kernels.bench.machine import ROOT
 from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
+from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
 from qlora_kernels.bench.points import OPTIMIZER, K, N
 from qlora_kernels.bench.table import machine_line
+from qlora_kernels.files import load_json
 
 from .bars import BARS, BARS_THREADS, OPTIMIZER_BARS, Bar, judge
 
@@ -42,16 +46,16 @@ _HEADINGS = {OURS: "this package", DENSE: "torch, dense"}
 _END = "<!-- /table -->"
 
 
-def newest(folder: str | Path = FOLDER, prefix: str = "cpu-") -> Path:
+def newest(pattern: str = "cpu-*.jsonl", folder: str | Path = FOLDER) -> Path:
     """The result file with the latest date inside.
 
     Raises:
-        FileNotFoundError: when there is none.
+        FileNotFoundError: when there is none, saying what makes one.
     """
-    files = list(Path(folder).glob(f"{prefix}*.jsonl"))
+    files = list(Path(folder).glob(pattern))
     if not files:
-        raise FileNotFoundError(f"no {prefix}*.jsonl in {folder}; run: qlora-kernels bench --out {prefix}NAME.jsonl")
-    return max(files, key=lambda path: (results.load(path)["date"], path.name))
+        raise FileNotFoundError(f"no {pattern} in {folder}; run: {PAGES[pattern].made_by}")
+    return max(files, key=lambda path: (PAGES[pattern].load(path)["date"], path.name))
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -96,7 +100,8 @@ def other_table(found: dict[str, Any], source: str) -> str:
     cases = [
         case
         for case in found["cases"]
-        if case["operation"] not in ("limits", *OPTIMIZER, "finetune") and (case["n"], case["k"]) != (N, K)
+        if case["operation"] not in ("limits", *OPTIMIZER, "finetune", "gpt2_forward")
+        and (case["n"], case["k"]) != (N, K)
     ]
     lines = [*_head(found, source), "", *_grid(cases)]
     run = next((case for case in found["cases"] if case["operation"] == "finetune"), None)
@@ -179,16 +184,81 @@ def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     return "; ".join(notes) + "." if notes else ""
 
 
+def _draw(name: str, found: dict[str, Any], path: Path, source: str) -> None:
+    plots.draw(found, name, path, f"{source} {found['date']}")
+
+
 def _three_digits(value: float) -> str:
     """Three digits, two below 1."""
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:.{decimals}f}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any], str], str]] = {
-    "cpu": layer_table,
-    "cpu-other": other_table,
-    "optimizer": optimizer_table,
+def latency_table(found: dict[str, Any], source: str) -> str:
+    """The LoRA paper's table: a row for each contender, a column for each batch and length."""
+    cases = [case for case in found["cases"] if case["operation"] == "gpt2_forward"]
+    heads = [f"batch {case['batch']}, length {case['m']}" for case in cases]
+    lines = [
+        f"{machine_line(found)} ([raw figures]({source})).",
+        "Median milliseconds of a forward pass of GPT-2 medium; in brackets what it costs beyond the model without "
+        f"adapters: dense, or in NF4. LoRA has rank {cases[0]['rank']}.",
+        "",
+        "| | " + " | ".join(heads) + " |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
+    for name in (BASE, MERGED, UNMERGED, ADAPTER_H, ADAPTER_L, NO_LORA, OURS):
+        heading = {NO_LORA: "NF4, this package", OURS: "NF4 + LoRA, unmerged, this package"}.get(name, name)
+        without = NO_LORA if name in (NO_LORA, OURS) else BASE
+        cells = []
+        for case in cases:
+            one, base = find_contender(case, name), find_contender(case, without)
+            if "failed" in one or "failed" in base:
+                cells.append(one.get("failed", base.get("failed")))
+                continue
+            text = _three_digits(one["median_ms"])
+            more = "" if name == without else f" ({100 * (one['median_ms'] / base['median_ms'] - 1):+.1f}%)"
+            cells.append(text + more)
+        lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What README shows of a kind of result files.
+
+    Attributes:
+        made_by: the command that makes one.
+        load: reads it.
+        tables: from (result, source) to the text between the markers of a name.
+        plots: from (result, path, source note) to PNG files in FOLDER, by name.
+    """
+
+    made_by: str
+    load: Callable[[Path], dict[str, Any]]
+    tables: dict[str, Callable[[dict[str, Any], str], str]]
+    plots: dict[str, Callable[[dict[str, Any], Path, str], Any]]
+
+
+#: By the pattern of the files' names.
+PAGES = {
+    "cpu-*.jsonl": Page(
+        "qlora-kernels bench --out bench/results/cpu-NAME.jsonl",
+        results.load,
+        {"cpu": layer_table, "cpu-other": other_table, "optimizer": optimizer_table},
+        {f"cpu-{name}.png": functools.partial(_draw, name) for name in plots.PLOTS},
+    ),
+    "latency-*.jsonl": Page(
+        "qlora-kernels bench --operations gpt2_forward --out bench/results/latency-NAME.jsonl",
+        results.load,
+        {"latency": latency_table},
+        {},
+    ),
+    "ranks-*.json": Page(
+        "python -m qlora_kernels.bench.rank_study --out bench/results/ranks-NAME.json",
+        load_json,
+        {"ranks": rank_report.markdown},
+        {"ranks.png": lambda found, path, source: rank_report.plot(found, path, source)},
+    ),
 }
 
 # --------------------------------------------------------------------------------------------------------- README
@@ -207,27 +277,19 @@ def replace_table(text: str, table: str, name: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{_END}", text)
 
 
-def filled(text: str, folder: str | Path = FOLDER) -> str:
-    """README's text with the tables of the newest result.
+def filled(text: str) -> str:
+    """README's text with the tables of the newest results.
 
     Raises:
         ValueError: when markers are missing, or the case of a bar is.
-        FileNotFoundError: when there is no result.
+        FileNotFoundError: when there is no result of a kind.
     """
-    path = newest(folder)
-    found = results.load(path)
-    for name, table in TABLES.items():
-        text = replace_table(text, table(found, relative(path)), name)
+    for pattern, page in PAGES.items():
+        path = newest(pattern)
+        found = page.load(path)
+        for name, table in page.tables.items():
+            text = replace_table(text, table(found, relative(path)), name)
     return text
-
-
-def plot_path(name: str) -> Path:
-    return FOLDER / f"cpu-{name}.png"
-
-
-def source_note(found: dict[str, Any], source: str) -> str:
-    """What a plot's metadata say of its source."""
-    return f"{source} {found['date']}"
 
 
 def relative(path: Path) -> str:
@@ -237,12 +299,13 @@ def relative(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0]).parse_args(argv)
-    path = newest()
-    found = results.load(path)
     README.write_text(filled(README.read_text()))
-    for name in plots.PLOTS:
-        plots.draw(found, name, plot_path(name), source_note(found, relative(path)))
-    print(f"README.md and its plots from {relative(path)}")
+    print("README.md")
+    for pattern, page in PAGES.items():
+        path = newest(pattern)
+        for name, plot in page.plots.items():
+            plot(page.load(path), FOLDER / name, relative(path))
+            print(f"{relative(FOLDER / name)} from {relative(path)}")
     return 0
 
 

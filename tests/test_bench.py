@@ -30,9 +30,9 @@ from qlora_kernels.bench.contenders import (
     Lab,
 )
 from qlora_kernels.bench.measure import CudaMeasurement, Measurement, failed_ours
-from qlora_kernels.bench.operations import CASES, OPERATIONS, begin
+from qlora_kernels.bench.operations import CASES, OPERATIONS, begin, gpt2_forward
 from qlora_kernels.bench.peak import peak_allocated
-from qlora_kernels.bench.points import MODELS, SWEEPS, Point, point_of
+from qlora_kernels.bench.points import MODELS, OPTIMIZER, SWEEPS, Point, point_of
 from qlora_kernels.bench.worker import Worker
 from qlora_kernels.cli import main
 from qlora_kernels.errors import InputError
@@ -55,10 +55,8 @@ POINTS = (
     Point("linear_step", m=20, rank=4, **WEIGHT),
     Point("decode", m=1, rank=4, model="tiny"),
     Point("block_step", m=16, rank=4, model="tiny"),
-    *(
-        Point(f"{name}_step", "float32", rank=4, model="tiny")
-        for name in ("adamw", "adamw_clipped", "adamw_8bit", "lion")
-    ),
+    *(Point(name, "float32", rank=4, model="tiny") for name in OPTIMIZER),
+    Point("gpt2_forward", m=6, rank=4, model="tiny", batch=3),
 )
 POINT = POINTS[5]
 
@@ -293,6 +291,34 @@ def test_memory_by_part_of_a_block(tiny):
     assert 2 * count < ours["peak_allocated"] < dense["peak_allocated"]
 
 
+def test_adapters_of_the_latency_table():
+    """11 million parameters at full size, two adapters a layer by Houlsby et al., one with its norm by Lin et al."""
+    size = gpt2_forward.SIZES["gpt2-medium"]
+    for houlsby in (True, False):
+        with torch.device("meta"):
+            one = gpt2_forward.Adapter(size.width, gpt2_forward.inner_of(size, houlsby), norm=not houlsby)
+        count = sum(p.numel() for p in one.parameters()) * size.layers * (2 if houlsby else 1)
+        assert count == pytest.approx(11e6, rel=0.01)
+        model = gpt2_forward.base_model(gpt2_forward.SIZES["tiny"], 8)
+        gpt2_forward.add_adapters(model, gpt2_forward.SIZES["tiny"], houlsby)
+        found = [module for module in model.modules() if isinstance(module, gpt2_forward.Adapter)]
+        assert len(found) == len(model.h) * (2 if houlsby else 1)
+        assert all((one.norm is None) == houlsby for one in found)
+
+
+def test_base_of_the_latency_table_computes_what_gpt2_does():
+    """With nn.Linear in the place of Conv1D."""
+    from transformers import GPT2Config, GPT2Model
+
+    model = gpt2_forward.base_model(gpt2_forward.SIZES["tiny"], 8)
+    torch.manual_seed(0)
+    original = GPT2Model(GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=1024)).eval()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted = original(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(model(input_ids=ids).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_shapes_of_models():
     """As in the models' published configurations."""
     assert set(MODELS["llama-2-7b"].linears.values()) == {(4096, 4096), (11008, 4096), (4096, 11008)}
@@ -310,7 +336,8 @@ def test_sweeps_know_every_operation():
         assert len(set(points)) == len(points)
         assert points[0].operation == "limits"
         assert {p.operation for p in points} <= set(OPERATIONS)
-    assert {p.operation for p in SWEEPS["usual"]()} == set(OPERATIONS)
+    assert {p.operation for p in SWEEPS["usual"]()} == set(OPERATIONS) - {"gpt2_forward"}
+    assert {p.operation for p in SWEEPS["full"]()} == set(OPERATIONS)
     full = SWEEPS["full"]()
     assert set(SWEEPS["usual"]()) <= set(full)
     assert {1, 16384} <= {p.m for p in full}
@@ -345,7 +372,7 @@ def test_an_optimizer_that_does_something_else_is_not_timed(case, changed, monke
 
 def test_a_layer_that_forgets_its_adapter_is_not_timed(monkeypatch):
     monkeypatch.setattr(qlora_kernels.QLinear, "forward", lambda self, x: qlora_kernels.linear(x, self.weight))
-    for point in (POINTS[8], POINTS[13]):
+    for point in (POINTS[8], POINTS[13], POINTS[-1]):
         begun = begin(TINY, point)
         assert begun.runners[0].failure.startswith("wrong result")
 

@@ -74,7 +74,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Change], list[st
 
 
 def _key(case: dict[str, Any]) -> tuple:
-    return tuple(case[key] for key in POINT_KEYS)
+    return tuple(case.get(key) for key in POINT_KEYS)
 
 
 def _change(where: str, earlier: dict, case: dict, before: dict, ours: dict, same: bool) -> Change:

@@ -62,6 +62,8 @@ class Measurement:
     SHORT = 0.020
     # A call longer than this is timed once a round, one longer than a third of it twice, others so often:
     LONG, CALLS = 0.3, 4
+    # One slower than this is warm after the calls that are verified, and not called once more for its peak memory.
+    SLOW = 2.0
 
     def __init__(
         self,
@@ -93,12 +95,17 @@ class Measurement:
         try:
             ready = runner.ready = contender.prepare()
             for check in range(ready.checks):
-                error = ready.error(ready.call(0 if check == 0 else ready.copies - 1))
+                begin = time.perf_counter()
+                result = ready.call(0 if check == 0 else ready.copies - 1)
+                runner.typical = time.perf_counter() - begin
+                error = ready.error(result)
+                del result
                 runner.error = error if runner.error is None else max(runner.error, error)
                 if not error <= ready.limit:
                     raise WrongResult(f"wrong result: error {error:.2e}, allowed {ready.limit:.0e}")
-            runner.peak = peak_allocated(lambda: ready.call(0), self.settings.device)
-            runner.typical = runner.once()
+            if runner.typical < self.SLOW:
+                runner.peak = peak_allocated(lambda: ready.call(0), self.settings.device)
+                runner.typical = runner.once()
             if runner.typical < self.LONG:
                 runner.typical = min(runner.once() for _ in range(self.CALLS))
         except Exception as problem:

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import InputError
 from .common import Settings
-from .points import DTYPES, FULL_MINUTES_CUDA, MINUTES, MODELS, RANK, SWEEPS, K, N, Point
+from .points import DTYPES, FULL_MINUTES_CUDA, MINUTES, MODELS, OPTIMIZER, RANK, SWEEPS, K, N, Point, gpt2
 
 #: What each operation is measured over.
 AXES = {
@@ -30,6 +30,7 @@ AXES = {
     "adamw_8bit_step": ("models", "ranks"),
     "lion_step": ("models", "ranks"),
     "finetune": ("ranks",),
+    "gpt2_forward": ("ranks", "dtypes"),
 }
 _DEFAULTS = {
     "shapes": [(N, K)],
@@ -38,15 +39,7 @@ _DEFAULTS = {
     "dtypes": ["bfloat16"],
     "models": ["llama-2-7b"],
 }
-_NEEDS_ADAPTER = (
-    "decode",
-    "block_step",
-    "adamw_step",
-    "adamw_clipped_step",
-    "adamw_8bit_step",
-    "lion_step",
-    "finetune",
-)
+_NEEDS_ADAPTER = ("decode", "block_step", *OPTIMIZER, "finetune", "gpt2_forward")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +113,9 @@ def _combined(operations: Sequence[str], given: dict[str, list | None]) -> list[
     if "limits" not in operations:
         points += [Point("limits", dtype) for dtype in given["dtypes"] or _DEFAULTS["dtypes"]]
     for operation in operations:
+        if operation == "gpt2_forward":
+            points += gpt2(given["ranks"], given["dtypes"] or _DEFAULTS["dtypes"])
+            continue
         axes = {name: (given[name] or _DEFAULTS[name]) if name in AXES[operation] else [None] for name in _DEFAULTS}
         ranks = [r for r in axes["ranks"] if r or operation not in _NEEDS_ADAPTER]
         if not ranks:

@@ -47,7 +47,8 @@ class Point:
         n, k: out_features and in_features.
         m: rows of x, or tokens.
         rank: of the adapter; 0 for none.
-        model: a key of MODELS.
+        model: a key of MODELS, or of the sizes of GPT-2.
+        batch: sequences, where m is the tokens of one.
     """
 
     operation: str
@@ -57,6 +58,7 @@ class Point:
     m: int | None = None
     rank: int | None = None
     model: str | None = None
+    batch: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,6 +66,7 @@ class Point:
     def __str__(self) -> str:
         sizes = [] if self.model is None else [self.model]
         sizes += [] if self.n is None else [f"{self.n} x {self.k}"]
+        sizes += [] if self.batch is None else [f"batch = {self.batch}"]
         sizes += [] if self.m is None else [f"M = {self.m}"]
         sizes += [] if self.rank is None else [f"r = {self.rank}"]
         sizes += [] if self.dtype == "bfloat16" else [self.dtype]
@@ -75,7 +78,7 @@ POINT_KEYS = tuple(Point.__dataclass_fields__)
 
 def point_of(case: dict[str, Any]) -> Point:
     """The point that a measured case is of."""
-    return Point(**{key: case[key] for key in POINT_KEYS})
+    return Point(**{key: case.get(key) for key in POINT_KEYS})
 
 
 def shapes_of(*models: str) -> list[tuple[int, int]]:
@@ -108,6 +111,16 @@ OPTIMIZER = ("adamw_step", "adamw_clipped_step", "adamw_8bit_step", "lion_step")
 def _optimizer(names: Sequence[str] = OPTIMIZER, model: str = "llama-2-7b") -> Iterator[Point]:
     for name in names:
         yield Point(name, "float32", rank=RANK, model=model)
+
+
+def gpt2(ranks: Sequence[int] | None = None, dtypes: Sequence[str] = ("bfloat16",)) -> list[Point]:
+    """The batches and lengths of the LoRA paper's latency table (arXiv 2106.09685, table 1), by default at its rank."""
+    return [
+        Point("gpt2_forward", dtype, m=length, rank=rank, model="gpt2-medium", batch=batch)
+        for dtype in dtypes
+        for rank in ranks or (4,)
+        for batch, length in ((32, 512), (16, 256), (1, 128))
+    ]
 
 
 def quick() -> list[Point]:
@@ -166,6 +179,7 @@ def full() -> list[Point]:
         *_of("dequantize", shapes=others),
         *(Point("decode", m=1, rank=RANK, model=model) for model in ("llama-3-8b", "llama-3-70b")),
         Point("block_step", m=512, rank=RANK, model="llama-3-8b"),
+        *gpt2(),
     ]
     return list(dict.fromkeys(points))
 

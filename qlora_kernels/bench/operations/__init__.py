@@ -9,7 +9,18 @@ from ..common import Case, Settings
 from ..contenders import Lab
 from ..measure import start
 from ..points import Point
-from . import block_step, decode, dequantize, limits, linear_dx, linear_forward, linear_step, optimizer, quantize
+from . import (
+    block_step,
+    decode,
+    dequantize,
+    gpt2_forward,
+    limits,
+    linear_dx,
+    linear_forward,
+    linear_step,
+    optimizer,
+    quantize,
+)
 from .finetune import FinetuneMeasurement
 
 CASES: dict[str, Callable[[Lab], Case]] = {
@@ -22,6 +33,7 @@ CASES: dict[str, Callable[[Lab], Case]] = {
     "linear_step": linear_step.case,
     "decode": decode.case,
     "block_step": block_step.case,
+    "gpt2_forward": gpt2_forward.case,
     "adamw_step": optimizer.adamw,
     "adamw_clipped_step": optimizer.adamw_clipped,
     "adamw_8bit_step": optimizer.adamw_8bit,
