@@ -760,6 +760,12 @@ def test_points_by_axes():
     assert chosen("--full") == SWEEPS["full"]()
     only = chosen("--operations", "linear_dx")
     assert [p.operation for p in only] == ["limits", "linear_dx", "linear_dx"]
+    paper = chosen("--operations", "gpt2_forward")
+    assert [(p.batch, p.m, p.rank) for p in paper[1:]] == [(32, 512, 4), (16, 256, 4), (1, 128, 4)]
+    assert chosen("--quick", "--operations", "dequantize,lion_step")[1:] == [
+        Point("dequantize", n=4096, k=4096),
+        Point("lion_step", "float32", rank=16, model="llama-2-7b"),
+    ]
     found = chosen("--shapes", "64x128,32x64", "--rows", "1,2", "--ranks", "0,8", "--dtypes", "float32")
     assert len(found) == 9
     assert found[0] == Point("limits", "float32")

@@ -97,7 +97,9 @@ def points_of(namespace: argparse.Namespace) -> list[Point]:
         points = SWEEPS[sweep_of(namespace)]()
         if operations is None:
             return points
-        return [p for p in points if p.operation in (*operations, "limits")] or _combined(operations, given)
+        found = [p for p in points if p.operation in (*operations, "limits")]
+        missing = [name for name in operations if name not in {p.operation for p in found}]
+        return found + [p for p in _combined(missing, given) if p not in found] if missing else found
     return _combined(operations or ["linear_forward"], given)
 
 
