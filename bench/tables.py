@@ -219,7 +219,15 @@ def latency_table(found: dict[str, Any], source: str) -> str:
             more = "" if name == without else f" ({100 * (one['median_ms'] / base['median_ms'] - 1):+.1f}%)"
             cells.append(text + more)
         lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+    noise = " | ".join(map(_noise, cases))
+    lines.append(f"| *half the range from the 20% to the 80% quantile, at most* | {noise} |")
     return "\n".join(lines)
+
+
+def _noise(case: dict[str, Any]) -> str:
+    """The widest range of a case's contenders, as a share of the median: what is less than this says nothing."""
+    widths = [(c["q80_ms"] - c["q20_ms"]) / 2 / c["median_ms"] for c in case["contenders"] if "failed" not in c]
+    return f"*±{100 * max(widths):.1f}%*" if widths else ""
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def plot(result: dict[str, Any], path: str | os.PathLike, source: str) -> None:
     axes.set(xlabel="r, rank of the adapters", ylabel="held-out loss, nats per byte")
     axes.set_title(f"{s['steps']} steps over the NF4 base, {_scaling(s)}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.95))  # below the dashed line
     FigureCanvasAgg(figure)
     metadata = {"Source": f"{source} {result['date']}"}
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata=metadata))
