@@ -89,11 +89,11 @@ def test_bars_worst_first_and_what_was_not_measured_before_all():
     assert all(reached is None for _, _, reached in found[:-2])
     assert found[-2:] == [
         ("forward M = 1, 4096 x 4096: copy of as many bytes", 0.55, 0.5),
-        ("forward M = 1, 4096 x 4096: torch dense bf16", 2.2, 2.4),
+        ("forward M = 1, 4096 x 4096: torch dense", 2.2, 2.4),
     ]
     text = bench_linear.markdown({"cases": [case]}, predict.CARDS["h200"])
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
-    assert ["", "forward M = 1, 4096 x 4096: torch dense bf16", "met", "2.40", "2.20", ""] in cells
+    assert ["", "forward M = 1, 4096 x 4096: torch dense", "met", "2.40", "2.20", ""] in cells
     row = next(line for line in cells if line[1:4] == ["forward", "1", "4096 x 4096"])
     assert row[4:7] == ["4.0", f"{predict.predict(predict.CARDS['h200'], 1, 4096, 4096)['us']:.1f}", "1.0"]
 

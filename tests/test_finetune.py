@@ -232,13 +232,14 @@ def test_paged_adamw_trains_as_torch_does(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_lion"])
 def test_the_other_optimizers_learn(run, tmp_path, name):
-    small = [*SMALL, "--pretrain-steps", "40", "--steps", "40", "--compare"]
+    """Whatever text this Python's library makes: the adapters gain 0.02 to 0.03 in 160 steps."""
+    small = [*SMALL, "--pretrain-steps", "40", "--steps", "160", "--compare"]
     assert run("--optim", name, small=small, cached=False) == 0
     pretraining = json.loads((base_in(tmp_path / "out") / "pretraining.json").read_text())["losses"]
     assert sum(pretraining[-4:]) < 0.95 * sum(pretraining[:4])
     results = metrics(tmp_path / "out")["results"]
     before = results["base16"]["loss"]
-    for key, least in (("qlora", 0.005), ("lora16", 0.005), ("full", 0.3)):
+    for key, least in (("qlora", 0.01), ("lora16", 0.01), ("full", 0.3)):
         assert before - results[key]["loss"] > least, key
     assert metrics(tmp_path / "out")["options"]["optim"] == name
 
