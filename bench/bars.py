@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_kernels.bench.common import OURS
 from qlora_kernels.bench.contenders import BNB, DENSE, FOREACH, FUSED, PEFT
 from qlora_kernels.bench.limits import find_contender, ratio_to_ours
 from qlora_kernels.bench.points import RANK, K, N, Point, point_of
@@ -82,7 +83,8 @@ def judge(results: dict[str, Any], bars: tuple[Bar, ...]) -> list[Verdict]:
     """Every bar with what was reached, the worst first.
 
     Raises:
-        ValueError: when the results have no such case or contender: a bar must not vanish by not being measured.
+        ValueError: when the results have no such case, or no such contender in a case that did not fail as a whole: a
+            bar must not vanish by not being measured.
     """
     cases = {point_of(case): case for case in results["cases"]}
     verdicts = []
@@ -91,7 +93,12 @@ def judge(results: dict[str, Any], bars: tuple[Bar, ...]) -> list[Verdict]:
         if case is None:
             raise ValueError(f"the results lack {bar.point}, for which there is a bar against {bar.contender}")
         contender = find_contender(case, bar.contender)
-        if contender is None:
+        if contender is None and "failed" not in case:
             raise ValueError(f"the results of {bar.point} lack {bar.contender}, against whom there is a bar")
-        verdicts.append(Verdict(bar, case, ratio_to_ours(case, contender), contender.get("failed")))
+        if contender is None:
+            verdicts.append(Verdict(bar, case, None, case["failed"]))
+            continue
+        ratio = ratio_to_ours(case, contender)
+        without = contender.get("failed") or (find_contender(case, OURS) or {}).get("failed", f"no {OURS}")
+        verdicts.append(Verdict(bar, case, ratio, without if ratio is None else None))
     return sorted(verdicts, key=lambda verdict: verdict.share)

@@ -9,6 +9,7 @@ import argparse
 import functools
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
 from qlora_kernels.bench.points import OPTIMIZER, K, N
 from qlora_kernels.bench.table import machine_line
-from qlora_kernels.files import load_json
+from qlora_kernels.files import load_json, write_atomically
 
 from .bars import BARS, BARS_THREADS, OPTIMIZER_BARS, Bar, judge
 
@@ -43,19 +44,21 @@ FOLDER = ROOT / "bench" / "results"
 
 _COLUMNS = (OURS, DENSE, DEQUANTIZED, FUSED, FOREACH, BNB, BNB_EVAL, PEFT, PEFT_EVAL)
 _HEADINGS = {OURS: "this package", DENSE: "torch, dense"}
-_END = "<!-- /table -->"
+_BEGIN, _END = "<!-- table: ", "<!-- /table -->"
 
 
 def newest(pattern: str = "cpu-*.jsonl", folder: str | Path = FOLDER) -> Path:
-    """The result file with the latest date inside.
+    """The result file with the latest date inside, among those of a complete run of a commit as it is.
 
     Raises:
         FileNotFoundError: when there is none, saying what makes one.
     """
-    files = list(Path(folder).glob(pattern))
-    if not files:
-        raise FileNotFoundError(f"no {pattern} in {folder}; run: {PAGES[pattern].made_by}")
-    return max(files, key=lambda path: (PAGES[pattern].load(path)["date"], path.name))
+    found = [(PAGES[pattern].load(path), path) for path in Path(folder).glob(pattern)]
+    dates = [(run["date"], path.name, path) for run, path in found if run["complete"] and run["modified"] is False]
+    if not dates:
+        which = f"no complete run of an unmodified commit among the {pattern}" if found else f"no {pattern}"
+        raise FileNotFoundError(f"{which} in {folder}; run: {PAGES[pattern].made_by}")
+    return max(dates)[-1]
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -147,7 +150,7 @@ def _bars(found: dict[str, Any], bars: tuple[Bar, ...]) -> list[str]:
     lines += ["| | against | at least | reached | |", "|---|---|---|---|---|"]
     for v in judge(found, bars):
         case = {**v.case, "n": None, "k": None, "model": None}
-        reached = v.reason if v.ratio is None else f"{v.ratio:.2f}×"
+        reached = _escaped(v.reason) if v.ratio is None else f"{v.ratio:.2f}×"
         lines.append(f"| {title_of(case)} | {v.bar.contender} | {v.bar.at_least:g}× | {reached} | {v.word} |")
     return lines
 
@@ -156,12 +159,17 @@ def _cell(case: dict[str, Any], contender: dict[str, Any] | None) -> str:
     if contender is None:
         return ""
     if "failed" in contender:
-        return contender["failed"]
+        return _escaped(contender["failed"])
     text = _three_digits(contender["median_ms"])
     if contender["name"] == OURS:
         return f"**{text}**"
     ratio = ratio_to_ours(case, contender)
     return text if ratio is None else f"{text} ({ratio:.2g}×)"
+
+
+def _escaped(reason: str) -> str:
+    """Words for a table's cell, which a | would end."""
+    return reason.replace("|", "\\|")
 
 
 def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
@@ -185,7 +193,13 @@ def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
 
 
 def _draw(name: str, found: dict[str, Any], path: Path, source: str) -> None:
-    plots.draw(found, name, path, f"{source} {found['date']}")
+    """Draws a plot.
+
+    Raises:
+        ValueError: when the result lacks what it shows: README must not go on showing an older one.
+    """
+    if not plots.draw(found, name, path, f"{source} {found['date']}"):
+        raise ValueError(f"{source} lacks what the plot '{name}' shows")
 
 
 def _three_digits(value: float) -> str:
@@ -195,8 +209,14 @@ def _three_digits(value: float) -> str:
 
 
 def latency_table(found: dict[str, Any], source: str) -> str:
-    """The LoRA paper's table: a row for each contender, a column for each batch and length."""
+    """The LoRA paper's table: a row for each contender, a column for each batch and length.
+
+    Raises:
+        ValueError: when no such case was measured.
+    """
     cases = [case for case in found["cases"] if case["operation"] == "gpt2_forward"]
+    if not cases:
+        raise ValueError(f"{source} lacks gpt2_forward, which the table of latencies shows")
     heads = [f"batch {case['batch']}, length {case['m']}" for case in cases]
     lines = [
         f"{machine_line(found)} ([raw figures]({source})).",
@@ -212,8 +232,11 @@ def latency_table(found: dict[str, Any], source: str) -> str:
         cells = []
         for case in cases:
             one, base = find_contender(case, name), find_contender(case, without)
+            # Of a case that failed as a whole there is this package alone, with the reason.
+            absent = {"failed": case.get("failed", "not measured")}
+            one, base = one or absent, base or absent
             if "failed" in one or "failed" in base:
-                cells.append(one.get("failed", base.get("failed")))
+                cells.append(_escaped(one.get("failed") or base["failed"]))
                 continue
             text = _three_digits(one["median_ms"])
             more = "" if name == without else f" ({100 * (one['median_ms'] / base['median_ms'] - 1):+.1f}%)"
@@ -276,12 +299,12 @@ def replace_table(text: str, table: str, name: str) -> str:
     """README's text with the table between the markers of that name.
 
     Raises:
-        ValueError: when the markers are missing.
+        ValueError: when the markers are missing, or another table begins between them.
     """
-    begin = f"<!-- table: {name} -->"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(_END), re.DOTALL)
+    begin = f"{_BEGIN}{name} -->"
+    pattern = re.compile(f"{re.escape(begin)}(?:(?!{re.escape(_BEGIN)}).)*?{re.escape(_END)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"the text should hold the markers {begin} and {_END}")
+        raise ValueError(f"the text should hold the markers {begin} and {_END}, and no other table between them")
     return pattern.sub(lambda _: f"{begin}\n{table}\n{_END}", text)
 
 
@@ -307,13 +330,18 @@ def relative(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0]).parse_args(argv)
-    README.write_text(filled(README.read_text()))
-    print("README.md")
-    for pattern, page in PAGES.items():
-        path = newest(pattern)
-        for name, plot in page.plots.items():
-            plot(page.load(path), FOLDER / name, relative(path))
-            print(f"{relative(FOLDER / name)} from {relative(path)}")
+    made = {README: (filled(README.read_text(encoding="utf-8")).encode(), "the newest results")}
+    with tempfile.TemporaryDirectory() as folder:
+        for pattern, page in PAGES.items():
+            path = newest(pattern)
+            for name, plot in page.plots.items():
+                drawn = Path(folder, name)
+                plot(page.load(path), drawn, relative(path))
+                made[FOLDER / name] = (drawn.read_bytes(), relative(path))
+    # Only now that nothing can fail any more is anything replaced.
+    for path, (content, source) in made.items():
+        write_atomically(path, lambda temporary, content=content: Path(temporary).write_bytes(content))
+        print(f"{relative(path)} from {source}")
     return 0
 
 

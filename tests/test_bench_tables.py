@@ -16,6 +16,7 @@ from qlora_kernels.bench import plots, results  # noqa: E402
 from qlora_kernels.bench.common import OURS, Settings  # noqa: E402
 from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY, PEFT  # noqa: E402
 from qlora_kernels.bench.points import SWEEPS, Point, point_of  # noqa: E402
+from qlora_kernels.bench.worker import failed_case  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,19 @@ def test_readme_shows_every_plot_and_each_is_of_the_newest_result():
 
 
 def test_newest_goes_by_the_date_inside(tmp_path):
-    for name, date in (("cpu-z", "2020-01-01T00:00:00+00:00"), ("cpu-a", "2021-01-01T00:00:00+00:00")):
-        results.save(
-            {"format": results.FORMAT, "date": date, "complete": True, "cases": []}, tmp_path / f"{name}.jsonl"
-        )
+    run = results.begin(Settings(), "usual")
+
+    def save(name: str, year: int, complete: bool = True, modified: bool | None = False) -> None:
+        made = {"date": f"{year}-01-01T00:00:00+00:00", "complete": complete, "modified": modified}
+        results.save({**run, **made}, tmp_path / f"{name}.jsonl")
+
+    save("cpu-unfinished", 2022, complete=False)
+    save("cpu-changed", 2023, modified=True)
+    save("cpu-unknown", 2024, modified=None)
+    with pytest.raises(FileNotFoundError, match="no complete run of an unmodified commit"):
+        tables.newest(folder=tmp_path)
+    save("cpu-z", 2020)
+    save("cpu-a", 2021)
     assert tables.newest(folder=tmp_path).name == "cpu-a.jsonl"
     with pytest.raises(FileNotFoundError, match="qlora-kernels bench --out"):
         tables.newest(folder=tmp_path / "empty")
@@ -63,6 +73,10 @@ def test_newest_goes_by_the_date_inside(tmp_path):
 def test_table_needs_its_markers():
     with pytest.raises(ValueError, match="markers"):
         tables.replace_table("no markers", "table", "cpu")
+    text = "<!-- table: a -->\nold\n<!-- /table -->\nbetween\n<!-- table: b -->\nold\n<!-- /table -->\n"
+    assert tables.replace_table(text, "new", "a") == text.replace("old", "new", 1)
+    with pytest.raises(ValueError, match="no other table between them"):
+        tables.replace_table(text.replace("<!-- /table -->", "", 1), "new", "a")
 
 
 def changed(run: dict, point: Point, name: str, **contender) -> dict:
@@ -104,6 +118,67 @@ def test_misses_and_failures_are_shown_as_such(newest):
     assert (first.word, first.reason, first.ratio) == ("not measured", "not installed (bitsandbytes)", None)
     text = tables.layer_table(run, "x.jsonl")
     assert "| forward, M = 1 | bitsandbytes | 30× | not installed (bitsandbytes) | not measured |" in text
+
+
+def failed_as_a_whole(run: dict, points: set[Point], why: str) -> dict:
+    """The run, with cases that could not be set up."""
+    return {
+        **run,
+        "cases": [failed_case(point_of(c), why) if point_of(c) in points else c for c in run["cases"]],
+    }
+
+
+def test_cases_that_failed_as_a_whole_have_their_reason(newest):
+    """In every table; and a | in it ends no cell."""
+    points = {bar.point for bar in (*BARS, *OPTIMIZER_BARS)}
+    run = failed_as_a_whole(newest, points, "a|b")
+    assert {(v.word, v.reason) for v in judge(run, BARS)} == {("not measured", "a|b")}
+    for table in (tables.layer_table(run, "x.jsonl"), tables.optimizer_table(run, "x.jsonl")):
+        assert "a\\|b | not measured |" in table
+        assert "a|b" not in table
+    latency = results.load(tables.newest("latency-*.jsonl"))
+    [*points] = (point_of(case) for case in latency["cases"] if case["operation"] == "gpt2_forward")
+    text = tables.latency_table(failed_as_a_whole(latency, {points[0]}, "a|b"), "x.jsonl")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len([row for row in rows if row.split(" | ")[1] == "a\\|b"]) == 7
+    assert not any("a\\|b" in row.split(" | ", 2)[2] for row in rows)
+    with pytest.raises(ValueError, match=r"x.jsonl lacks gpt2_forward"):
+        tables.latency_table({**latency, "cases": []}, "x.jsonl")
+
+
+def test_a_bar_without_this_packages_figure_has_its_reason(newest):
+    point = Point("linear_forward", n=4096, k=4096, m=1, rank=0)
+    [verdict] = judge(changed(newest, point, OURS, failed="out of luck"), (Bar(point, DENSE, 1.0),))
+    assert (verdict.word, verdict.reason) == ("not measured", "out of luck")
+
+
+def test_nothing_is_replaced_when_a_plot_cannot_be_drawn(tmp_path, monkeypatch, newest):
+    """README and all plots stay as they were, and nobody is told otherwise."""
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    folder.mkdir()
+    text = "".join(
+        f"<!-- table: {name} -->\nold\n<!-- /table -->\n" for page in tables.PAGES.values() for name in page.tables
+    )
+    readme.write_text(text)
+    without = {**newest, "cases": [case for case in newest["cases"] if case["operation"] != "block_step"]}
+    results.save(without, folder / "cpu-x.jsonl")
+    for pattern in ("latency-*.jsonl", "ranks-*.json"):
+        path = tables.newest(pattern)
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "cpu-memory.png").write_text("old")
+    monkeypatch.setattr(tables, "README", readme)
+    monkeypatch.setattr(tables, "FOLDER", folder)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables.newest, "__defaults__", ("cpu-*.jsonl", folder))
+    with pytest.raises(ValueError, match="lacks what the plot 'memory' shows"):
+        tables.main([])
+    assert readme.read_text() == text
+    assert (folder / "cpu-memory.png").read_text() == "old"
+    assert not (folder / "cpu-speed.png").exists()
+    results.save(newest, folder / "cpu-x.jsonl")
+    assert tables.main([]) == 0
+    assert "old" not in readme.read_text()
+    assert {path.name for path in folder.glob("*.png")} == {n for page in tables.PAGES.values() for n in page.plots}
 
 
 def test_figures_are_the_files(newest):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import os
 import sys
@@ -172,7 +171,5 @@ def _plots(results: dict[str, Any], out: str) -> list[str]:
             print("No plots: matplotlib is not installed (pip install 'qlora_kernels[finetune]')", file=sys.stderr)
             break
         except OSError as problem:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            print(f"No plot {path}: {problem.strerror}", file=sys.stderr)
+            print(f"No plot {path}: {problem.strerror or problem}", file=sys.stderr)
     return written

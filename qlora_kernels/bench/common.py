@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,16 @@ def quantiles_of(samples: list[float]) -> dict[int, float]:
     data = torch.tensor(samples, dtype=torch.float64)
     values = torch.quantile(data, torch.tensor(QUANTILES, dtype=torch.float64) / 100)
     return dict(zip(QUANTILES, values.tolist(), strict=True))
+
+
+def largest_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """The largest relative error of several results; NaN when anything is NaN.
+
+    Raises:
+        ValueError: when there are not as many results as there should be.
+    """
+    errors = [relative_error(one, truth) for one, truth in zip(found, exact, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

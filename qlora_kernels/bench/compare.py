@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .common import OURS
-from .limits import find_contender, sizes
+from .limits import find_contender, sizes, times
 from .points import POINT_KEYS
 from .table import align, machine_line, ms
 
 #: A difference below this is never called one: medians of two runs of one commit on a quiet machine differ so much.
 LEAST = 0.03
+#: Of fewer rounds than this the spread is not known well enough to judge by.
+FEWEST = 5
+TOO_FEW = "too few samples"
+VERDICTS = ("slower", "faster", "within the noise", TOO_FEW)
+#: What rivals run: where one of these differs, they are not the same code in both runs.
+LIBRARIES = ("torch", "bitsandbytes", "peft", "transformers", "kernels")
+
+_NORMAL = statistics.NormalDist()
+# The standard error of the median of n normally distributed samples is this times their standard deviation / sqrt(n).
+_OF_MEDIAN = math.sqrt(math.pi / 2)
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class Change:
         before, after: medians, ms.
         ratio: after over before, of this package.
         drift: the same of the contenders whose code is not this package's (median over them); None without any.
-        verdict: "slower", "faster", or "within the noise".
+        verdict: one of VERDICTS.
     """
 
     where: str
@@ -40,36 +52,48 @@ class Change:
         return self.ratio / (self.drift or 1.0)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A share of a logarithm's variance, and the degrees of freedom that it was estimated with."""
+
+    variance: float
+    freedom: int
+
+
 def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Change], list[str]]:
     """Cases that both runs measured, the one that became slowest first; and what cannot be compared.
 
-    A difference counts when three things hold: the ranges from the 20% to the 80% quantile lie apart; it is more than
-    LEAST; and what is left of it after the drift of the machine is, too. The drift is how the other contenders of the
-    case, whose code is the same in both runs, changed. Where their versions differ, it is not taken out.
+    A difference counts when three things hold of the ratio of the medians, and of what is left of it after the drift of
+    the machine, too: it is more than LEAST, its 95% interval does not hold 1, and there are FEWEST rounds of either
+    run. The drift is how the other contenders of the case, whose code is the same in both runs, changed. It is not
+    taken out where their versions differ, nor for ``finetune``, whose others train with this package's optimizer.
+
+    The interval comes from each median's standard error, in logarithms: 1.25 standard deviations over the square root
+    of the number of samples, with the standard deviation from the distance between two quantiles, as in the notches of
+    McGill, Tukey and Larsen, "Variations of box plots", The American Statistician 32 (1978). What came from one round
+    counts as one sample, since calls in succession are not independent. Variances of both runs, and of the drift, add
+    up, and Student's t has the degrees of freedom of Welch, "The generalization of 'Student's' problem when several
+    different population variances are involved", Biometrika 34 (1947). It is an interval for each case by itself.
     """
-    keyed = {_key(case): case for case in a["cases"]}
-    same = all(a["versions"][name] == b["versions"][name] for name in ("torch", "bitsandbytes", "peft"))
+    keyed, second = ({_key(case): case for case in run["cases"]} for run in (a, b))
+    same = all(a["versions"].get(name) == b["versions"].get(name) for name in LIBRARIES)
     changes, left_out = [], []
-    for case in b["cases"]:
-        earlier = keyed.pop(_key(case), None)
-        where = ", ".join(part for part in (case["title"], sizes(case)) if part)
+    for key, case in second.items():
+        earlier = keyed.pop(key, None)
+        where = _where(case)
         ours = find_contender(case, OURS)
         if ours is None:
             continue
-        if earlier is None:
+        before = None if earlier is None else find_contender(earlier, OURS)
+        if before is None:
             left_out.append(f"{where}: only in the second run")
             continue
-        before = find_contender(earlier, OURS)
         failed = [f"in the {n} run: {c['failed']}" for n, c in (("first", before), ("second", ours)) if "failed" in c]
         if failed:
             left_out.append(f"{where}: {'; '.join(failed)}")
             continue
-        changes.append(_change(where, earlier, case, before, ours, same))
-    left_out += [
-        f"{', '.join(part for part in (case['title'], sizes(case)) if part)}: only in the first run"
-        for case in keyed.values()
-        if find_contender(case, OURS)
-    ]
+        changes.append(_change(where, earlier, case, same and case["operation"] != "finetune"))
+    left_out += [f"{_where(case)}: only in the first run" for case in keyed.values() if find_contender(case, OURS)]
     return sorted(changes, key=lambda change: -change.own), left_out
 
 
@@ -77,25 +101,95 @@ def _key(case: dict[str, Any]) -> tuple:
     return tuple(case.get(key) for key in POINT_KEYS)
 
 
-def _change(where: str, earlier: dict, case: dict, before: dict, ours: dict, same: bool) -> Change:
-    ratio = ours["median_ms"] / before["median_ms"]
-    others = []
+def _where(case: dict[str, Any]) -> str:
+    return ", ".join(part for part in (case["title"], sizes(case)) if part)
+
+
+def _change(where: str, earlier: dict, case: dict, judges: bool) -> Change:
+    first, second = find_contender(earlier, OURS), find_contender(case, OURS)
+    before, after = times(first, second)
+    if (before, after) != (first["median_ms"], second["median_ms"]):
+        where += ", by events"
+    ratio, parts = after / before, _parts(earlier, case, OURS)
+    drift, drift_parts = _drift(earlier, case) if judges else (None, [])
+    if parts is None:
+        verdict = TOO_FEW
+    else:
+        of_ratio = _verdict(ratio, parts)
+        verdict = of_ratio if of_ratio == _verdict(ratio / (drift or 1.0), [*parts, *drift_parts]) else VERDICTS[2]
+    return Change(where, before, after, ratio, drift, verdict)
+
+
+def _drift(earlier: dict, case: dict) -> tuple[float | None, list[_Part]]:
+    """The median of the other contenders' ratios, and the parts of its variance; None without such contenders."""
+    ratios, every = [], []
     for other in case["contenders"]:
         first = find_contender(earlier, other["name"])
         # Those that call this package's kernels are no judges of the machine.
-        if not same or first is None or other["name"].startswith((OURS, "dequantize")):
+        if first is None or "failed" in other or "failed" in first or other["name"].startswith((OURS, "dequantize")):
             continue
-        if "failed" not in other and "failed" not in first:
-            others.append(other["median_ms"] / first["median_ms"])
-    drift = statistics.median(others) if others else None
-    apart = ours["q20_ms"] > before["q80_ms"] or ours["q80_ms"] < before["q20_ms"]
-    own = ratio / (drift or 1.0)
-    verdict = "within the noise"
-    if apart and min(ratio, own) > 1 + LEAST:
-        verdict = "slower"
-    elif apart and max(ratio, own) < 1 / (1 + LEAST):
-        verdict = "faster"
-    return Change(where, before["median_ms"], ours["median_ms"], ratio, drift, verdict)
+        before, after = times(first, other)
+        parts = _parts(earlier, case, other["name"])
+        if parts is not None:
+            ratios.append(after / before)
+            every += parts
+    if not ratios:
+        return None, []
+    # One or two have their mean as median; of more, the variance of the median is larger than that of the mean.
+    larger = 1.0 if len(ratios) < 3 else math.pi / 2
+    share = larger / len(ratios) ** 2
+    return statistics.median(ratios), [_Part(part.variance * share, part.freedom) for part in every]
+
+
+def _parts(earlier: dict, case: dict, name: str) -> list[_Part] | None:
+    """The parts of the variance of the logarithm of a contender's ratio; None where a run tells too little of it."""
+    first, second = find_contender(earlier, name), find_contender(case, name)
+    if first.get("by") != second.get("by"):  # compared by events, of which one run has the median alone
+        return None
+    parts = []
+    for run, contender in ((earlier, first), (case, second)):
+        rounds = _rounds(run, contender)
+        if rounds < FEWEST:
+            return None
+        deviation = math.log(contender["q80_ms"] / contender["q20_ms"]) / _range(rounds)
+        parts.append(_Part((_OF_MEDIAN * deviation) ** 2 / rounds, rounds - 1))
+    return parts
+
+
+def _range(count: int) -> float:
+    """How far apart the 20% and the 80% quantile of so many normally distributed samples lie, in standard deviations.
+
+    That is nearer than those of the distribution: the k-th of n is expected at its quantile (k - 3/8) / (n + 1/4)
+    (Blom, Statistical estimates and transformed beta-variables, 1958).
+    """
+    k = 1 + 0.2 * (count - 1)
+    return -2 * _NORMAL.inv_cdf((k - 0.375) / (count + 0.25))
+
+
+def _rounds(case: dict[str, Any], contender: dict[str, Any]) -> int:
+    """How many rounds a contender's samples are from: on a card one by graph in each, or by events one of each copy."""
+    if contender.get("by") is None:
+        return min(case["rounds"], contender["samples"])
+    return contender["samples"] if contender["by"] == "graph" else contender["samples"] // contender["copies"]
+
+
+def _verdict(ratio: float, parts: Sequence[_Part]) -> str:
+    variance = sum(part.variance for part in parts)
+    width = 0.0
+    if variance:
+        freedom = variance**2 / sum(part.variance**2 / part.freedom for part in parts)
+        width = _student(freedom) * math.sqrt(variance)
+    if abs(math.log(ratio)) <= max(width, math.log1p(LEAST)):
+        return VERDICTS[2]
+    return "slower" if ratio > 1 else "faster"
+
+
+def _student(freedom: float) -> float:
+    """The 97.5% quantile of Student's t (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5)."""
+    z = _NORMAL.inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def terminal(a: dict[str, Any], b: dict[str, Any]) -> str:
@@ -108,7 +202,7 @@ def terminal(a: dict[str, Any], b: dict[str, Any]) -> str:
         drift = "" if c.drift is None else f"{c.drift:.2f}"
         rows.append((c.where, ms(c.before), ms(c.after), f"{c.ratio:.2f}", drift, c.verdict))
     lines += ["", *align(rows)]
-    count = {word: sum(c.verdict == word for c in changes) for word in ("slower", "faster", "within the noise")}
+    count = {word: sum(c.verdict == word for c in changes) for word in VERDICTS}
     lines += ["", f"{', '.join(f'{n} {word}' for word, n in count.items())}, of {len(changes)} cases."]
     lines.append("others': how the contenders whose code is the same differ between the runs: the machine's drift.")
     if left_out:
@@ -124,7 +218,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     for key in ("device", "threads"):
         if a["settings"][key] != b["settings"][key]:
             found.append(f"the runs' {key} differ: {a['settings'][key]} and {b['settings'][key]}")
-    for name in ("torch", "bitsandbytes", "peft"):
-        if a["versions"][name] != b["versions"][name]:
-            found.append(f"the versions of {name} differ: {a['versions'][name]} and {b['versions'][name]}")
+    for name in LIBRARIES:
+        if a["versions"].get(name) != b["versions"].get(name):
+            found.append(f"the versions of {name} differ: {a['versions'].get(name)} and {b['versions'].get(name)}")
     return found

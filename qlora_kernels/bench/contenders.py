@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,11 @@ FOREACH = "torch foreach"
 EQUAL_COPY = "copy of as many bytes"
 #: On a card: quantize() as users call it. It looks at its result, and so waits for the device.
 CHECKED = "qlora_kernels, checked"
+#: On a card: quantize() without that look.
+KERNEL = "qlora_kernels, kernel alone"
+
+
+_AT_A_TIME = 1 << 22  # a multiple of a block's 64
 
 
 class Lab:
@@ -87,11 +93,7 @@ class Lab:
         from bitsandbytes.functional import quantize_4bit
 
         first = quantize_4bit(self.source, quant_type="nf4", blocksize=64, compress_statistics=True)
-        return self.copied(first, self._bnb_bytes(*first))
-
-    @staticmethod
-    def _bnb_bytes(packed: Tensor, state: Any) -> int:
-        return packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+        return self.copied(first, bnb_bytes(*first))
 
     def bnb_layer(self) -> nn.Module:
         """bitsandbytes' own layer."""
@@ -100,12 +102,12 @@ class Lab:
     @cached_property
     def bnb_eval_layers(self) -> list[nn.Module]:
         """In eval mode, and without gradients, the layer repacks its weight for a kernel of its own."""
-        return self.copied(self.bnb_layer().eval(), self._bnb_bytes(*self.bnb[0]))
+        return self.copied(self.bnb_layer().eval(), bnb_bytes(*self.bnb[0]))
 
     def peft_layers(self, training: bool) -> list[nn.Module]:
         """PEFT's LoRA layers over bitsandbytes' layers, adapters in the point's dtype with random A and B."""
         first = self._peft_layer().train(training)
-        return self.copied(first, self._bnb_bytes(*self.bnb[0]))
+        return self.copied(first, bnb_bytes(*self.bnb[0]))
 
     def _peft_layer(self) -> nn.Module:
         from peft import LoraConfig, get_peft_model
@@ -149,6 +151,10 @@ class Lab:
         B = torch.randn(n, self.point.rank, generator=generator) * 0.1
         return A.to(self.device, self.dtype), B.to(self.device, self.dtype)
 
+    def adapters(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the adapter, for as many copies of the weight."""
+        return [tuple(part.clone() for part in self.adapter) for _ in range(count)]
+
     @property
     def scaling(self) -> float:
         return self.settings.alpha / self.point.rank
@@ -163,15 +169,9 @@ class Lab:
     def exact(self, whose: str) -> Tensor:
         """The float64 weight that a contender's stored data stand for, decoded in plain torch."""
         if whose not in self._exact:
-            pieces = self.ours[0].pieces if whose == "ours" else self._bnb_pieces()
-            decoded = reference.decode(tuple(piece.cpu() for piece in pieces), *self.shape, torch.float32)
-            self._exact[whose] = decoded.to(self.device).double()
+            pieces = self.ours[0].pieces if whose == "ours" else bnb_pieces(*self.bnb[0])
+            self._exact[whose] = decoded(pieces, *self.shape, torch.float32).double()
         return self._exact[whose]
-
-    def _bnb_pieces(self) -> tuple[Tensor, ...]:
-        packed, state = self.bnb[0]
-        second = state.state2
-        return packed.flatten(), state.absmax, second.absmax, state.offset.reshape(1).float(), second.code.float()
 
     def bytes_of(self, whose: str) -> int:
         """Bytes of one stored weight."""
@@ -180,10 +180,36 @@ class Lab:
         if whose == "dense":
             return self.point.n * self.point.k * self.dtype.itemsize
         if whose == "bnb":
-            return self._bnb_bytes(*self.bnb[0])
+            return bnb_bytes(*self.bnb[0])
         # Repacked: constants are no longer nested, and are stored in bf16.
         layer = self.bnb_eval_layers[0]
         return layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
+
+
+def decoded(pieces: Sequence[Tensor], n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight [n, k] that stored data stand for, in plain torch and nobody's kernels, on their device.
+
+    Some millions of weights at a time: plain torch takes 30 bytes for each.
+    """
+    packed, *constants = (piece.cpu() for piece in pieces)
+    scales = reference.decode_absmax((packed, *constants))
+    dense = torch.empty(n * k, dtype=dtype)
+    for begin in range(0, n * k, _AT_A_TIME):
+        end = min(begin + _AT_A_TIME, n * k)
+        part = (packed[begin // 2 : -(-end // 2)], scales[begin // 64 : -(-end // 64)], None, None, None)
+        dense[begin:end] = reference.decode(part, 1, end - begin, dtype)[0]
+    return dense.view(n, k).to(pieces[0].device)
+
+
+def bnb_bytes(packed: Tensor, state: Any) -> int:
+    """Of a weight that bitsandbytes stores."""
+    return packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+
+
+def bnb_pieces(packed: Tensor, state: Any) -> tuple[Tensor, ...]:
+    """What bitsandbytes stores, as the pieces of an NF4Weight."""
+    second = state.state2
+    return packed.flatten(), state.absmax, second.absmax, state.offset.reshape(1).float(), second.code.float()
 
 
 def clone_weight(weight: NF4Weight) -> NF4Weight:

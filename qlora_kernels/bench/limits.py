@@ -32,7 +32,7 @@ class Limits:
         parts = []
         if self.bytes_per_s and contender.get("bytes"):
             parts.append(contender["bytes"] / self.bytes_per_s)
-        if case.get("flops") and case["dtype"] in self.flops:
+        if case.get("flops") and self.flops.get(case["dtype"]):
             parts.append(case["flops"] / self.flops[case["dtype"]])
         return max(parts) if parts else None
 
@@ -49,9 +49,9 @@ def limits_of(results: dict[str, Any]) -> Limits:
         if case["operation"] != "limits":
             continue
         streams = [find_contender(case, name) for name in (COPY, IN_PLACE)]
-        rates += [one["bytes"] / one["median_ms"] * 1e3 for one in streams if one and "failed" not in one]
+        rates += [gb_per_s(one) * 1e9 for one in streams if one and "failed" not in one and one.get("bytes")]
         product = find_contender(case, PRODUCT)
-        if product and "failed" not in product:
+        if product and "failed" not in product and case["flops"]:
             flops[case["dtype"]] = case["flops"] / product["median_ms"] * 1e3
     return Limits(max(rates, default=None), flops)
 
@@ -60,12 +60,21 @@ def find_contender(case: dict[str, Any], name: str) -> dict[str, Any] | None:
     return next((c for c in case["contenders"] if c["name"] == name), None)
 
 
+def times(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """The medians of two contenders, ms, by one clock: on a card by events where one has no time by graph."""
+    key = "median_ms"
+    if one.get("by") != other.get("by") and one.get("event_ms") and other.get("event_ms"):
+        key = "event_ms"
+    return one[key], other[key]
+
+
 def ratio_to_ours(case: dict[str, Any], contender: dict[str, Any]) -> float | None:
     """How many times as long as this package the contender took, by medians; None where either failed."""
     ours = find_contender(case, OURS)
     if ours is None or "failed" in ours or "failed" in contender:
         return None
-    return contender["median_ms"] / ours["median_ms"]
+    mine, theirs = times(ours, contender)
+    return theirs / mine
 
 
 def gb_per_s(contender: dict[str, Any]) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -85,26 +85,42 @@ def points_of(namespace: argparse.Namespace) -> list[Point]:
     Raises:
         InputError: for a value that no operation has.
     """
-    operations = _words(namespace.operations, "--operations", AXES) if namespace.operations else None
-    given = {
-        "shapes": namespace.shapes and [_shape(word) for word in namespace.shapes.split(",")],
-        "rows": namespace.rows and _numbers(namespace.rows, "--rows", 1),
-        "ranks": namespace.ranks and _numbers(namespace.ranks, "--ranks", 0),
-        "dtypes": namespace.dtypes and _words(namespace.dtypes, "--dtypes", DTYPES),
-        "models": namespace.models and _words(namespace.models, "--models", MODELS),
+    parsers: dict[str, Callable[[str], list]] = {
+        "operations": lambda text: _words(text, "--operations", AXES),
+        "shapes": lambda text: [_shape(word) for word in text.split(",")],
+        "rows": lambda text: _numbers(text, "--rows", 1),
+        "ranks": lambda text: _numbers(text, "--ranks", 0),
+        "dtypes": lambda text: _words(text, "--dtypes", DTYPES),
+        "models": lambda text: _words(text, "--models", MODELS),
     }
-    if not any(given.values()):
-        points = SWEEPS[sweep_of(namespace)]()
-        if operations is None:
-            return points
-        found = [p for p in points if p.operation in (*operations, "limits")]
-        missing = [name for name in operations if name not in {p.operation for p in found}]
-        return found + [p for p in _combined(missing, given) if p not in found] if missing else found
-    return _combined(operations or ["linear_forward"], given)
+    given = {name: parsers[name](text) for name, text in _chosen(namespace).items()}
+    operations = given.pop("operations", None)
+    given = {name: given.get(name) for name in _DEFAULTS}
+    if any(given.values()):
+        points = _combined(operations or ["linear_forward"], given)
+    else:
+        points = SWEEPS[_sweep(namespace)]()
+        if operations is not None:
+            points = [p for p in points if p.operation in (*operations, "limits")]
+            missing = [name for name in operations if name not in {p.operation for p in points}]
+            points += _combined(missing, given) if missing else []
+    return list(dict.fromkeys(points))
+
+
+def _chosen(namespace: argparse.Namespace) -> dict[str, str]:
+    """Operations and axes, as far as they were given, as they were given."""
+    texts = {name: getattr(namespace, name) for name in ("operations", *_DEFAULTS)}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _sweep(namespace: argparse.Namespace) -> str:
+    return "quick" if namespace.quick else "full" if namespace.full else "usual"
 
 
 def sweep_of(namespace: argparse.Namespace) -> str:
-    return "quick" if namespace.quick else "full" if namespace.full else "usual"
+    """What was asked for, as a result tells it: a sweep, and the operations and axes that were chosen instead."""
+    chosen = [f"--{name} {text}" for name, text in _chosen(namespace).items()]
+    return " ".join([_sweep(namespace), *chosen])
 
 
 def _combined(operations: Sequence[str], given: dict[str, list | None]) -> list[Point]:
@@ -165,7 +181,7 @@ def minutes_of(namespace: argparse.Namespace, device: str) -> float | None:
     """For all cases, or None."""
     if namespace.minutes is not None:
         return namespace.minutes
-    sweep = sweep_of(namespace)
+    sweep = _sweep(namespace)
     return FULL_MINUTES_CUDA if sweep == "full" and device == "cuda" else MINUTES[sweep]
 
 
@@ -195,14 +211,16 @@ def _numbers(text: str, flag: str, least: int) -> list[int]:
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
-        raise InputError(f"{flag} should be whole numbers separated by commas, found {text}") from None
+        raise InputError(f"{flag} should be whole numbers separated by commas, found {text or 'nothing'}") from None
     if min(numbers) < least:
         raise InputError(f"{flag} should be at least {least}, found {min(numbers)}")
     return numbers
 
 
 def _shape(word: str) -> tuple[int, int]:
-    parts = word.lower().split("x")
-    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise InputError(f"--shapes should be weights such as {N}x{K}, separated by commas; found {word}")
-    return int(parts[0]), int(parts[1])
+    parts = [part.strip() for part in word.lower().split("x")]
+    # More digits than these are no size, and some thousand of them int() refuses.
+    numbers = [int(part) for part in parts if part.isascii() and part.isdecimal() and len(part) < 10]
+    if len(parts) != 2 or len(numbers) != 2 or min(numbers) < 1:
+        raise InputError(f"--shapes should be weights such as {N}x{K}, separated by commas; found {word or 'nothing'}")
+    return numbers[0], numbers[1]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
 from .common import OURS
 from .contenders import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT
 from .limits import find_contender, limits_of
@@ -85,15 +86,19 @@ def memory(results: dict[str, Any], axes: Any) -> bool:
         return False
     names = list(bars[0][1]["parts"])
     values = {name: [c["parts"][name] / 1e6 for _, c in bars] for name in names}
-    # The gradients are allocated within the step.
-    rest = [max(c["peak_allocated"] - c["parts"]["gradients"], 0) / 1e6 for _, c in bars]
-    values["activations and temporaries"] = rest
+    # The gradients are allocated within the step. Of a long one the peak is not known, and so only the parts are shown.
+    known = [c.get("peak_allocated") is not None for _, c in bars]
+    if any(known):
+        values["activations and temporaries"] = [
+            max(c["peak_allocated"] - c["parts"]["gradients"], 0) / 1e6 if peak else 0.0
+            for (_, c), peak in zip(bars, known)
+        ]
     bottom = [0.0] * len(bars)
     for name, heights in values.items():
         axes.bar(range(len(bars)), heights, bottom=bottom, label=name, width=0.7)
         bottom = [low + height for low, height in zip(bottom, heights)]
     for i, total in enumerate(bottom):
-        axes.text(i, total, f"{total:.0f}", ha="center", va="bottom", fontsize=8)
+        axes.text(i, total, f"{total:.0f}" if known[i] else f"> {total:.0f}", ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(bars)), [text for text, _ in bars], fontsize=7)
     axes.set(ylabel="MB")
     axes.set_title("memory of a training step of one Llama block, bf16", fontsize=10)
@@ -161,6 +166,7 @@ def draw(results: dict[str, Any], name: str, path: str | Path, source: str) -> b
 
     Raises:
         ImportError: without matplotlib.
+        OSError: when it cannot be written; what was there before is left whole.
     """
     import matplotlib
 
@@ -171,7 +177,8 @@ def draw(results: dict[str, Any], name: str, path: str | Path, source: str) -> b
     try:
         if not PLOTS[name](results, axes):
             return False
-        figure.savefig(path, format="png", dpi=120, metadata={"Source": source})
+        metadata = {"Source": source}
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata=metadata))
         return True
     finally:
         plt.close(figure)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .common import OURS, QUIET
 from .contenders import PRODUCT
-from .limits import ROOFS, find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
+from .limits import ROOFS, find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes, times
 
 
 def terminal(results: dict[str, Any]) -> str:
@@ -38,7 +38,7 @@ def _ratios(results: dict[str, Any]) -> list[str]:
                 why = rival.get("failed") or (ours or {}).get("failed") or "nothing to compare with"
                 without.append((*where, why, "", ""))
             else:
-                rows.append((ratio, (*where, f"{ratio:.2f}", ms(ours["median_ms"]), ms(rival["median_ms"]))))
+                rows.append((ratio, (*where, f"{ratio:.2f}", *map(ms, times(ours, rival)))))
     if not rows and not without:
         return []
     head = ("how many times as long as this package, the worst first", "", "", "ratio", "ours, ms", "theirs, ms")
@@ -46,9 +46,11 @@ def _ratios(results: dict[str, Any]) -> list[str]:
 
 
 def _every_figure(results: dict[str, Any]) -> list[str]:
+    """All contenders of all cases; what a card's figure was taken by stands behind it."""
     limits = limits_of(results)
+    card = any(c.get("by") for case in results["cases"] for c in case["contenders"])
     head = ("", "median ms", "20%", "80%", "x ours", "GB/s", "GFLOP/s", "of the limit", "allocated", "error")
-    rows = [head]
+    rows = [(*head, "by") if card else head]
     for case in results["cases"]:
         others = case["other_processes"] or 0
         notes = [f"others took {others:.0%} of the machine"] if others > QUIET else []
@@ -74,8 +76,11 @@ def _every_figure(results: dict[str, Any]) -> list[str]:
                     "" if share is None or roof else f"{share:.0%}",
                     size(c.get("peak_allocated") if c.get("peak") is None else c["peak"]),
                     "" if c["error"] is None else f"{c['error']:.1e}",
+                    *([c.get("by") or ""] if card else []),
                 )
             )
+            if c.get("by") == "events" and c.get("no_graph"):
+                rows.append((f"    no graph: {c['no_graph']}",))
     return align(rows)
 
 

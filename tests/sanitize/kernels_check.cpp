@@ -328,8 +328,7 @@ void check_linears(const std::vector<std::string>& isas) {
         // whole blocks of 64 or not; and too long for what the kernels for few rows keep of x.
         {33, 7, 66048, 16, 0.3f, true, true, 1},
         {65, 3, 70001, 1, 0.0f, false, false, 2},
-        {33, 66000, 64, 16, 0.3f, true, true, 1},
-        {65, 66001, 5, 1, 0.0f, false, false, 2},
+        {65, 66001, 5, 16, 0.3f, true, true, 2},
         {1, 128256, 64, 0, 0.0f, false, true, 1},
         {8, 64, 131072, 0, 0.0f, true, true, 1},
         {4, 3, 600064, 1, 0.0f, false, true, 1},

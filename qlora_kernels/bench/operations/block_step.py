@@ -2,22 +2,88 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import qlora_kernels
 from qlora_kernels import PagedAdamW, quantize_model
 
-from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import DENSE, PEFT, Lab, bnb_linear
-from ..models import Block, peft_lora
+from ..common import OURS, Case, Contender, Ready, WrongResult, largest_error
+from ..contenders import DENSE, PEFT, Lab, bnb_bytes, bnb_linear, bnb_pieces, decoded
+from ..models import Block, PlainLora, peft_lora
 from ..points import MODELS
 
 # Seven products and an attention, each rounded to bf16, there and back.
 LIMIT = 0.05
-#: So small that steps leave the work as it is.
-LR = 1e-7
+# A step of the optimizer: parameters are rounded to bf16, and some of these optimizers let weights decay.
+STEP_LIMIT = 0.1
+#: So small that steps leave the work as it is; and the one of the step that is verified.
+LR, VERIFIED_LR = 1e-7, 1e-2
+
+
+@dataclass
+class Trained:
+    """A block that is trained.
+
+    Attributes:
+        block: with adapters.
+        adapters: A and B of each linear layer.
+        optimizer: over the adapters.
+    """
+
+    block: nn.Module
+    adapters: list[Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def gradients(self, x: Tensor, dy: Tensor) -> Tensor:
+        """Forward and backward; returns y."""
+        x.grad = None
+        y = self.block(x)
+        y.backward(dy)
+        return y.detach()
+
+    def step(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bitsandbytes: on a CPU its paged optimizers are not
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_bytes(self) -> int:
+        """Of the moments, which are there after the first step."""
+        states = (t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor))
+        return sum(t.nbytes for t in states if t.numel() > 1)
+
+    def verify(self, x: Tensor, dy: Tensor, wanted: Sequence[Tensor]) -> None:
+        """Holds the adapters' gradients, and what the optimizer makes of them, against the truth.
+
+        The first step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) goes lr * g / (|g| + eps) down.
+
+        Raises:
+            WrongResult: with the error.
+        """
+        self.gradients(x, dy)
+        gradients = [a.grad.double() for a in self.adapters]
+        error = largest_error(gradients, wanted)
+        if not error <= LIMIT:
+            raise WrongResult(f"wrong result: error {error:.2e} of the adapters' gradients, allowed {LIMIT:.0e}")
+        before = [a.detach().clone() for a in self.adapters]
+        for group in self.optimizer.param_groups:
+            group["lr"] = VERIFIED_LR
+        self.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = LR
+        moves = [b.double() - a.detach().double() for a, b in zip(self.adapters, before, strict=True)]
+        error = largest_error(moves, [VERIFIED_LR * g / (g.abs() + 1e-8) for g in gradients])
+        if not error <= STEP_LIMIT:
+            raise WrongResult(f"wrong result: error {error:.2e} of the optimizer's step, allowed {STEP_LIMIT:.0e}")
+        with torch.no_grad():
+            for a, value in zip(self.adapters, before, strict=True):
+                a.copy_(value)
 
 
 def case(lab: Lab) -> Case:
@@ -33,94 +99,110 @@ def case(lab: Lab) -> Case:
         B = torch.randn(n, p.rank, generator=generator) * 0.1
         return A.to(lab.device, lab.dtype), B.to(lab.device, lab.dtype)
 
-    def lora_over(block: Block) -> Block:
-        for name, linear in block.linears().items():
-            block.set_submodule(name, peft_lora(linear, *adapter_of(*linear.weight.shape), lab.settings.alpha))
-        return block
+    truths: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
-    exact: dict[str, tuple[Tensor, Tensor]] = {}
-    decoded: dict[str, Tensor] = {}  # what this package's weights stand for: the dense block's, too
+    def truth(whose: str, weights: Callable[[], dict[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """(y, dx), and the gradients of each A and B, over what is stored. In float32: float64 takes too many bytes."""
+        if whose not in truths:
+            wide = {name: weight.float() for name, weight in weights().items()}
+            block = Block(p.model, torch.float32, lab.device, wide)
+            layers = []
+            for name, linear in block.linears().items():
+                A, B = (part.float() for part in adapter_of(*linear.weight.shape))
+                layers.append(PlainLora(linear.weight.data, A, B, lab.scaling))
+                block.set_submodule(name, layers[-1])
+            x32 = x.detach().float().requires_grad_()
+            y = block(x32)
+            adapters = [q for layer in layers for q in (layer.A, layer.B)]
+            dx, *gradients = torch.autograd.grad(y, (x32, *adapters), dy.float())
+            truths[whose] = [y.detach().double(), dx.double()], [g.double() for g in gradients]
+        return truths[whose]
 
-    def reference(whose: str, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """y and dx in float32 over the dequantized weights with the adapter merged."""
-        if whose not in exact:
-            merged = {}
-            for name, weight in weights.items():
-                A, B = (part.float() for part in adapter_of(*weight.shape))
-                merged[name] = torch.addmm(weight.float(), B, A, alpha=lab.scaling)
-            block = Block(p.model, torch.float32, lab.device, merged)
-            wide = x.detach().float().requires_grad_()
-            y = block(wide)
-            (dx,) = torch.autograd.grad(y, wide, dy.float())
-            exact[whose] = (y.detach().double(), dx.double())
-        return exact[whose]
+    quantized: dict[str, Tensor] = {}
+
+    def of_ours() -> dict[str, Tensor]:
+        """What this package's weights stand for: the dense block's, too, whether or not this package takes part."""
+        if not quantized:
+            for name, linear in Block(p.model, lab.dtype, lab.device).linears().items():
+                weight = qlora_kernels.quantize(linear.weight.data)
+                quantized[name] = decoded(weight.pieces, *weight.shape, lab.dtype)
+        return quantized
 
     def ready(
-        block: Block, optimizer: torch.optim.Optimizer, weight_bytes: int, wanted: tuple[Tensor, Tensor]
+        block: Block,
+        adapters_of: Callable[[Block], list[Tensor]],
+        optimizer_of: Callable[[list[Tensor]], torch.optim.Optimizer],
+        weight_bytes: int,
+        wanted: tuple[list[Tensor], list[Tensor]],
     ) -> Ready:
-        adapters = [q for q in block.parameters() if q.requires_grad]
+        """Copies take turns where one would stay in the cache, as a model's blocks do."""
+        count = 1 if weight_bytes > lab.settings.cache_bytes else lab.settings.copies(weight_bytes)
+        blocks = [block.train(), *(copy.deepcopy(block).train() for _ in range(count - 1))]
+        trained = [Trained(b, adapters_of(b), optimizer_of(adapters_of(b))) for b in blocks]
+        for one in trained:
+            one.verify(x, dy, wanted[1])
 
-        def call(_: int) -> tuple[Tensor, Tensor]:
-            x.grad = None
-            y = block(x)
-            y.backward(dy)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # bitsandbytes: on a CPU its paged optimizers are not
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return y.detach(), x.grad
+        def call(i: int) -> list[Tensor]:
+            y = trained[i].gradients(x, dy)
+            trained[i].step()
+            return [y, x.grad]
 
-        size = sum(q.numel() for q in adapters)
-        parts = {
-            "weights": weight_bytes,
-            "adapters": size * lab.dtype.itemsize,
-            "gradients": size * lab.dtype.itemsize,
-            "optimizer states": 2 * 4 * size,
-        }
-        # Weights once each way; an adapter's step reads and writes it, reads its gradient, and both moments both ways.
-        total = 2 * weight_bytes + size * (3 * lab.dtype.itemsize + 16)
-        return Ready(call, lambda found: max(map(relative_error, found, wanted)), LIMIT, total, parts=parts)
+        size = sum(a.nbytes for a in trained[0].adapters)
+        states = trained[0].state_bytes()
+        parts = {"weights": weight_bytes, "adapters": size, "gradients": size, "optimizer states": states}
+        # Weights once each way; an adapter's step reads and writes it, reads its gradient, and the moments both ways.
+        total = 2 * weight_bytes + 3 * size + 2 * states
+        return Ready(call, lambda found: largest_error(found, wanted[0]), LIMIT, total, count, parts=parts)
 
     def ours() -> Ready:
         block = Block(p.model, lab.dtype, lab.device)
         names = block.linears()
         quantize_model(block, rank=p.rank, alpha=lab.settings.alpha, progress=False)
-        layers = {name: block.get_submodule(name) for name in names}
+
+        def adapters_of(block: Block) -> list[Tensor]:
+            layers = [block.get_submodule(name) for name in names]
+            return [part["default"] for layer in layers for part in (layer.lora_A, layer.lora_B)]
+
+        shapes = [linear.weight.shape for linear in names.values()]
         with torch.no_grad():
-            for layer in layers.values():
-                A, B = adapter_of(layer.out_features, layer.in_features)
-                layer.lora_A["default"].copy_(A)
-                layer.lora_B["default"].copy_(B)
-        weights = {name: layer.weight for name, layer in layers.items()}
-        decoded.update({name: w.dequantize(lab.dtype) for name, w in weights.items()})
-        wanted = reference("ours", decoded)
-        optimizer = PagedAdamW([q for q in block.parameters() if q.requires_grad], lr=LR)
-        return ready(block.train(), optimizer, sum(w.nbytes for w in weights.values()), wanted)
+            for parameter, value in zip(adapters_of(block), (v for s in shapes for v in adapter_of(*s)), strict=True):
+                parameter.copy_(value)
+        nbytes = sum(block.get_submodule(name).weight.nbytes for name in names)
+        return ready(block, adapters_of, lambda q: PagedAdamW(q, lr=LR), nbytes, truth("ours", of_ours))
+
+    def peft_adapters_of(block: Block) -> list[Tensor]:
+        layers = [module for module in block.modules() if hasattr(module, "lora_A")]
+        return [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
 
     def dense() -> Ready:
-        nbytes = sum(w.nbytes for w in decoded.values())
-        block = lora_over(Block(p.model, lab.dtype, lab.device, decoded)).train()
-        optimizer = torch.optim.AdamW([q for q in block.parameters() if q.requires_grad], lr=LR, fused=True)
-        return ready(block, optimizer, nbytes, exact["ours"])
+        weights = of_ours()
+        block = Block(p.model, lab.dtype, lab.device, weights)
+        for name, linear in block.linears().items():
+            block.set_submodule(name, peft_lora(linear, *adapter_of(*linear.weight.shape), lab.settings.alpha))
+        options = {"lr": LR, "fused": True, "capturable": lab.device.type == "cuda"}
+        nbytes = sum(w.nbytes for w in weights.values())
+        return ready(block, peft_adapters_of, lambda q: torch.optim.AdamW(q, **options), nbytes, truth("ours", of_ours))
 
     def peft() -> Ready:
         from bitsandbytes import optim
-        from bitsandbytes.functional import dequantize_4bit
 
         block = Block(p.model, lab.dtype, lab.device)
-        weights, nbytes = {}, 0
+        stored = {}
         for name, linear in block.linears().items():
-            layer = bnb_linear(linear.weight.data)
-            state = layer.weight.quant_state
-            weights[name] = dequantize_4bit(layer.weight.data, state)
-            nbytes += layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-            adapter = adapter_of(*linear.weight.shape)
-            block.set_submodule(name, peft_lora(layer, *adapter, lab.settings.alpha))
-        wanted = reference("bnb", weights)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            optimizer = optim.PagedAdamW32bit([q for q in block.parameters() if q.requires_grad], lr=LR)
-        return ready(block.train(), optimizer, nbytes, wanted)
+            layer, shape = bnb_linear(linear.weight.data), linear.weight.shape
+            stored[name] = layer.weight.data, layer.weight.quant_state
+            block.set_submodule(name, peft_lora(layer, *adapter_of(*shape), lab.settings.alpha))
+        nbytes = sum(bnb_bytes(*one) for one in stored.values())
+
+        def of_bnb() -> dict[str, Tensor]:
+            return {name: decoded(bnb_pieces(*one), *one[1].shape, lab.dtype) for name, one in stored.items()}
+
+        def optimizer_of(adapters: list[Tensor]) -> torch.optim.Optimizer:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return optim.PagedAdamW32bit(adapters, lr=LR)
+
+        return ready(block, peft_adapters_of, optimizer_of, nbytes, truth("bnb", of_bnb))
 
     contenders = [Contender(OURS, ours), Contender(DENSE, dense), Contender(PEFT, peft)]
     # Each product there and back, the adapter's three times; the attention's own products are few.

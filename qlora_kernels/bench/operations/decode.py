@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import qlora_kernels
 
-from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import DENSE, PEFT, PEFT_EVAL, Lab, bnb_linear, clone_weight
-from ..models import dense_weights, peft_lora
+from ..common import OURS, Case, Contender, Ready, largest_error
+from ..contenders import DENSE, PEFT, PEFT_EVAL, Lab, bnb_bytes, bnb_linear, bnb_pieces, clone_weight, decoded
+from ..models import dense_weights, peft_lora, plain_lora
 from ..points import MODELS
 
 LIMIT = 0.01
@@ -48,7 +48,7 @@ def case(lab: Lab) -> Case:
         def quiet(i: int) -> list[Tensor]:
             return call(i)
 
-        return Ready(quiet, lambda ys: max(map(relative_error, ys, wanted)), LIMIT, nbytes + small, copies)
+        return Ready(quiet, lambda ys: largest_error(ys, wanted), LIMIT, nbytes + small, copies)
 
     def of_layers(copies: list[list[nn.Module]], wanted: list[Tensor], nbytes: int) -> Ready:
         def call(i: int) -> list[Tensor]:
@@ -63,7 +63,7 @@ def case(lab: Lab) -> Case:
 
     def ours_wanted() -> list[Tensor]:
         if not wanted_of_ours:
-            wanted_of_ours.append(exact([w.dequantize(torch.float32) for w in ours_first]))
+            wanted_of_ours.append(exact([decoded(w.pieces, *w.shape, torch.float32) for w in ours_first]))
         return wanted_of_ours[0]
 
     def ours() -> Ready:
@@ -85,26 +85,23 @@ def case(lab: Lab) -> Case:
         return of_layers([layers(one) for one in weights], ours_wanted(), nbytes)
 
     def dense() -> Ready:
-        first = [w.dequantize(lab.dtype) for w in ours_first]
-        nbytes = sum(w.nbytes for w in first)
-        weights = lab.copied(first, nbytes, lambda first: [w.clone() for w in first])
+        first = [(w.dequantize(lab.dtype), A, B) for w, (A, B) in zip(ours_first, adapters, strict=True)]
+        nbytes = sum(W.nbytes for W, _, _ in first)
+        layers = lab.copied(first, nbytes)
 
         def call(i: int) -> list[Tensor]:
             return [
-                F.linear(x, W) + lab.scaling * F.linear(F.linear(x, A), B)
-                for x, W, (A, B) in zip(inputs, weights[i], adapters)
+                plain_lora(F.linear(x, W), x, A, B, lab.scaling) for x, (W, A, B) in zip(inputs, layers[i], strict=True)
             ]
 
-        return ready(call, ours_wanted(), nbytes, len(weights))
+        return ready(call, ours_wanted(), nbytes, len(layers))
 
     def peft(training: bool) -> Callable[[], Ready]:
         def prepare() -> Ready:
-            from bitsandbytes.functional import dequantize_4bit
-
             layers = [bnb_linear(w) for w in sources]
-            states = [layer.weight for layer in layers]
-            wanted = exact([dequantize_4bit(w.data, w.quant_state) for w in states])
-            nbytes = sum(w.nbytes + w.quant_state.absmax.nbytes + w.quant_state.state2.absmax.nbytes for w in states)
+            stored = [(layer.weight.data, layer.weight.quant_state) for layer in layers]
+            wanted = exact([decoded(bnb_pieces(*one), *one[1].shape, torch.float32) for one in stored])
+            nbytes = sum(bnb_bytes(*one) for one in stored)
             first = [
                 peft_lora(layer, *adapter, lab.settings.alpha).train(training)
                 for layer, adapter in zip(layers, adapters)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ... import QLinear, quantize_model
 from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import Lab
+from ..contenders import Lab, decoded
 from ..models import peft_lora
 
 BASE, MERGED, UNMERGED = "dense base", "LoRA, merged", "LoRA, unmerged (PEFT)"
@@ -161,14 +161,16 @@ def case(lab: Lab) -> Case:
                     ):
                         part["default"].copy_(value)
 
-            def decoded() -> nn.Module:
+            def exact() -> nn.Module:
                 dense = copy.deepcopy(base)
                 for name, layer in model.named_modules():
                     if isinstance(layer, QLinear):
-                        dense.get_submodule(name).weight.data.copy_(layer.weight.dequantize(torch.float32))
+                        dense.get_submodule(name).weight.data.copy_(
+                            decoded(layer.weight.pieces, *layer.weight.shape, torch.float32)
+                        )
                 return merge(dense, size, rank, scaling) if lora else dense
 
-            return ready(model.eval(), decoded)
+            return ready(model.eval(), exact)
 
         return prepare
 

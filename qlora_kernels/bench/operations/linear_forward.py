@@ -12,6 +12,7 @@ import qlora_kernels
 
 from ..common import OURS, Case, Contender, Ready, relative_error
 from ..contenders import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT, PEFT_EVAL, Lab
+from ..models import plain_lora
 
 # A bf16 output alone has an error of 0.0017; bitsandbytes' eval-mode layer rounds its constants to bf16 too (0.003).
 LIMIT = 0.01
@@ -84,10 +85,9 @@ def _with_adapter(lab: Lab) -> Case:
         return ready(lambda i: layers[i](x), "ours", len(layers))
 
     def dense() -> Ready:
-        (A, B), weights = lab.adapter, lab.dense
-        return ready(
-            lambda i: F.linear(x, weights[i]) + lab.scaling * F.linear(F.linear(x, A), B), "dense", len(weights)
-        )
+        weights = lab.dense
+        adapters = lab.adapters(len(weights))
+        return ready(lambda i: plain_lora(F.linear(x, weights[i]), x, *adapters[i], lab.scaling), "dense", len(weights))
 
     def peft() -> Ready:
         layers = lab.peft_layers(training=True)

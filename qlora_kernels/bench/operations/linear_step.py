@@ -10,8 +10,9 @@ from torch import Tensor
 
 import qlora_kernels
 
-from ..common import OURS, Case, Contender, Ready, relative_error
+from ..common import OURS, Case, Contender, Ready, largest_error
 from ..contenders import BNB, DENSE, DEQUANTIZED, PEFT, Lab
+from ..models import plain_lora
 
 # Gradients pass through two products that are rounded to bf16.
 LIMIT = 0.02
@@ -37,9 +38,6 @@ def case(lab: Lab) -> Case:
     dy = lab.rows(p.m, p.n, seed=3)
     check = _checker(lab, x.detach(), dy)
 
-    def leaves() -> tuple[Tensor, ...]:
-        return tuple(part.clone().requires_grad_() for part in lab.adapter) if p.rank else ()
-
     def step(forward: Callable[[], Tensor], adapter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         y = forward()
         return y.detach(), *torch.autograd.grad(y, (x, *adapter), dy)
@@ -51,15 +49,14 @@ def case(lab: Lab) -> Case:
 
     def plain(product: Callable[[int], Tensor], whose: str, copies: int) -> Ready:
         """A product, and the adapter in plain torch."""
-        adapter = leaves()
+        if not p.rank:
+            return ready(lambda i: step(lambda: product(i), ()), whose, copies)
+        adapters = [tuple(part.requires_grad_() for part in adapter) for adapter in lab.adapters(copies)]
 
         def forward(i: int) -> Tensor:
-            y = product(i)
-            if adapter:
-                y = y + lab.scaling * F.linear(F.linear(x, adapter[0]), adapter[1])
-            return y
+            return plain_lora(product(i), x, *adapters[i], lab.scaling)
 
-        return ready(lambda i: step(lambda: forward(i), adapter), whose, copies)
+        return ready(lambda i: step(lambda: forward(i), adapters[i]), whose, copies)
 
     def ours() -> Ready:
         if not p.rank:
@@ -118,6 +115,6 @@ def _checker(lab: Lab, x: Tensor, dy: Tensor) -> Callable[[str], Callable[[tuple
     def checker(whose: str) -> Callable[[tuple[Tensor, ...]], float]:
         if whose not in references:
             references[whose] = exact(whose)
-        return lambda found: max(map(relative_error, found, references[whose]))
+        return lambda found: largest_error(found, references[whose])
 
     return checker

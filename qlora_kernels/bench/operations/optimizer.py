@@ -33,8 +33,8 @@ def adamw(lab: Lab) -> Case:
     make = _maker(lab, _adamw_error(lab, None), LIMIT, PARAMETER + 2 * MOMENT)
     contenders = [
         Contender(OURS, make(lambda params: PagedAdamW(params, **ADAMW).step)),
-        Contender(FUSED, make(lambda params: torch.optim.AdamW(params, **ADAMW, fused=True).step)),
-        Contender(FOREACH, make(lambda params: torch.optim.AdamW(params, **ADAMW, foreach=True).step)),
+        Contender(FUSED, make(lambda params: _torch(lab, params, fused=True).step)),
+        Contender(FOREACH, make(lambda params: _torch(lab, params, foreach=True).step)),
         Contender(BNB, make(lambda params: _bitsandbytes("PagedAdamW32bit", params, **ADAMW))),
         Contender(EQUAL_COPY, _copy(lab, PARAMETER + 2 * MOMENT)),
     ]
@@ -46,7 +46,7 @@ def adamw_clipped(lab: Lab) -> Case:
 
     def clipping(**kind: bool) -> Callable[[list], Callable[[], object]]:
         def made(params: list) -> Callable[[], object]:
-            optimizer = torch.optim.AdamW(params, **ADAMW, **kind)
+            optimizer = _torch(lab, params, **kind)
 
             def call() -> None:
                 torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
@@ -69,7 +69,7 @@ def adamw_8bit(lab: Lab) -> Case:
     wide = _maker(lab, _adamw_error(lab, None), LIMIT, PARAMETER + 2 * MOMENT)
     contenders = [
         Contender(OURS, make(lambda params: PagedAdamW(params, **ADAMW, state_bits=8).step)),
-        Contender(FUSED, wide(lambda params: torch.optim.AdamW(params, **ADAMW, fused=True).step)),
+        Contender(FUSED, wide(lambda params: _torch(lab, params, fused=True).step)),
         Contender(BNB, make(lambda params: _bitsandbytes("AdamW8bit", params, **ADAMW))),
     ]
     return Case("AdamW, 8-bit states", None, contenders)
@@ -124,6 +124,11 @@ def _maker(lab: Lab, error: Callable[[int], float], limit: float, bytes_each: fl
         return prepare
 
     return make
+
+
+def _torch(lab: Lab, params: list, **kind: bool) -> torch.optim.Optimizer:
+    """On a card, one that a CUDA graph can hold."""
+    return torch.optim.AdamW(params, **ADAMW, **kind, capturable=lab.device.type == "cuda")
 
 
 def _bitsandbytes(name: str, params: list, **options) -> Callable[[], object]:

@@ -8,7 +8,7 @@ import qlora_kernels
 from qlora_kernels import default_nested_table, ops
 
 from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import BNB, CHECKED, Lab
+from ..contenders import BNB, KERNEL, Lab
 
 # NF4 in blocks of 64 moves a normally distributed weight by 0.092, relative to its norm.
 LIMIT = 0.1
@@ -49,5 +49,5 @@ def case(lab: Lab) -> Case:
             len(weights),
         )
 
-    first = [Contender(OURS, kernel), Contender(CHECKED, ours)] if lab.cuda else [Contender(OURS, ours)]
-    return Case(f"quantize from {lab.point.dtype}", None, [*first, Contender(BNB, bnb)])
+    contenders = [Contender(OURS, ours), Contender(BNB, bnb), *([Contender(KERNEL, kernel)] if lab.cuda else [])]
+    return Case(f"quantize from {lab.point.dtype}", None, contenders)
