@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -93,8 +94,9 @@ def case(lab: Lab) -> Case:
     x = lab.rows(p.m, shape.hidden)[None].requires_grad_()
     dy = lab.rows(p.m, shape.hidden, seed=3)[None]
 
-    def adapter_of(n: int, k: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(n + k)
+    def adapter_of(name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        n, k = linear.weight.shape
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         A = torch.randn(p.rank, k, generator=generator) / k**0.5
         B = torch.randn(n, p.rank, generator=generator) * 0.1
         return A.to(lab.device, lab.dtype), B.to(lab.device, lab.dtype)
@@ -108,7 +110,7 @@ def case(lab: Lab) -> Case:
             block = Block(p.model, torch.float32, lab.device, wide)
             layers = []
             for name, linear in block.linears().items():
-                A, B = (part.float() for part in adapter_of(*linear.weight.shape))
+                A, B = (part.float() for part in adapter_of(name, linear))
                 layers.append(PlainLora(linear.weight.data, A, B, lab.scaling))
                 block.set_submodule(name, layers[-1])
             x32 = x.detach().float().requires_grad_()
@@ -163,9 +165,9 @@ def case(lab: Lab) -> Case:
             layers = [block.get_submodule(name) for name in names]
             return [part["default"] for layer in layers for part in (layer.lora_A, layer.lora_B)]
 
-        shapes = [linear.weight.shape for linear in names.values()]
+        values = [part for name, linear in names.items() for part in adapter_of(name, linear)]
         with torch.no_grad():
-            for parameter, value in zip(adapters_of(block), (v for s in shapes for v in adapter_of(*s)), strict=True):
+            for parameter, value in zip(adapters_of(block), values, strict=True):
                 parameter.copy_(value)
         nbytes = sum(block.get_submodule(name).weight.nbytes for name in names)
         return ready(block, adapters_of, lambda q: PagedAdamW(q, lr=LR), nbytes, truth("ours", of_ours))
@@ -178,7 +180,7 @@ def case(lab: Lab) -> Case:
         weights = of_ours()
         block = Block(p.model, lab.dtype, lab.device, weights)
         for name, linear in block.linears().items():
-            block.set_submodule(name, peft_lora(linear, *adapter_of(*linear.weight.shape), lab.settings.alpha))
+            block.set_submodule(name, peft_lora(linear, *adapter_of(name, linear), lab.settings.alpha))
         options = {"lr": LR, "fused": True, "capturable": lab.device.type == "cuda"}
         nbytes = sum(w.nbytes for w in weights.values())
         return ready(block, peft_adapters_of, lambda q: torch.optim.AdamW(q, **options), nbytes, truth("ours", of_ours))
@@ -189,9 +191,9 @@ def case(lab: Lab) -> Case:
         block = Block(p.model, lab.dtype, lab.device)
         stored = {}
         for name, linear in block.linears().items():
-            layer, shape = bnb_linear(linear.weight.data), linear.weight.shape
+            layer = bnb_linear(linear.weight.data)
             stored[name] = layer.weight.data, layer.weight.quant_state
-            block.set_submodule(name, peft_lora(layer, *adapter_of(*shape), lab.settings.alpha))
+            block.set_submodule(name, peft_lora(layer, *adapter_of(name, linear), lab.settings.alpha))
         nbytes = sum(bnb_bytes(*one) for one in stored.values())
 
         def of_bnb() -> dict[str, Tensor]:
