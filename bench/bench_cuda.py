@@ -165,6 +165,9 @@ class Bench:
                 failed[name] = reason(problem)
         measured = {one["name"]: one for one in measure(self.card, ready, seconds)}
         rows = [measured.get(name) or {"name": name, "failed": failed[name]} for name, _ in makers]
+        ours = next(row for row in rows if row["name"] == OURS)
+        if "failed" in ours:
+            return {**about, "failed": ours["failed"], "contenders": []}
         return {**about, "contenders": rows}
 
 
@@ -206,6 +209,8 @@ def run(bench: Bench, seconds: float, save: Callable[[dict], None], shapes=SHAPE
     result: dict[str, Any] = {"complete": False, "l2_bytes": bench.card.l2_bytes, "roof": None, "cases": []}
     copy = replace(bench.copy(2 * roof_bytes), name="copy")
     result["roof"] = measure(bench.card, [copy], min(3.0, seconds / 10))[0]
+    if "failed" in result["roof"]:
+        raise RuntimeError(f"the copy that others are held against: {result['roof']['failed']}")
     del copy
     save(result)
     todo = list(bench.cases(shapes))

@@ -175,13 +175,15 @@ def _escaped(reason: str) -> str:
 def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     """Rates that say how near the limits are."""
     limits, notes = limits_of(found), []
-    forward = [c for c in plots.speed_cases({**found, "cases": cases}) if "failed" not in c["contenders"][0]]
+    forward = [
+        (case, ours)
+        for case in plots.speed_cases({**found, "cases": cases})
+        if (ours := find_contender(case, OURS)) and "failed" not in ours
+    ]
     if forward:
-        few, many = forward[0], forward[-1]
-        notes.append(f"At M = {few['m']} this package moves {gb_per_s(few['contenders'][0]):.1f} GB/s")
-        notes.append(
-            f"at M = {many['m']} it multiplies at {gflop_per_s(many, many['contenders'][0]) / 1e3:.2f} TFLOP/s"
-        )
+        (few, ours), (many, ours_of_many) = forward[0], forward[-1]
+        notes.append(f"At M = {few['m']} this package moves {gb_per_s(ours):.1f} GB/s")
+        notes.append(f"at M = {many['m']} it multiplies at {gflop_per_s(many, ours_of_many) / 1e3:.2f} TFLOP/s")
     if limits.bytes_per_s:
         notes.append(f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)")
     if "bfloat16" in limits.flops:

@@ -15,6 +15,14 @@ from qlora_kernels import backends, quantize
 ISAS = tuple(backends.native().build_info()["isas_available"].split(","))
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    """What a test says about threads is over with it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch) -> str:
     """Runs the test once for each instruction set that this machine has."""

@@ -1,35 +1,33 @@
-"""The benchmarks: nothing is invented, everybody is verified, and a tiny run goes from end to end."""
+"""The benchmarks: nothing is invented, everybody is verified, and every operation is measured at a tiny size."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import os
 import time
 from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
+from bench_cases import POINT, POINTS, TINY, WEIGHT, contender, fake, limits_case, measured, of_fake
 from emulated import emulated
 
 import qlora_kernels
 from qlora_kernels import reference
 from qlora_kernels.bench import (
-    command,
     common,
     compare,
     contenders,
     cuda_timing,
     limits,
     options,
+    peak,
     plots,
     results,
     table,
-    worker,
 )
-from qlora_kernels.bench.common import OURS, Case, Contender, Ready, Settings
+from qlora_kernels.bench.common import OURS, Case, Contender, DeviceLost, Ready, Settings
 from qlora_kernels.bench.contenders import (
     BNB,
     BNB_EVAL,
@@ -41,54 +39,14 @@ from qlora_kernels.bench.contenders import (
     KERNEL,
     PEFT,
     PEFT_EVAL,
-    PRODUCT,
     Lab,
 )
 from qlora_kernels.bench.measure import CudaMeasurement, Measurement, failed_ours
 from qlora_kernels.bench.operations import CASES, OPERATIONS, begin, gpt2_forward
 from qlora_kernels.bench.peak import peak_allocated
-from qlora_kernels.bench.points import MODELS, OPTIMIZER, SWEEPS, Point, point_of
-from qlora_kernels.bench.worker import Worker
+from qlora_kernels.bench.points import MODELS, SWEEPS, Point, point_of
 from qlora_kernels.cli import main
 from qlora_kernels.errors import InputError
-
-TINY = Settings(threads=1, cache_bytes=1 << 18, seconds=0.0, min_rounds=2)
-WEIGHT = {"n": 128, "k": 192}
-POINTS = (
-    Point("quantize", **WEIGHT),
-    Point("quantize", "float32", **WEIGHT),
-    Point("dequantize", **WEIGHT),
-    Point("dequantize", "float16", **WEIGHT),
-    Point("dequantize_out", **WEIGHT),
-    Point("linear_forward", m=1, rank=0, **WEIGHT),
-    Point("linear_forward", m=16, rank=0, **WEIGHT),
-    Point("linear_forward", "float32", m=3, rank=0, **WEIGHT),
-    Point("linear_forward", m=3, rank=4, **WEIGHT),
-    Point("linear_dx", m=20, **WEIGHT),
-    Point("linear_step", m=20, rank=0, **WEIGHT),
-    Point("linear_step", m=20, rank=1, **WEIGHT),
-    Point("linear_step", m=20, rank=4, **WEIGHT),
-    Point("decode", m=1, rank=4, model="tiny"),
-    Point("block_step", m=16, rank=4, model="tiny"),
-    *(Point(name, "float32", rank=4, model="tiny") for name in OPTIMIZER),
-    Point("gpt2_forward", m=6, rank=4, model="tiny", batch=3),
-)
-POINT = POINTS[5]
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def measured(point: Point, settings: Settings = TINY) -> dict:
-    """A case, in this process."""
-    measurement = begin(settings, point)
-    for _ in range(measurement.rounds):
-        measurement.round()
-    return measurement.result()
 
 
 @pytest.fixture(scope="module")
@@ -97,48 +55,6 @@ def tiny() -> dict:
     run = results.begin(TINY, "usual")
     run["cases"] = [limits_case(), *map(measured, POINTS)]
     return {**run, "complete": True}
-
-
-def limits_case(gb_per_s: float = 10.0, tflop_per_s: float = 1.0) -> dict:
-    """A measured case of limits, as if by a machine of such speeds."""
-    rows = ((COPY, gb_per_s * 1e6, 1.0), (PRODUCT, 1, 1.0))
-    return {
-        **Point("limits").as_dict(),
-        "title": "limits",
-        "flops": tflop_per_s * 1e9,
-        "rounds": 1,
-        "other_processes": 0.0,
-        "contenders": [contender(name, median, bytes=nbytes) for name, nbytes, median in rows],
-    }
-
-
-def contender(name: str, median: float, spread: float = 0.01, **more) -> dict:
-    """A measured contender, with quantiles around its median."""
-    return {
-        "name": name,
-        "samples": 9,
-        "median_ms": median,
-        "q20_ms": median * (1 - spread),
-        "q80_ms": median * (1 + spread),
-        "error": 0.0,
-        "bytes": 8,
-        "copies": 1,
-        "peak_allocated": 0,
-        **more,
-    }
-
-
-def fake(prepare_other, name: str = BNB) -> Case:
-    """A case in which this package doubles a number, against one other contender."""
-    ours = Ready(lambda i: torch.tensor(2.0), lambda y: abs(y.item() - 2), 0.1, bytes=8, copies=4)
-    return Case("forward", 2, [Contender(OURS, lambda: ours), Contender(name, prepare_other)])
-
-
-def of_fake(case: Case, **more) -> dict:
-    measurement = Measurement(case, TINY, POINT, **more)
-    for _ in range(measurement.rounds):
-        measurement.round()
-    return measurement.result()
 
 
 # ---------------------------------------------------------------------------------------------------- contenders
@@ -161,6 +77,52 @@ def test_failing_contender_is_reported_with_its_reason():
 
     failed = of_fake(fake(prepare))["contenders"][1]
     assert failed == {"name": BNB, "failed": "RuntimeError: no kernel for this processor"}
+
+
+def test_who_fails_in_a_timed_call_leaves_the_others_their_figures():
+    """And is dropped from then on, with the reason."""
+    calls = itertools.count()
+
+    def call(index):
+        if next(calls) > 12:
+            raise MemoryError("no more")
+        return torch.tensor(2.0)
+
+    other = Ready(call, lambda y: abs(y.item() - 2), 0.1, bytes=8)
+    announced = []
+    measurement = Measurement(fake(lambda: other), replace(TINY, min_rounds=6), POINT, announce=announced.append)
+    assert announced == [OURS, "", BNB, ""]
+    assert all(measurement.round() > 0 for _ in range(6))
+    ours, bnb = measurement.result()["contenders"]
+    assert bnb == {"name": BNB, "failed": "MemoryError: no more"}
+    assert ours["samples"] == 6 * Measurement.CALLS
+    assert announced[-2:] == [OURS, ""]
+    assert next(calls) == 14
+
+
+def test_where_this_package_fails_in_a_timed_call_others_are_measured():
+    case = fake(lambda: Ready(lambda i: torch.tensor(2.0), lambda y: 0.0, 0.1, bytes=8))
+    measurement = Measurement(case, TINY, POINT)
+    measurement.runners[0].ready = replace(measurement.runners[0].ready, call=lambda i: 1 / 0)
+    assert math.isnan(measurement.round())
+    found = measurement.result()
+    assert failed_ours(found) == "ZeroDivisionError: division by zero"
+    assert found["contenders"][1]["samples"] == Measurement.CALLS
+
+
+def test_where_everybody_fails_each_reason_is_told():
+    def absent():
+        raise ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")
+
+    case = fake(absent)
+    case.contenders[0] = replace(case.contenders[0], prepare=lambda: 1 / 0)
+    measurement = Measurement(case, TINY, POINT)
+    assert measurement.rounds == 0
+    assert math.isnan(measurement.round())
+    assert [one["failed"] for one in measurement.result()["contenders"]] == [
+        "ZeroDivisionError: division by zero",
+        "not installed (bitsandbytes)",
+    ]
 
 
 @pytest.mark.parametrize("value", [3.0, float("nan")])
@@ -300,6 +262,28 @@ def test_peak_memory_counts_what_lives_at_one_time():
 
     assert 800_000 <= peak_allocated(call) < 810_000
     assert peak_allocated(lambda: there.add_(1)) < 1000
+
+
+def test_peak_memory_that_nobody_records_is_unknown(monkeypatch):
+    """And not nothing."""
+
+    class Silent:
+        def __init__(self, **options):
+            self.profiler = self.kineto_results = self
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            return []
+
+    monkeypatch.setattr("torch.profiler.profile", Silent)
+    peak._recorded.cache_clear()
+    assert peak_allocated(lambda: torch.ones(100_000)) is None
+    peak._recorded.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------- operations
@@ -474,10 +458,13 @@ def test_finetune_is_measured_by_its_command(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- a card
 
 
-class FakeCard:
-    """A card whose events are the host's clock, and that cannot capture."""
+class FakeCard(cuda_timing.Card):
+    """A card whose events are the host's clock, whose graphs are the calls again, and which may be broken."""
 
     l2_bytes = 1 << 20
+
+    def __init__(self) -> None:
+        self.broken: Exception | None = None
 
     def event(self) -> float:
         return time.perf_counter()
@@ -486,7 +473,8 @@ class FakeCard:
         return (end - start) * 1e6
 
     def wait(self) -> None:
-        pass
+        if self.broken is not None:
+            raise self.broken
 
     def occupy(self, microseconds: float) -> None:
         pass
@@ -496,19 +484,85 @@ class FakeCard:
         return function
 
 
-def test_on_a_card_graphs_are_replayed():
-    ready = Ready(lambda i: time.sleep(1e-4), lambda _: 0.0, 0.1, bytes=8, copies=3)
-    waits = replace(ready, waits=True)
-    case = Case("forward", 2, [Contender(OURS, lambda: ready), Contender(BNB, lambda: waits)])
-    measurement = CudaMeasurement(case, TINY, POINT, card=FakeCard())
+def on_a_card(other: Ready, card: FakeCard | None = None, **more) -> CudaMeasurement:
+    """A case on a card: this package sleeps for a tenth of a millisecond."""
+    ours = Ready(lambda i: time.sleep(1e-4), lambda _: 0.0, 0.1, bytes=8, copies=3)
+    case = Case("forward", 2, [Contender(OURS, lambda: ours), Contender(BNB, lambda: other)])
+    return CudaMeasurement(case, TINY, POINT, card=card or FakeCard(), **more)
+
+
+SLEEP = Ready(lambda i: time.sleep(2e-4), lambda _: 0.0, 0.1, bytes=8, copies=3)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_on_a_card_all_are_told_by_one_clock(waits):
+    """By graphs that are replayed; or, where somebody's call cannot be captured, by events."""
+    measurement = on_a_card(replace(SLEEP, waits=waits))
     assert measurement.rounds == 1
-    assert measurement.round() == pytest.approx(1e-4, rel=2)
+    assert 1e-4 <= measurement.round() < 2e-2
     ours, other = measurement.result()["contenders"]
-    assert (ours["by"], other["by"]) == ("graph", "events")
-    assert other["no_graph"] == "the call waits for the device"
-    for one in (ours, other):
-        assert 0.1 <= one["q20_ms"] <= one["median_ms"] <= one["q80_ms"]
+    assert ours["by"] == other["by"] == ("events" if waits else "graph")
+    assert other["no_graph"] == ("the call waits for the device" if waits else None)
+    assert (other["graph_ms"] is None) == waits
+    assert ours["graph_ms"] >= 0.1
+    for one, least in ((ours, 0.1), (other, 0.2)):
+        assert least <= one["q20_ms"] <= one["median_ms"] <= one["q80_ms"]
+        assert least <= one["event_q20_ms"] <= one["event_ms"] <= one["event_q80_ms"]
+        assert one["event_samples"] == 3 * cuda_timing.MIN_ROUNDS
+        assert one["samples"] == (3 if waits else 1) * cuda_timing.MIN_ROUNDS
         assert one["copies"] == 3
+
+
+def failing_after(calls: int) -> Ready:
+    """A contender whose calls raise from a certain one on."""
+    done = itertools.count()
+
+    def call(index: int) -> None:
+        if next(done) >= calls:
+            raise RuntimeError("CUDA error: out of luck")
+
+    return replace(SLEEP, call=call)
+
+
+# Checks and timing before the case, then the warm-up, then samples.
+@pytest.mark.parametrize("calls", [1, 10, 60])
+def test_on_a_card_who_fails_later_leaves_the_others_their_figures(calls):
+    announced = []
+    measurement = on_a_card(failing_after(calls), announce=announced.append)
+    assert measurement.round() > 0
+    ours, other = measurement.result()["contenders"]
+    assert other == {"name": BNB, "failed": "RuntimeError: CUDA error: out of luck"}
+    assert ours["by"] == "graph"
+    assert ours["samples"] == cuda_timing.MIN_ROUNDS
+    assert set(announced) == {OURS, BNB, ""}
+
+
+@pytest.mark.parametrize("calls", [1, 10, 60])
+def test_a_card_that_answers_no_more_is_the_end_of_the_process(calls):
+    """Whoever was at work did it; to go on would fail everybody else."""
+    card, announced = FakeCard(), []
+    ready = failing_after(calls)
+
+    def call(index: int) -> None:
+        try:
+            ready.call(index)
+        except RuntimeError as problem:
+            card.broken = problem
+            raise
+
+    with pytest.raises(DeviceLost, match="out of luck"):
+        on_a_card(replace(ready, call=call), card, announce=announced.append).round()
+    assert announced[-1] == BNB
+
+
+def test_on_a_card_on_which_everybody_fails_each_reason_is_told():
+    measurement = on_a_card(failing_after(0), without={OURS: "ended its process"})
+    assert measurement.rounds == 0
+    assert [one["failed"] for one in measurement.result()["contenders"]] == [
+        "ended its process",
+        "RuntimeError: CUDA error: out of luck",
+    ]
+    assert [one.get("failed") for one in cuda_timing.measure(FakeCard(), [], 0.0)] == []
 
 
 CARD_POINTS = (
@@ -543,96 +597,6 @@ def test_a_cards_cases_on_the_emulator(point, monkeypatch):
         if "bitsandbytes" not in one["name"]:
             assert "failed" not in one, one
             assert one["median_ms"] > 0
-
-
-# ------------------------------------------------------------------------------------------------------- workers
-
-
-def _sleepy(settings, point, without, announce):
-    announce("sleeper")
-    if "sleeper" not in without:
-        time.sleep(60)
-    return _Instant(without)
-
-
-def _crashing(settings, point, without, announce):
-    announce(OURS)
-    announce(BNB)
-    if BNB not in without:
-        os.write(2, b"first words\nlast words\n")
-        os.abort()
-    return _Instant(without)
-
-
-def _never(settings, point, without, announce):
-    announce("")
-    os._exit(3)
-
-
-def _raising(settings, point, without, announce):
-    raise ValueError("nothing works")
-
-
-class _Instant:
-    rounds = 2
-
-    def __init__(self, without):
-        self.without, self.done = without, 0
-
-    def round(self):
-        self.done += 1
-        return 0.0
-
-    def result(self):
-        return {"without": self.without, "done": self.done, "process": os.getpid(), "other_processes": 0.0}
-
-
-@pytest.fixture(scope="module")
-def _server():
-    """One process that all workers of these tests are forked from, without what benchmarks compare."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "PRELOADED", ("torch",))
-        yield
-
-
-@pytest.mark.usefixtures("_server")
-def test_who_takes_the_process_along_is_left_out_of_its_case():
-    with Worker(begin=_crashing) as one:
-        case = one.measure(POINT, TINY)
-    assert case["done"] == 2
-    assert case["without"] == {BNB: "ended its process: SIGABRT: last words"}
-    assert case["process"] != os.getpid()
-
-
-@pytest.mark.usefixtures("_server")
-def test_who_does_not_answer_is_left_out_of_its_case():
-    with Worker(prepare_seconds=1.0, begin=_sleepy) as one:
-        assert one.measure(POINT, TINY)["without"] == {"sleeper": "gave no answer within 1 s"}
-
-
-@pytest.mark.usefixtures("_server")
-@pytest.mark.parametrize(
-    ("fault", "why"), [(_never, "ended its process with exit code 3"), (_raising, "ValueError: nothing works")]
-)
-def test_a_case_that_cannot_be_set_up_is_a_failed_case(fault, why):
-    with Worker(begin=fault) as one:
-        case = one.measure(POINT, TINY)
-    assert case["failed"] == why
-    assert point_of(case) == POINT
-    assert failed_ours(case) == why
-    assert why in table.terminal({**results.begin(TINY, "usual"), "cases": [case]})
-
-
-@pytest.mark.usefixtures("_server")
-def test_each_case_has_a_process_of_its_own_on_a_cpu_and_not_on_a_card():
-    with Worker(begin=_plain) as one:
-        assert one.measure(POINT, TINY)["process"] != one.measure(POINT, TINY)["process"]
-        card = replace(TINY, device="cuda")
-        assert one.measure(POINT, card)["process"] == one.measure(POINT, card)["process"]
-
-
-def _plain(settings, point, without, announce):
-    return _Instant(without)
 
 
 # ----------------------------------------------------------------------------------------------- files and words
@@ -787,193 +751,3 @@ def test_a_run_compared_with_itself_has_no_difference(tiny):
         assert len(changes) == len(POINTS)
         assert {change.verdict for change in changes} == {verdict}
         assert not left_out
-
-
-# --------------------------------------------------------------------------------------------------- the command
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--operations", "dance"], "--operations should be some of limits"),
-        (["--rows", "0"], "--rows should be at least 1"),
-        (["--rows", "one"], "whole numbers"),
-        (["--ranks", "-1"], "--ranks should be at least 0"),
-        (["--shapes", "64"], "--shapes should be weights such as 4096x4096"),
-        (["--shapes", "0x64"], "--shapes"),
-        (["--dtypes", "int8"], "--dtypes should be some of bfloat16"),
-        (["--models", "gpt"], "--models should be some of llama-2-7b"),
-        (["--operations", "quantize", "--rows", "4"], "--rows says nothing about quantize"),
-        (["--operations", "decode", "--ranks", "0"], "decode needs an adapter"),
-        (["--threads", "0"], "--threads should be at least 1"),
-        (["--seconds", "0"], "--seconds should be positive"),
-        (["--seconds", "nan"], "--seconds should be positive"),
-        (["--minutes", "-1"], "--minutes should be positive"),
-        (["--retries", "-1"], "--retries should not be negative"),
-        (["--out", "/nowhere/at/all.jsonl"], "there is no folder /nowhere/at"),
-        (["--out", "."], "is a folder"),
-    ],
-)
-def test_wrong_arguments_are_one_sentence(arguments, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["bench", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a card")
-def test_a_card_that_is_not_there(capsys):
-    assert main(["bench", "--device", "cuda"]) == 2
-    assert "sees no card" in capsys.readouterr().err
-
-
-def chosen(*arguments: str) -> list[Point]:
-    parser = argparse.ArgumentParser()
-    options.add_arguments(parser)
-    return options.points_of(parser.parse_args(arguments))
-
-
-def test_points_by_axes():
-    assert chosen("--quick") == SWEEPS["quick"]()
-    assert chosen("--full") == SWEEPS["full"]()
-    only = chosen("--operations", "linear_dx")
-    assert [p.operation for p in only] == ["limits", "linear_dx", "linear_dx"]
-    paper = chosen("--operations", "gpt2_forward")
-    assert [(p.batch, p.m, p.rank) for p in paper[1:]] == [(32, 512, 4), (16, 256, 4), (1, 128, 4)]
-    assert chosen("--quick", "--operations", "dequantize,lion_step")[1:] == [
-        Point("dequantize", n=4096, k=4096),
-        Point("lion_step", "float32", rank=16, model="llama-2-7b"),
-    ]
-    found = chosen("--shapes", "64x128,32x64", "--rows", "1,2", "--ranks", "0,8", "--dtypes", "float32")
-    assert len(found) == 9
-    assert found[0] == Point("limits", "float32")
-    assert Point("linear_forward", "float32", 32, 64, 2, 8) in found
-    assert chosen("--operations", "decode,quantize", "--ranks", "0,4", "--models", "tiny")[1:] == [
-        Point("decode", m=1, rank=4, model="tiny"),
-        Point("quantize", n=4096, k=4096),
-    ]
-    assert chosen("--operations", "adamw_step", "--models", "tiny")[1:] == [
-        Point("adamw_step", "float32", rank=16, model="tiny")
-    ]
-
-
-def test_list_measures_nothing(capsys):
-    assert main(["bench", "--quick", "--list"]) == 0
-    assert "linear_step, 4096 x 4096, M = 512, r = 16" in capsys.readouterr().out
-
-
-@pytest.fixture
-def no_processes(monkeypatch):
-    """Cases are measured in this process, and the limits at once."""
-
-    class Here:
-        prepare_seconds = 0.0
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def measure(self, point, settings, progress):
-            return limits_case() if point.operation == "limits" else measured(point, replace(TINY, seconds=0.0))
-
-    monkeypatch.setattr(command, "Worker", Here)
-    return Here
-
-
-TINY_ARGUMENTS = [
-    "--operations",
-    "dequantize,linear_step",
-    "--shapes",
-    "64x64",
-    "--rows",
-    "2",
-    "--ranks",
-    "2",
-    "--quiet",
-]
-
-
-@pytest.mark.usefixtures("no_processes")
-def test_command_writes_a_result(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["bench", *TINY_ARGUMENTS, "--out", "x.jsonl"]) == 0
-    run = results.load("x.jsonl")
-    assert run["complete"]
-    assert [case["operation"] for case in run["cases"]] == ["limits", "dequantize", "linear_step"]
-    shown = capsys.readouterr().out
-    assert "the worst first" in shown
-    assert shown.endswith("Written: x.jsonl\n")
-    assert main(["bench", "--show", "x.jsonl"]) == 0
-    assert capsys.readouterr().out.strip() in shown
-    assert main(["bench", *TINY_ARGUMENTS]) == 0
-    assert [path.name for path in tmp_path.glob("bench-cpu-*.jsonl")]
-
-
-def test_ctrl_c_leaves_what_was_measured(tmp_path, capsys, monkeypatch, no_processes):
-    def interrupted(self, point, settings, progress):
-        if point.operation == "linear_step":
-            raise KeyboardInterrupt
-        return measured(point)
-
-    monkeypatch.setattr(no_processes, "measure", interrupted)
-    arguments = [*TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]
-    monkeypatch.setattr(options, "points_of", lambda namespace: [POINTS[2], POINTS[12]])
-    assert main(["bench", *arguments]) == 130
-    run = results.load(tmp_path / "x.jsonl")
-    assert not run["complete"]
-    assert [case["operation"] for case in run["cases"]] == ["dequantize"]
-    assert "interrupted" in capsys.readouterr().err
-
-
-def test_failure_of_this_package_is_the_commands(tmp_path, capsys, monkeypatch, no_processes):
-    monkeypatch.setattr(no_processes, "measure", lambda self, point, *more: worker.failed_case(point, "out of luck"))
-    assert main(["bench", *TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]) == 1
-    assert "failed in dequantize: out of luck" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("no_processes")
-def test_time_is_kept(monkeypatch):
-    """What no longer fits is named, not forgotten; and shares of the time become shorter."""
-    clock = itertools.chain([0.0], itertools.repeat(59.0))
-    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
-    cases = list(command.run([POINTS[2], POINTS[3]], TINY, minutes=1.0))
-    assert all(case["left_out"] for case in cases)
-    assert cases[0]["failed"] == "left out: the 1 minutes were over"
-
-
-def test_shares_of_the_time(monkeypatch, no_processes):
-    given = []
-
-    def measure(self, point, settings, progress):
-        given.append((settings.seconds, self.prepare_seconds))
-        return measured(POINTS[2])
-
-    monkeypatch.setattr(no_processes, "measure", measure)
-    now = iter([0.0, 0.0, 30.0])
-    monkeypatch.setattr(command.time, "monotonic", lambda: next(now))
-    list(command.run(POINTS[2:4], replace(TINY, seconds=100.0), minutes=1.0))
-    assert given == [(15.0, 60.0), (15.0, 30.0)]
-
-
-def test_quietest_attempt_counts_whatever_it_says(monkeypatch, no_processes):
-    shares = iter([0.4, 0.2, 0.3, 0.0])
-    monkeypatch.setattr(
-        no_processes, "measure", lambda self, point, *more: {**limits_case(), "other_processes": next(shares)}
-    )
-    assert next(command.run([POINT], TINY, retries=2))["other_processes"] == 0.2
-
-
-def test_a_whole_run_by_processes(tmp_path, capsys):
-    """The command as it is: a process for each case, forked from one that knows the peers."""
-    arguments = ["--operations", "dequantize,linear_forward", "--shapes", "64x128", "--rows", "2", "--ranks", "0"]
-    points = chosen(*arguments)[1:]  # the limits take seconds
-    run = results.begin(TINY, "usual")
-    run["cases"] = list(command.run(points, TINY))
-    assert [case["operation"] for case in run["cases"]] == ["dequantize", "linear_forward"]
-    for case in run["cases"]:
-        assert failed_ours(case) is None
-        assert case["rounds"] >= TINY.min_rounds

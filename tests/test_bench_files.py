@@ -174,6 +174,16 @@ def test_times_of_a_card_are_compared_by_one_clock():
     assert (change.before, change.after) == (3.0, 3.1)
     assert change.where.endswith(", by events")
     assert change.verdict == "too few samples", "of the first run's events there is only the median"
+    more = {"event_q20_ms": 2.99, "event_q80_ms": 3.01}
+    for factor, samples, verdict in (
+        (1, 9, "slower"),
+        (8, 9, "too few samples"),
+        (8, 72, "slower"),
+        (1, 4, "too few samples"),
+    ):
+        known = contender(OURS, 1.0, by="graph", event_ms=3.0, event_samples=samples, **{**more, "copies": factor})
+        slower = contender(OURS, 3.3, by="events", event_ms=3.3, samples=72)
+        assert compared(case_of(known), case_of(slower)).verdict == verdict
     text = table.terminal(run_of(case_of({**graph, "name": OURS}, {**events, "name": BNB})))
     assert text.splitlines()[-1].split()[-3:] == ["1.03", "3", "3.1"]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,14 +20,30 @@ from . import results as result_files
 from .common import QUIET, Settings
 from .measure import failed_ours
 from .points import Point
-from .worker import Worker, failed_case
+from .worker import OutOfTime, Worker, failed_case
+
+#: A run needs this much time to be worth beginning.
+_LEAST_SECONDS = 2.0
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal asked for the end.
+
+    Attributes:
+        code: to exit with, as shells have it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
 
 
 def command(namespace: argparse.Namespace) -> int:
     """Carries the command out.
 
     Returns:
-        0; 1 when this package failed in a case; 130 after Ctrl-C, with what was measured until then written.
+        0; 1 when this package failed in a case, or nobody could be measured; 130 after Ctrl-C, and 128 more than
+        another signal's number, with what was measured until then written.
 
     Raises:
         InputError: for arguments and files that cannot be used.
@@ -45,25 +64,30 @@ def command(namespace: argparse.Namespace) -> int:
     minutes = options.minutes_of(namespace, settings.device)
     show = _progress(len(points), namespace.quiet)
     results = result_files.begin(settings, options.sweep_of(namespace))
-    interrupted = False
+    interrupted = 0
     try:
-        for case in run(points, settings, minutes, namespace.retries, show):
-            results["cases"].append(case)
-            result_files.save(results, out)  # a kill leaves what was measured until then
-        results["complete"] = True
-    except KeyboardInterrupt:
-        interrupted = True
+        with _signals(), contextlib.closing(run(points, settings, minutes, namespace.retries, show)) as cases:
+            for case in cases:
+                results["cases"].append(case)
+                result_files.save(results, out)  # a kill leaves what was measured until then
+            results["complete"] = True
+    except KeyboardInterrupt as problem:
+        interrupted = getattr(problem, "code", 128 + signal.SIGINT)
     show(None, "")
+    if not results["cases"]:
+        print("qlora-kernels bench: interrupted before the first case; nothing is written", file=sys.stderr)
+        return interrupted
     result_files.save(results, out)
     print(table.terminal(results))
     written = [out, *(_plots(results, out) if namespace.plots else [])]
     print(f"\nWritten: {', '.join(written)}")
     if interrupted:
         print("qlora-kernels bench: interrupted; what was measured is written", file=sys.stderr)
-        return 130
+        return interrupted
     failures = [(case, why) for case in results["cases"] if (why := failed_ours(case)) and not case.get("left_out")]
     for case, why in failures:
-        print(f"qlora-kernels bench: this package failed in {case['title']}: {why}", file=sys.stderr)
+        what = "no measurement of" if "failed" in case else "this package failed in"
+        print(f"qlora-kernels bench: {what} {case['title']}: {why}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -79,33 +103,64 @@ def run(
     Args:
         points: what.
         settings: how.
-        minutes: for all; a case's share is what is left by then, divided by the cases left. Whoever does not answer
-            within what is left is ended, and what does not fit is a case with ``left_out``.
+        minutes: for all; a case's share is what is left by then, divided by the cases left. What is not done by then
+            is ended, and is a case with ``failed`` and ``left_out``.
         retries: while other processes take more than QUIET of the machine, a case is measured again up to so many
-            times. The measurement that was disturbed least is kept, whatever it says.
+            times. Of the measurements that did not fail the one that was disturbed least is kept, whatever it says.
         progress: called with the point and a few words.
 
     Yields:
         Cases, as :meth:`qlora_kernels.bench.measure.Measurement.result` gives them.
     """
-    end = None if minutes is None else time.monotonic() + 60 * minutes
     with Worker() as worker:
+        if minutes is not None:
+            worker.deadline = time.monotonic() + 60 * minutes
         for number, point in enumerate(points):
             progress(point, "")
             own = settings
-            if end is not None:
-                left = end - time.monotonic()
-                if left <= 2:
-                    case = failed_case(point, f"left out: the {minutes:g} minutes were over")
-                    yield {**case, "left_out": True}
-                    continue
+            if worker.deadline is not None:
                 # Half of a case's share is for its preparation.
-                own = replace(settings, seconds=min(settings.seconds, left / (len(points) - number) / 2), min_rounds=3)
-                worker.prepare_seconds = left
-            attempts: list[dict[str, Any]] = []
-            while not attempts or (len(attempts) <= retries and (attempts[-1]["other_processes"] or 0) > QUIET):
-                attempts.append(worker.measure(point, own, lambda text, point=point: progress(point, text)))
-            yield min(attempts, key=lambda case: case["other_processes"] or 0)
+                share = (worker.deadline - time.monotonic()) / (len(points) - number) / 2
+                own = replace(settings, seconds=max(min(settings.seconds, share), 0.0), min_rounds=3)
+            case = _quietest(worker, point, own, retries, lambda text, point=point: progress(point, text))
+            if case is None:
+                case = {**failed_case(point, f"left out: the {minutes:g} minutes were over"), "left_out": True}
+            yield case
+
+
+def _quietest(
+    worker: Worker, point: Point, settings: Settings, retries: int, progress: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """A case, measured until the machine is quiet enough; None where there is no time for it."""
+    attempts: list[dict[str, Any]] = []
+    without: dict[str, str] = {}
+    while not attempts or (len(attempts) <= retries and (attempts[-1]["other_processes"] or 0) > QUIET):
+        if worker.deadline is not None and worker.deadline - time.monotonic() < _LEAST_SECONDS:
+            break
+        try:
+            attempts.append(worker.measure(point, settings, progress, without))
+        except OutOfTime:
+            break
+    return min(attempts, key=lambda case: ("failed" in case, case["other_processes"] or 0), default=None)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Within, what asks for the end is an exception, like Ctrl-C, so that nothing is left running or lying about."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise _Ended(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _progress(count: int, quiet: bool) -> Callable[[Point | None, str], None]:

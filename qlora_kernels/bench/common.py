@@ -98,6 +98,10 @@ class WrongResult(Exception):
     """A contender computed something else than what was asked for."""
 
 
+class DeviceLost(Exception):
+    """A card answers this process no more: all that it is asked for from now on fails, whoever asks."""
+
+
 class OtherProcesses:
     """How much of the machine other processes took while the clock ran: what disturbed a measurement, says so here."""
 

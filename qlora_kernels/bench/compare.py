@@ -10,6 +10,7 @@ from typing import Any
 
 from .common import OURS
 from .limits import find_contender, sizes, times
+from .measure import failed_ours
 from .points import POINT_KEYS
 from .table import align, machine_line, ms
 
@@ -81,20 +82,28 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Change], list[st
     for key, case in second.items():
         earlier = keyed.pop(key, None)
         where = _where(case)
-        ours = find_contender(case, OURS)
-        if ours is None:
+        if earlier is None:
+            left_out += [f"{where}: only in the second run"] if _has_part(case) else []
             continue
-        before = None if earlier is None else find_contender(earlier, OURS)
-        if before is None:
-            left_out.append(f"{where}: only in the second run")
+        if not _has_part(earlier) and not _has_part(case):
             continue
-        failed = [f"in the {n} run: {c['failed']}" for n, c in (("first", before), ("second", ours)) if "failed" in c]
+        failed = [f"in the {n} run: {why}" for n, c in (("first", earlier), ("second", case)) if (why := _lacking(c))]
         if failed:
             left_out.append(f"{where}: {'; '.join(failed)}")
             continue
         changes.append(_change(where, earlier, case, same and case["operation"] != "finetune"))
-    left_out += [f"{_where(case)}: only in the first run" for case in keyed.values() if find_contender(case, OURS)]
+    left_out += [f"{_where(case)}: only in the first run" for case in keyed.values() if _has_part(case)]
     return sorted(changes, key=lambda change: -change.own), left_out
+
+
+def _has_part(case: dict[str, Any]) -> bool:
+    """Whether this package takes part in a case, or would have in one that failed."""
+    return "failed" in case or find_contender(case, OURS) is not None
+
+
+def _lacking(case: dict[str, Any]) -> str | None:
+    """Why there is no figure of this package."""
+    return failed_ours(case) or (None if find_contender(case, OURS) else f"no {OURS}")
 
 
 def _key(case: dict[str, Any]) -> tuple:
@@ -144,14 +153,13 @@ def _drift(earlier: dict, case: dict) -> tuple[float | None, list[_Part]]:
 def _parts(earlier: dict, case: dict, name: str) -> list[_Part] | None:
     """The parts of the variance of the logarithm of a contender's ratio; None where a run tells too little of it."""
     first, second = find_contender(earlier, name), find_contender(case, name)
-    if first.get("by") != second.get("by"):  # compared by events, of which one run has the median alone
-        return None
+    by_events = first.get("by") != second.get("by")
     parts = []
     for run, contender in ((earlier, first), (case, second)):
-        rounds = _rounds(run, contender)
+        low, high, rounds = _spread(run, contender, by_events)
         if rounds < FEWEST:
             return None
-        deviation = math.log(contender["q80_ms"] / contender["q20_ms"]) / _range(rounds)
+        deviation = math.log(high / low) / _range(rounds)
         parts.append(_Part((_OF_MEDIAN * deviation) ** 2 / rounds, rounds - 1))
     return parts
 
@@ -166,11 +174,22 @@ def _range(count: int) -> float:
     return -2 * _NORMAL.inv_cdf((k - 0.375) / (count + 0.25))
 
 
-def _rounds(case: dict[str, Any], contender: dict[str, Any]) -> int:
-    """How many rounds a contender's samples are from: on a card one by graph in each, or by events one of each copy."""
+def _spread(case: dict[str, Any], contender: dict[str, Any], by_events: bool) -> tuple[float, float, int]:
+    """The 20% and 80% quantiles of a contender, ms, and how many rounds they are from.
+
+    On a card there is one sample by graph in each round, and by events one of each copy. Files from before quantiles by
+    events were kept have none where the time by graph was told: no rounds.
+    """
+    low, high, count = "q20_ms", "q80_ms", contender["samples"]
+    if by_events and contender.get("by") == "graph":
+        low, high, count = "event_q20_ms", "event_q80_ms", contender.get("event_samples") or 0
+        if not contender.get(low) or not contender.get(high):
+            return 1.0, 1.0, 0
     if contender.get("by") is None:
-        return min(case["rounds"], contender["samples"])
-    return contender["samples"] if contender["by"] == "graph" else contender["samples"] // contender["copies"]
+        count = min(case["rounds"], count)
+    elif by_events or contender["by"] == "events":
+        count //= contender["copies"]
+    return contender[low], contender[high], count
 
 
 def _verdict(ratio: float, parts: Sequence[_Part]) -> str:

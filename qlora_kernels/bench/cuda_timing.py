@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .common import quantiles_of
+from .common import DeviceLost, quantiles_of, reason
 
 #: The copies that take turns are at least so many times as large as the L2 cache.
 TIMES_L2 = 4
@@ -31,6 +31,9 @@ TIMES_L2 = 4
 SAMPLE_US = 1000.0
 #: Nor do more calls than this go into a graph.
 MOST_CALLS = 240
+#: Of so many calls in succession the host's time is taken: the queue of a card holds about a thousand launches, and who
+#: adds to a full one waits.
+HOST_CALLS = 32
 MIN_ROUNDS, MAX_ROUNDS = 8, 200
 
 
@@ -51,6 +54,19 @@ class Card:
 
     def wait(self) -> None:
         torch.cuda.synchronize()
+
+    def recover(self, why: str) -> None:
+        """After a call that failed: frees what it held.
+
+        Raises:
+            DeviceLost: with ``why``, when the device answers no more, as after a fault of a kernel.
+        """
+        try:
+            self.wait()
+            gc.collect()
+            torch.cuda.empty_cache()
+        except Exception:
+            raise DeviceLost(why) from None
 
     def occupy(self, microseconds: float) -> None:
         """Keeps the device busy about so long, so that what the host sends meanwhile queues up."""
@@ -98,7 +114,9 @@ class _Runner:
     calls: int = 0
     replay: Callable[[], None] | None = None
     graph_calls: int = 0
+    launch_us: float = 0.0
     no_graph: str | None = None
+    failure: str | None = None
     graph_us: list[float] = field(default_factory=list)
     event_us: list[float] = field(default_factory=list)
     host_us: list[float] = field(default_factory=list)
@@ -116,30 +134,53 @@ class _Runner:
             self.once()
 
 
-def measure(card: Card, contenders: Sequence[Timed], seconds: float) -> list[dict[str, Any]]:
+def measure(
+    card: Card,
+    contenders: Sequence[Timed],
+    seconds: float,
+    announce: Callable[[str], None] = lambda name: None,
+) -> list[dict[str, Any]]:
     """Times contenders in turn, each round beginning with another one.
 
     Args:
         card: the device.
         contenders: who takes part; all have been verified.
         seconds: how long, all together; at least MIN_ROUNDS rounds.
+        announce: called with the name of whoever is at work.
 
     Returns:
-        For each: ``name``, ``bytes``, ``copies``, ``graph_us``, ``event_us`` and ``host_us`` (``median``, ``q20``,
-        ``q80``, ``samples``; None where there is none), ``graph_calls``, ``no_graph`` (the reason), ``us`` (the time by
-        graph, or else by event), ``gb_per_s`` by that.
+        For each: ``name``, and ``failed``, the reason, where a call raised; or else ``bytes``, ``copies``,
+        ``graph_us``, ``event_us`` and ``host_us`` (``median``, ``q20``, ``q80``, ``samples``; None where there is
+        none), ``graph_calls``, ``no_graph`` (the reason), ``us`` (the time by graph, or else by event), and
+        ``gb_per_s`` by that.
+
+    Raises:
+        DeviceLost: when the device answers no more.
     """
     end = time.perf_counter() + seconds
     runners = [_Runner(one) for one in contenders]
+
+    def at_work(do: Callable[[Card, _Runner], None], runner: _Runner) -> None:
+        announce(runner.timed.name)
+        try:
+            do(card, runner)
+        except Exception as problem:
+            runner.failure, runner.kept, runner.replay = reason(problem), [], None
+            card.recover(runner.failure)
+        announce("")
+
     for runner in runners:
-        _prepare(card, runner)
+        at_work(_prepare, runner)
     rounds = 0
     gc.disable()
     try:
         while rounds < MIN_ROUNDS or (time.perf_counter() < end and rounds < MAX_ROUNDS):
-            start = rounds % len(runners)
-            for runner in runners[start:] + runners[:start]:
-                _sample(card, runner)
+            running = [runner for runner in runners if runner.failure is None]
+            if not running:
+                break
+            start = rounds % len(running)
+            for runner in running[start:] + running[:start]:
+                at_work(_sample, runner)
             rounds += 1
     finally:
         gc.enable()
@@ -168,7 +209,11 @@ def _prepare(card: Card, runner: _Runner) -> None:
     try:
         runner.replay = card.capture(all_turns)
         runner.graph_calls = turns * runner.timed.copies
+        runner.replay()  # the first time the graph is sent to the device
+        card.wait()
+        begin = time.perf_counter()
         runner.replay()
+        runner.launch_us = (time.perf_counter() - begin) * 1e6
         card.wait()
     except Exception as problem:
         runner.replay = None
@@ -195,23 +240,27 @@ def _queued(card: Card, runner: _Runner, host_us: float, one_by_one: bool) -> li
 
 
 def _sample(card: Card, runner: _Runner) -> None:
-    """One sample by graph, a turn by host and a turn by events."""
+    """One sample by graph, some calls by host and a turn by events."""
     if runner.replay is not None:
-        card.occupy(200)
+        card.occupy(2 * runner.launch_us + 50)
         begin = card.event()
         runner.replay()
         end = card.event()
         card.wait()
         runner.graph_us.append(card.microseconds(begin, end) / runner.graph_calls)
+    calls = min(runner.timed.copies, HOST_CALLS)
     begin = time.perf_counter()
-    runner.a_turn()
-    host_us = (time.perf_counter() - begin) * 1e6
+    for _ in range(calls):
+        runner.once()
+    host_us = (time.perf_counter() - begin) * 1e6 / calls
     card.wait()
-    runner.host_us.append(host_us / runner.timed.copies)
-    runner.event_us += _queued(card, runner, host_us, one_by_one=True)
+    runner.host_us.append(host_us)
+    runner.event_us += _queued(card, runner, host_us * runner.timed.copies, one_by_one=True)
 
 
 def _describe(runner: _Runner) -> dict[str, Any]:
+    if runner.failure is not None:
+        return {"name": runner.timed.name, "failed": runner.failure}
     graph, event = _summary(runner.graph_us), _summary(runner.event_us)
     best = graph or event
     return {

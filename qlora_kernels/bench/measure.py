@@ -6,16 +6,28 @@ round starts with another one. What is reported is the median over all calls, wi
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .common import OURS, Case, OtherProcesses, Ready, Settings, WrongResult, quantiles_of, reason
+from .common import (
+    OURS,
+    Case,
+    Contender,
+    OtherProcesses,
+    Ready,
+    Settings,
+    WrongResult,
+    quantiles_of,
+    reason,
+)
 from .peak import peak_allocated
 from .points import Point
 
@@ -51,10 +63,13 @@ class Measurement:
         settings: how.
         point: where.
         without: reasons why some contenders are left out, by name: in an earlier attempt the process ended with them.
-        announce: called with the name of each contender before it is prepared, and with "" once all are.
+        announce: called with the name of each contender before it is at work, and with "" after it; untimed.
 
     Attributes:
-        rounds: how many there should be.
+        rounds: how many there should be; none where every contender has failed.
+
+    Raises:
+        DeviceLost: also from :meth:`round`, while the contender that did it is announced.
     """
 
     # A call shorter than this is preceded by an untimed one, since the contender before it has left its own code in the
@@ -75,24 +90,26 @@ class Measurement:
     ) -> None:
         self.case, self.settings, self.point = case, settings, point
         self.rounds_done = 0
+        self._announce = announce
         torch.set_num_threads(settings.threads)
-        self.runners = []
-        for contender in case.contenders:
-            announce(contender.name)
-            self.runners.append(self._prepare(contender, (without or {}).get(contender.name)))
-        announce("")
-        self.running = [runner for runner in self.runners if runner.failure is None]
+        without = without or {}
+        self.runners = [Runner(contender.name, failure=without.get(contender.name)) for contender in case.contenders]
+        for runner, contender in zip(self.runners, case.contenders, strict=True):
+            if runner.failure is None:
+                self._prepare(runner, contender)
         estimate = sum(r.typical * (self._timed_calls(r) + (r.typical < self.SHORT)) for r in self.running)
         wanted = int(settings.seconds / estimate) if estimate else 0
-        self.rounds = min(max(wanted, settings.min_rounds), settings.max_rounds)
+        self.rounds = min(max(wanted, settings.min_rounds), settings.max_rounds) if self.running else 0
         self._others = OtherProcesses()
 
-    def _prepare(self, contender: Any, failure: str | None) -> Runner:
+    @property
+    def running(self) -> list[Runner]:
+        """Those that have not failed."""
+        return [runner for runner in self.runners if runner.failure is None]
+
+    def _prepare(self, runner: Runner, contender: Contender) -> None:
         """Sets a contender up and holds its result on the first and the last copy against the truth."""
-        runner = Runner(contender.name, failure=failure)
-        if failure is not None:
-            return runner
-        try:
+        with self._at_work(runner):
             ready = runner.ready = contender.prepare()
             for check in range(ready.checks):
                 begin = time.perf_counter()
@@ -108,9 +125,20 @@ class Measurement:
                 runner.typical = runner.once()
             if runner.typical < self.LONG:
                 runner.typical = min(runner.once() for _ in range(self.CALLS))
+
+    @contextlib.contextmanager
+    def _at_work(self, runner: Runner) -> Iterator[None]:
+        """Announces a contender; one that raises has failed, with the reason."""
+        self._announce(runner.name)
+        try:
+            yield
         except Exception as problem:
             runner.failure, runner.ready = reason(problem), None
-        return runner
+            self._after_failure(runner.failure)
+        self._announce("")
+
+    def _after_failure(self, why: str) -> None:
+        """What has to be looked at before others go on."""
 
     def _timed_calls(self, runner: Runner) -> int:
         if runner.typical >= self.LONG:
@@ -118,21 +146,25 @@ class Measurement:
         return 2 if runner.typical >= self.LONG / 3 else self.CALLS
 
     def round(self) -> float:
-        """One round; returns the mean time of this package's calls in it, in seconds."""
-        start = self.rounds_done % len(self.running)
+        """One round; returns the mean seconds of the first contender's calls in it, NaN where it has failed."""
+        running = self.running
+        if not running:
+            return math.nan
+        start = self.rounds_done % len(running)
         self._others.resume()
         gc.disable()
         try:
-            for runner in self.running[start:] + self.running[:start]:
-                if runner.typical < self.SHORT:
-                    runner.once()
-                runner.seconds += [runner.once() for _ in range(self._timed_calls(runner))]
+            for runner in running[start:] + running[:start]:
+                with self._at_work(runner):
+                    if runner.typical < self.SHORT:
+                        runner.once()
+                    runner.seconds += [runner.once() for _ in range(self._timed_calls(runner))]
         finally:
             gc.enable()
             self._others.pause()
         self.rounds_done += 1
-        first = self.running[0]
-        return statistics.fmean(first.seconds[-self._timed_calls(first) :])
+        ours = self.runners[0]
+        return math.nan if ours.failure else statistics.fmean(ours.seconds[-self._timed_calls(ours) :])
 
     def result(self) -> dict[str, Any]:
         """What was measured, as plain values for a JSON file."""
@@ -169,40 +201,57 @@ class Measurement:
 
 
 class CudaMeasurement(Measurement):
-    """The same on a card, whose one round is the whole of :func:`qlora_kernels.bench.cuda_timing.measure`."""
+    """The same on a card, whose one round is the whole of :func:`qlora_kernels.bench.cuda_timing.measure`.
+
+    All contenders of a case are told by one clock: by graph, or by events where one of them has no graph.
+    """
 
     def __init__(self, *args: Any, card: Any = None, **more: Any) -> None:
         from .cuda_timing import Card
 
-        super().__init__(*args, **more)
         self.card = Card() if card is None else card
-        self.rounds = 1
+        super().__init__(*args, **more)
+        self.rounds = min(self.rounds, 1)
         self._measured: dict[str, dict[str, Any]] = {}
+
+    def _after_failure(self, why: str) -> None:
+        self.card.recover(why)
 
     def round(self) -> float:
         from .cuda_timing import Timed, measure
 
-        timed = [Timed(r.name, r.ready.call, r.ready.copies, r.ready.bytes, r.ready.waits) for r in self.running]
+        runners = {runner.name: runner for runner in self.running}
+        timed = [Timed(r.name, r.ready.call, r.ready.copies, r.ready.bytes, r.ready.waits) for r in runners.values()]
         self._others.resume()
-        measured = measure(self.card, timed, self.settings.seconds)
+        for one in measure(self.card, timed, self.settings.seconds, self._announce):
+            if "failed" in one:
+                runners[one["name"]].failure = one["failed"]
+            else:
+                self._measured[one["name"]] = one
         self._others.pause()
-        self._measured = {one["name"]: one for one in measured}
         self.rounds_done += 1
-        return measured[0]["us"] / 1e6
+        ours = self._measured.get(self.runners[0].name)
+        return math.nan if ours is None else ours["us"] / 1e6
 
     def _describe(self, runner: Runner) -> dict[str, Any]:
         if runner.failure is not None:
             return {"name": runner.name, "failed": runner.failure}
         measured = self._measured[runner.name]
-        best = measured["graph_us"] or measured["event_us"]
+        graph, event = measured["graph_us"], measured["event_us"]
+        by = "graph" if all(self._measured[one.name]["graph_us"] for one in self.running) else "events"
+        best = graph if by == "graph" else event
         return {
             "name": runner.name,
             "samples": best["samples"],
             "median_ms": best["median"] / 1e3,
             "q20_ms": best["q20"] / 1e3,
             "q80_ms": best["q80"] / 1e3,
-            "by": "graph" if measured["graph_us"] else "events",
-            "event_ms": measured["event_us"]["median"] / 1e3,
+            "by": by,
+            "graph_ms": None if graph is None else graph["median"] / 1e3,
+            "event_ms": event["median"] / 1e3,
+            "event_q20_ms": event["q20"] / 1e3,
+            "event_q80_ms": event["q80"] / 1e3,
+            "event_samples": event["samples"],
             "host_ms": measured["host_us"]["median"] / 1e3,
             "no_graph": measured["no_graph"],
             **self._facts(runner),
@@ -222,6 +271,6 @@ def start(
 
 
 def failed_ours(case: dict[str, Any]) -> str | None:
-    """Why this package has no figure in a measured case, or None where it has, or takes no part."""
+    """Why this package has no figure in a case, or None where it has, or takes no part."""
     ours = next((c for c in case["contenders"] if c["name"] == OURS), None)
-    return None if ours is None else ours.get("failed")
+    return case.get("failed") if ours is None else ours.get("failed")

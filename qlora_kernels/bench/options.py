@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a card if there is one"
     )
     how.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as many as torch uses here)")
-    how.add_argument("--seconds", type=float, metavar="X", help="to time a case (default 6; with --quick 1.5)")
+    how.add_argument("--seconds", type=float, metavar="X", help="to time a case, at most (default 6; with --quick 1.5)")
     how.add_argument("--minutes", type=float, metavar="X", help="for all; what does not fit is left out and named")
     how.add_argument(
         "--retries",
@@ -174,7 +174,9 @@ def settings_of(namespace: argparse.Namespace) -> Settings:
         raise InputError(f"--minutes should be positive, found {namespace.minutes:g}")
     if namespace.retries < 0:
         raise InputError(f"--retries should not be negative, found {namespace.retries}")
-    return Settings(device=device, threads=threads, cache_bytes=largest_cache(device), seconds=seconds)
+    # More time than usual is for more rounds.
+    rounds = round(Settings.max_rounds * max(1.0, seconds / Settings.seconds))
+    return Settings(device, threads, cache_bytes=largest_cache(device), seconds=seconds, max_rounds=rounds)
 
 
 def minutes_of(namespace: argparse.Namespace, device: str) -> float | None:

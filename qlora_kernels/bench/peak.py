@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,16 @@ def peak_allocated(call: Callable[[], Any], device: str = "cpu") -> int | None:
         torch.cuda.synchronize()
         del result
         return torch.cuda.max_memory_allocated() - before
+    return _peak_of_cpu(call) if _recorded() else None
+
+
+@functools.cache
+def _recorded() -> bool:
+    """Whether the profiler sees an allocation that is known: a call without any is not one that went unseen."""
+    return _peak_of_cpu(lambda: torch.empty(1 << 10)) > 0
+
+
+def _peak_of_cpu(call: Callable[[], Any]) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:

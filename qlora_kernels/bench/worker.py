@@ -10,32 +10,49 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from .common import OURS, Settings, reason
+from .common import DeviceLost, Settings, reason
 from .points import Point
 
 #: Imported before the first fork.
 PRELOADED = ("qlora_kernels.bench.peers", "qlora_kernels.bench.operations")
-#: A contender that has not been set up and verified by then is given up.
+#: A contender that has not been set up and verified by then, or not done its share of a round, is given up.
 PREPARE_SECONDS = 300.0
+#: What a process writes into its folder: what it says, and who is at work.
+_LOG, _DOING = "log", "doing"
 
 
 class Lost(Exception):
-    """The process ended, or did not answer in time; the message says which and why."""
+    """The process ended, or did not answer in time; the message says which and why.
+
+    Attributes:
+        who: the contender that was at work; empty where none was.
+    """
+
+    def __init__(self, why: str, who: str) -> None:
+        super().__init__(why)
+        self.who = who
+
+
+class OutOfTime(Exception):
+    """The worker's deadline came before the answer."""
 
 
 class Remote:
     """A measurement in another process, with the interface of :class:`qlora_kernels.bench.measure.Measurement`.
 
     Raises:
-        Lost: from any method, when the process is lost.
+        Lost, OutOfTime: from any method, when the process is lost.
         RuntimeError: what the measurement raised there, in words.
     """
 
@@ -51,20 +68,22 @@ class Remote:
 
 
 class Worker:
-    """A process that measures.
+    """A process that measures, with a folder for all that it and its children leave.
 
     Args:
-        prepare_seconds: how long a contender may take to be set up, or a round; then the process is killed.
+        prepare_seconds: how long a contender may take to be set up, or in a round; then the process is killed.
         begin: what makes a measurement there; for tests.
+
+    Attributes:
+        deadline: when everything has to be over, by time.monotonic(); None for never.
     """
 
     def __init__(self, prepare_seconds: float = PREPARE_SECONDS, begin: Callable[..., Any] | None = None) -> None:
         self.prepare_seconds, self._begin = prepare_seconds, begin
+        self.deadline: float | None = None
         self._process: Any = None
         self._pipe: Connection | None = None
-        self._output: Any = None
-        #: Who was being prepared when the process last answered.
-        self.busy_with = ""
+        self._folder = ""
 
     def __enter__(self) -> Worker:
         return self
@@ -75,91 +94,132 @@ class Worker:
         self.stop()
 
     def stop(self) -> None:
-        """Ends the process; the next measurement begins a new one."""
-        if self._process is None:
+        """Ends the process and what it has begun; the next measurement begins a new one."""
+        process, self._process = self._process, None
+        if process is None:
             return
-        self._pipe.close()
-        self._process.join(1.0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process, self._pipe = None, None
-        self._output.close()
+        try:
+            self._pipe.close()
+            process.join(1.0)
+        finally:
+            # Its group has the number of the process, which nothing else is given while any of the group is alive.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
-        self._output = tempfile.NamedTemporaryFile("w+", prefix="qlora-bench-", suffix=".log", errors="replace")  # noqa: SIM115
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._output.name, self._begin), daemon=False)
-        self._process.start()
-        theirs.close()
+        folder = tempfile.mkdtemp(prefix="qlora-bench-")
+        pipe, theirs = context.Pipe()
+        try:
+            # Importing takes the server seconds, and Ctrl-C is sent to it, too. It inherits what is blocked here; the
+            # tracker is there before, because to start it unblocks.
+            resource_tracker.ensure_running()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                forkserver.ensure_running()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            process = context.Process(target=_serve, args=(theirs, folder, self._begin), daemon=False)
+            process.start()
+        except BaseException:
+            pipe.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            theirs.close()
+        self._process, self._pipe, self._folder = process, pipe, folder
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """Sends a request and waits for its answer; see :class:`Remote` for what it raises."""
         if self._process is None:
             self._start()
+        asked = time.monotonic()
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send((what, arguments))
-        deadline = time.monotonic() + self.prepare_seconds
         while True:
-            if not self._pipe.poll(max(deadline - time.monotonic(), 0.0)):
+            who, since = self._doing(asked)
+            end = since + self.prepare_seconds
+            if self.deadline is not None:
+                end = min(end, self.deadline)
+            left = end - time.monotonic()
+            if self._pipe.poll(max(left, 0.0)):
+                break
+            if left <= 0:
                 self.stop()
-                raise Lost(f"gave no answer within {self.prepare_seconds:.0f} s")
-            try:
-                kind, value = self._pipe.recv()
-            except (EOFError, OSError):
-                raise Lost(self._ending()) from None
-            if kind == "announce":
-                self.busy_with = value
-                deadline = time.monotonic() + self.prepare_seconds
-            elif kind == "error":
-                raise RuntimeError(value)
-            else:
-                return value
+                if end == self.deadline:
+                    raise OutOfTime
+                raise Lost(f"gave no answer within {self.prepare_seconds:.0f} s", who)
+        try:
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError):
+            who, _ = self._doing(asked)
+            raise Lost(self._ending(), who) from None
+        if kind == "error":
+            raise RuntimeError(value)
+        return value
+
+    def _doing(self, asked: float) -> tuple[str, float]:
+        """Who is at work on the request that was asked then, and since when."""
+        try:
+            with open(os.path.join(self._folder, _DOING)) as file:
+                since, who = file.readline().rstrip("\n").split(" ", 1)
+            return (who, float(since)) if float(since) >= asked else ("", asked)
+        except (OSError, ValueError):
+            return "", asked
 
     def _ending(self) -> str:
         """How the process ended, with the last line that it wrote."""
-        process, output = self._process, self._output
+        process = self._process
         process.join(5.0)
         code = process.exitcode
         how = "its process hangs" if code is None else f"ended its process with exit code {code}"
         if code is not None and code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             how = f"ended its process: {name}" + (" (perhaps out of memory)" if -code == signal.SIGKILL else "")
-        output.seek(0)
-        lines = [line.strip() for line in output.read().splitlines() if line.strip()]
+        lines: list[str] = []
+        with contextlib.suppress(OSError), open(os.path.join(self._folder, _LOG), errors="replace") as log:
+            lines = [line.strip() for line in log if line.strip()]
         self.stop()
         return how + (f": {lines[-1][:200]}" if lines else "")
 
     def measure(
-        self, point: Point, settings: Settings, progress: Callable[[str], None] = lambda what: None
+        self,
+        point: Point,
+        settings: Settings,
+        progress: Callable[[str], None] = lambda what: None,
+        without: dict[str, str] | None = None,
     ) -> dict[str, Any]:
         """A point from beginning to end.
 
         Args:
             point, settings: what and how.
             progress: called with a few words on what is going on.
+            without: contenders to leave out, with the reasons; those with whom a process is lost are added.
 
         Returns:
-            The case; with ``failed`` and no contenders where it could not be set up at all.
+            The case; with ``failed`` where it could not be measured at all.
+
+        Raises:
+            OutOfTime: at the deadline.
         """
-        without: dict[str, str] = {}
+        without = {} if without is None else without
         while True:
             try:
                 remote = Remote(self, settings, point, without)
-                self.busy_with = ""
                 for number in range(remote.rounds):
                     remote.round()
                     progress(f"{number + 1}/{remote.rounds}")
                 return remote.result()
             except Lost as problem:
-                if self.busy_with and self.busy_with not in without:
-                    without[self.busy_with] = str(problem)
-                    self.busy_with = ""
-                    continue
-                return failed_case(point, str(problem), without)
+                if not problem.who:
+                    return failed_case(point, str(problem), without)
+                without[problem.who] = str(problem)
             except RuntimeError as problem:
+                self.stop()  # who knows in what state that left it
                 return failed_case(point, str(problem), without)
             finally:
                 if not settings.device.startswith("cuda"):
@@ -167,7 +227,7 @@ class Worker:
 
 
 def failed_case(point: Point, why: str, without: dict[str, str] | None = None) -> dict[str, Any]:
-    """A case of which there is nothing but the reason."""
+    """A case of which there is nothing but the reason, and those of contenders that were left out before."""
     return {
         **point.as_dict(),
         "title": point.operation,
@@ -175,16 +235,26 @@ def failed_case(point: Point, why: str, without: dict[str, str] | None = None) -
         "failed": why,
         "rounds": 0,
         "other_processes": None,
-        "contenders": [{"name": name, "failed": text} for name, text in {OURS: why, **(without or {})}.items()],
+        "contenders": [{"name": name, "failed": text} for name, text in (without or {}).items()],
     }
 
 
-def _serve(pipe: Connection, output: str, begin: Callable[..., Any] | None) -> None:
-    """The other process: answers until the pipe is closed. Ctrl-C is the first process's business."""
+def _serve(pipe: Connection, folder: str, begin: Callable[..., Any] | None) -> None:
+    """The other process: answers until the pipe is closed."""
+    if not os.path.isdir(folder):  # the first process has given up meanwhile
+        return
+    os.setsid()  # what it begins can be ended with it, and Ctrl-C is the first process's business
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
+    log = os.open(os.path.join(folder, _LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(descriptor, stream)
+        os.dup2(log, stream)
+    doing = os.open(os.path.join(folder, _DOING), os.O_WRONLY | os.O_CREAT)
+
+    def announce(name: str) -> None:
+        # A file, because it outlives whatever happens, and because nobody wakes up to read it.
+        os.pwrite(doing, f"{time.monotonic()!r} {name}\n".encode(), 0)
+
     if begin is None:
         from .operations import begin
     measurement = None
@@ -196,10 +266,13 @@ def _serve(pipe: Connection, output: str, begin: Callable[..., Any] | None) -> N
         try:
             if what == "begin":
                 measurement = None
-                measurement = begin(*arguments, lambda name: pipe.send(("announce", name)))
+                measurement = begin(*arguments, announce)
                 answer = measurement.rounds
             else:
                 answer = getattr(measurement, what)()
             pipe.send(("answer", answer))
+        except DeviceLost as problem:
+            print(problem, file=sys.stderr, flush=True)
+            os._exit(1)  # an orderly end would wait for the device
         except Exception as problem:
             pipe.send(("error", reason(problem)))

@@ -1,0 +1,279 @@
+"""``qlora-kernels bench`` as people type it: what it measures, writes and says, and how long it takes."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_cases import POINT, POINTS, TINY, limits_case, measured
+
+from qlora_kernels.bench import command, options, results, worker
+from qlora_kernels.bench.common import OURS, Settings
+from qlora_kernels.bench.contenders import BNB
+from qlora_kernels.bench.measure import failed_ours
+from qlora_kernels.bench.points import SWEEPS, Point
+from qlora_kernels.bench.worker import OutOfTime
+from qlora_kernels.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--operations", "dance"], "--operations should be some of limits"),
+        (["--rows", "0"], "--rows should be at least 1"),
+        (["--rows", "one"], "whole numbers"),
+        (["--ranks", "-1"], "--ranks should be at least 0"),
+        (["--shapes", "64"], "--shapes should be weights such as 4096x4096"),
+        (["--shapes", "0x64"], "--shapes"),
+        (["--dtypes", "int8"], "--dtypes should be some of bfloat16"),
+        (["--models", "gpt"], "--models should be some of llama-2-7b"),
+        (["--operations", "quantize", "--rows", "4"], "--rows says nothing about quantize"),
+        (["--operations", "decode", "--ranks", "0"], "decode needs an adapter"),
+        (["--threads", "0"], "--threads should be at least 1"),
+        (["--seconds", "0"], "--seconds should be positive"),
+        (["--seconds", "nan"], "--seconds should be positive"),
+        (["--minutes", "-1"], "--minutes should be positive"),
+        (["--retries", "-1"], "--retries should not be negative"),
+        (["--out", "/nowhere/at/all.jsonl"], "there is no folder /nowhere/at"),
+        (["--out", "."], "is a folder"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a card")
+def test_a_card_that_is_not_there(capsys):
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "sees no card" in capsys.readouterr().err
+
+
+def chosen(*arguments: str) -> list[Point]:
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    return options.points_of(parser.parse_args(arguments))
+
+
+def test_points_by_axes():
+    assert chosen("--quick") == SWEEPS["quick"]()
+    assert chosen("--full") == SWEEPS["full"]()
+    only = chosen("--operations", "linear_dx")
+    assert [p.operation for p in only] == ["limits", "linear_dx", "linear_dx"]
+    paper = chosen("--operations", "gpt2_forward")
+    assert [(p.batch, p.m, p.rank) for p in paper[1:]] == [(32, 512, 4), (16, 256, 4), (1, 128, 4)]
+    assert chosen("--quick", "--operations", "dequantize,lion_step")[1:] == [
+        Point("dequantize", n=4096, k=4096),
+        Point("lion_step", "float32", rank=16, model="llama-2-7b"),
+    ]
+    found = chosen("--shapes", "64x128,32x64", "--rows", "1,2", "--ranks", "0,8", "--dtypes", "float32")
+    assert len(found) == 9
+    assert found[0] == Point("limits", "float32")
+    assert Point("linear_forward", "float32", 32, 64, 2, 8) in found
+    assert chosen("--operations", "decode,quantize", "--ranks", "0,4", "--models", "tiny")[1:] == [
+        Point("decode", m=1, rank=4, model="tiny"),
+        Point("quantize", n=4096, k=4096),
+    ]
+    assert chosen("--operations", "adamw_step", "--models", "tiny")[1:] == [
+        Point("adamw_step", "float32", rank=16, model="tiny")
+    ]
+
+
+def test_list_measures_nothing(capsys):
+    assert main(["bench", "--quick", "--list"]) == 0
+    assert "linear_step, 4096 x 4096, M = 512, r = 16" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Cases are measured in this process, and the limits at once."""
+
+    class Here:
+        deadline = None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def measure(self, point, settings, progress, without):
+            return limits_case() if point.operation == "limits" else measured(point, replace(TINY, seconds=0.0))
+
+    monkeypatch.setattr(command, "Worker", Here)
+    return Here
+
+
+TINY_ARGUMENTS = [
+    "--operations",
+    "dequantize,linear_step",
+    "--shapes",
+    "64x64",
+    "--rows",
+    "2",
+    "--ranks",
+    "2",
+    "--quiet",
+]
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_command_writes_a_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *TINY_ARGUMENTS, "--out", "x.jsonl"]) == 0
+    run = results.load("x.jsonl")
+    assert run["complete"]
+    assert [case["operation"] for case in run["cases"]] == ["limits", "dequantize", "linear_step"]
+    shown = capsys.readouterr().out
+    assert "the worst first" in shown
+    assert shown.endswith("Written: x.jsonl\n")
+    assert main(["bench", "--show", "x.jsonl"]) == 0
+    assert capsys.readouterr().out.strip() in shown
+    assert main(["bench", *TINY_ARGUMENTS]) == 0
+    assert [path.name for path in tmp_path.glob("bench-cpu-*.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [(None, 130), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+)
+def test_who_ends_it_leaves_what_was_measured(end, code, tmp_path, capsys, monkeypatch, no_processes):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+
+    def interrupted(self, point, settings, progress, without):
+        if point.operation == "linear_step":
+            if end is None:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), end)
+        return measured(point)
+
+    monkeypatch.setattr(no_processes, "measure", interrupted)
+    arguments = [*TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]
+    monkeypatch.setattr(options, "points_of", lambda namespace: [POINTS[2], POINTS[12], POINTS[3]])
+    assert main(["bench", *arguments]) == code
+    run = results.load(tmp_path / "x.jsonl")
+    assert not run["complete"]
+    assert [case["operation"] for case in run["cases"]] == ["dequantize"]
+    assert "interrupted" in capsys.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_ctrl_c_before_the_first_case_leaves_an_old_result(tmp_path, capsys, monkeypatch, no_processes):
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(no_processes, "measure", interrupted)
+    out = tmp_path / "x.jsonl"
+    out.write_text("old")
+    assert main(["bench", *TINY_ARGUMENTS, "--out", str(out)]) == 130
+    assert capsys.readouterr().err == "qlora-kernels bench: interrupted before the first case; nothing is written\n"
+    assert out.read_text() == "old"
+
+
+def test_failure_of_this_package_is_the_commands(tmp_path, capsys, monkeypatch, no_processes):
+    def failing(self, point, *more):
+        case = {**measured(POINTS[2]), **point.as_dict()}
+        return {**case, "contenders": [{"name": OURS, "failed": "out of luck"}, *case["contenders"][1:]]}
+
+    monkeypatch.setattr(no_processes, "measure", failing)
+    assert main(["bench", *TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert "this package failed in dequantize to bfloat16: out of luck" in capsys.readouterr().err
+
+
+def test_a_case_that_nobody_could_measure_is_not_this_packages_failure(tmp_path, capsys, monkeypatch, no_processes):
+    """But one of the command."""
+    monkeypatch.setattr(no_processes, "measure", lambda self, point, *more: worker.failed_case(point, "out of luck"))
+    assert main(["bench", *TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]) == 1
+    errors = capsys.readouterr().err
+    assert "no measurement of dequantize: out of luck" in errors
+    assert "this package failed" not in errors
+
+
+def test_what_does_not_fit_the_time_is_left_out_and_no_failure(tmp_path, capsys, monkeypatch, no_processes):
+    def slow(self, point, settings, progress, without):
+        assert self.deadline is not None
+        raise OutOfTime
+
+    monkeypatch.setattr(no_processes, "measure", slow)
+    assert main(["bench", *TINY_ARGUMENTS, "--minutes", "1", "--out", str(tmp_path / "x.jsonl")]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("left out: the 1 minutes were over") == 3
+    assert not shown.err
+    assert results.load(tmp_path / "x.jsonl")["complete"]
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_time_is_kept(monkeypatch):
+    """What no longer fits is named, not forgotten."""
+    clock = itertools.chain([0.0], itertools.repeat(59.0))
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    cases = list(command.run([POINTS[2], POINTS[3]], TINY, minutes=1.0))
+    assert all(case["left_out"] for case in cases)
+    assert cases[0]["failed"] == "left out: the 1 minutes were over"
+
+
+def test_shares_of_the_time(monkeypatch, no_processes):
+    """Shares become shorter, and the end stays where it is."""
+    given, now = [], [0.0]
+
+    def measure(self, point, settings, progress, without):
+        given.append((settings.seconds, self.deadline))
+        now[0] += 30.0
+        return {**measured(POINTS[2]), "other_processes": 0.9}
+
+    monkeypatch.setattr(no_processes, "measure", measure)
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    cases = list(command.run([*POINTS[2:4], POINTS[4]], replace(TINY, seconds=100.0), minutes=1.2, retries=9))
+    # 72 seconds for three cases, half of a share for its preparation. The first is measured three times, and no more.
+    assert given == [(12.0, 72.0)] * 3
+    assert ["left_out" in case for case in cases] == [False, True, True]
+
+
+def test_quietest_attempt_counts_whatever_it_says(monkeypatch, no_processes):
+    shares = iter([0.4, 0.2, 0.3, 0.0])
+    monkeypatch.setattr(
+        no_processes, "measure", lambda self, point, *more: {**limits_case(), "other_processes": next(shares)}
+    )
+    assert next(command.run([POINT], TINY, retries=2))["other_processes"] == 0.2
+
+
+def test_an_attempt_that_fails_is_not_the_quietest(monkeypatch, no_processes):
+    """And who ended a process in one attempt is left out of the next."""
+    left_out = []
+
+    def measure(self, point, settings, progress, without):
+        left_out.append(dict(without))
+        without[BNB] = "ended its process"
+        return worker.failed_case(point, "why") if len(left_out) == 2 else {**limits_case(), "other_processes": 0.4}
+
+    monkeypatch.setattr(no_processes, "measure", measure)
+    assert next(command.run([POINT], TINY, retries=9))["other_processes"] == 0.4
+    assert left_out == [{}, {BNB: "ended its process"}]
+
+
+def test_more_seconds_are_more_rounds():
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    rounds = [options.settings_of(parser.parse_args(words)).max_rounds for words in (["--quick"], [], ["--seconds=60"])]
+    assert rounds == [Settings.max_rounds, Settings.max_rounds, 10 * Settings.max_rounds]
+
+
+def test_a_whole_run_by_processes(tmp_path, capsys):
+    """The command as it is: a process for each case, forked from one that knows the peers."""
+    arguments = ["--operations", "dequantize,linear_forward", "--shapes", "64x128", "--rows", "2", "--ranks", "0"]
+    points = chosen(*arguments)[1:]  # the limits take seconds
+    run = results.begin(TINY, "usual")
+    run["cases"] = list(command.run(points, TINY))
+    assert [case["operation"] for case in run["cases"]] == ["dequantize", "linear_forward"]
+    for case in run["cases"]:
+        assert failed_ours(case) is None
+        assert case["rounds"] >= TINY.min_rounds
