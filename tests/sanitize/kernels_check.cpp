@@ -2,6 +2,9 @@
 // UBSan and in guarded memory, and holds the results against plain loops: float64, or an optimizer's float32. Built by
 // csrc/CMakeLists.txt with -DQLK_SANITIZE=ON. It stops at the first failure, names the case and exits with 1.
 //
+// Without arguments it runs everything; "kernels_check large" runs the large products alone, "kernels_check others" what
+// is not those, so that two processors can share the work.
+//
 // Each case runs twice: with the ends of all buffers touching a guard page, and with their beginnings doing so. Both
 // must give the same bits. Inputs are read-only, outputs start as NaN, scratch memory is guarded and NaN as well.
 #include <algorithm>
@@ -309,6 +312,10 @@ void check_linears(const std::vector<std::string>& isas) {
             }
         }
     }
+}
+
+void check_large_linears(const std::vector<std::string>& isas) {
+    Random random(7);
     const LinearShape large[] = {
         // Many steps of the reduction, and enough work for three threads.
         {1, 130, 4160, 16, 0.0f, true, true, 3},
@@ -688,16 +695,24 @@ void check_optimizer(const std::vector<std::string>& isas) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
     __sanitizer_set_death_callback(on_death);
+    const std::string part = count > 1 ? arguments[1] : "";
+    if (count > 2 || (!part.empty() && part != "large" && part != "others")) {
+        std::fprintf(stderr, "usage: kernels_check [large | others]\n");
+        return 2;
+    }
     const std::vector<std::string> isas = instruction_sets();
     std::printf("kernels_check: built in %s; available here %s\n", qlk::cpu::isas_built(), qlk::cpu::isas_available());
     std::fflush(stdout);
-    check_optimizer(isas);
-    check_quantize_absmax(isas);
-    check_quantize(isas);
-    check_dequantize(isas);
-    check_linears(isas);
+    if (part != "large") {
+        check_optimizer(isas);
+        check_quantize_absmax(isas);
+        check_quantize(isas);
+        check_dequantize(isas);
+        check_linears(isas);
+    }
+    if (part != "others") check_large_linears(isas);
     std::printf("kernels_check: %d cases passed\n", cases);
     return 0;
 }
