@@ -100,6 +100,17 @@ def test_who_fails_in_a_timed_call_leaves_the_others_their_figures():
     assert next(calls) == 14
 
 
+def test_a_reason_that_cannot_be_told_is_a_reason():
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def prepare():
+        raise Mute
+
+    assert of_fake(fake(prepare))["contenders"][1]["failed"] == "Mute: (its message cannot be told)"
+
+
 def test_where_this_package_fails_in_a_timed_call_others_are_measured():
     case = fake(lambda: Ready(lambda i: torch.tensor(2.0), lambda y: 0.0, 0.1, bytes=8))
     measurement = Measurement(case, TINY, POINT)

@@ -45,6 +45,17 @@ QLK_INLINE int64_t superblock_rows(int64_t m, int64_t fit) {
     return lesser(round_up(greater(m, 1), kEdge), greater(kEdge, lesser(fit, kMaxSuperblock)));
 }
 
+// How many of `count` columns of y a task has, whole panels and no more than `most`: so many that the thread with the
+// most tasks ends soonest. To read x again costs a task as much as `cost` columns.
+QLK_INLINE int64_t block_of_columns(int64_t count, int64_t most, int64_t cost, int threads) {
+    int64_t best = most, least = INT64_MAX;
+    for (int64_t block = most; block >= kEdge; block -= kEdge) {
+        const int64_t tasks = (count + block - 1) / block, rounds = (tasks + threads - 1) / threads;
+        if (rounds * (block + cost) < least) least = rounds * (block + cost), best = block;
+    }
+    return best;
+}
+
 // dst[i] = src[i] where the mask keeps element first + i of x, else 0.
 template <class T>
 inline void masked_copy(const T* src, int64_t first, int64_t count, uint64_t seed, uint32_t threshold, T* dst) {
@@ -76,10 +87,9 @@ class Forward {
         const int64_t fit = rows_that_fit((k_pad + r_pad) * kSize, p.threads);
         piecewise = fit < lesser(round_up(p.m, kEdge), kMinSuperblock);
         rows_max = superblock_rows(p.m, piecewise ? rows_that_fit(r_pad * kSize, p.threads) : fit);
-        // C of a task is at most 1 MiB; enough tasks for the threads to even out, but whole panels. Where each task
-        // packs x anew, larger and fewer tasks.
-        n_block = lesser(piecewise ? 512 : 256, (1 << 18) / rows_max / kEdge * kEdge);
-        while (n_block > kEdge && w.n < (piecewise ? 1 : 4) * p.threads * n_block) n_block -= kEdge;
+        // C of a task is at most 1 MiB.
+        n_block = block_of_columns(w.n, lesser(piecewise ? 512 : 256, (1 << 18) / rows_max / kEdge * kEdge),
+                                   piecewise ? 512 : 32, p.threads);
         row_blocks = w.k % kBlock == 0 ? w.k / kBlock : 0;
         span_blocks = lesser(row_blocks, kSpan / kBlock);
     }

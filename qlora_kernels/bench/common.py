@@ -141,7 +141,10 @@ def reason(problem: Exception) -> str:
     """One line on why a contender did not take part."""
     if isinstance(problem, ModuleNotFoundError):
         return f"not installed ({(problem.name or str(problem)).split('.')[0]})"
-    text = " ".join(str(problem).split())
+    try:
+        text = " ".join(str(problem).split())
+    except Exception:
+        text = "(its message cannot be told)"
     return text if isinstance(problem, WrongResult) else f"{type(problem).__name__}: {text}"[:200]
 
 

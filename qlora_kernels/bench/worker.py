@@ -180,9 +180,11 @@ class Worker:
         if code is not None and code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             how = f"ended its process: {name}" + (" (perhaps out of memory)" if -code == signal.SIGKILL else "")
-        lines: list[str] = []
-        with contextlib.suppress(OSError), open(os.path.join(self._folder, _LOG), errors="replace") as log:
-            lines = [line.strip() for line in log if line.strip()]
+        last = b""
+        with contextlib.suppress(OSError), open(os.path.join(self._folder, _LOG), "rb") as log:
+            log.seek(max(os.fstat(log.fileno()).st_size - 4096, 0))
+            last = log.read()
+        lines = [line.strip() for line in last.decode(errors="replace").splitlines() if line.strip()]
         self.stop()
         return how + (f": {lines[-1][:200]}" if lines else "")
 
