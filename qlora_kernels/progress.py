@@ -27,5 +27,6 @@ def bar(iterable: Iterable | None = None, *, show: bool = True, **more: Any) -> 
         if iterable is None:
             raise missing_extra("tqdm", "finetune") from None
         return iterable
-    live = sys.stderr.isatty() or "ipykernel" in sys.modules
+    live = (sys.stderr is not None and sys.stderr.isatty()) or "ipykernel" in sys.modules
+    show = show and sys.stderr is not None
     return tqdm(iterable, disable=not show, mininterval=0.2 if live else 10.0, dynamic_ncols=True, **more)

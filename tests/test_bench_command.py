@@ -6,13 +6,14 @@ import argparse
 import itertools
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from bench_cases import POINT, POINTS, TINY, limits_case, measured
 
-from qlora_kernels.bench import command, options, results, worker
+from qlora_kernels.bench import command, options, plots, results, worker
 from qlora_kernels.bench.common import OURS, Settings
 from qlora_kernels.bench.contenders import BNB
 from qlora_kernels.bench.measure import failed_ours
@@ -41,6 +42,9 @@ from qlora_kernels.cli import main
         (["--retries", "-1"], "--retries should not be negative"),
         (["--out", "/nowhere/at/all.jsonl"], "there is no folder /nowhere/at"),
         (["--out", "."], "is a folder"),
+        (["--out", "/dev/null"], "is a device or the like"),
+        (["--out", 300 * "x"], "cannot be written: File name too long"),
+        (["--seconds", "1e308"], "at most a day"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, words, capsys, tmp_path, monkeypatch):
@@ -153,7 +157,12 @@ def test_who_ends_it_leaves_what_was_measured(end, code, tmp_path, capsys, monke
         if point.operation == "linear_step":
             if end is None:
                 raise KeyboardInterrupt
-            os.kill(os.getpid(), end)
+            try:
+                os.kill(os.getpid(), end)
+                time.sleep(5.0)
+            finally:
+                os.kill(os.getpid(), end)  # who asks again does not interrupt what the first one has begun
+                time.sleep(0.01)
         return measured(point)
 
     monkeypatch.setattr(no_processes, "measure", interrupted)
@@ -201,14 +210,77 @@ def test_a_case_that_nobody_could_measure_is_not_this_packages_failure(tmp_path,
 def test_what_does_not_fit_the_time_is_left_out_and_no_failure(tmp_path, capsys, monkeypatch, no_processes):
     def slow(self, point, settings, progress, without):
         assert self.deadline is not None
-        raise OutOfTime
+        if point.operation == "limits":
+            return limits_case()
+        raise OutOfTime(BNB)
 
     monkeypatch.setattr(no_processes, "measure", slow)
     assert main(["bench", *TINY_ARGUMENTS, "--minutes", "1", "--out", str(tmp_path / "x.jsonl")]) == 0
     shown = capsys.readouterr()
-    assert shown.out.count("left out: the 1 minutes were over") == 3
+    assert shown.out.count("left out: the 1 minutes were over while bitsandbytes was at work") == 2
     assert not shown.err
     assert results.load(tmp_path / "x.jsonl")["complete"]
+
+
+def test_out_of_time_does_not_hide_a_failure_of_this_package(tmp_path, capsys, monkeypatch, no_processes):
+    def slow(self, point, settings, progress, without):
+        if point.operation == "limits":
+            return limits_case()
+        without[OURS] = "ended its process: SIGABRT"
+        raise OutOfTime
+
+    monkeypatch.setattr(no_processes, "measure", slow)
+    assert main(["bench", *TINY_ARGUMENTS, "--minutes", "1", "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert "this package failed in dequantize: ended its process: SIGABRT" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_a_run_without_time_leaves_an_old_result(tmp_path, capsys):
+    out = tmp_path / "x.jsonl"
+    out.write_text("old")
+    assert main(["bench", *TINY_ARGUMENTS, "--minutes", "0.01", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == "qlora-kernels bench: no case fits that time; nothing is written\n"
+    assert out.read_text() == "old"
+
+
+def test_what_is_ignored_stays_ignored(tmp_path, monkeypatch, no_processes):
+    """As under nohup."""
+
+    def measure(self, point, *more):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return limits_case()
+
+    monkeypatch.setattr(no_processes, "measure", measure)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["bench", *TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("no_processes")
+def test_an_end_while_plots_are_drawn(end, tmp_path, capsys, monkeypatch):
+    """The result is written, and no part of a plot."""
+
+    def draw(results, name, path, title):
+        os.kill(os.getpid(), end)
+        time.sleep(5.0)
+
+    monkeypatch.setattr(plots, "draw", draw)
+    assert main(["bench", *TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]) == 128 + end
+    assert results.load(tmp_path / "x.jsonl")["complete"]
+    assert capsys.readouterr().err == "qlora-kernels bench: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "there.jsonl")
+    assert main(["bench", *TINY_ARGUMENTS, "--no-plots", "--out", str(tmp_path / "link.jsonl")]) == 0
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert results.load(tmp_path / "there.jsonl")["complete"]
 
 
 @pytest.mark.usefixtures("no_processes")
@@ -258,6 +330,25 @@ def test_an_attempt_that_fails_is_not_the_quietest(monkeypatch, no_processes):
     monkeypatch.setattr(no_processes, "measure", measure)
     assert next(command.run([POINT], TINY, retries=9))["other_processes"] == 0.4
     assert left_out == [{}, {BNB: "ended its process"}]
+
+
+def test_an_attempt_in_which_this_package_fails_is_not_the_quietest(monkeypatch, no_processes):
+    cases = iter(
+        [
+            {**measured(POINTS[2]), "other_processes": 0.4},
+            {**measured(POINTS[2]), "other_processes": 0.1, "contenders": [{"name": OURS, "failed": "why"}]},
+            {**measured(POINTS[2]), "other_processes": None},
+        ]
+    )
+    monkeypatch.setattr(no_processes, "measure", lambda self, *more: next(cases))
+    assert next(command.run([POINT], TINY, retries=9))["other_processes"] == 0.4
+
+
+def test_a_case_in_which_everybody_fails_is_a_failure(tmp_path, capsys, monkeypatch, no_processes):
+    case = {**limits_case(), "contenders": [{"name": "plain copy", "failed": "out of memory"}]}
+    monkeypatch.setattr(no_processes, "measure", lambda self, *more: case)
+    assert main(["bench", *TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert "no measurement of limits: out of memory" in capsys.readouterr().err
 
 
 def test_more_seconds_are_more_rounds():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,18 @@ def _abort():
     os.abort()
 
 
+def _abort_with_child():
+    """Whose child holds all that it has open."""
+    if os.fork() == 0:
+        time.sleep(60)
+    os.abort()
+
+
+def _abort_without_folder():
+    shutil.rmtree(tempfile.gettempdir())
+    os.abort()
+
+
 def _lose_device():
     raise DeviceLost("CUDA error: an illegal memory access was encountered")
 
@@ -96,10 +109,15 @@ def _with_children(settings, point, without, announce):
 
 @pytest.fixture(scope="module", autouse=True)
 def _server():
-    """One process that all workers of these tests are forked from, without what benchmarks compare."""
+    """One process that all workers here are forked from: it knows this file, but not what benchmarks compare."""
+    forkserver._forkserver._stop()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "PRELOADED", ("torch",))
+        patch.setattr(worker, "PRELOADED", (__name__,))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        with Worker(begin=_plain) as one:
+            one.measure(POINT, TINY)
         yield
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture
@@ -118,13 +136,15 @@ _LOST = "ended its process with exit code 1: CUDA error: an illegal memory acces
         (_abort, TINY, "ended its process: SIGABRT: last words"),
         (_abort, CARD, "ended its process: SIGABRT: last words"),
         (_lose_device, CARD, _LOST),
-        (_hang, TINY, "gave no answer within 1 s"),
+        (_hang, TINY, "gave no answer within 3 s"),
+        (_abort_with_child, TINY, "ended its process: SIGABRT"),
+        (_abort_without_folder, TINY, "ended its process: SIGABRT"),
     ],
 )
 @pytest.mark.parametrize("when", ["prepared", "timed"])
 def test_who_takes_the_process_along_is_left_out_of_its_case(when, fault, settings, why, left):
     without = {"somebody else": "before"}
-    with Worker(prepare_seconds=1.0, begin=functools.partial(_begin, fault=fault, when=when)) as one:
+    with Worker(prepare_seconds=3.0, begin=functools.partial(_begin, fault=fault, when=when)) as one:
         case = one.measure(POINT, settings, without=without)
     assert case["done"] == 2
     assert case["process"] != os.getpid()
@@ -180,13 +200,13 @@ def test_nothing_stays_behind(end, left, tmp_path_factory):
         thread.start()
         return thread
 
-    with Worker(prepare_seconds=2.0 if end == "too slow" else 60.0, begin=_with_children) as one:
+    with Worker(prepare_seconds=3.0 if end == "too slow" else 60.0, begin=_with_children) as one:
         thread, without = None, {"where": str(where)}
         if end == "too slow":
-            expected = pytest.raises(Lost, match="gave no answer within 2 s")
+            expected = pytest.raises(Lost, match="gave no answer within 3 s")
         elif end == "deadline":
             expected = pytest.raises(OutOfTime)
-            one.deadline = time.monotonic() + 2.0
+            one.deadline = time.monotonic() + 4.0
         elif end == "Ctrl-C":
             expected = pytest.raises(KeyboardInterrupt)
             thread = soon(lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -212,12 +232,45 @@ def test_nothing_stays_behind(end, left, tmp_path_factory):
 def test_a_deadline_is_one_for_all_requests():
     """However often somebody else is at work."""
     with Worker(prepare_seconds=60.0, begin=functools.partial(_begin, fault=_hang, when="timed")) as one:
-        one.deadline = time.monotonic() + 2.0
-        with pytest.raises(OutOfTime):
+        one.deadline = time.monotonic() + 4.0
+        with pytest.raises(OutOfTime, match=BNB):
             one.measure(POINT, TINY)
         assert time.monotonic() < one.deadline + 5.0
         one.deadline = None
         assert one.measure(POINT, TINY, without={BNB: "before"})["done"] == 2
+
+
+def test_who_hangs_before_a_deadline_is_named(monkeypatch):
+    """Nobody has more than half of the time that is left."""
+    monkeypatch.setattr(worker, "LEAST_SECONDS", 1.0)
+    with Worker(prepare_seconds=60.0, begin=functools.partial(_begin, fault=_hang, when="timed")) as one:
+        one.deadline = time.monotonic() + 12.0
+        assert "gave no answer within" in one.measure(POINT, TINY)["without"][BNB]
+
+
+def test_a_server_that_dies_of_what_it_imports(monkeypatch, tmp_path):
+    """Each process then imports for itself what it needs."""
+    (tmp_path / "fatal.py").write_text("import os\nos._exit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(worker, "PRELOADED", ("fatal",))
+    forkserver._forkserver._stop()
+    with Worker(begin=_plain) as one:
+        assert one.measure(POINT, TINY)["done"] == 2
+
+
+@pytest.mark.parametrize("end", ["prepare_seconds", "deadline"])
+def test_a_server_that_hangs_in_what_it_imports(end, monkeypatch, tmp_path):
+    (tmp_path / "endless.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(worker, "PRELOADED", ("endless",))
+    forkserver._forkserver._stop()
+    with Worker(prepare_seconds=1.0, begin=_plain) as one:
+        if end == "deadline":
+            one.deadline = time.monotonic() + 0.5
+            with pytest.raises(OutOfTime):
+                one.measure(POINT, TINY)
+        else:
+            assert one.measure(POINT, TINY)["failed"] == "what is compared was not imported within 1 s"
 
 
 def test_ctrl_c_while_the_server_starts(monkeypatch, left):

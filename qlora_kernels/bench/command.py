@@ -8,41 +8,32 @@ import datetime
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from types import TracebackType
 from typing import Any
 
 from ..errors import InputError
 from . import compare, options, plots, table
 from . import results as result_files
-from .common import QUIET, Settings
+from .common import OURS, QUIET, Settings
+from .limits import find_contender
 from .measure import failed_ours
 from .points import Point
 from .worker import OutOfTime, Worker, failed_case
 
-#: A run needs this much time to be worth beginning.
+#: A case needs this much time to be worth beginning.
 _LEAST_SECONDS = 2.0
-
-
-class _Ended(KeyboardInterrupt):
-    """A signal asked for the end.
-
-    Attributes:
-        code: to exit with, as shells have it.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.code = 128 + number
 
 
 def command(namespace: argparse.Namespace) -> int:
     """Carries the command out.
 
     Returns:
-        0; 1 when this package failed in a case, or nobody could be measured; 130 after Ctrl-C, and 128 more than
+        0; 1 when this package failed in a case, or nobody could be measured in one; 130 after Ctrl-C, and 128 more than
         another signal's number, with what was measured until then written.
 
     Raises:
@@ -60,34 +51,63 @@ def command(namespace: argparse.Namespace) -> int:
         return 0
     settings = options.settings_of(namespace)
     out = namespace.out or f"bench-{settings.device}-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    out = os.path.realpath(out) if os.path.islink(out) else out
     _check_writable(out)
     minutes = options.minutes_of(namespace, settings.device)
     show = _progress(len(points), namespace.quiet)
     results = result_files.begin(settings, options.sweep_of(namespace))
-    interrupted = 0
-    try:
-        with _signals(), contextlib.closing(run(points, settings, minutes, namespace.retries, show)) as cases:
-            for case in cases:
-                results["cases"].append(case)
-                result_files.save(results, out)  # a kill leaves what was measured until then
-            results["complete"] = True
-    except KeyboardInterrupt as problem:
-        interrupted = getattr(problem, "code", 128 + signal.SIGINT)
-    show(None, "")
-    if not results["cases"]:
-        print("qlora-kernels bench: interrupted before the first case; nothing is written", file=sys.stderr)
-        return interrupted
+    with _Signals() as signals:
+        try:
+            with contextlib.closing(run(points, settings, minutes, namespace.retries, show)) as cases:
+                for case in cases:
+                    results["cases"].append(case)
+                    _save(results, out)  # a kill leaves what was measured until then
+                results["complete"] = True
+        except KeyboardInterrupt:
+            signals.code = signals.code or 128 + signal.SIGINT
+            signals.again()
+        try:
+            show(None, "")
+            return _tell(results, out, namespace.plots, signals.code)
+        except KeyboardInterrupt:
+            print("qlora-kernels bench: interrupted", file=sys.stderr)
+            return signals.code
+
+
+def _save(results: dict[str, Any], out: str) -> bool:
+    """Writes a result in which anything was measured; an empty one is no reason to lose an older."""
+    if all(case.get("left_out") for case in results["cases"]):
+        return False
     result_files.save(results, out)
+    return True
+
+
+def _tell(results: dict[str, Any], out: str, with_plots: bool, interrupted: int) -> int:
+    """Writes and shows what was measured; returns the exit code.
+
+    Args:
+        results, out: what, and the file.
+        with_plots: whether to draw it.
+        interrupted: the exit code of a run that was; or 0.
+    """
+    if not _save(results, out):
+        why = "interrupted before the first case" if interrupted else "no case fits that time"
+        print(f"qlora-kernels bench: {why}; nothing is written", file=sys.stderr)
+        return interrupted or 1
     print(table.terminal(results))
-    written = [out, *(_plots(results, out) if namespace.plots else [])]
+    written = [out, *(_plots(results, out) if with_plots else [])]
     print(f"\nWritten: {', '.join(written)}")
     if interrupted:
         print("qlora-kernels bench: interrupted; what was measured is written", file=sys.stderr)
         return interrupted
-    failures = [(case, why) for case in results["cases"] if (why := failed_ours(case)) and not case.get("left_out")]
-    for case, why in failures:
-        what = "no measurement of" if "failed" in case else "this package failed in"
-        print(f"qlora-kernels bench: {what} {case['title']}: {why}", file=sys.stderr)
+    failures = []
+    for case in results["cases"]:
+        why = failed_ours(case)
+        # Of what did not fit the time, only this package's own failure before then counts.
+        if why and not (case.get("left_out") and why == case["failed"]):
+            failures.append(case)
+            what = "this package failed in" if find_contender(case, OURS) else "no measurement of"
+            print(f"qlora-kernels bench: {what} {case['title']}: {why}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -122,45 +142,81 @@ def run(
                 # Half of a case's share is for its preparation.
                 share = (worker.deadline - time.monotonic()) / (len(points) - number) / 2
                 own = replace(settings, seconds=max(min(settings.seconds, share), 0.0), min_rounds=3)
-            case = _quietest(worker, point, own, retries, lambda text, point=point: progress(point, text))
-            if case is None:
-                case = {**failed_case(point, f"left out: the {minutes:g} minutes were over"), "left_out": True}
-            yield case
+            yield _quietest(worker, point, own, retries, lambda text, point=point: progress(point, text), minutes)
 
 
 def _quietest(
-    worker: Worker, point: Point, settings: Settings, retries: int, progress: Callable[[str], None]
-) -> dict[str, Any] | None:
-    """A case, measured until the machine is quiet enough; None where there is no time for it."""
+    worker: Worker,
+    point: Point,
+    settings: Settings,
+    retries: int,
+    progress: Callable[[str], None],
+    minutes: float | None,
+) -> dict[str, Any]:
+    """A case, measured until the machine is quiet enough, or the time over."""
     attempts: list[dict[str, Any]] = []
     without: dict[str, str] = {}
+    who = ""
     while not attempts or (len(attempts) <= retries and (attempts[-1]["other_processes"] or 0) > QUIET):
         if worker.deadline is not None and worker.deadline - time.monotonic() < _LEAST_SECONDS:
             break
         try:
             attempts.append(worker.measure(point, settings, progress, without))
-        except OutOfTime:
+        except OutOfTime as problem:
+            who = str(problem)
             break
-    return min(attempts, key=lambda case: ("failed" in case, case["other_processes"] or 0), default=None)
+    if attempts:
+        return min(attempts, key=_rank)
+    why = f"left out: the {minutes:g} minutes were over" + (f" while {who} was at work" if who else "")
+    return {**failed_case(point, why, without), "left_out": True}
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Within, what asks for the end is an exception, like Ctrl-C, so that nothing is left running or lying about."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _rank(case: dict[str, Any]) -> tuple:
+    """The better of two measurements has less: failures first, then disturbance."""
+    others = case["other_processes"]
+    failures = sum("failed" in contender for contender in case["contenders"])
+    return "failed" in case, failed_ours(case) is not None, failures, float("inf") if others is None else others
 
-    def end(number: int, frame: Any) -> None:
-        raise _Ended(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+class _Signals:
+    """Within, what asks for the end is a KeyboardInterrupt, so that nothing is left running or lying about.
+
+    Only the first one: who asks again would interrupt the cleaning up. :meth:`again` listens again.
+
+    Attributes:
+        code: to exit with after one, as shells have it; 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                # Who is ignored, under nohup, stays so; and what is not Python's could not be restored.
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.getsignal(number)
+            self.again()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def again(self) -> None:
+        """Listens for the next one."""
+        for number in self._before:
+            signal.signal(number, self._end)
+
+    def _end(self, number: int, frame: Any) -> None:
+        for other in self._before:
+            signal.signal(other, signal.SIG_IGN)
+        self.code = 128 + number
+        raise KeyboardInterrupt
 
 
 def _progress(count: int, quiet: bool) -> Callable[[Point | None, str], None]:
@@ -178,7 +234,7 @@ def _progress(count: int, quiet: bool) -> Callable[[Point | None, str], None]:
     def show(point: Point | None, text: str) -> None:
         nonlocal done, told
         if point is not None and text:
-            if shown is not None and time.monotonic() > told + 0.5 and sys.stderr.isatty():
+            if shown is not None and time.monotonic() > told + 0.5 and sys.stderr and sys.stderr.isatty():
                 told = time.monotonic()
                 shown.set_postfix_str(text)
             return
@@ -207,10 +263,14 @@ def _check_writable(out: str) -> None:
     folder = os.path.dirname(os.path.abspath(out))
     if os.path.isdir(out):
         raise InputError(f"--out {out} is a folder; it should be a file")
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise InputError(f"--out {out} is a device or the like; it should be a file")
     if not os.path.isdir(folder):
         raise InputError(f"--out {out}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--out {out}: the folder {folder} cannot be written")
+    try:
+        tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(out)).close()
+    except OSError as problem:
+        raise InputError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
 
 
 def _plots(results: dict[str, Any], out: str) -> list[str]:

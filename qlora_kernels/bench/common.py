@@ -137,12 +137,17 @@ class OtherProcesses:
         return busy, own.user + own.system, time.perf_counter() * cores
 
 
+def printable(text: str) -> str:
+    """Somebody else's words in one line, without what a terminal would obey or could not show."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
 def reason(problem: Exception) -> str:
     """One line on why a contender did not take part."""
     if isinstance(problem, ModuleNotFoundError):
         return f"not installed ({(problem.name or str(problem)).split('.')[0]})"
     try:
-        text = " ".join(str(problem).split())
+        text = printable(str(problem))
     except Exception:
         text = "(its message cannot be told)"
     return text if isinstance(problem, WrongResult) else f"{type(problem).__name__}: {text}"[:200]

@@ -271,6 +271,9 @@ def start(
 
 
 def failed_ours(case: dict[str, Any]) -> str | None:
-    """Why this package has no figure in a case, or None where it has, or takes no part."""
+    """Why this package has no figure in a case, or where it takes no part nobody has; or else None."""
     ours = next((c for c in case["contenders"] if c["name"] == OURS), None)
-    return case.get("failed") if ours is None else ours.get("failed")
+    if ours is not None:
+        return ours.get("failed")
+    failures = [c.get("failed") for c in case["contenders"]]
+    return case.get("failed") or (failures[0] if failures and all(failures) else None)

@@ -168,8 +168,8 @@ def settings_of(namespace: argparse.Namespace) -> Settings:
     if threads < 1:
         raise InputError(f"--threads should be at least 1, found {threads}")
     seconds = namespace.seconds if namespace.seconds is not None else 1.5 if namespace.quick else 6.0
-    if not 0 < seconds < float("inf"):
-        raise InputError(f"--seconds should be positive, found {seconds:g}")
+    if not 0 < seconds <= 86400:
+        raise InputError(f"--seconds should be positive, and at most a day, found {seconds:g}")
     if namespace.minutes is not None and not 0 < namespace.minutes < float("inf"):
         raise InputError(f"--minutes should be positive, found {namespace.minutes:g}")
     if namespace.retries < 0:

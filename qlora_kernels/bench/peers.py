@@ -10,14 +10,18 @@ import sys
 NAMES = ("bitsandbytes", "peft", "transformers.models.llama.modeling_llama")
 
 with open(os.devnull, "w") as nowhere:
-    before = os.dup(2)
-    sys.stderr.flush()
-    os.dup2(nowhere.fileno(), 2)
+    try:
+        before = os.dup(2)
+        sys.stderr.flush()
+        os.dup2(nowhere.fileno(), 2)
+    except (OSError, AttributeError):
+        before = None  # no stderr
     try:
         for name in NAMES:
-            # A broken installation raises anything; the contender that needs it will raise it again.
-            with contextlib.suppress(Exception):
+            # A broken installation raises anything, and may even exit; the contender that needs it will do it again.
+            with contextlib.suppress(BaseException):
                 importlib.import_module(name)
     finally:
-        os.dup2(before, 2)
-        os.close(before)
+        if before is not None:
+            os.dup2(before, 2)
+            os.close(before)

@@ -14,22 +14,27 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from .common import DeviceLost, Settings, reason
+from .common import DeviceLost, Settings, printable, reason
 from .points import Point
 
 #: Imported before the first fork.
 PRELOADED = ("qlora_kernels.bench.peers", "qlora_kernels.bench.operations")
 #: A contender that has not been set up and verified by then, or not done its share of a round, is given up.
 PREPARE_SECONDS = 300.0
-#: What a process writes into its folder: what it says, and who is at work.
-_LOG, _DOING = "log", "doing"
+#: With a deadline it has half of the time that is left, but this much.
+LEAST_SECONDS = 10.0
+#: What a process says, in its folder.
+_LOG = "log"
+#: Bytes of memory in which a process leaves who is at work.
+_DOING = 256
 
 
 class Lost(Exception):
@@ -45,7 +50,7 @@ class Lost(Exception):
 
 
 class OutOfTime(Exception):
-    """The worker's deadline came before the answer."""
+    """The worker's deadline came before the answer; the message names who was at work, if anybody was."""
 
 
 class Remote:
@@ -84,6 +89,9 @@ class Worker:
         self._process: Any = None
         self._pipe: Connection | None = None
         self._folder = ""
+        self._doing: Any = None
+        #: Imported before the fork. Where that ends the server, nothing: each process then imports for itself.
+        self._preloaded = list(PRELOADED)
 
     def __enter__(self) -> Worker:
         return self
@@ -110,28 +118,79 @@ class Worker:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
+        """Begins a process.
+
+        Raises:
+            Lost, OutOfTime: where that cannot be done, or not in time.
+        """
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
-        folder = tempfile.mkdtemp(prefix="qlora-bench-")
-        pipe, theirs = context.Pipe()
         try:
-            # Importing takes the server seconds, and Ctrl-C is sent to it, too. It inherits what is blocked here; the
-            # tracker is there before, because to start it unblocks.
-            resource_tracker.ensure_running()
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            folder = tempfile.mkdtemp(prefix="qlora-bench-")
+        except OSError as problem:
+            raise Lost(f"no folder for temporary files ({reason(problem)})", "") from None
+        pipe, theirs = context.Pipe()
+        doing = context.RawArray("c", _DOING)
+        process = context.Process(target=_serve, args=(theirs, folder, doing, self._begin), daemon=True)
+        try:
             try:
-                forkserver.ensure_running()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            process = context.Process(target=_serve, args=(theirs, folder, self._begin), daemon=False)
-            process.start()
-        except BaseException:
+                self._launch(context, process)
+            except (EOFError, ConnectionError):
+                # The server died, perhaps of what it imports. Whoever needs that will die of it by name.
+                self._preloaded = []
+                self._launch(context, process)
+        except BaseException as problem:
             pipe.close()
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(problem, (EOFError, OSError)):
+                raise Lost(f"no process could be started ({reason(problem)})", "") from None
             raise
         finally:
             theirs.close()
-        self._process, self._pipe, self._folder = process, pipe, folder
+        self._process, self._pipe, self._folder, self._doing = process, pipe, folder, doing
+
+    def _launch(self, context: Any, process: Any) -> None:
+        """Starts a process, which waits for the server to have imported everything; an end of that ends the server."""
+        context.set_forkserver_preload(self._preloaded)
+        # Ctrl-C is sent to the server, too. It inherits what is blocked here; the tracker is there before, because to
+        # start it unblocks.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        problems: list[BaseException] = []
+
+        def start() -> None:
+            try:
+                process.start()
+            except BaseException as problem:
+                problems.append(problem)
+
+        starter = threading.Thread(target=start, daemon=True)
+        starter.start()
+        try:
+            end = self._end_of(time.monotonic())
+            starter.join(max(end - time.monotonic(), 0.0))
+            in_time = not starter.is_alive()
+        except BaseException:
+            _end_server()
+            raise
+        if not in_time:
+            _end_server()
+            starter.join()
+            if end == self.deadline:
+                raise OutOfTime
+            raise Lost(f"what is compared was not imported within {self.prepare_seconds:.0f} s", "")
+        if problems:
+            raise problems[0]
+
+    def _end_of(self, since: float) -> float:
+        """Until when whoever has been at work since then has time."""
+        if self.deadline is None:
+            return since + self.prepare_seconds
+        share = max((self.deadline - since) / 2, LEAST_SECONDS)
+        return min(since + min(self.prepare_seconds, share), self.deadline)
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """Sends a request and waits for its answer; see :class:`Remote` for what it raises."""
@@ -140,39 +199,46 @@ class Worker:
         asked = time.monotonic()
         with contextlib.suppress(BrokenPipeError):
             self._pipe.send((what, arguments))
+        # A child of the process may hold the pipe open beyond its end, and the server that tells of that may die.
+        watched = [self._pipe, self._process.sentinel]
         while True:
-            who, since = self._doing(asked)
-            end = since + self.prepare_seconds
-            if self.deadline is not None:
-                end = min(end, self.deadline)
+            who, since, _ = self._at_work(asked)
+            end = self._end_of(since)
             left = end - time.monotonic()
-            if self._pipe.poll(max(left, 0.0)):
+            ready = wait(watched, max(left, 0.0))
+            if self._pipe in ready or (ready and not _is_alive(self._process.pid)):
                 break
+            if ready:
+                watched.pop()
+                continue
             if left <= 0:
                 self.stop()
                 if end == self.deadline:
-                    raise OutOfTime
-                raise Lost(f"gave no answer within {self.prepare_seconds:.0f} s", who)
+                    raise OutOfTime(who)
+                raise Lost(f"gave no answer within {end - since:.0f} s", who)
         try:
+            if not self._pipe.poll():
+                raise EOFError
             kind, value = self._pipe.recv()
         except (EOFError, OSError):
-            who, _ = self._doing(asked)
-            raise Lost(self._ending(), who) from None
+            who, _, said = self._at_work(asked)
+            raise Lost(self._ending(said), who) from None
+        except Exception as problem:
+            raise RuntimeError(f"its answer cannot be read: {reason(problem)}") from None
         if kind == "error":
             raise RuntimeError(value)
         return value
 
-    def _doing(self, asked: float) -> tuple[str, float]:
-        """Who is at work on the request that was asked then, and since when."""
+    def _at_work(self, asked: float) -> tuple[str, float, int]:
+        """Who is at work on the request that was asked then, since when, and where in the log it began."""
         try:
-            with open(os.path.join(self._folder, _DOING)) as file:
-                since, who = file.readline().rstrip("\n").split(" ", 1)
-            return (who, float(since)) if float(since) >= asked else ("", asked)
-        except (OSError, ValueError):
-            return "", asked
+            since, said, who = self._doing.value.decode().split(" ", 2)
+            return (who, float(since), int(said)) if float(since) >= asked else ("", asked, 0)
+        except ValueError:
+            return "", asked, 0
 
-    def _ending(self) -> str:
-        """How the process ended, with the last line that it wrote."""
+    def _ending(self, said: int) -> str:
+        """How the process ended, with the last line that it wrote from there on."""
         process = self._process
         process.join(5.0)
         code = process.exitcode
@@ -182,9 +248,10 @@ class Worker:
             how = f"ended its process: {name}" + (" (perhaps out of memory)" if -code == signal.SIGKILL else "")
         last = b""
         with contextlib.suppress(OSError), open(os.path.join(self._folder, _LOG), "rb") as log:
-            log.seek(max(os.fstat(log.fileno()).st_size - 4096, 0))
+            log.seek(max(os.fstat(log.fileno()).st_size - 4096, said))
             last = log.read()
-        lines = [line.strip() for line in last.decode(errors="replace").splitlines() if line.strip()]
+        lines = [printable(line) for line in last.decode(errors="replace").splitlines()]
+        lines = [line for line in lines if line and not line.startswith("USDT:")]  # torch's profiler says that
         self.stop()
         return how + (f": {lines[-1][:200]}" if lines else "")
 
@@ -206,7 +273,7 @@ class Worker:
             The case; with ``failed`` where it could not be measured at all.
 
         Raises:
-            OutOfTime: at the deadline.
+            OutOfTime: at the deadline; who was lost before then is in ``without``.
         """
         without = {} if without is None else without
         while True:
@@ -241,7 +308,23 @@ def failed_case(point: Point, why: str, without: dict[str, str] | None = None) -
     }
 
 
-def _serve(pipe: Connection, folder: str, begin: Callable[..., Any] | None) -> None:
+def _is_alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end_server() -> None:
+    """Ends the process that others are forked from, wherever it is; the next one that is needed begins another."""
+    number = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+    if number is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def _serve(pipe: Connection, folder: str, doing: Any, begin: Callable[..., Any] | None) -> None:
     """The other process: answers until the pipe is closed."""
     if not os.path.isdir(folder):  # the first process has given up meanwhile
         return
@@ -251,11 +334,10 @@ def _serve(pipe: Connection, folder: str, begin: Callable[..., Any] | None) -> N
     log = os.open(os.path.join(folder, _LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    doing = os.open(os.path.join(folder, _DOING), os.O_WRONLY | os.O_CREAT)
 
     def announce(name: str) -> None:
-        # A file, because it outlives whatever happens, and because nobody wakes up to read it.
-        os.pwrite(doing, f"{time.monotonic()!r} {name}\n".encode(), 0)
+        # In memory that both have, because that outlives whatever happens, and because nobody wakes up to read it.
+        doing.value = f"{time.monotonic()!r} {os.fstat(log).st_size} {name}".encode()[: _DOING - 1]
 
     if begin is None:
         from .operations import begin
