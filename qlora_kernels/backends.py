@@ -102,7 +102,8 @@ def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _seed(seed: Tensor | None, dropout: float) -> int:
-    return seed.item() & 0xFFFFFFFFFFFFFFFF if dropout > 0.0 else 0
+    # Without adapters there is nothing to drop, and need be no seed.
+    return seed.item() & 0xFFFFFFFFFFFFFFFF if dropout > 0.0 and seed is not None else 0
 
 
 class CPU:
@@ -427,4 +428,4 @@ class CUDA:
 
 def _seed_on(device: torch.device, seed: Tensor | None, dropout: float) -> Tensor | None:
     """The seed where the kernels read it; nothing without dropout."""
-    return seed.to(device, non_blocking=True) if dropout > 0.0 else None
+    return seed.to(device, non_blocking=True) if dropout > 0.0 and seed is not None else None

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and options.command == "finetune":
         _restart_if_cores_are_busy()
     try:
-        _check_instruction_set()
+        _check_forced()
         return options.run(options, arguments)
     except InputError as error:
         print(f"qlora-kernels {options.command}: {sentence(error)}", file=sys.stderr)
@@ -48,19 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _check_instruction_set() -> None:
-    """Finds at once that QLORA_KERNELS_CPU_ISA asks for what is not there; every call of a kernel would.
+def _check_forced() -> None:
+    """Finds at once that QLORA_KERNELS_CPU_ISA or QLORA_KERNELS_CUDA_KERNEL asks for what is not there; every call of a
+    kernel would.
 
     Raises:
-        InputError: naming the instruction sets that can be had.
+        InputError: naming the instruction sets, or the kernels, that can be had.
     """
-    if not os.environ.get("QLORA_KERNELS_CPU_ISA"):
+    isa, kernel = (os.environ.get(f"QLORA_KERNELS_{name}") for name in ("CPU_ISA", "CUDA_KERNEL"))
+    if not isa and not kernel:
         return
-    from . import backends
+    import torch
+
+    from . import backends, dispatch
 
     with contextlib.suppress(ImportError):  # 'info' says that the extension is missing, and the others stop at it
         try:
             backends.native().build_info()
+            if kernel:  # a case that every kernel can take
+                dispatch.choose(dispatch.CARDS[90], 1, 64, 64, torch.bfloat16, False)
         except RuntimeError as error:
             raise InputError(_plain(error)) from None
 

@@ -109,6 +109,19 @@ def test_an_instruction_set_that_is_not_there(tmp_path, model, capsys, monkeypat
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("command", [["info"], ["info", "--dispatch", "64", "64"], ["finetune", *TINY]])
+def test_a_kernel_that_is_not_there(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "nonsense")
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    words = f"qlora-kernels {command[0]}: QLORA_KERNELS_CUDA_KERNEL=nonsense names no kernel; there are few, tiles16"
+    assert captured.err.startswith(words)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert os.listdir(tmp_path) == []
+
+
 def test_info_without_the_extension(capsys, monkeypatch):
     from qlora_kernels import backends
 

@@ -63,6 +63,13 @@ def test_forward_and_dx_within_the_contract(engine, shape, dtype):
         assert_within_contract(dx, dy @ dense, dy.double() @ exact, case + " dx")
 
 
+def test_without_adapters_dropout_has_nothing_to_drop(engine):
+    """And needs no seed."""
+    weight, x, dy = quantize(torch.randn(8, 64)), torch.randn(2, 64), torch.randn(2, 8)
+    assert torch.equal(forward(x, weight, dropout=0.5)[0], forward(x, weight)[0])
+    assert torch.equal(backward(dy, weight, dropout=0.5)[0], backward(dy, weight)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", RANKS[1:])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
