@@ -138,10 +138,15 @@ def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
         slices = 16 // plan["row_tiles"]  # warps that share rows, each with four chunks of 128 in a turn
         columns, depth = 8 * plan["row_tiles"], 4 * 128 * slices
         # For each weight 4 bytes of the table; x, 64 bytes for each row and piece of a chunk, comes to each warp.
-        moved = 4 * columns * depth + 16 * 4 * 4 * 64 * (16 if m > 8 else m)
-        kernel = f"few_kernel<bf16, {str(m > 8).lower()}, true>"
-        return Launch("few", kernel, 16, columns, depth, 1, 1, 16, moved, persistent=True)
+        moved = 4 * columns * depth + 16 * 4 * 4 * 64 * m
+        return Launch("few", "few_kernel<bf16, true>", 16, columns, depth, 1, 1, 16, moved, persistent=True)
     rows, columns = plan["rows"], plan["columns"]
+    if plan["kernel"].startswith("middle"):
+        # The same table; x as it comes, and into both groups of warps; the constants, written, and read by each warp.
+        depth = 256
+        moved = 4 * columns * depth + 3 * rows * depth * 2 + 4 * columns * 4 + 8 * 256
+        kernel = f"middle_kernel<bf16, MiddleTraits<bf16, {rows}, true>>"
+        return Launch(plan["kernel"], kernel, rows, columns, depth, plan["stages"], plan["splits"], 8, moved)
     down = 2 if rows >= 64 else 1
     traits = f"GemmTraits<bf16, {str(backward).lower()}, {rows}, {columns}, {down}, {plan['stages']}>"
     # Written and read: both operands as they come, the decoded weights, and what each of 8 warps reads of its own.

@@ -38,6 +38,7 @@ SHARED = {
     "quantize_absmax_kernel": ("quantize_absmax.cuh", "sizeof(QuantizeAbsmaxTraits::Shared)"),
     # At M = 8 and K = 4096: it depends on both.
     "few_kernel": ("few.cuh", "few_shared(8, 4096)"),
+    "middle_kernel": ("middle.cuh", "sizeof(<second>::Shared)"),
     "gemm_kernel": ("gemm.cuh", "sizeof(<second>::Shared)"),
     "adapter_down_kernel": ("adapters.cuh", "sizeof(<second>::Shared)"),
     "adapter_gradient_kernel": ("adapters.cuh", "sizeof(<second>::Shared)"),
@@ -52,6 +53,8 @@ SHARED = {
 LOOPS = {
     # A turn is four chunks, of which a thread has 32 weights each.
     "few_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=4 * 32),
+    # 16 weights of each of eight rows.
+    "middle_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=8 * 16),
     # 64 weights a thread: with 128 columns, numbers[1], two teams take turns. numbers[0] is kRows: 8 copies a row, 256
     # threads, unrolled where they are more.
     "gemm_kernel": loops.Kind(

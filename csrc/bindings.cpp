@@ -105,7 +105,7 @@ PYBIND11_MODULE(_C, m) {
         "dispatch",
         [](int64_t rows, int64_t n, int64_t k, int dtype, bool backward, int architecture, int multiprocessors,
            size_t shared_bytes) {
-            const auto plan = qlk::cuda::plan({rows, n, k, dtype_of(dtype), backward, true},
+            const auto plan = qlk::cuda::plan({rows, n, k, dtype_of(dtype), backward, true, true},
                                               qlk::cuda::Card::of(architecture, multiprocessors, shared_bytes));
             py::dict chosen;
             chosen["kernel"] = plan.row.name;

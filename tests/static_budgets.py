@@ -50,6 +50,7 @@ _QUANTIZE = "five blocks: while a thread works on 16 bytes it has the next 16 un
 _STEP = "four blocks: 64 bytes a thread under way are 64 KiB, twice what the latency of memory takes at 4.3 TB/s"
 
 _SUMS = "one block: 64 sums a thread, 16 + 2 operands, and 8 registers of tables in the warps that decode"
+_MIDDLE = "one block: its tiles are spread over the card, one for each multiprocessor"
 _TWO = "two blocks: one multiplies while the other waits"
 
 #: By kernel, where * stands for anything; the first that fits.
@@ -84,6 +85,15 @@ BUDGETS = {
         loads_128=1,
         loop=LoopBudget(32, outside=180, slots=2.6),
     ),
+    # Shared memory: the table, and two stages of x and of constants. A step is 64 columns by 64 of K for a warp.
+    "middle_kernel<*, MiddleTraits<*, 64, *>>": Budget(
+        256,
+        133 * 1024,
+        "one block: 128 sums a thread, 16 registers of codes of this step and of the next, 32 of x",
+        loop=LoopBudget(128, 300, 2.6),
+    ),
+    "middle_kernel<*, MiddleTraits<*, 32, *>>": Budget(256, 101 * 1024, _MIDDLE, loop=LoopBudget(64, 240, 2.6)),
+    "middle_kernel<*, MiddleTraits<*, 16, *>>": Budget(256, 85 * 1024, _MIDDLE, loop=LoopBudget(32, 190, 2.6)),
     # Shared memory: the stages of operands, and two of decoded weights.
     "gemm_kernel<*, GemmTraits<*, 128, 256, 2, 4>>": Budget(
         256, 160 * 1024, "one block: 128 sums a thread", loop=LoopBudget(128, outside=260)

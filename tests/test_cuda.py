@@ -22,8 +22,8 @@ def cuda_engine(request):
         yield request.param
 
 
-def counted(call) -> dict:
-    with emulated():
+def counted(call, **settings) -> dict:
+    with emulated(**settings):
         module().reset_counters()
         call()
         return counters()
@@ -442,8 +442,8 @@ def test_few_rows(cuda_engine, n, dtype, double_quant):
         (192, 3, 16, 1),
         (640, 8, 6, 0),
         (2368, 2, 0, 3),
-        (4224, 9, 20, 0),
-        (320, 16, 5, 1),
+        (4224, 5, 20, 0),
+        (320, 7, 5, 1),
     ):
         weight = make_weight(n, k, dtype=dtype, double_quant=double_quant)
         x = torch.randn(m * k + shift).to(dtype)[shift:].view(m, k)
@@ -456,6 +456,103 @@ def test_few_rows(cuda_engine, n, dtype, double_quant):
             assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
         else:
             assert_within_contract(y, (x.float() @ dense.float().T + bias).to(dtype), exact, f"N={n} K={k} M={m}")
+
+
+#: N, K, M, rank, and elements by which x lies off 16 bytes. Columns: less than a tile, odd, several tiles. Of K, four
+#: warps take 64 each: some have none, or none in the last step. Rows: one tile of 16, 32 and 64, all of it and less.
+MIDDLE = (
+    (8, 64, 9, 0, 0),
+    (77, 192, 16, 17, 0),
+    (130, 320, 17, 8, 3),
+    (128, 512, 32, 0, 0),
+    (72, 832, 33, 70, 0),
+    (201, 576, 64, 5, 0),
+    (264, 256, 40, 16, 1),
+)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("case", MIDDLE)
+def test_middle_rows(cuda_engine, case, double_quant):
+    n, k, m, r, shift = case
+    for dtype in (torch.bfloat16, torch.float16):
+        weight = make_weight(n, k, dtype=dtype, double_quant=double_quant)
+        x = torch.randn(m * k + shift).to(dtype)[shift:].view(m, k)
+        A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
+        bias = torch.randn(n)
+        y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
+        dense = weight.dequantize(dtype)
+        exact = x.double() @ dense.double().T + bias.double()
+        if r:
+            assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+        else:
+            assert_within_contract(y, (x.float() @ dense.float().T + bias).to(dtype), exact, f"{case} {dtype}")
+
+
+@pytest.mark.parametrize("kernel", ["middle16", "middle32", "middle64"])
+def test_middle_rows_in_several_tiles(cuda_engine, monkeypatch, kernel):
+    # More rows than the table would give it; two tiles across, of which the second has one column.
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
+    n, k, m = 129, 448, 70
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16)
+    x = torch.randn(m, k).bfloat16()
+    y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+    assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, kernel)
+
+
+def test_middle_rows_whenever_copies_land(monkeypatch):
+    n, k = 136, 1088
+    weight = make_weight(n, k)
+    exact = weight.dequantize(torch.bfloat16).double()
+    for m in (12, 30, 64):
+        x, results = torch.randn(m, k).bfloat16(), []
+        for order, landing in zip(ORDERS, ("earliest", "latest", "random")):
+            with emulated(order, landing, seed=3, multiprocessors=4):
+                results.append(ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)[0])
+        assert relative_error(results[0], x.double() @ exact.T) < 4e-3
+        assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+@pytest.mark.parametrize("m", [16, 32, 64])
+def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
+    n, k = 256, 1024
+    weight = make_weight(n, k)
+    x = torch.randn(m, k).bfloat16()
+    found = counted(
+        lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None), multiprocessors=2
+    )
+    assert found["launches"] == 1
+    assert found["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
+    memory = {place: t for place, t in found["global"].items() if place.startswith("middle.cuh")}
+    loads = lines(found["global"], "middle.cuh", "load").values()
+    assert [t["bytes"] for t in loads if t["bytes"] == 256 * t["requests"]] == [n * k // 2], "codes, once"
+    # Of eight rows 32 bytes each; x, 512 bytes of a row; results, 256 bytes of a row.
+    for t in memory.values():
+        if t["bytes"] >= 256 * t["requests"]:
+            assert t["actual"] == t["minimum"], "sectors"
+    # Constants: a byte for each 64 weights and an entry of the table for each, and a float32 for 256 of them; each
+    # thread of two blocks reads the offset.
+    rest = sum(t["bytes"] for t in memory.values() if t["bytes"] < 256 * t["requests"])
+    assert rest == n * k // 64 * 9 + 2 * 256 * 4
+    shared = {place: t for place, t in found["shared"].items() if place.startswith("middle.cuh")}
+    pairs = max(shared.values(), key=lambda t: t["bytes"])
+    assert pairs["requests"] == n * k // 2 // 32
+    for place, t in shared.items():
+        assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
+
+
+def test_a_weight_that_rounds_to_infinity_stays_where_it_is(cuda_engine):
+    # K = 192 and 320: the last 64 columns that a warp takes lie beyond it.
+    for k in (192, 320):
+        weight = torch.randn(9, k)
+        weight[4, -3] = 1e5
+        quantized = NF4Weight(*ops.quantize(weight, "weight"), None, None, None, weight.shape)
+        for m in (1, 8, 12, 20, 40, 70):
+            x = torch.rand(m, k).half() + 0.5
+            y, _ = ops.linear_forward(x, *quantized.pieces, 9, None, None, None, 1.0, 0.0, None)
+            assert (y[:, 4] == torch.inf).all()
+            assert y[:, [0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
 
 
 def test_a_constant_that_is_nan_stays_in_its_row_of_the_weight(cuda_engine):
@@ -507,7 +604,8 @@ def test_a_kernel_can_be_forced(monkeypatch):
         return ops.linear_forward(x, *weight.pieces, 64, None, None, None, 1.0, 0.0, None)[0]
 
     used = {}
-    for name in ("few", "tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide", "floats"):
+    tiles = ("tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide")
+    for name in ("few", "middle16", "middle32", "middle64", *tiles, "floats"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", name)
         with emulated():
             module().reset_counters()
@@ -515,13 +613,14 @@ def test_a_kernel_can_be_forced(monkeypatch):
             used[name] = counters()["instructions"].get("mma", 0)
     assert used["few"] < used["tiles16"] < used["tiles32"] < used["tiles64"] < used["tiles128"] == used["tiles128x3"]
     assert used["tiles128wide"] == 2 * used["tiles128"]
+    assert [used[f"middle{rows}"] for rows in (16, 32, 64)] == [used[f"tiles{rows}"] for rows in (16, 32, 64)]
     assert used["floats"] == 0
-    with emulated(), pytest.raises(RuntimeError, match="names no kernel; there are few, tiles16"):
+    with emulated(), pytest.raises(RuntimeError, match="names no kernel; there are few, middle16"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "fast")
         forward()
-    with emulated(), pytest.raises(RuntimeError, match="few cannot take M = 17, N = 64, K = 128: more than 16 rows"):
+    with emulated(), pytest.raises(RuntimeError, match="few cannot take M = 9, N = 64, K = 128: more than 8 rows"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "few")
-        x = torch.randn(17, 128).bfloat16()
+        x = torch.randn(9, 128).bfloat16()
         forward()
     with emulated(max_shared_bytes=64 * 1024), pytest.raises(RuntimeError, match="its stages do not fit"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "tiles128")

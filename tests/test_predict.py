@@ -28,7 +28,7 @@ def of_weights(m):
 
 
 def test_a_row_by_hand():
-    found = predict.predict(H200, 32, 4096, 4096)
+    found = predict.predict(H200, 32, 4096, 4096, backward=True)
     assert found["bytes"] == of_weights(32)
     assert found["memory_us"] == pytest.approx(9179136 / 4.3e12 * 1e6, abs=1e-3)
     # 32 tiles, each shared by 8 thread blocks of 8 steps: 256 on 132 SMs, so that an SM has two.
@@ -52,7 +52,7 @@ def test_a_row_of_the_few_rows_kernel_by_hand():
     assert found["bytes"] == of_weights(1)
     assert found["memory_us"] == pytest.approx(8671232 / 4.3e12 * 1e6, abs=1e-3)
     # 128 groups of 4 times 8 rows of W, one each on 128 SMs; four warps share 8 rows, 32 chunks of 128: 8 each.
-    assert (found["dispatch"], found["kernel"]) == ("few", "few_kernel<bf16, false, true>")
+    assert (found["dispatch"], found["kernel"]) == ("few", "few_kernel<bf16, true>")
     assert (found["tile"], found["tiles"], found["most_on_an_sm"]) == ("16 x 32", 128, 1)
     # Products have 16 rows, of which one is x.
     assert found["tensor_us"] == pytest.approx(2 * 16 * 32 * 4096 / (0.6 * 790e12 / 132) * 1e6, abs=1e-3)
@@ -63,6 +63,20 @@ def test_a_row_of_the_few_rows_kernel_by_hand():
     # Two turns of four chunks, each asked for one turn before.
     assert found["latency_us"] == pytest.approx((2 + 1) * 479 / 1830, abs=1e-3)
     assert found["dense_us"] == pytest.approx((2 * 4096 * 4096 + 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
+
+
+def test_a_row_of_the_middle_rows_kernel_by_hand():
+    found = predict.predict(H200, 16, 4096, 4096)
+    # 32 tiles of 128 columns, four blocks share each, with 4 steps of 256.
+    assert (found["dispatch"], found["kernel"]) == ("middle16", "middle_kernel<bf16, MiddleTraits<bf16, 16, true>>")
+    assert (found["tile"], found["tiles"], found["splits"], found["most_on_an_sm"]) == ("16 x 128", 32, 4, 1)
+    assert found["tensor_us"] == pytest.approx(2 * 4 * 16 * 128 * 256 / (0.6 * 790e12 / 132) * 1e6, abs=1e-3)
+    assert found["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 32 * 16 * 8192) / 5120 / 1830, abs=1e-3)
+    # 8 bytes of the table for the two weights of a byte; 8 KiB of x, once in and twice out; 512 constants.
+    moved = 4 * 128 * 256 + 3 * 16 * 512 + 512 * 4 + 8 * 256
+    assert found["shared_us"] == pytest.approx(4 * moved / 128 / 1830, abs=1e-3)
+    # Four steps, each asked for one before.
+    assert found["latency_us"] == pytest.approx((4 + 1) * 479 / 1830, abs=1e-3)
 
 
 def test_chunks_beyond_the_depth_are_no_work():
@@ -86,9 +100,9 @@ def test_the_wide_tile_moves_less_through_shared_memory():
 
 @pytest.mark.parametrize(
     ("m", "steps", "warps"),
-    # Two blocks of 8 steps, 8 warps; two turns of one group, 16 warps.
-    [(32, 16, 8), (1, 2, 16)],
-    ids=["tiles32", "few"],
+    # A block of 16 steps, 8 warps; two turns of one group, 16 warps.
+    [(128, 16, 8), (1, 2, 16)],
+    ids=["tiles128", "few"],
 )
 def test_issue_slots_come_from_the_static_table(monkeypatch, m, steps, warps):
     before = predict.predict(H200, m, 4096, 4096)

@@ -39,13 +39,15 @@ struct Problem {
     DType dtype;
     bool backward;
     bool weight_aligned;  // its codes lie on 16 bytes
+    bool left_aligned;    // the rows of x, or dy, do
 
     int64_t columns() const { return backward ? k : n; }
     int64_t depth() const { return backward ? n : k; }
 };
 
 enum class Family {
-    kFew,     // few.cuh: up to 16 rows of x; codes looked up in shared memory, the products on tensor cores
+    kFew,     // few.cuh: up to 8 rows of x; codes looked up in shared memory, the products on tensor cores
+    kMiddle,  // middle.cuh: up to 64 rows; the same, with x in pieces
     kTiles,   // gemm.cuh: a tile of rows x columns for each block
     kFloats,  // product.cuh: float32 units, for whatever the others do not take
 };
@@ -64,7 +66,10 @@ constexpr int64_t kAnyRows = INT64_MAX;
 
 // The first row that can take the problem runs.
 constexpr Row kDispatch[] = {
-    {"few", Family::kFew, 16, 8, 4, 16, 80, 80, false},
+    {"few", Family::kFew, 8, 8, 4, 8, 80, 80, false},
+    {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80, false},
+    {"middle32", Family::kMiddle, 32, 128, 2, 32, 80, 80, false},
+    {"middle64", Family::kMiddle, 64, 128, 2, 64, 80, 80, false},
     {"tiles16", Family::kTiles, 16, 128, 4, 16, 80, 75, false},
     {"tiles32", Family::kTiles, 32, 128, 4, 32, 80, 75, false},
     {"tiles64", Family::kTiles, 64, 128, 4, 64, 80, 75, false},
@@ -84,12 +89,19 @@ constexpr size_t tiles_shared(int rows, int columns, int stages) {
     return static_cast<size_t>(stages) * (rows * 128 + columns * 32) + 2 * columns * 128;
 }
 
-// Of few.cuh: two levels for each byte, 32 times; the table of constants; x, its rows by 128 columns, 16 rows where
-// there are more than 8; partial sums, twice.
+// Of few.cuh: two levels for each byte, 32 times; the table of constants; x, its rows by 128 columns; partial sums,
+// twice.
 constexpr int kFewWarps = 16;
 constexpr size_t few_shared(int64_t m, int64_t k) {
-    return 65536 + 1024 + static_cast<size_t>((k + 127) / 128 * 256 * (m > 8 ? 16 : m)) +
+    return 65536 + 1024 + static_cast<size_t>((k + 127) / 128 * 256 * m) +
            static_cast<size_t>(2 * kFewWarps * 12 * 4 * m);
+}
+
+// Of middle.cuh: the same table, two stages of x and of constants; or four parts of the sums.
+constexpr int kMiddleDepth = 4 * kBlock;
+constexpr int64_t kMiddleLongest = int64_t{1} << 27;  // eight rows of x lie within 32 bits of bytes
+constexpr size_t middle_shared(int rows) {
+    return std::max<size_t>(65536 + 2 * (rows * kMiddleDepth * 2 + 4 * 136 * 4), 4 * rows * 128 * 4);
 }
 
 struct Plan {
@@ -110,16 +122,20 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
     if (p.k % kBlock != 0) return "K is no multiple of 64";
     if (std::max(p.n, p.k) > INT32_MAX - 4096) return "a side of the weight is beyond 32 bits";
     if (!p.weight_aligned) return "the packed weight does not lie on 16 bytes";
-    if (row.family == Family::kFew) {
+    if (row.family == Family::kFew || row.family == Family::kMiddle) {
         if (p.backward) return "it computes no gradients";
-        if (p.m > row.rows) return "more than 16 rows";
         if (p.n * (p.k / kBlock) >= (int64_t{1} << 32) - 4096) return "more blocks than 32 bits count";
+    }
+    if (row.family == Family::kMiddle && p.k > kMiddleLongest) return "K is beyond 2^27";
+    if (row.family == Family::kMiddle && !p.left_aligned) return "x does not lie on 16 bytes";
+    if (row.family == Family::kFew) {
+        if (p.m > row.rows) return "more than 8 rows";
         if (few_shared(p.m, p.k) > card.shared_bytes) return "x does not fit into shared memory";
         return nullptr;
     }
-    return tiles_shared(row.rows, row.columns, row.stages) > card.shared_bytes
-               ? "its stages do not fit into shared memory"
-               : nullptr;
+    const size_t shared =
+        row.family == Family::kMiddle ? middle_shared(row.rows) : tiles_shared(row.rows, row.columns, row.stages);
+    return shared > card.shared_bytes ? "its stages do not fit into shared memory" : nullptr;
 }
 
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
@@ -140,15 +156,26 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         return plan;
     }
     plan.tiles = ((p.m + row.rows - 1) / row.rows) * ((p.columns() + row.columns - 1) / row.columns);
-    // As many parts as give every multiprocessor its blocks, of at least eight steps each.
-    const int64_t room = sms * (row.rows <= 32 ? 2 : 1);
-    const int64_t steps = (p.depth() + kTileDepth - 1) / kTileDepth;
+    // As many parts as give every multiprocessor its blocks, of a depth of at least 512 each.
+    const bool middle = row.family == Family::kMiddle;
+    const int64_t room = sms * (row.rows <= 32 && !middle ? 2 : 1);
+    const int64_t step = middle ? kMiddleDepth : kTileDepth, steps = (p.depth() + step - 1) / step;
     const int64_t tile_bytes = static_cast<int64_t>(row.rows) * row.columns * 4;
-    int64_t splits = plan.tiles == 0 ? 1 : std::min(room / plan.tiles, steps / 8);
+    int64_t splits = plan.tiles == 0 ? 1 : std::min(room / plan.tiles, steps / (512 / step));
     splits = std::min(splits, (kMostScratch - plan.tiles * 8 - 16) / std::max<int64_t>(plan.tiles * tile_bytes, 1));
     plan.splits = row.full ? 1 : static_cast<int>(std::clamp<int64_t>(splits, 1, 16));
     if (plan.splits > 1) plan.scratch = plan.tiles * plan.splits * tile_bytes + (plan.tiles + 1) / 2 * 16;
     return plan;
+}
+
+// By the table alone.
+inline Plan chosen(const Problem& p, const Card& card) {
+    for (const Row& row : kDispatch) {
+        if (p.m > row.most || refusal(row, p, card)) continue;
+        const Plan found = planned(row, p, card);
+        if (!row.full || found.tiles >= card.multiprocessors) return found;
+    }
+    QLK_CHECK(false, "no kernel takes the problem");
 }
 
 // Throws when QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot take the problem.
@@ -167,12 +194,7 @@ inline Plan plan(const Problem& p, const Card& card) {
         }
         QLK_CHECK(false, "QLORA_KERNELS_CUDA_KERNEL=" + std::string(forced) + " names no kernel; there are " + names);
     }
-    for (const Row& row : kDispatch) {
-        if (p.m > row.most || refusal(row, p, card)) continue;
-        const Plan found = planned(row, p, card);
-        if (!row.full || found.tiles >= card.multiprocessors) return found;
-    }
-    QLK_CHECK(false, "no kernel takes the problem");
+    return chosen(p, card);
 }
 
 }  // namespace qlk::cuda

@@ -1,4 +1,4 @@
-// y = u B^T + x W^T + bias for up to 16 rows of x, where reading W is what takes time.
+// y = u B^T + x W^T + bias for up to 8 rows of x, where reading W is what takes time.
 //
 // A block holds x whole, in shared memory, and takes groups of 1, 2 or 4 times 8 rows of W. Its 16 warps share a group:
 // a warp has 8 rows and every so many chunks of 128 columns. Of a chunk a lane has 32 codes, 16 bytes, of one row; they
@@ -13,13 +13,13 @@
 // rounds them, which no table of finished pairs could have: its entries would have to be those of the block's constant.
 //
 // What a lane reads of W is asked for kAhead chunks ahead, into registers, across the groups. Beyond K it reads the
-// last block of the row again, which meets zeros in x; beyond the last row of W or of x another row, whose sums are not
-// stored. That spares the main loop its predicates.
+// last block of the row again, and takes it for zeros, which meet zeros in x; beyond the last row of W or of x another
+// row, whose sums are not stored. That spares the main loop its predicates.
 //
-// Up to 8 rows of x leave half of a product's 16 without use. Four registers of x, pairs 0 to 3 of a row, would have to
-// be spread over rows g and g + 8 with zeros between; instead all four go in as they are, once with pairs 0 and 2 of W,
+// 8 rows of x leave half of a product's 16 without use. Four registers of x, pairs 0 to 3 of a row, would have to be
+// spread over rows g and g + 8 with zeros between; instead all four go in as they are, once with pairs 0 and 2 of W,
 // whose sum is in row g, and once with pairs 1 and 3, whose sum is in row g + 8. What the other halves compute means
-// nothing. With more rows both are needed, and x is laid out as the operand wants it.
+// nothing.
 //
 // Of the constants of its blocks a request reads two bytes from each of eight rows: as many sectors as rows. 16 chunks
 // share such a sector, so that it comes from L1.
@@ -59,14 +59,14 @@ struct FewTraits {
     static_assert(kThreads == 2 * 256, "two threads fill an entry of the table");
 };
 
-// kTwo: more than 8 rows of x. kNested: the constants are double-quantized.
-template <class T, bool kTwo, bool kNested>
+// kNested: the constants are double-quantized.
+template <class T, bool kNested>
 struct Few {
     using Traits = FewTraits;
 
     const FewArguments<T>& a;
     typename Traits::Shared& shared;
-    uint4* x;     // [chunks][m][4 pieces][4], or with kTwo [chunks][8 products][8][4]
+    uint4* x;     // [chunks][m][4 pieces][4]
     float* sums;  // [2][slices][m][sums_pitch]
     int sums_pitch;
     int self, lane, warp;
@@ -140,15 +140,9 @@ struct Few {
                 pair<0>(words[piece], lane_bytes, absmax), pair<1>(words[piece], lane_bytes, absmax),
                 pair<2>(words[piece], lane_bytes, absmax), pair<3>(words[piece], lane_bytes, absmax)};
             // Two chains of sums: one product waits for the last but one.
-            if constexpr (kTwo) {
-                const uint4 first = load_shared(even + piece * 64), second = load_shared(even + piece * 64 + 32);
-                mma_16x8x16<T>(sum[0], {first.x, first.y, first.z, first.w}, pairs[0], pairs[1]);
-                mma_16x8x16<T>(sum[1], {second.x, second.y, second.z, second.w}, pairs[2], pairs[3]);
-            } else {
-                const uint4 row = load_shared((piece % 2 ? odd : even) + piece * 4);
-                mma_16x8x16<T>(sum[0], {row.x, row.y, row.z, row.w}, pairs[0], pairs[2]);
-                mma_16x8x16<T>(sum[1], {row.x, row.y, row.z, row.w}, pairs[1], pairs[3]);
-            }
+            const uint4 row = load_shared((piece % 2 ? odd : even) + piece * 4);
+            mma_16x8x16<T>(sum[0], {row.x, row.y, row.z, row.w}, pairs[0], pairs[2]);
+            mma_16x8x16<T>(sum[1], {row.x, row.y, row.z, row.w}, pairs[1], pairs[3]);
         }
     }
 
@@ -164,17 +158,15 @@ struct Few {
         return make_uint2(pack_pair<T>(e[0], e[1]), pack_pair<T>(e[2], e[3]));
     }
 
-    // u B^T: 16 of r at a time, the warps of a tile in turn. The sums of row g + 8 belong to sum[1] without kTwo.
+    // u B^T: 16 of r at a time, the warps of a tile in turn. Row g + 8 is nobody's.
     QLK_DEVICE void low_rank(int64_t group, float (&sum)[4]) const {
         const int64_t row = (group * a.row_tiles + tile) * 8 + lane / 4;
 #pragma unroll 1
         for (int64_t first = slice * 16; first < a.r; first += slices * 16) {
             const int64_t at = first + lane % 4 * 4;
             const uint2 right = four(a.lora_b, row < a.n, row, at);
-            const uint2 up = four(a.low_left, lane / 4 < a.m, lane / 4, at);
-            const uint2 low = four(a.low_left, kTwo && lane / 4 + 8 < a.m, lane / 4 + 8, at);
-            const uint32_t left[4] = {up.x, low.x, up.y, low.y};
-            mma_16x8x16<T>(sum, left, right.x, right.y);
+            const uint2 left = four(a.low_left, lane / 4 < a.m, lane / 4, at);
+            mma_16x8x16<T>(sum, {left.x, 0, left.y, 0}, right.x, right.y);
         }
     }
 
@@ -191,37 +183,17 @@ struct Few {
         if (kNested && self < kNestedBlock) {
             store_shared(shared.constants + self, load_global(a.weight.nested_table + self));
         }
-        if constexpr (kTwo) {
-            // Lanes: 4 quarters x 2 pieces x 2 neighbouring rows x rows g and g + 8, which write to different banks.
 #pragma unroll 1
-            for (int i = self; i < chunks * 16 * 16; i += Traits::kThreads) {
-                const int quarter = i % 4, piece = i / 4 % 2 + i / 32 % 2 * 2;
-                const int row = i / 8 % 2 + i / 64 % 4 * 2 + i / 16 % 2 * 8, chunk = i / 256;
-                const uint4 v = x_from(row, chunk, piece, quarter);
-                const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-                uint32_t* const to =
-                    reinterpret_cast<uint32_t*>(x + ((chunk * 8 + piece * 2) * 8 + row % 8) * 4 + quarter);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int which =
-                        j ^ piece % 2;  // pair of the row: product which / 2, its word which % 2 * 2 + row / 8
-                    const uint32_t word = piece % 2 ? words[j ^ 1] : words[j];
-                    store_shared(to + which / 2 * 128 + which % 2 * 2 + row / 8, word);
-                }
-            }
-        } else {
-#pragma unroll 1
-            for (int i = self; i < chunks * a.m * 16; i += Traits::kThreads) {
-                const int quarter = i % 4, piece = i / 4 % 4, row = i / 16 % a.m, chunk = i / 16 / a.m;
-                store_shared(x + chunk * a.m * 16 + x_place(row, piece, quarter), x_from(row, chunk, piece, quarter));
-            }
+        for (int i = self; i < chunks * a.m * 16; i += Traits::kThreads) {
+            const int quarter = i % 4, piece = i / 4 % 4, row = i / 16 % a.m, chunk = i / 16 / a.m;
+            store_shared(x + chunk * a.m * 16 + x_place(row, piece, quarter), x_from(row, chunk, piece, quarter));
         }
     }
 
     // Eight elements of x; zeros beyond it.
     QLK_DEVICE uint4 x_from(int row, int chunk, int piece, int quarter) const {
         const int64_t column = static_cast<int64_t>(chunk) * Traits::kChunk + quarter * 32 + piece * 8;
-        if (row >= a.m || column >= a.k) return make_uint4(0, 0, 0, 0);
+        if (column >= a.k) return make_uint4(0, 0, 0, 0);
         const T* const from = a.x + row * a.k + column;
         if (a.x_aligned) return load_global(reinterpret_cast<const uint4*>(from));
         float e[8];
@@ -235,14 +207,8 @@ struct Few {
         float* const mine = sums + buffer * slices * a.m * sums_pitch;
         const int row = lane / 4;
         float* const to = mine + (slice * a.m + row) * sums_pitch + tile * 8 + lane % 4 * 2;
-        const auto put = [&](float* at, float left, float right) {
-            store_shared(reinterpret_cast<float2*>(at), make_float2(left, right));
-        };
-        if constexpr (kTwo) {
-            put(to, sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
-            if (row + 8 < a.m) put(to + 8 * sums_pitch, sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
-        } else if (row < a.m) {
-            put(to, sum[0][0] + sum[1][2], sum[0][1] + sum[1][3]);
+        if (row < a.m) {
+            store_shared(reinterpret_cast<float2*>(to), make_float2(sum[0][0] + sum[1][2], sum[0][1] + sum[1][3]));
         }
         // The other buffer serves the next group: who is late here still reads this one.
         __syncthreads();
@@ -259,11 +225,14 @@ struct Few {
     QLK_DEVICE void run() {
         const int64_t groups = (a.n + a.row_tiles * 8 - 1) / (a.row_tiles * 8);
         const int mine = (chunks - slice + slices - 1) / slices;  // chunks of this warp in a group; 0 if there are few
-        const int x_chunk = kTwo ? 256 : a.m * 16;
+        const int x_chunk = a.m * 16;
         const int row = lane / 4 < a.m ? lane / 4 : a.m - 1;
         const uint4* const x_first = x + slice * x_chunk;
-        const uint4* const first_even = x_first + (kTwo ? lane : x_place(row, 0, lane % 4));
-        const uint4* const first_odd = x_first + (kTwo ? lane : x_place(row, 1, lane % 4) - 4);
+        const uint4* const first_even = x_first + x_place(row, 0, lane % 4);
+        const uint4* const first_odd = x_first + x_place(row, 1, lane % 4) - 4;
+        // Where this lane's half of the last chunk lies beyond K. What it reads for it has to become zeros: a weight
+        // that rounds to infinity would make NaN of the zeros in x.
+        const int beyond = a.k % Traits::kChunk != 0 && lane % 4 >= 2 ? (chunks - 1 - slice) * x_chunk : -1;
         int64_t group = blockIdx.x;
         Cursor at = begin(group);
         Codes ahead[Traits::kAhead];
@@ -285,7 +254,8 @@ struct Few {
                     const Codes now = ahead[i];
                     ahead[i] = fetch(at);
                     if (first + i >= mine) continue;
-                    multiply(now, first_even + x_at, first_odd + x_at, constant(now), sum);
+                    const float absmax = x_at == beyond ? 0.0f : constant(now);
+                    multiply(now, first_even + x_at, first_odd + x_at, absmax, sum);
                     x_at += slices * x_chunk;
                 }
             }
@@ -295,26 +265,26 @@ struct Few {
     }
 };
 
-template <class T, bool kTwo, bool kNested>
+template <class T, bool kNested>
 __global__ void __launch_bounds__(FewTraits::kThreads, 1) few_kernel(const __grid_constant__ FewArguments<T> a) {
     auto& shared = shared_memory<FewTraits::Shared>();
     const int self = static_cast<int>(threadIdx.x), warp = self / 32;
     const int slices = FewTraits::kWarps / a.row_tiles;
     const int chunks = static_cast<int>((a.k + FewTraits::kChunk - 1) / FewTraits::kChunk);
     uint4* const x = reinterpret_cast<uint4*>(&shared + 1);
-    Few<T, kTwo, kNested> few{a,
-                              shared,
-                              x,
-                              reinterpret_cast<float*>(x + chunks * (kTwo ? 256 : a.m * 16)),
-                              a.row_tiles == 1 ? 8 : a.row_tiles * 8 + 8,  // rows of a warp's sums in different banks
-                              self,
-                              self % 32,
-                              warp,
-                              slices,
-                              warp / a.row_tiles,
-                              warp % a.row_tiles,
-                              chunks,
-                              kNested ? load_global(a.weight.nested_offset) : 0.0f};
+    Few<T, kNested> few{a,
+                        shared,
+                        x,
+                        reinterpret_cast<float*>(x + chunks * a.m * 16),
+                        a.row_tiles == 1 ? 8 : a.row_tiles * 8 + 8,  // rows of a warp's sums in different banks
+                        self,
+                        self % 32,
+                        warp,
+                        slices,
+                        warp / a.row_tiles,
+                        warp % a.row_tiles,
+                        chunks,
+                        kNested ? load_global(a.weight.nested_offset) : 0.0f};
     few.run();
 }
 

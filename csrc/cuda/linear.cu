@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "few.cuh"
 #include "gemm.cuh"
+#include "middle.cuh"
 #include "splits.h"
 
 namespace qlk::cuda {
@@ -61,10 +62,16 @@ void few_launch(const GemmArguments<T>& a, const Plan& plan, int multiprocessors
                               plan.row_tiles,
                               a.left_aligned,
                               a.r % 4 == 0 && lies_on(a.low_left, 8) && lies_on(a.low_right, 8)};
-    const auto kernel = a.weight.absmax ? (a.m > 8 ? few_kernel<T, true, false> : few_kernel<T, false, false>)
-                                        : (a.m > 8 ? few_kernel<T, true, true> : few_kernel<T, false, true>);
+    const auto kernel = a.weight.absmax ? few_kernel<T, false> : few_kernel<T, true>;
     launch(kernel, std::min<int64_t>(plan.tiles, multiprocessors), FewTraits::kThreads, few_shared(a.m, a.k), stream,
            few);
+}
+
+template <class T, int kRows>
+void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream) {
+    using Nested = MiddleTraits<T, kRows, true>;
+    const auto kernel = a.weight.absmax ? middle_kernel<T, MiddleTraits<T, kRows, false>> : middle_kernel<T, Nested>;
+    launch(kernel, plan.tiles * plan.splits, Nested::kThreads, sizeof(typename Nested::Shared), stream, a);
 }
 
 // Whether a kernel on tensor cores takes it; then it is launched.
@@ -74,16 +81,24 @@ bool gemm(GemmArguments<T> a, void* scratch, const Stream& stream) {
                             : std::is_same_v<T, fp16> ? DType::kFloat16
                                                       : DType::kFloat32;
     const Card here = card(stream.device);
-    const Plan p = plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16)}, here);
+    a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
+    const Plan p = plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16), a.left_aligned}, here);
     if (p.row.family == Family::kFloats) return false;
     if constexpr (sizeof(T) == 2) {
-        a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
         a.out_aligned = lies_on(a.out, 16) && (kBackward ? a.k : a.n) % 8 == 0;
         if (p.row.family == Family::kFew) {
             if constexpr (!kBackward) few_launch(a, p, here.multiprocessors, stream);
             return true;
         }
         a.splits = splits_of(p, scratch);
+        if (p.row.family == Family::kMiddle) {
+            if constexpr (!kBackward) {
+                if (p.row.rows == 16) return middle_launch<T, 16>(a, p, stream), true;
+                if (p.row.rows == 32) return middle_launch<T, 32>(a, p, stream), true;
+                if (p.row.rows == 64) return middle_launch<T, 64>(a, p, stream), true;
+            }
+            QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
+        }
         const auto is = [&](int rows, int columns, int stages) {
             return p.row.rows == rows && p.row.columns == columns && p.row.stages == stages;
         };
@@ -193,8 +208,11 @@ void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v
 
 // The kernels of a pass come one after another and share their room.
 int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool backward, int device) {
-    const int64_t for_w = plan({m, n, k, dtype, backward, true}, card(device)).scratch;
-    return std::max(for_w, adapter_scratch(m, n, k, r, dtype, backward, device));
+    const Card here = card(device);
+    // Whether x lies on 16 bytes is not known yet.
+    return std::max({plan({m, n, k, dtype, backward, true, true}, here).scratch,
+                     chosen({m, n, k, dtype, backward, true, false}, here).scratch,
+                     adapter_scratch(m, n, k, r, dtype, backward, device)});
 }
 
 }  // namespace qlk::cuda
