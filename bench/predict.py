@@ -46,7 +46,7 @@ HOPPER_MMA_SYNC = 0.6
 #: 4-bit codes, an 8-bit constant for 64 of them, a float32 for 256 constants.
 BITS_PER_WEIGHT = 4 + 8 / 64 + 32 / (64 * 256)
 SCHEDULERS = 4
-ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: N, K: an attention layer's and an MLP's of an 8-billion-parameter Llama.
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 

@@ -115,7 +115,7 @@ def test_a_kernel_that_is_not_there(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
     captured = capsys.readouterr()
-    words = f"qlora-kernels {command[0]}: QLORA_KERNELS_CUDA_KERNEL=nonsense names no kernel; there are few, middle16"
+    words = f"qlora-kernels {command[0]}: QLORA_KERNELS_CUDA_KERNEL=nonsense names no kernel; there are few, middle8"
     assert captured.err.startswith(words)
     assert captured.err.count("\n") == 1
     assert captured.out == ""
@@ -350,7 +350,7 @@ def test_dispatch_prints_which_kernel_runs(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "sm_90, 132 multiprocessors, 227 KiB" in text
     rows = [line.split() for line in text.splitlines()]
-    assert ["1", "to", "8", "few", "1", "0.0"] in rows
+    assert ["1", "to", "4", "few", "1", "0.0"] in rows
     assert ["257", "to", "1024", "tiles128", "1", "0.0"] in rows
     assert ["1025", "and", "more", "tiles128wide", "1", "0.0"] in rows
     assert main(["info", "--dispatch", "4096", "100", "--arch", "75", "--json"]) == 0

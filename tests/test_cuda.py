@@ -434,7 +434,8 @@ def test_scratch_holds_what_it_held_before():
         (256, torch.bfloat16, True),
     ],
 )
-def test_few_rows(cuda_engine, n, dtype, double_quant):
+def test_few_rows(cuda_engine, monkeypatch, n, dtype, double_quant):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "few")  # more rows than the table would give it
     # Groups of 4, 2 and 1 tiles of 8 rows of W; chunks of which a warp has none, one and several; x that lies on no 16
     # bytes; a rank that is no multiple of 4.
     for k, m, r, shift in (
@@ -459,9 +460,11 @@ def test_few_rows(cuda_engine, n, dtype, double_quant):
 
 
 #: N, K, M, rank, and elements by which x lies off 16 bytes. Columns: less than a tile, odd, several tiles. Of K, four
-#: warps take 64 each: some have none, or none in the last step. Rows: one tile of 16, 32 and 64, all of it and less.
+#: warps take 64 each: some have none, or none in the last step. Rows: one tile of 8, 16, 32, 64, all of it and less.
 MIDDLE = (
     (8, 64, 9, 0, 0),
+    (40, 576, 5, 0, 0),
+    (136, 320, 8, 9, 0),
     (77, 192, 16, 17, 0),
     (130, 320, 17, 8, 3),
     (128, 512, 32, 0, 0),
@@ -489,7 +492,7 @@ def test_middle_rows(cuda_engine, case, double_quant):
             assert_within_contract(y, (x.float() @ dense.float().T + bias).to(dtype), exact, f"{case} {dtype}")
 
 
-@pytest.mark.parametrize("kernel", ["middle16", "middle32", "middle64"])
+@pytest.mark.parametrize("kernel", ["middle8", "middle16", "middle32", "middle64"])
 def test_middle_rows_in_several_tiles(cuda_engine, monkeypatch, kernel):
     # More rows than the table would give it; two tiles across, of which the second has one column.
     monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
@@ -505,7 +508,7 @@ def test_middle_rows_whenever_copies_land(monkeypatch):
     n, k = 136, 1088
     weight = make_weight(n, k)
     exact = weight.dequantize(torch.bfloat16).double()
-    for m in (12, 30, 64):
+    for m in (7, 12, 30, 64):
         x, results = torch.randn(m, k).bfloat16(), []
         for order, landing in zip(ORDERS, ("earliest", "latest", "random")):
             with emulated(order, landing, seed=3, multiprocessors=4):
@@ -514,7 +517,7 @@ def test_middle_rows_whenever_copies_land(monkeypatch):
         assert all(torch.equal(results[0], y) for y in results[1:])
 
 
-@pytest.mark.parametrize("m", [16, 32, 64])
+@pytest.mark.parametrize("m", [8, 16, 32, 64])
 def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     n, k = 256, 1024
     weight = make_weight(n, k)
@@ -571,7 +574,8 @@ def test_a_constant_that_is_nan_stays_in_its_row_of_the_weight(cuda_engine):
         assert dx.isnan().any(0).nonzero().flatten().tolist() == list(range(64))
 
 
-def test_few_rows_read_the_weight_once_in_whole_sectors():
+def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "few")
     n, k, m = 256, 2048, 8
     weight = make_weight(n, k)
     x = torch.randn(m, k).bfloat16()
@@ -605,7 +609,7 @@ def test_a_kernel_can_be_forced(monkeypatch):
 
     used = {}
     tiles = ("tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide")
-    for name in ("few", "middle16", "middle32", "middle64", *tiles, "floats"):
+    for name in ("few", "middle8", "middle16", "middle32", "middle64", *tiles, "floats"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", name)
         with emulated():
             module().reset_counters()
@@ -615,7 +619,7 @@ def test_a_kernel_can_be_forced(monkeypatch):
     assert used["tiles128wide"] == 2 * used["tiles128"]
     assert [used[f"middle{rows}"] for rows in (16, 32, 64)] == [used[f"tiles{rows}"] for rows in (16, 32, 64)]
     assert used["floats"] == 0
-    with emulated(), pytest.raises(RuntimeError, match="names no kernel; there are few, middle16"):
+    with emulated(), pytest.raises(RuntimeError, match="names no kernel; there are few, middle8"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "fast")
         forward()
     with emulated(), pytest.raises(RuntimeError, match="few cannot take M = 9, N = 64, K = 128: more than 8 rows"):

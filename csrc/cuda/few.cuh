@@ -1,4 +1,4 @@
-// y = u B^T + x W^T + bias for up to 8 rows of x, where reading W is what takes time.
+// y = u B^T + x W^T + bias for up to 8 rows of x; for up to 4, where reading W is what takes time, nothing is faster.
 //
 // A block holds x whole, in shared memory, and takes groups of 1, 2 or 4 times 8 rows of W. Its 16 warps share a group:
 // a warp has 8 rows and every so many chunks of 128 columns. Of a chunk a lane has 32 codes, 16 bytes, of one row; they

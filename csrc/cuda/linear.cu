@@ -93,6 +93,7 @@ bool gemm(GemmArguments<T> a, void* scratch, const Stream& stream) {
         a.splits = splits_of(p, scratch);
         if (p.row.family == Family::kMiddle) {
             if constexpr (!kBackward) {
+                if (p.row.rows == 8) return middle_launch<T, 8>(a, p, stream), true;
                 if (p.row.rows == 16) return middle_launch<T, 16>(a, p, stream), true;
                 if (p.row.rows == 32) return middle_launch<T, 32>(a, p, stream), true;
                 if (p.row.rows == 64) return middle_launch<T, 64>(a, p, stream), true;

@@ -1,4 +1,4 @@
-// y = u B^T + x W^T + bias for 9 to 64 rows of x, where neither reading W nor the products, but decoding takes the
+// y = u B^T + x W^T + bias for 5 to 64 rows of x, where neither reading W nor the products, but decoding takes the
 // time.
 //
 // gemm.cuh decodes to shared memory, from where two to eight warps read every weight again: at 64 rows of x that takes
@@ -45,7 +45,7 @@ struct MiddleTraits {
     static constexpr int kSlices = 4, kGroups = 2;  // of warps: along K, across the columns
     static constexpr int kDepth = kSlices * kBlock;
     static constexpr int kConstantsPitch = kColumns + 8;
-    static_assert(sizeof(T) == 2 && kRows % 16 == 0);
+    static_assert(sizeof(T) == 2 && kRows % 8 == 0);
     static_assert(kGroups * 64 == kColumns && kGroups * kSlices * 32 == kThreads);
 
     struct Loop {
