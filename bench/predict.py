@@ -13,8 +13,9 @@ issue    instructions of the main loop, over one a clock and scheduler; counted 
 latency  steps of the main loop one after the other, with so many copies under way as there are stages for
 
 The last four are those of the SM that has the most tiles. Left out: launching, what comes before and after the main
-loop, the adapter's part, and all waiting of warps for one another. A dense bf16 product is taken at the larger of its
-own memory and tensor times, without tiles. So both are lower bounds, and ours is the less complete one.
+loop, the sums of blocks that share tiles, the adapter's part, and all waiting of warps for one another. A dense bf16
+product is taken at the larger of its own memory and tensor times, without tiles. So both are lower bounds, and ours is
+the less complete one.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class Launch:
         kernel: its name in the static table.
         rows, columns, depth: of a thread block's tile, and of a step.
         stages: of copies.
-        splits: thread blocks that share a tile's depth.
+        splits: thread blocks that share a tile's depth, or that of several tiles.
+        shared_tiles: how many.
         warps: of a thread block.
         shared_bytes: moved through shared memory in a step.
         persistent: whether a thread block takes tile after tile.
@@ -126,6 +128,7 @@ class Launch:
     warps: int
     shared_bytes: float
     persistent: bool = False
+    shared_tiles: int = 1
 
 
 def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
@@ -146,7 +149,8 @@ def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
         depth = 256
         moved = 4 * columns * depth + 3 * rows * depth * 2 + 4 * columns * 4 + 8 * 256
         kernel = f"middle_kernel<bf16, MiddleTraits<bf16, {rows}, true>>"
-        return Launch(plan["kernel"], kernel, rows, columns, depth, plan["stages"], plan["splits"], 8, moved)
+        cut = {"shared_tiles": plan["shared_tiles"]}
+        return Launch(plan["kernel"], kernel, rows, columns, depth, plan["stages"], plan["splits"], 8, moved, **cut)
     down = 2 if rows >= 64 else 1
     traits = f"GemmTraits<bf16, {str(backward).lower()}, {rows}, {columns}, {down}, {plan['stages']}>"
     # Written and read: both operands as they come, the decoded weights, and what each of 8 warps reads of its own.
@@ -202,9 +206,9 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
     # Of a few-rows kernel's step of four chunks for each warp only those are counted that lie within the depth.
     parts = 4 if launch.persistent else 1
     whole = math.ceil(depth * parts / launch.depth) / parts
-    steps = whole if launch.persistent else math.ceil(whole / launch.splits)
+    steps = whole if launch.persistent else math.ceil(whole * launch.shared_tiles / launch.splits)
     # The thread blocks, or the tiles of a persistent one, one after the other, of the SM that has the most.
-    most = math.ceil(tiles * launch.splits / card.sms)
+    most = math.ceil(tiles // launch.shared_tiles * launch.splits / card.sms)
     rounds = 1 if launch.persistent else math.ceil(most / blocks_at_once(card, row, launch.warps))
     in_turn = most * math.ceil(steps) if launch.persistent else steps
     clock = card.clock * 1e9
@@ -236,6 +240,7 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
         "kernel": launch.kernel,
         "tile": f"{launch.rows} x {launch.columns}",
         "splits": launch.splits,
+        "shared_tiles": launch.shared_tiles,
         "tiles": tiles,
         "most_on_an_sm": most,
         "bytes": round(moved),
@@ -271,7 +276,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             str(row["m"]),
             row["dispatch"],
             str(row["tiles"]),
-            str(row["splits"]),
+            str(row["splits"]) + (f":{row['shared_tiles']}" if row["shared_tiles"] > 1 else ""),
             *(f"{row[key]:.1f}" for key in bounds),
             f"{row['us']:.1f}",
             row["binds"],

@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
             chosen["columns"] = plan.row.columns;
             chosen["stages"] = plan.row.stages;
             chosen["splits"] = plan.splits;
+            chosen["shared_tiles"] = plan.shared;
             chosen["tiles"] = plan.tiles;
             chosen["row_tiles"] = plan.row_tiles;
             chosen["scratch"] = plan.scratch;

@@ -63,7 +63,8 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
 
     Returns:
         ``kernel`` (its name, as QLORA_KERNELS_CUDA_KERNEL takes it), ``rows`` and ``stages`` of a tile, ``tiles``,
-        ``splits`` (blocks that share a tile), ``row_tiles`` and ``scratch`` (bytes).
+        ``splits`` (blocks that share tiles), ``shared_tiles`` (how many these share: one, or all), ``row_tiles`` and
+        ``scratch`` (bytes).
 
     Raises:
         RuntimeError: when QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot take the case.
@@ -80,7 +81,7 @@ def ranges(card: Card, n: int, k: int, dtype: torch.dtype, backward: bool) -> li
     # With a tile of 128 rows for each multiprocessor, the widest fill the card whatever N and K are.
     for m in range(1, 128 * card.multiprocessors + 2):
         plan = choose(card, m, n, k, dtype, backward)
-        if found and all(found[-1][2][key] == plan[key] for key in ("kernel", "splits")):
+        if found and all(found[-1][2][key] == plan[key] for key in ("kernel", "splits", "shared_tiles")):
             found[-1] = (found[-1][0], m, plan)
         else:
             found.append((m, m, plan))
@@ -100,7 +101,7 @@ def describe(n: int, k: int, card: Card, remark: str = "") -> str:
         same: dict[str, list[str]] = {}
         for name, dtype in DTYPES.items():
             rows = "\n".join(
-                f"{'':<14}{_interval(first, last):>13}  {plan['kernel']:<11}{plan['splits']:>13}"
+                f"{'':<14}{_interval(first, last):>13}  {plan['kernel']:<11}{_blocks(plan):>13}"
                 f"{plan['scratch'] / 2**20:>14.1f}"
                 for first, last, plan in ranges(card, n, k, dtype, backward)
             )
@@ -108,6 +109,12 @@ def describe(n: int, k: int, card: Card, remark: str = "") -> str:
         for rows, names in same.items():
             lines += [f"{'dx' if backward else 'y'}, {', '.join(names)}", rows]
     return "\n".join(lines)
+
+
+def _blocks(plan: dict[str, Any]) -> str:
+    """Of how many blocks a tile is, or of how many all tiles are."""
+    together = plan["shared_tiles"] > 1
+    return f"{plan['splits']} for {plan['shared_tiles']}" if together else str(plan["splits"])
 
 
 def _interval(first: int, last: int | None) -> str:

@@ -93,8 +93,8 @@ BUDGETS = {
         loop=LoopBudget(128, 300, 2.6),
     ),
     "middle_kernel<*, MiddleTraits<*, 32, *>>": Budget(256, 101 * 1024, _MIDDLE, loop=LoopBudget(64, 240, 2.6)),
-    "middle_kernel<*, MiddleTraits<*, 16, *>>": Budget(256, 85 * 1024, _MIDDLE, loop=LoopBudget(32, 190, 2.6)),
-    "middle_kernel<*, MiddleTraits<*, 8, *>>": Budget(256, 77 * 1024, _MIDDLE, loop=LoopBudget(16, 200, 2.6)),
+    "middle_kernel<*, MiddleTraits<*, 16, *>>": Budget(256, 85 * 1024, _MIDDLE, loop=LoopBudget(32, 200, 2.6)),
+    "middle_kernel<*, MiddleTraits<*, 8, *>>": Budget(256, 80 * 1024, _MIDDLE, loop=LoopBudget(16, 200, 2.6)),
     # Shared memory: the stages of operands, and two of decoded weights.
     "gemm_kernel<*, GemmTraits<*, 128, 256, 2, 4>>": Budget(
         256, 160 * 1024, "one block: 128 sums a thread", loop=LoopBudget(128, outside=260)

@@ -396,7 +396,7 @@ def test_every_range_of_the_dispatch_is_what_runs():
                 for first, last, plan in dispatch.ranges(card, 1024, 2048, dtype, backward):
                     assert first == end + 1
                     chosen = dispatch.choose(card, first, 1024, 2048, dtype, backward)
-                    assert (chosen["kernel"], chosen["splits"]) == (plan["kernel"], plan["splits"])
+                    assert all(chosen[key] == plan[key] for key in ("kernel", "splits", "shared_tiles"))
                     assert 0 <= plan["scratch"] <= 2**24
                     assert chosen["splits"] == 1 or chosen["scratch"] > 0
                     end = last

@@ -401,6 +401,34 @@ def test_blocks_that_share_a_tile_add_up_in_one_order(case, resident_blocks):
     assert_within_contract(dx, dy @ dense, dy.double() @ dense.double(), f"{case} dx")
 
 
+#: M, N, K, multiprocessors, and where the steps of all tiles are cut: at 6, 12 and 18 of 5 times 5; at 12 of 3 times 8,
+#: so that a block has a tile and a half; at 5 and 10 of 2 times 8; at 8, 16 .. of 2 times 20, three blocks to a tile.
+CUT_ANYWHERE = ((16, 640, 1088, 4), (64, 300, 2048, 2), (31, 256, 2048, 3), (5, 136, 5120, 5))
+
+
+@pytest.mark.parametrize("case", CUT_ANYWHERE)
+def test_middle_rows_of_tiles_that_are_cut_anywhere(case):
+    m, n, k, multiprocessors = case
+    tiles = -(-n // 128)
+    plan = backends.native().dispatch(m, n, k, 1, False, 90, multiprocessors, 227 * 1024)
+    assert (plan["splits"], plan["shared_tiles"], plan["tiles"]) == (multiprocessors, tiles, tiles)
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16)
+    x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
+    bias, found = torch.randn(n), []
+    for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
+        with emulated(order, landing, seed=5, multiprocessors=multiprocessors, resident_blocks=resident):
+            module().reset_counters()
+            y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+            assert counters()["instructions"]["fence"] > 0
+            found.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
+    y, with_low_rank, u = found[0]
+    exact = x.double() @ dense.double().T
+    assert_within_contract(y, x @ dense.T, exact, f"{case}")
+    assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 def test_scratch_holds_what_it_held_before():
     # The tickets of an earlier launch, of another one, and of a replay of the same.
     weight = make_weight(128, 1024)

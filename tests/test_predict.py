@@ -79,6 +79,14 @@ def test_a_row_of_the_middle_rows_kernel_by_hand():
     assert found["latency_us"] == pytest.approx((4 + 1) * 479 / 1830, abs=1e-3)
 
 
+def test_tiles_whose_depths_are_cut_as_one():
+    # 112 tiles of 16 steps, 1792 steps on 132 SMs: at most 14 each.
+    found = predict.predict(H200, 16, 14336, 4096)
+    assert (found["tiles"], found["splits"], found["shared_tiles"], found["most_on_an_sm"]) == (112, 132, 112, 1)
+    assert found["tensor_us"] == pytest.approx(2 * 14 * 16 * 128 * 256 / (0.6 * 790e12 / 132) * 1e6, abs=1e-3)
+    assert found["latency_us"] == pytest.approx((14 + 1) * 479 / 1830, abs=1e-3)
+
+
 def test_chunks_beyond_the_depth_are_no_work():
     # On A100's 108 SMs groups are of 8 rows, and 16 warps have 2 of 32 chunks each, half a turn; 5 groups of 512.
     found = predict.predict(predict.CARDS["a100"], 1, 4096, 4096)
@@ -133,7 +141,7 @@ def test_every_prediction_is_the_largest_of_its_bounds(card, backward):
 
 def alike(one, other):
     """Whether two products run the same kernel, cut the same way: same tile, same number of blocks that share one."""
-    return all(one[key] == other[key] for key in ("kernel", "tile", "splits"))
+    return all(one[key] == other[key] for key in ("kernel", "tile", "splits", "shared_tiles"))
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         each_quad([&](int at, int64_t, int, const float* mine) {
             store_exchanged(parts + split * kQuads + at, load_shared(reinterpret_cast<const float4*>(mine)));
         });
-        if (!comes_last(a.splits, tile, &shared.word)) return;
+        if (!comes_last(a.splits, tile, a.splits.count, &shared.word)) return;
         each_quad([&](int at, int64_t, int, float* mine) {
             float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             add_parts(all, parts + at, a.splits.count, kQuads);

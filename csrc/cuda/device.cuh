@@ -72,11 +72,27 @@ constexpr int kArchitecture = 0;
 #endif
 
 // The block's dynamic shared memory: the only kind that kernels here use, laid out by a struct.
+extern "C" __shared__ __align__(128) unsigned char qlk_shared_bytes[];
 template <class T>
 QLK_DEVICE T& shared_memory() {
     static_assert(alignof(T) <= 128);
-    extern __shared__ __align__(128) unsigned char qlk_shared_bytes[];
     return *reinterpret_cast<T*>(qlk_shared_bytes);
+}
+
+// The same, within a loop that would otherwise have its address computed before it, into a register of every thread:
+// there each access of a computed place costs an addition, where a uniform register comes for nothing.
+template <class T>
+QLK_DEVICE T& shared_memory_anew() {
+    unsigned address;
+    asm volatile("mov.u32 %0, qlk_shared_bytes;" : "=r"(address));
+    return *reinterpret_cast<T*>(__cvta_shared_to_generic(address));
+}
+
+// A value of which the compiler does not know that it is the old one: what is made of it is made where it is needed,
+// and not kept from before.
+QLK_DEVICE unsigned anew(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 
 // Ends the launch with an error.

@@ -99,19 +99,24 @@ constexpr size_t few_shared(int64_t m, int64_t k) {
            static_cast<size_t>(2 * kFewWarps * 12 * 4 * m);
 }
 
-// Of middle.cuh: the same table, two stages of x and of constants; or four parts of the sums.
+// Of middle.cuh: the same table; two stages of x and of constants, or four parts of as many of the sums as fit there.
 constexpr int kMiddleDepth = 4 * kBlock;
 constexpr int64_t kMiddleLongest = int64_t{1} << 27;  // eight rows of x lie within 32 bits of bytes
+constexpr int middle_rows_at_once(int rows) { return rows > 8 ? rows / 2 : rows; }
 constexpr size_t middle_shared(int rows) {
-    return std::max<size_t>(65536 + 2 * (rows * kMiddleDepth * 2 + 4 * 136 * 4), 4 * rows * 128 * 4);
+    return 65536 +
+           std::max<size_t>(2 * (rows * kMiddleDepth * 2 + 4 * 136 * 4), 4 * middle_rows_at_once(rows) * 128 * 4);
 }
 
 struct Plan {
     Row row;
-    int splits;       // blocks that share a tile, each with a part of the depth
+    int splits;       // blocks that share tiles, each with a part of the depth
+    int64_t shared;   // how many tiles these share: one, or all, whose depths are then cut as one
     int64_t tiles;    // whole ones; of few.cuh groups of `row_tiles` times 8 rows of W
     int row_tiles;    // few.cuh alone
     int64_t scratch;  // bytes
+
+    int64_t blocks() const { return tiles / shared * splits; }
 };
 
 // Why a kernel cannot take a problem, or null.
@@ -141,7 +146,7 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
 }
 
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
-    Plan plan{row, 1, 0, 1, 0};
+    Plan plan{row, 1, 1, 0, 1, 0};
     const int64_t sms = card.multiprocessors;
     if (row.family == Family::kFew) {
         // Of 4, 2 and 1 tiles of 8 rows that a block takes at a time, the most that keeps all cards' parts even.
@@ -166,7 +171,18 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     int64_t splits = plan.tiles == 0 ? 1 : std::min(room / plan.tiles, steps / (512 / step));
     splits = std::min(splits, (kMostScratch - plan.tiles * 8 - 16) / std::max<int64_t>(plan.tiles * tile_bytes, 1));
     plan.splits = row.full ? 1 : static_cast<int>(std::clamp<int64_t>(splits, 1, 16));
-    if (plan.splits > 1) plan.scratch = plan.tiles * plan.splits * tile_bytes + (plan.tiles + 1) / 2 * 16;
+    int64_t parts = plan.splits > 1 ? plan.blocks() : 0;
+    if (middle) {
+        // Or all tiles as one, cut evenly. A tile's beginning takes as long as a step.
+        const auto over = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+        const int64_t all = plan.tiles * steps, blocks = std::clamp<int64_t>(all * step / 512, 1, std::min(sms, 255l));
+        const int64_t apart = over(plan.blocks(), sms) * (over(steps, plan.splits) + 1);
+        const int64_t together = over(all, blocks) + over(plan.tiles, blocks) + 1;
+        if (together < apart && all * blocks < UINT32_MAX && 2 * blocks * tile_bytes + plan.tiles * 8 <= kMostScratch) {
+            plan.splits = static_cast<int>(blocks), plan.shared = plan.tiles, parts = 2 * blocks;
+        }
+    }
+    if (parts > 0) plan.scratch = parts * tile_bytes + (plan.tiles + 1) / 2 * 16;
     return plan;
 }
 

@@ -37,14 +37,13 @@ Splits splits_of(const Plan& plan, void* scratch) {
     QLK_CHECK(scratch != nullptr, "blocks that share a tile need scratch");
     char* const room = static_cast<char*>(scratch);
     return {reinterpret_cast<float4*>(room + (plan.tiles + 1) / 2 * 16), reinterpret_cast<unsigned long long*>(room),
-            next_launch(), plan.splits};
+            next_launch(), plan.splits, static_cast<int>(plan.shared)};
 }
 
 template <class T, bool kBackward, int kRows, int kColumns, int kWarpsDown, int kStages>
 void gemm_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream) {
     using Traits = GemmTraits<T, kBackward, kRows, kColumns, kWarpsDown, kStages>;
-    launch(gemm_kernel<T, Traits>, plan.tiles * plan.splits, Traits::kThreads, sizeof(typename Traits::Shared), stream,
-           a);
+    launch(gemm_kernel<T, Traits>, plan.blocks(), Traits::kThreads, sizeof(typename Traits::Shared), stream, a);
 }
 
 template <class T>
@@ -71,7 +70,7 @@ template <class T, int kRows>
 void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream) {
     using Nested = MiddleTraits<T, kRows, true>;
     const auto kernel = a.weight.absmax ? middle_kernel<T, MiddleTraits<T, kRows, false>> : middle_kernel<T, Nested>;
-    launch(kernel, plan.tiles * plan.splits, Nested::kThreads, sizeof(typename Nested::Shared), stream, a);
+    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a);
 }
 
 // Whether a kernel on tensor cores takes it; then it is launched.

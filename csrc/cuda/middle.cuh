@@ -26,8 +26,9 @@
 // in the other of two buffers; a step takes 1200 clocks or more, and memory 500 to 1000. The constants of a step's 512
 // blocks are made by all threads, two each, a step ahead.
 //
-// Where there are few tiles, several blocks share one, each with a part of the depth (splits.cuh), the first with the
-// low-rank part.
+// Where there are few tiles, several blocks share one, each with a part of the depth; and where there are more, but not
+// as many as multiprocessors or a multiple of that, all blocks share all tiles (splits.cuh): 112 tiles on 132
+// multiprocessors would leave 20 of them idle. A tile's low-rank part is that of the block with its first step.
 #pragma once
 
 #include "decode.cuh"
@@ -48,14 +49,17 @@ struct MiddleTraits {
     static_assert(sizeof(T) == 2 && kRows % 8 == 0);
     static_assert(kGroups * 64 == kColumns && kGroups * kSlices * 32 == kThreads);
 
+    static constexpr int kRowsAtOnce = middle_rows_at_once(kRows);  // whose sums the slices add
     struct Loop {
-        float2 pairs[256][32];
         uint4 x[2][kSlices][kRows * 8];
         float constants[2][kSlices][kConstantsPitch];
     };
-    union Shared {
-        Loop loop;
-        float4 sums[kSlices][kRows][kColumns / 4];
+    struct Shared {
+        float2 pairs[256][32];  // for all tiles
+        union {
+            Loop loop;
+            float4 sums[kSlices][kRowsAtOnce][kColumns / 4];
+        };
     };
     static_assert(sizeof(Shared) == middle_shared(kRows));
 };
@@ -70,7 +74,8 @@ struct Middle {
 
     const GemmArguments<T>& a;
     typename Traits::Shared& shared;
-    unsigned tile_down, tile_across;  // of this block
+    unsigned tile;  // of those that this block shares
+    unsigned tile_down, tile_across;
     int first_step, steps;
     int blocks;    // of a row of W
     float offset;  // of the constants
@@ -86,6 +91,24 @@ struct Middle {
     int constant_at = 0;                  // their number in the row
     int constant_rows = 0;                // how many of the two rows there are
 
+    QLK_DEVICE static Share share(const GemmArguments<T>& a) {
+        return {a.splits, (anew(static_cast<unsigned>(a.k)) + Traits::kDepth - 1) / Traits::kDepth};
+    }
+    QLK_DEVICE Share share() const { return share(a); }
+
+    // Who and where this thread is. Called again where it is needed again: at 64 rows there are no registers for it
+    // while steps are multiplied.
+    QLK_DEVICE void locate() {
+        self = static_cast<int>(anew(threadIdx.x));
+        lane = self % 32;
+        slice = self / 32 / Traits::kGroups;
+        group = self / 32 % Traits::kGroups;
+        const unsigned down = (anew(static_cast<unsigned>(a.m)) + Traits::kRows - 1) / Traits::kRows;
+        const unsigned number = share().number(tile);
+        tile_down = number % down;
+        tile_across = number / down;
+    }
+
     QLK_DEVICE int64_t first_row() const { return static_cast<int64_t>(tile_down) * Traits::kRows; }
     QLK_DEVICE int64_t first_column() const { return static_cast<int64_t>(tile_across) * Traits::kColumns; }
 
@@ -94,6 +117,11 @@ struct Middle {
     QLK_DEVICE static int piece_at(int row, int at) { return at % 4 * 2 + (at / 4 ^ (row & 1)); }
 
     QLK_DEVICE void start() {
+        locate();
+        first_step = static_cast<int>(share().from(tile));
+        steps = static_cast<int>(share().to(tile)) - first_step;
+        blocks = static_cast<int>(a.k / kBlock);
+        offset = Traits::kNested ? load_global(a.weight.nested_offset) : 0.0f;
         const int row = self / 32, column = group * 64 + lane / 4 * 8;
         x_next = a.left + (first_row() + row) * a.k + first_step * Traits::kDepth + self / 8 % 4 * kBlock +
                  piece_at(row, self % 8) * 8;
@@ -184,8 +212,8 @@ struct Middle {
     template <int kByte>
     QLK_DEVICE uint32_t pair(uint32_t codes, uint32_t lane_bytes, float absmax) const {
         const uint32_t at = prmt(codes, lane_bytes, 0x5504 | kByte << 4);
-        const float2 levels = load_shared(
-            reinterpret_cast<const float2*>(reinterpret_cast<const unsigned char*>(shared.loop.pairs) + at));
+        const float2 levels =
+            load_shared(reinterpret_cast<const float2*>(reinterpret_cast<const unsigned char*>(shared.pairs) + at));
         return pack_pair<T>(__fmul_rn(levels.x, absmax), __fmul_rn(levels.y, absmax));
     }
 
@@ -246,15 +274,6 @@ struct Middle {
         }
     }
 
-    // The table: an entry for each thread; neighbouring lanes begin at different banks.
-    QLK_DEVICE void prepare() {
-        const float2 levels = make_float2(a.weight.levels[self >> 4], a.weight.levels[self & 15]);
-        const float4 twice = make_float4(levels.x, levels.y, levels.x, levels.y);
-        float4* const to = reinterpret_cast<float4*>(shared.loop.pairs[self]);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) store_shared(to + (i + lane) % 16, twice);
-    }
-
     QLK_DEVICE void run() {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
@@ -272,7 +291,6 @@ struct Middle {
         }
         cp_async_commit();
         Constants next = ask(steps > 0);
-        prepare();
         if (first_step == 0) low_rank();
         put(0, next, {entry(next.code[0]), entry(next.code[1])});
         next = ask(steps > 1);
@@ -317,32 +335,39 @@ struct Middle {
 
     // The slices' sums together: four columns of each of some rows become this thread's.
     QLK_DEVICE void add_slices(float (&total)[kSums]) {
+        locate();
+        constexpr int kRows = Traits::kRowsAtOnce;
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
+        for (int first = 0; first < Traits::kRows; first += kRows) {
+            if (first > 0) __syncthreads();  // nobody reads the rows before
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int row = i * 8 + lane % 4 * 2 + e;
-                float4* const to = shared.sums[slice][row];
+            for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
-                for (int q = 0; q < 2; ++q) {  // columns 8g + 4q and on
-                    const float (&first)[4] = sum[i][q * 2];
-                    const float (&second)[4] = sum[i][q * 2 + 1];
-                    store_shared(to + four_at(row, group * 16 + lane / 4 * 2 + q),
-                                 make_float4(first[e], first[e + 2], second[e], second[e + 2]));
+                for (int e = 0; e < 2; ++e) {
+                    const int row = i * 8 + lane % 4 * 2 + e;
+                    float4* const to = shared.sums[slice][row];
+#pragma unroll
+                    for (int q = 0; q < 2; ++q) {  // columns 8g + 4q and on
+                        const float (&even)[4] = sum[first / 8 + i][q * 2];
+                        const float (&odd)[4] = sum[first / 8 + i][q * 2 + 1];
+                        store_shared(to + four_at(row, group * 16 + lane / 4 * 2 + q),
+                                     make_float4(even[e], even[e + 2], odd[e], odd[e + 2]));
+                    }
                 }
             }
-        }
-        __syncthreads();
+            __syncthreads();
 #pragma unroll
-        for (int i = 0; i < kSums / 4; ++i) {
-            const int at = self + i * Traits::kThreads, row = at / 32;
-            float4 all = load_shared(shared.sums[0][row] + four_at(row, at % 32));
+            for (int i = 0; i < kRows / 8; ++i) {
+                const int at = self + i * Traits::kThreads, row = at / 32;
+                float4 all = load_shared(shared.sums[0][row] + four_at(row, at % 32));
 #pragma unroll
-            for (int s = 1; s < Traits::kSlices; ++s) {
-                const float4 part = load_shared(shared.sums[s][row] + four_at(row, at % 32));
-                all = make_float4(all.x + part.x, all.y + part.y, all.z + part.z, all.w + part.w);
+                for (int s = 1; s < Traits::kSlices; ++s) {
+                    const float4 part = load_shared(shared.sums[s][row] + four_at(row, at % 32));
+                    all = make_float4(all.x + part.x, all.y + part.y, all.z + part.z, all.w + part.w);
+                }
+                float* const to = total + first / 2 + 4 * i;
+                to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
             }
-            total[4 * i] = all.x, total[4 * i + 1] = all.y, total[4 * i + 2] = all.z, total[4 * i + 3] = all.w;
         }
     }
 
@@ -371,40 +396,37 @@ struct Middle {
     }
 };
 
+// The table: an entry for each thread; neighbouring lanes begin at different banks.
+template <class Shared>
+QLK_DEVICE void make_pairs(Shared& shared, const float* levels, int self) {
+    const float high = levels[self >> 4], low = levels[self & 15];
+    float4* const to = reinterpret_cast<float4*>(shared.pairs[self]);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) store_shared(to + (i + self) % 16, make_float4(high, low, high, low));
+}
+
 template <class T, class Traits>
-QLK_DEVICE void middle_tile(const GemmArguments<T>& a) {
-    auto& shared = shared_memory<typename Traits::Shared>();
-    const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
-    const unsigned tile = blockIdx.x / static_cast<unsigned>(a.splits.count);
-    const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.splits.count));
-    const int64_t steps = (a.k + Traits::kDepth - 1) / Traits::kDepth;
-    const int first_step = static_cast<int>(steps * split / a.splits.count);
-    const int self = static_cast<int>(threadIdx.x), warp = self / 32;
-    Middle<T, Traits> middle{a,
-                             shared,
-                             tile % down,
-                             tile / down,
-                             first_step,
-                             static_cast<int>(steps * (split + 1) / a.splits.count) - first_step,
-                             static_cast<int>(a.k / kBlock),
-                             Traits::kNested ? load_global(a.weight.nested_offset) : 0.0f,
-                             self,
-                             self % 32,
-                             warp / Traits::kGroups,
-                             warp % Traits::kGroups,
-                             {}};
-    middle.run();
-    float total[Middle<T, Traits>::kSums];
-    middle.add_slices(total);
-    if (add_splits<Traits::kThreads>(a.splits, tile, split, total, reinterpret_cast<int*>(&shared))) {
-        middle.store(total);
-    }
+QLK_DEVICE void middle_tiles(const GemmArguments<T>& a) {
+    using Shared = typename Traits::Shared;
+    make_pairs(shared_memory<Shared>(), a.weight.levels, static_cast<int>(threadIdx.x));
+    unsigned tile = Middle<T, Traits>::share(a).first_tile();
+#pragma unroll 1
+    do {
+        auto& shared = shared_memory_anew<Shared>();
+        Middle<T, Traits> middle{a, shared, tile};
+        middle.run();
+        float total[Middle<T, Traits>::kSums];
+        middle.add_slices(total);
+        int* const word = reinterpret_cast<int*>(&shared.loop);
+        if (middle.share().template add<Traits::kThreads>(tile, total, word)) middle.store(total);
+        __syncthreads();  // nobody reads sums or the word any more, whose place the next tile takes
+    } while (Middle<T, Traits>::share(a).reaches(++tile));
 }
 
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) middle_kernel(const __grid_constant__ GemmArguments<T> a) {
     if constexpr (sizeof(typename Traits::Shared) <= kMostShared) {
-        middle_tile<T, Traits>(a);
+        middle_tiles<T, Traits>(a);
     } else {
         trap();  // launchers do not ask for it
     }

@@ -11,15 +11,16 @@
 namespace qlk::cuda {
 
 struct Splits {
-    float4* partial;             // [tiles][count][sums / 4][threads]
+    float4* partial;             // [parts][sums / 4][threads]
     unsigned long long* ticket;  // [tiles]
     unsigned long long launch;   // its lowest byte is 0
-    int count;                   // of the blocks that share a tile, at most 255; 1: none of this is touched
+    int count;                   // of the blocks that share `tiles`, at most 255
+    int tiles = 1;               // that they share
 };
 
-// Whether this block comes last of those that share a tile; then it sees what the others gave to store_exchanged before
-// they came here. All threads of the block come. `word`: of shared memory, for this alone.
-QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int* word) {
+// Whether this block comes last of those that bring `parts` of a tile; then it sees what the others gave to
+// store_exchanged before they came here. All threads of the block come. `word`: of shared memory, for this alone.
+QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int parts, int* word) {
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();  // for all threads of the block, whose stores the barrier put before this
@@ -27,7 +28,7 @@ QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int* word) {
         do {
             before = seen;
             const unsigned long long others = (before & ~0xffull) == splits.launch ? before & 0xff : 0;
-            const bool last = static_cast<int>(others) == splits.count - 1;
+            const bool last = static_cast<int>(others) == parts - 1;
             seen = atomicCAS(splits.ticket + tile, before, last ? 0ull : splits.launch | (others + 1));
             store_shared(word, last ? 1 : 0);
         } while (seen != before);
@@ -37,35 +38,82 @@ QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int* word) {
     return load_shared(word) != 0;
 }
 
-// Every thread of the block brings its sums. In the block that comes last they become those of all blocks, and the
-// result is true; the others are done. `word`: of shared memory, for this alone.
-template <int kThreads, int kSums>
-QLK_DEVICE bool add_splits(const Splits& splits, int64_t tile, int split, float (&sum)[kSums], int* word) {
+// Every thread of the block brings its sums, of part `part` of `parts` of a tile. In the block that comes last they
+// become those of all, and the result is true; the others are done with the tile. `place`: where a part lies among all
+// parts. `word`: of shared memory, for this alone.
+template <int kThreads, int kSums, class Place>
+QLK_DEVICE bool add_parts_of(const Splits& splits, int64_t tile, int part, int parts, Place place, float (&sum)[kSums],
+                             int* word) {
     static_assert(kSums % 4 == 0);
-    if (splits.count == 1) return true;
-    const int self = static_cast<int>(threadIdx.x);
-    const auto place = [&](int which, int i) {
-        return splits.partial + ((tile * splits.count + which) * (kSums / 4) + i) * kThreads + self;
+    if (parts == 1) return true;
+    const auto at = [&](int which, int i) {
+        return splits.partial + (place(which) * (kSums / 4) + i) * kThreads + static_cast<int>(threadIdx.x);
     };
 #pragma unroll
     for (int i = 0; i < kSums / 4; ++i) {
-        store_exchanged(place(split, i), make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+        store_exchanged(at(part, i), make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
     }
-    if (!comes_last(splits, tile, word)) return false;
+    if (!comes_last(splits, tile, parts, word)) return false;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sum[i] = 0.0f;
 #pragma unroll 1
-    for (int which = 0; which < splits.count; ++which) {
+    for (int which = 0; which < parts; ++which) {
 #pragma unroll
         for (int i = 0; i < kSums / 4; ++i) {
-            const float4 part = load_exchanged(place(which, i));
-            sum[4 * i] += part.x;
-            sum[4 * i + 1] += part.y;
-            sum[4 * i + 2] += part.z;
-            sum[4 * i + 3] += part.w;
+            const float4 more = load_exchanged(at(which, i));
+            sum[4 * i] += more.x;
+            sum[4 * i + 1] += more.y;
+            sum[4 * i + 2] += more.z;
+            sum[4 * i + 3] += more.w;
         }
     }
     return true;
 }
+
+// Of blocks that share a single tile.
+template <int kThreads, int kSums>
+QLK_DEVICE bool add_splits(const Splits& splits, int64_t tile, int split, float (&sum)[kSums], int* word) {
+    const auto place = [&](int which) { return tile * splits.count + which; };
+    return add_parts_of<kThreads>(splits, tile, split, splits.count, place, sum, word);
+}
+
+// A block's part of the depth of the tiles that `count` blocks share, as if they were one after the other: cut
+// anywhere, so that all blocks have the same to do, however many tiles there are ("Stream-K", Osama et al., arXiv
+// 2301.03598). Tiles are numbered from the first of those that this block shares; a step is one of `steps` along a
+// tile's depth.
+struct Share {
+    const Splits& splits;
+    unsigned steps;
+
+    QLK_DEVICE unsigned count() const { return static_cast<unsigned>(splits.count); }
+    QLK_DEVICE unsigned self() const { return blockIdx.x % count(); }
+    // The planner sees to it that these products have 32 bits.
+    QLK_DEVICE unsigned all() const { return steps * static_cast<unsigned>(splits.tiles); }
+    QLK_DEVICE unsigned begin_of(unsigned block) const { return all() * block / count(); }
+    // Whose a step is: the last block's that begins at it or before.
+    QLK_DEVICE unsigned owner(unsigned step) const { return ((step + 1) * count() - 1) / all(); }
+
+    QLK_DEVICE unsigned first_tile() const { return begin_of(self()) / steps; }
+    QLK_DEVICE bool reaches(unsigned tile) const { return tile * steps < begin_of(self() + 1); }
+    // This block's part of a tile's steps.
+    QLK_DEVICE unsigned from(unsigned tile) const { return max(begin_of(self()), tile * steps) - tile * steps; }
+    QLK_DEVICE unsigned to(unsigned tile) const { return min(begin_of(self() + 1), (tile + 1) * steps) - tile * steps; }
+    // A tile's number among all.
+    QLK_DEVICE unsigned number(unsigned tile) const {
+        return blockIdx.x / count() * static_cast<unsigned>(splits.tiles) + tile;
+    }
+
+    // As add_splits, of one of these tiles. A block shares at most two with others: that in which it begins, whose part
+    // has the block's number among all parts, and that in which it ends, whose part lies behind all of those.
+    template <int kThreads, int kSums>
+    QLK_DEVICE bool add(unsigned tile, float (&sum)[kSums], int* word) const {
+        const unsigned first = owner(tile * steps), last = owner((tile + 1) * steps - 1);
+        const int64_t of_first = static_cast<int64_t>(blockIdx.x) - self() + first;
+        const bool began_before = begin_of(first) < tile * steps;
+        const auto place = [&](int part) { return of_first + part + (part == 0 && began_before ? gridDim.x : 0); };
+        return add_parts_of<kThreads>(splits, number(tile), static_cast<int>(self() - first),
+                                      static_cast<int>(last - first + 1), place, sum, word);
+    }
+};
 
 }  // namespace qlk::cuda

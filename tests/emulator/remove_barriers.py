@@ -40,7 +40,7 @@ TESTS = {
         ("tests/test_cuda_adapters.py", "test_every_rank or test_the_bits"),
     ),
     "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
-    "middle": (("tests/test_cuda.py", "emulated and test_middle_rows"),),
+    "middle": (("tests/test_cuda.py", "emulated and test_middle_rows"), ("tests/test_cuda.py", "cut_anywhere")),
     "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),
     "arena": tuple(
         ("tests/test_paging.py", words)
