@@ -113,6 +113,7 @@ class Launch:
         stages: of copies.
         splits: thread blocks that share a tile's depth, or that of several tiles.
         shared_tiles: how many.
+        whole_tiles: those that a thread block has alone while others are shared.
         warps: of a thread block.
         shared_bytes: moved through shared memory in a step.
         persistent: whether a thread block takes tile after tile.
@@ -129,6 +130,7 @@ class Launch:
     shared_bytes: float
     persistent: bool = False
     shared_tiles: int = 1
+    whole_tiles: int = 0
 
 
 def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
@@ -159,6 +161,7 @@ def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
     return Launch(
         *(plan["kernel"], f"gemm_kernel<bf16, {traits}>", rows, columns, 64),
         *(plan["stages"], plan["splits"], 8, moved),
+        whole_tiles=plan["whole_tiles"],
     )
 
 
@@ -202,15 +205,25 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
     launch = launch_of(card, m, n, k, backward)
     row = compiled(launch, card)
     columns, depth = (k, n) if backward else (n, k)
+    # A copy is asked for so many steps before it is waited for.
+    ahead = max(1, launch.stages - 2)
     tiles = math.ceil(m / launch.rows) * math.ceil(columns / launch.columns)
     # Of a few-rows kernel's step of four chunks for each warp only those are counted that lie within the depth.
     parts = 4 if launch.persistent else 1
     whole = math.ceil(depth * parts / launch.depth) / parts
-    steps = whole if launch.persistent else math.ceil(whole * launch.shared_tiles / launch.splits)
-    # The thread blocks, or the tiles of a persistent one, one after the other, of the SM that has the most.
-    most = math.ceil(tiles // launch.shared_tiles * launch.splits / card.sms)
-    rounds = 1 if launch.persistent else math.ceil(most / blocks_at_once(card, row, launch.warps))
-    in_turn = most * math.ceil(steps) if launch.persistent else steps
+    # Of the SM that has the most: thread blocks with a tile of their own, thread blocks that share tiles, or the tiles
+    # of a persistent one, one after the other; and their steps.
+    alone, rest = math.ceil(launch.whole_tiles / card.sms), tiles - launch.whole_tiles
+    sharing = math.ceil(rest // launch.shared_tiles * launch.splits / card.sms)
+    part = whole if launch.persistent else math.ceil(whole * launch.shared_tiles / launch.splits)
+    most, steps = alone + sharing, alone * whole + sharing * part
+    at_once = blocks_at_once(card, row, launch.warps)
+    # Steps, and beginnings, that wait one for the other.
+    in_turn = [(alone, whole), (sharing, part)]
+    if launch.persistent:
+        waits = most * math.ceil(part) + 1
+    else:
+        waits = sum(math.ceil(blocks / at_once) * (each / ahead + 1) for blocks, each in in_turn)
     clock = card.clock * 1e9
     moved = product_bytes(m, n, k, BITS_PER_WEIGHT)
     read = launch.depth * launch.columns * BITS_PER_WEIGHT / 8  # bytes in a step
@@ -218,15 +231,13 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
     once = min(card.sms, tiles) * 2 * m * k if launch.persistent else 0  # x, into each block
     flops = 2 * launch.rows * launch.columns * launch.depth  # in a step
     tensor_rate = card.dense_rate * card.mma_sync / card.sms
-    # A copy is asked for so many steps before it is waited for.
-    ahead = max(1, launch.stages - 2)
     seconds = {
         "memory": moved / card.copy_rate,
         "L2": (tiles * whole * read + once) / (card.l2_bytes * clock),
-        "tensor": most * steps * flops / tensor_rate,
-        "shared": most * steps * launch.shared_bytes / 128 / clock,
-        "issue": most * steps * issued(row) * launch.warps / SCHEDULERS / clock,
-        "latency": rounds * (in_turn / ahead + 1) * card.latency / clock,
+        "tensor": steps * flops / tensor_rate,
+        "shared": steps * launch.shared_bytes / 128 / clock,
+        "issue": steps * issued(row) * launch.warps / SCHEDULERS / clock,
+        "latency": waits * card.latency / clock,
     }
     binds = max(seconds, key=lambda name: seconds[name])
     dense = max(product_bytes(m, n, k, 16) / card.copy_rate, 2 * m * n * k / card.dense_rate)
@@ -241,6 +252,7 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
         "tile": f"{launch.rows} x {launch.columns}",
         "splits": launch.splits,
         "shared_tiles": launch.shared_tiles,
+        "whole_tiles": launch.whole_tiles,
         "tiles": tiles,
         "most_on_an_sm": most,
         "bytes": round(moved),

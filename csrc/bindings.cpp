@@ -115,6 +115,7 @@ PYBIND11_MODULE(_C, m) {
             chosen["splits"] = plan.splits;
             chosen["shared_tiles"] = plan.shared;
             chosen["tiles"] = plan.tiles;
+            chosen["whole_tiles"] = plan.whole;
             chosen["row_tiles"] = plan.row_tiles;
             chosen["scratch"] = plan.scratch;
             return chosen;

@@ -63,8 +63,8 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
 
     Returns:
         ``kernel`` (its name, as QLORA_KERNELS_CUDA_KERNEL takes it), ``rows`` and ``stages`` of a tile, ``tiles``,
-        ``splits`` (blocks that share tiles), ``shared_tiles`` (how many these share: one, or all), ``row_tiles`` and
-        ``scratch`` (bytes).
+        ``splits`` (blocks that share tiles), ``shared_tiles`` (how many these share: one, or all), ``whole_tiles``
+        (that a block has alone while others are shared), ``row_tiles`` and ``scratch`` (bytes).
 
     Raises:
         RuntimeError: when QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot take the case.
@@ -76,13 +76,20 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
 
 
 def ranges(card: Card, n: int, k: int, dtype: torch.dtype, backward: bool) -> list[tuple[int, int | None, dict]]:
-    """From which M to which (None: any more) which kernel runs, with how many blocks a tile."""
+    """From which M to which (None: any more) which kernel runs, with how many blocks a tile. Up to a round of tiles for
+    all multiprocessors the number of blocks counts; beyond it only the last round's differ, and are not told apart."""
     found: list[tuple[int, int | None, dict]] = []
-    # With a tile of 128 rows for each multiprocessor, the widest fill the card whatever N and K are.
-    for m in range(1, 128 * card.multiprocessors + 2):
+    # With eight rounds of tiles the widest fill the card whatever N and K are.
+    for m in range(1, 8 * 128 * card.multiprocessors + 2):
+        if m > 256 and m % 128 != 1:  # no tile has more rows: the same number of them
+            found[-1] = (found[-1][0], m, found[-1][2])
+            continue
         plan = choose(card, m, n, k, dtype, backward)
+        if plan["tiles"] > card.multiprocessors and plan["shared_tiles"] == 1:
+            plan["splits"] = 1
         if found and all(found[-1][2][key] == plan[key] for key in ("kernel", "splits", "shared_tiles")):
-            found[-1] = (found[-1][0], m, plan)
+            most = {key: max(plan[key], found[-1][2][key]) for key in ("scratch", "whole_tiles")}
+            found[-1] = (found[-1][0], m, plan | most)
         else:
             found.append((m, m, plan))
     first, _, plan = found[-1]
@@ -113,8 +120,9 @@ def describe(n: int, k: int, card: Card, remark: str = "") -> str:
 
 def _blocks(plan: dict[str, Any]) -> str:
     """Of how many blocks a tile is, or of how many all tiles are."""
-    together = plan["shared_tiles"] > 1
-    return f"{plan['splits']} for {plan['shared_tiles']}" if together else str(plan["splits"])
+    if plan["shared_tiles"] > 1:
+        return f"{plan['splits']} for {plan['shared_tiles']}"
+    return "1, last more" if plan["whole_tiles"] > 0 else str(plan["splits"])
 
 
 def _interval(first: int, last: int | None) -> str:

@@ -367,8 +367,8 @@ def test_every_tile_and_depth_of_the_pipeline(monkeypatch, rows, shared, kernel)
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-#: M, N, K and multiprocessors: tiles that 2, 3 and 9 blocks share, with an odd number of steps.
-SHARED_TILES = ((20, 136, 1088, 8), (64, 128, 1536, 3), (130, 136, 1600, 12), (17, 24, 4672, 16))
+#: M, N, K and multiprocessors: tiles that 2, 3 and 9 blocks share, with an odd number of steps; the last one of four.
+SHARED_TILES = ((20, 136, 1088, 8), (64, 128, 1536, 3), (130, 136, 1600, 12), (17, 24, 4672, 16), (130, 136, 1600, 3))
 
 
 @pytest.mark.parametrize("resident_blocks", [1, 5])
@@ -402,8 +402,8 @@ def test_blocks_that_share_a_tile_add_up_in_one_order(case, resident_blocks):
 
 
 #: M, N, K, multiprocessors, and where the steps of all tiles are cut: at 6, 12 and 18 of 5 times 5; at 12 of 3 times 8,
-#: so that a block has a tile and a half; at 5 and 10 of 2 times 8; at 8, 16 .. of 2 times 20, three blocks to a tile.
-CUT_ANYWHERE = ((16, 640, 1088, 4), (64, 300, 2048, 2), (31, 256, 2048, 3), (5, 136, 5120, 5))
+#: so that a block has a tile and a half; at 6 and 13 of 2 times 10; at 8, 16 .. of 2 times 21, three blocks to a tile.
+CUT_ANYWHERE = ((16, 640, 1088, 4), (64, 300, 2048, 2), (31, 256, 2560, 3), (5, 136, 5376, 5))
 
 
 @pytest.mark.parametrize("case", CUT_ANYWHERE)

@@ -59,7 +59,7 @@ struct Row {
     int stages;                  // of copies under way
     int64_t most;                // rows of x it is meant for
     int least_bf16, least_fp16;  // architectures
-    bool full;                   // only where its tiles fill the card
+    bool full;                   // only where its tiles, which are not shared, fill the card
 };
 
 constexpr int64_t kAnyRows = INT64_MAX;
@@ -112,12 +112,16 @@ struct Plan {
     Row row;
     int splits;       // blocks that share tiles, each with a part of the depth
     int64_t shared;   // how many tiles these share: one, or all, whose depths are then cut as one
-    int64_t tiles;    // whole ones; of few.cuh groups of `row_tiles` times 8 rows of W
+    int64_t tiles;    // of few.cuh groups of `row_tiles` times 8 rows of W
+    int64_t whole;    // of these tiles, that a block has alone while others are shared
     int row_tiles;    // few.cuh alone
     int64_t scratch;  // bytes
 
-    int64_t blocks() const { return tiles / shared * splits; }
+    int64_t blocks() const { return whole + (tiles - whole) / shared * splits; }
 };
+
+constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ticket_bytes(int64_t tiles) { return over(tiles, 2) * 16; }
 
 // Why a kernel cannot take a problem, or null.
 inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
@@ -146,44 +150,59 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
 }
 
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
-    Plan plan{row, 1, 1, 0, 1, 0};
+    Plan plan{row, 1, 1, 0, 0, 1, 0};
     const int64_t sms = card.multiprocessors;
     if (row.family == Family::kFew) {
         // Of 4, 2 and 1 tiles of 8 rows that a block takes at a time, the most that keeps all cards' parts even.
-        const int64_t all = (p.n + 7) / 8;
+        const int64_t all = over(p.n, 8);
         int64_t best = INT64_MAX;
         for (const int tiles : {4, 2, 1}) {
-            const int64_t groups = (all + tiles - 1) / tiles, rounds = (groups + sms - 1) / sms * tiles;
+            const int64_t groups = over(all, tiles), rounds = over(groups, sms) * tiles;
             if (rounds < best) best = rounds, plan.row_tiles = tiles, plan.tiles = groups;
         }
         return plan;
     }
     if (row.family == Family::kFloats) {
-        plan.tiles = ((p.m + 63) / 64) * ((p.columns() + 63) / 64);
+        plan.tiles = over(p.m, 64) * over(p.columns(), 64);
         return plan;
     }
-    plan.tiles = ((p.m + row.rows - 1) / row.rows) * ((p.columns() + row.columns - 1) / row.columns);
-    // As many parts as give every multiprocessor its blocks, of a depth of at least 512 each.
+    plan.tiles = over(p.m, row.rows) * over(p.columns(), row.columns);
+    if (row.full || plan.tiles == 0) return plan;
     const bool middle = row.family == Family::kMiddle;
-    const int64_t room = sms * (row.rows <= 32 && !middle ? 2 : 1);
-    const int64_t step = middle ? kMiddleDepth : kTileDepth, steps = (p.depth() + step - 1) / step;
+    const int64_t step = middle ? kMiddleDepth : kTileDepth, steps = over(p.depth(), step);
     const int64_t tile_bytes = static_cast<int64_t>(row.rows) * row.columns * 4;
-    int64_t splits = plan.tiles == 0 ? 1 : std::min(room / plan.tiles, steps / (512 / step));
-    splits = std::min(splits, (kMostScratch - plan.tiles * 8 - 16) / std::max<int64_t>(plan.tiles * tile_bytes, 1));
-    plan.splits = row.full ? 1 : static_cast<int>(std::clamp<int64_t>(splits, 1, 16));
-    int64_t parts = plan.splits > 1 ? plan.blocks() : 0;
+    const auto take = [&](int splits, int64_t whole, int64_t shared, int64_t parts) {
+        const int64_t bytes = parts * tile_bytes + ticket_bytes(plan.tiles - whole);
+        if (bytes > kMostScratch) return false;
+        plan.splits = splits, plan.whole = whole, plan.shared = shared, plan.scratch = bytes;
+        return true;
+    };
+    // In steps. Beginning a tile and ending it takes as long as 256 of depth: by reasoning, no card has been asked.
+    const int64_t begin = 256 / step, room = sms * (row.rows <= 32 && !middle ? 2 : 1);
+    // Tiles that do not fill the card, of the last round, are shared by as many blocks as are soonest done, which have
+    // a depth of at least 512 each.
+    const int64_t rest = plan.tiles % room, whole = plan.tiles - rest;
+    int64_t least = rest > 0 ? steps + begin : 0;
+    for (int splits = 2; rest > 0 && splits <= 16 && steps / splits * step >= 512; ++splits) {
+        const int64_t time = over(rest * splits, room) * (over(steps, splits) + begin);
+        if (time < least && !(middle && whole > 0) && take(splits, whole, 1, rest * splits)) least = time;
+    }
     if (middle) {
-        // Or all tiles as one, cut evenly. A tile's beginning takes as long as a step.
-        const auto over = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+        // Or all tiles as one, cut evenly.
         const int64_t all = plan.tiles * steps, blocks = std::clamp<int64_t>(all * step / 512, 1, std::min(sms, 255l));
-        const int64_t apart = over(plan.blocks(), sms) * (over(steps, plan.splits) + 1);
-        const int64_t together = over(all, blocks) + over(plan.tiles, blocks) + 1;
-        if (together < apart && all * blocks < UINT32_MAX && 2 * blocks * tile_bytes + plan.tiles * 8 <= kMostScratch) {
-            plan.splits = static_cast<int>(blocks), plan.shared = plan.tiles, parts = 2 * blocks;
+        const int64_t apart = whole / room * (steps + begin) + least;
+        const int64_t together = over(all, blocks) + (over(plan.tiles, blocks) + 1) * begin;
+        if (together < apart && all * blocks < UINT32_MAX) {
+            take(static_cast<int>(blocks), 0, plan.tiles, 2 * blocks);
         }
     }
-    if (parts > 0) plan.scratch = parts * tile_bytes + (plan.tiles + 1) / 2 * 16;
     return plan;
+}
+
+// Whether the last round of tiles, or few rounds, leave at most an eighth of the card idle.
+inline bool fills(const Plan& plan, const Card& card) {
+    const int64_t places = over(plan.tiles, card.multiprocessors) * card.multiprocessors;
+    return plan.tiles > 0 && 8 * (places - plan.tiles) <= places;
 }
 
 // By the table alone.
@@ -191,7 +210,7 @@ inline Plan chosen(const Problem& p, const Card& card) {
     for (const Row& row : kDispatch) {
         if (p.m > row.most || refusal(row, p, card)) continue;
         const Plan found = planned(row, p, card);
-        if (!row.full || found.tiles >= card.multiprocessors) return found;
+        if (!row.full || fills(found, card)) return found;
     }
     QLK_CHECK(false, "no kernel takes the problem");
 }

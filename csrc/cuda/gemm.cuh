@@ -21,7 +21,8 @@
 // with 4 bytes of L2 traffic a weight.
 //
 // The low-rank part goes first, 64 of r at a time, so that dropout's mask can be put on it alone. Where there are few
-// tiles, several blocks share one, each with a part of the depth (splits.cuh), the first with the low-rank part.
+// tiles, or few in the last round, several blocks share one, each with a part of the depth (splits.cuh), the first with
+// the low-rank part.
 //
 // Shared memory: kStages * (kRows * 128 + kColumns * 32) + 2 * kColumns * 128 bytes. 16-byte pieces are swizzled by
 // row: neither ldmatrix nor any store has a bank conflict.
@@ -429,24 +430,27 @@ struct Gemm {
 // Of the architecture that is compiled for.
 constexpr size_t kMostShared = kArchitecture == 0 ? SIZE_MAX : most_shared(kArchitecture);
 
-// Blocks of one tile come one after another; tiles go down the rows first: those that run together share their weights
-// in L2.
+// Tiles that one block has alone come first. Blocks of one tile come one after another; tiles go down the rows first:
+// those that run together share their weights in L2.
 template <class T, class Traits>
 QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
     auto& shared = shared_memory<typename Traits::Shared>();
     const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
-    const unsigned tile = blockIdx.x / static_cast<unsigned>(a.splits.count);
-    const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.splits.count));
+    const unsigned whole = static_cast<unsigned>(a.splits.whole);
+    const bool alone = blockIdx.x < whole;
+    const unsigned count = alone ? 1 : static_cast<unsigned>(a.splits.count), shared_from = alone ? 0 : whole;
+    const unsigned tile = shared_from + (blockIdx.x - shared_from) / count;
+    const int split = static_cast<int>((blockIdx.x - shared_from) % count);
     const int64_t depth = Traits::kBackward ? a.n : a.k;
     const int64_t steps = (depth + Traits::kDepth - 1) / Traits::kDepth;
-    const int first_step = static_cast<int>(steps * split / a.splits.count);
+    const int first_step = static_cast<int>(steps * split / count);
     Gemm<T, Traits> gemm{a,
                          shared.loop,
                          static_cast<int64_t>(tile % down) * Traits::kRows,
                          static_cast<int64_t>(tile / down) * Traits::kColumns,
                          depth,
                          first_step,
-                         static_cast<int>(steps * (split + 1) / a.splits.count) - first_step,
+                         static_cast<int>(steps * (split + 1) / count) - first_step,
                          a.weight.absmax ? 0.0f : load_global(a.weight.nested_offset),
                          static_cast<int>(threadIdx.x),
                          static_cast<int>(threadIdx.x % 32),
@@ -456,8 +460,8 @@ QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
     if constexpr (Traits::kSplits) {
         // A barrier stands before the word is written, and another before the results are.
         using Sums = float[sizeof(gemm.sum) / sizeof(float)];
-        if (!add_splits<Traits::kThreads>(a.splits, tile, split, reinterpret_cast<Sums&>(gemm.sum),
-                                          reinterpret_cast<int*>(&shared))) {
+        if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - whole, split, reinterpret_cast<Sums&>(gemm.sum),
+                                                    reinterpret_cast<int*>(&shared))) {
             return;
         }
     }

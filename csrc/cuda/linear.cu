@@ -36,8 +36,12 @@ Splits splits_of(const Plan& plan, void* scratch) {
     if (plan.splits == 1) return {nullptr, nullptr, 0, 1};
     QLK_CHECK(scratch != nullptr, "blocks that share a tile need scratch");
     char* const room = static_cast<char*>(scratch);
-    return {reinterpret_cast<float4*>(room + (plan.tiles + 1) / 2 * 16), reinterpret_cast<unsigned long long*>(room),
-            next_launch(), plan.splits, static_cast<int>(plan.shared)};
+    return {reinterpret_cast<float4*>(room + ticket_bytes(plan.tiles - plan.whole)),
+            reinterpret_cast<unsigned long long*>(room),
+            next_launch(),
+            plan.splits,
+            static_cast<int>(plan.shared),
+            static_cast<int>(plan.whole)};
 }
 
 template <class T, bool kBackward, int kRows, int kColumns, int kWarpsDown, int kStages>

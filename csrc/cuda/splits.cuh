@@ -16,6 +16,7 @@ struct Splits {
     unsigned long long launch;   // its lowest byte is 0
     int count;                   // of the blocks that share `tiles`, at most 255
     int tiles = 1;               // that they share
+    int whole = 0;  // tiles that come first, each of which one block has alone; add_splits does not see them
 };
 
 // Whether this block comes last of those that bring `parts` of a tile; then it sees what the others gave to
