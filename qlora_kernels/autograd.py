@@ -10,14 +10,6 @@ from . import ops
 from .nf4 import NF4Weight
 
 
-def _forward(*arguments) -> tuple[Tensor, Tensor]:
-    """linear_forward without its autograd layer, which costs 7 microseconds and has nothing to do here."""
-    if torch.compiler.is_compiling():
-        return ops.linear_forward(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return ops.linear_forward(*arguments)
-
-
 def _save(ctx, x, u, bias, lora_A, lora_B, needs, scaling, dropout, seed, pieces) -> None:
     """Keeps what _gradients needs; needs: whether x, bias, lora_A and lora_B want a gradient."""
     ctx.save_for_backward(x if needs[2] else None, u if needs[3] else None, lora_A, lora_B, seed, *pieces)
@@ -54,7 +46,7 @@ def _compute_gradients(ctx, dy) -> tuple[Tensor | None, ...]:
     if need_dbias:
         dbias = dy.sum(0, dtype=torch.float32 if dy.dtype != torch.float64 else None).to(ctx.bias_dtype)
     if need_dx or need_dA or need_dB:
-        dx, dA, dB = ops.linear_backward(
+        dx, dA, dB = ops.backward(
             dy, *pieces, ctx.k, x, u, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, need_dx, need_dA, need_dB
         )
     return dx if need_dx else None, dbias, dA if need_dA else None, dB if need_dB else None
@@ -65,7 +57,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, lora_A, lora_B, n, scaling, dropout, seed, *pieces):
-        y, u = _forward(x, *pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
+        y, u = ops.forward_below_autograd(x, *pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
         _save(ctx, x, u, bias, lora_A, lora_B, ctx.needs_input_grad[:4], scaling, dropout, seed, pieces)
         return y
 
@@ -152,7 +144,12 @@ def linear(
     if dropout > 0.0 and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (lora_A is not None and lora_A.requires_grad)
+        or (lora_B is not None and lora_B.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
         # torch's own error speaks of setup_context, which is nothing to the caller. The question costs 60 ns.
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(
@@ -161,7 +158,7 @@ def linear(
             )
         y = _Linear.apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)
     else:
-        y, _ = _forward(rows, *weight.pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
+        y, _ = ops.forward_below_autograd(rows, *weight.pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 

@@ -98,7 +98,9 @@ def _weight(pieces: tuple[Tensor | None, ...], n: int, k: int) -> tuple:
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _seed(seed: Tensor | None, dropout: float) -> int:
@@ -247,6 +249,11 @@ class _Exposed:
         self.__cuda_array_interface__ = {"shape": (count,), "typestr": kind, "data": (address, False), "version": 3}
 
 
+#: The address of a device's current stream, by its ordinal: what torch.cuda.current_stream() wraps in an object, which
+#: takes longer than a launch. Builds of torch without CUDA lack it.
+_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 class CUDA:
     """The CUDA kernels, on the tensors' device and the caller's current stream there. Nothing waits for the device."""
 
@@ -289,7 +296,9 @@ class CUDA:
 
     @staticmethod
     def _queue(device: torch.device) -> tuple[int, int]:
-        return device.index, torch.cuda.current_stream(device).cuda_stream
+        if _stream_of is None:
+            return device.index, torch.cuda.current_stream(device).cuda_stream
+        return device.index, _stream_of(device.index)
 
     def _quantize(self, weight: Tensor, sums: Tensor | None):
         count, device = weight.numel(), weight.device
@@ -330,10 +339,10 @@ class CUDA:
         """Scratch for the sum of each 256 constants."""
         return self._empty((blocks + 255) // 256, torch.float64, device)
 
-    def _scratch(self, m: int, n: int, k: int, r: int, dtype: torch.dtype, backward: bool, device) -> Tensor | None:
+    def _scratch(self, m: int, n: int, k: int, r: int, x: Tensor, backward: bool, ordinal: int) -> Tensor | None:
         """Memory that the layer's kernels need for a while; what is in it does not matter."""
-        size = self._kernels.linear_scratch(m, n, k, r, _DTYPES[dtype], backward, self._queue(device)[0])
-        return self._empty(size, torch.uint8, device) if size else None
+        size = self._kernels.linear_scratch(m, n, k, r, _DTYPES[x.dtype], backward, ordinal)
+        return self._empty(size, torch.uint8, x.device) if size else None
 
     def quantize(self, weight: Tensor, name: str):
         return self._quantize(weight, None)
@@ -369,7 +378,8 @@ class CUDA:
             return y, u
         lora_A, lora_B, bias = _as(lora_A, x.dtype), _as(lora_B, x.dtype), _as(bias, torch.float32)
         seed = _seed_on(device, seed, dropout)
-        scratch = self._scratch(m, n, k, r, x.dtype, False, device)
+        queue = self._queue(device)
+        scratch = self._scratch(m, n, k, r, x, False, queue[0])
         self._kernels.linear_forward(
             _weight(pieces, n, k),
             x.data_ptr(),
@@ -385,7 +395,7 @@ class CUDA:
             _pointer(seed),
             _pointer(scratch),
             _DTYPES[x.dtype],
-            *self._queue(device),
+            *queue,
         )
         return y, u
 
@@ -402,7 +412,8 @@ class CUDA:
             A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
             v = self._empty((m, r), dy.dtype, device) if r and (need_dx or need_dA) else None
             seed = _seed_on(device, seed, dropout)
-            scratch = self._scratch(m, n, k, r, dy.dtype, True, device)
+            queue = self._queue(device)
+            scratch = self._scratch(m, n, k, r, dy, True, queue[0])
             self._kernels.linear_backward(
                 _weight(pieces, n, k),
                 dy.data_ptr(),
@@ -421,7 +432,7 @@ class CUDA:
                 _pointer(seed),
                 _pointer(scratch),
                 _DTYPES[dy.dtype],
-                *self._queue(device),
+                *queue,
             )
         return dx, dA.to(lora_A.dtype) if need_dA else _like(dy), dB.to(lora_B.dtype) if need_dB else _like(dy)
 

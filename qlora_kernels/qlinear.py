@@ -279,17 +279,20 @@ class QLinear(Adapters, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype, or autocast's, as nn.Linear; bias and adapters may have another dtype."""
-        bias = _fit(self.bias, x.dtype)
+        # Read past __getattr__ where nothing has taken a parameter's place: its searches cost as much as the rest.
+        parameters, modules, dtype = self._parameters, self._modules, x.dtype
+        bias = _fit(parameters["bias"] if "bias" in parameters else self.bias, dtype)  # noqa: SIM401
         name = self._active
         if name is None or self._disabled or self._merged is not None:
             return linear_function(x, self.weight, bias)
         config = self._adapters[name]
+        lora_A, lora_B = modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
         return linear_function(
             x,
             self.weight,
             bias,
-            _fit(self.lora_A[name], x.dtype),
-            _fit(self.lora_B[name], x.dtype),
+            _fit(self.lora_A[name] if lora_A is None else lora_A, dtype),
+            _fit(self.lora_B[name] if lora_B is None else lora_B, dtype),
             scaling=config.scaling,
             dropout=config.dropout if self.training else 0.0,
         )

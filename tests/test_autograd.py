@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_kernels
 from qlora_kernels import linear, ops, quantize, reference
@@ -123,13 +128,13 @@ def test_nothing_of_the_size_of_the_weight_is_saved_and_no_dropped_copy_of_x(wei
 def test_only_the_gradients_asked_for_are_computed(weight, monkeypatch, needed):
     tensors = [t.detach().requires_grad_(i == needed) for i, t in enumerate(leaves())]
     calls = []
-    original = ops.linear_backward
+    original = ops.backward
 
     def spy(*args):
         calls.append(args[-3:])
         return original(*args)
 
-    monkeypatch.setattr(ops, "linear_backward", spy)
+    monkeypatch.setattr(ops, "backward", spy)
     linear(tensors[0], weight, *tensors[1:]).sum().backward()
     assert [t.grad is not None for t in tensors] == [i == needed for i in range(4)]
     assert calls == {0: [(True, False, False)], 1: [], 2: [(False, True, False)], 3: [(False, False, True)]}[needed]
@@ -343,6 +348,60 @@ def test_what_works_under_torch_func(weight):
     doubled = {name: 2 * value for name, value in layer.named_parameters() if "lora" in name}
     expected = linear(x, weight, None, doubled["lora_A.default"], doubled["lora_B.default"], scaling=layer.scaling)
     assert torch.equal(torch.func.functional_call(layer, doubled, (x,)), expected)
+
+
+class Watched(torch.Tensor):
+    """A subclass that notes which operations it takes part in."""
+
+    seen: ClassVar[set[str]] = set()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.add(func.name())
+        with no_dispatch():
+            return func(*args, **(kwargs or {}))
+
+
+def test_the_dispatcher_is_passed_by_only_where_nobody_watches(weight, monkeypatch):
+    """Whoever looks at operations sees these, and gets the same numbers."""
+    names = {"qlora_kernels::linear_forward", "qlora_kernels::linear_backward"}
+    called = []
+    monkeypatch.setattr(ops, "_linear_forward", lambda *a, plain=ops._linear_forward: called.append(1) or plain(*a))
+    tensors = leaves()
+
+    def run(x=tensors[0]):
+        y = linear(x, weight, *tensors[1:])
+        (gradient,) = torch.autograd.grad(y.sum(), tensors[2])
+        return y.detach(), gradient
+
+    expected = run()
+    assert called == [1], "past the dispatcher"
+
+    class Modes(TorchDispatchMode):
+        seen: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Modes():
+        results = [run()]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        results.append(run())
+    with FlopCounterMode(display=False):
+        results.append(run())
+    for seen in (Modes.seen, {event.name for event in profile.events()}):
+        assert names <= seen
+    with torch.no_grad():
+        linear(torch.randn(5, K).as_subclass(Watched), weight)
+        traced = torch.jit.trace(lambda x: linear(x, weight), tensors[0].detach(), check_trace=False)
+        graph = make_fx(lambda x: linear(x, weight))(tensors[0].detach())
+    assert "qlora_kernels::linear_forward" in Watched.seen
+    assert "qlora_kernels::linear_forward" in str(traced.graph)
+    assert any("qlora_kernels.linear_forward" in str(node.target) for node in graph.graph.nodes)
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert called == [1], "the registered function is another"
 
 
 def test_the_seed_of_dropout_lies_with_x():

@@ -176,25 +176,25 @@ def test_every_result_counts():
 )
 def test_a_gradient_or_layer_that_is_wrong_is_not_timed(operation, what, monkeypatch):
     """The last one, behind others that are right."""
-    from qlora_kernels import autograd, ops
+    from qlora_kernels import ops
 
     point = next(p for p in POINTS if p.operation == operation and p.rank == 4)
     if operation == "decode":
-        original = autograd._forward
+        original = ops.forward_below_autograd
 
         def forward(x, *more):
             y, u = original(x, *more)
             return (y * math.nan if tuple(y.shape[1:]) == list(MODELS["tiny"].linears.values())[-1][:1] else y), u
 
-        monkeypatch.setattr(autograd, "_forward", forward)
+        monkeypatch.setattr(ops, "forward_below_autograd", forward)
     else:
-        backward = ops.linear_backward
+        backward = ops.backward
 
         def wrong(*arguments):
             dx, dA, dB = backward(*arguments)
             return dx, dA, dB * (math.nan if operation == "linear_step" else 2)
 
-        monkeypatch.setattr(ops, "linear_backward", wrong)
+        monkeypatch.setattr(ops, "backward", wrong)
     case = measured(point)
     assert what in case["contenders"][0]["failed"]
     assert all("failed" not in one for one in case["contenders"][1:] if "bitsandbytes" not in one["name"])
