@@ -586,6 +586,23 @@ def test_a_weight_that_rounds_to_infinity_stays_where_it_is(cuda_engine):
             assert y[:, [0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
 
 
+def test_an_offset_of_the_constants_beyond_fp16_stays_out_of_what_is_outside(cuda_engine):
+    # A block of 1e8 makes their mean 2e5. Rows of W beyond N = 9 have no constants, columns beyond K none that count.
+    weight = torch.randn(9, 4096)
+    weight[0, 5] = 1e8
+    quantized = quantize(weight)
+    assert quantized.nested_offset.item() > 65520
+    dense = quantized.dequantize(torch.float16)
+    for m in (1, 12, 70):
+        x, dy = torch.rand(m, 4096).half() + 0.5, torch.rand(m, 9).half() + 0.5
+        y, _ = ops.linear_forward(x, *quantized.pieces, 9, None, None, None, 1.0, 0.0, None)
+        assert torch.equal(y.isfinite(), (x.double() @ dense.double().T).half().isfinite())
+        dx, _, _ = ops.linear_backward(
+            dy, *quantized.pieces, 4096, None, None, None, None, 1.0, 0.0, None, True, False, False
+        )
+        assert torch.equal(dx.isfinite(), (dy.double() @ dense.double()).half().isfinite())
+
+
 def test_a_constant_that_is_nan_stays_in_its_row_of_the_weight(cuda_engine):
     # K = 192: the last 64 columns that a warp takes lie beyond it. N = 9: rows lie beyond it, too.
     weight = torch.randn(9, 192)

@@ -192,8 +192,11 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
             const Params& params) {
     QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
     if (shared_bytes > 48 * 1024) {
+        // All there is, and not these bytes: it belongs to the kernel, and another thread may be about to launch it
+        // with more.
         QLK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_limit(stream.device))));
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -47,7 +47,7 @@ struct Problem {
 
 enum class Family {
     kFew,     // few.cuh: up to 8 rows of x; codes looked up in shared memory, the products on tensor cores
-    kMiddle,  // middle.cuh: up to 64 rows; the same, with x in pieces
+    kMiddle,  // middle.cuh: up to 64 rows, 16 with 99 KiB of shared memory; the same, with x in pieces
     kTiles,   // gemm.cuh: a tile of rows x columns for each block
     kFloats,  // product.cuh: float32 units, for whatever the others do not take
 };
@@ -189,10 +189,11 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     }
     if (middle) {
         // Or all tiles as one, cut evenly.
-        const int64_t all = plan.tiles * steps, blocks = std::clamp<int64_t>(all * step / 512, 1, std::min(sms, 255l));
+        const int64_t all = plan.tiles * steps,
+                      blocks = std::clamp<int64_t>(all * step / 512, 1, std::min(sms, int64_t{255}));
         const int64_t apart = whole / room * (steps + begin) + least;
         const int64_t together = over(all, blocks) + (over(plan.tiles, blocks) + 1) * begin;
-        if (together < apart && all * blocks < UINT32_MAX) {
+        if (blocks > 1 && together < apart && all * blocks < UINT32_MAX) {
             take(static_cast<int>(blocks), 0, plan.tiles, 2 * blocks);
         }
     }

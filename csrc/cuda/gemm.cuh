@@ -203,8 +203,7 @@ struct Gemm {
         float nested;
     };
 
-    // Asks for this thread's next; outside, nothing, which decodes to a finite number that meets zeros or is not
-    // stored.
+    // Asks for this thread's next; outside, nothing: columns that are not stored, or rows whose constant is 0.
     QLK_DEVICE Constant ask(bool wanted) {
         Constant c{0, 0.0f};
         if (wanted && constant_column && (!kBackward || constant_row < a.n)) {
@@ -229,7 +228,10 @@ struct Gemm {
     }
 
     QLK_DEVICE float constant(const Constant& c, float entry) const {
-        return a.weight.absmax ? entry : __fadd_rn(__fmul_rn(entry, c.nested), offset);
+        // Rows beyond W meet zeros, and an offset that rounds to infinity would make NaN of them. The number of the row
+        // has moved on since it was asked for.
+        const bool beyond = kBackward && constant_row - Traits::kDepth * Traits::kTeams >= a.n;
+        return a.weight.absmax ? entry : __fadd_rn(__fmul_rn(entry, c.nested), beyond ? 0.0f : offset);
     }
 
     // Decodes the block of weights that is this thread's in a step.
