@@ -2,8 +2,9 @@
 
     python tests/emulator/remove_barriers.py [--changed-since COMMIT] [FILE ...]
 
-Each is removed in a copy of the sources, the emulator is built from the copy, and the tests run on it until one fails.
-What survives is unnecessary (remove it) or a hole in the emulator (mend it); the exit code is then 1.
+The emulator is built once, from a copy of the sources in which each of them asks whether it is the one that is removed:
+an environment variable says which. Then the tests run for each until one fails. What survives is unnecessary (remove
+it) or a hole in the emulator (mend it); the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TESTS = {
         ("tests/test_cuda_adapters.py", "test_every_rank or test_the_bits"),
     ),
     "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
-    "middle": (("tests/test_cuda.py", "emulated and test_middle_rows"), ("tests/test_cuda.py", "cut_anywhere")),
+    "middle": (("tests/test_cuda.py", "cut_anywhere"), ("tests/test_cuda.py", "emulated and test_middle_rows")),
     "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),
     "arena": tuple(
         ("tests/test_paging.py", words)
@@ -75,16 +76,35 @@ def places(paths: list[Path]) -> list[Place]:
     return found
 
 
-def without(place: Place) -> str:
-    """The file's text with the statement gone."""
-    lines = (ROOT / place.path).read_text().splitlines(keepends=True)
-    lines[place.line - 1] = lines[place.line - 1].replace(place.statement, ";", 1)
-    return "".join(lines)
+#: Names the place that is removed, by its number.
+VARIABLE = "QLORA_KERNELS_EMULATOR_REMOVED"
+#: For the copy of device.cuh, which all sources include.
+QUESTION = f"""
+#include <cstdlib>
+namespace emu {{
+inline const int removed_place = std::getenv("{VARIABLE}") ? std::atoi(std::getenv("{VARIABLE}")) : -1;
+inline bool removed(int place) {{ return place == removed_place; }}
+}}  // namespace emu
+"""
 
 
-def failing_test(module: Path, tests=QUANTIZATION) -> str | None:
-    """The first test that fails with a module of the emulator, or None."""
+def make_removable(found: list[Place], copy: Path) -> None:
+    """Has each statement in a copy of the sources, and none but those, ask whether it is removed."""
+    for number, place in enumerate(found):
+        path = copy / place.path
+        lines = path.read_text().splitlines(keepends=True)
+        asking = f"{{ if (!::emu::removed({number})) {place.statement} }}"
+        assert lines[place.line - 1].count(place.statement) == 1, place
+        lines[place.line - 1] = lines[place.line - 1].replace(place.statement, asking)
+        path.write_text("".join(lines))
+    device = copy / "tests/emulator/device.cuh"
+    device.write_text(device.read_text() + QUESTION)
+
+
+def failing_test(module: Path, tests=QUANTIZATION, removed: int = -1) -> str | None:
+    """The first test that fails with a module of the emulator and one place removed, or None."""
     environment = {**os.environ, "QLORA_KERNELS_EMULATOR_MODULE": str(module), "OMP_NUM_THREADS": "1"}
+    environment[VARIABLE] = str(removed)
     for file, expression in tests:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
         command += ["-k", expression] if expression else []
@@ -129,22 +149,16 @@ def main() -> int:
         copy = Path(folder, "copy")
         shutil.copytree(ROOT / "csrc", copy / "csrc")
         shutil.copytree(ROOT / "tests/emulator", copy / "tests/emulator")
-        build_folder = Path(folder, "build")
-        settings = {"root": copy, "QLK_EMULATOR": "quick"}
+        make_removable(found, copy)
+        module = build(Path(folder, "build"), root=copy, QLK_EMULATOR="ON")
         # One test of each kind: that all pass is for the test suite to say.
         for file, expression in {TESTS.get(p.path.stem, QUANTIZATION)[0] for p in found}:
-            if failing_test(build(build_folder, **settings), [(first_test(file, expression), None)]):
+            if failing_test(module, [(first_test(file, expression), None)]):
                 print("a test fails before anything is removed")
                 return 1
-        for place in tqdm(found, disable=None):
+        for number, place in enumerate(tqdm(found, disable=None)):
             start = time.perf_counter()
-            target = copy / place.path
-            original = target.read_text()
-            target.write_text(without(place))
-            try:
-                failed = failing_test(build(build_folder, **settings), TESTS.get(place.path.stem, QUANTIZATION))
-            finally:
-                target.write_text(original)
+            failed = failing_test(module, TESTS.get(place.path.stem, QUANTIZATION), number)
             if failed is None:
                 survivors.append(place)
             seconds = time.perf_counter() - start
