@@ -136,6 +136,7 @@ class Worker:
                 self._launch(context, process)
             except (EOFError, ConnectionError):
                 # The server died, perhaps of what it imports. Whoever needs that will die of it by name.
+                _end_server()
                 self._preloaded = []
                 self._launch(context, process)
         except BaseException as problem:
@@ -317,11 +318,16 @@ def _is_alive(number: int) -> bool:
 
 
 def _end_server() -> None:
-    """Ends the process that others are forked from, wherever it is; the next one that is needed begins another."""
+    """Ends the process that others are forked from, wherever it is; the next one that is needed begins another.
+
+    Which happens only once this one is a zombie, and a process that ends closes its files, so that whoever talks to it
+    sees that it is gone, some time before it is one. The zombie is left for multiprocessing, which looks for it.
+    """
     number = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
     if number is not None:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(number, signal.SIGKILL)
+            os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT)
 
 
 def _serve(pipe: Connection, folder: str, doing: Any, begin: Callable[..., Any] | None) -> None:
