@@ -153,10 +153,10 @@ def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
         kernel = f"middle_kernel<bf16, MiddleTraits<bf16, {rows}, true>>"
         cut = {"shared_tiles": plan["shared_tiles"]}
         return Launch(plan["kernel"], kernel, rows, columns, depth, plan["stages"], plan["splits"], 8, moved, **cut)
-    down = 2 if rows >= 64 else 1
+    down, slices = 2 if rows >= 64 else 1, 2 if rows >= 64 and columns == 128 else 1
     traits = f"GemmTraits<bf16, {str(backward).lower()}, {rows}, {columns}, {down}, {plan['stages']}>"
     # Written and read: both operands as they come, the decoded weights, and what each of 8 warps reads of its own.
-    per_warp = (rows // down + columns * down // 8) * 64 * 2
+    per_warp = (rows // down + columns * down * slices // 8) * (64 // slices) * 2
     moved = rows * 128 + columns * 32 * 2 + columns * 128 + 8 * per_warp
     return Launch(
         *(plan["kernel"], f"gemm_kernel<bf16, {traits}>", rows, columns, 64),

@@ -49,7 +49,7 @@ _TAILS = "unaligned ranges: launched as the aligned kernel is"
 _QUANTIZE = "five blocks: while a thread works on 16 bytes it has the next 16 under way, in registers"
 _STEP = "four blocks: 64 bytes a thread under way are 64 KiB, twice what the latency of memory takes at 4.3 TB/s"
 
-_SUMS = "one block: 64 sums a thread, 16 + 2 operands, and 8 registers of tables in the warps that decode"
+_SUMS = "one block: 128 sums a thread, 16 + 4 operands, and 8 registers of tables in the warps that decode"
 _MIDDLE = "one block: its tiles are spread over the card, one for each multiprocessor"
 _TWO = "two blocks: one multiplies while the other waits"
 
@@ -99,11 +99,13 @@ BUDGETS = {
     "gemm_kernel<*, GemmTraits<*, 128, 256, 2, 4>>": Budget(
         256, 160 * 1024, "one block: 128 sums a thread", loop=LoopBudget(128, outside=260)
     ),
-    "gemm_kernel<*, GemmTraits<*, 128, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS, loop=LoopBudget(64, outside=240)),
+    "gemm_kernel<*, GemmTraits<*, 128, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS, loop=LoopBudget(64, outside=200)),
     "gemm_kernel<*, GemmTraits<*, 128, 128, 2, 3>>": Budget(
-        256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, outside=240)
+        256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, outside=200)
     ),
-    "gemm_kernel<*, GemmTraits<*, 64, 128, 2, 4>>": Budget(256, 80 * 1024, _SUMS, loop=LoopBudget(32, outside=220)),
+    "gemm_kernel<*, GemmTraits<*, 64, 128, 2, 4>>": Budget(
+        256, 80 * 1024, "one block: 64 sums a thread", loop=LoopBudget(32, outside=175)
+    ),
     "gemm_kernel<*, GemmTraits<*, 32, 128, 1, 4>>": Budget(512, 64 * 1024, _TWO, loop=LoopBudget(16, outside=200)),
     "gemm_kernel<*, GemmTraits<*, 16, 128, 1, 4>>": Budget(512, 56 * 1024, _TWO, loop=LoopBudget(8, outside=185)),
     # Shared memory: the stages of big and, but for dA and dB alone, of the adapter; two tiles of u or v.

@@ -3,18 +3,20 @@
 //     forward    y = u B^T + x W^T + bias            columns: N   depth: K
 //     backward   dx = mask(v A) + dy W               columns: K   depth: N
 //
-// A thread block makes kRows x kColumns outputs, 8 warps in a grid of kWarpsDown x (8 / kWarpsDown). Each step of 64
-// along depth needs kColumns blocks of 64 weights, from one packed copy in its natural order: forward, kColumns rows of
-// W by 64 columns; backward, 64 rows by kColumns columns, which ldmatrix transposes on the way. Codes and the left
-// operand come by cp.async, kStages deep. Each thread decodes a block at a time: with 128 columns four warps decode the
-// codes of the next step to shared memory while all eight multiply this one's, and the other four take the step after,
-// so that each scheduler has one warp of either kind; with 256 columns all decode in every step. One barrier a step:
-// after it, this step's weights are decoded, the copies of the next have landed, and what the last step read may be
-// overwritten.
+// A thread block makes kRows x kColumns outputs, 8 warps in a grid of kWarpsDown x kWarpsAcross, once for each of
+// kSlices parts of the depth of every step. Each step of 64 along depth needs kColumns blocks of 64 weights, from one
+// packed copy in its natural order: forward, kColumns rows of W by 64 columns; backward, 64 rows by kColumns columns,
+// which ldmatrix transposes on the way. Codes and the left operand come by cp.async, kStages deep. Each thread decodes
+// a block at a time: with 128 columns four warps decode the codes of the next step to shared memory while all eight
+// multiply this one's, and the other four take the step after, so that each scheduler has one warp of either kind; with
+// 256 columns all decode in every step. One barrier a step: after it, this step's weights are decoded, the copies of
+// the next have landed, and what the last step read may be overwritten.
 //
-// Why 256 columns where the outputs fill the card: a step of 128 x 128 moves 136 KiB through shared memory, most of it
-// operands that two to four warps read alike: 1088 clocks, more than its products take. Warps of 64 x 64 outputs move
-// 96 KiB for as much work.
+// Why slices: with 128 columns and all of the depth a warp would have 64 x 32 outputs, or 32 x 32, and a step of 128 x
+// 128 move 136 KiB through shared memory, most of it operands that two to four warps read alike: 1088 clocks, more than
+// its products take. Warps of 64 x 64 outputs and half of the depth read two thirds of that: 104 KiB, 832 clocks. In
+// the end both slices' sums are added through shared memory, once a tile. 256 columns, where the outputs fill the card,
+// need no slices for such warps, and move 96 KiB for as much work.
 //
 // Why decode in the main loop: at 128 rows a weight costs 0.1 clock of an SM's tensor cores (sm_90's mma.sync) and 0.04
 // of its integer units, which run beside them. Panels in L2 would spare the repeats in every row of blocks, and pay
@@ -58,15 +60,19 @@ struct GemmTraits {
     static constexpr int kThreads = 256;
     static constexpr bool kSplits = kColumns == 128;  // the wide tiles run where they fill the card
     static constexpr int kDepth = kTileDepth;
+    // Warps that have the same outputs, each by a part of every step's depth.
+    static constexpr int kSlices = kColumns == 128 && kRows >= 64 ? 2 : 1;
+    static constexpr int kWarpsAcross = 8 / kWarpsDown / kSlices;
     static constexpr int kWarpRows = kRows / kWarpsDown;
-    static constexpr int kWarpColumns = kColumns / (8 / kWarpsDown);
+    static constexpr int kWarpColumns = kColumns / kWarpsAcross;
     static constexpr int kUnits = kColumns * kDepth / kBlock;  // blocks of weights in a step
     static constexpr int kPitch = kColumns + 8;                // of the results in shared memory
     static_assert(sizeof(T) == 2);
     static_assert(kDepth == kBlock, "a row of a forward tile is one block of weights");
     static constexpr int kTeams = kThreads / kUnits;  // which take turns in decoding
     static_assert(kUnits * kTeams == kThreads && kUnits % 32 == 0, "a thread decodes a block");
-    static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0);
+    static_assert(kWarpRows % (16 * kSlices) == 0 && kWarpColumns % 16 == 0);
+    static_assert(kSlices <= 2, "add_slices adds two; of more, the order of sums would matter");
 
     struct Loop {
         T left[kStages][kRows * kDepth];
@@ -75,6 +81,7 @@ struct GemmTraits {
     };
     union Shared {
         Loop loop;
+        float4 sums[kSlices == 1 ? 1 : kRows * kColumns / 4];  // what each slice has of the other's outputs
         T out[kRows * kPitch];
     };
     static_assert(sizeof(Shared) == tiles_shared(kRows, kColumns, kStages));
@@ -91,6 +98,7 @@ struct Gemm {
     using Shared = typename Traits::Shared;
     static constexpr bool kBackward = Traits::kBackward;
     static constexpr int kDownTiles = Traits::kWarpRows / 16, kAcrossTiles = Traits::kWarpColumns / 8;
+    static constexpr int kOwnTiles = kDownTiles / Traits::kSlices;  // of kDownTiles, when the slices have been added
     static constexpr int kWeightWidth = kBackward ? Traits::kColumns : Traits::kDepth;
 
     const GemmArguments<T>& a;
@@ -253,44 +261,44 @@ struct Gemm {
         }
     }
 
-    // sum += left[rows, 16 * pieces] * weights, of one stage and one buffer.
-    QLK_DEVICE void multiply(int stage, int buffer, int pieces) {
-        const int down = warp % Traits::kWarpsDown * Traits::kWarpRows;
-        const int across = warp / Traits::kWarpsDown * Traits::kWarpColumns;
+    // Where this warp's outputs begin in the tile, and its part of a step's depth.
+    QLK_DEVICE int down() const { return warp % Traits::kWarpsDown * Traits::kWarpRows; }
+    QLK_DEVICE int across() const { return warp / Traits::kWarpsDown % Traits::kWarpsAcross * Traits::kWarpColumns; }
+    QLK_DEVICE int slice() const { return Traits::kSlices == 1 ? 0 : warp / (8 / Traits::kSlices); }
+
+    // sum += left[rows, 16] * weights, of one stage and one buffer: the piece-th 16 of their depth.
+    QLK_DEVICE void multiply(int stage, int buffer, int piece) {
+        uint32_t left[kDownTiles][4];
 #pragma unroll
-        for (int piece = 0; piece < Traits::kDepth / 16; ++piece) {
-            if (piece >= pieces) break;
-            uint32_t left[kDownTiles][4];
+        for (int i = 0; i < kDownTiles; ++i) {
+            ldmatrix_x4<false>(
+                left[i],
+                &shared.left[stage][swizzled<Traits::kDepth>(down() + i * 16 + lane % 16, piece * 2 + lane / 16)]);
+        }
 #pragma unroll
-            for (int i = 0; i < kDownTiles; ++i) {
+        for (int j = 0; j < kAcrossTiles; j += 2) {
+            // Two tiles of 8 columns: depth 0-7 and 8-15 of the first, then of the second.
+            const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
+            const int column = across() + j * 8;
+            uint32_t right[4];
+            if constexpr (kBackward) {
+                ldmatrix_x4<true>(
+                    right,
+                    &shared.weights[buffer][swizzled<kWeightWidth>(piece * 16 + middle * 8 + low, column / 8 + high)]);
+            } else {
                 ldmatrix_x4<false>(
-                    left[i],
-                    &shared.left[stage][swizzled<Traits::kDepth>(down + i * 16 + lane % 16, piece * 2 + lane / 16)]);
+                    right,
+                    &shared.weights[buffer][swizzled<kWeightWidth>(column + high * 8 + low, piece * 2 + middle)]);
             }
 #pragma unroll
-            for (int j = 0; j < kAcrossTiles; j += 2) {
-                // Two tiles of 8 columns: depth 0-7 and 8-15 of the first, then of the second.
-                const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
-                const int column = across + j * 8;
-                uint32_t right[4];
-                if constexpr (kBackward) {
-                    ldmatrix_x4<true>(right, &shared.weights[buffer][swizzled<kWeightWidth>(
-                                                 piece * 16 + middle * 8 + low, column / 8 + high)]);
-                } else {
-                    ldmatrix_x4<false>(
-                        right,
-                        &shared.weights[buffer][swizzled<kWeightWidth>(column + high * 8 + low, piece * 2 + middle)]);
-                }
-#pragma unroll
-                for (int i = 0; i < kDownTiles; ++i) {
-                    mma_16x8x16<T>(sum[i][j], left[i], right[0], right[1]);
-                    mma_16x8x16<T>(sum[i][j + 1], left[i], right[2], right[3]);
-                }
+            for (int i = 0; i < kDownTiles; ++i) {
+                mma_16x8x16<T>(sum[i][j], left[i], right[0], right[1]);
+                mma_16x8x16<T>(sum[i][j + 1], left[i], right[2], right[3]);
             }
         }
     }
 
-    // u B^T, or v A with dropout's mask on it.
+    // u B^T, or v A with dropout's mask on it: all of it into the sums of the first slice.
     QLK_DEVICE void low_rank() {
         for (int64_t first = 0; first < a.r; first += Traits::kDepth) {
             const auto element = [&](const T* matrix, bool inside, int64_t at) {
@@ -320,28 +328,67 @@ struct Gemm {
             }
             __syncthreads();
             const int64_t left = a.r - first;
-            multiply(0, 0, static_cast<int>(left < Traits::kDepth ? (left + 15) / 16 : Traits::kDepth / 16));
+            const int pieces = static_cast<int>(left < Traits::kDepth ? (left + 15) / 16 : Traits::kDepth / 16);
+#pragma unroll 1
+            for (int piece = 0; slice() == 0 && piece < pieces; ++piece) multiply(0, 0, piece);
             __syncthreads();
         }
-        if (kBackward && a.dropout.seed && a.r > 0) {
-            each_output([&](int row, int column, float& value) {
+        if (kBackward && a.dropout.seed && a.r > 0 && slice() == 0) {
+            each_output<kDownTiles>(down(), [&](int row, int column, float& value) {
                 const int64_t at = (first_row + row) * a.k + first_column + column;
                 if (!dropout_keeps(a.dropout.seed, a.dropout.threshold, at)) value = 0.0f;
             });
         }
     }
 
-    template <class F>
-    QLK_DEVICE void each_output(F f) {
-        const int down = warp % Traits::kWarpsDown * Traits::kWarpRows;
-        const int across = warp / Traits::kWarpsDown * Traits::kWarpColumns;
+    // Of the first kTiles times 16 rows of sums, the first of which is the tile's row `first`.
+    template <int kTiles, class F>
+    QLK_DEVICE void each_output(int first, F f) {
 #pragma unroll
-        for (int i = 0; i < kDownTiles; ++i) {
+        for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
             for (int j = 0; j < kAcrossTiles; ++j) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    f(down + i * 16 + lane / 4 + e / 2 * 8, across + j * 8 + lane % 4 * 2 + e % 2, sum[i][j][e]);
+                    f(first + i * 16 + lane / 4 + e / 2 * 8, across() + j * 8 + lane % 4 * 2 + e % 2, sum[i][j][e]);
+                }
+            }
+        }
+    }
+
+    // Both slices' sums together: of their rows each has the half of its number in the end, in the first kOwnTiles of
+    // `sum`, and gives the other the rest.
+    QLK_DEVICE void add_slices(float4* room) {
+        if constexpr (Traits::kSlices == 2) {
+            const auto at = [&](int slice, int i, int j) {
+                const int pair = warp % (8 / Traits::kSlices);  // of warps with the same outputs
+                return room + (((pair * 2 + slice) * kOwnTiles + i) * kAcrossTiles + j) * 32 + lane;
+            };
+            __syncthreads();  // nobody reads the operands any more, whose place the sums take
+#pragma unroll
+            for (int i = 0; i < kOwnTiles; ++i) {
+#pragma unroll
+                for (int j = 0; j < kAcrossTiles; ++j) {
+                    float (&first)[4] = sum[i][j], (&second)[4] = sum[kOwnTiles + i][j];
+                    float give[4];
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        give[e] = slice() == 0 ? second[e] : first[e];
+                        first[e] = slice() == 0 ? first[e] : second[e];
+                    }
+                    store_shared(at(slice() ^ 1, i, j), make_float4(give[0], give[1], give[2], give[3]));
+                }
+            }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < kOwnTiles; ++i) {
+#pragma unroll
+                for (int j = 0; j < kAcrossTiles; ++j) {
+                    const float4 more = load_shared(at(slice(), i, j));
+                    sum[i][j][0] += more.x;
+                    sum[i][j][1] += more.y;
+                    sum[i][j][2] += more.z;
+                    sum[i][j][3] += more.w;
                 }
             }
         }
@@ -386,26 +433,27 @@ struct Gemm {
                 decode(next_stage, (step + 1) % 2, constant(next, looked_up));
                 next = ask(step + 1 + Traits::kTeams < steps);
             }
-            multiply(stage, step % 2, Traits::kDepth / 16);
+            constexpr int kPieces = Traits::kDepth / 16 / Traits::kSlices;
+#pragma unroll
+            for (int piece = 0; piece < kPieces; ++piece) multiply(stage, step % 2, slice() * kPieces + piece);
             stage = next_stage;
         }
     }
 
     QLK_DEVICE void store(T* staged) {
+        const int first = down() + slice() * kOwnTiles * 16;
         if (!kBackward && a.bias) {
-            each_output([&](int, int column, float& value) {
+            each_output<kOwnTiles>(first, [&](int, int column, float& value) {
                 if (first_column + column < a.n) value += load_global(a.bias + first_column + column);
             });
         }
         __syncthreads();  // nobody reads the operands any more, whose place the results take
-        const int down = warp % Traits::kWarpsDown * Traits::kWarpRows + lane / 4;
-        const int across = warp / Traits::kWarpsDown * Traits::kWarpColumns + lane % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < kDownTiles; ++i) {
+        for (int i = 0; i < kOwnTiles; ++i) {
 #pragma unroll
             for (int j = 0; j < kAcrossTiles; ++j) {
-                uint32_t* const to =
-                    reinterpret_cast<uint32_t*>(staged + (down + i * 16) * Traits::kPitch + across + j * 8);
+                uint32_t* const to = reinterpret_cast<uint32_t*>(staged + (first + lane / 4 + i * 16) * Traits::kPitch +
+                                                                 across() + lane % 4 * 2 + j * 8);
                 store_shared(to, pack_pair<T>(sum[i][j][0], sum[i][j][1]));
                 store_shared(to + 8 * Traits::kPitch / 2, pack_pair<T>(sum[i][j][2], sum[i][j][3]));
             }
@@ -459,9 +507,10 @@ QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
                          static_cast<int>(threadIdx.x / 32),
                          {}};
     gemm.run();
+    gemm.add_slices(shared.sums);
     if constexpr (Traits::kSplits) {
         // A barrier stands before the word is written, and another before the results are.
-        using Sums = float[sizeof(gemm.sum) / sizeof(float)];
+        using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
         if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - whole, split, reinterpret_cast<Sums&>(gemm.sum),
                                                     reinterpret_cast<int*>(&shared))) {
             return;
