@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,19 +40,26 @@ DEQUANTIZE_RANGES = (
     ((5, 77), (0, 5)),
     ((5, 77), (1, 4)),
 )
-#: Weights [N, K], rows of x, rank and dropout of the layer: few rows, and each tile of the tensor cores' kernels, with
-#: tails; odd N; a K that is no multiple of 64, which the float32 units take; 16 rows; a tile that blocks share;
-#: sums of the adapter's gradients that blocks share both ways.
+#: Weights [N, K], rows of x, rank and dropout of the layer, and kernels of forward and backward that are forced where
+#: they can be: the fewest rows, and each tile of the tensor cores' kernels, with tails; odd N; a K that is no multiple
+#: of 64, which the float32 units take; 16 rows; a tile that blocks share; sums of the adapter's gradients that blocks
+#: share both ways; tiles that only run where they fill a card, and tiles meant for smaller ones.
 LINEAR_SHAPES = (
-    ((72, 128), 5, 17, 0.3),
-    ((72, 192), 30, 1, 0.0),
-    ((77, 128), 50, 8, 0.3),
-    ((136, 320), 129, 16, 0.0),
-    ((34, 100), 9, 3, 0.2),
-    ((24, 1088), 16, 6, 0.0),
-    ((72, 1088), 20, 8, 0.0),
-    ((40, 640), 260, 40, 0.1),
+    ((72, 192), 3, 8, 0.3, ("", "")),
+    ((72, 128), 5, 17, 0.3, ("", "")),
+    ((72, 192), 30, 1, 0.0, ("", "")),
+    ((77, 128), 50, 8, 0.3, ("", "")),
+    ((136, 320), 129, 16, 0.0, ("", "")),
+    ((34, 100), 9, 3, 0.2, ("", "")),
+    ((24, 1088), 16, 6, 0.0, ("", "")),
+    ((72, 1088), 20, 8, 0.0, ("", "")),
+    ((40, 640), 260, 40, 0.1, ("", "")),
+    ((264, 320), 130, 16, 0.3, ("tiles128wide", "tiles128wide")),
+    ((136, 256), 70, 16, 0.3, ("tiles128x3", "tiles128x3")),
+    ((72, 192), 12, 16, 0.0, ("tiles16", "tiles32any")),
 )
+#: Forces a kernel of the layer's products.
+KERNEL = "QLORA_KERNELS_CUDA_KERNEL"
 #: Parameters of an optimizer: a chunk of 8192 elements and three; a block of 256 and one; less than a row of 16 bytes;
 #: none; one that never has a gradient. By SHIFTED, the parameter or its gradient lies off 16 bytes.
 OPTIMIZER_COUNTS = (8195, 257, 3, 1030, 0, 700, 300)
@@ -197,7 +205,32 @@ def _dequantize(shape, rows, nested, dtype, shift, seed) -> Callable[[str], Sequ
     return run
 
 
-def _linear(shape, m, r, dropout, dtype, seed) -> Callable[[str], Sequence[Tensor]]:
+@contextlib.contextmanager
+def forced_kernel(name: str) -> Iterator[None]:
+    """A context in which a kernel of the layer's products is forced; an empty name leaves the choice."""
+    before = os.environ.get(KERNEL)
+    if name:
+        os.environ[KERNEL] = name
+    try:
+        yield
+    finally:
+        if name:
+            del os.environ[KERNEL]
+            if before is not None:
+                os.environ[KERNEL] = before
+
+
+def can_be_forced(dtype: torch.dtype, device: str) -> bool:
+    """Whether a card has room for the largest tiles; the tensor cores' kernels take no float32."""
+    if dtype == torch.float32:
+        return False
+    if torch.device(device).type != "cuda":
+        return True
+    card = torch.cuda.get_device_properties(device)
+    return card.major >= 8 and card.shared_memory_per_block_optin >= 160 * 1024
+
+
+def _linear(shape, m, r, dropout, kernels, dtype, seed) -> Callable[[str], Sequence[Tensor]]:
     """linear_forward, and linear_backward with all gradients on the u that the CPU gives."""
     n, k = shape
 
@@ -212,10 +245,11 @@ def _linear(shape, m, r, dropout, dtype, seed) -> Callable[[str], Sequence[Tenso
             u = ops.linear_forward(x, *host.pieces, n, bias, A, B, 0.5, dropout, key)[1]
         pieces = host.to(device).pieces
         x, dy, A, B, bias, u, key = (_on(device, t) for t in (x, dy, A, B, bias, u, key))
-        return [
-            *ops.linear_forward(x, *pieces, n, bias, A, B, 0.5, dropout, key),
-            *ops.linear_backward(dy, *pieces, k, x, u, A, B, 0.5, dropout, key, True, True, True),
-        ]
+        forward_kernel, backward_kernel = kernels if can_be_forced(dtype, device) else ("", "")
+        with forced_kernel(forward_kernel):
+            forward = ops.linear_forward(x, *pieces, n, bias, A, B, 0.5, dropout, key)
+        with forced_kernel(backward_kernel):
+            return [*forward, *ops.linear_backward(dy, *pieces, k, x, u, A, B, 0.5, dropout, key, True, True, True)]
 
     return run
 
@@ -321,11 +355,12 @@ def cases() -> Iterator[Case]:
                     name += ("" if nested else ", float32 constants") + (f", {shift} element off" if shift else "")
                     seed += 1
                     yield Case("dequantize", name, _dequantize(shape, rows, nested, dtype, shift, seed))
-        for shape, m, r, dropout in LINEAR_SHAPES:
+        for shape, m, r, dropout, kernels in LINEAR_SHAPES:
             name = f"{kind}, {m} rows by [{shape[0]}, {shape[1]}], rank {r}, dropout {dropout}"
+            name += f", {kernels[0]} and {kernels[1]}" if any(kernels) else ""
             seed += 1
             tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
-            yield Case("linear", name, _linear(shape, m, r, dropout, dtype, seed), tolerance)
+            yield Case("linear", name, _linear(shape, m, r, dropout, kernels, dtype, seed), tolerance)
     for count in ABSMAX_COUNTS:
         for irregular in (False, True):
             name = f"{count} constants" + (", an irregular table" if irregular else "")

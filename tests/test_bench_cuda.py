@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from emulated import counters, emulated, module
 
 from bench import bench_cuda, gpu_cases, gpu_report
+from qlora_kernels import dispatch
 from qlora_kernels.bench import cuda_timing
 from qlora_kernels.bench.common import OURS
 from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
@@ -37,6 +39,22 @@ def test_the_cases_on_the_emulator(capsys):
         "optimizer_step",
         "optimizer_norm",
     }
+
+
+def test_the_cases_reach_every_kernel_of_the_table(monkeypatch):
+    card = dispatch.CARDS[90]
+    found = set()
+    for dtype in gpu_cases.DTYPES:
+        for (n, k), m, _, _, kernels in gpu_cases.LINEAR_SHAPES:
+            for backward, kernel in enumerate(kernels if gpu_cases.can_be_forced(dtype, "cpu") else ("", "")):
+                with gpu_cases.forced_kernel(kernel):
+                    found.add(dispatch.choose(card, m, n, k, dtype, bool(backward))["kernel"])
+    assert gpu_cases.KERNEL not in os.environ
+    monkeypatch.setenv(gpu_cases.KERNEL, "?")
+    with pytest.raises(RuntimeError) as problem:
+        dispatch.choose(card, 1, 64, 64, torch.bfloat16, False)
+    names = str(problem.value).rpartition("there are ")[2].partition(" (")[0]
+    assert found == set(names.split(", "))
 
 
 @pytest.mark.parametrize("wrong", [0, torch.nan])
