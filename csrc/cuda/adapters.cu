@@ -121,7 +121,7 @@ GradientPlan gradient_plan(int64_t m, int64_t c, int64_t r, bool down, const Sha
 }
 
 template <class T, class Traits>
-void down_launch(AdapterArguments<T> a, const Card& card, void* scratch, const Stream& stream) {
+void down_launch(AdapterArguments<T> a, const Card& card, void* scratch, const Stream& stream, Start start) {
     constexpr Shape shape = shape_of<Traits>();
     const DownPlan plan = down_plan(a.m, a.c, a.r, shape, card);
     QLK_CHECK(plan.bytes == 0 || scratch != nullptr, "blocks that share rows of u or v need scratch");
@@ -130,12 +130,12 @@ void down_launch(AdapterArguments<T> a, const Card& card, void* scratch, const S
     a.splits = {reinterpret_cast<float4*>(room + plan.ticket_bytes), reinterpret_cast<unsigned long long*>(room),
                 plan.splits > 1 ? next_launch() : 0, plan.splits};
     launch(adapter_down_kernel<T, Traits>, plan.row_tiles * plan.splits * plan.rank_tiles, Traits::kThreads,
-           shape.shared, stream, a);
+           shape.shared, stream, a, start);
 }
 
 // u or v alone, if the card can.
 template <class T, bool kTransposed>
-bool down(AdapterArguments<T> a, void* scratch, const Stream& stream) {
+bool down(AdapterArguments<T> a, void* scratch, const Stream& stream, Start start) {
     const Card card = card_of<T>(stream.device);
     const Shape chosen = shape<T, true, false>(a.r, card);
     if (!takes<T>(card, chosen)) return false;
@@ -143,15 +143,15 @@ bool down(AdapterArguments<T> a, void* scratch, const Stream& stream) {
     a.adapter_aligned = lies_on(a.adapter, 16) && (kTransposed ? a.r : a.c) % 8 == 0;
     a.down_aligned = lies_on(a.down, 8) && a.r % 4 == 0;
     if (chosen.rank == 16) {
-        down_launch<T, AdapterTraits<T, 16, 3, true, false, kTransposed>>(a, card, scratch, stream);
+        down_launch<T, AdapterTraits<T, 16, 3, true, false, kTransposed>>(a, card, scratch, stream, start);
     } else {
-        down_launch<T, AdapterTraits<T, 32, 4, true, false, kTransposed>>(a, card, scratch, stream);
+        down_launch<T, AdapterTraits<T, 32, 4, true, false, kTransposed>>(a, card, scratch, stream, start);
     }
     return true;
 }
 
 template <class T, class Traits>
-bool gradient_launch(AdapterArguments<T> a, const Card& card, void* scratch, const Stream& stream) {
+bool gradient_launch(AdapterArguments<T> a, const Card& card, void* scratch, const Stream& stream, Start start) {
     constexpr Shape shape = shape_of<Traits>();
     const GradientPlan plan = gradient_plan(a.m, a.c, a.r, Traits::kDown, shape, card);
     if (plan.rows == 0) return false;
@@ -197,27 +197,31 @@ bool gradient_launch(AdapterArguments<T> a, const Card& card, void* scratch, con
             a.gradient = gradient;
         }
         a.gradient_paired = a.r % 2 == 0 && lies_on(a.gradient, 8);
+        const int64_t fours = (sum.down_stride + sum.gradient_stride) / 4;
+        const Start last = first + plan.rows >= rows_in_all ? start : Start::kInOrder;
         launch(adapter_gradient_kernel<T, Traits>,
                static_cast<int64_t>(plan.column_splits) * a.row_splits * plan.rank_tiles, Traits::kThreads,
-               shape.shared, stream, a);
-        const int64_t fours = (sum.down_stride + sum.gradient_stride) / 4;
-        if (fours > 0)
-            launch(adapter_sum_kernel<T>, parts_of(fours, kAdapterSumThreads), kAdapterSumThreads, 0, stream, sum);
+               shape.shared, stream, a, fours > 0 ? Start::kInOrder : last);
+        if (fours > 0) {
+            launch(adapter_sum_kernel<T>, parts_of(fours, kAdapterSumThreads), kAdapterSumThreads, 0, stream, sum,
+                   last);
+        }
     }
     return true;
 }
 
 // A gradient, and with kDown v, if the card can.
 template <class T, bool kDown>
-bool gradient(AdapterArguments<T> a, void* scratch, const Stream& stream) {
+bool gradient(AdapterArguments<T> a, void* scratch, const Stream& stream, Start start) {
     const Card card = card_of<T>(stream.device);
     const Shape chosen = shape<T, kDown, true>(a.r, card);
     if (!takes<T>(card, chosen)) return false;
     a.big_aligned = lies_on(a.big, 16) && a.c % 8 == 0;
     a.adapter_aligned = lies_on(a.adapter, 16) && a.r % 8 == 0;
     a.low_aligned = lies_on(a.low, 16) && a.r % 8 == 0;
-    return chosen.rank == 16 ? gradient_launch<T, AdapterTraits<T, 16, 3, kDown, true, true>>(a, card, scratch, stream)
-                             : gradient_launch<T, AdapterTraits<T, 32, 4, kDown, true, true>>(a, card, scratch, stream);
+    return chosen.rank == 16
+               ? gradient_launch<T, AdapterTraits<T, 16, 3, kDown, true, true>>(a, card, scratch, stream, start)
+               : gradient_launch<T, AdapterTraits<T, 32, 4, kDown, true, true>>(a, card, scratch, stream, start);
 }
 
 template <class T>
@@ -239,12 +243,12 @@ int64_t scratch_of(int64_t m, int64_t n, int64_t k, int64_t r, bool backward, in
 
 template <class T>
 bool adapter_down(const T* x, const T* lora_a, T* u, int64_t m, int64_t k, int64_t r, float scale,
-                  const Dropout& dropout, void* scratch, const Stream& stream) {
+                  const Dropout& dropout, void* scratch, const Stream& stream, Start start) {
     if constexpr (sizeof(T) == 2) {
         AdapterArguments<T> a{x, lora_a, nullptr, m, k, r, dropout};
         a.down = u;
         a.scale = scale;
-        return down<T, false>(a, scratch, stream);
+        return down<T, false>(a, scratch, stream, start);
     } else {
         return false;
     }
@@ -252,14 +256,15 @@ bool adapter_down(const T* x, const T* lora_a, T* u, int64_t m, int64_t k, int64
 
 template <class T>
 bool adapter_up_gradient(const T* dy, const T* lora_b, const T* u, T* v, float* db, int64_t m, int64_t n, int64_t r,
-                         float scale, void* scratch, const Stream& stream) {
+                         float scale, void* scratch, const Stream& stream, Start start) {
     if constexpr (sizeof(T) == 2) {
         AdapterArguments<T> a{dy, lora_b, u, m, n, r, Dropout{nullptr, 0}};
         a.down = v;
         a.scale = scale;
         a.gradient = db;
-        if (v && db && gradient<T, true>(a, scratch, stream)) return true;
-        return (!v || down<T, true>(a, scratch, stream)) && (!db || gradient<T, false>(a, scratch, stream));
+        if (v && db && gradient<T, true>(a, scratch, stream, start)) return true;
+        return (!v || down<T, true>(a, scratch, stream, db ? Start::kInOrder : start)) &&
+               (!db || gradient<T, false>(a, scratch, stream, start));
     } else {
         return false;
     }
@@ -272,7 +277,7 @@ bool adapter_down_gradient(const T* x, const T* v, float* da, int64_t m, int64_t
         AdapterArguments<T> a{x, nullptr, v, m, k, r, dropout};
         a.gradient = da;
         a.gradient_by_rank = true;
-        return gradient<T, false>(a, scratch, stream);
+        return gradient<T, false>(a, scratch, stream, Start::kInOrder);
     } else {
         return false;
     }
@@ -289,9 +294,9 @@ int64_t adapter_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype,
 
 #define QLK_ADAPTERS(T)                                                                                              \
     template bool adapter_down<T>(const T*, const T*, T*, int64_t, int64_t, int64_t, float, const Dropout&, void*,   \
-                                  const Stream&);                                                                    \
+                                  const Stream&, Start);                                                             \
     template bool adapter_up_gradient<T>(const T*, const T*, const T*, T*, float*, int64_t, int64_t, int64_t, float, \
-                                         void*, const Stream&);                                                      \
+                                         void*, const Stream&, Start);                                               \
     template bool adapter_down_gradient<T>(const T*, const T*, float*, int64_t, int64_t, int64_t, const Dropout&,    \
                                            void*, const Stream&)
 QLK_ADAPTERS(float);

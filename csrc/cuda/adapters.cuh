@@ -257,6 +257,7 @@ QLK_DEVICE Adapter<T, Traits> adapter_of(const AdapterArguments<T>& a, typename 
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     adapter_down_kernel(const __grid_constant__ AdapterArguments<T> a) {
+    griddep_launch();
     constexpr int kRank = Traits::kRank, kColumns = Traits::kColumns, kStages = Traits::kStages;
     auto& shared = shared_memory<typename Traits::Shared>();
     const int rank_tile = static_cast<int>(blockIdx.x % a.rank_tiles);
@@ -333,6 +334,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     adapter_gradient_kernel(const __grid_constant__ AdapterArguments<T> a) {
+    griddep_launch();
     constexpr int kRank = Traits::kRank, kRows = Traits::kRows, kColumns = Traits::kColumns;
     constexpr int kStages = Traits::kStages;
     auto& shared = shared_memory<typename Traits::Shared>();

@@ -7,17 +7,18 @@
 namespace qlk::cuda {
 
 // Each returns whether it has launched what computes the product; if not, all of it is the caller's. `scratch` has
-// adapter_scratch bytes. T: float, for which that is never so, bf16 or fp16.
+// adapter_scratch bytes. T: float, for which that is never so, bf16 or fp16. `start`: kFollowed, or kInOrder, of the
+// last launch.
 
 // u [m, r] = scale * mask(x [m, k]) lora_a [r, k]^T
 template <class T>
 bool adapter_down(const T* x, const T* lora_a, T* u, int64_t m, int64_t k, int64_t r, float scale,
-                  const Dropout& dropout, void* scratch, const Stream& stream);
+                  const Dropout& dropout, void* scratch, const Stream& stream, Start start);
 
 // v [m, r] = scale * dy [m, n] lora_b [n, r], db [n, r] = dy^T u [m, r]; v or db may be null.
 template <class T>
 bool adapter_up_gradient(const T* dy, const T* lora_b, const T* u, T* v, float* db, int64_t m, int64_t n, int64_t r,
-                         float scale, void* scratch, const Stream& stream);
+                         float scale, void* scratch, const Stream& stream, Start start);
 
 // da [r, k] = v [m, r]^T mask(x [m, k])
 template <class T>

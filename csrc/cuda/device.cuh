@@ -185,11 +185,26 @@ inline size_t shared_limit(int device) {
     return static_cast<size_t>(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device));
 }
 
+// Whether the driver lets launches begin early, in graphs, too: since CUDA 12.4.
+inline bool early_launches() {
+    static const bool able = [] {
+        int version = 0;
+        QLK_CUDA(cudaDriverGetVersion(&version));
+        return version >= 12040;
+    }();
+    return able;
+}
+
+// Where a launch begins. kEarly: perhaps while the one before it in the stream, which was launched as kFollowed, still
+// runs (programmatic dependent launch); each of its threads calls griddep_wait before it writes to global memory, reads
+// what the one before writes, or ends.
+enum class Start { kInOrder, kFollowed, kEarly };
+
 // Launches kernel<<<blocks, threads, shared_bytes, stream>>>(params) and throws when it cannot start. threads must be
 // what the kernel's __launch_bounds__ say.
 template <class Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
-            const Params& params) {
+            const Params& params, Start start = Start::kInOrder) {
     QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
     if (shared_bytes > 48 * 1024) {
         // All there is, and not these bytes: it belongs to the kernel, and another thread may be about to launch it
@@ -203,6 +218,13 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream.handle);
+    cudaLaunchAttribute early = {};
+    if (start == Start::kEarly) {
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &early;
+        config.numAttrs = 1;
+    }
     QLK_CUDA(cudaLaunchKernelEx(&config, kernel, params));
 }
 

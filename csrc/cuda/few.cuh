@@ -146,15 +146,15 @@ struct Few {
         }
     }
 
-    // Elements at .. at + 3 of a row of r.
+    // Elements at .. at + 3 of a row of r. u may have been written since this kernel began.
     QLK_DEVICE uint2 four(const T* matrix, bool inside, int64_t row, int64_t at) const {
         uint2 v = make_uint2(0, 0);
         if (!inside) return v;
         const T* const from = matrix + row * a.r + at;
-        if (a.low_aligned) return at < a.r ? load_global(reinterpret_cast<const uint2*>(from)) : v;
+        if (a.low_aligned) return at < a.r ? load_changing(reinterpret_cast<const uint2*>(from)) : v;
         float e[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) e[i] = at + i < a.r ? to_float(load_global(from + i)) : 0.0f;
+        for (int i = 0; i < 4; ++i) e[i] = at + i < a.r ? to_float(load_changing(from + i)) : 0.0f;
         return make_uint2(pack_pair<T>(e[0], e[1]), pack_pair<T>(e[2], e[3]));
     }
 
@@ -242,7 +242,6 @@ struct Few {
         __syncthreads();
         for (int buffer = 0; group < groups; buffer ^= 1) {
             float sum[2][4] = {};
-            low_rank(group, sum[0]);
             const int64_t next_group = group + gridDim.x;
             int x_at = 0;
 #pragma unroll 1
@@ -259,6 +258,8 @@ struct Few {
                     x_at += slices * x_chunk;
                 }
             }
+            if (group == blockIdx.x) griddep_wait();  // for u, made by the launch before, which may still run
+            low_rank(group, sum[0]);
             finish(group, buffer, sum);
             group = next_group;
         }

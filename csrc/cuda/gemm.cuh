@@ -22,9 +22,10 @@
 // of its integer units, which run beside them. Panels in L2 would spare the repeats in every row of blocks, and pay
 // with 4 bytes of L2 traffic a weight.
 //
-// The low-rank part goes first, 64 of r at a time, so that dropout's mask can be put on it alone. Where there are few
-// tiles, or few in the last round, several blocks share one, each with a part of the depth (splits.cuh), the first with
-// the low-rank part.
+// The low-rank part is 64 of r at a time more of depth. Forward it goes last: the launch may begin while the one
+// before, which makes u, still runs, and waits for it there. Backward it goes first, behind the first copies, so that
+// dropout's mask can be put on it alone. Where there are few tiles, or few in the last round, several blocks share one,
+// each with a part of the depth (splits.cuh), the first with the low-rank part.
 //
 // Shared memory: kStages * (kRows * 128 + kColumns * 32) + 2 * kColumns * 128 bytes. 16-byte pieces are swizzled by
 // row: neither ldmatrix nor any store has a bank conflict.
@@ -298,17 +299,20 @@ struct Gemm {
         }
     }
 
-    // u B^T, or v A with dropout's mask on it: all of it into the sums of the first slice.
-    QLK_DEVICE void low_rank() {
+    // u B^T, or v A with dropout's mask on it: all of it into the sums of the first slice, by way of a stage that no
+    // copy is under way to, and of the first buffer of weights.
+    QLK_DEVICE void low_rank(int stage) {
         for (int64_t first = 0; first < a.r; first += Traits::kDepth) {
+            // u and v may have been written since this kernel began.
             const auto element = [&](const T* matrix, bool inside, int64_t at) {
-                return inside ? load_global(matrix + at) : from_float<T>(0.0f);
+                return inside ? load_changing(matrix + at) : from_float<T>(0.0f);
             };
+            __syncthreads();  // nobody reads what is there any more
 #pragma unroll 1
             for (int i = self; i < Traits::kRows * Traits::kDepth; i += Traits::kThreads) {
                 const int row = i / Traits::kDepth, at = i % Traits::kDepth;
                 const bool inside = first_row + row < a.m && first + at < a.r;
-                store_shared(&shared.left[0][swizzled<Traits::kDepth>(row, at / 8) + at % 8],
+                store_shared(&shared.left[stage][swizzled<Traits::kDepth>(row, at / 8) + at % 8],
                              element(a.low_left, inside, (first_row + row) * a.r + first + at));
             }
 #pragma unroll 1
@@ -330,8 +334,7 @@ struct Gemm {
             const int64_t left = a.r - first;
             const int pieces = static_cast<int>(left < Traits::kDepth ? (left + 15) / 16 : Traits::kDepth / 16);
 #pragma unroll 1
-            for (int piece = 0; slice() == 0 && piece < pieces; ++piece) multiply(0, 0, piece);
-            __syncthreads();
+            for (int piece = 0; slice() == 0 && piece < pieces; ++piece) multiply(stage, 0, piece);
         }
         if (kBackward && a.dropout.seed && a.r > 0 && slice() == 0) {
             each_output<kDownTiles>(down(), [&](int row, int column, float& value) {
@@ -403,8 +406,6 @@ struct Gemm {
                 for (int e = 0; e < 4; ++e) sum[i][j][e] = 0.0f;
             }
         }
-        if (first_step == 0) low_rank();
-
         const int team = self / Traits::kUnits;  // decodes the steps whose number is its own modulo kTeams
         start();
         for (int step = 0; step < Traits::kStages - 1; ++step) {
@@ -412,6 +413,10 @@ struct Gemm {
             cp_async_commit();
         }
         Constant next = ask(team < steps);
+        if constexpr (kBackward) {
+            griddep_wait();
+            if (first_step == 0) low_rank(Traits::kStages - 1);
+        }
         cp_async_wait<Traits::kStages - 2>();
         __syncthreads();
         if (team == 0) {
@@ -437,6 +442,10 @@ struct Gemm {
 #pragma unroll
             for (int piece = 0; piece < kPieces; ++piece) multiply(stage, step % 2, slice() * kPieces + piece);
             stage = next_stage;
+        }
+        if constexpr (!kBackward) {
+            griddep_wait();
+            if (first_step == 0) low_rank(0);
         }
     }
 

@@ -1,5 +1,8 @@
 #include "linear.cuh"
 
+#include <optional>
+#include <string>
+
 #include "../philox.h"
 #include "adapters.h"
 #include "aligned.h"
@@ -45,13 +48,13 @@ Splits splits_of(const Plan& plan, void* scratch) {
 }
 
 template <class T, bool kBackward, int kRows, int kColumns, int kWarpsDown, int kStages>
-void gemm_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream) {
+void gemm_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
     using Traits = GemmTraits<T, kBackward, kRows, kColumns, kWarpsDown, kStages>;
-    launch(gemm_kernel<T, Traits>, plan.blocks(), Traits::kThreads, sizeof(typename Traits::Shared), stream, a);
+    launch(gemm_kernel<T, Traits>, plan.blocks(), Traits::kThreads, sizeof(typename Traits::Shared), stream, a, start);
 }
 
 template <class T>
-void few_launch(const GemmArguments<T>& a, const Plan& plan, int multiprocessors, const Stream& stream) {
+void few_launch(const GemmArguments<T>& a, const Plan& plan, int multiprocessors, const Stream& stream, Start start) {
     const FewArguments<T> few{a.weight,
                               a.n,
                               a.k,
@@ -67,51 +70,63 @@ void few_launch(const GemmArguments<T>& a, const Plan& plan, int multiprocessors
                               a.r % 4 == 0 && lies_on(a.low_left, 8) && lies_on(a.low_right, 8)};
     const auto kernel = a.weight.absmax ? few_kernel<T, false> : few_kernel<T, true>;
     launch(kernel, std::min<int64_t>(plan.tiles, multiprocessors), FewTraits::kThreads, few_shared(a.m, a.k), stream,
-           few);
+           few, start);
 }
 
 template <class T, int kRows>
-void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream) {
+void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
     using Nested = MiddleTraits<T, kRows, true>;
     const auto kernel = a.weight.absmax ? middle_kernel<T, MiddleTraits<T, kRows, false>> : middle_kernel<T, Nested>;
-    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a);
+    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start);
+}
+
+// How the product is computed; notes where its operand lies.
+template <bool kBackward, class T>
+Plan plan_of(GemmArguments<T>& a, const Card& here) {
+    constexpr DType dtype = std::is_same_v<T, bf16>   ? DType::kBFloat16
+                            : std::is_same_v<T, fp16> ? DType::kFloat16
+                                                      : DType::kFloat32;
+    a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
+    return plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16), a.left_aligned}, here);
+}
+
+// Whether the product may begin before what makes its low-rank part has ended: where it is a kernel that waits for it.
+// QLORA_KERNELS_CUDA_EARLY=0 forbids it.
+bool may_be_early(const Plan& p, const Card& here) {
+    const char* const allowed = std::getenv("QLORA_KERNELS_CUDA_EARLY");
+    return p.row.family != Family::kFloats && here.architecture >= 90 && (!allowed || std::string(allowed) != "0") &&
+           early_launches();
 }
 
 // Whether a kernel on tensor cores takes it; then it is launched.
 template <bool kBackward, class T>
-bool gemm(GemmArguments<T> a, void* scratch, const Stream& stream) {
-    constexpr DType dtype = std::is_same_v<T, bf16>   ? DType::kBFloat16
-                            : std::is_same_v<T, fp16> ? DType::kFloat16
-                                                      : DType::kFloat32;
-    const Card here = card(stream.device);
-    a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
-    const Plan p = plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16), a.left_aligned}, here);
+bool gemm(GemmArguments<T> a, const Plan& p, const Card& here, void* scratch, const Stream& stream, Start start) {
     if (p.row.family == Family::kFloats) return false;
     if constexpr (sizeof(T) == 2) {
         a.out_aligned = lies_on(a.out, 16) && (kBackward ? a.k : a.n) % 8 == 0;
         if (p.row.family == Family::kFew) {
-            if constexpr (!kBackward) few_launch(a, p, here.multiprocessors, stream);
+            if constexpr (!kBackward) few_launch(a, p, here.multiprocessors, stream, start);
             return true;
         }
         a.splits = splits_of(p, scratch);
         if (p.row.family == Family::kMiddle) {
             if constexpr (!kBackward) {
-                if (p.row.rows == 8) return middle_launch<T, 8>(a, p, stream), true;
-                if (p.row.rows == 16) return middle_launch<T, 16>(a, p, stream), true;
-                if (p.row.rows == 32) return middle_launch<T, 32>(a, p, stream), true;
-                if (p.row.rows == 64) return middle_launch<T, 64>(a, p, stream), true;
+                if (p.row.rows == 8) return middle_launch<T, 8>(a, p, stream, start), true;
+                if (p.row.rows == 16) return middle_launch<T, 16>(a, p, stream, start), true;
+                if (p.row.rows == 32) return middle_launch<T, 32>(a, p, stream, start), true;
+                if (p.row.rows == 64) return middle_launch<T, 64>(a, p, stream, start), true;
             }
             QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
         }
         const auto is = [&](int rows, int columns, int stages) {
             return p.row.rows == rows && p.row.columns == columns && p.row.stages == stages;
         };
-        if (is(16, 128, 4)) return gemm_launch<T, kBackward, 16, 128, 1, 4>(a, p, stream), true;
-        if (is(32, 128, 4)) return gemm_launch<T, kBackward, 32, 128, 1, 4>(a, p, stream), true;
-        if (is(64, 128, 4)) return gemm_launch<T, kBackward, 64, 128, 2, 4>(a, p, stream), true;
-        if (is(128, 128, 4)) return gemm_launch<T, kBackward, 128, 128, 2, 4>(a, p, stream), true;
-        if (is(128, 128, 3)) return gemm_launch<T, kBackward, 128, 128, 2, 3>(a, p, stream), true;
-        if (is(128, 256, 4)) return gemm_launch<T, kBackward, 128, 256, 2, 4>(a, p, stream), true;
+        if (is(16, 128, 4)) return gemm_launch<T, kBackward, 16, 128, 1, 4>(a, p, stream, start), true;
+        if (is(32, 128, 4)) return gemm_launch<T, kBackward, 32, 128, 1, 4>(a, p, stream, start), true;
+        if (is(64, 128, 4)) return gemm_launch<T, kBackward, 64, 128, 2, 4>(a, p, stream, start), true;
+        if (is(128, 128, 4)) return gemm_launch<T, kBackward, 128, 128, 2, 4>(a, p, stream, start), true;
+        if (is(128, 128, 3)) return gemm_launch<T, kBackward, 128, 128, 2, 3>(a, p, stream, start), true;
+        if (is(128, 256, 4)) return gemm_launch<T, kBackward, 128, 256, 2, 4>(a, p, stream, start), true;
     }
     QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
 }
@@ -127,17 +142,23 @@ void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, c
     T* const u = static_cast<T*>(p.u);
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
     const DeviceGuard guard(stream.device);
+    const Card here = card(stream.device);
+    GemmArguments<T> tiled{
+        DeviceWeight::of(p.weight), n,   k, x, u, static_cast<const T*>(p.lora_b), p.bias, Dropout{nullptr, 0},
+        static_cast<T*>(p.y),       p.m, r};
+    const Plan plan = plan_of<false>(tiled, here);
+    bool early = false;
     if (r > 0) {
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         const Dropout dropout = dropout_of(p.dropout, seed);
-        if (!adapter_down(x, a, u, p.m, k, r, scale, dropout, scratch, stream)) {
+        early = may_be_early(plan, here);
+        if (!adapter_down(x, a, u, p.m, k, r, scale, dropout, scratch, stream,
+                          early ? Start::kFollowed : Start::kInOrder)) {
+            early = false;
             product_launch(DownProduct<T>{{p.m, r, {0, k}}, x, a, dropout, scale, u}, stream);
         }
     }
-    const GemmArguments<T> tiled{
-        DeviceWeight::of(p.weight), n,   k, x, u, static_cast<const T*>(p.lora_b), p.bias, Dropout{nullptr, 0},
-        static_cast<T*>(p.y),       p.m, r};
-    if (gemm<false>(tiled, scratch, stream)) return;
+    if (gemm<false>(tiled, plan, here, scratch, stream, early ? Start::kEarly : Start::kInOrder)) return;
     product_launch(ForwardProduct<T>{{p.m, n, {r, k}},
                                      DeviceWeight::of(p.weight),
                                      x,
@@ -161,24 +182,31 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, 
     const Dropout dropout = r > 0 ? dropout_of(p.dropout, seed) : Dropout{nullptr, 0};
     const DeviceGuard guard(stream.device);
     const bool need_v = r > 0 && (p.dx || p.da), need_db = r > 0 && p.db;
+    const Card here = card(stream.device);
+    const T* const lora_a = static_cast<const T*>(p.lora_a);
+    T* const dx = static_cast<T*>(p.dx);
+    const DeviceWeight weight = DeviceWeight::of(p.weight);
+    GemmArguments<T> tiled{weight, n, k, dy, v, lora_a, nullptr, dropout, dx, p.m, r, false, false};
+    std::optional<Plan> plan;
+    if (dx) plan = plan_of<true>(tiled, here);
+    bool early = false;
     if (need_v || need_db) {
         QLK_CHECK(!need_v || v != nullptr, "the gradients of x and lora_A need room for v, [M, r]");
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         const T* const u = static_cast<const T*>(p.u);
         float* const db = need_db ? p.db : nullptr;
-        if (!adapter_up_gradient(dy, b, u, need_v ? v : nullptr, db, p.m, n, r, scale, scratch, stream)) {
+        early = dx && may_be_early(*plan, here);
+        if (!adapter_up_gradient(dy, b, u, need_v ? v : nullptr, db, p.m, n, r, scale, scratch, stream,
+                                 early ? Start::kFollowed : Start::kInOrder)) {
+            early = false;
             if (need_v) product_launch(UpGradientProduct<T>{{p.m, r, {0, n}}, dy, b, scale, v}, stream);
             if (need_db) {
                 product_launch(AdapterGradientProduct<T>{{n, r, {0, p.m}}, dy, u, Dropout{nullptr, 0}, db}, stream);
             }
         }
     }
-    if (p.dx) {
-        const T* const lora_a = static_cast<const T*>(p.lora_a);
-        T* const dx = static_cast<T*>(p.dx);
-        const DeviceWeight weight = DeviceWeight::of(p.weight);
-        const GemmArguments<T> tiled{weight, n, k, dy, v, lora_a, nullptr, dropout, dx, p.m, r, false, false};
-        if (!gemm<true>(tiled, scratch, stream)) {
+    if (dx) {
+        if (!gemm<true>(tiled, *plan, here, scratch, stream, early ? Start::kEarly : Start::kInOrder)) {
             product_launch(InputGradientProduct<T>{{p.m, k, {r, n}}, weight, dy, v, lora_a, dropout, dx}, stream);
         }
     }

@@ -240,13 +240,13 @@ struct Middle {
         }
     }
 
-    // Elements at .. at + 3 of a row of r.
+    // Elements at .. at + 3 of a row of r. u may have been written since this kernel began.
     QLK_DEVICE uint2 four(const T* matrix, bool inside, int64_t row, int64_t at) const {
         if (!inside) return make_uint2(0, 0);
         const T* const from = matrix + row * a.r + at;
         float e[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) e[i] = at + i < a.r ? to_float(load_global(from + i)) : 0.0f;
+        for (int i = 0; i < 4; ++i) e[i] = at + i < a.r ? to_float(load_changing(from + i)) : 0.0f;
         return make_uint2(pack_pair<T>(e[0], e[1]), pack_pair<T>(e[2], e[3]));
     }
 
@@ -291,7 +291,6 @@ struct Middle {
         }
         cp_async_commit();
         Constants next = ask(steps > 0);
-        if (first_step == 0) low_rank();
         put(0, next, {entry(next.code[0]), entry(next.code[1])});
         next = ask(steps > 1);
         cp_async_wait<0>();
@@ -327,6 +326,8 @@ struct Middle {
             cp_async_wait<0>();
             __syncthreads();
         }
+        griddep_wait();  // for u, made by the launch before, which may still run
+        if (first_step == 0) low_rank();
     }
 
     // Where four neighbouring columns of a row of sums lie, so that neither writing them nor reading them has bank

@@ -77,6 +77,7 @@ constexpr int kAdapterSumThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kAdapterSumThreads, 1)
     adapter_sum_kernel(const __grid_constant__ AdapterSumArguments<T> a) {
+    griddep_launch();
     int64_t at = (static_cast<int64_t>(blockIdx.x) * kAdapterSumThreads + threadIdx.x) * 4;
     float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (at < a.down_stride) {

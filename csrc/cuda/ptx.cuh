@@ -70,6 +70,21 @@ QLK_DEVICE void bar_arrive(int id, int threads) {
     asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Waits until the launch before this one in its stream has ended, and all that it wrote is to be seen
+// (griddepcontrol.wait, 9.7.13.13). Where this one was not launched early, and before sm_90, that is so from the start.
+QLK_DEVICE void griddep_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// When all blocks have come here or ended, the next launch may start, if it is one that may be early
+// (griddepcontrol.launch_dependents).
+QLK_DEVICE void griddep_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Four bytes out of the eight of {high, low}, picked by the four low nibbles of the selector; a selector nibble's top
 // bit replicates the byte's sign (prmt, 9.7.8.7).
 QLK_DEVICE uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {

@@ -54,7 +54,7 @@ void Thread::reset(Block* owner, int number, Dim3 position) {
     linear = number;
     index = position;
     state = kReady;
-    started = cancelled = false;
+    started = cancelled = waited = false;
     error = nullptr;
     std::fill(executions.begin(), executions.end(), 0);
     open.clear();
@@ -167,6 +167,10 @@ void Block::run(Thread& thread) {
     make_ready(thread, false);
     --live;
     if (thread.error) std::rethrow_exception(thread.error);
+    if (device.early && !thread.waited) {
+        throw Error("thread " + text(thread.index) + " of block " + text(index) +
+                    " has ended without griddepcontrol.wait: the launch before this one may still run");
+    }
     // A barrier of all threads waits only for those that still run.
     for (Barrier& barrier : barriers) {
         if (barrier.open_to_all && barrier.arrived > 0 && barrier.arrived >= live) complete(barrier);
@@ -388,6 +392,9 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
     }
     if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
     if (any_managed && space == Space::kGlobal) touch(address, bytes, site);
+    if ((block.device.early || block.device.overtaken) && space == Space::kGlobal) {
+        block.device.check_overtaking(self, kind, address, bytes, site);
+    }
     if (kind == Kind::kStore) ++block.device.progress;
     const uint32_t number = site_number(site);
     if (inside && block.races) {
@@ -488,6 +495,33 @@ void copy_wait(int pending, Site site) {
         }
         self.groups.pop_front();
     }
+}
+
+void Device::check_overtaking(const Thread& thread, Kind kind, const void* address, size_t bytes, Site site) {
+    const auto first = reinterpret_cast<uintptr_t>(address) / 16;
+    const auto last = (reinterpret_cast<uintptr_t>(address) + bytes - 1) / 16;
+    if (early && !thread.waited) {
+        if (kind != Kind::kLoad) fail(site, "writes to global memory before griddepcontrol.wait");
+        for (uintptr_t at = first; at <= last; ++at) {
+            early->read.emplace(at, site_number(site));
+            if (early->written.count(at)) fail(site, "reads what the launch before writes, before griddepcontrol.wait");
+        }
+    }
+    if (!overtaken || kind == Kind::kLoad) return;
+    for (uintptr_t at = first; at <= last; ++at) {
+        overtaken->written.insert(at);
+        const auto found = overtaken->read.find(at);
+        if (found == overtaken->read.end()) continue;
+        fail(site, "writes what the next launch has read at " + place(site_of(found->second)) +
+                       ", before griddepcontrol.wait");
+    }
+}
+
+void grid_wait(Site site) {
+    count("griddepcontrol", site);
+    Thread& self = this_thread();
+    self.waited = true;
+    self.block->device.run_the_one_before();
 }
 
 void spin(Site site) { this_thread().pause(Thread::kSpinning, "a loop that waits for memory", site); }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <random>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "emulator.h"
 #include "fiber.h"
@@ -39,6 +40,7 @@ struct Thread {
     State state = kReady;
     bool started = false;
     bool cancelled = false;
+    bool waited = false;  // in grid_wait, where the launch is an early one
     const char* waiting_for = "";
     Site site{"", 0};
     std::exception_ptr error;
@@ -122,12 +124,25 @@ class Block {
     std::vector<uint64_t> ready_;  // a bit for each thread
 };
 
+// What a launch that has begun early and the one before it have to do with each other, by 16 bytes of global memory.
+struct Overtaking {
+    std::function<void(Overtaking&)> before;       // runs that one; empty when it has
+    std::unordered_map<uintptr_t, uint32_t> read;  // by the early one before its threads have waited, and by which line
+    std::unordered_set<uintptr_t> written;         // by the one before
+};
+
 // One launch.
 class Device {
   public:
     Device(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body);
     ~Device();
     void run();
+    void run_the_one_before();
+    // An access of a thread to global memory.
+    void check_overtaking(const Thread& thread, Kind kind, const void* address, size_t bytes, Site site);
+
+    Overtaking* early = nullptr;      // of an early launch
+    Overtaking* overtaken = nullptr;  // of the one before it
 
     Dim3 grid, block_dim;
     size_t shared_size;

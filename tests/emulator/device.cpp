@@ -17,6 +17,13 @@ Device::Device(Dim3 g, Dim3 b, size_t bytes, const std::function<void()>& kernel
 
 Device::~Device() = default;
 
+void Device::run_the_one_before() {
+    if (!early || !early->before) return;
+    const auto before = std::move(early->before);
+    early->before = nullptr;
+    before(*early);
+}
+
 Dim3 Device::position(uint64_t number) const {
     return {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
             static_cast<unsigned>(number / grid.x / grid.y)};
@@ -79,7 +86,15 @@ void Device::run() {
     }
 }
 
-void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+namespace {
+
+// A launch that the next one may overtake.
+std::function<void(Overtaking&)>& held() {
+    static thread_local std::function<void(Overtaking&)> one;
+    return one;
+}
+
+void check_configuration(Dim3 grid, Dim3 block, size_t shared_bytes) {
     const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
     // The limits of every architecture here (CUDA C++ Programming Guide, compute capabilities).
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
@@ -93,9 +108,34 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
         throw Error("invalid configuration: " + std::to_string(shared_bytes) + " bytes of shared memory, of " +
                     std::to_string(options().max_shared_bytes));
     }
+}
+
+}  // namespace
+
+void forget_held() { held() = nullptr; }
+
+void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, Start start) {
+    Overtaking between;
+    between.before = std::move(held());
+    forget_held();
+    if (start != Start::kEarly && between.before) between.before(between);
+    check_configuration(grid, block, shared_bytes);
     count_launch();
     note_launch();
-    Device(grid, block, shared_bytes, body).run();
+    if (start == Start::kFollowed && options().early_launches) {
+        held() = [=](Overtaking& next) {
+            Device device(grid, block, shared_bytes, body);
+            device.overtaken = &next;
+            device.run();
+        };
+        return;
+    }
+    Device device(grid, block, shared_bytes, body);
+    if (start == Start::kEarly && between.before) {
+        device.early = &between;
+        if (device.options.order == Order::kRandom && device.random() & 1) device.run_the_one_before();
+    }
+    device.run();
 }
 
 }  // namespace emu

@@ -368,11 +368,16 @@ int compiled_for(void (*)(Params), int) {
 }
 inline size_t shared_limit(int) { return emu::options().max_shared_bytes; }
 
+inline bool early_launches() { return emu::options().early_launches; }
+using Start = emu::Start;
+
 template <class Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream, const Params& params) {
+void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream, const Params& params,
+            Start start = Start::kInOrder) {
     QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
-    emu::launch({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes,
-                [&] { kernel(params); });
+    emu::launch(
+        {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes, [=] { kernel(params); },
+        start);
 }
 
 }  // namespace qlk::cuda

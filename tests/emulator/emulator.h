@@ -57,7 +57,8 @@ struct Options {
     size_t managed_limit = size_t{1} << 40;
     bool forbid_faults = false;
     size_t free_bytes = size_t{64} << 30;
-    bool capturing = false;  // what the caller's stream says when asked
+    bool capturing = false;      // what the caller's stream says when asked
+    bool early_launches = true;  // whether a launch may begin before the one before it has ended
 };
 
 // The options of the launches to come, of this thread of the process.
@@ -82,8 +83,17 @@ struct Counters {
 Counters counters();
 void reset_counters();
 
-// Runs body() once for each thread of each block. Throws Error, after all fibers have been unwound.
-void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// Where a launch begins. kFollowed: it is held back until the next one, which may begin before it has ended. kEarly:
+// such a one; the other runs when a thread calls grid_wait, or, in random order, perhaps before all of it. kInOrder
+// runs at once, after what was held back.
+enum class Start { kInOrder, kFollowed, kEarly };
+
+// Runs body() once for each thread of each block. Throws Error, after all fibers have been unwound. With kFollowed a
+// copy of body() is run later: what it refers to has to be there then.
+void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body,
+            Start start = Start::kInOrder);
+// Forgets what is held back.
+void forget_held();
 
 // ---------------------------------------------------------------- for device.cuh and ptx.cuh
 
@@ -134,6 +144,10 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t valid, Si
 void copy_commit(Site site);
 // Waits until at most `pending` of the newest groups are under way.
 void copy_wait(int pending, Site site);
+
+// griddepcontrol.wait: what the launch before this one has written is there. Where that one may have been overtaken,
+// each thread calls this before it writes to global memory, reads what the other writes, or ends; else it throws.
+void grid_wait(Site site);
 
 // Lets other threads run; for a loop that waits for memory to change.
 void spin(Site site);

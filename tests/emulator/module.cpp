@@ -42,6 +42,7 @@ PYBIND11_MODULE(_emulated, m) {
             o.free_bytes = free_bytes;
             o.capturing = capturing;
             emu::options() = o;
+            emu::forget_held();
         },
         py::arg("order") = "forward", py::arg("landing") = "latest", py::arg("seed") = 0, py::arg("find_races") = true,
         py::arg("resident_blocks") = 1, py::arg("multiprocessors") = 2, py::arg("architecture") = 90,

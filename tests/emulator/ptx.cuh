@@ -29,6 +29,9 @@ void cp_async_wait(emu::Site s = emu::Site::here()) {
 inline void bar_sync(int id, int threads, emu::Site s = emu::Site::here()) { emu::barrier(id, threads, s); }
 inline void bar_arrive(int id, int threads, emu::Site s = emu::Site::here()) { emu::barrier_arrive(id, threads, s); }
 
+inline void griddep_wait(emu::Site s = emu::Site::here()) { emu::grid_wait(s); }
+inline void griddep_launch(emu::Site s = emu::Site::here()) { emu::count("griddepcontrol", s); }
+
 inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector, emu::Site s = emu::Site::here()) {
     emu::count("prmt", s);
     const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;

@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 #: Statements that order something: calls of these, alone on their line or before a comment.
 ORDERING = re.compile(
-    r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+)"
+    r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+"
+    r"|griddep_wait)"
     r"(?:<[^;]*>)?\([^;]*\);"
     # Of streams, in arena.cu.
     r"|\w+\[[^\]]*\]->hold\([^;]*\);)"
