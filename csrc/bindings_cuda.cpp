@@ -38,13 +38,13 @@ void bind_cuda(py::module_ m) {
         Released());
     m.def(
         "linear_forward",
-        [](const Weight& weight, Address x, Address lora_a, Address lora_b, Address bias, Address y, Address u,
-           int64_t rows, int64_t r, float scaling, double dropout, Address seed, Address scratch, int dtype, int device,
-           Address stream) {
-            qlk::cuda::linear_forward(
-                {weight_view(weight), at<const void>(x), at<const void>(lora_a), at<const void>(lora_b),
-                 at<const float>(bias), at<void>(y), at<void>(u), rows, r, scaling, dropout, 0, dtype_of(dtype), 0},
-                at<const int64_t>(seed), at<void>(scratch), {device, at<void>(stream)});
+        [](const Weight& weight, Address x, Address lora_a, Address lora_b, Address bias, Address narrow_bias,
+           Address y, Address u, int64_t rows, int64_t r, float scaling, double dropout, Address seed, Address scratch,
+           int dtype, int device, Address stream) {
+            qlk::cuda::linear_forward({weight_view(weight), at<const void>(x), at<const void>(lora_a),
+                                       at<const void>(lora_b), at<const float>(bias), at<void>(y), at<void>(u), rows, r,
+                                       scaling, dropout, 0, dtype_of(dtype), 0, at<const void>(narrow_bias)},
+                                      at<const int64_t>(seed), at<void>(scratch), {device, at<void>(stream)});
         },
         Released());
     m.def(

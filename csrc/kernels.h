@@ -69,6 +69,7 @@ struct LinearForwardParams {
     uint64_t seed;
     DType dtype;
     int threads;
+    const void* narrow_bias = nullptr;  // [n] of dtype, in the place of bias: on CUDA alone
 };
 
 // dx = dy W + mask(v A), v = scaling / (1 - p) * dy B; da = v^T mask(x); db = dy^T u.

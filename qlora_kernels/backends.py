@@ -376,7 +376,9 @@ class CUDA:
         u = self._empty((m, r), x.dtype, device)
         if m == 0:
             return y, u
-        lora_A, lora_B, bias = _as(lora_A, x.dtype), _as(lora_B, x.dtype), _as(bias, torch.float32)
+        lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
+        # The kernels read a bias as it is, in float32 or in x's dtype.
+        narrow = bias is not None and bias.dtype != torch.float32
         seed = _seed_on(device, seed, dropout)
         queue = self._queue(device)
         scratch = self._scratch(m, n, k, r, x, False, queue[0])
@@ -385,7 +387,8 @@ class CUDA:
             x.data_ptr(),
             _pointer(lora_A),
             _pointer(lora_B),
-            _pointer(bias),
+            0 if narrow else _pointer(bias),
+            _pointer(bias) if narrow else 0,
             y.data_ptr(),
             u.data_ptr(),
             m,

@@ -150,7 +150,7 @@ def test_errors_of_the_launchers_say_where(cuda_engine):
     with pytest.raises(RuntimeError, match=r"aligned\.h:\d+: the constants of a weight should lie on a multiple of 4"):
         kernels.dequantize((0, 2, 0, 0, 0, 0, 1, 64), 0, 0, 1, 0, *queue)
     with pytest.raises(RuntimeError, match="x, u, y, lora_A and lora_B should lie on a multiple of 2 bytes"):
-        kernels.linear_forward((0, 0, 0, 0, 0, 0, 1, 64), 1, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 1, *queue)
+        kernels.linear_forward((0, 0, 0, 0, 0, 0, 1, 64), 1, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 1, *queue)
     with pytest.raises(RuntimeError, match="dy, x, u, dx, lora_A and lora_B should lie on a multiple of 4 bytes"):
         kernels.linear_backward((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 0, *queue)
     with pytest.raises(RuntimeError, match="unknown dtype code 7"):
@@ -443,12 +443,12 @@ def test_scratch_holds_what_it_held_before():
             y = torch.full((20, 128), torch.nan, dtype=torch.bfloat16)
             pieces = (packed, 0, absmax, nested_absmax, table, offset, 128, 1024)
             kernels.linear_forward(
-                pieces, x.data_ptr(), 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, scratch.data_ptr(), 1, 0, 0
+                pieces, x.data_ptr(), 0, 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, scratch.data_ptr(), 1, 0, 0
             )
             results.append(y)
             assert scratch[0] == 0, "the last block takes the launch's number away"
         with pytest.raises(RuntimeError, match="need scratch"):
-            kernels.linear_forward(pieces, x.data_ptr(), 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, 0, 1, 0, 0)
+            kernels.linear_forward(pieces, x.data_ptr(), 0, 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, 0, 1, 0, 0)
     assert all(torch.equal(results[0], y) for y in results[1:])
 
 

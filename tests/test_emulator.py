@@ -143,7 +143,22 @@ def test_bytes_of_one_word_are_no_race():
         ]
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_a_launch_that_begins_early_sees_what_the_one_before_has_made(early):
+    data = list(range(1, 129))
+    for options in every_way():
+        module().reset_counters()
+        found = run("early", data, 128, blocks=2, early_launches=early, **options)
+        assert found == [data[i] + 3 * data[(i + 1) % 128] for i in range(128)]
+        assert (counters()["launches"], counters()["early"]) == (2, int(early))
+
+
 FAULTS = {
+    "early without a wait": "reads what the launch before writes|writes to global memory before griddepcontrol.wait",
+    "early of which a thread ends": r"thread \(3, 0, 0\) of block .* has ended without griddepcontrol.wait",
+    "early that reads before its wait": "writes what the next launch has read at samples|reads what the launch before",
+    "early that writes before its wait": "writes to global memory before griddepcontrol.wait",
+    "early of which one thread waits": "reads what the launch before writes, before",
     "shared access out of range": r"samples\.cpp:\d+: thread \(\d+, 0, 0\).* shared access of 4 bytes at offset 65536",
     "misaligned access": "no multiple",
     "barrier in a branch": r"deadlock: block \(0, 0, 0\); 64 threads in a barrier at samples.*; 64 threads in a",
@@ -250,6 +265,7 @@ def test_counters_start_again():
     module().reset_counters()
     assert json.loads(module().counters()) == {
         "launches": 0,
+        "early": 0,
         "blocks": 0,
         "instructions": {},
         "shared": {},

@@ -22,9 +22,14 @@ struct Dropout {
     }
 };
 
-// The same, called and not inlined: for kernels whose outputs are all in registers, where it would come 64 times.
-QLK_DEVICE_CALL bool dropout_keeps(const int64_t* seed, uint32_t threshold, int64_t i) {
-    return Dropout{seed, threshold}.keeps(i);
+// Of four neighbours, elements 4 * block and on, the first in the lowest bit. Called and not inlined: for kernels whose
+// outputs are all in registers, where it would come 32 times.
+QLK_DEVICE_CALL uint32_t dropout_keeps_4(uint64_t seed, uint32_t threshold, int64_t block) {
+    uint32_t words[4], keep = 0;
+    philox_blocks(seed, static_cast<uint64_t>(block), 1, words);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) keep |= (words[e] >= threshold ? 1u : 0u) << e;
+    return keep;
 }
 
 // For elements i to i + 7, the first in the lowest bit; each counter's words are computed once.

@@ -25,6 +25,7 @@
 // share such a sector, so that it comes from L1.
 #pragma once
 
+#include "bias.cuh"
 #include "decode.cuh"
 #include "dispatch.h"
 
@@ -37,8 +38,8 @@ struct FewArguments {
     const T* x;         // [m, k]
     const T* low_left;  // u [m, r]
     const T* lora_b;    // [n, r]
-    const float* bias;  // [n] or null
-    T* y;               // [m, n]
+    Bias<T> bias;
+    T* y;  // [m, n]
     int64_t r;
     int m;
     int row_tiles;     // of a group
@@ -216,7 +217,7 @@ struct Few {
         for (int i = self; i < wide * a.m; i += Traits::kThreads) {
             const int64_t column = group * wide + i % wide, out_row = i / wide;
             if (column >= a.n) continue;
-            float total = a.bias ? load_global(a.bias + column) : 0.0f;
+            float total = a.bias.at(column);
             for (int s = 0; s < slices; ++s) total += load_shared(mine + (s * a.m + out_row) * sums_pitch + i % wide);
             store_global(a.y + out_row * a.n + column, from_float<T>(total));
         }

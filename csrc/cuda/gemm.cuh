@@ -31,6 +31,7 @@
 // row: neither ldmatrix nor any store has a bank conflict.
 #pragma once
 
+#include "bias.cuh"
 #include "decode.cuh"
 #include "dispatch.h"
 #include "dropout.cuh"
@@ -45,12 +46,13 @@ struct GemmArguments {
     const T* left;       // x [m, k] or dy [m, n]
     const T* low_left;   // u or v [m, r]
     const T* low_right;  // lora_b [n, r] or lora_a [r, k]
-    const float* bias;   // [n] or null; forward alone
+    Bias<T> bias;        // forward alone
     Dropout dropout;     // backward alone
     T* out;              // [m, n] or [m, k]
     int64_t m, r;
     bool left_aligned;  // its rows lie on 16 bytes; otherwise they are read element by element
     bool out_aligned;   // likewise, written
+    bool low_aligned;   // rows of low_left and low_right lie on 16 bytes
     Splits splits;      // along the depth
 };
 
@@ -299,48 +301,93 @@ struct Gemm {
         }
     }
 
+    // 16 times `pieces` of r, from `first` on, to shared memory: low_left's to a stage, low_right's to the first buffer
+    // of weights. What lies outside is zeros. u and v may have been written since this kernel began.
+    QLK_DEVICE void copy_low_rank(int stage, int64_t first, int pieces) {
+        constexpr int kAcross = kWeightWidth / 8;  // pieces of 16 bytes in a row of weights
+        const auto right_at = [&](int row, int64_t at, int64_t& from) {
+            from = kBackward ? (first + row) * a.k + first_column + at : (first_column + row) * a.r + first + at;
+            return kBackward ? first + row < a.r && first_column + at < a.k
+                             : first_column + row < a.n && first + at < a.r;
+        };
+        if (a.low_aligned) {
+#pragma unroll 1
+            for (int i = self; i < Traits::kRows * Traits::kDepth / 8; i += Traits::kThreads) {
+                const int row = i / (Traits::kDepth / 8), piece = i % (Traits::kDepth / 8);
+                if (piece >= pieces * 2) continue;
+                const bool inside = first_row + row < a.m && first + piece * 8 < a.r;
+                const int64_t from = inside ? (first_row + row) * a.r + first + piece * 8 : 0;
+                cp_async_16(&shared.left[stage][swizzled<Traits::kDepth>(row, piece)], a.low_left + from,
+                            inside ? 16 : 0);
+            }
+#pragma unroll 1
+            for (int i = self; i < Traits::kColumns * Traits::kDepth / 8; i += Traits::kThreads) {
+                const int row = i / kAcross, piece = i % kAcross;
+                if ((kBackward ? row : piece * 8) >= pieces * 16) continue;
+                int64_t from;
+                const bool inside = right_at(row, piece * 8, from);
+                cp_async_16(&shared.weights[0][swizzled<kWeightWidth>(row, piece)], a.low_right + (inside ? from : 0),
+                            inside ? 16 : 0);
+            }
+            cp_async_commit();
+            cp_async_wait<0>();
+            return;
+        }
+#pragma unroll 1
+        for (int i = self; i < Traits::kRows * Traits::kDepth; i += Traits::kThreads) {
+            const int row = i / Traits::kDepth, at = i % Traits::kDepth;
+            if (at >= pieces * 16) continue;
+            const bool inside = first_row + row < a.m && first + at < a.r;
+            store_shared(
+                &shared.left[stage][swizzled<Traits::kDepth>(row, at / 8) + at % 8],
+                inside ? load_changing(a.low_left + (first_row + row) * a.r + first + at) : from_float<T>(0.0f));
+        }
+#pragma unroll 1
+        for (int i = self; i < Traits::kColumns * Traits::kDepth; i += Traits::kThreads) {
+            const int row = i / kWeightWidth, at = i % kWeightWidth;
+            if ((kBackward ? row : at) >= pieces * 16) continue;
+            int64_t from;
+            const bool inside = right_at(row, at, from);
+            store_shared(&shared.weights[0][swizzled<kWeightWidth>(row, at / 8) + at % 8],
+                         inside ? load_global(a.low_right + from) : from_float<T>(0.0f));
+        }
+    }
+
     // u B^T, or v A with dropout's mask on it: all of it into the sums of the first slice, by way of a stage that no
-    // copy is under way to, and of the first buffer of weights.
+    // copy is under way to.
     QLK_DEVICE void low_rank(int stage) {
         for (int64_t first = 0; first < a.r; first += Traits::kDepth) {
-            // u and v may have been written since this kernel began.
-            const auto element = [&](const T* matrix, bool inside, int64_t at) {
-                return inside ? load_changing(matrix + at) : from_float<T>(0.0f);
-            };
-            __syncthreads();  // nobody reads what is there any more
-#pragma unroll 1
-            for (int i = self; i < Traits::kRows * Traits::kDepth; i += Traits::kThreads) {
-                const int row = i / Traits::kDepth, at = i % Traits::kDepth;
-                const bool inside = first_row + row < a.m && first + at < a.r;
-                store_shared(&shared.left[stage][swizzled<Traits::kDepth>(row, at / 8) + at % 8],
-                             element(a.low_left, inside, (first_row + row) * a.r + first + at));
-            }
-#pragma unroll 1
-            for (int i = self; i < Traits::kColumns * Traits::kDepth; i += Traits::kThreads) {
-                const int row = i / kWeightWidth, at = i % kWeightWidth;
-                bool inside;
-                int64_t from;
-                if constexpr (kBackward) {
-                    inside = first + row < a.r && first_column + at < a.k;
-                    from = (first + row) * a.k + first_column + at;
-                } else {
-                    inside = first_column + row < a.n && first + at < a.r;
-                    from = (first_column + row) * a.r + first + at;
-                }
-                store_shared(&shared.weights[0][swizzled<kWeightWidth>(row, at / 8) + at % 8],
-                             element(a.low_right, inside, from));
-            }
-            __syncthreads();
             const int64_t left = a.r - first;
             const int pieces = static_cast<int>(left < Traits::kDepth ? (left + 15) / 16 : Traits::kDepth / 16);
+            __syncthreads();  // nobody reads what is there any more
+            copy_low_rank(stage, first, pieces);
+            __syncthreads();
 #pragma unroll 1
             for (int piece = 0; slice() == 0 && piece < pieces; ++piece) multiply(stage, 0, piece);
         }
-        if (kBackward && a.dropout.seed && a.r > 0 && slice() == 0) {
-            each_output<kDownTiles>(down(), [&](int row, int column, float& value) {
-                const int64_t at = (first_row + row) * a.k + first_column + column;
-                if (!dropout_keeps(a.dropout.seed, a.dropout.threshold, at)) value = 0.0f;
-            });
+        if (kBackward && a.dropout.seed && a.r > 0 && slice() == 0) drop();
+    }
+
+    // Dropout's mask on the sums. Two lanes have the four neighbours of a counter, in two rows: one makes the words of
+    // the one row, the other those of the other.
+    QLK_DEVICE void drop() {
+        const uint64_t seed = static_cast<uint64_t>(load_global(a.dropout.seed));
+        const int odd = lane & 1;
+#pragma unroll
+        for (int i = 0; i < kDownTiles; ++i) {
+#pragma unroll
+            for (int j = 0; j < kAcrossTiles; ++j) {
+                const int64_t row = first_row + down() + i * 16 + lane / 4 + odd * 8;
+                const int64_t column = first_column + across() + j * 8 + lane % 4 / 2 * 4;
+                const uint32_t mine = dropout_keeps_4(seed, a.dropout.threshold, (row * a.k + column) / 4);
+                const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
+                const uint32_t low = (odd ? other : mine) >> odd * 2, high = (odd ? mine : other) >> odd * 2;
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    if (!(low >> e & 1)) sum[i][j][e] = 0.0f;
+                    if (!(high >> e & 1)) sum[i][j][2 + e] = 0.0f;
+                }
+            }
         }
     }
 
@@ -451,9 +498,9 @@ struct Gemm {
 
     QLK_DEVICE void store(T* staged) {
         const int first = down() + slice() * kOwnTiles * 16;
-        if (!kBackward && a.bias) {
+        if (!kBackward && a.bias.any()) {
             each_output<kOwnTiles>(first, [&](int, int column, float& value) {
-                if (first_column + column < a.n) value += load_global(a.bias + first_column + column);
+                if (first_column + column < a.n) value += a.bias.at(first_column + column);
             });
         }
         __syncthreads();  // nobody reads the operands any more, whose place the results take

@@ -87,6 +87,7 @@ Plan plan_of(GemmArguments<T>& a, const Card& here) {
                             : std::is_same_v<T, fp16> ? DType::kFloat16
                                                       : DType::kFloat32;
     a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
+    a.low_aligned = a.r % 8 == 0 && lies_on(a.low_left, 16) && lies_on(a.low_right, 16);
     return plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16), a.left_aligned}, here);
 }
 
@@ -138,13 +139,15 @@ void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, c
     require_aligned(sizeof(T), "x, u, y, lora_A and lora_B", p.x, p.u, p.y, p.lora_a, p.lora_b);
     require_aligned(8, "the seed", seed);
     require_aligned(4, "the bias", p.bias);
+    require_aligned(sizeof(T), "a bias of x's type", p.narrow_bias);
+    const Bias<T> bias{p.bias, static_cast<const T*>(p.narrow_bias)};
     const T *const x = static_cast<const T*>(p.x), *const a = static_cast<const T*>(p.lora_a);
     T* const u = static_cast<T*>(p.u);
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
     const DeviceGuard guard(stream.device);
     const Card here = card(stream.device);
     GemmArguments<T> tiled{
-        DeviceWeight::of(p.weight), n,   k, x, u, static_cast<const T*>(p.lora_b), p.bias, Dropout{nullptr, 0},
+        DeviceWeight::of(p.weight), n,   k, x, u, static_cast<const T*>(p.lora_b), bias, Dropout{nullptr, 0},
         static_cast<T*>(p.y),       p.m, r};
     const Plan plan = plan_of<false>(tiled, here);
     bool early = false;
@@ -164,7 +167,7 @@ void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, c
                                      x,
                                      u,
                                      static_cast<const T*>(p.lora_b),
-                                     p.bias,
+                                     bias,
                                      static_cast<T*>(p.y)},
                    stream);
 }
@@ -186,7 +189,7 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, 
     const T* const lora_a = static_cast<const T*>(p.lora_a);
     T* const dx = static_cast<T*>(p.dx);
     const DeviceWeight weight = DeviceWeight::of(p.weight);
-    GemmArguments<T> tiled{weight, n, k, dy, v, lora_a, nullptr, dropout, dx, p.m, r, false, false};
+    GemmArguments<T> tiled{weight, n, k, dy, v, lora_a, Bias<T>{}, dropout, dx, p.m, r, false, false};
     std::optional<Plan> plan;
     if (dx) plan = plan_of<true>(tiled, here);
     bool early = false;

@@ -7,6 +7,7 @@
 // so that the mask of dx can be applied to it before the rest is added.
 #pragma once
 
+#include "bias.cuh"
 #include "dropout.cuh"
 #include "product.cuh"
 #include "weight.cuh"
@@ -40,7 +41,7 @@ template <class T>
 struct ForwardProduct : OnePart {
     DeviceWeight weight;
     const T *x, *u, *lora_b;
-    const float* bias;  // or null
+    Bias<T> bias;
     T* y;
 
     QLK_DEVICE float left(int part, int64_t i, int64_t d) const {
@@ -50,7 +51,7 @@ struct ForwardProduct : OnePart {
         return part == 0 ? element(lora_b, j * depth[0] + d) : decode_element<T>(weight, j * depth[1] + d);
     }
     QLK_DEVICE void store(int64_t i, int64_t j, float sum) const {
-        store_global(y + i * columns + j, from_float<T>(bias ? sum + load_global(bias + j) : sum));
+        store_global(y + i * columns + j, from_float<T>(bias.any() ? sum + bias.at(j) : sum));
     }
 };
 

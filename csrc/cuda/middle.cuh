@@ -244,6 +244,7 @@ struct Middle {
     QLK_DEVICE uint2 four(const T* matrix, bool inside, int64_t row, int64_t at) const {
         if (!inside) return make_uint2(0, 0);
         const T* const from = matrix + row * a.r + at;
+        if (a.low_aligned) return at < a.r ? load_changing(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
         float e[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) e[i] = at + i < a.r ? to_float(load_changing(from + i)) : 0.0f;
@@ -381,7 +382,7 @@ struct Middle {
             float out[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                out[e] = total[4 * i + e] + (a.bias && column + e < a.n ? load_global(a.bias + column + e) : 0.0f);
+                out[e] = total[4 * i + e] + (column + e < a.n ? a.bias.at(column + e) : 0.0f);
             }
             T* const to = a.out + row * a.n + column;
             if (a.out_aligned) {

@@ -169,7 +169,7 @@ class Device {
 
 uint32_t site_number(Site site);
 Site site_of(uint32_t number);
-void count_launch();
+void count_launch(bool early);
 void count_block();
 void collect(Thread& thread, Space space, Kind kind, const void* address, size_t bytes, uint32_t site);
 void finish(uint32_t slot, const Request& request);

@@ -120,7 +120,8 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
     forget_held();
     if (start != Start::kEarly && between.before) between.before(between);
     check_configuration(grid, block, shared_bytes);
-    count_launch();
+    const bool early = start == Start::kEarly && between.before;
+    count_launch(early);
     note_launch();
     if (start == Start::kFollowed && options().early_launches) {
         held() = [=](Overtaking& next) {
@@ -131,7 +132,7 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
         return;
     }
     Device device(grid, block, shared_bytes, body);
-    if (start == Start::kEarly && between.before) {
+    if (early) {
         device.early = &between;
         if (device.options.order == Order::kRandom && device.random() & 1) device.run_the_one_before();
     }

@@ -74,6 +74,7 @@ struct Traffic {
 
 struct Counters {
     uint64_t launches = 0, blocks = 0;
+    uint64_t early = 0;                             // launches that began before the one before them had ended
     std::map<std::string, uint64_t> instructions;   // by class, one for each thread that executes it
     std::map<std::string, Traffic> shared, global;  // by "file:line kind"
     std::string json() const;

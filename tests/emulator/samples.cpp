@@ -15,6 +15,7 @@ constexpr uint32_t kAll = 0xffffffffu;
 struct Arguments {
     const uint32_t* in;
     uint32_t* out;
+    uint32_t* between;  // as large as the input; of two launches, what the first makes for the second
 };
 
 int id() { return static_cast<int>(threadIdx.x); }
@@ -226,8 +227,39 @@ void last_block_overwrites(Arguments a) {
 struct Sample {
     const char* name;
     void (*kernel)(Arguments);
+    void (*before)(Arguments) = nullptr;  // a launch that this one may overtake
 };
+
+// The first of two launches: between[i] = 3 in[i], of all blocks.
+void make_between(Arguments a) {
+    const int i = static_cast<int>(blockIdx.x) * size() + id();
+    griddep_launch();
+    store_global(a.between + i, 3 * load_global(a.in + i));
+}
+
+enum class Fault { kNone, kNoWait, kReadsBefore, kWritesBefore, kOneWaits, kEnds };
+// The second: out[i] = in[i] + what the first has made of the element behind it.
+template <Fault kFault>
+void early(Arguments a) {
+    const int all = static_cast<int>(gridDim.x) * size(), i = static_cast<int>(blockIdx.x) * size() + id();
+    const uint32_t mine = load_global(a.in + i);
+    uint32_t before = 0;
+    if (kFault == Fault::kEnds && id() == 3) return;
+    if (kFault == Fault::kReadsBefore) before = load_changing(a.between + (i + 1) % all);
+    if (kFault == Fault::kWritesBefore) store_global(a.out + i, mine);
+    if (kFault != Fault::kNoWait && (kFault != Fault::kOneWaits || id() == 0)) griddep_wait();
+    if (kFault == Fault::kOneWaits) __syncthreads();
+    if (kFault != Fault::kReadsBefore) before = load_changing(a.between + (i + 1) % all);
+    store_global(a.out + i, mine + before);
+}
+
 const Sample kSamples[] = {
+    {"early", early<Fault::kNone>, make_between},
+    {"early without a wait", early<Fault::kNoWait>, make_between},
+    {"early of which a thread ends", early<Fault::kEnds>, make_between},
+    {"early that reads before its wait", early<Fault::kReadsBefore>, make_between},
+    {"early that writes before its wait", early<Fault::kWritesBefore>, make_between},
+    {"early of which one thread waits", early<Fault::kOneWaits>, make_between},
     {"reverse", reverse<true>},
     {"reverse without its barrier", reverse<false>},
     {"rounds", rounds<true, true>},
@@ -292,12 +324,18 @@ std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint
             if (posix_memalign(&memory, 16, std::max<size_t>(words * 4, 1)) != 0) throw std::bad_alloc();
             return std::unique_ptr<uint32_t, decltype(&std::free)>(static_cast<uint32_t*>(memory), &std::free);
         };
-        const auto in = exact(input.size()), out = exact(output);
+        const auto in = exact(input.size()), out = exact(output), between = exact(input.size());
         std::copy(input.begin(), input.end(), in.get());
         std::fill_n(out.get(), output, 0xffffffffu);
-        const Arguments arguments{in.get(), out.get()};
-        launch({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, 16 * 1024,
-               [&] { sample.kernel(arguments); });
+        std::fill_n(between.get(), input.size(), 0xffffffffu);
+        const Arguments arguments{in.get(), out.get(), between.get()};
+        const auto run = [&](void (*kernel)(Arguments), Start start) {
+            launch(
+                {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, 16 * 1024,
+                [=] { kernel(arguments); }, start);
+        };
+        if (sample.before) run(sample.before, Start::kFollowed);
+        run(sample.kernel, sample.before ? Start::kEarly : Start::kInOrder);
         return {out.get(), out.get() + output};
     }
     throw std::invalid_argument("no sample '" + name + "'");

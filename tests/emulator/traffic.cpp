@@ -20,7 +20,7 @@ Sites& sites() {
 
 // What has been counted; names are put to it when somebody asks.
 struct Tally {
-    uint64_t launches = 0, blocks = 0;
+    uint64_t launches = 0, blocks = 0, early = 0;
     std::vector<std::pair<const char*, uint64_t>> instructions;  // by the address of the name
     std::vector<Traffic> traffic;                                // by slot
 };
@@ -110,6 +110,7 @@ Site site_of(uint32_t number) { return sites().list[number]; }
 Counters counters() {
     Counters all;
     all.launches = tally().launches;
+    all.early = tally().early;
     all.blocks = tally().blocks;
     for (const auto& [name, times] : tally().instructions) all.instructions[name] += times;
     const char* const kinds[] = {"load", "store", "atomic"};
@@ -129,7 +130,10 @@ Counters counters() {
 }
 
 void reset_counters() { tally() = {}; }
-void count_launch() { ++tally().launches; }
+void count_launch(bool early) {
+    ++tally().launches;
+    tally().early += early;
+}
 void count_block() { ++tally().blocks; }
 
 void count(const char* instruction, Site) {
@@ -176,8 +180,8 @@ void finish(uint32_t slot, const Request& request) {
 }
 
 std::string Counters::json() const {
-    std::string out = "{\"launches\": " + std::to_string(launches) + ", \"blocks\": " + std::to_string(blocks) +
-                      ", \"instructions\": {";
+    std::string out = "{\"launches\": " + std::to_string(launches) + ", \"early\": " + std::to_string(early) +
+                      ", \"blocks\": " + std::to_string(blocks) + ", \"instructions\": {";
     for (const auto& [name, times] : instructions) {
         if (out.back() != '{') out += ", ";
         out += "\"" + name + "\": " + std::to_string(times);

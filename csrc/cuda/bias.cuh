@@ -1,0 +1,20 @@
+// What a layer adds to each column of its result: float32 numbers, or such as the result has, or nothing.
+#pragma once
+
+#include <device.cuh>
+
+namespace qlk::cuda {
+
+template <class T>
+struct Bias {
+    const float* wide;  // [n] or null
+    const T* narrow;    // in its place, or null
+
+    QLK_DEVICE bool any() const { return wide || narrow; }
+    QLK_DEVICE float at(int64_t column) const {
+        if (narrow) return to_float(load_global(narrow + column));
+        return wide ? load_global(wide + column) : 0.0f;
+    }
+};
+
+}  // namespace qlk::cuda
