@@ -124,8 +124,31 @@ struct Gemm {
     int64_t constant_next = 0;            // the block whose constant comes next
     int constant_row = 0;                 // backward: its row
     bool constant_column = false;         // whether it lies within the columns
+    uint32_t left_at = 0, right_at = 0;   // bytes in a stage, and in a buffer of weights
+
+    // Who this thread is. Called again behind the main loop, where what the loop needs of it would otherwise be made
+    // anew in every step.
+    QLK_DEVICE void locate() {
+        self = static_cast<int>(anew(threadIdx.x));
+        lane = self % 32;
+        warp = self / 32;
+    }
+
+    // Where ldmatrix reads for this lane: swizzled() of the first of its rows and pieces. Pieces are told apart by
+    // three bits of the address, so that the others of a row are an exclusive or away, and other rows a sum.
+    QLK_DEVICE void aim() {
+        constexpr int kPieces = Traits::kDepth / 16 / Traits::kSlices;
+        const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
+        left_at = sizeof(T) * swizzled<Traits::kDepth>(down() + lane % 16, slice() * kPieces * 2 + high);
+        right_at = sizeof(T) *
+                   (kBackward ? swizzled<kWeightWidth>(slice() * kPieces * 16 + middle * 8 + low, across() / 8 + high)
+                              : swizzled<kWeightWidth>(across() + high * 8 + low, slice() * kPieces * 2 + middle));
+        left_at = anew(left_at);
+        right_at = anew(right_at);
+    }
 
     QLK_DEVICE void start() {
+        aim();
         const int row = self / 8, unit = self / 2;
         left_next = a.left + (first_row + row) * depth + first_step * Traits::kDepth + self % 8 * 8;
         left_rows = 0;
@@ -269,29 +292,23 @@ struct Gemm {
     QLK_DEVICE int across() const { return warp / Traits::kWarpsDown % Traits::kWarpsAcross * Traits::kWarpColumns; }
     QLK_DEVICE int slice() const { return Traits::kSlices == 1 ? 0 : warp / (8 / Traits::kSlices); }
 
-    // sum += left[rows, 16] * weights, of one stage and one buffer: the piece-th 16 of their depth.
+    // sum += left[rows, 16] * weights, of one stage and one buffer: the piece-th 16 of this slice's depth.
     QLK_DEVICE void multiply(int stage, int buffer, int piece) {
+        const auto* const left_from = reinterpret_cast<const unsigned char*>(shared.left[stage]);
+        const auto* const right_from = reinterpret_cast<const unsigned char*>(shared.weights[buffer]);
         uint32_t left[kDownTiles][4];
 #pragma unroll
         for (int i = 0; i < kDownTiles; ++i) {
-            ldmatrix_x4<false>(
-                left[i],
-                &shared.left[stage][swizzled<Traits::kDepth>(down() + i * 16 + lane % 16, piece * 2 + lane / 16)]);
+            ldmatrix_x4<false>(left[i], left_from + (left_at ^ piece * 32) + i * 16 * Traits::kDepth * sizeof(T));
         }
 #pragma unroll
         for (int j = 0; j < kAcrossTiles; j += 2) {
             // Two tiles of 8 columns: depth 0-7 and 8-15 of the first, then of the second.
-            const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
-            const int column = across() + j * 8;
             uint32_t right[4];
             if constexpr (kBackward) {
-                ldmatrix_x4<true>(
-                    right,
-                    &shared.weights[buffer][swizzled<kWeightWidth>(piece * 16 + middle * 8 + low, column / 8 + high)]);
+                ldmatrix_x4<true>(right, right_from + (right_at ^ j * 16) + piece * 16 * Traits::kColumns * sizeof(T));
             } else {
-                ldmatrix_x4<false>(
-                    right,
-                    &shared.weights[buffer][swizzled<kWeightWidth>(column + high * 8 + low, piece * 2 + middle)]);
+                ldmatrix_x4<false>(right, right_from + (right_at ^ piece * 32) + j * 8 * Traits::kDepth * sizeof(T));
             }
 #pragma unroll
             for (int i = 0; i < kDownTiles; ++i) {
@@ -391,21 +408,6 @@ struct Gemm {
         }
     }
 
-    // Of the first kTiles times 16 rows of sums, the first of which is the tile's row `first`.
-    template <int kTiles, class F>
-    QLK_DEVICE void each_output(int first, F f) {
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-            for (int j = 0; j < kAcrossTiles; ++j) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    f(first + i * 16 + lane / 4 + e / 2 * 8, across() + j * 8 + lane % 4 * 2 + e % 2, sum[i][j][e]);
-                }
-            }
-        }
-    }
-
     // Both slices' sums together: of their rows each has the half of its number in the end, in the first kOwnTiles of
     // `sum`, and gives the other the rest.
     QLK_DEVICE void add_slices(float4* room) {
@@ -487,11 +489,12 @@ struct Gemm {
             }
             constexpr int kPieces = Traits::kDepth / 16 / Traits::kSlices;
 #pragma unroll
-            for (int piece = 0; piece < kPieces; ++piece) multiply(stage, step % 2, slice() * kPieces + piece);
+            for (int piece = 0; piece < kPieces; ++piece) multiply(stage, step % 2, piece);
             stage = next_stage;
         }
         if constexpr (!kBackward) {
             griddep_wait();
+            locate();
             if (first_step == 0) low_rank(0);
         }
     }
@@ -499,9 +502,19 @@ struct Gemm {
     QLK_DEVICE void store(T* staged) {
         const int first = down() + slice() * kOwnTiles * 16;
         if (!kBackward && a.bias.any()) {
-            each_output<kOwnTiles>(first, [&](int, int column, float& value) {
-                if (first_column + column < a.n) value += a.bias.at(first_column + column);
-            });
+#pragma unroll
+            for (int j = 0; j < kAcrossTiles; ++j) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int64_t column = first_column + across() + j * 8 + lane % 4 * 2 + e;
+                    const float more = column < a.n ? a.bias.at(column) : 0.0f;
+#pragma unroll
+                    for (int i = 0; i < kOwnTiles; ++i) {
+                        sum[i][j][e] += more;
+                        sum[i][j][2 + e] += more;
+                    }
+                }
+            }
         }
         __syncthreads();  // nobody reads the operands any more, whose place the results take
 #pragma unroll

@@ -328,7 +328,8 @@ struct Middle {
             __syncthreads();
         }
         griddep_wait();  // for u, made by the launch before, which may still run
-        if (first_step == 0) low_rank();
+        locate();
+        if (share().from(tile) == 0) low_rank();
     }
 
     // Where four neighbouring columns of a row of sums lie, so that neither writing them nor reading them has bank
