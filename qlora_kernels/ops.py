@@ -589,10 +589,10 @@ _tables: dict[torch.device, Tensor] = {}
 def default_nested_table(device: torch.device | str = "cpu") -> Tensor:
     """float32 [256], one tensor for each device: entry b is the FP8 E4M3 value of byte b, divided by 448."""
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:  # the current one, which may be another at the next call
-        device = torch.device("cuda", torch.cuda.current_device())
     # Under a mode such as FakeTensorMode a tensor is something else, and nothing to keep.
     plain = _get_current_dispatch_mode() is None
+    if plain and device.type == "cuda" and device.index is None:  # the current one, another at the next call perhaps
+        device = torch.device("cuda", torch.cuda.current_device())
     if plain and device in _tables:
         return _tables[device]
     # Kept for good, so not an inference tensor, which autograd could not save; nor on a default device.

@@ -434,6 +434,12 @@ def test_the_tests_step(tmp_path, monkeypatch):
         assert failure.value.tail == f"{names[0]}:\nthe end"
         assert failure.value.found["passed"] == passed
         assert words in str(failure.value) + str(failure.value.found["failures"])
+    whole = '<testsuite><testcase name="tests.x"><skipped message="no transformers"/></testcase></testsuite>'
+    ending(monkeypatch, {names[0]: ("", 5)}, {**rest, first: whole})
+    assert gpu_steps.run_tests(tmp_path, 10)["skips"][0] == ["tests.x", "no transformers"]
+    ending(monkeypatch, {names[0]: ("", 5)}, {**rest, first: "<testsuite/>"})
+    with pytest.raises(StepFailed, match="1 tests failed"):
+        gpu_steps.run_tests(tmp_path, 10)
     skipped = PASSING.replace('<testcase name="a"/>', "")
     ending(monkeypatch, ("", 0), dict.fromkeys(all_pass, skipped))
     with pytest.raises(StepFailed, match="no test passed"):
