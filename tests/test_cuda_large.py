@@ -16,12 +16,16 @@ ALLOWED = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 @pytest.fixture(autouse=True)
-def _whole_sums(monkeypatch):
+def _whole_sums():
     """torch's products add up in float32, as the contract's dense layer does, and not in their own dtype."""
     settings = torch.backends.cuda.matmul
-    monkeypatch.setattr(settings, "allow_tf32", False)
-    monkeypatch.setattr(settings, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(settings, "allow_fp16_reduced_precision_reduction", False)
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {name: getattr(settings, name) for name in names}
+    for name in names:
+        setattr(settings, name, False)
+    yield
+    for name, value in before.items():
+        setattr(settings, name, value)
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
