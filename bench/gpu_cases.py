@@ -3,9 +3,9 @@
 Bit for bit; the layer's products, whose sums have another order, within the rounding of their dtype. A gradient norm
 is a sum, too: its gradients are chosen so that no order of it rounds, but for one case.
 
-What compute-sanitizer runs. Inputs are made on the CPU and copied, results are copied back and compared there, so that
-this package's kernels are nearly the only ones on the card: for 16-bit layers torch casts bias and gradients. The tool
-names the kernel of each finding.
+What compute-sanitizer runs; now and then a line on stderr says how far it is. Inputs are made on the CPU and copied,
+results are copied back and compared there, so that this package's kernels are nearly the only ones on the card: for
+16-bit layers torch casts bias and gradients. The tool names the kernel of each finding.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ LINEAR_SHAPES = (
 )
 #: Forces a kernel of the layer's products.
 KERNEL = "QLORA_KERNELS_CUDA_KERNEL"
+#: Seconds between two lines that say how far it is.
+PROGRESS_SECONDS = 5.0
 #: Parameters of an optimizer: a chunk of 8192 elements and three; a block of 256 and one; less than a row of 16 bytes;
 #: none; one that never has a gradient. By SHIFTED, the parameter or its gradient lies off 16 bytes.
 OPTIMIZER_COUNTS = (8195, 257, 3, 1030, 0, 700, 300)
@@ -220,6 +223,27 @@ def forced_kernel(name: str) -> Iterator[None]:
                 os.environ[KERNEL] = before
 
 
+@contextlib.contextmanager
+def poisoned_scratch() -> Iterator[None]:
+    """A context in which scratch holds bytes of 0xFF, NaN as a float32, before any kernel gets it.
+
+    For initcheck. Kernels read of scratch what nobody has written, and use none of it: tickets, whose upper bits say
+    whether they are of this launch, and the rest of a last float4. A fresh allocation makes an error of each; this one
+    is written. A kernel that does use what it did not write gives NaN then, and its case fails.
+    """
+    plain = backends.CUDA._scratch
+
+    def filled(self, *arguments):
+        scratch = plain(self, *arguments)
+        return None if scratch is None else scratch.fill_(0xFF)
+
+    backends.CUDA._scratch = filled
+    try:
+        yield
+    finally:
+        backends.CUDA._scratch = plain
+
+
 def can_be_forced(dtype: torch.dtype, device: str) -> bool:
     """Whether a card has room for the largest tiles; the tensor cores' kernels take no float32."""
     if dtype == torch.float32:
@@ -377,6 +401,11 @@ def verdict(equal: int, total: int) -> str:
 def main(argv: Sequence[str] | None = None, device: str = "cuda") -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_cases", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose kernel and name begin so")
+    parser.add_argument(
+        "--poison-scratch",
+        action="store_true",
+        help="fill scratch with NaN first; for initcheck, as kernels read of it what they do not use",
+    )
     arguments = parser.parse_args(argv)
     if device == "cuda" and not torch.cuda.is_available():
         print(f"no CUDA device is seen by torch {torch.__version__}: nothing to check", file=sys.stderr)
@@ -385,8 +414,20 @@ def main(argv: Sequence[str] | None = None, device: str = "cuda") -> int:
     if not chosen:
         print(f"no case begins with '{arguments.only}'", file=sys.stderr)
         return 2
-    equal = 0
-    for case in chosen:
+    with poisoned_scratch() if arguments.poison_scratch else contextlib.nullcontext():
+        return _check_all(chosen, device)
+
+
+def _check_all(chosen: Sequence[Case], device: str) -> int:
+    """Every case, with a line for each that is wrong, and the verdict. The exit code."""
+    equal, begin = 0, time.monotonic()
+    said = begin
+    for number, case in enumerate(chosen, 1):
+        now = time.monotonic()
+        if number == 1 or now - said >= PROGRESS_SECONDS:
+            said = now
+            where = f"{number} of {len(chosen)}, {case.kernel}, {case.name}"
+            print(f"gpu_cases: {now - begin:.0f} s, case {where}", file=sys.stderr, flush=True)
         try:
             problem = check(case, device)
         except Exception as error:

@@ -199,9 +199,29 @@ def _note(entry: dict[str, Any]) -> str:
         return f"{what['build_seconds']} s, {how}, for {archs}"
     if "passed" in what:
         return f"{what['passed']} passed, {what['skipped']} skipped"
-    if "errors" in what:
-        return ", ".join(f"{count} {name}" for name, count in what.items())
+    if entry["name"] == "sanitizers":
+        return "; ".join(f"{tool}: {_listed(result)}" for tool, result in what.items())
     return ""
+
+
+def _listed(result: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in result.items())
+
+
+def _more_benches(results: dict[str, Any]) -> list[str]:
+    """The layer's and the optimizers' bars and times, as far as they were measured, in their own words."""
+    from . import bench_cuda_linear, bench_cuda_optimizer
+
+    lines: list[str] = []
+    for title, name, module in (
+        ("The layer's products", "bench_linear", bench_cuda_linear),
+        ("Optimizers", "bench_optimizer", bench_cuda_optimizer),
+    ):
+        measured = found(results, name)
+        if measured.get("cases"):
+            text = module.markdown(measured).strip()
+            lines += ["", f"## {title}", "", *(("#" + x) if x.startswith("## ") else x for x in text.splitlines())]
+    return lines
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -225,6 +245,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     lines += table(("", "", "reached", "bar", "reached / bar", "why"), rows, left=2)
     lines += _bench_lines(results)
+    lines += _more_benches(results)
     lines += ["", "## Steps", ""]
     rows = [
         [s["name"], s["status"], _number(s.get("seconds"), ".1f"), _number(s.get("limit_s"), ".0f"), _note(s)]

@@ -63,8 +63,11 @@ def cuda(device: torch.device) -> CUDA:
 
 
 def capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, where nothing can be read back."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on the tensor's device, where nothing can be read back."""
+    if not tensor.is_cuda:
+        return False
+    with torch.cuda.device(tensor.device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def non_finite(weight: Tensor, index: tuple[int, ...], name: str) -> ValueError:
@@ -172,7 +175,8 @@ class CPU:
     def quantize_states(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
         """An optimizer's states, float32 [count], to codes uint8 [count] and constants float32 [blocks of 256]."""
         count = values.numel()
-        code, absmax = torch.empty(count, dtype=torch.uint8), torch.empty(-(-count // 256), dtype=torch.float32)
+        code = torch.empty(count, dtype=torch.uint8, device="cpu")
+        absmax = torch.empty(-(-count // 256), dtype=torch.float32, device="cpu")
         native().quantize_states(values.data_ptr(), code.data_ptr(), absmax.data_ptr(), count, is_signed)
         return code, absmax
 

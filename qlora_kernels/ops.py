@@ -591,6 +591,8 @@ def default_nested_table(device: torch.device | str = "cpu") -> Tensor:
     device = torch.device(device)
     # Under a mode such as FakeTensorMode a tensor is something else, and nothing to keep.
     plain = _get_current_dispatch_mode() is None
+    if plain and device.type == "cuda" and device.index is None:  # the current one, another at the next call perhaps
+        device = torch.device("cuda", torch.cuda.current_device())
     if plain and device in _tables:
         return _tables[device]
     # Kept for good, so not an inference tensor, which autograd could not save; nor on a default device.

@@ -21,4 +21,7 @@ PYBIND11_MODULE(_conformance, m) {
         }
         throw std::invalid_argument("no conformance kernel '" + name + "'");
     });
+    m.def("launch_idle", [](int threads, size_t shared_bytes, int device, uintptr_t stream) {
+        qlk::conformance::launch_idle(threads, shared_bytes, {device, reinterpret_cast<void*>(stream)});
+    });
 }

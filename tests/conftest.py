@@ -99,6 +99,33 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """After a failure on a card the run ends where the card answers nothing more: all that came after would fail, too.
+
+    What was reported until then is kept, the failure included.
+    """
+    result = yield
+    if item.stash.get(_FAILED, False) and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except Exception as problem:
+            why = str(problem).strip().splitlines()
+            pytest.exit(f"the card answers no more after {item.nodeid}: {why[0] if why else type(problem).__name__}")
+    return result
+
+
 def pytest_collectstart(collector):
     """Cases that a module draws as it is imported are the same in every run, whatever else is collected."""
     torch.manual_seed(0)
@@ -139,7 +166,7 @@ def worst_tile_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """The largest error of any 64 x 64 tile, relative to the root mean square of the whole."""
     error = (actual.double() - exact).square()
     rows, columns = exact.shape
-    padded = torch.zeros((rows + 63) // 64 * 64, (columns + 63) // 64 * 64, dtype=torch.float64)
+    padded = exact.new_zeros((rows + 63) // 64 * 64, (columns + 63) // 64 * 64, dtype=torch.float64)
     count = padded.clone()
     padded[:rows, :columns] = error
     count[:rows, :columns] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib.util
 import json
@@ -22,7 +23,7 @@ VARIANT = os.environ.get("QLORA_KERNELS_EMULATOR", "ON")
 
 
 def build(folder: Path, target: str = "_emulated", root: Path = ROOT, **definitions: str) -> Path:
-    """Configures and builds one of CMakeLists.txt's modules, and gives the built file.
+    """Configures and builds one of CMakeLists.txt's modules, and gives the built file. One process at a time.
 
     Raises:
         RuntimeError: with the compiler's output when it does not build.
@@ -35,12 +36,14 @@ def build(folder: Path, target: str = "_emulated", root: Path = ROOT, **definiti
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
         *(f"-D{name}={value}" for name, value in definitions.items()),
     ]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        # The preloaded sanitizer is meant for python alone.
-        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"'{' '.join(command[:2])}' failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    # The preloaded sanitizer is meant for python alone.
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", str(folder)]):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"'{' '.join(command[:2])}' failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     return next(folder.glob(f"{target}.*.so"))
 
 

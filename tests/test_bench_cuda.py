@@ -41,6 +41,58 @@ def test_the_cases_on_the_emulator(capsys):
     }
 
 
+def test_scratch_that_is_poisoned_changes_nothing(capsys):
+    seen = []
+    with emulated(), gpu_cases.poisoned_scratch():
+        poisoned = gpu_cases.backends.CUDA._scratch
+        kernels, x = gpu_cases.backends.forced, torch.zeros(20, 1088).bfloat16()
+        seen.append(kernels._scratch(20, 72, 1088, 8, x, True, 0))
+        assert kernels._scratch(1, 8, 64, 0, x, False, 0) is None
+    assert (seen[0] == 255).all()
+    assert len(seen[0]) > 0
+    assert gpu_cases.backends.CUDA._scratch is not poisoned
+    calls = []
+    with emulated(), pytest.MonkeyPatch.context() as patch:
+        # Zeros, where the emulator itself would give NaN: the option's bytes are what the kernels see.
+        plain = gpu_cases.backends.CUDA._scratch
+
+        def zeros(*arguments):
+            scratch = plain(*arguments)
+            calls.append(scratch)
+            return None if scratch is None else scratch.zero_()
+
+        patch.setattr(gpu_cases.backends.CUDA, "_scratch", zeros)
+        assert gpu_cases.main(["--poison-scratch", "--only", "linear bfloat16"], device="cpu") == 0
+        assert gpu_cases.backends.CUDA._scratch is zeros
+    assert any(scratch is not None and (scratch == 255).any() for scratch in calls)
+    out, err = capsys.readouterr()
+    assert out == gpu_cases.verdict(12, 12) + "\n"
+    assert err.startswith("gpu_cases: 0 s, case 1 of 12, linear, bfloat16, 3 rows by [72, 192]")
+
+
+def test_progress_says_where_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_cases, "PROGRESS_SECONDS", 0.0)
+    with emulated():
+        assert gpu_cases.main(["--only", "quantize_absmax 25"], device="cpu") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("case ")[2] for line in lines][1] == (
+        "2 of 6, quantize_absmax, 255 constants, an irregular table"
+    )
+    assert len(lines) == 6
+
+
+def test_the_layers_and_the_optimizers_tables_stand_in_the_report():
+    results = finished(sample())
+    about = {"operation": "forward", "m": 1, "n": 4096, "k": 4096, "dtype": "bfloat16"}
+    measured = {"cases": [{**about, "contenders": [contender(OURS, 4.0), contender("torch dense", 9.6)]}]}
+    results["steps"].append({"name": "bench_linear", "status": "failed", "found": measured})
+    results["steps"].append({"name": "bench_optimizer", "status": "failed", "found": {"nvidia_smi_after": "unknown"}})
+    text = gpu_report.markdown(results)
+    assert "## The layer's products\n\n### Bars" in text
+    assert "forward M = 1, 4096 x 4096: torch dense" in text
+    assert "## Optimizers" not in text
+
+
 def test_the_cases_reach_every_kernel_of_the_table(monkeypatch):
     card = dispatch.CARDS[90]
     found = set()
@@ -331,7 +383,7 @@ def finished(bench: dict) -> dict:
     found = {
         "facts": {"device": "a card", "nvidia_smi": "unknown"},
         "tests": counts,
-        "memcheck": {"errors": 0, "cases": 154},
+        "sanitizers": {"memcheck": {"errors": 0, "cases": 154}, "initcheck": {"seconds": 9.0}},
         "bench": bench,
     }
     steps = [{"name": n, "status": "passed", "seconds": 3.0, "limit_s": 9.0, "found": f} for n, f in found.items()]
@@ -415,7 +467,7 @@ def test_the_tables():
     assert "- t::a: why" in text
     assert "- t::b: one card" in text
     assert "    the end" in text
-    assert ["memcheck", "passed", "3.0", "9", "0 errors, 154 cases"] in rows
+    assert ["sanitizers", "passed", "3.0", "9", "memcheck: 0 errors, 154 cases; initcheck: 9.0 seconds"] in rows
     # Columns stand under each other.
     for block in text.split("\n\n"):
         lines = [line for line in block.splitlines() if line.startswith("|")]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from emulated import ROOT, build, emulated, load, module
+from conformance_module import conformance_module
+from emulated import ROOT, emulated, module
 
 U32 = np.uint32
 KERNELS = module().conformance_kernels()
@@ -14,6 +17,12 @@ KERNELS = module().conformance_kernels()
 SPECIAL = (0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 1, 0x80000001, 0x7FFFFF, 0x800000, 0x7F7FFFFF)
 SPECIAL += (0x477FE000, 0x477FEFFF, 0x477FF000, 0x33800000, 0x33000000, 0x33000001, 0x387FC000, 0x38800000)
 ROUNDS = 64  # sets of operands for each
+ROUGH = 32  # of a product on tensor cores, those whose sums round; the others' are exact on any card
+#: Functions of ptx.cuh that have no kernel here, by how they begin, and why. They give no value: they say who waits.
+CONTROL = {
+    "bar_": "named barriers are of several warps; the emulator's own samples (test_emulator.py) hold them",
+    "griddep_": "what they order lies in two launches",
+}
 
 
 def operands(name: str) -> torch.Tensor:
@@ -30,11 +39,20 @@ def operands(name: str) -> torch.Tensor:
         special = np.array(SPECIAL, dtype=np.uint32)
         bits[48:56] = special[random.integers(0, len(special), (8, 32, words))]
     if name.startswith("mma"):
-        # Elements near 1, so that sums of 16 products neither overflow nor vanish, and accumulators of their size.
         dtype = torch.bfloat16 if name == "mma_bf16" else torch.float16
-        pairs = torch.from_numpy(random.standard_normal((ROUNDS, 32, 12)).astype(np.float32)).to(dtype)
-        bits[..., :6] = pairs.view(torch.int16).numpy().view(np.uint16).view(np.uint32)
-        bits[..., 6:] = random.standard_normal((ROUNDS, 32, 4)).astype(np.float32).view(U32)
+        # Elements near 1, so that sums of 16 products neither overflow nor vanish, and accumulators of their size.
+        pairs = random.standard_normal((ROUNDS, 32, 12)).astype(np.float32)
+        sums = random.standard_normal((ROUNDS, 32, 4)).astype(np.float32)
+        # Small integers, and sums that are none, so that no result is a zero of either sign.
+        pairs[ROUGH:] = random.integers(-8, 9, pairs[ROUGH:].shape)
+        sums[ROUGH:] = random.integers(-512, 512, sums[ROUGH:].shape) + 0.5
+        # Among those of the last rounds a few infinities and NaN, which reach their rows and columns and no others.
+        for operand in (pairs, sums):
+            last = operand[ROUGH + 16 :]
+            which = random.random(last.shape) < 0.01
+            last[which] = random.choice(np.array([np.inf, -np.inf, np.nan], dtype=np.float32), int(which.sum()))
+        bits[..., :6] = torch.from_numpy(pairs).to(dtype).view(torch.int16).numpy().view(np.uint16).view(U32)
+        bits[..., 6:] = sums.view(U32)
     if name == "widen":
         # One of each 32 neighbours among the 16-bit patterns.
         bits[:, :, 0] = np.arange(ROUNDS * 32).reshape(ROUNDS, 32) * 32 + random.integers(0, 32, (ROUNDS, 32))
@@ -156,26 +174,40 @@ def expected_ldmatrix(x):
     return np.concatenate(both, -1)
 
 
-def expected_mma(dtype):
-    def product(x):
-        g, t = np.arange(32) // 4, np.arange(32) % 4
-        a, b = (
-            torch.from_numpy(np.ascontiguousarray(part).view(np.int16)).view(dtype).double().numpy()
-            for part in (x[..., :4], x[..., 4:6])
-        )
-        c = x[..., 6:].copy().view(np.float32).astype(np.float64)
-        left, right, total = np.zeros((ROUNDS, 16, 16)), np.zeros((ROUNDS, 16, 8)), np.zeros((ROUNDS, 16, 8))
-        for e in range(2):
-            for i in range(4):
-                left[:, g + i % 2 * 8, 2 * t + e + i // 2 * 8] = a[..., 2 * i + e]
-                total[:, g + i // 2 * 8, 2 * t + i % 2] = c[..., i]
-            for i in range(2):
-                right[:, 2 * t + e + 8 * i, g] = b[..., 2 * i + e]
-        total += left @ right
-        found = np.stack([total[:, g + i // 2 * 8, 2 * t + i % 2] for i in range(4)], -1)
-        return found.astype(np.float32).view(U32)
+def of_mma(x, dtype):
+    """The operands of each round as float64 matrices: a [16, 16], b [16, 8], c [16, 8]."""
+    g, t = np.arange(32) // 4, np.arange(32) % 4
+    a, b = (
+        torch.from_numpy(np.ascontiguousarray(part).view(np.int16)).view(dtype).double().numpy()
+        for part in (x[..., :4], x[..., 4:6])
+    )
+    c = x[..., 6:].copy().view(np.float32).astype(np.float64)
+    left, right, total = np.zeros((ROUNDS, 16, 16)), np.zeros((ROUNDS, 16, 8)), np.zeros((ROUNDS, 16, 8))
+    for e in range(2):
+        for i in range(4):
+            left[:, g + i % 2 * 8, 2 * t + e + i // 2 * 8] = a[..., 2 * i + e]
+            total[:, g + i // 2 * 8, 2 * t + i % 2] = c[..., i]
+        for i in range(2):
+            right[:, 2 * t + e + 8 * i, g] = b[..., 2 * i + e]
+    return left, right, total
 
-    return product
+
+def of_lanes(total):
+    """[rounds, 16, 8] as each lane has it: [rounds, 32, 4]."""
+    g, t = np.arange(32) // 4, np.arange(32) % 4
+    return np.stack([total[:, g + i // 2 * 8, 2 * t + i % 2] for i in range(4)], -1)
+
+
+def sum_of_products(left, right, total):
+    with np.errstate(invalid="ignore"):
+        return total + (left[..., None] * right[:, None]).sum(2)  # no product of a library, that may leave zeros out
+
+
+def expected_mma(dtype):
+    return lambda x: of_lanes(sum_of_products(*of_mma(x, dtype))).astype(np.float32).view(U32)
+
+
+DTYPES = {"mma_bf16": torch.bfloat16, "mma_fp16": torch.float16}
 
 
 EXPECTED = {
@@ -196,15 +228,19 @@ EXPECTED = {
 }
 
 
-def same(found: np.ndarray, expected: np.ndarray, name: str) -> None:
+def same(found: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) -> None:
     """The same bits; of a float's NaN only that it is one, for processors differ in which.
 
-    How a card rounds within a product on tensor cores is not specified: there, the value, to the last bits of float32.
+    How tensor cores round within a product is not specified. A card aligns the addends to the largest, cuts off what
+    lies below its last bits, and cuts the sum: each of 17 addends loses at most some 2^-24 of that. Where nothing is
+    cut, the bits.
     """
-    if name.startswith("mma"):
-        np.testing.assert_allclose(found.view(np.float32), expected.view(np.float32), rtol=0, atol=4e-6)
-        return
-    if name in ("widen", "mul_add", "round_down"):
+    if name in DTYPES:
+        bound = of_lanes(sum_of_products(*(np.abs(part[:ROUGH]) for part in of_mma(given, DTYPES[name])))) * 2.0**-21
+        error = np.abs(found[:ROUGH].view(np.float32).astype(np.float64) - expected[:ROUGH].view(np.float32))
+        assert (error <= bound).all(), f"{name}: {np.max(error / bound):.2f} times the error that cut addends explain"
+        found, expected = found[ROUGH:], expected[ROUGH:]
+    if name in ("widen", "mul_add", "round_down", *DTYPES):
         both_nan = np.isnan(found.view(np.float32)) & np.isnan(expected.view(np.float32))
         found, expected = np.where(both_nan, 0, found), np.where(both_nan, 0, expected)
     assert np.array_equal(found, expected), f"{name}: {(found != expected).sum()} of {found.size} words differ"
@@ -216,21 +252,56 @@ def test_the_twins_do_what_the_isa_says(name, landing):
     given = operands(name)
     with emulated("random", landing):
         found = run(module(), name, given)
-    same(found.numpy().view(U32), EXPECTED[name](given.numpy().view(U32)), name)
-
-
-@pytest.fixture(scope="session")
-def conformance_on_the_card():
-    major, minor = torch.cuda.get_device_capability()
-    folder = ROOT / "build" / f"conformance-sm{major}{minor}"
-    return load(build(folder, "_conformance", QLK_CONFORMANCE="ON", QLK_CUDA_ARCHS=f"{major}{minor}"), "_conformance")
+    given = given.numpy().view(U32)
+    same(found.numpy().view(U32), EXPECTED[name](given), name, given)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_twins_do_what_the_card_does(name, conformance_on_the_card):
+def test_the_twins_do_what_the_card_does(name):
     given = operands(name)
     with emulated("random", "random"):
         twin = run(module(), name, given)
-    card = run(conformance_on_the_card, name, given, "cuda")
-    same(card.numpy().view(U32), twin.numpy().view(U32), name)
+    card = run(conformance_module(), name, given, "cuda")
+    same(card.numpy().view(U32), twin.numpy().view(U32), name, given.numpy().view(U32))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_product_that_cuts_its_addends_passes_and_a_wrong_one_does_not(name):
+    given = operands(name).numpy().view(U32)
+    left, right, total = of_mma(given, DTYPES[name])
+    exact = EXPECTED[name](given)
+    rough = exact[ROUGH:].view(np.float32)
+    assert np.isnan(rough).any()
+    assert np.isinf(rough).any()
+    assert np.isfinite(rough[:16]).all()
+    # As cards have been seen to: aligned to the largest addend, a bit below float32's last, and cut.
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        addends = np.concatenate([left[..., None] * right[:, None], total[:, :, None]], 2)
+        unit = 2.0 ** (np.floor(np.log2(np.abs(addends).max(2, keepdims=True))) - 24)
+        cut = (np.trunc(addends / unit) * unit).sum(2)
+    card = exact.copy()
+    card[:ROUGH] = of_lanes(cut).astype(np.float32).view(U32)[:ROUGH]
+    assert (card != exact).mean() > 0.02
+    same(card, exact, name, given)
+    for where in ((0, 3, 1), (ROUGH, 3, 1)):
+        wrong = exact.copy()
+        wrong[where] ^= U32(1 << 6 if where[0] < ROUGH else 1)
+        with pytest.raises(AssertionError, match=name):
+            same(wrong, exact, name, given)
+
+
+def test_every_function_of_ptx_has_a_twin_and_a_kernel_here():
+    """A new instruction does not go unseen."""
+    cuda, twins, kernels = (
+        (ROOT / path).read_text()
+        for path in ("csrc/cuda/ptx.cuh", "tests/emulator/ptx.cuh", "tests/emulator/conformance.cu")
+    )
+    lines = [line for line in cuda.splitlines() if "QLK_DEVICE" in line]
+    names = {re.match(r"(?:template <\w* ?\w*> )?QLK_DEVICE \w+ (\w+)[<(]", line).group(1) for line in lines}
+    assert {"prmt", "mma_16x8x16", "cp_async_wait", "ld_global_once_16"} <= names
+    for name in sorted(names):
+        assert re.search(rf"^(inline )?\w+ {name}\(", twins, re.MULTILINE), f"{name} has no twin"
+        if not name.startswith(tuple(CONTROL)):
+            assert re.search(rf"\b{name}[<(]", kernels), f"{name} has no kernel in conformance.cu"
+    assert set(EXPECTED) == set(KERNELS)

@@ -1,4 +1,4 @@
-"""The CUDA kernels beyond their results: launches, memory traffic, alignment, sizes, streams, graphs, errors.
+"""The CUDA kernels beyond their results: launches, memory traffic, alignment, sizes, errors.
 
 What needs no card runs on the emulator; the rest is marked gpu.
 """
@@ -135,7 +135,8 @@ def test_a_launch_that_fails_is_an_exception_and_the_next_one_works():
     with emulated(max_shared_bytes=64), pytest.raises(RuntimeError, match="shared memory, of 64"):
         quantize(weight)
     with emulated():
-        assert torch.equal(quantize(weight).packed, quantize(weight).packed)
+        found = quantize(weight)
+    assert all(torch.equal(a, b) for a, b in zip(found.pieces, quantize(weight).pieces, strict=True))
 
 
 def test_errors_of_the_launchers_say_where(cuda_engine):
@@ -727,103 +728,3 @@ def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(monk
     down = m // {"tiles16": 16, "tiles64": 64}.get(kernel, 128)
     across = 256 // (256 if kernel == "tiles128wide" else 128)
     assert constants == n * k // 64 * 9 * down + down * across * 256 * 4, "and each thread reads the offset"
-
-
-# -------------------------------------------------------------------------------------- streams, graphs, devices
-
-
-def pieces_on_the_cpu(weight: NF4Weight) -> list:
-    return [p.cpu() for p in weight.pieces]
-
-
-@pytest.mark.gpu
-def test_the_callers_stream_is_used():
-    weight = torch.randn(2048, 2048, dtype=torch.bfloat16, device="cuda")
-    expected = quantize(weight.cpu())
-    stream = torch.cuda.Stream()
-    source = torch.empty_like(weight)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        # Were a launch on another stream, it would read the weight before this stream has written it.
-        torch.cuda._sleep(50_000_000)
-        source.copy_(weight)
-        packed, *rest = ops.quantize_nested(source, default_nested_table("cuda"))
-        quantized = NF4Weight(packed, *rest, default_nested_table("cuda"), weight.shape)
-        torch.cuda._sleep(50_000_000)
-        dense = quantized.dequantize(torch.bfloat16)
-    assert not stream.query()  # and nothing has waited for the device
-    stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(pieces_on_the_cpu(quantized), expected.pieces, strict=True))
-    assert torch.equal(dense.cpu(), expected.dequantize(torch.bfloat16))
-
-
-@pytest.mark.gpu
-def test_quantization_and_dequantization_in_a_graph():
-    weight = torch.randn(512, 1024, dtype=torch.bfloat16, device="cuda")
-    quantize(weight).dequantize(torch.bfloat16)  # loads the modules, makes the table
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        quantized = quantize(weight)
-        dense = quantized.dequantize(torch.bfloat16)
-    for seed in range(3):
-        weight.copy_(torch.randn(512, 1024, generator=torch.Generator().manual_seed(seed)))
-        graph.replay()
-        torch.cuda.synchronize()
-        expected = quantize(weight.cpu())
-        assert all(torch.equal(a, b) for a, b in zip(pieces_on_the_cpu(quantized), expected.pieces, strict=True))
-        assert torch.equal(dense.cpu(), expected.dequantize(torch.bfloat16))
-
-
-@pytest.mark.gpu
-def test_a_layer_with_dropout_in_a_graph():
-    weight = make_weight(64, 128).to("cuda")
-    x, A, B = (torch.randn(*s, device="cuda").bfloat16() for s in ((20, 128), (4, 128), (64, 4)))
-    with torch.no_grad():
-        linear(x, weight, None, A, B, dropout=0.5)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = linear(x, weight, None, A, B, dropout=0.5)
-        graph.replay()
-        first = y.clone()
-        graph.replay()
-    # Each replay draws a seed of its own.
-    assert torch.isfinite(first).all()
-    assert not torch.equal(first, y)
-
-
-@pytest.mark.gpu
-def test_the_tensors_device_is_used():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two cards")
-    weight = torch.randn(64, 256)
-    with torch.cuda.device(0):
-        quantized = quantize(weight.to("cuda:1"))
-        dense = quantized.dequantize()
-        assert torch.cuda.current_device() == 0
-    assert dense.device == torch.device("cuda:1")
-    assert torch.equal(dense.cpu(), quantize(weight).dequantize())
-
-
-@pytest.mark.gpu
-def test_a_device_that_is_not_there_is_an_exception_and_the_next_call_works():
-    weight = torch.randn(8, 64, device="cuda")
-    kernels = backends.native().cuda
-    with pytest.raises(RuntimeError, match=r"device\.cuh:\d+: cudaErrorInvalidDevice.*failed: cudaSetDevice"):
-        kernels.quantize(weight.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 512, 0, 999, 0)
-    assert torch.equal(quantize(weight).dequantize().cpu(), quantize(weight.cpu()).dequantize())
-
-
-@pytest.mark.gpu
-def test_a_bad_weight_is_refused_outside_of_a_graph_and_is_nan_within():
-    weight = torch.randn(8, 64, device="cuda")
-    quantize(weight).dequantize()
-    weight[3, 5] = torch.nan
-    with pytest.raises(ValueError, match=r"\(3, 5\)"):
-        quantize(weight)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        dense = quantize(weight).dequantize()
-    graph.replay()
-    assert dense.isnan().any()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from conftest import forced, make_weight, on_the_cpu
 
-from qlora_kernels import NF4Weight, default_nested_table, dequantize, ops, quantize, reference
+from qlora_kernels import NF4Weight, backends, default_nested_table, dequantize, ops, quantize, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One element, one short block, a block less one, a block, one more, rows that begin inside a block or a byte, one
@@ -165,9 +167,10 @@ def test_double_quantization_is_the_nearest_entry(isa, count):
 
 
 def test_double_quantization_of_equal_constants_and_of_another_table(engine):
-    code, nested_absmax, offset = ops.quantize_absmax(torch.full((300,), 0.7), default_nested_table())
+    default = default_nested_table(torch.get_default_device())
+    code, nested_absmax, offset = ops.quantize_absmax(torch.full((300,), 0.7), default)
     assert (nested_absmax == 0).all()
-    assert (default_nested_table()[code.long()] == 0).all()
+    assert (default[code.long()] == 0).all()
     assert offset.item() == pytest.approx(0.7)
     table = torch.linspace(-1, 1, 256)[torch.randperm(256)]  # a table need not be sorted
     absmax = torch.rand(500)
@@ -193,6 +196,34 @@ def test_the_table_is_kept_out_of_modes_and_default_devices():
         inner = quantize(weight)
     assert torch.equal(quantize(weight).dequantize(), inner.dequantize())
     assert type(default_nested_table()) is torch.Tensor
+
+
+def test_the_table_of_cuda_is_that_of_the_current_card(monkeypatch):
+    here, there = torch.zeros(256), torch.ones(256)
+    monkeypatch.setattr(ops, "_tables", {torch.device("cuda", 0): here, torch.device("cuda", 1): there})
+    for index, table in ((0, here), (1, there)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        assert default_nested_table("cuda") is table
+    assert default_nested_table("cuda:0") is here
+
+
+def test_whether_a_graph_is_captured_is_asked_of_the_tensors_card(monkeypatch):
+    class OnSecondCard:
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    current = [torch.device("cuda", 0)]
+
+    @contextlib.contextmanager
+    def device(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1].index == 1)
+    assert backends.capturing(OnSecondCard())
+    assert len(current) == 1
+    assert not backends.capturing(torch.zeros(1))
 
 
 def test_a_table_that_is_not_finite_is_refused():

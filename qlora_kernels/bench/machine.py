@@ -70,14 +70,18 @@ def describe_versions() -> dict[str, str]:
 
 
 def describe_commit() -> dict[str, Any]:
-    """The commit, and whether kernels or package differ from it; None for an installed package and without git."""
+    """The commit, and whether kernels or package differ from it.
+
+    Where there is no git or no repository: what QLORA_KERNELS_COMMIT says, or None; nor is it known then what differs.
+    """
+    given = {"commit": os.environ.get("QLORA_KERNELS_COMMIT") or None, "modified": None}
     if not (ROOT / "csrc" / "CMakeLists.txt").is_file():  # another project's commit, perhaps
-        return {"commit": None, "modified": None}
+        return given
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", "csrc", "qlora_kernels", "bench/*.py")
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "modified": None}
+        return given
     return {"commit": commit, "modified": bool(changed)}
 
 

@@ -22,4 +22,7 @@ struct Kernel {
 
 const std::vector<Kernel>& kernels();
 
+// Launches a block of threads that do nothing: with too many of them, or too much shared memory, to see a launch fail.
+void launch_idle(int threads, size_t shared_bytes, const cuda::Stream& stream);
+
 }  // namespace qlk::conformance
