@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,19 @@ from . import backends, engines
 from .arena import FIRST, FIRST_ABSMAX, MASTER, SECOND, SECOND_ABSMAX, STATE_BLOCK, Layout, Slot
 from .errors import require, sentence
 from .files import digest, save_torch
+from .states import (
+    bad_gradient,
+    check_entry,
+    check_parameter,
+    convert,
+    decoded,
+    form,
+    no_memory_of_its_own,
+    plain,
+    require_number,
+    same_tensors,
+)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of torch.optim.AdamW's groups: without meaning here, and not kept.
 _TORCH_ONLY = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 _FORMAT = "qlora_kernels.optim/1"
@@ -42,7 +51,7 @@ class _Paged(torch.optim.Optimizer):
         good = isinstance(state_bits, int) and state_bits in (32, 8)
         require(good, ValueError, f"state_bits should be 32 or 8, found {state_bits!r}")
         if max_grad_norm is not None:
-            _require_number("max_grad_norm", max_grad_norm, lambda x: x > 0, "above 0")
+            require_number("max_grad_norm", max_grad_norm, lambda x: x > 0, "above 0")
         if page_budget is not None:
             good = isinstance(page_budget, int) and not isinstance(page_budget, bool) and page_budget > 0
             require(good, ValueError, f"page_budget should be a number of bytes above 0, found {page_budget!r}")
@@ -66,7 +75,7 @@ class _Paged(torch.optim.Optimizer):
         self._engine: engines.Engine | None = None
         self._params: list[Tensor] = []  # of the arena, in its order
         self._frozen: list[Tensor] = []  # the others
-        self._seen: list[tuple] = []  # address, and _form, of each of _params
+        self._seen: list[tuple] = []  # address, and form, of each of _params
         self._groups: list[list[Tensor]] = []  # parameters of each group, when the arena was made
         self._own: list[dict[str, Tensor]] = []  # the states of each of _params, and all their tensors
         self._tensors: list[Tensor] = []
@@ -99,22 +108,22 @@ class _Paged(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        _require_number("lr", group["lr"], lambda x: x >= 0, "at least 0")
-        _require_number("weight_decay", group["weight_decay"], lambda x: x >= 0, "at least 0")
+        require_number("lr", group["lr"], lambda x: x >= 0, "at least 0")
+        require_number("weight_decay", group["weight_decay"], lambda x: x >= 0, "at least 0")
         betas = group["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         require(pair, ValueError, f"betas should be two numbers, found {betas!r}")
         for i, beta in enumerate(betas):
-            _require_number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
+            require_number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
         if "eps" in group:
-            _require_number("eps", group["eps"], lambda x: x >= 0, "at least 0")
+            require_number("eps", group["eps"], lambda x: x >= 0, "at least 0")
         for name in ("amsgrad", "maximize"):
             require(not group.get(name), ValueError, f"{name}=True is not supported by {type(self).__name__}")
         twice = len(set(group["params"])) < len(group["params"])
         require(not twice, ValueError, "a parameter is more than once in the group")
         for i, p in enumerate(group["params"]):
             if p.requires_grad:
-                _check_parameter(p, f"parameter {i} of the group")
+                check_parameter(p, f"parameter {i} of the group")
 
     # ----------------------------------------------------------------------------------------------------- arena
 
@@ -133,7 +142,7 @@ class _Paged(torch.optim.Optimizer):
                     frozen.append(p)
         require(bool(params), ValueError, "no parameter of the optimizer requires a gradient")
         for i, p in enumerate(params):
-            _check_parameter(p, f"parameter {i}")
+            check_parameter(p, f"parameter {i}")
         devices = sorted({str(p.device) for p in params})
         require(len(devices) == 1, ValueError, f"all parameters should be on one device, found {', '.join(devices)}")
         require(
@@ -144,9 +153,9 @@ class _Paged(torch.optim.Optimizer):
         who = type(self).__name__
         for i, p in enumerate(params):
             if p.numel() and not p.data_ptr():
-                raise _no_memory_of_its_own(f"parameter {i}", p)
+                raise no_memory_of_its_own(f"parameter {i}", p)
             if self.state.get(p):
-                _check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
+                check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
         planes = [self._planes_of(p) for p in params]
         slots = [Slot(p.numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
         layout = Layout(slots, self._settings["state_bits"])
@@ -165,7 +174,7 @@ class _Paged(torch.optim.Optimizer):
         self.state.update(states)
         self.state.update(others)
         self._params, self._frozen = params, frozen
-        self._seen = [(p.data_ptr(), *_form(p)) for p in params]
+        self._seen = [(p.data_ptr(), *form(p)) for p in params]
         self._groups = [list(group["params"]) for group in self.param_groups]
         self._own, self._tensors = list(states.values()), tensors
         self._engine = engine
@@ -175,7 +184,7 @@ class _Paged(torch.optim.Optimizer):
         engine.arena.to_host()
         with torch.no_grad():
             for i, p in enumerate(params):
-                _convert(states.get(p) or {}, self._views(engine.arena.host_view, engine.layout, i, p), p)
+                convert(states.get(p) or {}, self._views(engine.arena.host_view, engine.layout, i, p), p)
 
     def _keys(self) -> list[str]:
         """What every parameter has in its state."""
@@ -270,7 +279,7 @@ class _Paged(torch.optim.Optimizer):
         get = operator.itemgetter(*self._keys())
         try:
             same = (
-                all(_same(group["params"], params) for group, params in zip(self.param_groups, self._groups))
+                all(same_tensors(group["params"], params) for group, params in zip(self.param_groups, self._groups))
                 and len(self.state) >= len(self._own)
                 and all(map(operator.is_, self.state.values(), self._own))
                 and all(map(operator.is_, chain.from_iterable(map(get, self._own)), self._tensors))
@@ -289,7 +298,7 @@ class _Paged(torch.optim.Optimizer):
         for i, (p, (at, count, dtype, shape, strides)) in enumerate(zip(self._params, self._seen)):
             here = p.data_ptr()
             if here != at or p.numel() != count:
-                if _form(p) != self._seen[i][1:] or p.device != self._engine.device:
+                if form(p) != self._seen[i][1:] or p.device != self._engine.device:
                     return None
                 self._seen[i] = (here, count, dtype, shape, strides)
             grad = p.grad
@@ -299,15 +308,15 @@ class _Paged(torch.optim.Optimizer):
             good = grad.dtype is dtype and grad.layout is torch.strided and grad.is_cuda == p.is_cuda
             good = good and grad.shape == shape
             if not good or grad.stride() != strides or grad.is_neg():
-                if _form(p) != self._seen[i][1:]:  # another parameter where the last one lay
+                if form(p) != self._seen[i][1:]:  # another parameter where the last one lay
                     return None
                 if not good:
-                    raise _bad_gradient(i, p, grad)
+                    raise bad_gradient(i, p, grad)
                 grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
                 copies.append(grad)
             there = grad.data_ptr()
             if count and not (here and there):
-                raise _no_memory_of_its_own(f"parameter {i} or its gradient", p if not here else grad)
+                raise no_memory_of_its_own(f"parameter {i} or its gradient", p if not here else grad)
             addresses += (here, there or 1)  # of an empty one the address is 0, which means none
         return np.array(addresses, dtype=np.int64), copies
 
@@ -396,7 +405,7 @@ class _Paged(torch.optim.Optimizer):
                 continue
             wide = {"step": entry["step"].detach().cpu().clone()}
             for name, _, _ in self._moments:
-                wide[name] = _decoded(entry, name).to(params[index].device, copy=True)
+                wide[name] = decoded(entry, name).to(params[index].device, copy=True)
             own["state"][index] = wide
         return own
 
@@ -458,7 +467,7 @@ class _Paged(torch.optim.Optimizer):
                 entry = saved.get(key)
                 if not entry:
                     continue
-                _check_entry(entry, self._moments, p, f"parameter {key}", who)
+                check_entry(entry, self._moments, p, f"parameter {key}", who)
                 states[p] = entry
         return groups, states
 
@@ -469,7 +478,7 @@ class _Paged(torch.optim.Optimizer):
             OSError: when the file cannot be written; the old one is still there then.
         """
         own = self.state_dict()
-        own["param_groups"] = [{k: _plain(v) for k, v in group.items()} for group in own["param_groups"]]
+        own["param_groups"] = [{k: plain(v) for k, v in group.items()} for group in own["param_groups"]]
         try:
             save_torch({"format": _FORMAT, "optimizer": type(self).__name__, "sha256": digest(own), **own}, path)
         except RuntimeError as error:  # of torch's writer, which does not say what the system said
@@ -607,154 +616,3 @@ class PagedLion(_Paged):
             skip_nonfinite=skip_nonfinite,
             page_file=page_file,
         )
-
-
-# ------------------------------------------------------------------------------------------------------ checks
-
-
-def _require_number(name: str, value: Any, good: Callable[[float], bool], what: str) -> None:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    require(number and good(value), ValueError, f"{name} should be a finite number {what}, found {value!r}")
-
-
-def _check_parameter(p: Tensor, what: str) -> None:
-    require(p.layout is torch.strided, TypeError, f"{what} is {p.layout}; only dense parameters can be optimized")
-    require(
-        p.dtype in _DTYPES,
-        TypeError,
-        f"{what} is {p.dtype}; only float32, bfloat16 and float16 parameters can be optimized",
-    )
-    # Without holes or overlaps: then the elements, in the order of memory, are one flat array.
-    require(
-        p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride(),
-        TypeError,
-        f"{what} of shape {list(p.shape)} has holes or overlaps in memory (strides {list(p.stride())}); "
-        "only dense parameters can be optimized",
-    )
-
-
-def _no_memory_of_its_own(what: str, tensor: Tensor) -> Exception:
-    return TypeError(
-        f"{what}, a {type(tensor).__name__} of shape {list(tensor.shape)}, has no memory of its own: what stands for "
-        "other tensors (FSDP2's DTensor, say) and what was freed cannot be optimized here; torch.optim.AdamW can"
-    )
-
-
-def _bad_gradient(index: int, p: Tensor, grad: Tensor) -> Exception:
-    what = f"the gradient of parameter {index}, of shape {list(p.shape)},"
-    if grad.layout is not torch.strided:
-        return RuntimeError(f"{what} is sparse ({grad.layout}); only dense gradients can be used")
-    if grad.shape != p.shape:
-        return RuntimeError(f"{what} has another shape, {list(grad.shape)}; zero_grad() lets go of it")
-    if grad.device != p.device:
-        return RuntimeError(f"{what} is on {grad.device}, the parameter on {p.device}")
-    return RuntimeError(f"{what} is {grad.dtype}, the parameter {p.dtype}; both should have the same dtype")
-
-
-def _check_entry(entry: Mapping[str, Any], moments, p: Tensor, what: str, who: str) -> None:
-    """Whether a parameter's states, from wherever, can become its states here."""
-    for name, _, _ in moments:
-        _check_moment(entry, name, p, what, who)
-    steps = entry.get("step")
-    steps = steps.item() if isinstance(steps, Tensor) and steps.numel() == 1 and not steps.is_meta else steps
-    good = isinstance(steps, Real) and math.isfinite(steps) and steps >= 0
-    require(good, ValueError, f"{what} has no step count among its states, found {steps!r}")
-    if "master" in entry:
-        _check_shape(entry["master"], p, f"'master' of {what}")
-
-
-def _check_shape(value: Any, p: Tensor, what: str) -> None:
-    good = isinstance(value, Tensor) and value.shape == p.shape
-    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    require(good, ValueError, f"the states are of another model: {what} is {found} there and {list(p.shape)} here")
-    real = value.layout is torch.strided and not value.is_meta and not value.is_complex()
-    require(real, ValueError, f"{what} should be a dense tensor of real numbers")
-
-
-def _check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, who: str) -> None:
-    if f"{name}_code" in entry:
-        _check_shape(entry[f"{name}_code"], p, f"'{name}_code' of {what}")
-        absmax, blocks = entry.get(f"{name}_absmax"), -(-p.numel() // STATE_BLOCK)
-        good = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
-        require(good, ValueError, f"'{name}_absmax' of {what} should have {blocks} constants, and its codes be uint8")
-        real = absmax.layout is torch.strided and not absmax.is_meta and absmax.is_floating_point()
-        require(real, ValueError, f"'{name}_absmax' of {what} should be a dense tensor of real numbers")
-        return
-    require(name in entry, ValueError, f"the states are of another optimizer: {who} needs '{name}' of {what}")
-    _check_shape(entry[name], p, f"'{name}' of {what}")
-
-
-# -------------------------------------------------------------------------------------------- states of other forms
-
-
-def _form(p: Tensor) -> tuple:
-    return p.numel(), p.dtype, p.shape, p.stride()
-
-
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether elements of dense tensors of one shape lie in the same order."""
-    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
-
-
-def _plain(value: Any) -> Any:
-    """numpy's numbers, which some schedulers leave behind and torch.load refuses, as Python's."""
-    if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _flat(tensor: Tensor, like: Tensor) -> Tensor:
-    """Elements in the order in which ``like``'s lie in memory, on the CPU: a copy."""
-    out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device="cpu")
-    out.copy_(tensor.detach())
-    return out.as_strided((like.numel(),), (1,)) if like.numel() else out.reshape(-1)
-
-
-def _decoded(entry: Mapping[str, Tensor], name: str) -> Tensor:
-    """A moment in float32, of the parameter's shape; on the CPU where it had 8 bits."""
-    if name in entry:
-        return entry[name].detach().float()
-    code = entry[f"{name}_code"]
-    table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"), dtype=torch.float32, device="cpu")
-    flat = _flat(code, code)
-    absmax = entry[f"{name}_absmax"].detach().cpu().reshape(-1).repeat_interleave(STATE_BLOCK)[: flat.numel()]
-    values = torch.empty_strided(code.shape, code.stride(), dtype=torch.float32, device="cpu")
-    if code.numel():
-        values.as_strided((code.numel(),), (1,)).copy_(table[flat.long()] * absmax)
-    return values
-
-
-def _encoded(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
-    """float32 [count] to codes and constants, by the rules of csrc/cpu/optimizer.h."""
-    return backends.CPU.quantize_states(values, is_signed)
-
-
-def _convert(entry: Mapping[str, Any], views: dict[str, Tensor], p: Tensor) -> None:
-    """Fills a parameter's states from those of another form; zeros where there are none."""
-    steps = entry.get("step", 0.0)
-    views["step"].fill_(float(steps))
-    for name in ("exp_avg", "exp_avg_sq"):
-        if name in views:
-            views[name].copy_(_decoded(entry, name)) if entry else views[name].zero_()
-        elif f"{name}_code" in views:
-            code, absmax = views[f"{name}_code"], views[f"{name}_absmax"]
-            if not entry:
-                table = backends.native().dynamic_map(name == "exp_avg")
-                code.fill_(table.index(0.0))
-                absmax.zero_()
-            elif f"{name}_code" in entry and _same_order(entry[f"{name}_code"], code):
-                code.copy_(entry[f"{name}_code"])
-                absmax.copy_(entry[f"{name}_absmax"].reshape(-1))
-            else:
-                flat, constants = _encoded(_flat(_decoded(entry, name), p), name == "exp_avg")
-                if p.numel():
-                    code.as_strided((p.numel(),), (1,)).copy_(flat)
-                absmax.copy_(constants)
-    if "master" in views:
-        views["master"].copy_(entry["master"] if "master" in entry else p.detach())
