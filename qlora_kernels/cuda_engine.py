@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import arena, engines
 from .arena import Layout
+from .errors import require
 
 
 def host_memory(owner: Any, address: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -62,6 +63,7 @@ class CudaArena:
         """A flat tensor of ``count`` elements at ``offset`` bytes, as users see it."""
         if count == 0:
             return torch.empty(0, dtype=dtype, device=self._device)
+        self._check(offset, count * dtype.itemsize)
         if offset < self._layout.header:
             return self._backend.expose(self.native, self.native.header + offset, count, dtype, self._device)
         if self.managed:
@@ -70,9 +72,15 @@ class CudaArena:
 
     def host_view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """The same for the host to fill, after to_host(): what no page of has to come to the device for."""
-        if offset < self._layout.header:
+        if count == 0 or offset < self._layout.header:
             return self.view(offset, count, dtype)
+        self._check(offset, count * dtype.itemsize)
         return host_memory(self.native, self.native.states + offset, count, dtype)
+
+    def _check(self, offset: int, nbytes: int) -> None:
+        """As torch.frombuffer does for an arena of the host's."""
+        inside = offset >= 0 and offset + nbytes <= self._layout.nbytes
+        require(inside, ValueError, f"{nbytes} bytes at {offset} are not in an arena of {self._layout.nbytes}")
 
     def synchronize(self) -> None:
         """Waits for what is on its way to where view() shows it: nothing, where pages are managed."""

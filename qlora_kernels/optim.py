@@ -130,8 +130,10 @@ class _Paged(torch.optim.Optimizer):
     def _build(self, loading: Mapping[Tensor, Any] | None = None) -> None:
         """Makes the arena for the parameters as they are, takes the states over, and lets go of the old one.
 
-        What has states, or is about to have (``loading``), keeps its place while it is frozen.
+        What has states, or is about to have, keeps its place while it is frozen. Instead of the states that there are,
+        those of ``loading`` are taken where it is given.
         """
+        taken = self.state if loading is None else loading
         params, groups, frozen = [], [], []
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -154,7 +156,7 @@ class _Paged(torch.optim.Optimizer):
         for i, p in enumerate(params):
             if p.numel() and not p.data_ptr():
                 raise no_memory_of_its_own(f"parameter {i}", p)
-            if self.state.get(p):
+            if loading is None and self.state.get(p):
                 check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
         planes = [self._planes_of(p) for p in params]
         slots = [Slot(p.numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
@@ -164,7 +166,7 @@ class _Paged(torch.optim.Optimizer):
         engine.set_found(norm, skipped)
         if self._engine is not None:
             self._engine.arena.synchronize()
-        self._fill(engine, params, self.state)
+        self._fill(engine, params, taken)
         states = {p: self._views(engine.arena.view, layout, i, p) for i, p in enumerate(params)}
         tensors = [views[key] for views in states.values() for key in self._keys()]
         for p, views in states.items():
@@ -287,6 +289,10 @@ class _Paged(torch.optim.Optimizer):
         except KeyError:
             return True
         return not same or any(p.grad is not None for p in self._frozen)
+
+    def _moved(self) -> bool:
+        """Whether a parameter has another dtype, shape, order in memory or device than when the arena was made."""
+        return any(form(p) != seen[1:] or p.device != self._engine.device for p, seen in zip(self._params, self._seen))
 
     def _addresses(self) -> tuple[np.ndarray, list[Tensor]] | None:
         """OptimizerTensor[tensors]: where parameters and gradients lie, and copies of gradients that lay otherwise.
@@ -427,18 +433,19 @@ class _Paged(torch.optim.Optimizer):
                 kept = {k: v for k, v in saved.items() if k != "params" and k not in _TORCH_ONLY}
                 group.update(copy.deepcopy(kept))  # an lr that is a tensor is not to be shared
                 self._check_group(group)
-            if states and (self._stale() or any(p in states for p in self._frozen)):
+            stale = self._stale() or self._moved()
+            if not states and stale:
+                self.state.clear()
+                self._forget()
+            elif stale or any(p in states for p in self._frozen):
                 self._build(states)
+            else:
+                self._fill(self._engine, self._params, states)
         except BaseException:
             for group, old in zip(self.param_groups, before):
                 group.clear()
                 group.update(old)
             raise
-        if self._engine is None or (not states and self._stale()):
-            self.state.clear()
-            self._forget()
-        else:
-            self._fill(self._engine, self._params, states)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -1,0 +1,157 @@
+"""A paged optimizer whose parameters, states or process are no longer what its arena was made for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import engine_named
+from optimizer_runs import KINDS, bits, refused
+from torch import nn
+
+from qlora_kernels import PagedAdamW
+
+
+@pytest.fixture(params=KINDS)
+def make(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request):
+    """Where parameters and states are: new tensors are there by themselves."""
+    named = {"cpu": "portable", "emulated": "emulated-forward", "cuda": "cuda"}
+    with engine_named(named[request.param]):
+        yield request.param
+
+
+def stepped(make, *parameters, steps=2, **options):
+    """An optimizer that has taken some steps over the tensors given, with its parameters."""
+    params = [nn.Parameter(p.clone()) for p in parameters]
+    optimizer = make(params, **options)
+    for _ in range(steps):
+        step(optimizer, params)
+    return params, optimizer
+
+
+def step(optimizer, params) -> None:
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+def exact(optimizer) -> list:
+    """The states of each parameter in torch's form, without regard to the order in memory."""
+    return [{k: bits(v) for k, v in s.items()} for s in optimizer.torch_state_dict()["state"].values()]
+
+
+# ---------------------------------------------------------------------------------------------- loading after changes
+
+
+def change_order(params) -> None:
+    params[0].data = params[0].data.contiguous(memory_format=torch.channels_last)
+
+
+def change_a_little(params) -> None:
+    params[-1].data = torch.randn(params[-1].numel() + 7)
+
+
+def change_to_much_more(params) -> None:
+    params[-1].data = torch.randn(1_000_000)
+
+
+def change_to_less(params) -> None:
+    params[0].data = torch.randn(3)
+
+
+CHANGES = {
+    "order": change_order,
+    "a little": change_a_little,
+    "much": change_to_much_more,
+    "less": change_to_less,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_states_loaded_after_a_parameter_has_changed_its_form(place, make, change):
+    params, optimizer = stepped(make, torch.randn(12, 5, 3, 3), torch.randn(300), torch.randn(1000))
+    for p in params:
+        p.grad = None
+    CHANGES[change](params)
+    twins, source = stepped(make, *[p.detach() for p in params])
+    saved = copy.deepcopy(source.state_dict())
+    optimizer.load_state_dict(saved)
+    assert [p.stride() for p in params] == [p.stride() for p in twins]
+    assert exact(optimizer) == exact(source)
+    for p in params:
+        assert all(v.shape == p.shape for k, v in optimizer.state[p].items() if k.startswith("exp") and "abs" not in k)
+    with torch.no_grad():
+        for p, twin in zip(params, twins):
+            p.copy_(twin)
+    for p, twin in zip(params, twins):
+        p.grad, twin.grad = (torch.full_like(p, 0.25) for _ in range(2))
+    optimizer.step()
+    source.step()
+    assert [bits(p) for p in params] == [bits(p) for p in twins]
+    assert exact(optimizer) == exact(source)
+
+
+def test_states_loaded_after_a_model_has_16_bits(place, make):
+    values = torch.randn(12, 5), torch.randn(300)
+    params, optimizer = stepped(make, *values, master_weights=True)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for p in params:
+        p.grad = None
+        p.data = p.data.bfloat16()
+    optimizer.load_state_dict(saved)
+    assert exact(optimizer) == [{k: bits(v) for k, v in s.items()} for s in exact_of(saved, make, params)]
+    for p in params:
+        assert bits(optimizer.state[p]["master"]) == bits(p.float())
+        assert optimizer.state[p]["step"] == 2
+    step(optimizer, params)
+    assert all(bits(optimizer.state[p]["master"].bfloat16()) == bits(p) for p in params)
+
+
+def exact_of(saved, make, params) -> list:
+    """What a new optimizer makes of a state dict."""
+    other = make([nn.Parameter(p.detach().clone()) for p in params])
+    other.load_state_dict(saved)
+    return list(other.torch_state_dict()["state"].values())
+
+
+def test_a_dict_without_states_after_a_change_takes_them_away(place, make):
+    params, optimizer = stepped(make, torch.randn(12, 5, 3, 3), torch.randn(300))
+    change_a_little(params)
+    params[-1].grad = None
+    optimizer.load_state_dict(make([nn.Parameter(p.detach()) for p in params]).state_dict())
+    assert not optimizer.state
+    step(optimizer, params)
+    assert all(optimizer.state[p]["step"] == 1 for p in params)
+
+
+def test_a_load_that_finds_no_memory_changes_nothing(place, make, monkeypatch):
+    params, optimizer = stepped(make, torch.randn(12, 5, 3, 3), torch.randn(300))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    change_order(params)
+
+    def full(*_):
+        raise MemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_kernels.engines.of", full)
+        with refused(optimizer, MemoryError, "full"):
+            optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_what_is_not_in_an_arena_is_not_looked_at(place):
+    _, optimizer = stepped(PagedAdamW, torch.randn(300))
+    made = optimizer._engine.arena
+    for view in (made.view, made.host_view):
+        for offset, count in ((-1, 1), (optimizer.arena_bytes - 4, 2), (optimizer.arena_bytes, 1)):
+            with pytest.raises(ValueError, match=r"offset|in an arena"):
+                view(offset, count, torch.float32)
+        assert view(optimizer.arena_bytes - 4, 1, torch.float32).numel() == 1
