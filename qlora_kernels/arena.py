@@ -306,7 +306,7 @@ class HostArena:
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor of ``count`` elements at ``offset`` bytes."""
         if count == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
 
     #: Where a step's states are filled from.

@@ -172,7 +172,8 @@ class CPU:
     def quantize_states(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
         """An optimizer's states, float32 [count], to codes uint8 [count] and constants float32 [blocks of 256]."""
         count = values.numel()
-        code, absmax = torch.empty(count, dtype=torch.uint8), torch.empty(-(-count // 256), dtype=torch.float32)
+        code = torch.empty(count, dtype=torch.uint8, device="cpu")
+        absmax = torch.empty(-(-count // 256), dtype=torch.float32, device="cpu")
         native().quantize_states(values.data_ptr(), code.data_ptr(), absmax.data_ptr(), count, is_signed)
         return code, absmax
 

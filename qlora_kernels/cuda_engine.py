@@ -18,7 +18,7 @@ from .errors import require
 def host_memory(owner: Any, address: int, count: int, dtype: torch.dtype) -> Tensor:
     """Host memory at an address as a tensor, which keeps the owner alive."""
     if count == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     buffer = (ctypes.c_ubyte * (count * dtype.itemsize)).from_address(address)
     buffer.owner = owner
     return torch.frombuffer(buffer, dtype=dtype)

@@ -155,3 +155,34 @@ def test_what_is_not_in_an_arena_is_not_looked_at(place):
             with pytest.raises(ValueError, match=r"offset|in an arena"):
                 view(offset, count, torch.float32)
         assert view(optimizer.arena_bytes - 4, 1, torch.float32).numel() == 1
+
+
+@pytest.mark.parametrize("elsewhere", ["meta", "cpu"])
+def test_another_default_device_is_not_that_of_states(place, make, tmp_path, elsewhere):
+    """Of "cpu" the states on a card are elsewhere; of "meta", whose tensors have no memory, all are."""
+    params, source = stepped(make, torch.randn(700), torch.empty(0, 3))
+    options = {"max_grad_norm": 1.0, "state_bits": 40 - source._settings["state_bits"]}
+    twins, expected = stepped(make, *[p.detach() for p in params], **options)
+    expected.load_state_dict(copy.deepcopy(source.state_dict()))
+    for p in twins:
+        p.grad = torch.full_like(p, 0.5)
+    expected.step()
+    params = [nn.Parameter(p.detach().clone()) for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+    before = exact(source)
+    with torch.device(elsewhere):
+        source.save(tmp_path / "file")
+        other = make(params, **options)
+        other.load_state_dict(copy.deepcopy(source.state_dict()))
+        assert all(v.device == params[0].device for p in params for v in other.state[p].values())
+        other.save(tmp_path / "other")
+        other.load(tmp_path / "other")
+        other = copy.deepcopy(other)
+        for p, grad in zip(other.param_groups[0]["params"], params):
+            p.grad = grad.grad
+        other.step()
+        assert exact(other) == exact(expected)
+        source.load(tmp_path / "file")
+        assert exact(source) == before
+    assert [bits(p) for p in other.param_groups[0]["params"]] != [bits(p) for p in params]
