@@ -24,6 +24,10 @@ def host_memory(owner: Any, address: int, count: int, dtype: torch.dtype) -> Ten
     return torch.frombuffer(buffer, dtype=dtype)
 
 
+#: Tables of which pinned memory is kept: as many steps can be captured before an eager one has to come between.
+_SPARE = 8
+
+
 class CudaArena:
     """The extension's Arena, with views of it.
 
@@ -32,9 +36,16 @@ class CudaArena:
     Raises:
         MemoryError: when there is no memory for it.
         ValueError: when the page budget is too small for any step.
+        RuntimeError: while a CUDA graph is being captured, when no memory can be had.
     """
 
     def __init__(self, backend, device: torch.device, layout: Layout, budget: int | None):
+        require(
+            not backend.capturing(device),
+            RuntimeError,
+            "a CUDA graph can capture a step only when all states are on the device and stay there, and there are none "
+            "yet, or not for these parameters: take a step before",
+        )
         self._backend, self._device, self._layout = backend, device, layout
         ordinal, _ = backend.queue(device)
         forbidden = os.environ.get("QLORA_KERNELS_MANAGED") == "0"
@@ -54,7 +65,7 @@ class CudaArena:
         try:
             self.native = backend.kernels.Arena(layout.nbytes, layout.header, staging, ordinal)
         except (RuntimeError, MemoryError) as error:
-            if "memory" not in str(error).lower():
+            if not isinstance(error, MemoryError) and "cudaErrorMemoryAllocation" not in str(error):
                 raise
             raise arena.no_memory(layout.nbytes, f"of {self.kind.partition(',')[0]}", str(error)) from None
         self.native.plan(plan)
@@ -99,6 +110,7 @@ class CudaEngine:
         self.device, self.layout = device, layout
         self._backend, self._algorithm, self._settings = backend, algorithm, settings
         self.arena = CudaArena(backend, device, layout, settings["page_budget"])
+        self.broken = ""
         self._norm = self.arena.view(layout.control + engines.NORM, 1, torch.float32)
         self._skipped = self.arena.view(layout.control + engines.SKIPPED, 1, torch.int64)
         self._chunks = self._upload(self.arena.chunks)
@@ -109,7 +121,7 @@ class CudaEngine:
         # Of captured graphs, which copy them at every replay: pinned memory and the device's.
         self._captured: dict[str, list[tuple[Tensor, Tensor]]] = {"tensors": [], "groups": []}
         # Pinned memory for the next of those: none can be had while a stream is being captured.
-        self._spare: dict[str, Tensor] = {}
+        self._spare: dict[str, list[Tensor]] = {"tensors": [], "groups": []}
 
     def _upload(self, table: np.ndarray) -> Tensor:
         return self._backend.send(self._backend.pin(torch.from_numpy(np.ascontiguousarray(table))), self.device)
@@ -117,13 +129,13 @@ class CudaEngine:
     def _table(self, name: str, table: np.ndarray) -> Tensor:
         """On the device: uploaded again only when it has changed."""
         if self._backend.capturing(self.device):
-            source, spare = torch.from_numpy(table), self._spare.pop(name, None)
-            pinned = self._backend.pin(source) if spare is None else spare.copy_(source)
+            source, spare = torch.from_numpy(table), self._spare[name]
+            pinned = spare.pop(0).copy_(source) if spare else self._backend.pin(source)
             there = self._backend.send(pinned, self.device)
             self._captured[name].append((pinned, there))
             return there
-        if name not in self._spare:
-            self._spare[name] = self._backend.pin(torch.from_numpy(table))
+        while len(self._spare[name]) < _SPARE:
+            self._spare[name].append(self._backend.pin(torch.from_numpy(table)))
         now, queue = table.tobytes(), self._backend.queue(self.device)
         before = self._tables.get(name)
         if before is not None and before[:2] == (now, queue):
@@ -150,12 +162,16 @@ class CudaEngine:
         }
         settings = self._settings
         measure = bool(settings["max_grad_norm"] or settings["skip_nonfinite"] or scale is not None or inf is not None)
-        native.step(
-            engines.operands(self.layout, self._algorithm, settings, where),
-            0 if self._maps is None else self._maps.data_ptr(),
-            measure,
-            *self._backend.queue(self.device),
-        )
+        try:
+            native.step(
+                engines.operands(self.layout, self._algorithm, settings, where),
+                0 if self._maps is None else self._maps.data_ptr(),
+                measure,
+                *self._backend.queue(self.device),
+            )
+        except BaseException:
+            self.broken = "a step" if native.broken else self.broken
+            raise
 
     def refresh(self, groups: np.ndarray) -> None:
         table = torch.from_numpy(groups)

@@ -19,6 +19,7 @@ class Engine(Protocol):
     device: torch.device
     layout: Layout
     arena: Any
+    broken: str  # what failed midway, after which only other states can follow; empty: nothing
 
     def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None: ...
     def refresh(self, groups: np.ndarray) -> None: ...
@@ -75,6 +76,7 @@ class HostEngine:
     def __init__(self, layout: Layout, algorithm: int, settings: dict[str, Any]):
         self.layout = layout
         self.arena = HostArena(layout.nbytes, settings["page_file"])
+        self.broken = ""
         self._algorithm, self._settings = algorithm, settings
         self._norm = self.arena.view(layout.control + NORM, 1, torch.float32)
         self._skipped = self.arena.view(layout.control + SKIPPED, 1, torch.int64)

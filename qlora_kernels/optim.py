@@ -133,6 +133,8 @@ class _Paged(torch.optim.Optimizer):
         What has states, or is about to have, keeps its place while it is frozen. Instead of the states that there are,
         those of ``loading`` are taken where it is given.
         """
+        if loading is None:
+            self._require_whole()
         taken = self.state if loading is None else loading
         params, groups, frozen = [], [], []
         for index, group in enumerate(self.param_groups):
@@ -161,9 +163,8 @@ class _Paged(torch.optim.Optimizer):
         planes = [self._planes_of(p) for p in params]
         slots = [Slot(p.numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
         layout = Layout(slots, self._settings["state_bits"])
-        norm, skipped = self._found()
         engine = engines.of(params[0], layout, self._algorithm, self._settings)
-        engine.set_found(norm, skipped)
+        engine.set_found(*self._found())
         if self._engine is not None:
             self._engine.arena.synchronize()
         self._fill(engine, params, taken)
@@ -184,9 +185,11 @@ class _Paged(torch.optim.Optimizer):
     def _fill(self, engine: engines.Engine, params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Fills an arena from states of any form, by the host: no page has to come to the device for it."""
         engine.arena.to_host()
+        engine.broken = "a load"  # until it is done
         with torch.no_grad():
             for i, p in enumerate(params):
                 convert(states.get(p) or {}, self._views(engine.arena.host_view, engine.layout, i, p), p)
+        engine.broken = ""
 
     def _keys(self) -> list[str]:
         """What every parameter has in its state."""
@@ -222,6 +225,14 @@ class _Paged(torch.optim.Optimizer):
             views["master"] = shaped(view(MASTER, torch.float32, count))
         return views
 
+    def _require_whole(self) -> None:
+        """Refuses to go on with states of which some are a step ahead of the others."""
+        if self._engine is not None and self._engine.broken:
+            raise RuntimeError(
+                f"{self._engine.broken} failed midway, and some states have changed and some have not: load a saved "
+                "state dict, or make a new optimizer"
+            )
+
     def _found(self) -> tuple[float, int]:
         return self._control if self._engine is None else self._engine.found()
 
@@ -246,7 +257,11 @@ class _Paged(torch.optim.Optimizer):
                 has changed then.
             ValueError: for a setting that is not finite, and when a parameter's shape is no longer its states'.
             MemoryError: when there is no memory for the states, at the first step.
+
+        Where a step goes through the states stretch by stretch, an error of the device may come between two of them.
+        Everything but load_state_dict and load refuses then, with a RuntimeError.
         """
+        self._require_whole()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -367,11 +382,13 @@ class _Paged(torch.optim.Optimizer):
 
     def page_out(self) -> None:
         """Sends the states to the host (a CUDA device), or to the file (``page_file``)."""
+        self._require_whole()
         if self._engine is not None:
             self._engine.page_out()
 
     def page_in(self) -> None:
         """Asks for the states to come in the background: to the device those that stay there, or all from the file."""
+        self._require_whole()
         if self._engine is not None:
             self._engine.page_in()
 
@@ -398,6 +415,7 @@ class _Paged(torch.optim.Optimizer):
         "exp_avg_code" uint8 of the parameter's shape and "exp_avg_absmax" float32 [blocks of 256], likewise
         "exp_avg_sq". "master" float32 with ``master_weights``.
         """
+        self._require_whole()
         if self._engine is not None:
             self._engine.arena.synchronize()
         return super().state_dict()
@@ -433,7 +451,7 @@ class _Paged(torch.optim.Optimizer):
                 kept = {k: v for k, v in saved.items() if k != "params" and k not in _TORCH_ONLY}
                 group.update(copy.deepcopy(kept))  # an lr that is a tensor is not to be shared
                 self._check_group(group)
-            stale = self._stale() or self._moved()
+            stale = self._stale() or self._moved() or bool(self._engine.broken)
             if not states and stale:
                 self.state.clear()
                 self._forget()
@@ -515,6 +533,7 @@ class _Paged(torch.optim.Optimizer):
     # -------------------------------------------------------------------------------------------- copy and pickle
 
     def __getstate__(self) -> dict[str, Any]:
+        self._require_whole()
         if self._engine is not None:
             self._engine.arena.synchronize()
         return {**super().__getstate__(), "_settings": self._settings, "_control": self._found()}
