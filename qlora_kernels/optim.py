@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -42,8 +43,6 @@ class _Paged(torch.optim.Optimizer):
     _algorithm: int
     #: The states' names in torch.optim, and the planes of the arena that hold them: of 32 bits, and the constants of 8.
     _moments: tuple[tuple[str, int, int], ...]
-    # torch.amp.GradScaler then leaves the division to the step, which reads scale and infinities on the device.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self, params, defaults, *, state_bits, max_grad_norm, page_budget, master_weights, skip_nonfinite, page_file
@@ -69,6 +68,15 @@ class _Paged(torch.optim.Optimizer):
         self._forget()
         self._control = (0.0, 0)  # norm and skipped steps from before there was an arena
         super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler then leaves the division to the step, which reads scale and infinities on the device.
+
+        Others who ask (Lightning) take it as a refusal to clip gradients, and divide them before the scaler does where
+        it is not so. The step does either.
+        """
+        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
 
     def _forget(self) -> None:
         """As if there had never been an arena."""
@@ -261,6 +269,15 @@ class _Paged(torch.optim.Optimizer):
         Where a step goes through the states stretch by stretch, an error of the device may come between two of them.
         Everything but load_state_dict and load refuses then, with a RuntimeError.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # torch.amp.GradScaler takes them back where a step returns, and multiplies by what is left of the last one.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._require_whole()
         loss = None
         if closure is not None:

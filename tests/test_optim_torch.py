@@ -270,6 +270,29 @@ def test_a_scaler_leaves_out_steps_that_overflow(make, unscale, dtype):
     assert values(optimizer) != before[1]
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_step_that_raises_leaves_no_scale_behind(make, unscale):
+    model, plain = net(), net()
+    optimizer, same = make(model.parameters(), max_grad_norm=1.0), make(plain.parameters(), max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for one, group in ((model, optimizer), (plain, same)):
+        train(one, group, [0])
+        group.zero_grad()
+    scaler.scale(loss_of(model, 1)).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    betas, optimizer.param_groups[0]["betas"] = optimizer.param_groups[0]["betas"], (1.0, 1.0)
+    with refused(optimizer, ValueError, "betas should be at least 0 and below 1"):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+    optimizer.param_groups[0]["betas"] = betas
+    scaler.step(optimizer)
+    train(plain, same, [1])
+    assert_same(optimizer, same)
+    assert optimizer.grad_norm == same.grad_norm > 0
+
+
 # ----------------------------------------------------------------------------------------- frameworks around torch
 
 
@@ -388,6 +411,37 @@ def test_lightning():
         theirs, [torch.optim.AdamW(theirs.parameters(), lr=1e-2), PagedLion(theirs.b.parameters(), lr=1e-3)], range(8)
     )
     close(straight, theirs)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_lightnings_mixed_precision(make, scaled):
+    """What lightning.pytorch.plugins.MixedPrecision does, with a scaler (16-mixed) and without one (bf16-mixed).
+
+    It clips only where the optimizer does not say that it divides gradients by itself; then it divides them before
+    torch.amp.GradScaler would.
+    """
+    model, plain = net(), net()
+    optimizer, same = make(model.parameters()), make(plain.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+        if scaled:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        scaler.step(optimizer)
+        scaler.update()
+        same.zero_grad()
+        loss_of(plain, step).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.25)
+        same.step()
+        assert_same(optimizer, same)
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, 3)).backward()
+    grads = [bits(p.grad) for p in model.parameters()]
+    scaler.step(optimizer)
+    assert [bits(p.grad) for p in model.parameters()] == grads, "torch's scaler itself leaves it to the step"
 
 
 # ---------------------------------------------------------------------------------------------- copies and changes
