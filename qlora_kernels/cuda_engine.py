@@ -123,6 +123,9 @@ class CudaEngine:
         # Pinned memory for the next of those: none can be had while a stream is being captured.
         self._spare: dict[str, list[Tensor]] = {"tensors": [], "groups": []}
 
+    #: CUDA itself does not work in a forked child.
+    foreign = False
+
     def _upload(self, table: np.ndarray) -> Tensor:
         return self._backend.send(self._backend.pin(torch.from_numpy(np.ascontiguousarray(table))), self.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ class Engine(Protocol):
     arena: Any
     broken: str  # what failed midway, after which only other states can follow; empty: nothing
 
+    @property
+    def foreign(self) -> bool: ...  # whether its states are another process's
     def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None: ...
     def refresh(self, groups: np.ndarray) -> None: ...
     def found(self) -> tuple[float, int]: ...
@@ -77,9 +80,15 @@ class HostEngine:
         self.layout = layout
         self.arena = HostArena(layout.nbytes, settings["page_file"])
         self.broken = ""
+        self._process = os.getpid()
         self._algorithm, self._settings = algorithm, settings
         self._norm = self.arena.view(layout.control + NORM, 1, torch.float32)
         self._skipped = self.arena.view(layout.control + SKIPPED, 1, torch.int64)
+
+    @property
+    def foreign(self) -> bool:
+        """In a forked child: what it wrote to a file's pages, its parent would find there."""
+        return self._settings["page_file"] is not None and os.getpid() != self._process
 
     def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None:
         scale, inf = (None if t is None else t.detach().reshape(-1).float().cpu() for t in (grad_scale, found_inf))

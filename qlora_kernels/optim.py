@@ -308,7 +308,7 @@ class _Paged(torch.optim.Optimizer):
 
         It lacks those which were frozen when it was made; and groups and ``state`` are anybody's to write to.
         """
-        if self._engine is None or len(self.param_groups) != len(self._groups):
+        if self._engine is None or self._engine.foreign or len(self.param_groups) != len(self._groups):
             return True
         get = operator.itemgetter(*self._keys())
         try:

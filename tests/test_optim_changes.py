@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
@@ -186,3 +188,37 @@ def test_another_default_device_is_not_that_of_states(place, make, tmp_path, els
         source.load(tmp_path / "file")
         assert exact(source) == before
     assert [bits(p) for p in other.param_groups[0]["params"]] != [bits(p) for p in params]
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+@pytest.mark.parametrize("load", [False, True])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_forked_child_has_states_of_its_own(tmp_path, make, in_file, load):
+    torch.set_num_threads(1)  # a child has none of its parent's others
+    params, optimizer = stepped(make, torch.randn(900), page_file=tmp_path if in_file else None)
+    saved, before = copy.deepcopy(optimizer.state_dict()), exact(optimizer)
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            if load:
+                saved["state"][0]["step"] = torch.tensor(7.0)
+                optimizer.load_state_dict(saved)
+            optimizer.step()
+            torch.save((optimizer.state_dict(), params[0].detach()), tmp_path / "child")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert exact(optimizer) == before
+    state, value = torch.load(tmp_path / "child")
+    assert bits(value) != bits(params[0])
+    optimizer.step()
+    assert bits(optimizer.state[params[0]]["step"]) == bits(torch.tensor(3.0))
+    assert state["state"][0]["step"] == (8 if load else 3)
+    if not load:
+        assert bits(value) == bits(params[0])
+        assert state["state"][0].keys() == optimizer.state[params[0]].keys()
+        assert all(bits(v) == bits(optimizer.state[params[0]][k]) for k, v in state["state"][0].items())
