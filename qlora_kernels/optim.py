@@ -85,8 +85,10 @@ class _Paged(torch.optim.Optimizer):
         self._frozen: list[Tensor] = []  # the others
         self._seen: list[tuple] = []  # address, and form, of each of _params
         self._groups: list[list[Tensor]] = []  # parameters of each group, when the arena was made
-        self._own: list[dict[str, Tensor]] = []  # the states of each of _params, and all their tensors
-        self._tensors: list[Tensor] = []
+        self._own: list[dict[str, Tensor]] = []  # the states of each of _params, and those with a master
+        self._masters: list[dict[str, Tensor]] = []
+        self._tensors: list[Tensor] = []  # all of these, and their addresses
+        self._places: list[int] = []
 
     # ------------------------------------------------------------------------------------------------ parameters
 
@@ -177,7 +179,9 @@ class _Paged(torch.optim.Optimizer):
             self._engine.arena.synchronize()
         self._fill(engine, params, taken)
         states = {p: self._views(engine.arena.view, layout, i, p) for i, p in enumerate(params)}
+        masters = [views for views in states.values() if "master" in views]
         tensors = [views[key] for views in states.values() for key in self._keys()]
+        tensors += [views["master"] for views in masters]
         for p, views in states.items():
             views.update({k: v for k, v in self.state.get(p, {}).items() if k not in _NAMES})  # somebody else's
         others = {p: entry for p, entry in self.state.items() if p not in states}
@@ -187,7 +191,8 @@ class _Paged(torch.optim.Optimizer):
         self._params, self._frozen = params, frozen
         self._seen = [(p.data_ptr(), *form(p)) for p in params]
         self._groups = [list(group["params"]) for group in self.param_groups]
-        self._own, self._tensors = list(states.values()), tensors
+        self._own, self._masters = list(states.values()), masters
+        self._tensors, self._places = tensors, [t.data_ptr() for t in tensors]
         self._engine = engine
 
     def _fill(self, engine: engines.Engine, params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -310,13 +315,14 @@ class _Paged(torch.optim.Optimizer):
         """
         if self._engine is None or self._engine.foreign or len(self.param_groups) != len(self._groups):
             return True
-        get = operator.itemgetter(*self._keys())
+        get, master = operator.itemgetter(*self._keys()), operator.itemgetter("master")
         try:
             same = (
                 all(same_tensors(group["params"], params) for group, params in zip(self.param_groups, self._groups))
                 and len(self.state) >= len(self._own)
                 and all(map(operator.is_, self.state.values(), self._own))
-                and all(map(operator.is_, chain.from_iterable(map(get, self._own)), self._tensors))
+                and all(map(operator.is_, chain(*map(get, self._own), map(master, self._masters)), self._tensors))
+                and list(map(Tensor.data_ptr, self._tensors)) == self._places  # not so after t.data = …
             )
         except KeyError:
             return True
@@ -333,6 +339,7 @@ class _Paged(torch.optim.Optimizer):
         """
         addresses: list[int] = []
         copies = []
+        strided, on_cuda = torch.strided, self._engine.device.type == "cuda"
         for i, (p, (at, count, dtype, shape, strides)) in enumerate(zip(self._params, self._seen)):
             here = p.data_ptr()
             if here != at or p.numel() != count:
@@ -343,8 +350,7 @@ class _Paged(torch.optim.Optimizer):
             if grad is None:
                 addresses += (here, 0)
                 continue
-            good = grad.dtype is dtype and grad.layout is torch.strided and grad.is_cuda == p.is_cuda
-            good = good and grad.shape == shape
+            good = grad.dtype is dtype and grad.layout is strided and grad.is_cuda == on_cuda and grad.shape == shape
             if not good or grad.stride() != strides or grad.is_neg():
                 if form(p) != self._seen[i][1:]:  # another parameter where the last one lay
                     return None

@@ -159,6 +159,36 @@ def test_what_is_not_in_an_arena_is_not_looked_at(place):
         assert view(optimizer.arena_bytes - 4, 1, torch.float32).numel() == 1
 
 
+@pytest.mark.parametrize("how", ["data", "another tensor", "none"])
+@pytest.mark.parametrize("key", [0, 1, -2, -1])
+def test_states_that_are_exchanged_count(place, make, key, how):
+    """As programs do that send them to the host and back; t.data = … leaves the tensor the same."""
+    params, optimizer = stepped(make, torch.randn(40), torch.randn(600).bfloat16(), master_weights=True)
+    state = optimizer.state[params[1]]
+    name = list(state)[key]
+    assert key != -1 or name == "master"
+    new = torch.zeros_like(state[name]) if name != "step" else torch.full_like(state[name], 9.0)
+    if how == "data":
+        state[name].data = new
+    elif how == "another tensor":
+        state[name] = new
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert how == "none" or bits(saved["state"][1][name]) == bits(new)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    other = make(twins, master_weights=True)
+    other.load_state_dict(saved)
+    for _ in range(2):
+        for p, twin in zip(params, twins):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.clone()
+        optimizer.step()
+        other.step()
+        assert exact(optimizer) == exact(other)
+        assert [bits(p) for p in params] == [bits(p) for p in twins]
+        assert bits(optimizer.state[params[1]]["master"]) == bits(other.state[twins[1]]["master"])
+    assert bits(optimizer.state_dict()["state"][1][name]) != bits(saved["state"][1][name])
+
+
 @pytest.mark.parametrize("elsewhere", ["meta", "cpu"])
 def test_another_default_device_is_not_that_of_states(place, make, tmp_path, elsewhere):
     """Of "cpu" the states on a card are elsewhere; of "meta", whose tensors have no memory, all are."""
