@@ -67,7 +67,8 @@ class CudaArena:
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and "cudaErrorMemoryAllocation" not in str(error):
                 raise
-            raise arena.no_memory(layout.nbytes, f"of {self.kind.partition(',')[0]}", str(error)) from None
+            where = f"of {self.kind.partition(',')[0]}"
+            raise arena.no_memory(layout.nbytes, where, str(error), layout.state_bits) from None
         self.native.plan(plan)
 
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:

@@ -78,7 +78,7 @@ class HostEngine:
 
     def __init__(self, layout: Layout, algorithm: int, settings: dict[str, Any]):
         self.layout = layout
-        self.arena = HostArena(layout.nbytes, settings["page_file"])
+        self.arena = HostArena(layout.nbytes, settings["page_file"], layout.state_bits)
         self.broken = ""
         self._process = os.getpid()
         self._algorithm, self._settings = algorithm, settings

@@ -617,7 +617,9 @@ def test_a_full_disk(tmp_path, monkeypatch, make, how, when):
         else:
             stack.enter_context(limited(resource.RLIMIT_FSIZE, 4096))
         reason = "No space left" if how == "no space" else "File too large"
-        with refused(optimizer, MemoryError, rf"need \d+ bytes .* in a file in {tmp_path}.*{reason}"):
+        narrower = "state_bits=8 takes a quarter of it, and " if optimizer._settings["state_bits"] == 32 else ""
+        message = rf"need \d+ bytes .* in a file in {tmp_path}.*{reason}[^;]*; {narrower}page_file can be"
+        with refused(optimizer, MemoryError, message):
             action()
     if when == "new group":
         assert len(optimizer.param_groups) == 1
