@@ -361,6 +361,7 @@ def test_a_kill_while_saving_leaves_the_old_file_or_the_new(tmp_path, point, new
     optimizer.save(tmp_path / "file")
     other.load(tmp_path / "file")
     assert states(other) == states(optimizer)
+    assert os.listdir(tmp_path) == ["file"], "what the killed process left has gone"
 
 
 def test_files_that_cannot_be_loaded(tmp_path, make):
