@@ -169,6 +169,8 @@ def digest(value: Any) -> str:
             for key, inner in part.items():
                 result.update(f"{key!r}:".encode(errors="surrogatepass"))
                 add(inner)
+        elif isinstance(part, (set, frozenset)):  # whose order is another in every process
+            add(sorted(map(repr, part)))
         elif isinstance(part, (list, tuple)):
             result.update(f"[{len(part)}".encode())
             for inner in part:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from .files import digest, save_torch
 from .states import (
     bad_gradient,
     check_entry,
+    check_form,
+    check_loadable,
     check_parameter,
     convert,
     decoded,
@@ -47,20 +50,24 @@ class _Paged(torch.optim.Optimizer):
     def __init__(
         self, params, defaults, *, state_bits, max_grad_norm, page_budget, master_weights, skip_nonfinite, page_file
     ):
-        good = isinstance(state_bits, int) and state_bits in (32, 8)
+        good = isinstance(state_bits, Integral) and state_bits in (32, 8)
         require(good, ValueError, f"state_bits should be 32 or 8, found {state_bits!r}")
         if max_grad_norm is not None:
             require_number("max_grad_norm", max_grad_norm, lambda x: x > 0, "above 0")
         if page_budget is not None:
-            good = isinstance(page_budget, int) and not isinstance(page_budget, bool) and page_budget > 0
+            good = isinstance(page_budget, Integral) and not isinstance(page_budget, bool) and page_budget > 0
             require(good, ValueError, f"page_budget should be a number of bytes above 0, found {page_budget!r}")
+        for name, value in (("master_weights", master_weights), ("skip_nonfinite", skip_nonfinite)):
+            good = isinstance(value, (bool, np.bool_))
+            require(good, TypeError, f"{name} should be True or False, found {value!r}")
         if page_file is not None:
+            require(bool(os.fspath(page_file)), ValueError, "page_file should be a folder; '' names none")
             page_file = folder = os.path.abspath(os.fspath(page_file))
             require(os.path.isdir(folder), NotADirectoryError, f"page_file should be a folder; {folder} is none")
         self._settings = {
-            "state_bits": state_bits,
+            "state_bits": int(state_bits),
             "max_grad_norm": None if max_grad_norm is None else float(max_grad_norm),
-            "page_budget": page_budget,
+            "page_budget": None if page_budget is None else int(page_budget),
             "master_weights": bool(master_weights),
             "skip_nonfinite": bool(skip_nonfinite),
             "page_file": page_file,
@@ -117,7 +124,7 @@ class _Paged(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def _check_settings(self, group: Mapping[str, Any]) -> None:
         require_number("lr", group["lr"], lambda x: x >= 0, "at least 0")
         require_number("weight_decay", group["weight_decay"], lambda x: x >= 0, "at least 0")
         betas = group["betas"]
@@ -129,6 +136,9 @@ class _Paged(torch.optim.Optimizer):
             require_number("eps", group["eps"], lambda x: x >= 0, "at least 0")
         for name in ("amsgrad", "maximize"):
             require(not group.get(name), ValueError, f"{name}=True is not supported by {type(self).__name__}")
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self._check_settings(group)
         twice = len(set(group["params"])) < len(group["params"])
         require(not twice, ValueError, "a parameter is more than once in the group")
         for i, p in enumerate(group["params"]):
@@ -493,8 +503,7 @@ class _Paged(torch.optim.Optimizer):
     def _checked(self, state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
         """The groups and the states by parameter, after every check that needs no arena."""
         who = type(self).__name__
-        good = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
-        require(good, ValueError, "a state dict with 'state' and 'param_groups' is expected")
+        check_form(state_dict)
         groups, saved = list(state_dict["param_groups"]), state_dict["state"]
         require(
             len(groups) == len(self.param_groups),
@@ -512,11 +521,10 @@ class _Paged(torch.optim.Optimizer):
             for name in ("amsgrad", "maximize"):
                 require(not theirs.get(name), ValueError, f"the state dict is of an optimizer with {name}=True")
             for p, key in zip(mine["params"], theirs["params"]):
-                entry = saved.get(key)
-                if not entry:
+                if key not in saved or (isinstance(saved[key], Mapping) and not saved[key]):
                     continue
-                check_entry(entry, self._moments, p, f"parameter {key}", who)
-                states[p] = entry
+                check_entry(saved[key], self._moments, p, f"parameter {key}", who)
+                states[p] = saved[key]
         return groups, states
 
     def save(self, path: str | os.PathLike) -> None:
@@ -524,9 +532,12 @@ class _Paged(torch.optim.Optimizer):
 
         Raises:
             OSError: when the file cannot be written; the old one is still there then.
+            ValueError: when a group or a state holds what load() would refuse; likewise.
         """
-        own = self.state_dict()
-        own["param_groups"] = [{k: plain(v) for k, v in group.items()} for group in own["param_groups"]]
+        for group in self.param_groups:
+            self._check_settings(group)
+        own = plain(self.state_dict())
+        check_loadable(own)
         try:
             save_torch({"format": _FORMAT, "optimizer": type(self).__name__, "sha256": digest(own), **own}, path)
         except RuntimeError as error:  # of torch's writer, which does not say what the system said

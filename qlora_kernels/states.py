@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ def require_number(name: str, value: Any, good: Callable[[float], bool], what: s
 
 
 def check_parameter(p: Tensor, what: str) -> None:
+    if hasattr(type(p), "__tensor_flatten__"):  # which torch asks of tensors that stand for others
+        raise no_memory_of_its_own(what, p)
     require(p.layout is torch.strided, TypeError, f"{what} is {p.layout}; only dense parameters can be optimized")
     require(
         p.dtype in _DTYPES,
@@ -60,8 +63,48 @@ def bad_gradient(index: int, p: Tensor, grad: Tensor) -> Exception:
     return RuntimeError(f"{what} is {grad.dtype}, the parameter {p.dtype}; both should have the same dtype")
 
 
+def check_form(state_dict: Any) -> None:
+    """Whether it is built like a state dict of torch.optim."""
+    good = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
+    require(good, ValueError, "a state dict with 'state' and 'param_groups' is expected")
+    groups, saved = state_dict["param_groups"], state_dict["state"]
+    good = isinstance(groups, (list, tuple)) and all(isinstance(group, Mapping) for group in groups)
+    require(good, ValueError, "'param_groups' of the state dict should be a list of dicts")
+    for i, group in enumerate(groups):
+        keys = group.get("params")
+        good = isinstance(keys, (list, tuple)) and all(isinstance(key, (int, str)) for key in keys)
+        require(good, ValueError, f"'params' of group {i} of the state dict should be a list of numbers or names")
+    found = type(saved).__name__
+    require(isinstance(saved, Mapping), ValueError, f"'state' of the state dict should be a dict, found {found}")
+
+
+def _loads(value: Any) -> bool:
+    """Whether torch.load takes what torch.save makes of it."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # whatever an object does that is to be written or read
+        return False
+    return True
+
+
+def check_loadable(state_dict: Mapping[str, Any]) -> None:
+    """Whether torch.load takes everything in a state dict but the tensors of its states, which it does."""
+    parts = {f"group {i}": group for i, group in enumerate(state_dict["param_groups"])}
+    for key, entry in state_dict["state"].items():
+        parts[f"the state of parameter {key}"] = {k: v for k, v in entry.items() if type(v) is not Tensor}
+    if not _loads(list(parts.values())):
+        bad = [f"{name!r} of {where}" for where, part in parts.items() for name, v in part.items() if not _loads(v)]
+        found = ", ".join(bad) or "a group or a state"
+        raise ValueError(f"{found} holds what load() would refuse; it takes numbers, text, tensors, lists and dicts")
+
+
 def check_entry(entry: Mapping[str, Any], moments, p: Tensor, what: str, who: str) -> None:
     """Whether a parameter's states, from wherever, can become its states here."""
+    found = type(entry).__name__
+    require(isinstance(entry, Mapping), ValueError, f"the state of {what} should be a dict, found {found}")
     for name, _, _ in moments:
         check_moment(entry, name, p, what, who)
     steps = entry.get("step")
@@ -113,6 +156,8 @@ def plain(value: Any) -> Any:
     """numpy's numbers, which some schedulers leave behind and torch.load refuses, as Python's."""
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
+    if type(value) is dict:
+        return {plain(k): plain(v) for k, v in value.items()}
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -141,6 +141,44 @@ def test_settings_in_numpy_numbers_can_be_saved_and_loaded(tmp_path):
     assert_same(optimizer, other)
 
 
+@pytest.mark.parametrize("where", ["group", "state"])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, where):
+    model, optimizer = trained(PagedAdamW)
+    holder = optimizer.param_groups[0] if where == "group" else optimizer.state[model.scale]
+    for good in ({"a", "b"}, {"x": np.float64(3.5)}, (1, [2.0, None]), torch.ones(3)):
+        holder["tag"] = good
+        optimizer.save(tmp_path / "file")
+        optimizer.load(tmp_path / "file")
+    old = (tmp_path / "file").read_bytes()
+    for bad in (tmp_path, lambda: 1, range(3), np.ones(3), {"deep": [tmp_path]}):
+        holder["tag"] = bad
+        what = "group 0" if where == "group" else "the state of parameter 0"
+        with pytest.raises(ValueError, match=f"^'tag' of {what} holds what load.. would refuse"):
+            optimizer.save(tmp_path / "file")
+    del holder["tag"]
+    for name, bad in (("lr", float("nan")), ("weight_decay", -1), ("betas", (0.9, 1.0)), ("amsgrad", True)):
+        earlier = optimizer.param_groups[0].get(name)
+        optimizer.param_groups[0][name] = bad
+        with pytest.raises(ValueError, match=name):
+            optimizer.save(tmp_path / "file")
+        optimizer.param_groups[0][name] = earlier
+    assert (tmp_path / "file").read_bytes() == old
+    optimizer.save(tmp_path / "file")
+
+
+def test_sets_are_saved_for_any_process(tmp_path):
+    """Whose order depends on the process, as the hashes of text do."""
+    code = """
+import torch, sys
+from qlora_kernels import PagedAdamW
+optimizer = PagedAdamW([{"params": [torch.nn.Parameter(torch.ones(1))], "tag": {f"word {i}" for i in range(50)}}])
+getattr(optimizer, sys.argv[1])(sys.argv[2])
+"""
+    for seed, action in (("1", "save"), ("2", "load")):
+        command = [sys.executable, "-c", code, action, str(tmp_path / "file")]
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
+
+
 def test_hooks_of_loading():
     model, optimizer = trained(PagedAdamW)
     other, called = PagedAdamW(model.parameters()), []
@@ -314,6 +352,8 @@ def killed_at(point: str, optimizer, path) -> None:
         return lambda *args, **more: (function(*args, **more), die())
 
     def half(value, where):
+        if not isinstance(where, str):  # a trial
+            return save(value, where)
         buffer = io.BytesIO()
         save(value, buffer)
         with open(where, "wb") as file:
@@ -423,6 +463,17 @@ DAMAGES = {
     "text": (lambda s: s["state"][7].update(step="three"), "parameter 7 has no step count"),
     "master": (lambda s: s["state"][7].update(master=torch.zeros(1, 1)), "'master' of parameter 7"),
     "nothing": (lambda s: s.pop("state"), "a state dict with 'state' and 'param_groups'"),
+    "empty group": (lambda s: s.update(param_groups=[{}]), "'params' of group 0 of the state dict should be a list"),
+    "no keys": (lambda s: s["param_groups"][0].update(params=None), "'params' of group 0 of the state dict should be"),
+    "odd keys": (lambda s: s["param_groups"][0].update(params=[[1]]), "'params' of group 0 of the state dict should"),
+    "one group": (lambda s: s.update(param_groups=5), "'param_groups' of the state dict should be a list of dicts"),
+    "texts": (lambda s: s.update(param_groups=["a"]), "'param_groups' of the state dict should be a list of dicts"),
+    "list": (lambda s: s.update(state=[]), "'state' of the state dict should be a dict, found list"),
+    "no entry": (
+        lambda s: s["state"].update({7: torch.ones(3)}),
+        "state of parameter 7 should be a dict, found Tensor",
+    ),
+    "a word": (lambda s: s["state"].update({7: "x"}), "the state of parameter 7 should be a dict, found str"),
 }
 
 
@@ -689,14 +740,30 @@ def test_settings_out_of_range(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *[({"state_bits": b}, "state_bits should be 32 or 8") for b in (16, 0, None, "8", 8.0)],
+        *[({"state_bits": b}, "state_bits should be 32 or 8") for b in (16, 0, None, "8", 8.0, np.int64(16))],
         *[({"max_grad_norm": norm}, "max_grad_norm should be") for norm in (0, -1, float("nan"), float("inf"), "1")],
         *[({"page_budget": budget}, "page_budget should be") for budget in (0, -1, 1.5, True, "1")],
+        ({"page_file": ""}, "page_file should be a folder; '' names none"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         PagedAdamW(net().parameters(), **options)
+
+
+@pytest.mark.parametrize("name", ["master_weights", "skip_nonfinite"])
+def test_options_that_are_no_yes_or_no(name):
+    for value in ("no", 1, None, torch.ones(1)):
+        with pytest.raises(TypeError, match=f"{name} should be True or False, found"):
+            PagedAdamW(net().parameters(), **{name: value})
+    PagedAdamW(net().parameters(), **{name: np.True_})
+
+
+def test_options_in_numpy_numbers():
+    model, optimizer = trained(PagedAdamW, state_bits=np.int64(8), page_budget=np.int32(1 << 20))
+    assert "exp_avg_code" in optimizer.state[model.scale]
+    copied = copy.deepcopy(optimizer)._settings
+    assert (type(copied["state_bits"]), type(copied["page_budget"])) == (int, int)
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
