@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 import numpy as np
+import optimizer_runs
 import pytest
 import torch
 from optimizer_runs import KINDS, assert_same, bits, loss_of, net, refused, states, train, values
@@ -26,6 +27,13 @@ from qlora_kernels import PagedAdamW, PagedLion, arena, backends, files
 @pytest.fixture(params=KINDS)
 def make(request):
     return KINDS[request.param]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where the models are: the test runs on a card, too, where one is."""
+    monkeypatch.setattr(optimizer_runs, "device", request.param)
+    return request.param
 
 
 def trained(make, steps=range(3), dtype=torch.float32, **options):
@@ -45,6 +53,7 @@ def through_a_file(optimizer):
 # -------------------------------------------------------------------------------------------------- save and load
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("dtype", "master"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
 @pytest.mark.parametrize("paged", [False, True])
 def test_resuming_is_bit_exact(tmp_path, make, dtype, master, paged):
@@ -63,6 +72,7 @@ def test_resuming_is_bit_exact(tmp_path, make, dtype, master, paged):
     assert os.listdir(tmp_path) == ["optimizer.pt"]
 
 
+@pytest.mark.usefixtures("device")
 def test_loading_keeps_the_arena(make):
     _, optimizer = trained(make)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -86,6 +96,7 @@ def test_a_saved_file_is_as_large_as_the_states(tmp_path):
     assert os.path.getsize(tmp_path / "file") < 8 * 300 * 300 + 10_000
 
 
+@pytest.mark.usefixtures("device")
 def test_a_state_dict_of_no_states_takes_them_away(make):
     for copied in (False, True):
         model, optimizer = trained(make)
@@ -102,6 +113,7 @@ def test_a_state_dict_of_no_states_takes_them_away(make):
         assert [s["step"] for s in states(optimizer)] == [s["step"] for s in states(other)]
 
 
+@pytest.mark.usefixtures("device")
 def test_a_parameter_that_is_frozen_when_states_are_loaded_gets_its_own(make):
     model, optimizer = trained(make)
     saved = through_a_file(optimizer)
@@ -197,6 +209,7 @@ def test_hooks_of_loading():
 # ---------------------------------------------------------------------------------------------------- other forms
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("kind", [PagedAdamW, PagedLion])
 def test_from_32_bits_to_8_and_back(kind):
     model, wide = trained(kind)
@@ -206,7 +219,7 @@ def test_from_32_bits_to_8_and_back(kind):
     back.load_state_dict(through_a_file(narrow))
     for p in model.parameters():
         for name in ("exp_avg", "exp_avg_sq")[: len(kind._moments)]:
-            code, absmax = backends.CPU.quantize_states(wide.state[p][name].reshape(-1), name == "exp_avg")
+            code, absmax = backends.CPU.quantize_states(wide.state[p][name].cpu().reshape(-1), name == "exp_avg")
             assert bits(narrow.state[p][f"{name}_code"].reshape(-1)) == bits(code)
             assert bits(narrow.state[p][f"{name}_absmax"]) == bits(absmax)
             table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"))
@@ -244,6 +257,7 @@ def test_from_torch_and_back():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_torch_state_dict_is_a_copy_that_torch_goes_on_from(state_bits, dtype):
@@ -290,6 +304,7 @@ def test_states_of_16_bits_from_torch():
 # ---------------------------------------------------------------------------------------- torch.distributed.checkpoint
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("paged", [False, True])
 def test_a_distributed_checkpoint(tmp_path, make, paged):
     import torch.distributed.checkpoint as dcp
@@ -881,6 +896,7 @@ def test_gradients_of_another_dtype(make, dtype):
     assert bits(first) == bits(p) != before[0]
 
 
+@pytest.mark.usefixtures("device")
 def test_a_file_with_one_bit_changed_is_refused(tmp_path, make):
     _, ours = trained(make)
     path = tmp_path / "optimizer.pt"
@@ -889,7 +905,7 @@ def test_a_file_with_one_bit_changed_is_refused(tmp_path, make):
     good = path.read_bytes()
     # In the data of a state, which torch does not check.
     largest = max((t for entry in ours.state.values() for t in entry.values()), key=torch.Tensor.numel)
-    at = good.index(largest.numpy().tobytes()) + 100
+    at = good.index(largest.cpu().numpy().tobytes()) + 100
     path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
     with refused(ours, ValueError, "does not have the digest"):
         ours.load(path)
