@@ -36,16 +36,9 @@ class CudaArena:
     Raises:
         MemoryError: when there is no memory for it.
         ValueError: when the page budget is too small for any step.
-        RuntimeError: while a CUDA graph is being captured, when no memory can be had.
     """
 
     def __init__(self, backend, device: torch.device, layout: Layout, budget: int | None):
-        require(
-            not backend.capturing(device),
-            RuntimeError,
-            "a CUDA graph can capture a step only when all states are on the device and stay there, and there are none "
-            "yet, or not for these parameters: take a step before",
-        )
         self._backend, self._device, self._layout = backend, device, layout
         ordinal, _ = backend.queue(device)
         forbidden = os.environ.get("QLORA_KERNELS_MANAGED") == "0"

@@ -10,6 +10,7 @@ import torch
 
 from . import backends
 from .arena import HostArena, Layout
+from .errors import require
 
 NORM, SKIPPED = 8, 24  # offsets in OptimizerControl, csrc/optimizer.h
 
@@ -46,6 +47,17 @@ def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[s
     from .cuda_engine import CudaEngine
 
     return CudaEngine(backend, parameter.device, layout, algorithm, settings)
+
+
+def refuse_in_capture(parameter: torch.Tensor) -> None:
+    """Raises while a CUDA graph is being captured: no memory can be had then, and nothing read from the device."""
+    backend = backends.of(parameter)
+    require(
+        backend is backends.CPU or not backend.capturing(parameter.device),
+        RuntimeError,
+        "a CUDA graph can capture a step only when all states are on the device and stay there, and there are none "
+        "yet, or not for these parameters: take a step before",
+    )
 
 
 def operands(layout: Layout, algorithm: int, settings: dict[str, Any], where: dict[str, int]) -> tuple:

@@ -174,6 +174,7 @@ class _Paged(torch.optim.Optimizer):
             RuntimeError,
             f"parameters on {devices[0]} cannot be optimized; move the model to the CPU or to a CUDA device first",
         )
+        engines.refuse_in_capture(params[0])
         who = type(self).__name__
         for i, p in enumerate(params):
             if p.numel() and not p.data_ptr():

@@ -347,6 +347,36 @@ def test_a_graph_of_a_step_is_a_step(options):
     assert everything(ours, params) == everything(eager, plain)
 
 
+@pytest.mark.gpu
+def test_a_first_step_in_a_capture_is_refused():
+    params, ours, coming = ready(1)
+    with pytest.raises(RuntimeError, match="take a step before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ours.step()
+    for p, grad in zip(params, coming[0]):
+        p.grad.copy_(grad)
+    ours.step()
+    wanted, _ = expected(PagedAdamW, "cuda", torch.float32, 1)
+    assert everything(ours, params) == wanted
+
+
+@pytest.mark.gpu
+def test_two_graphs_captured_in_a_row():
+    params, ours, coming = ready(3)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    for p, grad in zip(params, coming[0]):
+        p.grad.copy_(grad)
+    ours.step()
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            ours.step()
+    for graph, grads in zip(graphs, coming[1:]):
+        for p, grad in zip(params, grads):
+            p.grad.copy_(grad)
+        graph.replay()
+    wanted, _ = expected(PagedAdamW, "cuda", torch.float32)
+    assert everything(ours, params) == wanted
+
+
 def test_new_settings_wait_for_replays():
     with emulated():
         params = parameters("cpu")
