@@ -12,7 +12,7 @@ from conftest import engine_named
 from optimizer_runs import KINDS, bits, refused
 from torch import nn
 
-from qlora_kernels import PagedAdamW
+from qlora_kernels import PagedAdamW, optim
 
 
 @pytest.fixture(params=KINDS)
@@ -147,6 +147,32 @@ def test_a_load_that_finds_no_memory_changes_nothing(place, make, monkeypatch):
             optimizer.load_state_dict(saved)
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_load_that_fails_midway_is_not_gone_on_from(place, make, monkeypatch, tmp_path):
+    params, optimizer = stepped(make, torch.randn(12, 5), torch.randn(300))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    step(optimizer, params)
+    before, lr = [bits(p) for p in params], optimizer.param_groups[0]["lr"]
+
+    def fail(entry, views, p, original=optim.convert):
+        if p is params[1]:
+            raise OSError("a page of the loaded file cannot be read")
+        original(entry, views, p)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "convert", fail)
+        with pytest.raises(OSError, match="cannot be read"):
+            optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == lr
+    for action in (optimizer.step, optimizer.state_dict, lambda: optimizer.save(tmp_path / "file")):
+        with pytest.raises(RuntimeError, match="a load failed midway"):
+            action()
+    assert [bits(p) for p in params] == before
+    optimizer.load_state_dict(saved)
+    assert [s["step"] for s in exact(optimizer)] == [bits(torch.tensor(2.0, device="cpu"))] * 2
+    step(optimizer, params)
 
 
 def test_what_is_not_in_an_arena_is_not_looked_at(place):
