@@ -98,6 +98,7 @@ void bind_cuda(py::module_ m) {
         .def(
             "to_host", [](Arena& a, int device, Address stream) { a.to_host({device, at<void>(stream)}); }, Released())
         .def("wait", &Arena::wait, Released())
+        .def_property_readonly("broken", &Arena::broken)
         .def("resident_bytes", &Arena::resident_bytes);
     m.def("free_memory", &qlk::cuda::free_bytes, "Bytes that a device has left.");
     m.def("pages_managed", &qlk::cuda::can_page, "Whether a device and the host may use managed memory together.");

@@ -261,11 +261,46 @@ def staged(
     return plan or [(0, 0, (), (), (), False)], chunks, min(max(len(plan), 1), 3) * place
 
 
-def no_memory(nbytes: int, where: str, why: str) -> MemoryError:
+def no_memory(nbytes: int, where: str, why: str, state_bits: int, page_file: str | None = None) -> MemoryError:
+    """The error for an arena that cannot be had; with advice that its settings do not already follow."""
+    advice = ["state_bits=8 takes a quarter of it"] if state_bits == 32 else []
+    advice += [
+        "page_file=FOLDER (on the CPU) keeps them in a file there"
+        if page_file is None
+        else "page_file can be a folder on another disk"
+    ]
     return MemoryError(
         f"the optimizer's states need {nbytes} bytes ({nbytes / 2**30:.2f} GiB) {where}, which cannot be had ({why}); "
-        "state_bits=8 takes a quarter of it, and page_file=FOLDER (on the CPU) keeps them in a file there"
+        + ", and ".join(advice)
     )
+
+
+def memory_left() -> int | None:
+    """Bytes that can still be had here: what the system and its swap space have left, at most what cgroups allow.
+
+    None where nobody says. A cgroup's limit counts as a whole: what it holds of files can be given up.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError, KeyError), open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+        found.append(sum(int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree")))
+    with contextlib.suppress(OSError), open("/proc/self/cgroup") as file:
+        for line in file:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if controllers in ("", "memory"):
+                at = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")  # version 1, and 2
+                found += cgroup_limits(os.path.join("/sys/fs/cgroup", at[0]), path, at[1])
+    return min(found, default=None)
+
+
+def cgroup_limits(root: str, path: str, name: str) -> list[int]:
+    """What a cgroup and those around it allow; within a container, its own is at the root."""
+    parts = path.strip("/").split("/")
+    limits = []
+    for depth in range(len(parts) + 1):
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(root, *parts[:depth], name)) as file:
+            limits.append(int(file.read()))  # "max" is no number
+    return limits
 
 
 class HostArena:
@@ -278,12 +313,16 @@ class HostArena:
         OSError: when the folder cannot be written to.
     """
 
-    def __init__(self, nbytes: int, page_file: str | os.PathLike | None = None):
+    def __init__(self, nbytes: int, page_file: str | os.PathLike | None = None, state_bits: int = 32):
         self.nbytes = nbytes
         self.kind = "host memory" if page_file is None else "a memory-mapped file"
         self._file = None
         try:
             if page_file is None:
+                # The system would promise more than it has, and kill the process that asks for it.
+                left = memory_left()
+                if left is not None and nbytes > left:
+                    raise MemoryError(f"{left} bytes are left")
                 self._memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             else:
                 self._file = tempfile.TemporaryFile(dir=os.fspath(page_file))  # noqa: SIM115
@@ -296,7 +335,8 @@ class HostArena:
             if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
                 raise
             where = "of memory" if page_file is None else f"in a file in {os.fspath(page_file)}"
-            raise no_memory(nbytes, where, str(error)) from None
+            folder = None if page_file is None else os.fspath(page_file)
+            raise no_memory(nbytes, where, str(error), state_bits, folder) from None
         if page_file is None and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without large pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
@@ -306,7 +346,7 @@ class HostArena:
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor of ``count`` elements at ``offset`` bytes."""
         if count == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
 
     #: Where a step's states are filled from.

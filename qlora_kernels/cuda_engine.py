@@ -12,15 +12,20 @@ from torch import Tensor
 
 from . import arena, engines
 from .arena import Layout
+from .errors import require
 
 
 def host_memory(owner: Any, address: int, count: int, dtype: torch.dtype) -> Tensor:
     """Host memory at an address as a tensor, which keeps the owner alive."""
     if count == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     buffer = (ctypes.c_ubyte * (count * dtype.itemsize)).from_address(address)
     buffer.owner = owner
     return torch.frombuffer(buffer, dtype=dtype)
+
+
+#: Tables of which pinned memory is kept: as many steps can be captured before an eager one has to come between.
+_SPARE = 8
 
 
 class CudaArena:
@@ -53,15 +58,17 @@ class CudaArena:
         try:
             self.native = backend.kernels.Arena(layout.nbytes, layout.header, staging, ordinal)
         except (RuntimeError, MemoryError) as error:
-            if "memory" not in str(error).lower():
+            if not isinstance(error, MemoryError) and "cudaErrorMemoryAllocation" not in str(error):
                 raise
-            raise arena.no_memory(layout.nbytes, f"of {self.kind.partition(',')[0]}", str(error)) from None
+            where = f"of {self.kind.partition(',')[0]}"
+            raise arena.no_memory(layout.nbytes, where, str(error), layout.state_bits) from None
         self.native.plan(plan)
 
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor of ``count`` elements at ``offset`` bytes, as users see it."""
         if count == 0:
             return torch.empty(0, dtype=dtype, device=self._device)
+        self._check(offset, count * dtype.itemsize)
         if offset < self._layout.header:
             return self._backend.expose(self.native, self.native.header + offset, count, dtype, self._device)
         if self.managed:
@@ -70,9 +77,15 @@ class CudaArena:
 
     def host_view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """The same for the host to fill, after to_host(): what no page of has to come to the device for."""
-        if offset < self._layout.header:
+        if count == 0 or offset < self._layout.header:
             return self.view(offset, count, dtype)
+        self._check(offset, count * dtype.itemsize)
         return host_memory(self.native, self.native.states + offset, count, dtype)
+
+    def _check(self, offset: int, nbytes: int) -> None:
+        """As torch.frombuffer does for an arena of the host's."""
+        inside = offset >= 0 and offset + nbytes <= self._layout.nbytes
+        require(inside, ValueError, f"{nbytes} bytes at {offset} are not in an arena of {self._layout.nbytes}")
 
     def synchronize(self) -> None:
         """Waits for what is on its way to where view() shows it: nothing, where pages are managed."""
@@ -91,6 +104,7 @@ class CudaEngine:
         self.device, self.layout = device, layout
         self._backend, self._algorithm, self._settings = backend, algorithm, settings
         self.arena = CudaArena(backend, device, layout, settings["page_budget"])
+        self.broken = ""
         self._norm = self.arena.view(layout.control + engines.NORM, 1, torch.float32)
         self._skipped = self.arena.view(layout.control + engines.SKIPPED, 1, torch.int64)
         self._chunks = self._upload(self.arena.chunks)
@@ -101,7 +115,10 @@ class CudaEngine:
         # Of captured graphs, which copy them at every replay: pinned memory and the device's.
         self._captured: dict[str, list[tuple[Tensor, Tensor]]] = {"tensors": [], "groups": []}
         # Pinned memory for the next of those: none can be had while a stream is being captured.
-        self._spare: dict[str, Tensor] = {}
+        self._spare: dict[str, list[Tensor]] = {"tensors": [], "groups": []}
+
+    #: CUDA itself does not work in a forked child.
+    foreign = False
 
     def _upload(self, table: np.ndarray) -> Tensor:
         return self._backend.send(self._backend.pin(torch.from_numpy(np.ascontiguousarray(table))), self.device)
@@ -109,13 +126,13 @@ class CudaEngine:
     def _table(self, name: str, table: np.ndarray) -> Tensor:
         """On the device: uploaded again only when it has changed."""
         if self._backend.capturing(self.device):
-            source, spare = torch.from_numpy(table), self._spare.pop(name, None)
-            pinned = self._backend.pin(source) if spare is None else spare.copy_(source)
+            source, spare = torch.from_numpy(table), self._spare[name]
+            pinned = spare.pop(0).copy_(source) if spare else self._backend.pin(source)
             there = self._backend.send(pinned, self.device)
             self._captured[name].append((pinned, there))
             return there
-        if name not in self._spare:
-            self._spare[name] = self._backend.pin(torch.from_numpy(table))
+        while len(self._spare[name]) < _SPARE:
+            self._spare[name].append(self._backend.pin(torch.from_numpy(table)))
         now, queue = table.tobytes(), self._backend.queue(self.device)
         before = self._tables.get(name)
         if before is not None and before[:2] == (now, queue):
@@ -142,12 +159,16 @@ class CudaEngine:
         }
         settings = self._settings
         measure = bool(settings["max_grad_norm"] or settings["skip_nonfinite"] or scale is not None or inf is not None)
-        native.step(
-            engines.operands(self.layout, self._algorithm, settings, where),
-            0 if self._maps is None else self._maps.data_ptr(),
-            measure,
-            *self._backend.queue(self.device),
-        )
+        try:
+            native.step(
+                engines.operands(self.layout, self._algorithm, settings, where),
+                0 if self._maps is None else self._maps.data_ptr(),
+                measure,
+                *self._backend.queue(self.device),
+            )
+        except BaseException:
+            self.broken = "a step" if native.broken else self.broken
+            raise
 
     def refresh(self, groups: np.ndarray) -> None:
         table = torch.from_numpy(groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from . import backends
 from .arena import HostArena, Layout
+from .errors import require
 
 NORM, SKIPPED = 8, 24  # offsets in OptimizerControl, csrc/optimizer.h
 
@@ -19,7 +21,10 @@ class Engine(Protocol):
     device: torch.device
     layout: Layout
     arena: Any
+    broken: str  # what failed midway, after which only other states can follow; empty: nothing
 
+    @property
+    def foreign(self) -> bool: ...  # whether its states are another process's
     def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None: ...
     def refresh(self, groups: np.ndarray) -> None: ...
     def found(self) -> tuple[float, int]: ...
@@ -42,6 +47,17 @@ def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[s
     from .cuda_engine import CudaEngine
 
     return CudaEngine(backend, parameter.device, layout, algorithm, settings)
+
+
+def refuse_in_capture(parameter: torch.Tensor) -> None:
+    """Raises while a CUDA graph is being captured: no memory can be had then, and nothing read from the device."""
+    backend = backends.of(parameter)
+    require(
+        backend is backends.CPU or not backend.capturing(parameter.device),
+        RuntimeError,
+        "a CUDA graph can capture a step only when all states are on the device and stay there, and there are none "
+        "yet, or not for these parameters: take a step before",
+    )
 
 
 def operands(layout: Layout, algorithm: int, settings: dict[str, Any], where: dict[str, int]) -> tuple:
@@ -74,10 +90,17 @@ class HostEngine:
 
     def __init__(self, layout: Layout, algorithm: int, settings: dict[str, Any]):
         self.layout = layout
-        self.arena = HostArena(layout.nbytes, settings["page_file"])
+        self.arena = HostArena(layout.nbytes, settings["page_file"], layout.state_bits)
+        self.broken = ""
+        self._process = os.getpid()
         self._algorithm, self._settings = algorithm, settings
         self._norm = self.arena.view(layout.control + NORM, 1, torch.float32)
         self._skipped = self.arena.view(layout.control + SKIPPED, 1, torch.int64)
+
+    @property
+    def foreign(self) -> bool:
+        """In a forked child: what it wrote to a file's pages, its parent would find there."""
+        return self._settings["page_file"] is not None and os.getpid() != self._process
 
     def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None:
         scale, inf = (None if t is None else t.detach().reshape(-1).float().cpu() for t in (grad_scale, found_inf))

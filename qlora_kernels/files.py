@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
+import socket
 import stat
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,34 +27,66 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def make_beside(path: str, make: Callable[[str], None]) -> str:
+def make_beside(path: str, make: Callable[[str], None], whose: str = "") -> str:
     """Calls ``make``, which creates a file or folder and fails if there is one, with a hidden name beside ``path``.
 
     tempfile would do the same, but keeps what it makes from everybody else; here the process's umask decides, as it
     does for any new file. To ask for the umask one has to set it, which other threads would notice.
 
     Returns:
-        ``.NAME.xxxxxxxx.part`` beside ``path``.
+        ``.NAME.WHOSExxxxxxxx.part`` beside ``path``.
     """
     folder, name = os.path.split(path)
     while True:
-        temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
+        temporary = os.path.join(folder, f".{name}.{whose}{secrets.token_hex(4)}.part")
         with contextlib.suppress(FileExistsError):
             make(temporary)
             return temporary
 
 
+def _here() -> str:
+    """Eight letters for this machine, or rather for those of its processes that can see each other."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        processes = ""
+    return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:8]
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+
+def _sweep_files(path: str) -> None:
+    """Removes what killed writers of ``path`` left beside it; what one left on another machine stays there."""
+    folder, name = os.path.split(path)
+    pattern = re.compile(rf"\.{re.escape(name)}\.{_here()}-(\d+)-[0-9a-f]{{8}}\.part")
+    with contextlib.suppress(OSError):
+        for found in filter(None, map(pattern.fullmatch, os.listdir(folder))):
+            if not _lives(int(found[1])):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, found[0]))
+
+
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
     """Calls ``write(temporary_path)`` beside ``path``, syncs what it wrote, and renames it into place.
 
-    A kill at any moment leaves the old file or the new one; an exception leaves the old one and no litter.
+    A kill at any moment leaves the old file or the new one; an exception leaves the old one and no litter. What a
+    killed writer of the same ``path`` left is removed.
 
     Raises:
         OSError: when the folder does not exist or cannot be written.
     """
     path = os.path.abspath(os.fspath(path))
     folder = os.path.dirname(path)
-    temporary = make_beside(path, lambda name: open(name, "x").close())
+    _sweep_files(path)
+    temporary = make_beside(path, lambda name: open(name, "x").close(), f"{_here()}-{os.getpid()}-")
     mode = os.stat(temporary).st_mode
     try:
         write(temporary)
@@ -135,6 +169,8 @@ def digest(value: Any) -> str:
             for key, inner in part.items():
                 result.update(f"{key!r}:".encode(errors="surrogatepass"))
                 add(inner)
+        elif isinstance(part, (set, frozenset)):  # whose order is another in every process
+            add(sorted(map(repr, part)))
         elif isinstance(part, (list, tuple)):
             result.update(f"[{len(part)}".encode())
             for inner in part:

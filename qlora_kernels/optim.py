@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from numbers import Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,21 @@ from . import backends, engines
 from .arena import FIRST, FIRST_ABSMAX, MASTER, SECOND, SECOND_ABSMAX, STATE_BLOCK, Layout, Slot
 from .errors import require, sentence
 from .files import digest, save_torch
+from .states import (
+    bad_gradient,
+    check_entry,
+    check_form,
+    check_loadable,
+    check_parameter,
+    convert,
+    decoded,
+    form,
+    no_memory_of_its_own,
+    plain,
+    require_number,
+    same_tensors,
+)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of torch.optim.AdamW's groups: without meaning here, and not kept.
 _TORCH_ONLY = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 _FORMAT = "qlora_kernels.optim/1"
@@ -33,26 +46,28 @@ class _Paged(torch.optim.Optimizer):
     _algorithm: int
     #: The states' names in torch.optim, and the planes of the arena that hold them: of 32 bits, and the constants of 8.
     _moments: tuple[tuple[str, int, int], ...]
-    # torch.amp.GradScaler then leaves the division to the step, which reads scale and infinities on the device.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self, params, defaults, *, state_bits, max_grad_norm, page_budget, master_weights, skip_nonfinite, page_file
     ):
-        good = isinstance(state_bits, int) and state_bits in (32, 8)
+        good = isinstance(state_bits, Integral) and state_bits in (32, 8)
         require(good, ValueError, f"state_bits should be 32 or 8, found {state_bits!r}")
         if max_grad_norm is not None:
-            _require_number("max_grad_norm", max_grad_norm, lambda x: x > 0, "above 0")
+            require_number("max_grad_norm", max_grad_norm, lambda x: x > 0, "above 0")
         if page_budget is not None:
-            good = isinstance(page_budget, int) and not isinstance(page_budget, bool) and page_budget > 0
+            good = isinstance(page_budget, Integral) and not isinstance(page_budget, bool) and page_budget > 0
             require(good, ValueError, f"page_budget should be a number of bytes above 0, found {page_budget!r}")
+        for name, value in (("master_weights", master_weights), ("skip_nonfinite", skip_nonfinite)):
+            good = isinstance(value, (bool, np.bool_))
+            require(good, TypeError, f"{name} should be True or False, found {value!r}")
         if page_file is not None:
+            require(bool(os.fspath(page_file)), ValueError, "page_file should be a folder; '' names none")
             page_file = folder = os.path.abspath(os.fspath(page_file))
             require(os.path.isdir(folder), NotADirectoryError, f"page_file should be a folder; {folder} is none")
         self._settings = {
-            "state_bits": state_bits,
+            "state_bits": int(state_bits),
             "max_grad_norm": None if max_grad_norm is None else float(max_grad_norm),
-            "page_budget": page_budget,
+            "page_budget": None if page_budget is None else int(page_budget),
             "master_weights": bool(master_weights),
             "skip_nonfinite": bool(skip_nonfinite),
             "page_file": page_file,
@@ -61,15 +76,26 @@ class _Paged(torch.optim.Optimizer):
         self._control = (0.0, 0)  # norm and skipped steps from before there was an arena
         super().__init__(params, defaults)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler then leaves the division to the step, which reads scale and infinities on the device.
+
+        Others who ask (Lightning) take it as a refusal to clip gradients, and divide them before the scaler does where
+        it is not so. The step does either.
+        """
+        return sys._getframe(1).f_globals.get("__name__") == torch.amp.grad_scaler.__name__
+
     def _forget(self) -> None:
         """As if there had never been an arena."""
         self._engine: engines.Engine | None = None
         self._params: list[Tensor] = []  # of the arena, in its order
         self._frozen: list[Tensor] = []  # the others
-        self._seen: list[tuple] = []  # address, and _form, of each of _params
+        self._seen: list[tuple] = []  # address, and form, of each of _params
         self._groups: list[list[Tensor]] = []  # parameters of each group, when the arena was made
-        self._own: list[dict[str, Tensor]] = []  # the states of each of _params, and all their tensors
-        self._tensors: list[Tensor] = []
+        self._own: list[dict[str, Tensor]] = []  # the states of each of _params, and those with a master
+        self._masters: list[dict[str, Tensor]] = []
+        self._tensors: list[Tensor] = []  # all of these, and their addresses
+        self._places: list[int] = []
 
     # ------------------------------------------------------------------------------------------------ parameters
 
@@ -98,31 +124,38 @@ class _Paged(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        _require_number("lr", group["lr"], lambda x: x >= 0, "at least 0")
-        _require_number("weight_decay", group["weight_decay"], lambda x: x >= 0, "at least 0")
+    def _check_settings(self, group: Mapping[str, Any]) -> None:
+        require_number("lr", group["lr"], lambda x: x >= 0, "at least 0")
+        require_number("weight_decay", group["weight_decay"], lambda x: x >= 0, "at least 0")
         betas = group["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
         require(pair, ValueError, f"betas should be two numbers, found {betas!r}")
         for i, beta in enumerate(betas):
-            _require_number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
+            require_number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
         if "eps" in group:
-            _require_number("eps", group["eps"], lambda x: x >= 0, "at least 0")
+            require_number("eps", group["eps"], lambda x: x >= 0, "at least 0")
         for name in ("amsgrad", "maximize"):
             require(not group.get(name), ValueError, f"{name}=True is not supported by {type(self).__name__}")
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self._check_settings(group)
         twice = len(set(group["params"])) < len(group["params"])
         require(not twice, ValueError, "a parameter is more than once in the group")
         for i, p in enumerate(group["params"]):
             if p.requires_grad:
-                _check_parameter(p, f"parameter {i} of the group")
+                check_parameter(p, f"parameter {i} of the group")
 
     # ----------------------------------------------------------------------------------------------------- arena
 
     def _build(self, loading: Mapping[Tensor, Any] | None = None) -> None:
         """Makes the arena for the parameters as they are, takes the states over, and lets go of the old one.
 
-        What has states, or is about to have (``loading``), keeps its place while it is frozen.
+        What has states, or is about to have, keeps its place while it is frozen. Instead of the states that there are,
+        those of ``loading`` are taken where it is given.
         """
+        if loading is None:
+            self._require_whole()
+        taken = self.state if loading is None else loading
         params, groups, frozen = [], [], []
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -133,7 +166,7 @@ class _Paged(torch.optim.Optimizer):
                     frozen.append(p)
         require(bool(params), ValueError, "no parameter of the optimizer requires a gradient")
         for i, p in enumerate(params):
-            _check_parameter(p, f"parameter {i}")
+            check_parameter(p, f"parameter {i}")
         devices = sorted({str(p.device) for p in params})
         require(len(devices) == 1, ValueError, f"all parameters should be on one device, found {', '.join(devices)}")
         require(
@@ -141,23 +174,25 @@ class _Paged(torch.optim.Optimizer):
             RuntimeError,
             f"parameters on {devices[0]} cannot be optimized; move the model to the CPU or to a CUDA device first",
         )
+        engines.refuse_in_capture(params[0])
         who = type(self).__name__
         for i, p in enumerate(params):
             if p.numel() and not p.data_ptr():
-                raise _no_memory_of_its_own(f"parameter {i}", p)
-            if self.state.get(p):
-                _check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
+                raise no_memory_of_its_own(f"parameter {i}", p)
+            if loading is None and self.state.get(p):
+                check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
         planes = [self._planes_of(p) for p in params]
         slots = [Slot(p.numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
         layout = Layout(slots, self._settings["state_bits"])
-        norm, skipped = self._found()
         engine = engines.of(params[0], layout, self._algorithm, self._settings)
-        engine.set_found(norm, skipped)
+        engine.set_found(*self._found())
         if self._engine is not None:
             self._engine.arena.synchronize()
-        self._fill(engine, params, self.state)
+        self._fill(engine, params, taken)
         states = {p: self._views(engine.arena.view, layout, i, p) for i, p in enumerate(params)}
+        masters = [views for views in states.values() if "master" in views]
         tensors = [views[key] for views in states.values() for key in self._keys()]
+        tensors += [views["master"] for views in masters]
         for p, views in states.items():
             views.update({k: v for k, v in self.state.get(p, {}).items() if k not in _NAMES})  # somebody else's
         others = {p: entry for p, entry in self.state.items() if p not in states}
@@ -165,17 +200,20 @@ class _Paged(torch.optim.Optimizer):
         self.state.update(states)
         self.state.update(others)
         self._params, self._frozen = params, frozen
-        self._seen = [(p.data_ptr(), *_form(p)) for p in params]
+        self._seen = [(p.data_ptr(), *form(p)) for p in params]
         self._groups = [list(group["params"]) for group in self.param_groups]
-        self._own, self._tensors = list(states.values()), tensors
+        self._own, self._masters = list(states.values()), masters
+        self._tensors, self._places = tensors, [t.data_ptr() for t in tensors]
         self._engine = engine
 
     def _fill(self, engine: engines.Engine, params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Fills an arena from states of any form, by the host: no page has to come to the device for it."""
         engine.arena.to_host()
+        engine.broken = "a load"  # until it is done
         with torch.no_grad():
             for i, p in enumerate(params):
-                _convert(states.get(p) or {}, self._views(engine.arena.host_view, engine.layout, i, p), p)
+                convert(states.get(p) or {}, self._views(engine.arena.host_view, engine.layout, i, p), p)
+        engine.broken = ""
 
     def _keys(self) -> list[str]:
         """What every parameter has in its state."""
@@ -211,6 +249,14 @@ class _Paged(torch.optim.Optimizer):
             views["master"] = shaped(view(MASTER, torch.float32, count))
         return views
 
+    def _require_whole(self) -> None:
+        """Refuses to go on with states of which some are a step ahead of the others."""
+        if self._engine is not None and self._engine.broken:
+            raise RuntimeError(
+                f"{self._engine.broken} failed midway, and some states have changed and some have not: load a saved "
+                "state dict, or make a new optimizer"
+            )
+
     def _found(self) -> tuple[float, int]:
         return self._control if self._engine is None else self._engine.found()
 
@@ -235,7 +281,20 @@ class _Paged(torch.optim.Optimizer):
                 has changed then.
             ValueError: for a setting that is not finite, and when a parameter's shape is no longer its states'.
             MemoryError: when there is no memory for the states, at the first step.
+
+        Where a step goes through the states stretch by stretch, an error of the device may come between two of them.
+        Everything but load_state_dict and load refuses then, with a RuntimeError.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # torch.amp.GradScaler takes them back where a step returns, and multiplies by what is left of the last one.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        self._require_whole()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -265,19 +324,24 @@ class _Paged(torch.optim.Optimizer):
 
         It lacks those which were frozen when it was made; and groups and ``state`` are anybody's to write to.
         """
-        if self._engine is None or len(self.param_groups) != len(self._groups):
+        if self._engine is None or self._engine.foreign or len(self.param_groups) != len(self._groups):
             return True
-        get = operator.itemgetter(*self._keys())
+        get, master = operator.itemgetter(*self._keys()), operator.itemgetter("master")
         try:
             same = (
-                all(_same(group["params"], params) for group, params in zip(self.param_groups, self._groups))
+                all(same_tensors(group["params"], params) for group, params in zip(self.param_groups, self._groups))
                 and len(self.state) >= len(self._own)
                 and all(map(operator.is_, self.state.values(), self._own))
-                and all(map(operator.is_, chain.from_iterable(map(get, self._own)), self._tensors))
+                and all(map(operator.is_, chain(*map(get, self._own), map(master, self._masters)), self._tensors))
+                and list(map(Tensor.data_ptr, self._tensors)) == self._places  # not so after t.data = …
             )
         except KeyError:
             return True
         return not same or any(p.grad is not None for p in self._frozen)
+
+    def _moved(self) -> bool:
+        """Whether a parameter has another dtype, shape, order in memory or device than when the arena was made."""
+        return any(form(p) != seen[1:] or p.device != self._engine.device for p, seen in zip(self._params, self._seen))
 
     def _addresses(self) -> tuple[np.ndarray, list[Tensor]] | None:
         """OptimizerTensor[tensors]: where parameters and gradients lie, and copies of gradients that lay otherwise.
@@ -286,28 +350,28 @@ class _Paged(torch.optim.Optimizer):
         """
         addresses: list[int] = []
         copies = []
+        strided, on_cuda = torch.strided, self._engine.device.type == "cuda"
         for i, (p, (at, count, dtype, shape, strides)) in enumerate(zip(self._params, self._seen)):
             here = p.data_ptr()
             if here != at or p.numel() != count:
-                if _form(p) != self._seen[i][1:] or p.device != self._engine.device:
+                if form(p) != self._seen[i][1:] or p.device != self._engine.device:
                     return None
                 self._seen[i] = (here, count, dtype, shape, strides)
             grad = p.grad
             if grad is None:
                 addresses += (here, 0)
                 continue
-            good = grad.dtype is dtype and grad.layout is torch.strided and grad.is_cuda == p.is_cuda
-            good = good and grad.shape == shape
+            good = grad.dtype is dtype and grad.layout is strided and grad.is_cuda == on_cuda and grad.shape == shape
             if not good or grad.stride() != strides or grad.is_neg():
-                if _form(p) != self._seen[i][1:]:  # another parameter where the last one lay
+                if form(p) != self._seen[i][1:]:  # another parameter where the last one lay
                     return None
                 if not good:
-                    raise _bad_gradient(i, p, grad)
+                    raise bad_gradient(i, p, grad)
                 grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
                 copies.append(grad)
             there = grad.data_ptr()
             if count and not (here and there):
-                raise _no_memory_of_its_own(f"parameter {i} or its gradient", p if not here else grad)
+                raise no_memory_of_its_own(f"parameter {i} or its gradient", p if not here else grad)
             addresses += (here, there or 1)  # of an empty one the address is 0, which means none
         return np.array(addresses, dtype=np.int64), copies
 
@@ -352,11 +416,13 @@ class _Paged(torch.optim.Optimizer):
 
     def page_out(self) -> None:
         """Sends the states to the host (a CUDA device), or to the file (``page_file``)."""
+        self._require_whole()
         if self._engine is not None:
             self._engine.page_out()
 
     def page_in(self) -> None:
         """Asks for the states to come in the background: to the device those that stay there, or all from the file."""
+        self._require_whole()
         if self._engine is not None:
             self._engine.page_in()
 
@@ -383,6 +449,7 @@ class _Paged(torch.optim.Optimizer):
         "exp_avg_code" uint8 of the parameter's shape and "exp_avg_absmax" float32 [blocks of 256], likewise
         "exp_avg_sq". "master" float32 with ``master_weights``.
         """
+        self._require_whole()
         if self._engine is not None:
             self._engine.arena.synchronize()
         return super().state_dict()
@@ -396,7 +463,7 @@ class _Paged(torch.optim.Optimizer):
                 continue
             wide = {"step": entry["step"].detach().cpu().clone()}
             for name, _, _ in self._moments:
-                wide[name] = _decoded(entry, name).to(params[index].device, copy=True)
+                wide[name] = decoded(entry, name).to(params[index].device, copy=True)
             own["state"][index] = wide
         return own
 
@@ -418,26 +485,26 @@ class _Paged(torch.optim.Optimizer):
                 kept = {k: v for k, v in saved.items() if k != "params" and k not in _TORCH_ONLY}
                 group.update(copy.deepcopy(kept))  # an lr that is a tensor is not to be shared
                 self._check_group(group)
-            if states and (self._stale() or any(p in states for p in self._frozen)):
+            stale = self._stale() or self._moved() or bool(self._engine.broken)
+            if not states and stale:
+                self.state.clear()
+                self._forget()
+            elif stale or any(p in states for p in self._frozen):
                 self._build(states)
+            else:
+                self._fill(self._engine, self._params, states)
         except BaseException:
             for group, old in zip(self.param_groups, before):
                 group.clear()
                 group.update(old)
             raise
-        if self._engine is None or (not states and self._stale()):
-            self.state.clear()
-            self._forget()
-        else:
-            self._fill(self._engine, self._params, states)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def _checked(self, state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
         """The groups and the states by parameter, after every check that needs no arena."""
         who = type(self).__name__
-        good = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
-        require(good, ValueError, "a state dict with 'state' and 'param_groups' is expected")
+        check_form(state_dict)
         groups, saved = list(state_dict["param_groups"]), state_dict["state"]
         require(
             len(groups) == len(self.param_groups),
@@ -455,11 +522,10 @@ class _Paged(torch.optim.Optimizer):
             for name in ("amsgrad", "maximize"):
                 require(not theirs.get(name), ValueError, f"the state dict is of an optimizer with {name}=True")
             for p, key in zip(mine["params"], theirs["params"]):
-                entry = saved.get(key)
-                if not entry:
+                if key not in saved or (isinstance(saved[key], Mapping) and not saved[key]):
                     continue
-                _check_entry(entry, self._moments, p, f"parameter {key}", who)
-                states[p] = entry
+                check_entry(saved[key], self._moments, p, f"parameter {key}", who)
+                states[p] = saved[key]
         return groups, states
 
     def save(self, path: str | os.PathLike) -> None:
@@ -467,9 +533,12 @@ class _Paged(torch.optim.Optimizer):
 
         Raises:
             OSError: when the file cannot be written; the old one is still there then.
+            ValueError: when a group or a state holds what load() would refuse; likewise.
         """
-        own = self.state_dict()
-        own["param_groups"] = [{k: _plain(v) for k, v in group.items()} for group in own["param_groups"]]
+        for group in self.param_groups:
+            self._check_settings(group)
+        own = plain(self.state_dict())
+        check_loadable(own)
         try:
             save_torch({"format": _FORMAT, "optimizer": type(self).__name__, "sha256": digest(own), **own}, path)
         except RuntimeError as error:  # of torch's writer, which does not say what the system said
@@ -499,6 +568,7 @@ class _Paged(torch.optim.Optimizer):
     # -------------------------------------------------------------------------------------------- copy and pickle
 
     def __getstate__(self) -> dict[str, Any]:
+        self._require_whole()
         if self._engine is not None:
             self._engine.arena.synchronize()
         return {**super().__getstate__(), "_settings": self._settings, "_control": self._found()}
@@ -607,154 +677,3 @@ class PagedLion(_Paged):
             skip_nonfinite=skip_nonfinite,
             page_file=page_file,
         )
-
-
-# ------------------------------------------------------------------------------------------------------ checks
-
-
-def _require_number(name: str, value: Any, good: Callable[[float], bool], what: str) -> None:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    require(number and good(value), ValueError, f"{name} should be a finite number {what}, found {value!r}")
-
-
-def _check_parameter(p: Tensor, what: str) -> None:
-    require(p.layout is torch.strided, TypeError, f"{what} is {p.layout}; only dense parameters can be optimized")
-    require(
-        p.dtype in _DTYPES,
-        TypeError,
-        f"{what} is {p.dtype}; only float32, bfloat16 and float16 parameters can be optimized",
-    )
-    # Without holes or overlaps: then the elements, in the order of memory, are one flat array.
-    require(
-        p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride(),
-        TypeError,
-        f"{what} of shape {list(p.shape)} has holes or overlaps in memory (strides {list(p.stride())}); "
-        "only dense parameters can be optimized",
-    )
-
-
-def _no_memory_of_its_own(what: str, tensor: Tensor) -> Exception:
-    return TypeError(
-        f"{what}, a {type(tensor).__name__} of shape {list(tensor.shape)}, has no memory of its own: what stands for "
-        "other tensors (FSDP2's DTensor, say) and what was freed cannot be optimized here; torch.optim.AdamW can"
-    )
-
-
-def _bad_gradient(index: int, p: Tensor, grad: Tensor) -> Exception:
-    what = f"the gradient of parameter {index}, of shape {list(p.shape)},"
-    if grad.layout is not torch.strided:
-        return RuntimeError(f"{what} is sparse ({grad.layout}); only dense gradients can be used")
-    if grad.shape != p.shape:
-        return RuntimeError(f"{what} has another shape, {list(grad.shape)}; zero_grad() lets go of it")
-    if grad.device != p.device:
-        return RuntimeError(f"{what} is on {grad.device}, the parameter on {p.device}")
-    return RuntimeError(f"{what} is {grad.dtype}, the parameter {p.dtype}; both should have the same dtype")
-
-
-def _check_entry(entry: Mapping[str, Any], moments, p: Tensor, what: str, who: str) -> None:
-    """Whether a parameter's states, from wherever, can become its states here."""
-    for name, _, _ in moments:
-        _check_moment(entry, name, p, what, who)
-    steps = entry.get("step")
-    steps = steps.item() if isinstance(steps, Tensor) and steps.numel() == 1 and not steps.is_meta else steps
-    good = isinstance(steps, Real) and math.isfinite(steps) and steps >= 0
-    require(good, ValueError, f"{what} has no step count among its states, found {steps!r}")
-    if "master" in entry:
-        _check_shape(entry["master"], p, f"'master' of {what}")
-
-
-def _check_shape(value: Any, p: Tensor, what: str) -> None:
-    good = isinstance(value, Tensor) and value.shape == p.shape
-    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    require(good, ValueError, f"the states are of another model: {what} is {found} there and {list(p.shape)} here")
-    real = value.layout is torch.strided and not value.is_meta and not value.is_complex()
-    require(real, ValueError, f"{what} should be a dense tensor of real numbers")
-
-
-def _check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, who: str) -> None:
-    if f"{name}_code" in entry:
-        _check_shape(entry[f"{name}_code"], p, f"'{name}_code' of {what}")
-        absmax, blocks = entry.get(f"{name}_absmax"), -(-p.numel() // STATE_BLOCK)
-        good = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
-        require(good, ValueError, f"'{name}_absmax' of {what} should have {blocks} constants, and its codes be uint8")
-        real = absmax.layout is torch.strided and not absmax.is_meta and absmax.is_floating_point()
-        require(real, ValueError, f"'{name}_absmax' of {what} should be a dense tensor of real numbers")
-        return
-    require(name in entry, ValueError, f"the states are of another optimizer: {who} needs '{name}' of {what}")
-    _check_shape(entry[name], p, f"'{name}' of {what}")
-
-
-# -------------------------------------------------------------------------------------------- states of other forms
-
-
-def _form(p: Tensor) -> tuple:
-    return p.numel(), p.dtype, p.shape, p.stride()
-
-
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether elements of dense tensors of one shape lie in the same order."""
-    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
-
-
-def _plain(value: Any) -> Any:
-    """numpy's numbers, which some schedulers leave behind and torch.load refuses, as Python's."""
-    if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _flat(tensor: Tensor, like: Tensor) -> Tensor:
-    """Elements in the order in which ``like``'s lie in memory, on the CPU: a copy."""
-    out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device="cpu")
-    out.copy_(tensor.detach())
-    return out.as_strided((like.numel(),), (1,)) if like.numel() else out.reshape(-1)
-
-
-def _decoded(entry: Mapping[str, Tensor], name: str) -> Tensor:
-    """A moment in float32, of the parameter's shape; on the CPU where it had 8 bits."""
-    if name in entry:
-        return entry[name].detach().float()
-    code = entry[f"{name}_code"]
-    table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"), dtype=torch.float32, device="cpu")
-    flat = _flat(code, code)
-    absmax = entry[f"{name}_absmax"].detach().cpu().reshape(-1).repeat_interleave(STATE_BLOCK)[: flat.numel()]
-    values = torch.empty_strided(code.shape, code.stride(), dtype=torch.float32, device="cpu")
-    if code.numel():
-        values.as_strided((code.numel(),), (1,)).copy_(table[flat.long()] * absmax)
-    return values
-
-
-def _encoded(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
-    """float32 [count] to codes and constants, by the rules of csrc/cpu/optimizer.h."""
-    return backends.CPU.quantize_states(values, is_signed)
-
-
-def _convert(entry: Mapping[str, Any], views: dict[str, Tensor], p: Tensor) -> None:
-    """Fills a parameter's states from those of another form; zeros where there are none."""
-    steps = entry.get("step", 0.0)
-    views["step"].fill_(float(steps))
-    for name in ("exp_avg", "exp_avg_sq"):
-        if name in views:
-            views[name].copy_(_decoded(entry, name)) if entry else views[name].zero_()
-        elif f"{name}_code" in views:
-            code, absmax = views[f"{name}_code"], views[f"{name}_absmax"]
-            if not entry:
-                table = backends.native().dynamic_map(name == "exp_avg")
-                code.fill_(table.index(0.0))
-                absmax.zero_()
-            elif f"{name}_code" in entry and _same_order(entry[f"{name}_code"], code):
-                code.copy_(entry[f"{name}_code"])
-                absmax.copy_(entry[f"{name}_absmax"].reshape(-1))
-            else:
-                flat, constants = _encoded(_flat(_decoded(entry, name), p), name == "exp_avg")
-                if p.numel():
-                    code.as_strided((p.numel(),), (1,)).copy_(flat)
-                absmax.copy_(constants)
-    if "master" in views:
-        views["master"].copy_(entry["master"] if "master" in entry else p.detach())

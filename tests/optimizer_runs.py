@@ -34,9 +34,13 @@ class Net(nn.Module):
         return self.down(self.norm(self.up(x)).tanh()) * self.scale + self.none.sum()
 
 
+#: Where net() puts its parameters. Tests that a card runs, too, set it.
+device = "cpu"
+
+
 def net(seed: int = 0, dtype: torch.dtype = torch.float32, **more) -> Net:
     torch.manual_seed(seed)
-    return Net(**more).to(dtype)
+    return Net(**more).to(device, dtype)
 
 
 def loss_of(model: nn.Module, step: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import stat
 import threading
 
@@ -113,6 +114,35 @@ def test_an_exception_leaves_the_old_file_and_no_litter(tmp_path):
         files.write_atomically(tmp_path / "file", write)
     assert files.load_json(tmp_path / "file") == {"a": 1}
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_of_that_file(tmp_path, monkeypatch):
+    def left_by_a_killed_writer(name):
+        child = os.fork()
+        if child == 0:
+            files.write_atomically(tmp_path / name, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        [left] = set(tmp_path.iterdir()) - before
+        return left
+
+    before = set()
+    first = left_by_a_killed_writer("a.json")
+    before.add(first)
+    other = left_by_a_killed_writer("b.json")  # of another name
+    dead = first.name.split("-")[1]
+    kept = [
+        other,
+        tmp_path / first.name.replace(dead, str(os.getpid())),  # of a process that lives
+        tmp_path / first.name.replace(dead, "1"),  # of one that lives, and may be somebody else's
+        tmp_path / f".a.json.{'0' * 8}{first.name[16:]}",  # of another machine
+        tmp_path / ".a.json.abcdefgh.part",
+    ]
+    for path in kept[1:]:
+        path.write_text("")
+    endless = tmp_path / first.name.replace(dead, "9" * 30)
+    endless.write_text("")
+    files.save_json({"a": 1}, tmp_path / "a.json")
+    assert set(tmp_path.iterdir()) == {tmp_path / "a.json", *kept}
 
 
 @pytest.mark.parametrize(

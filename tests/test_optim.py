@@ -272,19 +272,29 @@ def test_layouts_of_parameters_and_gradients(engine, state_bits):
         torch.nn.Parameter(torch.randn(40, 30).t()),
         torch.nn.Parameter(torch.randn(1001)[1:]),  # on 4 bytes
     ]
-    plain = [torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params]
-    options = {"lr": 0.1, "state_bits": 32}
+
+    def in_memory(tensor):
+        """The elements in the order in which they lie in memory; blocks of 8-bit states run through that."""
+        return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+    plain = [torch.nn.Parameter(in_memory(p).clone()) for p in params]
+    options = {"lr": 0.1, "state_bits": state_bits}
     ours, theirs = PagedAdamW(params, **options), PagedAdamW(plain, **options)
     for step in range(2):
         set_gradients(plain, step)
         for p, q in zip(params, plain):
-            p.grad = q.grad.clone() if step else torch.empty_like(p).copy_(q.grad)
+            grad = torch.empty_like(p)
+            in_memory(grad).copy_(q.grad)
+            p.grad = grad.contiguous() if step else grad
+        assert [p.grad.stride() == p.stride() for p in params] == [not step, not step, True]
         ours.step()
         theirs.step()
     for p, q in zip(params, plain):
-        assert torch.equal(p, q)
-        assert ours.state[p]["exp_avg"].stride() == p.stride()
-        assert torch.equal(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
+        assert torch.equal(in_memory(p), q)
+        for name in ("exp_avg", "exp_avg_sq"):
+            name += "" if state_bits == 32 else "_code"
+            assert ours.state[p][name].stride() == p.stride()
+            assert torch.equal(in_memory(ours.state[p][name]), theirs.state[q][name])
 
 
 def test_agrees_with_torch(engine):

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 
+import optimizer_runs
 import pytest
 import torch
 from optimizer_runs import KINDS, assert_same, bits, groups, loss_of, net, refused, states, train, values
@@ -21,6 +22,13 @@ from qlora_kernels import PagedAdamW, PagedLion
 @pytest.fixture(params=KINDS)
 def make(request):
     return KINDS[request.param]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where the models are: the test runs on a card, too, where one is."""
+    monkeypatch.setattr(optimizer_runs, "device", request.param)
+    return request.param
 
 
 def close(a: nn.Module, b: nn.Module) -> None:
@@ -224,11 +232,11 @@ def test_tied_parameters_are_stepped_once(make):
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-3])
-def test_a_scaler_of_a_power_of_two_changes_nothing(make, unscale, scale):
+def test_a_scaler_of_a_power_of_two_changes_nothing(device, make, unscale, scale):
     scaled, plain = net(), net()
     options = {"max_grad_norm": 0.25, "skip_nonfinite": True}
     a, b = make(scaled.parameters(), **options), make(plain.parameters(), **options)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+    scaler = torch.amp.GradScaler(device, init_scale=scale, growth_interval=2)
     for step in range(4):
         a.zero_grad()
         scaler.scale(loss_of(scaled, step)).backward()
@@ -247,10 +255,10 @@ def test_a_scaler_of_a_power_of_two_changes_nothing(make, unscale, scale):
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scaler_leaves_out_steps_that_overflow(make, unscale, dtype):
+def test_a_scaler_leaves_out_steps_that_overflow(device, make, unscale, dtype):
     model = net(dtype=dtype)
     optimizer = make(model.parameters(), master_weights=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
     train(model, optimizer, [0])
     before = states(optimizer), values(optimizer)
     optimizer.zero_grad()
@@ -268,6 +276,29 @@ def test_a_scaler_leaves_out_steps_that_overflow(make, unscale, dtype):
     scaler.step(optimizer)
     assert optimizer.skipped_steps == 1
     assert values(optimizer) != before[1]
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_step_that_raises_leaves_no_scale_behind(device, make, unscale):
+    model, plain = net(), net()
+    optimizer, same = make(model.parameters(), max_grad_norm=1.0), make(plain.parameters(), max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    for one, group in ((model, optimizer), (plain, same)):
+        train(one, group, [0])
+        group.zero_grad()
+    scaler.scale(loss_of(model, 1)).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    betas, optimizer.param_groups[0]["betas"] = optimizer.param_groups[0]["betas"], (1.0, 1.0)
+    with refused(optimizer, ValueError, "betas should be at least 0 and below 1"):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+    optimizer.param_groups[0]["betas"] = betas
+    scaler.step(optimizer)
+    train(plain, same, [1])
+    assert_same(optimizer, same)
+    assert optimizer.grad_norm == same.grad_norm > 0
 
 
 # ----------------------------------------------------------------------------------------- frameworks around torch
@@ -390,9 +421,63 @@ def test_lightning():
     close(straight, theirs)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_lightnings_mixed_precision(device, make, scaled):
+    """What lightning.pytorch.plugins.MixedPrecision does, with a scaler (16-mixed) and without one (bf16-mixed).
+
+    It clips only where the optimizer does not say that it divides gradients by itself; then it divides them before
+    torch.amp.GradScaler would.
+    """
+    model, plain = net(), net()
+    optimizer, same = make(model.parameters()), make(plain.parameters())
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=scaled)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+        if scaled:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        scaler.step(optimizer)
+        scaler.update()
+        same.zero_grad()
+        loss_of(plain, step).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.25)
+        same.step()
+        assert_same(optimizer, same)
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, 3)).backward()
+    grads = [bits(p.grad) for p in model.parameters()]
+    scaler.step(optimizer)
+    assert [bits(p.grad) for p in model.parameters()] == grads, "torch's scaler itself leaves it to the step"
+
+
+def test_parameters_that_are_shards_are_refused_at_once(make):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = net()
+        optimizer = make(model.parameters())
+        train(model, optimizer, [0])
+        sharded = nn.Linear(4, 4)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        message = r"parameter 0 of the group, a DTensor of shape \[4, 4\], has no memory of its own: .*FSDP2's"
+        with pytest.raises(TypeError, match=message):
+            make(sharded.parameters())
+        with refused(optimizer, TypeError, message):
+            optimizer.add_param_group({"params": sharded.parameters()})
+    finally:
+        dist.destroy_process_group()
+    train(model, optimizer, [1])
+
+
 # ---------------------------------------------------------------------------------------------- copies and changes
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_alike_and_apart(make, how):
     model = net()
@@ -423,6 +508,7 @@ def test_a_copy_from_before_the_first_step(make):
     assert_same(twin, other)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_group_added_in_mid_training(make):
     model, late = net(), net(5)
     optimizer = make(model.parameters())
@@ -467,6 +553,7 @@ def test_a_parameter_that_is_frozen_keeps_its_states_when_the_arena_is_made_anew
     assert states(optimizer)[: len(before)] == before
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("master", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_model_changes_its_dtype_after_steps(make, dtype, master):

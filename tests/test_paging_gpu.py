@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import operator
 
 import pytest
 import torch
@@ -346,6 +347,36 @@ def test_a_graph_of_a_step_is_a_step(options):
     assert everything(ours, params) == everything(eager, plain)
 
 
+@pytest.mark.gpu
+def test_a_first_step_in_a_capture_is_refused():
+    params, ours, coming = ready(1)
+    with pytest.raises(RuntimeError, match="take a step before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ours.step()
+    for p, grad in zip(params, coming[0]):
+        p.grad.copy_(grad)
+    ours.step()
+    wanted, _ = expected(PagedAdamW, "cuda", torch.float32, 1)
+    assert everything(ours, params) == wanted
+
+
+@pytest.mark.gpu
+def test_two_graphs_captured_in_a_row():
+    params, ours, coming = ready(3)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    for p, grad in zip(params, coming[0]):
+        p.grad.copy_(grad)
+    ours.step()
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            ours.step()
+    for graph, grads in zip(graphs, coming[1:]):
+        for p, grad in zip(params, grads):
+            p.grad.copy_(grad)
+        graph.replay()
+    wanted, _ = expected(PagedAdamW, "cuda", torch.float32)
+    assert everything(ours, params) == wanted
+
+
 def test_new_settings_wait_for_replays():
     with emulated():
         params = parameters("cpu")
@@ -367,13 +398,13 @@ def test_captures_have_tables_of_their_own():
         params = parameters("cpu")
         ours = PagedAdamW(params)
         steps(ours, params, 1)
-        spare = ours._engine._spare["tensors"]
+        spare = list(ours._engine._spare["tensors"])
         backends.forced.captures = True
         kept = []
-        for step in range(1, 3):
+        for step in range(1, 4):
             steps(ours, params, 1, step)
             kept.append([p.grad for p in params])
-        (first, _), (second, _) = ours._engine._captured["tensors"]
-        assert first is spare, "pinned before the capture"
-        for table, grads in ((first, kept[0]), (second, kept[1])):
+        tables = [table for table, _ in ours._engine._captured["tensors"]]
+        assert all(map(operator.is_, tables, spare)), "pinned before the captures"
+        for table, grads in zip(tables, kept):
             assert table.reshape(-1, 2)[:, 1].tolist() == [grad.data_ptr() for grad in grads]

@@ -11,6 +11,9 @@ namespace {
 
 // So little left over that the driver may have sent pages away by itself.
 constexpr size_t kScarce = size_t{256} << 20;
+// Steps between two looks at what is left: one takes longer than a launch, and to ask again for pages that are still
+// here does, too.
+constexpr int kLook = 16;
 
 }  // namespace
 
@@ -127,7 +130,7 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
         return optimizer_step(params, maps, stretches_[0].begin, stretches_[0].end, measure, true, main);
     }
     // The driver may have sent away what should be here, when the card's memory was needed.
-    if (!staging_ && here_[0] && free_memory(device_) < kScarce) {
+    if (!staging_ && here_[0] && ++looks_ % kLook == 0 && free_memory(device_) < kScarce) {
         resident_ -= bytes_of(stretches_[0].arrive);
         here_[0] = false;
     }
@@ -152,12 +155,14 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
         }
         arrived_[now]->hold(main);
         optimizer_step(params, maps, stretches_[i].begin, stretches_[i].end, measure, i + 1 == count, main);
+        broken_ = true;  // until everything is done
         done_[now]->record(main);
         done_[now]->hold(out_->get());
         leave(i, out_->get());
         left_[now]->record(out_->get());
     }
     left_[kEvents - 1]->record(out_->get());
+    broken_ = false;
 }
 
 void Arena::page_in() {

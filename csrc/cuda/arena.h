@@ -60,6 +60,8 @@ class Arena {
     void to_host(const Stream& stream);
     void wait();
     int64_t resident_bytes() const { return resident_; }
+    // Whether a step threw when some stretches had been launched and some had not: no other should follow.
+    bool broken() const { return broken_; }
 
   private:
     void release();
@@ -73,6 +75,8 @@ class Arena {
     std::vector<Stretch> stretches_;
     std::vector<bool> here_;
     bool coming_ = false;  // the first stretch, and no step has waited for it
+    bool broken_ = false;
+    unsigned looks_ = 0;  // steps in which the first stretch was here
     int64_t resident_ = 0;
     std::unique_ptr<SideStream> in_, out_;
     static constexpr size_t kEvents = 4;

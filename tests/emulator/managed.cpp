@@ -83,6 +83,7 @@ void run_until(Queue* queue, uint64_t position) {
 }
 
 void* allocate(size_t bytes, bool managed) {
+    refuse_in_capture();
     const size_t page = options().page_bytes, pages = std::max<size_t>((bytes + page - 1) / page, 1);
     void* memory = nullptr;
     if (posix_memalign(&memory, page, pages * page) != 0) throw std::bad_alloc();
@@ -116,6 +117,11 @@ void after_kernels(const Range& range, size_t first, size_t end) {
 }  // namespace
 
 thread_local bool any_managed = false;
+
+void refuse_in_capture() {
+    if (!options().capturing) return;
+    throw Error("cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing");
+}
 
 Paging paging() { return counts(); }
 void reset_paging() {

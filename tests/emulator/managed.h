@@ -26,6 +26,9 @@ struct Paging {
 Paging paging();
 void reset_paging();  // the counts; pages stay where they are
 
+// While the caller's stream is being captured no memory can be had; throws then.
+void refuse_in_capture();
+
 void* allocate_managed(size_t bytes);
 void free_managed(void* memory);
 // Plain memory of the device, of which only the use by kernels is known.

@@ -19,7 +19,10 @@ inline void* allocate_plain(size_t bytes) {
     std::memset(memory, 0xff, bytes);
     return memory;
 }
-inline void* allocate_pinned(size_t bytes, int) { return allocate_plain(bytes); }
+inline void* allocate_pinned(size_t bytes, int) {
+    emu::refuse_in_capture();
+    return allocate_plain(bytes);
+}
 inline void* allocate_device(size_t bytes, int) { return emu::allocate_device(bytes); }
 inline void free_pinned(void* memory) { std::free(memory); }
 inline void free_device(void* memory) { emu::free_device(memory); }
