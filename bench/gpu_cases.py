@@ -5,7 +5,7 @@ is a sum, too: its gradients are chosen so that no order of it rounds, but for o
 
 What compute-sanitizer runs; now and then a line on stderr says how far it is. Inputs are made on the CPU and copied,
 results are copied back and compared there, so that this package's kernels are nearly the only ones on the card: for
-16-bit layers torch casts bias and gradients. The tool names the kernel of each finding.
+16-bit layers torch casts gradients. The tool names the kernel of each finding.
 """
 
 from __future__ import annotations

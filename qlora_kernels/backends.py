@@ -382,6 +382,7 @@ class CUDA:
             return y, u
         lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
         # The kernels read a bias as it is, in float32 or in x's dtype.
+        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         narrow = bias is not None and bias.dtype != torch.float32
         seed = _seed_on(device, seed, dropout)
         queue = self._queue(device)

@@ -11,6 +11,7 @@ import secrets
 import socket
 import stat
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +46,15 @@ def make_beside(path: str, make: Callable[[str], None], whose: str = "") -> str:
 
 
 def _here() -> str:
-    """Eight letters for this machine, or rather for those of its processes that can see each other."""
-    try:
-        processes = os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
-        processes = ""
-    return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:8]
+    """Six letters for this machine since it was started, or rather for those of its processes that can see each other.
+
+    Machines made from one image have one name, and a folder may be shared by them: the kernel draws a number as it
+    starts.
+    """
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # no Linux
+        known += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text()]
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:6]
 
 
 def _lives(process: int) -> bool:
@@ -64,7 +68,8 @@ def _lives(process: int) -> bool:
 
 
 def _sweep_files(path: str) -> None:
-    """Removes what killed writers of ``path`` left beside it; what one left on another machine stays there."""
+    """Removes what killed writers of ``path`` left beside it; what one left on another machine stays, or before this
+    one was last started."""
     folder, name = os.path.split(path)
     pattern = re.compile(rf"\.{re.escape(name)}\.{_here()}-(\d+)-[0-9a-f]{{8}}\.part")
     with contextlib.suppress(OSError):

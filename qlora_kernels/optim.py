@@ -283,7 +283,8 @@ class _Paged(torch.optim.Optimizer):
             MemoryError: when there is no memory for the states, at the first step.
 
         Where a step goes through the states stretch by stretch, an error of the device may come between two of them.
-        Everything but load_state_dict and load refuses then, with a RuntimeError.
+        A further step, paging, and whatever saves or copies the states then raise a RuntimeError, until load_state_dict
+        or load has replaced them.
         """
         try:
             return self._step(closure)

@@ -132,14 +132,14 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_of_that_file(tmp_pat
     dead = first.name.split("-")[1]
     kept = [
         other,
-        tmp_path / first.name.replace(dead, str(os.getpid())),  # of a process that lives
-        tmp_path / first.name.replace(dead, "1"),  # of one that lives, and may be somebody else's
-        tmp_path / f".a.json.{'0' * 8}{first.name[16:]}",  # of another machine
+        tmp_path / first.name.replace(f"-{dead}-", f"-{os.getpid()}-"),  # of a process that lives
+        tmp_path / first.name.replace(f"-{dead}-", "-1-"),  # of one that lives, and may be somebody else's
+        tmp_path / f".a.json.{'0' * 6}{first.name[14:]}",  # of another machine
         tmp_path / ".a.json.abcdefgh.part",
     ]
     for path in kept[1:]:
         path.write_text("")
-    endless = tmp_path / first.name.replace(dead, "9" * 30)
+    endless = tmp_path / first.name.replace(f"-{dead}-", f"-{'9' * 30}-")
     endless.write_text("")
     files.save_json({"a": 1}, tmp_path / "a.json")
     assert set(tmp_path.iterdir()) == {tmp_path / "a.json", *kept}

@@ -63,6 +63,14 @@ def test_forward_and_dx_within_the_contract(engine, shape, dtype):
         assert_within_contract(dx, dy @ dense, dy.double() @ exact, case + " dx")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_that_is_not_contiguous(engine, dtype):
+    weight, x = make_weight(24, 64), torch.randn(3, 64).to(dtype)
+    for bias in (torch.randn(24, 3).to(dtype)[:, 1], torch.randn(48)[::2], torch.randn(1).to(dtype).expand(24)):
+        assert not bias.is_contiguous()
+        assert torch.equal(forward(x, weight, bias)[0], forward(x, weight, bias.contiguous())[0])
+
+
 def test_without_adapters_dropout_has_nothing_to_drop(engine):
     """And needs no seed."""
     weight, x, dy = quantize(torch.randn(8, 64)), torch.randn(2, 64), torch.randn(2, 8)

@@ -201,7 +201,7 @@ bool gradient_launch(AdapterArguments<T> a, const Card& card, void* scratch, con
         const Start last = first + plan.rows >= rows_in_all ? start : Start::kInOrder;
         launch(adapter_gradient_kernel<T, Traits>,
                static_cast<int64_t>(plan.column_splits) * a.row_splits * plan.rank_tiles, Traits::kThreads,
-               shape.shared, stream, a, fours > 0 ? Start::kInOrder : last);
+               shape.shared, stream, a);
         if (fours > 0) {
             launch(adapter_sum_kernel<T>, parts_of(fours, kAdapterSumThreads), kAdapterSumThreads, 0, stream, sum,
                    last);

@@ -334,7 +334,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     adapter_gradient_kernel(const __grid_constant__ AdapterArguments<T> a) {
-    griddep_launch();
     constexpr int kRank = Traits::kRank, kRows = Traits::kRows, kColumns = Traits::kColumns;
     constexpr int kStages = Traits::kStages;
     auto& shared = shared_memory<typename Traits::Shared>();

@@ -8,7 +8,7 @@ namespace qlk::cuda {
 
 // Each returns whether it has launched what computes the product; if not, all of it is the caller's. `scratch` has
 // adapter_scratch bytes. T: float, for which that is never so, bf16 or fp16. `start`: kFollowed, or kInOrder, of the
-// last launch.
+// launch that makes u or v, if it is the last.
 
 // u [m, r] = scale * mask(x [m, k]) lora_a [r, k]^T
 template <class T>

@@ -54,7 +54,7 @@ void Thread::reset(Block* owner, int number, Dim3 position) {
     linear = number;
     index = position;
     state = kReady;
-    started = cancelled = waited = false;
+    started = cancelled = waited = let_next = false;
     error = nullptr;
     std::fill(executions.begin(), executions.end(), 0);
     open.clear();
@@ -170,6 +170,10 @@ void Block::run(Thread& thread) {
     if (device.early && !thread.waited) {
         throw Error("thread " + text(thread.index) + " of block " + text(index) +
                     " has ended without griddepcontrol.wait: the launch before this one may still run");
+    }
+    if (device.overtaken && !thread.let_next) {
+        throw Error("thread " + text(thread.index) + " of block " + text(index) +
+                    " has ended without griddepcontrol.launch_dependents: the next launch cannot begin early");
     }
     // A barrier of all threads waits only for those that still run.
     for (Barrier& barrier : barriers) {
@@ -515,6 +519,11 @@ void Device::check_overtaking(const Thread& thread, Kind kind, const void* addre
         fail(site, "writes what the next launch has read at " + place(site_of(found->second)) +
                        ", before griddepcontrol.wait");
     }
+}
+
+void grid_launch(Site site) {
+    count("griddepcontrol", site);
+    this_thread().let_next = true;
 }
 
 void grid_wait(Site site) {

@@ -40,7 +40,8 @@ struct Thread {
     State state = kReady;
     bool started = false;
     bool cancelled = false;
-    bool waited = false;  // in grid_wait, where the launch is an early one
+    bool waited = false;    // in grid_wait, where the launch is an early one
+    bool let_next = false;  // called grid_launch
     const char* waiting_for = "";
     Site site{"", 0};
     std::exception_ptr error;

@@ -146,6 +146,9 @@ void copy_commit(Site site);
 // Waits until at most `pending` of the newest groups are under way.
 void copy_wait(int pending, Site site);
 
+// griddepcontrol.launch_dependents: as far as this thread goes, the next launch may begin. Each thread of a launch that
+// the next one may overtake calls this; else it throws, for the next one would begin no earlier.
+void grid_launch(Site site);
 // griddepcontrol.wait: what the launch before this one has written is there. Where that one may have been overtaken,
 // each thread calls this before it writes to global memory, reads what the other writes, or ends; else it throws.
 void grid_wait(Site site);

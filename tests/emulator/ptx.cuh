@@ -30,7 +30,7 @@ inline void bar_sync(int id, int threads, emu::Site s = emu::Site::here()) { emu
 inline void bar_arrive(int id, int threads, emu::Site s = emu::Site::here()) { emu::barrier_arrive(id, threads, s); }
 
 inline void griddep_wait(emu::Site s = emu::Site::here()) { emu::grid_wait(s); }
-inline void griddep_launch(emu::Site s = emu::Site::here()) { emu::count("griddepcontrol", s); }
+inline void griddep_launch(emu::Site s = emu::Site::here()) { emu::grid_launch(s); }
 
 inline uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector, emu::Site s = emu::Site::here()) {
     emu::count("prmt", s);

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 #: Statements that order something: calls of these, alone on their line or before a comment.
 ORDERING = re.compile(
     r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+"
-    r"|griddep_wait)"
+    r"|griddep_\w+)"
     r"(?:<[^;]*>)?\([^;]*\);"
     # Of streams, in arena.cu.
     r"|\w+\[[^\]]*\]->hold\([^;]*\);)"
@@ -38,9 +38,11 @@ QUANTIZATION = tuple(
 )
 TESTS = {
     "adapters": (
+        ("tests/test_cuda_low_rank.py", "dx_with"),
         ("tests/test_cuda_adapters.py", "test_every_shape"),
         ("tests/test_cuda_adapters.py", "test_every_rank or test_the_bits"),
     ),
+    "parts": (("tests/test_cuda_low_rank.py", "dx_with"),),
     "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
     "middle": (("tests/test_cuda.py", "cut_anywhere"), ("tests/test_cuda.py", "emulated and test_middle_rows")),
     "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),

@@ -231,9 +231,10 @@ struct Sample {
 };
 
 // The first of two launches: between[i] = 3 in[i], of all blocks.
+template <bool kLetsNext = true>
 void make_between(Arguments a) {
     const int i = static_cast<int>(blockIdx.x) * size() + id();
-    griddep_launch();
+    if (kLetsNext) griddep_launch();
     store_global(a.between + i, 3 * load_global(a.in + i));
 }
 
@@ -254,12 +255,13 @@ void early(Arguments a) {
 }
 
 const Sample kSamples[] = {
-    {"early", early<Fault::kNone>, make_between},
-    {"early without a wait", early<Fault::kNoWait>, make_between},
-    {"early of which a thread ends", early<Fault::kEnds>, make_between},
-    {"early that reads before its wait", early<Fault::kReadsBefore>, make_between},
-    {"early that writes before its wait", early<Fault::kWritesBefore>, make_between},
-    {"early of which one thread waits", early<Fault::kOneWaits>, make_between},
+    {"early", early<Fault::kNone>, make_between<>},
+    {"early behind one that does not let it", early<Fault::kNone>, make_between<false>},
+    {"early without a wait", early<Fault::kNoWait>, make_between<>},
+    {"early of which a thread ends", early<Fault::kEnds>, make_between<>},
+    {"early that reads before its wait", early<Fault::kReadsBefore>, make_between<>},
+    {"early that writes before its wait", early<Fault::kWritesBefore>, make_between<>},
+    {"early of which one thread waits", early<Fault::kOneWaits>, make_between<>},
     {"reverse", reverse<true>},
     {"reverse without its barrier", reverse<false>},
     {"rounds", rounds<true, true>},
