@@ -289,7 +289,7 @@ void check_linears(const std::vector<std::string>& isas) {
     Random random(1);
     // Rows of x: none; one to eight, for which some sets have a path of their own, and one more; one either side of a
     // tile of 16 and of a block of 32; two blocks and one.
-    const int64_t rows[] = {0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 65};
+    const int64_t rows[] = {0, 1, 2, 3, 4, 5, 8, 9, 11, 16, 17, 32, 33, 65};
     // W's rows: one; below a tile; a tile; a block and one; a backward panel of 128 and two.
     const int64_t outs[] = {1, 7, 16, 33, 130};
     // W's columns: odd ones, whose rows begin in the middle of a byte; around one block of 64; blocks that are cut by
