@@ -280,6 +280,12 @@ PAGES = {
         {"cpu": layer_table, "cpu-other": other_table, "optimizer": optimizer_table},
         {f"cpu-{name}.png": functools.partial(_draw, name) for name in plots.PLOTS},
     ),
+    "second-cpu-*.jsonl": Page(
+        "qlora-kernels bench --out bench/results/second-cpu-NAME.jsonl",
+        results.load,
+        {"cpu-second": layer_table},
+        {},
+    ),
     "latency-*.jsonl": Page(
         "qlora-kernels bench --operations gpt2_forward --out bench/results/latency-NAME.jsonl",
         results.load,
