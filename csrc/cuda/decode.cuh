@@ -25,6 +25,19 @@ QLK_DEVICE uint32_t pack_pair<fp16>(float first, float second) {
     return cvt_fp16x2(first, second);
 }
 
+// Elements at .. at + 3 of a row of a matrix [rows, r], zeros beyond it; `aligned`: rows lie on 8 bytes. The matrix may
+// have been written since this kernel began.
+template <class T>
+QLK_DEVICE uint2 load_four(const T* matrix, int64_t r, bool inside, int64_t row, int64_t at, bool aligned) {
+    if (!inside) return make_uint2(0, 0);
+    const T* const from = matrix + row * r + at;
+    if (aligned) return at < r ? load_changing(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+    float e[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) e[i] = at + i < r ? to_float(load_changing(from + i)) : 0.0f;
+    return make_uint2(pack_pair<T>(e[0], e[1]), pack_pair<T>(e[2], e[3]));
+}
+
 template <class T>
 struct BlockTable {
     uint32_t low[4], high[4];  // the bytes of entries 0 to 15

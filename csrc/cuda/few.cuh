@@ -147,26 +147,14 @@ struct Few {
         }
     }
 
-    // Elements at .. at + 3 of a row of r. u may have been written since this kernel began.
-    QLK_DEVICE uint2 four(const T* matrix, bool inside, int64_t row, int64_t at) const {
-        uint2 v = make_uint2(0, 0);
-        if (!inside) return v;
-        const T* const from = matrix + row * a.r + at;
-        if (a.low_aligned) return at < a.r ? load_changing(reinterpret_cast<const uint2*>(from)) : v;
-        float e[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) e[i] = at + i < a.r ? to_float(load_changing(from + i)) : 0.0f;
-        return make_uint2(pack_pair<T>(e[0], e[1]), pack_pair<T>(e[2], e[3]));
-    }
-
     // u B^T: 16 of r at a time, the warps of a tile in turn. Row g + 8 is nobody's.
     QLK_DEVICE void low_rank(int64_t group, float (&sum)[4]) const {
         const int64_t row = (group * a.row_tiles + tile) * 8 + lane / 4;
 #pragma unroll 1
         for (int64_t first = slice * 16; first < a.r; first += slices * 16) {
             const int64_t at = first + lane % 4 * 4;
-            const uint2 right = four(a.lora_b, row < a.n, row, at);
-            const uint2 left = four(a.low_left, lane / 4 < a.m, lane / 4, at);
+            const uint2 right = load_four(a.lora_b, a.r, row < a.n, row, at, a.low_aligned);
+            const uint2 left = load_four(a.low_left, a.r, lane / 4 < a.m, lane / 4, at, a.low_aligned);
             mma_16x8x16<T>(sum, {left.x, 0, left.y, 0}, right.x, right.y);
         }
     }

@@ -240,17 +240,6 @@ struct Middle {
         }
     }
 
-    // Elements at .. at + 3 of a row of r. u may have been written since this kernel began.
-    QLK_DEVICE uint2 four(const T* matrix, bool inside, int64_t row, int64_t at) const {
-        if (!inside) return make_uint2(0, 0);
-        const T* const from = matrix + row * a.r + at;
-        if (a.low_aligned) return at < a.r ? load_changing(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-        float e[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) e[i] = at + i < a.r ? to_float(load_changing(from + i)) : 0.0f;
-        return make_uint2(pack_pair<T>(e[0], e[1]), pack_pair<T>(e[2], e[3]));
-    }
-
     // u B^T: 16 of r at a time, the slices in turn.
     QLK_DEVICE void low_rank() {
 #pragma unroll 1
@@ -260,13 +249,13 @@ struct Middle {
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
                 const int64_t row = first_row() + i * 8 + lane / 4;
-                u[i] = four(a.low_left, row < a.m, row, at);
+                u[i] = load_four(a.low_left, a.r, row < a.m, row, at, a.low_aligned);
             }
 #pragma unroll
             for (int j = 0; j < kOwn; j += 2) {
                 const int64_t column = first_column() + group * 64 + lane / 4 * 8 + j;
-                const uint2 left = four(a.low_right, column < a.n, column, at);
-                const uint2 right = four(a.low_right, column + 1 < a.n, column + 1, at);
+                const uint2 left = load_four(a.low_right, a.r, column < a.n, column, at, a.low_aligned);
+                const uint2 right = load_four(a.low_right, a.r, column + 1 < a.n, column + 1, at, a.low_aligned);
 #pragma unroll
                 for (int i = 0; i < kTiles; ++i) {
                     mma_16x8x16<T>(sum[i][j / 2], {left.x, right.x, left.y, right.y}, u[i].x, u[i].y);
