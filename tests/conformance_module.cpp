@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "emulator/conformance.h"
+#include "emulator/conformance_sm90.h"
 
 namespace py = pybind11;
 
@@ -21,6 +22,16 @@ PYBIND11_MODULE(_conformance, m) {
         }
         throw std::invalid_argument("no conformance kernel '" + name + "'");
     });
+#ifdef QLK_SM90A
+    m.def("run_wide", [](const std::string& name, uintptr_t in, uintptr_t out, int device, uintptr_t stream) {
+        for (const auto& k : qlk::conformance::wide_kernels()) {
+            if (name != k.name) continue;
+            return k.run({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<uint32_t*>(out)},
+                         {device, reinterpret_cast<void*>(stream)});
+        }
+        throw std::invalid_argument("no conformance kernel '" + name + "'");
+    });
+#endif
     m.def("launch_idle", [](int threads, size_t shared_bytes, int device, uintptr_t stream) {
         qlk::conformance::launch_idle(threads, shared_bytes, {device, reinterpret_cast<void*>(stream)});
     });

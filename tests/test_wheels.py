@@ -113,10 +113,11 @@ def test_the_kernels_for_conformance_on_a_card_build(tmp_path):
     cuda_wheel.tool("nvcc")
     from emulated import build, load
 
-    module = load(build(tmp_path, "_conformance", QLK_CONFORMANCE="ON", QLK_CUDA_ARCHS="90"), "_conformance")
+    module = load(build(tmp_path, "_conformance", QLK_CONFORMANCE="ON", QLK_CUDA_ARCHS="90a"), "_conformance")
     assert {"prmt", "shuffles", "async_copies"} <= set(module.conformance_kernels())
-    with pytest.raises(ValueError, match="no conformance kernel 'nonsense'"):
-        module.run_conformance("nonsense", 0, 0, 0, 0)
+    for run in (module.run_conformance, module.run_wide):
+        with pytest.raises(ValueError, match="no conformance kernel 'nonsense'"):
+            run("nonsense", 0, 0, 0, 0)
     if not has_driver():
         with pytest.raises(RuntimeError, match=r"device\.cuh:\d+: cudaError"):
             module.run_conformance("prmt", 0, 0, 0, 0)

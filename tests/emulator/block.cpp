@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "managed.h"
+#include "wgmma.h"
 
 namespace emu {
 namespace {
@@ -29,6 +30,15 @@ std::vector<std::unique_ptr<Thread>>& spare_threads() {
 bool coin() { return running->block->device.random() & 1; }
 
 }  // namespace
+
+Block* holder(const void* address) {
+    Block& own = *this_thread().block;
+    if (own.holds(address)) return &own;
+    for (Block* block : own.cluster->blocks) {
+        if (block->holds(address)) return block;
+    }
+    return nullptr;
+}
 
 Thread& this_thread() {
     if (!running) throw Error("device code runs outside of a launch");
@@ -60,6 +70,9 @@ void Thread::reset(Block* owner, int number, Dim3 position) {
     open.clear();
     groups.clear();
     exchange = {};
+    stores = {};
+    in_cluster_barrier = false;
+    racer = static_cast<int>(owner->rank) * owner->live + number;
     if (!fiber) fiber = std::make_unique<Fiber>();
 }
 
@@ -74,20 +87,30 @@ void Thread::pause(State how, const char* what, Site where) {
 
 // ------------------------------------------------------------------------------------------------------- blocks
 
-Block::Block(Device& launch, uint64_t place_in_grid, Dim3 position, Dim3 size, size_t shared_bytes)
+Block::Block(Device& launch, uint64_t place_in_grid, Dim3 position, Dim3 size, size_t shared_bytes,
+             std::shared_ptr<Cluster> others)
     : device(launch),
       number(place_in_grid),
       index(position),
       dim(size),
-      live(static_cast<int>(size.x * size.y * size.z)) {
+      live(static_cast<int>(size.x * size.y * size.z)),
+      cluster(std::move(others)),
+      rank(static_cast<unsigned>(cluster->blocks.size())) {
+    cluster->blocks.push_back(this);
+    cluster->live += live;
     shared_size = shared_bytes;
     void* memory = nullptr;
-    if (posix_memalign(&memory, 128, std::max<size_t>(shared_bytes, 1)) != 0) throw std::bad_alloc();
+    if (posix_memalign(&memory, 1024, std::max<size_t>(shared_bytes, 1)) != 0) throw std::bad_alloc();
     shared = static_cast<unsigned char*>(memory);
     // All bits set: NaN in every floating type, an index far out of range in every integer.
     std::memset(shared, 0xff, shared_bytes);
-    if (device.options.find_races) races = std::make_unique<Races>(shared_bytes, live);
+    if (device.options.find_races && rank == 0) {
+        const int blocks = static_cast<int>(device.cluster_size);
+        cluster->races = std::make_unique<Races>(shared_bytes * device.cluster_size, live * blocks, blocks);
+    }
+    races = cluster->races.get();
     warps.resize((live + 31) / 32);
+    warp_groups.resize((live + 127) / 128);
     ready_.assign((live + 63) / 64, 0);
     auto& spare = spare_threads();
     for (int i = 0; i < live; ++i) {
@@ -166,6 +189,7 @@ void Block::run(Thread& thread) {
     ++device.progress;
     make_ready(thread, false);
     --live;
+    --cluster->live;
     if (thread.error) std::rethrow_exception(thread.error);
     if (device.early && !thread.waited) {
         throw Error("thread " + text(thread.index) + " of block " + text(index) +
@@ -175,7 +199,9 @@ void Block::run(Thread& thread) {
         throw Error("thread " + text(thread.index) + " of block " + text(index) +
                     " has ended without griddepcontrol.launch_dependents: the next launch cannot begin early");
     }
+    check_all_waited(thread);
     // A barrier of all threads waits only for those that still run.
+    if (cluster->arrived > 0 && cluster->arrived >= cluster->live) cluster->complete_phase();
     for (Barrier& barrier : barriers) {
         if (barrier.open_to_all && barrier.arrived > 0 && barrier.arrived >= live) complete(barrier);
     }
@@ -248,10 +274,16 @@ void Block::complete(Barrier& barrier) {
             exchange.taken_up = std::max(exchange.taken_up, theirs.taken_up);
         }
     }
-    if (races && barrier.open_to_all) {
+    if (races && barrier.open_to_all && cluster->blocks.size() == 1) {
         races->all_meet();
+    } else if (races && barrier.open_to_all) {
+        std::vector<int> those;
+        for (const auto& thread : threads) {
+            if (thread->state != Thread::kDone) those.push_back(thread->racer);
+        }
+        races->meet(those);
     } else if (races) {
-        for (const Thread* thread : barrier.waiting) races->acquire(thread->linear, barrier.clock);
+        for (const Thread* thread : barrier.waiting) races->acquire(thread->racer, barrier.clock);
         barrier.clock.clear();
     }
     barrier.arrived = barrier.expected = barrier.predicates = 0;
@@ -273,9 +305,9 @@ void Block::arrive(int id, int count, bool wait, bool predicate, Site site) {
     barrier.open_to_all = count == 0;
     barrier.predicates += predicate;
     ++barrier.arrived;
-    if (races && count != 0) races->release(self.linear, barrier.clock);
+    if (races && count != 0) races->release(self.racer, barrier.clock);
     if (barrier.arrived >= (count == 0 ? live : count)) {
-        if (races && count != 0 && wait) races->acquire(self.linear, barrier.clock);
+        if (races && count != 0 && wait) races->acquire(self.racer, barrier.clock);
         complete(barrier);
         // Whoever came last may go on at once, or the others first.
         if (device.options.order == Order::kRandom && coin()) self.pause(Thread::kReady, "a barrier", site);
@@ -343,7 +375,7 @@ void warp_meet(const char* operation, uint32_t mask, const void* input, size_t i
         meeting->input_bytes = input_bytes;
         meeting->output_bytes = output_bytes;
     }
-    std::memcpy(meeting->in[lane], input, input_bytes);
+    if (input_bytes) std::memcpy(meeting->in[lane], input, input_bytes);
     meeting->arrived |= 1u << lane;
     if (meeting->arrived == mask) {
         whole(mask, meeting->in, meeting->out);
@@ -351,7 +383,7 @@ void warp_meet(const char* operation, uint32_t mask, const void* input, size_t i
         if (block.races && orders_memory) {
             std::vector<int> lanes;
             for (int i = 0; i < 32; ++i) {
-                if (mask >> i & 1) lanes.push_back(first + i);
+                if (mask >> i & 1) lanes.push_back(self.racer - lane + i);
             }
             block.races->meet(lanes);
         }
@@ -389,10 +421,18 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
         fail(site, "an access of " + std::to_string(bytes) + " bytes at an address that is no multiple of them");
     }
     const auto* byte = static_cast<const unsigned char*>(address);
-    const bool inside = byte >= block.shared && byte + bytes <= block.shared + block.shared_size;
-    if (space == Space::kShared && !inside) {
+    Block* const inside = holder(byte);
+    if (space == Space::kShared && (!inside || !inside->holds(byte + bytes - 1))) {
         fail(site, "a shared access of " + std::to_string(bytes) + " bytes at offset " +
                        std::to_string(byte - block.shared) + " of " + std::to_string(block.shared_size));
+    }
+    if (inside && inside != &block && inside->live == 0) fail(site, "shared memory of a block that has ended");
+    if (inside && !inside->mbarriers.empty()) {
+        const auto next = inside->mbarriers.upper_bound(static_cast<size_t>(byte + bytes - 1 - inside->shared));
+        if (next != inside->mbarriers.begin() &&
+            std::prev(next)->first + 8 > static_cast<size_t>(byte - inside->shared)) {
+            fail(site, "an access to an mbarrier object that is no operation of mbarriers");
+        }
     }
     if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
     if (any_managed && space == Space::kGlobal) touch(address, bytes, site);
@@ -401,9 +441,7 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
     }
     if (kind == Kind::kStore) ++block.device.progress;
     const uint32_t number = site_number(site);
-    if (inside && block.races) {
-        block.races->access(self.linear, kind, static_cast<size_t>(byte - block.shared), bytes, number);
-    }
+    if (inside && block.races) block.races->access(self.racer, kind, inside->offset_in_cluster(byte), bytes, number);
     collect(self, space, kind, address, bytes, number);
 }
 
@@ -492,9 +530,9 @@ void copy_wait(int pending, Site site) {
         for (Copy& copy : self.groups.front()) {
             copy.land();
             // To others, the copy is a write at the wait, not only where it was issued.
-            if (Races* races = self.block->races.get()) {
-                const auto offset = static_cast<unsigned char*>(copy.to) - self.block->shared;
-                races->access(self.linear, Kind::kStore, static_cast<size_t>(offset), copy.bytes, site_number(site));
+            if (Races* races = self.block->races) {
+                races->access(self.racer, Kind::kStore, self.block->offset_in_cluster(copy.to), copy.bytes,
+                              site_number(site));
             }
         }
         self.groups.pop_front();

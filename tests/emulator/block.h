@@ -3,6 +3,8 @@
 
 #include <deque>
 #include <exception>
+#include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <unordered_map>
@@ -16,6 +18,7 @@ namespace emu {
 
 class Block;
 class Device;
+struct Bulk;
 
 struct Copy {
     void* to;
@@ -32,10 +35,20 @@ struct Exchange {
     uint64_t observed = 0, taken_up = 0;         // times of the device's publications
 };
 
+// Bulk copies out of shared memory that a thread has asked for: those since the last commit, and the groups that still
+// read shared memory, or write to global memory.
+struct BulkStores {
+    std::vector<std::shared_ptr<Bulk>> open;
+    std::deque<std::vector<std::shared_ptr<Bulk>>> groups;
+    uint32_t committed = 0, waited = 0;  // groups; waited for at least to have read
+    int agent = -1;                      // of races
+};
+
 struct Thread {
     enum State { kReady, kWaiting, kSpinning, kDone };
     Block* block = nullptr;
     int linear = 0;  // x first, as CUDA numbers them
+    int racer = 0;   // the same among the threads of the cluster
     Dim3 index;
     State state = kReady;
     bool started = false;
@@ -50,6 +63,9 @@ struct Thread {
     std::vector<Copy> open;            // copies since the last commit
     std::deque<std::vector<Copy>> groups;
     Exchange exchange;
+    bool in_cluster_barrier = false;  // has arrived there and not waited
+    uint32_t cluster_phase = 0;       // that it arrived in
+    BulkStores stores;
 
     // Gives the processor away; `waiting` threads come back when somebody wakes them.
     void pause(State how, const char* what, Site where);
@@ -93,9 +109,48 @@ struct Barrier {
     Clock clock;  // what those that have arrived had seen
 };
 
+// An mbarrier object.
+struct MBarrier {
+    uint32_t expected = 0, pending = 0;  // arrivals
+    int64_t bytes = 0;                   // that copies have yet to bring: negative when they came before it was said
+    uint32_t phase = 0;
+    bool observed = true;  // somebody has waited for the phase before
+    bool told = false;     // a fence tells agents of it
+    bool known = false;    // and the cluster has met since
+    int owner = 0;         // who has to execute that
+    int agent = -1;        // of races: what copies bring by it
+    std::vector<Thread*> waiting;
+    Clock arriving, complete;  // of this phase, and of those before
+};
+
+// Blocks that run at the same time, and see each other's shared memory.
+struct Cluster {
+    std::vector<Block*> blocks;    // by rank; those that have ended stay until all have
+    std::unique_ptr<Races> races;  // of all of them; null when they are not looked for
+    int live = 0;                  // threads
+    int arrived = 0;               // at the barrier
+    uint32_t phase = 0;
+    std::vector<Thread*> waiting;
+    Clock arriving, complete;
+    void complete_phase();
+};
+
+// A bulk copy under way.
+struct Bulk {
+    std::function<void()> read, write;   // land does both
+    std::vector<const Block*> blocks;    // whose shared memory it uses
+    const MBarrier* mbarrier = nullptr;  // that it tells of its bytes, and in which phase it was asked for
+    uint32_t phase = 0;
+    bool is_read = false, is_written = false;
+    void do_read();
+    void land();
+};
+
+struct WarpGroup;
+
 class Block {
   public:
-    Block(Device& device, uint64_t number, Dim3 index, Dim3 dim, size_t shared_bytes);
+    Block(Device& device, uint64_t number, Dim3 index, Dim3 dim, size_t shared_bytes, std::shared_ptr<Cluster> cluster);
     ~Block();
 
     Thread* pick();  // a runnable thread, or null
@@ -119,7 +174,22 @@ class Block {
     unsigned char* shared = nullptr;  // exactly shared_size bytes, so that AddressSanitizer sees its ends
     size_t shared_size = 0;
     Exchange exchange;
-    std::unique_ptr<Races> races;  // null when they are not looked for
+    std::shared_ptr<Cluster> cluster;  // one block alone, in most launches
+    unsigned rank = 0;
+    Races* races = nullptr;                // the cluster's
+    std::map<size_t, MBarrier> mbarriers;  // by offset
+    std::vector<std::unique_ptr<WarpGroup>> warp_groups;
+
+    bool holds(const void* address) const {
+        const auto* byte = static_cast<const unsigned char*>(address);
+        return byte >= shared && byte < shared + shared_size;
+    }
+    // Of a byte of this block, in the shared memory of all of the cluster.
+    size_t offset_in_cluster(const void* address) const {
+        return rank * shared_size + static_cast<size_t>(static_cast<const unsigned char*>(address) - shared);
+    }
+    // Throws when a thread that ends has left something to be waited for.
+    void check_all_waited(const Thread& thread) const;
 
   private:
     std::vector<uint64_t> ready_;  // a bit for each thread
@@ -135,7 +205,7 @@ struct Overtaking {
 // One launch.
 class Device {
   public:
-    Device(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body);
+    Device(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, unsigned cluster = 1);
     ~Device();
     void run();
     void run_the_one_before();
@@ -145,9 +215,15 @@ class Device {
     Overtaking* early = nullptr;      // of an early launch
     Overtaking* overtaken = nullptr;  // of the one before it
 
+    // Has a copy land as soon as the options say.
+    void begin(std::shared_ptr<Bulk> copy);
+
     Dim3 grid, block_dim;
     size_t shared_size;
+    unsigned cluster_size;
     Options options;
+    std::vector<std::shared_ptr<Bulk>> under_way;
+    std::vector<std::shared_ptr<Bulk>> last_stores;  // that nobody waits for: done when the launch ends
     std::mt19937_64 random;
     const std::function<void()>& body;
     uint64_t progress = 0;  // counts what can end somebody's spinning
@@ -165,14 +241,22 @@ class Device {
 
   private:
     Dim3 position(uint64_t number) const;
+    void land_one();
+    void end(Block& block);
     std::vector<std::unique_ptr<Block>> resident_;
 };
+
+// The block of the running thread's cluster that holds an address in its shared memory, or null.
+Block* holder(const void* address);
 
 uint32_t site_number(Site site);
 Site site_of(uint32_t number);
 void count_launch(bool early);
 void count_block();
 void collect(Thread& thread, Space space, Kind kind, const void* address, size_t bytes, uint32_t site);
+// A request that no warp makes: of shared memory `actual` passes of at least `minimum`, of global memory a range.
+void count_bulk(Space space, Kind kind, uintptr_t address, size_t bytes, uint64_t actual, uint64_t minimum,
+                uint32_t site);
 void finish(uint32_t slot, const Request& request);
 
 }  // namespace emu

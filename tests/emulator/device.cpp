@@ -12,8 +12,14 @@ Options& options() {
     return all;
 }
 
-Device::Device(Dim3 g, Dim3 b, size_t bytes, const std::function<void()>& kernel)
-    : grid(g), block_dim(b), shared_size(bytes), options(emu::options()), random(options.seed), body(kernel) {}
+Device::Device(Dim3 g, Dim3 b, size_t bytes, const std::function<void()>& kernel, unsigned cluster)
+    : grid(g),
+      block_dim(b),
+      shared_size(bytes),
+      cluster_size(cluster),
+      options(emu::options()),
+      random(options.seed),
+      body(kernel) {}
 
 Device::~Device() = default;
 
@@ -29,31 +35,81 @@ Dim3 Device::position(uint64_t number) const {
             static_cast<unsigned>(number / grid.x / grid.y)};
 }
 
+void Device::begin(std::shared_ptr<Bulk> copy) {
+    if (options.landing == Landing::kEarliest || (options.landing == Landing::kRandom && random() & 1)) {
+        copy->land();
+    } else {
+        under_way.push_back(std::move(copy));
+    }
+}
+
+void Device::land_one() {
+    const size_t at = options.order == Order::kForward   ? 0
+                      : options.order == Order::kReverse ? under_way.size() - 1
+                                                         : random() % under_way.size();
+    const std::shared_ptr<Bulk> copy = std::move(under_way[at]);
+    under_way.erase(under_way.begin() + static_cast<std::ptrdiff_t>(at));
+    copy->land();
+}
+
+// The blocks of a cluster leave together, so that an access to one that has ended is found.
+void Device::end(Block& block) {
+    block.finish_requests();
+    for (const auto& copy : under_way) {
+        for (const Block* used : copy->blocks) {
+            if (used != &block) continue;
+            throw Error("block " + std::to_string(block.number) +
+                        " has ended, and a copy into its shared memory is under way");
+        }
+    }
+    for (const auto& [offset, barrier] : block.mbarriers) {
+        if (barrier.bytes == 0) continue;
+        throw Error("block " + std::to_string(block.number) + " has ended, and an mbarrier at offset " +
+                    std::to_string(offset) + " of its shared memory expects " + std::to_string(barrier.bytes) +
+                    " bytes more");
+    }
+    const std::shared_ptr<Cluster> cluster = block.cluster;
+    if (cluster->live > 0) return;
+    resident_.erase(
+        std::remove_if(resident_.begin(), resident_.end(), [&](const auto& one) { return one->cluster == cluster; }),
+        resident_.end());
+}
+
 void Device::run() {
-    const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+    const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z, clusters = blocks / cluster_size;
+    const size_t resident = std::max<size_t>(options.resident_blocks, cluster_size);
     std::vector<uint64_t> shuffled;
     if (options.order == Order::kRandom) {
-        shuffled.resize(blocks);
+        shuffled.resize(clusters);
         std::iota(shuffled.begin(), shuffled.end(), 0);
         std::shuffle(shuffled.begin(), shuffled.end(), random);
     }
     uint64_t next = 0, progress_at_last_spin = ~0ull;
     int idle = 0;
     try {
-        while (next < blocks || !resident_.empty()) {
-            while (next < blocks && static_cast<int>(resident_.size()) < options.resident_blocks) {
-                const uint64_t number = options.order == Order::kForward   ? next
-                                        : options.order == Order::kReverse ? blocks - 1 - next
-                                                                           : shuffled[next];
-                resident_.push_back(std::make_unique<Block>(*this, number, position(number), block_dim, shared_size));
+        while (next < clusters || !resident_.empty()) {
+            while (next < clusters && resident_.size() + cluster_size <= resident) {
+                const uint64_t first = cluster_size * (options.order == Order::kForward   ? next
+                                                       : options.order == Order::kReverse ? clusters - 1 - next
+                                                                                          : shuffled[next]);
+                const auto cluster = std::make_shared<Cluster>();
+                for (uint64_t number = first; number < first + cluster_size; ++number) {
+                    resident_.push_back(
+                        std::make_unique<Block>(*this, number, position(number), block_dim, shared_size, cluster));
+                }
                 ++next;
             }
+            if (!under_way.empty() && options.landing == Landing::kRandom && random() % 8 == 0) land_one();
             Block* block = nullptr;
             Thread* thread = nullptr;
             const size_t start = options.order == Order::kRandom ? random() % resident_.size() : 0;
             for (size_t i = 0; i < resident_.size() && !thread; ++i) {
                 block = resident_[(start + i) % resident_.size()].get();
                 thread = block->pick();
+            }
+            if (!thread && !under_way.empty()) {
+                land_one();
+                continue;
             }
             if (!thread) {
                 bool any = false;
@@ -64,8 +120,8 @@ void Device::run() {
                 if (!any || idle > 1000) {
                     std::string message = "deadlock: ";
                     for (auto& one : resident_) message += one->who_waits_for_what() + ". ";
-                    if (next < blocks) {
-                        message += std::to_string(blocks - next) +
+                    if (next < clusters) {
+                        message += std::to_string(blocks - next * cluster_size) +
                                    " blocks have not started (options().resident_blocks = " +
                                    std::to_string(options.resident_blocks) + ").";
                     }
@@ -74,12 +130,9 @@ void Device::run() {
                 continue;
             }
             block->run(*thread);
-            if (block->live == 0) {
-                block->finish_requests();
-                resident_.erase(std::find_if(resident_.begin(), resident_.end(),
-                                             [&](const auto& one) { return one.get() == block; }));
-            }
+            if (block->live == 0) end(*block);
         }
+        for (const auto& store : last_stores) store->land();
     } catch (...) {
         for (auto& one : resident_) one->cancel();
         throw;
@@ -114,24 +167,30 @@ void check_configuration(Dim3 grid, Dim3 block, size_t shared_bytes) {
 
 void forget_held() { held() = nullptr; }
 
-void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, Start start) {
+void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, Start start,
+            unsigned cluster) {
     Overtaking between;
     between.before = std::move(held());
     forget_held();
     if (start != Start::kEarly && between.before) between.before(between);
     check_configuration(grid, block, shared_bytes);
+    // Portable sizes of clusters: CUDA C++ Programming Guide, "Thread Block Clusters".
+    if (cluster == 0 || cluster > 8 || grid.x % cluster != 0) {
+        throw Error("invalid configuration: clusters of " + std::to_string(cluster) + " blocks in a grid of " +
+                    std::to_string(grid.x));
+    }
     const bool early = start == Start::kEarly && between.before;
     count_launch(early);
     note_launch();
     if (start == Start::kFollowed && options().early_launches) {
         held() = [=](Overtaking& next) {
-            Device device(grid, block, shared_bytes, body);
+            Device device(grid, block, shared_bytes, body, cluster);
             device.overtaken = &next;
             device.run();
         };
         return;
     }
-    Device device(grid, block, shared_bytes, body);
+    Device device(grid, block, shared_bytes, body, cluster);
     if (early) {
         device.early = &between;
         if (device.options.order == Order::kRandom && device.random() & 1) device.run_the_one_before();

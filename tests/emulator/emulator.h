@@ -90,9 +90,10 @@ void reset_counters();
 enum class Start { kInOrder, kFollowed, kEarly };
 
 // Runs body() once for each thread of each block. Throws Error, after all fibers have been unwound. With kFollowed a
-// copy of body() is run later: what it refers to has to be there then.
+// copy of body() is run later: what it refers to has to be there then. `cluster` blocks that follow each other along x
+// run at the same time.
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body,
-            Start start = Start::kInOrder);
+            Start start = Start::kInOrder, unsigned cluster = 1);
 // Forgets what is held back.
 void forget_held();
 
@@ -155,6 +156,72 @@ void grid_wait(Site site);
 
 // Lets other threads run; for a loop that waits for memory to change.
 void spin(Site site);
+
+// ------------------------------------------------------------------------------------------- of sm_90 and later
+
+// mbarrier.init, .inval. An object belongs to the block in whose shared memory it lies.
+void mbarrier_init(void* mbarrier, uint32_t arrivals, Site site);
+void mbarrier_invalidate(void* mbarrier, Site site);
+// mbarrier.expect_tx of `bytes`, then mbarrier.arrive, the former where bytes are not 0. Of any block of the cluster.
+void mbarrier_arrive(void* mbarrier, uint32_t arrivals, uint32_t bytes, Site site);
+// mbarrier.test_wait.parity, and a loop of try_wait.parity until it is so.
+bool mbarrier_test(void* mbarrier, uint32_t parity, Site site);
+void mbarrier_wait(void* mbarrier, uint32_t parity, Site site);
+// fence.mbarrier_init, and fence.proxy.async, which also does what the former does.
+void mbarrier_fence(Site site);
+void proxy_fence(Site site);
+
+// How 16 bytes of shared memory change places: bits 4 and up of an address by bits 7 and up.
+enum class Swizzle { kNone, k32, k64, k128 };
+size_t swizzled(Swizzle swizzle, size_t address);
+
+// A plain matrix in global memory of which boxes are copied, as cuTensorMapEncodeTiled describes one of rank 2.
+struct Tensor {
+    unsigned char* memory;
+    size_t element;    // bytes
+    uint64_t size[2];  // columns, rows
+    uint64_t stride;   // bytes between rows
+    uint32_t box[2];   // columns, rows
+    Swizzle swizzle;
+};
+// Throws invalid_argument where the driver would refuse.
+void check(const Tensor& tensor);
+
+// cp.async.bulk.shared::cluster.global, .tensor.2d and plain; what lies outside of the tensor is 0. `blocks`, a bit for
+// each rank in the cluster, of whom each gets a copy and has its own mbarrier told; 0: this block alone.
+void tensor_load(void* shared, const Tensor& tensor, int column, int row, void* mbarrier, uint32_t blocks, Site site);
+void bulk_load(void* shared, const void* global, size_t bytes, void* mbarrier, uint32_t blocks, Site site);
+// cp.async.bulk.global.shared::cta, in groups of the running thread.
+void tensor_store(const Tensor& tensor, int column, int row, const void* shared, Site site);
+void bulk_store(void* global, const void* shared, size_t bytes, Site site);
+void bulk_commit(Site site);
+// Until at most `pending` of the newest groups still read shared memory; or, not only that, still write.
+void bulk_wait(int pending, bool only_read, Site site);
+
+unsigned cluster_rank();
+unsigned cluster_size();
+// barrier.cluster.arrive, with .release or .relaxed, and barrier.cluster.wait.acquire.
+void cluster_arrive(bool release, Site site);
+void cluster_wait(Site site);
+// mapa: where another block has what lies at `shared` in this one.
+void* cluster_map(const void* shared, unsigned rank, Site site);
+
+// wgmma.mma_async.m64nNk16 of 16-bit elements with sums in float32, for the warp of the running thread.
+struct Product {
+    int columns;                      // N
+    bool transposed_a, transposed_b;  // MN-major in shared memory
+    bool accumulate;
+    const uint32_t* fragment;  // A in registers, of each lane; or null
+    uint64_t a, b;             // matrix descriptors
+    float* sums;               // N / 2 of each lane
+    float (*widen)(uint16_t);
+};
+void wgmma(const Product& product, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int pending, Site site);
+// A matrix descriptor; distances in bytes.
+uint64_t wgmma_descriptor(const void* shared, size_t leading, size_t stride, Swizzle swizzle, Site site);
 
 // Whole-warp operations. Each lane of the mask brings `bytes` of input; when the last has come, `whole` computes all
 // outputs from all inputs, both [32] with a stride of kLaneBytes. Only __syncwarp orders the lanes' memory accesses.

@@ -5,6 +5,7 @@
 
 #include "bindings_cuda.h"
 #include "conformance.h"
+#include "conformance_sm90.h"
 #include "emulator.h"
 #include "managed.h"
 #include "samples.h"
@@ -67,6 +68,19 @@ PYBIND11_MODULE(_emulated, m) {
         }
         throw std::invalid_argument("no conformance kernel '" + name + "'");
     });
+    m.def("wide_kernels", [] {
+        py::dict all;
+        for (const auto& k : qlk::conformance::wide_kernels()) all[k.name] = py::make_tuple(k.words_in, k.words_out);
+        return all;
+    });
+    m.def("run_wide", [](const std::string& name, uintptr_t in, uintptr_t out, int device, uintptr_t stream) {
+        for (const auto& k : qlk::conformance::wide_kernels()) {
+            if (name != k.name) continue;
+            return k.run({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<uint32_t*>(out)},
+                         {device, reinterpret_cast<void*>(stream)});
+        }
+        throw std::invalid_argument("no conformance kernel '" + name + "'");
+    });
     m.def("samples", &emu::samples, "Names of the kernels that test the emulator.");
     m.def(
         "run_sample",
@@ -74,4 +88,6 @@ PYBIND11_MODULE(_emulated, m) {
             return emu::run_sample(name, input, output, threads, blocks);
         },
         py::arg("name"), py::arg("input"), py::arg("output"), py::arg("threads") = 64, py::arg("blocks") = 1);
+    m.def("sm90_samples", &emu::sm90_samples, "Names of those for what came with sm_90.");
+    m.def("run_sm90_sample", &emu::run_sm90_sample, py::arg("name"), py::arg("input"));
 }

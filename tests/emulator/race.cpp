@@ -13,15 +13,22 @@ std::vector<std::unique_ptr<T>>& spare() {
     return all;
 }
 
+std::string place(uint32_t site) {
+    const Site there = site_of(site);
+    const char* slash = std::strrchr(there.file, '/');
+    return std::string(slash ? slash + 1 : there.file) + ":" + std::to_string(there.line);
+}
+
 }  // namespace
 
-Races::Races(size_t shared_bytes, int threads) : clocks_(threads), clock_epochs_(threads, 0) {
+Races::Races(size_t shared_bytes, int threads, int blocks)
+    : clocks_(threads), clock_epochs_(threads, 0), of_block_(threads / blocks), width_(threads), fences_(threads, 0) {
     auto& shadows = spare<Shadow>();
     if (shadows.empty()) shadows.push_back(std::make_unique<Shadow>());
     shadow_ = std::move(shadows.back());
     shadows.pop_back();
     shadow_->words.resize(std::max(shadow_->words.size(), (shared_bytes + 3) / 4));
-    ++shadow_->epoch;
+    birth_ = ++shadow_->epoch;
 }
 
 Races::~Races() { spare<Shadow>().push_back(std::move(shadow_)); }
@@ -29,17 +36,42 @@ Races::~Races() { spare<Shadow>().push_back(std::move(shadow_)); }
 Clock& Races::clock(int thread) {
     Clock& c = clocks_[thread];
     if (clock_epochs_[thread] != shadow_->epoch) {
-        c.assign(clocks_.size(), 0);
-        c[thread] = 1;
+        const uint32_t own = c.empty() ? 0 : c[thread];
+        c.assign(width_, 0);
+        c[thread] = own + 1;
         clock_epochs_[thread] = shadow_->epoch;
     }
+    c.resize(width_, 0);
     return c;
 }
 
-void Races::all_meet() { ++shadow_->epoch; }
+// Of what one thread knows to be complete, all do after they have met.
+void Races::forget_seen() {
+    const auto seen = [&](const Operation& operation) {
+        for (size_t t = 0; t < clocks_.size(); ++t) {
+            if (clock_epochs_[t] == shadow_->epoch && clock(static_cast<int>(t))[operation.agent] >= operation.time) {
+                return true;
+            }
+        }
+        return false;
+    };
+    operations_.erase(std::remove_if(operations_.begin(), operations_.end(), seen), operations_.end());
+}
+
+void Races::all_meet() {
+    if (!operations_.empty()) forget_seen();
+    ++shadow_->epoch;
+    // What agents are still at goes on.
+    for (const Operation& o : operations_) {
+        for (size_t at = o.offset / 4 * 4; at < o.offset + o.bytes; at += 4) {
+            Word& w = word(at);
+            note(o.kind == Kind::kLoad ? w.reads : w.writes, {o.agent, o.time, o.site, 15, false});
+        }
+    }
+}
 
 void Races::meet(const std::vector<int>& threads) {
-    Clock all(clocks_.size(), 0);
+    Clock all(width_, 0);
     for (int t : threads) {
         const Clock& c = clock(t);
         for (size_t i = 0; i < all.size(); ++i) all[i] = std::max(all[i], c[i]);
@@ -62,18 +94,35 @@ void Races::acquire(int by, const Clock& from) {
     for (size_t i = 0; i < from.size(); ++i) c[i] = std::max(c[i], from[i]);
 }
 
-void Races::check(const Records& records, int thread, uint8_t bytes, Kind kind, const char* did, size_t offset,
-                  uint32_t site) {
+int Races::agent() { return static_cast<int>(width_++); }
+
+void Races::see(Clock& into, int agent, uint32_t time) {
+    into.resize(width_, 0);
+    into[agent] = std::max(into[agent], time);
+}
+
+void Races::see(int by, int agent, uint32_t time) { see(clock(by), agent, time); }
+
+void Races::fence(int by) { fences_[by] = clock(by)[by]++; }
+
+std::string Races::who(int thread) const {
+    const int threads = static_cast<int>(clocks_.size());
+    if (thread >= threads) return "an asynchronous operation";
+    const std::string block =
+        threads == of_block_ ? "the block" : "block " + std::to_string(thread / of_block_) + " of the cluster";
+    return "thread " + std::to_string(thread % of_block_) + " of " + block;
+}
+
+void Races::check(const Records& records, const Record& by, int thread, const char* did, const char* does,
+                  size_t offset) {
     for (const Record& r : records.list) {
-        if (r.thread == thread || !(r.bytes & bytes) || (r.atomic && kind == Kind::kAtomic)) continue;
+        if (r.thread == thread || !(r.bytes & by.bytes) || (r.atomic && by.atomic)) continue;
+        if (r.thread == by.thread && r.time == by.time) continue;
         if (clock(thread)[r.thread] >= r.time) continue;
-        const char* const does = kind == Kind::kLoad ? "reads" : "writes";
-        const Site there = site_of(r.site);
-        const char* slash = std::strrchr(there.file, '/');
-        fail(site_of(site), std::string("a race: it ") + does + " shared memory at offset " + std::to_string(offset) +
-                                ", which thread " + std::to_string(r.thread) + " of the block " + did + " at " +
-                                (slash ? slash + 1 : there.file) + ":" + std::to_string(there.line) +
-                                ", and nothing orders the two");
+        const std::string it = by.thread == thread ? "it" : "an asynchronous operation";
+        fail(site_of(by.site), "a race: " + it + " " + does + " shared memory at offset " + std::to_string(offset) +
+                                   ", which " + who(r.thread) + " " + did + " at " + place(r.site) +
+                                   ", and nothing orders the two");
     }
 }
 
@@ -91,6 +140,32 @@ void Races::note(Records& records, const Record& record) {
     records.list.push_back(record);
 }
 
+Races::Word& Races::word(size_t offset) {
+    Word& word = shadow_->words[offset / 4];
+    if (word.epoch != shadow_->epoch) {
+        word.epoch = shadow_->epoch;
+        word.reads.clear();
+        word.writes.clear();
+    }
+    return word;
+}
+
+void Races::access_word(Word& word, const Record& by, int thread, Kind kind, size_t offset) {
+    const char* const does = kind == Kind::kLoad ? "reads" : "writes";
+    check(word.writes, by, thread, "wrote", does, offset);
+    if (kind == Kind::kLoad) {
+        note(word.reads, by);
+        return;
+    }
+    check(word.reads, by, thread, "read", does, offset);
+    // All that touched these bytes before is ordered before this: only what comes after it can race with it.
+    const auto covered = [&](const Record& r) { return (r.bytes & ~by.bytes) == 0 && !(r.atomic && by.atomic); };
+    for (auto* list : {&word.reads.list, &word.writes.list}) {
+        list->erase(std::remove_if(list->begin(), list->end(), covered), list->end());
+    }
+    note(word.writes, by);
+}
+
 void Races::access(int thread, Kind kind, size_t offset, size_t bytes, uint32_t site) {
     const uint32_t time = clock(thread)[thread];
     for (size_t at = offset / 4 * 4; at < offset + bytes; at += 4) {
@@ -98,26 +173,28 @@ void Races::access(int thread, Kind kind, size_t offset, size_t bytes, uint32_t 
         for (size_t i = 0; i < 4; ++i) {
             if (at + i >= offset && at + i < offset + bytes) mask |= static_cast<uint8_t>(1 << i);
         }
-        Word& word = shadow_->words[at / 4];
-        if (word.epoch != shadow_->epoch) {
-            word.epoch = shadow_->epoch;
-            word.reads.clear();
-            word.writes.clear();
-        }
-        const Record record{thread, time, site, mask, kind == Kind::kAtomic};
-        check(word.writes, thread, mask, kind, "wrote", at, site);
-        if (kind == Kind::kLoad) {
-            note(word.reads, record);
-            continue;
-        }
-        check(word.reads, thread, mask, kind, "read", at, site);
-        // All that touched these bytes before is ordered before this: only what comes after it can race with it.
-        const auto covered = [&](const Record& r) { return (r.bytes & ~mask) == 0 && !(r.atomic && record.atomic); };
-        for (auto* list : {&word.reads.list, &word.writes.list}) {
-            list->erase(std::remove_if(list->begin(), list->end(), covered), list->end());
-        }
-        note(word.writes, record);
+        Word& w = word(at);
+        access_word(w, {thread, time, site, mask, kind == Kind::kAtomic}, thread, kind, at);
+        if (kind == Kind::kLoad) continue;
+        w.written = shadow_->epoch;
+        w.writer = thread;
+        w.time = time;
     }
+}
+
+void Races::access_by(int agent, uint32_t time, int thread, Kind kind, size_t offset, size_t bytes, uint32_t site) {
+    for (size_t at = offset / 4 * 4; at < offset + bytes; at += 4) {
+        Word& w = word(at);
+        access_word(w, {agent, time, site, 15, false}, thread, kind, at);
+        if (w.written >= birth_ && w.time > fences_[w.writer]) {
+            fail(site_of(site), std::string("an asynchronous operation ") + (kind == Kind::kLoad ? "reads" : "writes") +
+                                    " shared memory at offset " + std::to_string(at) + ", which " + who(w.writer) +
+                                    " wrote, and no fence.proxy.async of that thread comes between");
+        }
+        if (kind != Kind::kLoad) w.written = 0;
+    }
+    if (operations_.size() > 4096) forget_seen();
+    operations_.push_back({agent, time, kind, offset, bytes, site});
 }
 
 }  // namespace emu

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "emulator.h"
@@ -19,7 +20,8 @@ using Clock = std::vector<uint32_t>;
 
 class Races {
   public:
-    Races(size_t shared_bytes, int threads);
+    // Of a cluster: of all its blocks together, one after the other.
+    Races(size_t shared_bytes, int threads, int blocks);
     ~Races();
 
     // An access of the running thread to bytes [offset, offset + bytes). Throws Error when it races.
@@ -31,6 +33,17 @@ class Races {
     // The two halves of a barrier that some only arrive at: `by` leaves what it has seen in `clock`; `by` takes it up.
     void release(int by, Clock& clock);
     void acquire(int by, const Clock& clock);
+
+    // What copies and multiplies by itself is an agent. Its operations have times, and whoever has seen a time has seen
+    // all of them up to that one. Gives a new one.
+    int agent();
+    // An access of an agent that `thread` has asked for, at a time later than all that anybody has seen of it.
+    void access_by(int agent, uint32_t time, int thread, Kind kind, size_t offset, size_t bytes, uint32_t site);
+    // The operations of an agent up to a time are complete: `by`, or whoever takes up `clock`, knows.
+    void see(int by, int agent, uint32_t time);
+    void see(Clock& clock, int agent, uint32_t time);
+    // fence.proxy.async: what `by` has written may be accessed by agents, once something orders the two.
+    void fence(int by);
 
   private:
     struct Record {
@@ -48,21 +61,42 @@ class Races {
     struct Word {
         uint64_t epoch = 0;
         Records reads, writes;
+        // The last thread that wrote, and when: of interest to agents even after all threads have met.
+        uint64_t written = 0;  // in which epoch
+        int writer = 0;
+        uint32_t time = 0;
     };
     struct Shadow {
         std::vector<Word> words;
         uint64_t epoch = 0;
     };
+    struct Operation {
+        int agent;
+        uint32_t time;
+        Kind kind;
+        size_t offset, bytes;
+        uint32_t site;
+    };
 
     Clock& clock(int thread);
-    void check(const Records& records, int thread, uint8_t bytes, Kind kind, const char* did, size_t offset,
-               uint32_t site);
+    void check(const Records& records, const Record& by, int thread, const char* did, const char* does, size_t offset);
     static void note(Records& records, const Record& record);
+    // One word's part of an access: `by` as it will be noted, on behalf of `thread`.
+    void access_word(Word& word, const Record& by, int thread, Kind kind, size_t offset);
+    Word& word(size_t offset);
+    std::string who(int thread) const;
+    void forget_seen();
 
     std::unique_ptr<Shadow> shadow_;
-    // A meeting of all begins a new epoch: what was before it is ordered before all that comes.
+    // A meeting of all begins a new epoch: what was before it is ordered before all that comes, but for what agents do.
+    // Times go on, for an older one may lie in the clock of a barrier.
     std::vector<Clock> clocks_;
     std::vector<uint64_t> clock_epochs_;
+    int of_block_;                           // threads
+    size_t width_;                           // of a clock: threads, then agents
+    std::vector<Clock::value_type> fences_;  // of each thread, the time of the last
+    std::vector<Operation> operations_;      // that no thread has seen the end of, as far as is known
+    uint64_t birth_;                         // the first epoch
 };
 
 }  // namespace emu

@@ -1,7 +1,5 @@
 #include "samples.h"
 
-#include <cstdlib>
-#include <memory>
 #include <stdexcept>
 
 #include <ptx.cuh>
@@ -320,17 +318,11 @@ std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint
                                  int threads, int blocks) {
     for (const Sample& sample : kSamples) {
         if (name != sample.name) continue;
-        // Not vectors: those may own more than they hold.
-        const auto exact = [](size_t words) {
-            void* memory = nullptr;
-            if (posix_memalign(&memory, 16, std::max<size_t>(words * 4, 1)) != 0) throw std::bad_alloc();
-            return std::unique_ptr<uint32_t, decltype(&std::free)>(static_cast<uint32_t*>(memory), &std::free);
-        };
-        const auto in = exact(input.size()), out = exact(output), between = exact(input.size());
-        std::copy(input.begin(), input.end(), in.get());
-        std::fill_n(out.get(), output, 0xffffffffu);
-        std::fill_n(between.get(), input.size(), 0xffffffffu);
-        const Arguments arguments{in.get(), out.get(), between.get()};
+        const Exact in(input.size()), out(output), between(input.size());
+        std::copy(input.begin(), input.end(), in.words());
+        std::fill_n(out.words(), output, 0xffffffffu);
+        std::fill_n(between.words(), input.size(), 0xffffffffu);
+        const Arguments arguments{in.words(), out.words(), between.words()};
         const auto run = [&](void (*kernel)(Arguments), Start start) {
             launch(
                 {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, 16 * 1024,
@@ -338,7 +330,7 @@ std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint
         };
         if (sample.before) run(sample.before, Start::kFollowed);
         run(sample.kernel, sample.before ? Start::kEarly : Start::kInOrder);
-        return {out.get(), out.get() + output};
+        return {out.words(), out.words() + output};
     }
     throw std::invalid_argument("no sample '" + name + "'");
 }

@@ -170,10 +170,26 @@ void collect(Thread& thread, Space space, Kind kind, const void* address, size_t
     }
 }
 
-void finish(uint32_t slot, const Request& request) {
+namespace {
+Traffic& traffic_of(uint32_t slot) {
     auto& all = tally().traffic;
     if (all.size() <= slot) all.resize(slot + 1);
-    Traffic& traffic = all[slot];
+    return all[slot];
+}
+}  // namespace
+
+void count_bulk(Space space, Kind kind, uintptr_t address, size_t bytes, uint64_t actual, uint64_t minimum,
+                uint32_t site) {
+    Traffic& traffic = traffic_of(site * 6 + static_cast<uint32_t>(space) * 3 + static_cast<uint32_t>(kind));
+    ++traffic.requests;
+    traffic.bytes += bytes;
+    const bool shared = space == Space::kShared;
+    traffic.actual += shared ? actual : (address + bytes + 31) / 32 - address / 32;
+    traffic.minimum += shared ? minimum : (bytes + 31) / 32;
+}
+
+void finish(uint32_t slot, const Request& request) {
+    Traffic& traffic = traffic_of(slot);
     ++traffic.requests;
     for (int i = 0; i < 32; ++i) traffic.bytes += request.bytes[i];
     is_shared(slot) ? count_banks(request, traffic) : count_sectors(request, traffic);
