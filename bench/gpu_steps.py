@@ -32,15 +32,8 @@ NONE_COLLECTED = 5
 MANY_CORES = 8
 #: The files of tests that need a card, in this order: what others stand on first.
 TEST_FILES = (
-    *(
-        "test_conformance.py",
-        "test_conformance_sm90.py",
-        "test_quantize.py",
-        "test_cuda.py",
-        "test_cuda_launches.py",
-        "test_cuda_adapters.py",
-    ),
-    *("test_ops.py", "test_cuda_large.py", "test_optim.py", "test_optim_state.py"),
+    *("test_conformance.py", "test_conformance_sm90.py", "test_quantize.py", "test_cuda.py", "test_cuda_launches.py"),
+    *("test_cuda_adapters.py", "test_ops.py", "test_cuda_large.py", "test_optim.py", "test_optim_state.py"),
     *("test_optim_changes.py", "test_optim_torch.py", "test_finetune_gpu.py"),
 )
 #: By itself, after all others: it looks at how much of the card is free.
