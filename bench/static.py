@@ -31,6 +31,9 @@ FOLDER = Path(__file__).resolve().parent / "results"
 FORMAT = 1
 TITLE = "# What the compiler made of the CUDA kernels\n"
 
+#: More than a kernel has that is left without code: a trap.
+MOST_OF_A_TRAP = 4
+
 #: Where the launchers take the size of dynamic shared memory from, by kernel; T is the kernel's first argument.
 SHARED = {
     "dequantize_kernel": ("dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
