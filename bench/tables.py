@@ -253,11 +253,11 @@ def wheel_table(found: dict[str, Any], source: str) -> str:
     """What is in a wheel for each architecture (bench/wheel.py)."""
     machine = found["machine"]
     virtual = "virtual machine, " if machine["virtual"] else ""
-    heads = ("", "kernels", "left out", "machine code, KiB", "most registers", "spills (LDL + STL)")
+    heads = ("architecture", "kernels", "left out", "machine code, KiB", "most registers", "spills (LDL + STL)")
     lines = [
         f"`{found['wheel']}`: {found['wheel_bytes'] / 2**20:.1f} MiB, {found['extension_bytes'] / 2**20:.1f} unpacked, "
-        f"built in {found['build_seconds']:.0f} s, {found['build_cpu_seconds']:.0f} s of processor time, on "
-        f"{machine['cpu']} ({virtual}{machine['usable_cores']} cores); nvcc {found['nvcc']}, "
+        f"built in {found['build_cpu_seconds']:.0f} s of processor time, all cores together, on {machine['cpu']} "
+        f"({virtual}{machine['usable_cores']} cores); nvcc {found['nvcc']}, "
         f"{found['compiler']}, commit {found['commit'][:10]}, {found['date'][:10]} ([raw figures]({source})).",
         "",
         f"| {' | '.join(heads)} |",
@@ -312,6 +312,7 @@ PAGES = {
         {"latency": latency_table},
         {},
     ),
+    "wheel-*.json": Page("python -m bench.wheel", load_json, {"wheel": wheel_table}, {}),
     "ranks-*.json": Page(
         "python -m qlora_kernels.bench.rank_study --out bench/results/ranks-NAME.json",
         load_json,

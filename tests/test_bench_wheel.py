@@ -77,7 +77,9 @@ def test_the_commit_is_built_and_described(commit, monkeypatch, tmp_path, capsys
     assert found["build_seconds"] >= 0
     table = capsys.readouterr().out
     assert table.strip() == tables.wheel_table(found, "wheel.json")
-    assert table.startswith(f"`{NAME}`: 1.0 MiB, 3.0 unpacked, built in 0 s, 0 s of processor time, on some (virtual")
+    assert table.startswith(
+        f"`{NAME}`: 1.0 MiB, 3.0 unpacked, built in 0 s of processor time, all cores together, on some (v"
+    )
     assert table.splitlines()[-2:] == ["| sm_75 | 1 | 1 | 8 | 40 | 0 |", "| sm_80 | 2 | 0 | 9 | 90 | 2 |"]
 
 

@@ -17,6 +17,8 @@ if not (cuda_wheel.ROOT / "bench" / "static.py").is_file():
     pytest.skip("the bench comes with the source tree only", allow_module_level=True)
 
 from bench import sass, static
+from qlora_kernels import architectures
+from qlora_kernels.version import BASE
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,22 @@ def test_the_committed_table_is_of_this_code(report):
     advice = f"the code has changed; if that is meant: python -m bench.static {cuda_wheel.wheel()}"
     assert same_rows, advice
     assert not changed, "\n".join([advice, *changed])
+
+
+def test_readmes_wheel_has_all_architectures_below_30_mib_and_no_spills(report):
+    """bench/results/wheel-all.json: not built here, but like what is built here."""
+    kept = json.loads((static.FOLDER / "wheel-all.json").read_text())
+    assert kept["wheel_bytes"] < 30 * 2**20
+    local = architectures.local_version("13.0", architectures.ALL)
+    assert kept["wheel"].split("-")[1] == f"{BASE}{local}"
+    of_all = {row["arch"]: row for row in kept["archs"]}
+    assert [*of_all] == [name for name in architectures.names(architectures.ALL) if name.startswith("sm_")]
+    assert not any(row["local_accesses"] for row in of_all.values())
+    here = [row for row in static.by_architecture(report["kernels"]) if row["arch"] in of_all]
+    assert here or cuda_wheel.built_for() != cuda_wheel.ARCHITECTURES
+    for row in here:
+        like = pytest.approx(of_all[row["arch"]]["code_bytes"], rel=0.1)
+        assert row["code_bytes"] == like, f"{row['arch']}: the code has changed; python -m bench.wheel"
 
 
 # -------------------------------------------------------------------------------------------- the gates can fail
