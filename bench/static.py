@@ -31,6 +31,9 @@ FOLDER = Path(__file__).resolve().parent / "results"
 FORMAT = 1
 TITLE = "# What the compiler made of the CUDA kernels\n"
 
+#: The most instructions of a kernel that is left without code: a trap.
+MOST_OF_A_TRAP = 4
+
 #: Where the launchers take the size of dynamic shared memory from, by kernel; T is the kernel's first argument.
 SHARED = {
     "dequantize_kernel": ("dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
@@ -198,6 +201,26 @@ def report(module: Path) -> dict[str, Any]:
         "extension_bytes": module.stat().st_size,
         "kernels": found,
     }
+
+
+def by_architecture(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each architecture: kernels that have code and those left without, the size of all, the most registers of a
+    thread, accesses to local memory."""
+    result = []
+    for arch in sorted({row["arch"] for row in found}, key=_number):
+        own = [row for row in found if row["arch"] == arch]
+        with_code = [row for row in own if row["instructions"] > MOST_OF_A_TRAP]
+        result.append(
+            {
+                "arch": arch,
+                "kernels": len(with_code),
+                "left_out": len(own) - len(with_code),
+                "code_bytes": sum(row["code_bytes"] for row in own),
+                "registers": max(row["registers"] for row in own),
+                "local_accesses": sum(row["local_accesses"] for row in own),
+            }
+        )
+    return result
 
 
 def nvcc_version() -> str:

@@ -249,6 +249,26 @@ def latency_table(found: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
+def wheel_table(found: dict[str, Any], source: str) -> str:
+    """What is in a wheel for each architecture (bench/wheel.py)."""
+    machine = found["machine"]
+    virtual = "virtual machine, " if machine["virtual"] else ""
+    heads = ("architecture", "kernels", "left out", "machine code, KiB", "most registers", "spills (LDL + STL)")
+    lines = [
+        f"`{found['wheel']}`: {found['wheel_bytes'] / 2**20:.1f} MiB, {found['extension_bytes'] / 2**20:.1f} unpacked, "
+        f"built in {found['build_cpu_seconds']:.0f} s of processor time, all cores together, on {machine['cpu']} "
+        f"({virtual}{machine['usable_cores']} cores); nvcc {found['nvcc']}, "
+        f"{found['compiler']}, commit {found['commit'][:10]}, {found['date'][:10]} ([raw figures]({source})).",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---|" + "---:|" * (len(heads) - 1),
+    ]
+    for row in found["archs"]:
+        cells = (row["kernels"], row["left_out"], f"{row['code_bytes'] / 1024:.0f}", row["registers"])
+        lines.append(f"| {row['arch']} | {' | '.join(map(str, cells))} | {row['local_accesses']} |")
+    return "\n".join(lines)
+
+
 def _noise(case: dict[str, Any]) -> str:
     """The widest range of a case's contenders, as a share of the median: what is less than this says nothing."""
     widths = [(c["q80_ms"] - c["q20_ms"]) / 2 / c["median_ms"] for c in case["contenders"] if "failed" not in c]
@@ -292,6 +312,7 @@ PAGES = {
         {"latency": latency_table},
         {},
     ),
+    "wheel-*.json": Page("python -m bench.wheel", load_json, {"wheel": wheel_table}, {}),
     "ranks-*.json": Page(
         "python -m qlora_kernels.bench.rank_study --out bench/results/ranks-NAME.json",
         load_json,

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 #: Threads that a multiprocessor holds, by architecture; 2048 where nothing is said
 #: (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 MAX_THREADS = {"75": 1024, "86": 1536, "87": 1536, "89": 1536, "120": 1536, "121": 1536}
 REGISTERS = 65536  # of a multiprocessor; dealt out in steps of 8 a thread
+#: KiB of shared memory that a block may have; 227 where nothing is said (the same table).
+MAX_SHARED = {"75": 64, "80": 163, "86": 99, "87": 163, "89": 99, "120": 99, "121": 99}
+#: Kernels that multiply on tensor cores, which take bf16 from sm_80 on.
+ON_TENSOR_CORES = ("few_kernel", "middle_kernel", "gemm_kernel", "adapter_down_kernel", "adapter_gradient_kernel")
+
+
+def number_of(architecture: str) -> str:
+    """The "90" of "sm_90a"."""
+    return re.search(r"\d+", architecture)[0]
 
 
 @dataclass(frozen=True)
 class LoopBudget:
     """What a warp may issue in a step of the main loop (bench/loops.py)."""
 
-    #: HMMA, exactly: outputs of the thread block * depth of a step / warps / (16 * 8 * 16).
+    #: HMMA, exactly: outputs of the thread block * depth of a step / warps / (16 * 8 * 16). On sm_75, where each has
+    #: half the depth, twice as many.
     hmma: int
     #: Instructions that neither multiply nor decode.
     outside: float
@@ -37,17 +47,31 @@ class Budget:
     stores_128: int = 0
     #: Of kernels that bench.static.LOOPS lists.
     loop: LoopBudget | None = None
+    #: The least shared memory that a launch asks for, where that is not always the same.
+    least_shared: int | None = None
+    #: Other ``threads``, by architecture.
+    threads_on: dict[str, int] = field(default_factory=dict)
 
     def registers(self, architecture: str) -> int:
         """What a thread may take on an architecture, "sm_90a"."""
-        most = MAX_THREADS.get(re.search(r"\d+", architecture)[0], 2048)
-        return REGISTERS // min(self.threads, most) // 8 * 8
+        number = number_of(architecture)
+        return REGISTERS // min(self.threads_on.get(number, self.threads), MAX_THREADS.get(number, 2048)) // 8 * 8
+
+    def runs(self, row: dict) -> bool:
+        """Whether a kernel is ever launched on an architecture, by its row of the table. If not, it is to have no code
+        there (csrc/cuda/compiled.cuh)."""
+        base, _, arguments = row["kernel"].partition("<")
+        number = number_of(row["arch"])
+        if base in ON_TENSOR_CORES and arguments.startswith("bf16") and int(number) < 80:
+            return False
+        return (self.least_shared or row["shared_dynamic"]) <= MAX_SHARED.get(number, 227) * 1024
 
 
 _FULL = "every thread that the multiprocessor holds: a warp has but 512 bytes of codes under way"
 _TAILS = "unaligned ranges: launched as the aligned kernel is"
 _QUANTIZE = "five blocks: while a thread works on 16 bytes it has the next 16 under way, in registers"
 _STEP = "four blocks: 64 bytes a thread under way are 64 KiB, twice what the latency of memory takes at 4.3 TB/s"
+_CODES = "three blocks: eight elements a lane, and codes to find"
 
 _SUMS = "one block: 128 sums a thread, 16 + 4 operands, and 8 registers of tables in the warps that decode"
 _MIDDLE = "one block: its tiles are spread over the card, one for each multiprocessor"
@@ -66,7 +90,10 @@ BUDGETS = {
     # tail has narrow accesses.
     "optimizer_step_kernel<AdamW, 32>": Budget(1024, 64, _STEP, loads_128=8),
     "optimizer_step_kernel<Lion, 32>": Budget(1024, 64, _STEP, loads_128=5),
-    "optimizer_step_kernel<*, 8>": Budget(768, 7296, "three blocks: eight elements a lane, and codes to find"),
+    "optimizer_step_kernel<AdamW, 8>": Budget(
+        768, 7296, _CODES + "; two on sm_120 (optimizer.cuh)", threads_on={"120": 512}
+    ),
+    "optimizer_step_kernel<Lion, 8>": Budget(768, 7296, _CODES),
     "optimizer_norm_kernel": Budget(1024, 80, "four blocks: it only reads"),
     "quantize_absmax_kernel": Budget(
         512, 37 * 1024, "two blocks, as many as are launched; 2 x 38 KiB fit everywhere but on sm_75, which has 64"
@@ -84,6 +111,7 @@ BUDGETS = {
         "one block: codes of four chunks under way, 28 registers",
         loads_128=1,
         loop=LoopBudget(32, outside=180, slots=2.6),
+        least_shared=66 * 1024 + 3 * 256,  # M = 1, K = 64
     ),
     # Shared memory: the table, and two stages of x and of constants. A step is 64 columns by 64 of K for a warp.
     "middle_kernel<*, MiddleTraits<*, 64, *>>": Budget(

@@ -5,6 +5,8 @@ What needs no card runs on the emulator; the rest is marked gpu.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import ORDERS, assert_within_contract, engine_named, forced, make_weight, on_the_cpu, relative_error
@@ -675,6 +677,39 @@ def test_a_kernel_can_be_forced(monkeypatch):
     with emulated(max_shared_bytes=64 * 1024), pytest.raises(RuntimeError, match="its stages do not fit"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "tiles128")
         forward()
+
+
+#: Those that fit the 99 KiB of sm_86, sm_89 and sm_120; those that fit the 64 KiB of sm_75; the others.
+FIT_99 = {"few", "middle8", "middle16", "tiles64", "tiles128x3"}
+FIT_64 = {"tiles16", "tiles32", "tiles32any"}
+FIT_163 = {"middle32", "middle64", "tiles128", "tiles128wide"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "taken"),
+    [
+        (75, torch.bfloat16, set()),
+        (75, torch.float16, FIT_64),
+        *((one, torch.bfloat16, FIT_64 | FIT_99) for one in (86, 89, 120)),
+        *((one, torch.float16, FIT_64 | FIT_99 | FIT_163) for one in (80, 90, 100)),
+    ],
+)
+def test_what_has_no_code_on_an_architecture_cannot_be_forced(architecture, dtype, taken, monkeypatch):
+    """Not even where the card has the room, and the code is of an older one's PTX. That just these have code,
+    test_static_gates.py looks up in a wheel."""
+    weight = make_weight(64, 128)
+    x = torch.randn(5, 128).to(dtype)
+    refusals = {}
+    with emulated(architecture=architecture, max_shared_bytes=227 * 1024):
+        for name in FIT_64 | FIT_99 | FIT_163:
+            monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", name)
+            try:
+                ops.linear_forward(x, *weight.pieces, 64, None, None, None, 1.0, 0.0, None)
+            except RuntimeError as error:
+                refusals[name] = str(error)
+    assert set(refusals) == (FIT_64 | FIT_99 | FIT_163) - taken
+    for name, refusal in refusals.items():
+        assert re.search(rf"={name} cannot take .*: (the architecture lacks|.* not fit into shared memory)", refusal)
 
 
 @pytest.mark.parametrize(

@@ -251,3 +251,35 @@ def test_setup_py_asks_the_driver(tmp_path):
     said = [line for line in done.stderr.splitlines() if "nvcc" in line]
     assert len(said) == 1, done.stderr
     assert said[0].startswith("qlora_kernels: a GPU of architecture 90a is here, and the CPU part is built alone")
+
+
+# ----------------------------------------------------------------------------------------------------------- CMake
+
+
+def test_ccache_is_used_where_it_is(tmp_path):
+    """For C++ and for CUDA, whose compiler here is a stand-in that makes nothing."""
+    pybind11 = pytest.importorskip("pybind11")
+    tools, log, build = tmp_path / "tools", tmp_path / "log", tmp_path / "build"
+    tools.mkdir()
+    (tools / "ccache").write_text(f'#!/bin/sh\necho "$@" >>{log}\nexec "$@"\n')
+    (tools / "ccache").chmod(0o755)
+    nvcc = nvcc_at(tmp_path / "cuda")
+    nvcc.write_text(nvcc.read_text().replace("echo 'nvcc fatal : no' >&2; exit 1", "exit 0"))
+    env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CUDACXX": str(nvcc)}
+    source = "dynamic_map.cpp"
+    for command in (
+        [
+            *("cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", "-DQLK_CUDA_ARCHS=80;90a"),
+            *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+        ],
+        # Of the target's C++ files one; the CUDA files come before.
+        ["cmake", "--build", build, "--target", f"CMakeFiles/_C.dir/{source}.o"],
+    ):
+        done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    calls = [line.split() for line in log.read_text().splitlines()]
+    cuda = {word for call in calls if call[0] == str(nvcc) for word in call if word.endswith(".cu")}
+    assert cuda == {f"csrc/cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    [cpp] = [call for call in calls if call[-1].endswith(f"/{source}")]
+    assert cpp[0] != str(nvcc)
+    assert (build / "CMakeFiles" / "_C.dir" / f"{source}.o").stat().st_size > 0

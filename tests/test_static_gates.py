@@ -11,12 +11,14 @@ from pathlib import Path
 
 import cuda_wheel
 import pytest
-from static_budgets import BUDGETS, Budget, LoopBudget, budget_of
+from static_budgets import BUDGETS, MAX_SHARED, Budget, LoopBudget, budget_of, number_of
 
 if not (cuda_wheel.ROOT / "bench" / "static.py").is_file():
     pytest.skip("the bench comes with the source tree only", allow_module_level=True)
 
 from bench import sass, static
+from qlora_kernels import architectures
+from qlora_kernels.version import BASE
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,11 @@ def code(module) -> list[sass.Function]:
 
 def broken(row: dict, budget: Budget) -> list[str]:
     """What of a row of the table is not as the budget says."""
+    trap = row["instructions"] <= static.MOST_OF_A_TRAP
+    if not budget.runs(row):
+        return [] if trap else [f"{row['instructions']} instructions, and it is never launched there"]
+    if trap:
+        return ["no code, and it is launched there"]
     found = [
         f"{row[key]} {what}"
         for key, what in (
@@ -49,7 +56,7 @@ def broken(row: dict, budget: Budget) -> list[str]:
     if row["registers"] > allowed:
         found.append(f"{row['registers']} registers, {allowed} allowed: {budget.reason}")
     # What the hardware keeps for itself counts as static from sm_90 on.
-    own_static = row["shared_static"] - (1024 if int(row["arch"][3:].rstrip("af")) >= 90 else 0)
+    own_static = row["shared_static"] - (1024 if int(number_of(row["arch"])) >= 90 else 0)
     if own_static > 0:
         found.append(f"{own_static} bytes of static shared memory, none allowed")
     if row["shared_dynamic"] > budget.shared:
@@ -62,15 +69,14 @@ def broken(row: dict, budget: Budget) -> list[str]:
 
 def broken_loop(row: dict, budget: Budget) -> list[str]:
     """What of the main loop is not as the budget says."""
-    if int(row["arch"][3:].rstrip("af")) < 80:
-        return []  # neither bf16 there, nor cp.async, nor so large an HMMA
     if budget.loop is None:
         return ["state a budget of its main loop"] if "step_hmma" in row else []
     if not row.get("step_hmma"):
         return ["no loop with HMMA and decoding is found"]
     found = []
-    if row["step_hmma"] != budget.loop.hmma:
-        found.append(f"{row['step_hmma']:g} HMMA in a step of the main loop, {budget.loop.hmma} expected")
+    hmma = budget.loop.hmma * (2 if int(number_of(row["arch"])) < 80 else 1)
+    if row["step_hmma"] != hmma:
+        found.append(f"{row['step_hmma']:g} HMMA in a step of the main loop, {hmma} expected")
     if not 0 < row["slots_per_weight"] <= budget.loop.slots:
         found.append(f"{row['slots_per_weight']:.2f} instructions to decode a weight, {budget.loop.slots} allowed")
     if row["step_outside"] > budget.loop.outside:
@@ -126,6 +132,22 @@ def test_the_committed_table_is_of_this_code(report):
     advice = f"the code has changed; if that is meant: python -m bench.static {cuda_wheel.wheel()}"
     assert same_rows, advice
     assert not changed, "\n".join([advice, *changed])
+
+
+def test_readmes_wheel_has_all_architectures_below_30_mib_and_no_spills(report):
+    """bench/results/wheel-all.json: not built here, but like what is built here."""
+    kept = json.loads((static.FOLDER / "wheel-all.json").read_text())
+    assert kept["wheel_bytes"] < 30 * 2**20
+    local = architectures.local_version("13.0", architectures.ALL)
+    assert kept["wheel"].split("-")[1] == f"{BASE}{local}"
+    of_all = {row["arch"]: row for row in kept["archs"]}
+    assert [*of_all] == [name for name in architectures.names(architectures.ALL) if name.startswith("sm_")]
+    assert not any(row["local_accesses"] for row in of_all.values())
+    here = [row for row in static.by_architecture(report["kernels"]) if row["arch"] in of_all]
+    assert here or cuda_wheel.built_for() != cuda_wheel.ARCHITECTURES
+    for row in here:
+        like = pytest.approx(of_all[row["arch"]]["code_bytes"], rel=0.1)
+        assert row["code_bytes"] == like, f"{row['arch']}: the code has changed; python -m bench.wheel"
 
 
 # -------------------------------------------------------------------------------------------- the gates can fail
@@ -234,6 +256,7 @@ GOOD = {
     "stack": 0,
     "local": 0,
     "local_accesses": 0,
+    "instructions": 100,
     "ldg128": 1,
     "stg128": 4,
 }
@@ -254,11 +277,48 @@ BUDGET = Budget(2048, 4096, "because", loads_128=1, stores_128=4)
         ({"shared_dynamic": 4097}, "4097 bytes of shared memory, 4096 allowed: because"),
         ({"ldg128": 0}, "0 LDG128, 1 promised"),
         ({"stg128": 3}, "3 STG128, 4 promised"),
+        ({"instructions": 2}, "no code, and it is launched there"),
     ],
 )
 def test_each_gate_closes(change, message):
     assert broken(GOOD, BUDGET) == []
     assert broken({**GOOD, **change}, BUDGET) == [message]
+
+
+def test_what_is_never_launched_has_no_code():
+    """For want of shared memory, or of tensor cores that take bf16."""
+    roomy = replace(BUDGET, shared=100 * 1024)
+    for arch, shared, goes in (("sm_89", 99, True), ("sm_89", 100, False), ("sm_80", 100, True), ("sm_75", 65, False)):
+        row = {**GOOD, "arch": arch, "shared_static": 0, "shared_dynamic": shared * 1024}
+        assert broken(row, roomy) == ([] if goes else ["100 instructions, and it is never launched there"]), row
+        assert bool(broken({**row, "instructions": 2}, roomy)) == goes, row
+        assert broken(row, replace(roomy, least_shared=64 * 1024)) == [], row
+    for kernel, arch, goes in (
+        ("few_kernel<bf16, true>", "sm_75", False),
+        ("few_kernel<fp16, true>", "sm_75", True),
+        ("few_kernel<bf16, true>", "sm_80", True),
+        ("quantize_kernel<bf16>", "sm_75", True),
+    ):
+        row = {**GOOD, "kernel": kernel, "arch": arch, "shared_static": 0}
+        assert BUDGET.runs(row) == goes, row
+
+
+def test_the_hardwares_limits_are_those_that_kernels_are_left_out_by(tmp_path):
+    """static_budgets.py and most_shared() in dispatch.h say the same of every architecture."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    numbers = ["75", "80", "86", "87", "89", "90", "100", "103", "110", "120", "121"]
+    (tmp_path / "limits.cpp").write_text(
+        '#include <cstdio>\n#include "dispatch.h"\nint main() {\n'
+        f"    for (const int one : {{{', '.join(numbers)}}})\n"
+        '        std::printf("%zu\\n", qlk::cuda::most_shared(one) / 1024);\n}\n'
+    )
+    program = tmp_path / "limits"
+    include = f"-I{cuda_wheel.ROOT / 'csrc' / 'cuda'}"
+    static._run(compiler, "-std=c++17", include, "-o", str(program), str(tmp_path / "limits.cpp"))
+    assert [int(line) for line in static._run(str(program)).split()] == [MAX_SHARED.get(one, 227) for one in numbers]
+    assert set(MAX_SHARED) <= set(numbers)
 
 
 LOOP = {**GOOD, "step_hmma": 64.0, "step_outside": 300.0, "slots_per_weight": 3.2}
@@ -274,6 +334,7 @@ WITH_LOOP = replace(BUDGET, loop=LoopBudget(64, outside=300))
         ({"slots_per_weight": 0.0}, "0.00 instructions to decode a weight, 3.2 allowed"),
         ({"slots_per_weight": float("nan")}, "nan instructions to decode a weight, 3.2 allowed"),
         ({"step_outside": 300.5}, "300.5 outside MMA and decoding in a step, 300 allowed"),
+        ({"arch": "sm_75", "shared_static": 0}, "64 HMMA in a step of the main loop, 128 expected"),
     ],
 )
 def test_each_gate_of_the_main_loop_closes(change, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def assembled(listing: str) -> sass.Function:
         head, _, target = line.rpartition("BRA ")
         text.append(f"        /*{i * 16:04x}*/  {head + 'BRA ' + hex(labels[target]) if target in labels else line} ;")
     (function,) = sass.parse("\n".join(text))
-    assert function.count == len(lines)
+    assert len(function.instructions) == len(lines)
     return function
 
 
@@ -149,6 +150,24 @@ def test_what_is_added_shows(before, after, key, more):
     found, old = step(LISTING.replace(before, after, 1)), step(LISTING)
     assert found.counts == {**old.counts, key: old.counts[key] + more}
     assert found.slots_per_weight == old.slots_per_weight + (more * 2 / 8 if key == "decode" else 0)
+
+
+@pytest.mark.parametrize(
+    ("after", "more", "more_on_120"),
+    [
+        ("    NOP\n    HMMA.16816.F32.BF16 R12", 1, 0),
+        ("    NOP\n    NOP\n    HMMA.16816.F32.BF16 R12", 2, 2),
+        ("    NOP\n    MOV R1, R2\n    HMMA.16816.F32.BF16 R12", 2, 2),
+    ],
+)
+def test_what_pads_products_counts_nothing(after, more, more_on_120):
+    before = "    HMMA.16816.F32.BF16 R12"
+    assert LISTING.count(before) == 1
+    padded = assembled(LISTING.replace(before, after))
+    old = step(LISTING).counts["other"]
+    assert loops.step_of(padded, KIND, [128]).counts["other"] == old + more
+    padded = replace(padded, architecture="sm_120")
+    assert loops.step_of(padded, KIND, [128]).counts["other"] == old + more_on_120
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@
 
 #include <ptx.cuh>
 
+#include "compiled.cuh"
 #include "dropout.cuh"
 #include "parts.cuh"
 #include "splits.cuh"
@@ -257,6 +258,7 @@ QLK_DEVICE Adapter<T, Traits> adapter_of(const AdapterArguments<T>& a, typename 
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     adapter_down_kernel(const __grid_constant__ AdapterArguments<T> a) {
+    if constexpr (!kRuns<T, sizeof(typename Traits::Shared)>) return trap();
     griddep_launch();
     constexpr int kRank = Traits::kRank, kColumns = Traits::kColumns, kStages = Traits::kStages;
     auto& shared = shared_memory<typename Traits::Shared>();
@@ -334,6 +336,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     adapter_gradient_kernel(const __grid_constant__ AdapterArguments<T> a) {
+    if constexpr (!kRuns<T, sizeof(typename Traits::Shared)>) return trap();
     constexpr int kRank = Traits::kRank, kRows = Traits::kRows, kColumns = Traits::kColumns;
     constexpr int kStages = Traits::kStages;
     auto& shared = shared_memory<typename Traits::Shared>();

@@ -13,7 +13,7 @@
 namespace qlk::cuda {
 
 // The most shared memory that a block may have on an architecture, 90 for sm_90 (CUDA C++ Programming Guide, "Technical
-// Specifications per Compute Capability"). A kernel that needs more is left without code there.
+// Specifications per Compute Capability"). A kernel that needs more is left without code there (compiled.cuh).
 constexpr size_t most_shared(int architecture) {
     return architecture < 80                                                   ? 64 * 1024
            : architecture == 80 || architecture == 87                          ? 163 * 1024

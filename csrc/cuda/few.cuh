@@ -26,6 +26,7 @@
 #pragma once
 
 #include "bias.cuh"
+#include "compiled.cuh"
 #include "decode.cuh"
 #include "dispatch.h"
 
@@ -57,6 +58,7 @@ struct FewTraits {
         float2 pairs[256][32];
         float constants[kNestedBlock];
     };
+    static constexpr size_t kLeastShared = few_shared(1, kBlock);
     static_assert(kThreads == 2 * 256, "two threads fill an entry of the table");
 };
 
@@ -257,6 +259,7 @@ struct Few {
 
 template <class T, bool kNested>
 __global__ void __launch_bounds__(FewTraits::kThreads, 1) few_kernel(const __grid_constant__ FewArguments<T> a) {
+    if constexpr (!kRuns<T, FewTraits::kLeastShared>) return trap();
     auto& shared = shared_memory<FewTraits::Shared>();
     const int self = static_cast<int>(threadIdx.x), warp = self / 32;
     const int slices = FewTraits::kWarps / a.row_tiles;

@@ -32,6 +32,7 @@
 #pragma once
 
 #include "bias.cuh"
+#include "compiled.cuh"
 #include "decode.cuh"
 #include "dispatch.h"
 #include "dropout.cuh"
@@ -546,9 +547,6 @@ struct Gemm {
     }
 };
 
-// Of the architecture that is compiled for.
-constexpr size_t kMostShared = kArchitecture == 0 ? SIZE_MAX : most_shared(kArchitecture);
-
 // Tiles that one block has alone come first. Blocks of one tile come one after another; tiles go down the rows first:
 // those that run together share their weights in L2.
 template <class T, class Traits>
@@ -590,10 +588,10 @@ QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
 
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) gemm_kernel(const __grid_constant__ GemmArguments<T> a) {
-    if constexpr (sizeof(typename Traits::Shared) <= kMostShared) {
+    if constexpr (kRuns<T, sizeof(typename Traits::Shared)>) {
         gemm_tile<T, Traits>(a);
     } else {
-        trap();  // launchers do not ask for it
+        trap();
     }
 }
 

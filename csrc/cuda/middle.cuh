@@ -31,6 +31,7 @@
 // multiprocessors would leave 20 of them idle. A tile's low-rank part is that of the block with its first step.
 #pragma once
 
+#include "compiled.cuh"
 #include "decode.cuh"
 #include "dispatch.h"
 #include "gemm.cuh"
@@ -417,10 +418,10 @@ QLK_DEVICE void middle_tiles(const GemmArguments<T>& a) {
 
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) middle_kernel(const __grid_constant__ GemmArguments<T> a) {
-    if constexpr (sizeof(typename Traits::Shared) <= kMostShared) {
+    if constexpr (kRuns<T, sizeof(typename Traits::Shared)>) {
         middle_tiles<T, Traits>(a);
     } else {
-        trap();  // launchers do not ask for it
+        trap();
     }
 }
 

@@ -368,6 +368,8 @@ QLK_DEVICE void count_step(const OptimizerArguments& a) {
     store_global(&a.p.control->come, 0u);
 }
 
+// With 8-bit states three blocks fit a multiprocessor, by 80 registers a thread. For sm_120 AdamW's would be spilled,
+// and there are two: 80 bytes a thread under way are 40 KiB.
 template <class Rule, int kBits>
 __global__ void __launch_bounds__(kOptimizerThreads, kBits == 32            ? 4
                                                      : kArchitecture >= 120 ? 2
