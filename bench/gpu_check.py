@@ -6,9 +6,10 @@ gpu_check.json and gpu_check.md, whole or not at all after every step, and logs.
 printed. Exit code 0: all steps passed. 1: not all. 2: no CUDA device, and nothing was done. A bar that is missed is
 shown, and fails nothing.
 
-The 530 seconds: 10 for facts; 170 to build, with the emulator and the conformance kernels beside the extension; 120 for
-the tests, three files at a time; 95 for the sanitizer's four tools, at the same time; 50 to time quantization and
-dequantization, 50 the layer, 35 the optimizers, each alone on the machine. What a step leaves, the next ones may use.
+The 530 seconds: 10 for facts; 165 to build, with the emulator and the conformance kernels beside the extension; 120 for
+the tests, three files at a time; 92 for the sanitizer's four tools, at the same time; 8 for what tensor cores take; 50
+to time quantization and dequantization, 50 the layer, 35 the optimizers, each alone on the machine. What a step leaves,
+the next ones may use.
 """
 
 from __future__ import annotations

@@ -407,9 +407,10 @@ def _bench(name: str, module: str, share: float) -> Step:
 
 STEPS = (
     Step("facts", 10.0, run_facts),
-    Step("build", 170.0, run_build),
+    Step("build", 165.0, run_build),
     Step("tests", 120.0, run_tests, needs="build"),
-    Step("sanitizers", 95.0, run_sanitizers, needs="build"),
+    Step("sanitizers", 92.0, run_sanitizers, needs="build"),
+    _bench("rates", "tensor_rate", 8.0),
     _bench("bench", "bench_cuda", 50.0),
     _bench("bench_linear", "bench_cuda_linear", 50.0),
     _bench("bench_optimizer", "bench_cuda_optimizer", 35.0),

@@ -22,7 +22,18 @@ PYBIND11_MODULE(_conformance, m) {
         }
         throw std::invalid_argument("no conformance kernel '" + name + "'");
     });
+    m.attr("RATE_FLOP") = qlk::conformance::kRateFlop * qlk::conformance::kRateWarps;
+    m.def("launch_rate", [](uintptr_t in, uintptr_t out, int turns, int blocks, int device, uintptr_t stream) {
+        qlk::conformance::launch_rate({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<float*>(out), turns},
+                                      blocks, {device, reinterpret_cast<void*>(stream)});
+    });
 #ifdef QLK_SM90A
+    m.attr("WIDE_RATE_FLOP") = qlk::conformance::kWideRateFlop;
+    m.def("launch_wide_rate", [](uintptr_t in, uintptr_t out, int turns, int blocks, int device, uintptr_t stream) {
+        qlk::conformance::launch_wide_rate(
+            {reinterpret_cast<const uint32_t*>(in), reinterpret_cast<float*>(out), turns}, blocks,
+            {device, reinterpret_cast<void*>(stream)});
+    });
     m.def("run_wide", [](const std::string& name, uintptr_t in, uintptr_t out, int device, uintptr_t stream) {
         for (const auto& k : qlk::conformance::wide_kernels()) {
             if (name != k.name) continue;

@@ -310,7 +310,7 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, functions, arguments, code):
 def test_the_budget_is_under_nine_minutes():
     assert gpu_steps.BUDGET == sum(step.share for step in gpu_steps.STEPS) == 530
     assert [step.name for step in gpu_steps.STEPS] == [
-        *("facts", "build", "tests", "sanitizers", "bench", "bench_linear", "bench_optimizer")
+        *("facts", "build", "tests", "sanitizers", "rates", "bench", "bench_linear", "bench_optimizer")
     ]
     assert all(step.needs == "build" for step in gpu_steps.STEPS[2:])
     for step in gpu_steps.STEPS:  # what the module's text says

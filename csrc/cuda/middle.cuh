@@ -3,9 +3,11 @@
 //
 // gemm.cuh decodes to shared memory, from where two to eight warps read every weight again: at 64 rows of x that takes
 // longer than the products. Here each weight is decoded by one lane alone, into the register that goes into its
-// products, by few.cuh's table. What a step moves through shared memory at 64 rows, for 128 x 256 weights: 128 KiB of
-// the table, 32 KiB of x in and 64 out, 1824 clocks; its products take 1700 of sm_90's mma.sync. At 16 rows: 1250 and
-// 430.
+// products, by few.cuh's table. What a step would move through shared memory at 64 rows, for 128 x 256 weights: 128 KiB
+// of the table, 32 KiB of x in and 64 out, 1824 clocks; its products take 1630 of sm_90's mma.sync, and its
+// instructions less than either. At 16 rows: 1250 and 410. So of a lane's eight rows of W one is decoded in registers
+// (decode.cuh): 4.6 instructions a weight and not 2.5, for a lane has but 16 of a block's weights, but none of the 128
+// KiB: 112 of them stay.
 //
 // A block makes kRows x 128 outputs, and of a step of 256 along K each of its 8 warps multiplies 64 columns of the
 // outputs by 64 of K: 2 groups of columns, 4 slices of K. So a warp reads x for 64 columns at once, which is what keeps
@@ -218,24 +220,31 @@ struct Middle {
         return pack_pair<T>(__fmul_rn(levels.x, absmax), __fmul_rn(levels.y, absmax));
     }
 
-    // The first or the second eight of the 16 columns along K that a lane has.
+    // The first or the second eight of the 16 columns along K that a lane has. `last` decodes the last of its rows of
+    // W.
     template <int kHalf>
-    QLK_DEVICE void multiply(int buffer, const uint2 (&codes)[kOwn], const float (&absmax)[kOwn]) {
+    QLK_DEVICE void multiply(int buffer, const uint2 (&codes)[kOwn], const float (&absmax)[kOwn],
+                             const BlockTable<T>& last) {
+        const uint4 right = last.decode(kHalf ? codes[kOwn - 1].y : codes[kOwn - 1].x);
         const uint32_t lane_bytes = static_cast<uint32_t>(lane) * 8;
         const uint4* const from = shared.loop.x[buffer][slice] + lane / 4 * 8 + place(lane / 4, kHalf, lane % 4);
         uint4 x[kTiles];
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) x[i] = load_shared(from + i * 64);
 #pragma unroll
-        for (int j = 0; j < kOwn; j += 2) {
+        for (int j = kOwn - 2; j >= 0; j -= 2) {
             const uint32_t first = kHalf ? codes[j].y : codes[j].x, second = kHalf ? codes[j + 1].y : codes[j + 1].x;
-            const uint32_t low[4] = {pair<0>(first, lane_bytes, absmax[j]), pair<0>(second, lane_bytes, absmax[j + 1]),
-                                     pair<1>(first, lane_bytes, absmax[j]), pair<1>(second, lane_bytes, absmax[j + 1])};
+            const auto of_second = [&](auto byte, uint32_t decoded) {
+                return j + 2 == kOwn ? decoded : pair<decltype(byte)::value>(second, lane_bytes, absmax[j + 1]);
+            };
+            const uint32_t low[4] = {
+                pair<0>(first, lane_bytes, absmax[j]), of_second(std::integral_constant<int, 0>{}, right.x),
+                pair<1>(first, lane_bytes, absmax[j]), of_second(std::integral_constant<int, 1>{}, right.y)};
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) mma_16x8x16<T>(sum[i][j / 2], low, x[i].x, x[i].y);
-            const uint32_t high[4] = {pair<2>(first, lane_bytes, absmax[j]), pair<2>(second, lane_bytes, absmax[j + 1]),
-                                      pair<3>(first, lane_bytes, absmax[j]),
-                                      pair<3>(second, lane_bytes, absmax[j + 1])};
+            const uint32_t high[4] = {
+                pair<2>(first, lane_bytes, absmax[j]), of_second(std::integral_constant<int, 2>{}, right.z),
+                pair<3>(first, lane_bytes, absmax[j]), of_second(std::integral_constant<int, 3>{}, right.w)};
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) mma_16x8x16<T>(sum[i][j / 2], high, x[i].z, x[i].w);
         }
@@ -304,13 +313,17 @@ struct Middle {
             const float4 low = load_shared(constants), high = load_shared(constants + 1);
             const float absmax[kOwn] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             const bool inside = number * Traits::kSlices + slice < blocks;  // beyond K nothing is multiplied
-            if (inside) multiply<0>(buffer, codes, absmax);
+            BlockTable<T> last;
+            last.fill(a.weight.levels, absmax[kOwn - 1]);
+            if (inside) multiply<0>(buffer, codes, absmax, last);
             if (more) {
                 if (kLate) fetch(number + 1, ahead);
                 put(buffer ^ 1, next, entries);
                 next = ask(step + 2 < steps);
             }
-            if (inside) multiply<1>(buffer, codes, absmax);
+            // At 64 rows there are no registers to keep it in.
+            if (kLate) last.fill(a.weight.levels, load_shared(reinterpret_cast<const float*>(constants) + kOwn - 1));
+            if (inside) multiply<1>(buffer, codes, absmax, last);
 #pragma unroll
             for (int j = 0; j < kOwn; ++j) codes[j] = ahead[j];
             // The next step's x and constants are there, and nobody reads this one's any more.

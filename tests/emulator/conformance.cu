@@ -143,9 +143,30 @@ Kernel kernel(const char* name) {
             }};
 }
 
+// Eight chains of products, which do not wait for each other.
+__global__ void __launch_bounds__(kRateWarps * 32) rate_kernel(const __grid_constant__ RateArguments r) {
+    const uint4 v = ld_global_once_16(r.in + 4 * (threadIdx.x % 32));
+    const uint32_t a[4] = {v.x, v.y, v.z, v.w};
+    float d[8][4] = {};
+#pragma unroll 1
+    for (int turn = 0; turn < r.turns; ++turn) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) mma_16x8x16<fp16>(d[i], a, a[i % 4], a[(i + 1 + i / 4) % 4]);
+    }
+    float sum = 0.0f;
+    for (int i = 0; i < 8; ++i)
+        sum = __fadd_rn(sum, __fadd_rn(__fadd_rn(d[i][0], d[i][1]), __fadd_rn(d[i][2], d[i][3])));
+    store_global(r.out + blockIdx.x * (kRateWarps * 32) + threadIdx.x, sum);
+}
+
 __global__ void idle_kernel(const __grid_constant__ Arguments) {}
 
 }  // namespace
+
+void launch_rate(const RateArguments& arguments, int blocks, const Stream& stream) {
+    const DeviceGuard guard(stream.device);
+    launch(rate_kernel, blocks, kRateWarps * 32, 0, stream, arguments);
+}
 
 void launch_idle(int threads, size_t shared_bytes, const Stream& stream) {
     const DeviceGuard guard(stream.device);

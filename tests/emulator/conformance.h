@@ -22,6 +22,18 @@ struct Kernel {
 
 const std::vector<Kernel>& kernels();
 
+// As many products on tensor cores as they can take, for bench/tensor_rate.py: of each of `blocks`, kRateWarps warps
+// multiply `turns` times with operands that are not zeros. out [blocks, kRateWarps, 32] has each lane's sum of all its
+// sums.
+struct RateArguments {
+    const uint32_t* in;  // [32, 4]: the left operand of a lane
+    float* out;
+    int turns;
+};
+constexpr int kRateWarps = 8;
+constexpr double kRateFlop = 8 * 2.0 * 16 * 8 * 16;  // of a warp in a turn
+void launch_rate(const RateArguments& arguments, int blocks, const cuda::Stream& stream);
+
 // Launches a block of threads that do nothing: with too many of them, or too much shared memory, to see a launch fail.
 void launch_idle(int threads, size_t shared_bytes, const cuda::Stream& stream);
 

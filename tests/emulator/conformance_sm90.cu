@@ -221,6 +221,38 @@ WideKernel product(const char* name) {
             }};
 }
 
+// ---------------------------------------------------------------------------------------------------------- rates
+
+struct RateShared {
+    uint4 a[2][64 * 8], b[256 * 8];  // rows of 128 bytes; whatever the order, they are numbers
+};
+
+__global__ void __launch_bounds__(256, 1) wide_rate_kernel(const __grid_constant__ RateArguments r) {
+    auto& s = sm90::aligned_shared<RateShared>();
+    auto* const to = reinterpret_cast<uint4*>(&s);
+    for (int i = thread(); i < static_cast<int>(sizeof(RateShared) / 16); i += 256) {
+        store_shared(to + i, load_global(reinterpret_cast<const uint4*>(r.in) + i));
+    }
+    fence_proxy_async();
+    __syncthreads();
+    float d[128];
+    for (float& one : d) one = 0.0f;
+    wgmma_fence();
+#pragma unroll 1
+    for (int turn = 0; turn < r.turns; ++turn) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            wgmma_ss<fp16, 256, false, false>(d, wgmma_descriptor(s.a[thread() / 128] + 2 * k, 16, 1024, Swizzle::k128),
+                                              wgmma_descriptor(s.b + 2 * k, 16, 1024, Swizzle::k128), true);
+        }
+        wgmma_commit();
+    }
+    wgmma_wait<0>();
+    float sum = 0.0f;
+    for (const float one : d) sum = __fadd_rn(sum, one);
+    store_global(r.out + blockIdx.x * 256 + thread(), sum);
+}
+
 // -------------------------------------------------------------------------------------------------- whole kernels
 
 constexpr int kSteps = 5;
@@ -246,6 +278,11 @@ void run_cluster(const Arguments& a, const Stream& stream) {
 }
 
 }  // namespace
+
+void launch_wide_rate(const RateArguments& arguments, int blocks, const Stream& stream) {
+    const DeviceGuard guard(stream.device);
+    launch(wide_rate_kernel, blocks, 256, sizeof(RateShared) + 1024, stream, arguments);
+}
 
 const std::vector<WideKernel>& wide_kernels() {
     constexpr Swizzle kPlain = Swizzle::kNone, k32 = Swizzle::k32, k64 = Swizzle::k64, k128 = Swizzle::k128;

@@ -15,4 +15,9 @@ struct WideKernel {
 // On a card: compiled for sm_90a only.
 const std::vector<WideKernel>& wide_kernels();
 
+// As launch_rate, by products of 64 x 256 x 16, two warpgroups a block. `in`: 64 KiB, 64 x 64 elements for each
+// warpgroup and 256 x 64 for both come first. out [blocks, 256].
+constexpr double kWideRateFlop = 2 * 4 * 2.0 * 64 * 256 * 16;  // of a block in a turn
+void launch_wide_rate(const RateArguments& arguments, int blocks, const cuda::Stream& stream);
+
 }  // namespace qlk::conformance

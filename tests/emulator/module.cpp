@@ -68,6 +68,17 @@ PYBIND11_MODULE(_emulated, m) {
         }
         throw std::invalid_argument("no conformance kernel '" + name + "'");
     });
+    m.attr("RATE_FLOP") = qlk::conformance::kRateFlop * qlk::conformance::kRateWarps;
+    m.def("launch_rate", [](uintptr_t in, uintptr_t out, int turns, int blocks, int device, uintptr_t stream) {
+        qlk::conformance::launch_rate({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<float*>(out), turns},
+                                      blocks, {device, reinterpret_cast<void*>(stream)});
+    });
+    m.attr("WIDE_RATE_FLOP") = qlk::conformance::kWideRateFlop;
+    m.def("launch_wide_rate", [](uintptr_t in, uintptr_t out, int turns, int blocks, int device, uintptr_t stream) {
+        qlk::conformance::launch_wide_rate(
+            {reinterpret_cast<const uint32_t*>(in), reinterpret_cast<float*>(out), turns}, blocks,
+            {device, reinterpret_cast<void*>(stream)});
+    });
     m.def("wide_kernels", [] {
         py::dict all;
         for (const auto& k : qlk::conformance::wide_kernels()) all[k.name] = py::make_tuple(k.words_in, k.words_out);
