@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import json
 import sys
@@ -71,6 +72,16 @@ def calls_of(layer: QLinear, shape: tuple[int, ...]) -> dict[str, tuple[Callable
     return calls
 
 
+def keep_memory() -> None:
+    """Tells the C library to keep what is freed for the next call, as torch's allocator for a card does: else it gives
+    some of it back to the system and asks for it again, which takes longer than all the rest."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 1 << 25)
+
+
 def emulator() -> Any:
     """The emulator's module, whose launches are but counted from now on."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -81,8 +92,8 @@ def emulator() -> Any:
 
 
 def cases(repeats: int, number: int) -> Iterator[dict[str, Any]]:
-    """The measurements: the least of `repeats` means over `number` calls each, for they are short, and what disturbs
-    them only adds."""
+    """The measurements: the least of `repeats` means over `number` calls each, for what disturbs them only adds, and so
+    few calls are done before another process has its turn."""
     layers = {adapter: layer_of(adapter) for adapter in ADAPTERS}
     module = emulator()
     before, backends.forced = backends.forced, NoLaunches(module)
@@ -102,23 +113,42 @@ def cases(repeats: int, number: int) -> Iterator[dict[str, Any]]:
         module.configure()
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """A table of the times."""
-    lines = ["| | x | " + " | ".join(f"adapter: {one}" for one in ADAPTERS) + " |", "|---" * (2 + len(ADAPTERS)) + "|"]
+def markdown(result: dict[str, Any], source: str) -> str:
+    """A table of the times, and what they were measured with.
+
+    Args:
+        result: of :func:`main`.
+        source: where the result is, for the reader.
+    """
+    m, v = result["machine"], result["versions"]
+    commit = (result["commit"] or "unknown")[:10] + (" with changes" if result["modified"] else "")
     rows: dict[tuple[str, str], list[str]] = {}
     for case in result["cases"]:
-        cell = f"{case['us']:.1f} us, {case['launches']} launches"
+        cell = f"{case['us']:.1f} ({case['launches']})"
         rows.setdefault((case["call"], case["x"]), []).append(cell)
-    return "\n".join([*lines, *(f"| {call} | {x} | {' | '.join(cells)} |" for (call, x), cells in rows.items()), ""])
+    heads = ["none" if one == "none" else f"{one}, r = {result['rank']}" for one in ADAPTERS]
+    return "\n".join(
+        [
+            f"{m['cpu']} ({'virtual machine, ' if m['virtual'] else ''}{m['usable_cores']} cores), 1 thread, "
+            f"torch {v['torch']}, {v['compiler']}, commit {commit}, {result['date'][:10]} ([raw figures]({source})).",
+            f"x is bfloat16, N = K = {result['n']}, {result['rows']} rows. Microseconds, the least of many rounds; in "
+            "brackets the launches, which are but counted.",
+            "",
+            "| | x | adapter: " + " | adapter: ".join(heads) + " |",
+            "|---" * (2 + len(ADAPTERS)) + "|",
+            *(f"| {call} | {x} | {' | '.join(cells)} |" for (call, x), cells in rows.items()),
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_host", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", required=True, help="where the result goes, as JSON")
-    parser.add_argument("--repeats", type=int, default=100, help="of which the least counts (default %(default)s)")
-    parser.add_argument("--number", type=int, default=100, help="of calls in each (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=500, help="of which the least counts (default %(default)s)")
+    parser.add_argument("--number", type=int, default=20, help="of calls in each (default %(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    keep_memory()
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **describe_commit(),
@@ -128,10 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "k": SIZE,
         "rows": ROWS,
         "rank": RANK,
+        "complete": True,
         "cases": list(cases(arguments.repeats, arguments.number)),
     }
     save_json(result, arguments.out)
-    print(markdown(result))
+    print(markdown(result, arguments.out))
     return 0
 
 

@@ -380,12 +380,13 @@ class CUDA:
     def linear_forward(self, x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, keep_u):
         n, k = view[6:]
         m = x.numel() // k
-        y = self._like(x, *x.shape[:-1], n)
+        y = self._like(x, m, n) if x.dim() == 2 else self._like(x, *x.shape[:-1], n)
         u = self._like(x, m, r) if r and (keep_u or m == 0) else None
         if m == 0:
             return y, u
         code, queue = _DTYPES[x.dtype], self._queue(x.device)
-        size = self._kernels.linear_scratch(m, n, k, r, code, False, queue[0])
+        wide = _wide(lora_A, lora_B) if r else 0
+        size = self._kernels.linear_scratch(m, n, k, r, code, wide, False, queue[0])
         # A u that nobody keeps lies behind the scratch: an allocation less.
         behind = (size + 15) // 16 * 16 if r and u is None else 0
         scratch = self._scratch(x, behind + m * r * x.element_size() if r and u is None else size)
@@ -393,7 +394,8 @@ class CUDA:
         # The kernels read a bias as it is, in float32 or in x's dtype.
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         narrow = bias is not None and bias.dtype != torch.float32
-        lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
+        if r:
+            lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
         seed = _seed_on(x.device, seed, dropout)
         self._kernels.linear_forward(
             view,
@@ -411,6 +413,7 @@ class CUDA:
             _pointer(seed),
             room,
             code,
+            wide,
             *queue,
         )
         return y, u
@@ -418,27 +421,32 @@ class CUDA:
     def linear_backward(self, dy, view, r, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
         n, k = view[6:]
         m = dy.numel() // n
-        dx = self._like(dy, *dy.shape[:-1], k) if need_dx else None
-        dA = self._like(dy, r, k, dtype=torch.float32) if need_dA else None
-        dB = self._like(dy, n, r, dtype=torch.float32) if need_dB else None
+        dx = None
+        if need_dx:
+            dx = self._like(dy, m, k) if dy.dim() == 2 else self._like(dy, *dy.shape[:-1], k)
+        # In the adapters' types: the kernels round what they have summed in float32.
+        dA = self._like(lora_A, r, k) if need_dA else None
+        dB = self._like(lora_B, n, r) if need_dB else None
         if m == 0:
-            return dx, _zeros(dA, lora_A), _zeros(dB, lora_B)
+            return dx, dA.zero_() if need_dA else None, dB.zero_() if need_dB else None
         code, queue = _DTYPES[dy.dtype], self._queue(dy.device)
-        size = self._kernels.linear_scratch(m, n, k, r, code, True, queue[0])
+        wide = _wide(lora_A, lora_B) if r else 0
+        size = self._kernels.linear_scratch(m, n, k, r, code, wide, True, queue[0])
         # v lies behind the scratch.
         need_v = r > 0 and (need_dx or need_dA)
         behind = (size + 15) // 16 * 16
         scratch = self._scratch(dy, behind + m * r * dy.element_size() if need_v else size)
         room = _pointer(scratch)
-        A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
+        if r:
+            lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
         seed = _seed_on(dy.device, seed, dropout)
         self._kernels.linear_backward(
             view,
             dy.data_ptr(),
             x.data_ptr() if need_dA else 0,
             u.data_ptr() if need_dB else 0,
-            _pointer(A),
-            _pointer(B),
+            _pointer(lora_A),
+            _pointer(lora_B),
             _pointer(dx),
             _pointer(dA),
             _pointer(dB),
@@ -450,9 +458,15 @@ class CUDA:
             _pointer(seed),
             room,
             code,
+            wide,
             *queue,
         )
-        return dx, dA.to(lora_A.dtype) if need_dA else None, dB.to(lora_B.dtype) if need_dB else None
+        return dx, dA, dB
+
+
+def _wide(lora_A: Tensor, lora_B: Tensor) -> int:
+    """Which of the adapters are float32, as the CUDA kernels are told: bits 0 and 1."""
+    return (lora_A.dtype is torch.float32) | (lora_B.dtype is torch.float32) << 1
 
 
 def _seed_on(device: torch.device, seed: Tensor | None, dropout: float) -> Tensor | None:

@@ -133,7 +133,9 @@ class Operand:
     def __init__(self, pieces: tuple[Tensor | None, ...], n: int, k: int) -> None:
         self.pieces, self.n, self.k = pieces, n, k
         self._view: tuple | None = None
+        self._sizes: tuple[int, int] | None = None
         self._plain = False
+        self.device: torch.device | None = None  # once view() has been asked
 
     def view(self) -> tuple:
         """The weight as the kernels take it, checked.
@@ -142,17 +144,20 @@ class Operand:
             TypeError, ValueError, RuntimeError: as :func:`check_weight` does.
         """
         packed, absmax, nested_absmax, nested_offset, nested_table = self.pieces
+        if self._view is not None:
+            view = backends.view_of(self.pieces, self.n, self.k)
+            if view == self._view and (packed.numel(), absmax.numel()) == self._sizes:
+                # Bytes cannot ask for a gradient.
+                if nested_absmax is None:
+                    if not absmax.requires_grad:
+                        return view
+                elif not (nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad):
+                    return view
+        check_weight(*self.pieces, self.n, self.k)
         view = backends.view_of(self.pieces, self.n, self.k)
-        if not (
-            view == self._view
-            and (packed.numel(), absmax.numel()) == self._sizes
-            and (
-                nested_absmax is None
-                or not (nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad)
-            )
-        ):
-            check_weight(*self.pieces, self.n, self.k)
-            self._view, self._sizes, self.device = view, (packed.numel(), absmax.numel()), packed.device
+        # The view last: another thread that finds it finds the others.
+        self._sizes, self.device = (packed.numel(), absmax.numel()), packed.device
+        self._view = view
         return view
 
     def is_plain(self) -> bool:
@@ -389,7 +394,7 @@ _library.define(
 
 
 def _check_activation(name: str, x: Tensor, columns: int, device: torch.device) -> None:
-    """Of any number of dimensions; those that the operations take have been counted by their schema's checks."""
+    """Of at least one dimension; who wants two has asked for them before."""
     if x.dtype not in _LINEAR_DTYPES:
         raise TypeError(f"{name} should be bfloat16, float16, float32 or float64, found {x.dtype}")
     if x.shape[-1] != columns:
@@ -546,10 +551,18 @@ def _check_backward_operands(dy, device, n, k, x, u, lora_A, lora_B, dropout, se
 
 
 def _check_saved(name: str, tensor: Tensor | None, m: int, columns: int, dtype, device) -> None:
+    if (
+        tensor is not None
+        and tensor.dtype is dtype
+        and tensor.numel() == m * columns
+        and tensor.shape[-1] == columns
+        and tensor.device == device
+        and tensor.is_contiguous()
+    ):
+        return
     require(tensor is not None, ValueError, f"{name} is needed for the gradient that was asked for")
     _check_activation(name, tensor, columns, device)
-    if tensor.dtype is not dtype or tensor.numel() != m * columns:
-        raise ValueError(f"{name} should be {dtype} [{m}, {columns}], found {tensor.dtype} {list(tensor.shape)}")
+    raise ValueError(f"{name} should be {dtype} [{m}, {columns}], found {tensor.dtype} {list(tensor.shape)}")
 
 
 def _linear_backward(

@@ -456,6 +456,14 @@ def test_pieces_whose_data_is_exchanged_are_checked_anew():
     weight.nested_absmax.requires_grad_()
     with pytest.raises(RuntimeError, match="nested_absmax asks for one"):
         linear(x, weight)
+    weight.nested_absmax = None
+    with pytest.raises(ValueError, match="come together"):
+        linear(x, weight)
+    plain = quantize(torch.randn(8, 128), double_quant=False)
+    linear(x, plain)
+    plain.absmax.requires_grad_()
+    with pytest.raises(RuntimeError, match="absmax asks for one"):
+        linear(x, plain)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
