@@ -4,8 +4,8 @@
 
 Everything runs that runs with a card but what the CUDA runtime and torch's allocator for it do: Python, the extension,
 the plans of the launches. The launches themselves are counted (tests/emulator), and outputs lie in the CPU's memory,
-whose allocation takes about as long. No card is needed. On one, the launches come on top, 2 to 3 us each, and those of
-what torch itself does for a call (casts), which are not counted here.
+whose allocation takes about as long. No card is needed. On one, the launches come on top, some microseconds each, and
+those of what torch itself does for a call (casts), which are not counted here.
 """
 
 from __future__ import annotations

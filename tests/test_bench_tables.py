@@ -162,7 +162,7 @@ def test_nothing_is_replaced_when_a_plot_cannot_be_drawn(tmp_path, monkeypatch, 
     readme.write_text(text)
     without = {**newest, "cases": [case for case in newest["cases"] if case["operation"] != "block_step"]}
     results.save(without, folder / "cpu-x.jsonl")
-    for pattern in ("second-cpu-*.jsonl", "latency-*.jsonl", "ranks-*.json"):
+    for pattern in ("second-cpu-*.jsonl", "latency-*.jsonl", "ranks-*.json", "host-*.json"):
         path = tables.newest(pattern)
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "cpu-memory.png").write_text("old")
