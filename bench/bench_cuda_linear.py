@@ -212,7 +212,7 @@ class LinearBench(Bench):
 
         def call(weight: NF4Weight) -> tuple[Tensor, ...]:
             rest = (x if adapter else None, u, A, B, SCALING, 0.0, None, True, adapter, adapter)
-            found = ops.backward(dy, *weight.pieces, k, *rest)
+            found = ops.backward(dy, weight.operand(), *rest)
             return found if adapter else found[:1]
 
         def exact() -> tuple[Tensor, ...]:

@@ -235,7 +235,9 @@ def poisoned_scratch() -> Iterator[None]:
 
     def filled(self, *arguments):
         scratch = plain(self, *arguments)
-        return None if scratch is None else scratch.fill_(0xFF)
+        if scratch is not None:
+            scratch.view(torch.uint8).fill_(0xFF)
+        return scratch
 
     backends.CUDA._scratch = filled
     try:

@@ -46,6 +46,7 @@ SHARED = {
     "adapter_down_kernel": ("adapters.cuh", "sizeof(<second>::Shared)"),
     "adapter_gradient_kernel": ("adapters.cuh", "sizeof(<second>::Shared)"),
     "adapter_sum_kernel": ("parts.cuh", "size_t{0}"),
+    "narrow_kernel": ("narrow.cuh", "size_t{0}"),
     "product_kernel": ("product.cuh", "sizeof(ProductTraits::Shared)"),
     "optimizer_step_kernel": ("optimizer.cuh", "sizeof(OptimizerShared<<second>>)"),
     "optimizer_norm_kernel": ("optimizer.cuh", "sizeof(OptimizerNormShared)"),

@@ -37,6 +37,7 @@ from qlora_kernels.bench.points import OPTIMIZER, K, N
 from qlora_kernels.bench.table import machine_line
 from qlora_kernels.files import load_json, write_atomically
 
+from . import bench_host
 from .bars import BARS, BARS_THREADS, OPTIMIZER_BARS, Bar, judge
 
 README = ROOT / "README.md"
@@ -318,6 +319,12 @@ PAGES = {
         load_json,
         {"ranks": rank_report.markdown},
         {"ranks.png": lambda found, path, source: rank_report.plot(found, path, source)},
+    ),
+    "host-*.json": Page(
+        "python -m bench.bench_host --out bench/results/host-NAME.json",
+        load_json,
+        {"host": bench_host.markdown},
+        {},
     ),
 }
 

@@ -8,6 +8,11 @@
 #include "cuda/arena.h"
 #include "cuda/optimizer_launch.h"
 
+// Of lora_A (0) or lora_B (1), and of its gradient: bits of `wide` say so where x is not float32 itself.
+static bool is_wide(int wide, int which, int dtype) {
+    return dtype == static_cast<int>(qlk::DType::kFloat32) || (wide >> which & 1) != 0;
+}
+
 void bind_cuda(py::module_ m) {
     using Released = py::call_guard<py::gil_scoped_release>;
     m.def(
@@ -40,28 +45,49 @@ void bind_cuda(py::module_ m) {
         "linear_forward",
         [](const Weight& weight, Address x, Address lora_a, Address lora_b, Address bias, Address narrow_bias,
            Address y, Address u, int64_t rows, int64_t r, float scaling, double dropout, Address seed, Address scratch,
-           int dtype, int device, Address stream) {
-            qlk::cuda::linear_forward({weight_view(weight), at<const void>(x), at<const void>(lora_a),
-                                       at<const void>(lora_b), at<const float>(bias), at<void>(y), at<void>(u), rows, r,
-                                       scaling, dropout, 0, dtype_of(dtype), 0, at<const void>(narrow_bias)},
-                                      at<const int64_t>(seed), at<void>(scratch), {device, at<void>(stream)});
+           int dtype, int wide, int device, Address stream) {
+            qlk::cuda::linear_forward(
+                {weight_view(weight), at<const void>(x), at<const void>(lora_a), at<const void>(lora_b),
+                 at<const float>(bias), at<void>(y), at<void>(u), rows, r, scaling, dropout, 0, dtype_of(dtype), 0,
+                 at<const void>(narrow_bias), is_wide(wide, 0, dtype), is_wide(wide, 1, dtype)},
+                at<const int64_t>(seed), at<void>(scratch), {device, at<void>(stream)});
         },
         Released());
     m.def(
         "linear_backward",
         [](const Weight& weight, Address dy, Address x, Address u, Address lora_a, Address lora_b, Address dx,
            Address da, Address db, Address v, int64_t rows, int64_t r, float scaling, double dropout, Address seed,
-           Address scratch, int dtype, int device, Address stream) {
-            qlk::cuda::linear_backward({weight_view(weight), at<const void>(dy), at<const void>(x), at<const void>(u),
-                                        at<const void>(lora_a), at<const void>(lora_b), at<void>(dx), at<float>(da),
-                                        at<float>(db), rows, r, scaling, dropout, 0, dtype_of(dtype), 0},
+           Address scratch, int dtype, int wide, int device, Address stream) {
+            const bool wide_a = is_wide(wide, 0, dtype), wide_b = is_wide(wide, 1, dtype);
+            qlk::cuda::linear_backward({weight_view(weight),
+                                        at<const void>(dy),
+                                        at<const void>(x),
+                                        at<const void>(u),
+                                        at<const void>(lora_a),
+                                        at<const void>(lora_b),
+                                        at<void>(dx),
+                                        at<float>(wide_a ? da : 0),
+                                        at<float>(wide_b ? db : 0),
+                                        rows,
+                                        r,
+                                        scaling,
+                                        dropout,
+                                        0,
+                                        dtype_of(dtype),
+                                        0,
+                                        wide_a,
+                                        wide_b,
+                                        at<void>(wide_a ? 0 : da),
+                                        at<void>(wide_b ? 0 : db)},
                                        at<const int64_t>(seed), at<void>(v), at<void>(scratch),
                                        {device, at<void>(stream)});
         },
         Released());
-    m.def("linear_scratch", [](int64_t rows, int64_t n, int64_t k, int64_t r, int dtype, bool backward, int device) {
-        return qlk::cuda::linear_scratch(rows, n, k, r, dtype_of(dtype), backward, device);
-    });
+    m.def("linear_scratch",
+          [](int64_t rows, int64_t n, int64_t k, int64_t r, int dtype, int wide, bool backward, int device) {
+              return qlk::cuda::linear_scratch(rows, n, k, r, dtype_of(dtype), is_wide(wide, 0, dtype),
+                                               is_wide(wide, 1, dtype), backward, device);
+          });
 
     // begin, end, arrive, leave, staged, stays: see csrc/cuda/arena.h.
     using Plan = std::vector<

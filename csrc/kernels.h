@@ -69,7 +69,9 @@ struct LinearForwardParams {
     uint64_t seed;
     DType dtype;
     int threads;
-    const void* narrow_bias = nullptr;  // [n] of dtype, in the place of bias: on CUDA alone
+    // On CUDA alone:
+    const void* narrow_bias = nullptr;    // [n] of dtype, in the place of bias
+    bool wide_a = false, wide_b = false;  // whether lora_a and lora_b are float32, whatever dtype is
 };
 
 // dx = dy W + mask(v A), v = scaling / (1 - p) * dy B; da = v^T mask(x); db = dy^T u.
@@ -90,6 +92,9 @@ struct LinearBackwardParams {
     uint64_t seed;
     DType dtype;
     int threads;
+    // On CUDA alone:
+    bool wide_a = false, wide_b = false;              // whether lora_a and lora_b are float32, whatever dtype is
+    void *narrow_da = nullptr, *narrow_db = nullptr;  // of dtype, in the place of da and db
 };
 
 namespace cpu {
@@ -137,8 +142,10 @@ void linear_forward(const LinearForwardParams& params, const int64_t* seed, void
 // v: [m, r] of dtype, or null without adapters.
 void linear_backward(const LinearBackwardParams& params, const int64_t* seed, void* v, void* scratch,
                      const Stream& stream);
-// Bytes of scratch that either of them needs for these sizes, at most 16 MiB.
-int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool backward, int device);
+// Bytes of scratch that either of them needs for these sizes: at most 16 MiB, and room for what of the adapters has
+// another type than x, [r, k] and [n, r]: copies of float32 ones, in backward sums for gradients that are not.
+int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool wide_a, bool wide_b, bool backward,
+                       int device);
 
 }  // namespace cuda
 }  // namespace qlk

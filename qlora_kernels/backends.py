@@ -84,7 +84,8 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _weight(pieces: tuple[Tensor | None, ...], n: int, k: int) -> tuple:
+def view_of(pieces: tuple[Tensor | None, ...], n: int, k: int) -> tuple:
+    """A quantized weight as the extension takes it: addresses, then N and K."""
     packed, absmax, nested_absmax, nested_offset, nested_table = pieces
     if nested_absmax is None:
         return (packed.data_ptr(), absmax.data_ptr(), 0, 0, 0, 0, n, k)
@@ -168,7 +169,7 @@ class CPU:
             out.copy_(CPU.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
             return
         native().dequantize(
-            _weight(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], torch.get_num_threads()
+            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], torch.get_num_threads()
         )
 
     @staticmethod
@@ -180,23 +181,25 @@ class CPU:
         native().quantize_states(values.data_ptr(), code.data_ptr(), absmax.data_ptr(), count, is_signed)
         return code, absmax
 
+    # x [..., K] and dy [..., N] are contiguous; r is the adapters' rank, 0 without.
+
     @staticmethod
-    def linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):
-        m, k = x.shape
-        r = 0 if lora_A is None else lora_A.shape[0]
-        y = torch.empty((m, n), dtype=x.dtype)
-        u = torch.empty((m, r), dtype=x.dtype)
+    def linear_forward(x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, keep_u):
+        n, k = view[6:]
+        m = x.numel() // k
+        y = x.new_empty(*x.shape[:-1], n)
+        u = x.new_empty(m, r) if r else None
         if m == 0:
             return y, u
         lora_A, lora_B, bias = _as(lora_A, x.dtype), _as(lora_B, x.dtype), _as(bias, torch.float32)
         native().linear_forward(
-            _weight(pieces, n, k),
+            view,
             x.data_ptr(),
             _pointer(lora_A),
             _pointer(lora_B),
             _pointer(bias),
             y.data_ptr(),
-            u.data_ptr(),
+            _pointer(u),
             m,
             r,
             scaling,
@@ -208,40 +211,39 @@ class CPU:
         return y, u
 
     @staticmethod
-    def linear_backward(dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-        m, n = dy.shape
-        r = 0 if lora_A is None else lora_A.shape[0]
-        dx = torch.empty((m, k) if need_dx else (0,), dtype=dy.dtype)
-        dA = torch.empty((r, k) if need_dA else (0,), dtype=torch.float32)
-        dB = torch.empty((n, r) if need_dB else (0,), dtype=torch.float32)
-        A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
+    def linear_backward(dy, view, r, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
+        n, k = view[6:]
+        m = dy.numel() // n
+        dx = dy.new_empty(*dy.shape[:-1], k) if need_dx else None
+        dA = dy.new_empty(r, k, dtype=torch.float32) if need_dA else None
+        dB = dy.new_empty(n, r, dtype=torch.float32) if need_dB else None
         if m == 0:
-            dA.zero_()
-            dB.zero_()
-        else:
-            native().linear_backward(
-                _weight(pieces, n, k),
-                dy.data_ptr(),
-                _pointer(x) if need_dA else 0,
-                _pointer(u) if need_dB else 0,
-                _pointer(A),
-                _pointer(B),
-                dx.data_ptr() if need_dx else 0,
-                dA.data_ptr() if need_dA else 0,
-                dB.data_ptr() if need_dB else 0,
-                m,
-                r,
-                scaling,
-                dropout,
-                _seed(seed, dropout),
-                _DTYPES[dy.dtype],
-                torch.get_num_threads(),
-            )
-        return dx, dA.to(lora_A.dtype) if need_dA else _like(dy), dB.to(lora_B.dtype) if need_dB else _like(dy)
+            return dx, _zeros(dA, lora_A), _zeros(dB, lora_B)
+        A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
+        native().linear_backward(
+            view,
+            dy.data_ptr(),
+            x.data_ptr() if need_dA else 0,
+            u.data_ptr() if need_dB else 0,
+            _pointer(A),
+            _pointer(B),
+            _pointer(dx),
+            _pointer(dA),
+            _pointer(dB),
+            m,
+            r,
+            scaling,
+            dropout,
+            _seed(seed, dropout),
+            _DTYPES[dy.dtype],
+            torch.get_num_threads(),
+        )
+        return dx, dA.to(lora_A.dtype) if need_dA else None, dB.to(lora_B.dtype) if need_dB else None
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return tensor.new_empty(0)
+def _zeros(gradient: Tensor | None, adapter: Tensor | None) -> Tensor | None:
+    """A gradient of no rows, in the adapter's type."""
+    return None if gradient is None else gradient.zero_().to(adapter.dtype)
 
 
 class _Exposed:
@@ -343,10 +345,12 @@ class CUDA:
         """Scratch for the sum of each 256 constants."""
         return self._empty((blocks + 255) // 256, torch.float64, device)
 
-    def _scratch(self, m: int, n: int, k: int, r: int, x: Tensor, backward: bool, ordinal: int) -> Tensor | None:
-        """Memory that the layer's kernels need for a while; what is in it does not matter."""
-        size = self._kernels.linear_scratch(m, n, k, r, _DTYPES[x.dtype], backward, ordinal)
-        return self._empty(size, torch.uint8, x.device) if size else None
+    #: Where the layer's tensors come from: (a tensor of the same type and device, the sizes).
+    _like = staticmethod(Tensor.new_empty)
+
+    def _scratch(self, x: Tensor, size: int) -> Tensor | None:
+        """So many bytes that the layer's kernels need for a while; what is in them does not matter."""
+        return self._like(x, -(-size // x.element_size())) if size else None
 
     def quantize(self, weight: Tensor, name: str):
         return self._quantize(weight, None)
@@ -370,79 +374,99 @@ class CUDA:
             out.copy_(self.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
             return
         self._kernels.dequantize(
-            _weight(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], *self._queue(out.device)
+            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], *self._queue(out.device)
         )
 
-    def linear_forward(self, x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):
-        (m, k), device = x.shape, x.device
-        r = 0 if lora_A is None else lora_A.shape[0]
-        y = self._empty((m, n), x.dtype, device)
-        u = self._empty((m, r), x.dtype, device)
+    def linear_forward(self, x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, keep_u):
+        n, k = view[6:]
+        m = x.numel() // k
+        y = self._like(x, m, n) if x.dim() == 2 else self._like(x, *x.shape[:-1], n)
+        u = self._like(x, m, r) if r and (keep_u or m == 0) else None
         if m == 0:
             return y, u
-        lora_A, lora_B = _as(lora_A, x.dtype), _as(lora_B, x.dtype)
+        code, queue = _DTYPES[x.dtype], self._queue(x.device)
+        wide = _wide(lora_A, lora_B) if r else 0
+        size = self._kernels.linear_scratch(m, n, k, r, code, wide, False, queue[0])
+        # A u that nobody keeps lies behind the scratch: an allocation less.
+        behind = (size + 15) // 16 * 16 if r and u is None else 0
+        scratch = self._scratch(x, behind + m * r * x.element_size() if r and u is None else size)
+        room = _pointer(scratch)
         # The kernels read a bias as it is, in float32 or in x's dtype.
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         narrow = bias is not None and bias.dtype != torch.float32
-        seed = _seed_on(device, seed, dropout)
-        queue = self._queue(device)
-        scratch = self._scratch(m, n, k, r, x, False, queue[0])
+        if r:
+            lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+        seed = _seed_on(x.device, seed, dropout)
         self._kernels.linear_forward(
-            _weight(pieces, n, k),
+            view,
             x.data_ptr(),
             _pointer(lora_A),
             _pointer(lora_B),
             0 if narrow else _pointer(bias),
             _pointer(bias) if narrow else 0,
             y.data_ptr(),
-            u.data_ptr(),
+            room + behind if r and u is None else _pointer(u),
             m,
             r,
             scaling,
             dropout,
             _pointer(seed),
-            _pointer(scratch),
-            _DTYPES[x.dtype],
+            room,
+            code,
+            wide,
             *queue,
         )
         return y, u
 
-    def linear_backward(self, dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-        (m, n), device = dy.shape, dy.device
-        r = 0 if lora_A is None else lora_A.shape[0]
-        dx = self._empty((m, k) if need_dx else (0,), dy.dtype, device)
-        dA = self._empty((r, k) if need_dA else (0,), torch.float32, device)
-        dB = self._empty((n, r) if need_dB else (0,), torch.float32, device)
+    def linear_backward(self, dy, view, r, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
+        n, k = view[6:]
+        m = dy.numel() // n
+        dx = None
+        if need_dx:
+            dx = self._like(dy, m, k) if dy.dim() == 2 else self._like(dy, *dy.shape[:-1], k)
+        # In the adapters' types: the kernels round what they have summed in float32.
+        dA = self._like(lora_A, r, k) if need_dA else None
+        dB = self._like(lora_B, n, r) if need_dB else None
         if m == 0:
-            dA.zero_()
-            dB.zero_()
-        else:
-            A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
-            v = self._empty((m, r), dy.dtype, device) if r and (need_dx or need_dA) else None
-            seed = _seed_on(device, seed, dropout)
-            queue = self._queue(device)
-            scratch = self._scratch(m, n, k, r, dy, True, queue[0])
-            self._kernels.linear_backward(
-                _weight(pieces, n, k),
-                dy.data_ptr(),
-                _pointer(x) if need_dA else 0,
-                _pointer(u) if need_dB else 0,
-                _pointer(A),
-                _pointer(B),
-                dx.data_ptr() if need_dx else 0,
-                dA.data_ptr() if need_dA else 0,
-                dB.data_ptr() if need_dB else 0,
-                _pointer(v),
-                m,
-                r,
-                scaling,
-                dropout,
-                _pointer(seed),
-                _pointer(scratch),
-                _DTYPES[dy.dtype],
-                *queue,
-            )
-        return dx, dA.to(lora_A.dtype) if need_dA else _like(dy), dB.to(lora_B.dtype) if need_dB else _like(dy)
+            return dx, dA.zero_() if need_dA else None, dB.zero_() if need_dB else None
+        code, queue = _DTYPES[dy.dtype], self._queue(dy.device)
+        wide = _wide(lora_A, lora_B) if r else 0
+        size = self._kernels.linear_scratch(m, n, k, r, code, wide, True, queue[0])
+        # v lies behind the scratch.
+        need_v = r > 0 and (need_dx or need_dA)
+        behind = (size + 15) // 16 * 16
+        scratch = self._scratch(dy, behind + m * r * dy.element_size() if need_v else size)
+        room = _pointer(scratch)
+        if r:
+            lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+        seed = _seed_on(dy.device, seed, dropout)
+        self._kernels.linear_backward(
+            view,
+            dy.data_ptr(),
+            x.data_ptr() if need_dA else 0,
+            u.data_ptr() if need_dB else 0,
+            _pointer(lora_A),
+            _pointer(lora_B),
+            _pointer(dx),
+            _pointer(dA),
+            _pointer(dB),
+            room + behind if need_v else 0,
+            m,
+            r,
+            scaling,
+            dropout,
+            _pointer(seed),
+            room,
+            code,
+            wide,
+            *queue,
+        )
+        return dx, dA, dB
+
+
+def _wide(lora_A: Tensor, lora_B: Tensor) -> int:
+    """Which of the adapters are float32, as the CUDA kernels are told: bits 0 and 1."""
+    return (lora_A.dtype is torch.float32) | (lora_B.dtype is torch.float32) << 1
 
 
 def _seed_on(device: torch.device, seed: Tensor | None, dropout: float) -> Tensor | None:

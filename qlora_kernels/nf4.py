@@ -50,6 +50,19 @@ class NF4Weight:
         """The five tensors (None where there is no double quantization), as the operations take them."""
         return (self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.nested_table)
 
+    def operand(self) -> ops.Operand:
+        """The weight as the products take it; the same one as long as the pieces are the same tensors."""
+        kept = self.__dict__.get("_operand")
+        if kept is not None and (kept.n, kept.k) == self.shape and ops.same_pieces(kept.pieces, self.pieces):
+            return kept
+        made = ops.Operand(self.pieces, *self.shape)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_operand"] = made
+        return made
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_operand"}
+
     @property
     def double_quant(self) -> bool:
         return self.nested_absmax is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import backends
+from . import backends, reference
 from .errors import require
 
 _library = torch.library.Library("qlora_kernels", "DEF")
@@ -109,6 +109,77 @@ def _explain_weight(packed, absmax, nested_absmax, nested_offset, nested_table, 
             raise ValueError(f"{name} should be contiguous")
         if piece.requires_grad:
             raise RuntimeError(f"an NF4 weight is frozen and has no gradient, but {name} asks for one")
+
+
+def same_pieces(left: tuple[Tensor | None, ...], right: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are the same tensors: objects, not values."""
+    return (
+        left[0] is right[0]
+        and left[1] is right[1]
+        and left[2] is right[2]
+        and left[3] is right[3]
+        and left[4] is right[4]
+    )
+
+
+class Operand:
+    """A weight [n, k] as the products take it: its five pieces, and what is known of them.
+
+    Checking the pieces takes as long as launching a kernel, and they hardly ever change. So what a check has found is
+    kept for as long as they lie where they lay, with as many elements: an exchange of their data (``.data = ...``, a
+    move to another device, a freed storage) is seen by that, and checked anew.
+    """
+
+    def __init__(self, pieces: tuple[Tensor | None, ...], n: int, k: int) -> None:
+        self.pieces, self.n, self.k = pieces, n, k
+        self._view: tuple | None = None
+        self._sizes: tuple[int, int] | None = None
+        self._plain = False
+        self.device: torch.device | None = None  # once view() has been asked
+
+    def view(self) -> tuple:
+        """The weight as the kernels take it, checked.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :func:`check_weight` does.
+        """
+        packed, absmax, nested_absmax, nested_offset, nested_table = self.pieces
+        if self._view is not None:
+            view = backends.view_of(self.pieces, self.n, self.k)
+            if view == self._view and (packed.numel(), absmax.numel()) == self._sizes:
+                # Bytes cannot ask for a gradient.
+                if nested_absmax is None:
+                    if not absmax.requires_grad:
+                        return view
+                elif not (nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad):
+                    return view
+        check_weight(*self.pieces, self.n, self.k)
+        view = backends.view_of(self.pieces, self.n, self.k)
+        # The view last: another thread that finds it finds the others.
+        self._sizes, self.device = (packed.numel(), absmax.numel()), packed.device
+        self._view = view
+        return view
+
+    def is_plain(self) -> bool:
+        """Whether the pieces are tensors of no other kind, which may want to see operations."""
+        self._plain = self._plain or _PLAIN.issuperset(map(type, self.pieces))
+        return self._plain
+
+    def versions(self) -> tuple[int, ...] | None:
+        """Numbers that change when a piece's elements do; None of tensors made in inference mode, which count none."""
+        packed, absmax, nested_absmax, nested_offset, nested_table = self.pieces
+        try:
+            if nested_absmax is None:
+                return packed._version, absmax._version
+            return (
+                packed._version,
+                absmax._version,
+                nested_absmax._version,
+                nested_offset._version,
+                nested_table._version,
+            )
+        except RuntimeError:
+            return None
 
 
 # ---------------------------------------------------------------------------------------------------- quantize
@@ -323,9 +394,10 @@ _library.define(
 
 
 def _check_activation(name: str, x: Tensor, columns: int, device: torch.device) -> None:
+    """Of at least one dimension; who wants two has asked for them before."""
     if x.dtype not in _LINEAR_DTYPES:
         raise TypeError(f"{name} should be bfloat16, float16, float32 or float64, found {x.dtype}")
-    if x.dim() != 2 or x.shape[1] != columns:
+    if x.shape[-1] != columns:
         raise ValueError(f"{name} should be [M, {columns}], found {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, but the weight on {device}")
@@ -350,15 +422,25 @@ def _check_lora(
         require(lora_A is None and lora_B is None, ValueError, "lora_A and lora_B come together: both, or neither")
         return 0
     r = lora_A.shape[0] if lora_A.dim() == 2 else -1
-    if (
+    if not (
         lora_A.shape == (r, k)
         and lora_B.shape == (n, r)
         and (lora_A.dtype is dtype or lora_A.dtype is torch.float32)
         and (lora_B.dtype is dtype or lora_B.dtype is torch.float32)
-        and lora_A.device == lora_B.device == device
-        and dropout == 0.0
+        and lora_A.device == device
+        and lora_B.device == device
     ):
-        return r
+        _explain_lora(lora_A, lora_B, r, n, k, dtype, device)
+    if dropout > 0.0:
+        if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError("dropout needs a seed: an int64 tensor with one element")
+        if seed.device != device and seed.device.type != "cpu":
+            raise ValueError(f"the seed is on {seed.device}, but the weight on {device}")
+    return r
+
+
+def _explain_lora(lora_A, lora_B, r, n, k, dtype, device) -> None:
+    """Raises the error for the first thing that is wrong."""
     for name, tensor, shape in (("lora_A", lora_A, [r, k]), ("lora_B", lora_B, [n, r])):
         if list(tensor.shape) != shape:
             raise ValueError(
@@ -368,15 +450,6 @@ def _check_lora(
             raise TypeError(f"{name} should be {dtype}, as the input is, or float32; found {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but the weight on {device}")
-    if dropout > 0.0:
-        require(
-            seed is not None and seed.dtype == torch.int64 and seed.numel() == 1,
-            ValueError,
-            "dropout needs a seed: an int64 tensor with one element",
-        )
-        if seed.device != device and seed.device.type != "cpu":
-            raise ValueError(f"the seed is on {seed.device}, but the weight on {device}")
-    return r
 
 
 def _check_forward(x, pieces, n, bias, lora_A, lora_B, dropout, seed) -> int:
@@ -384,10 +457,14 @@ def _check_forward(x, pieces, n, bias, lora_A, lora_B, dropout, seed) -> int:
         raise ValueError(f"x should be [M, K], found {list(x.shape)}")
     k = x.shape[1]
     check_weight(*pieces, n, k)
-    device = pieces[0].device
+    return _check_forward_operands(x, pieces[0].device, n, k, bias, lora_A, lora_B, dropout, seed)
+
+
+def _check_forward_operands(x, device, n, k, bias, lora_A, lora_B, dropout, seed) -> int:
+    """All but the weight, on whose device they should be; the rank."""
     _check_activation("x", x, k, device)
     if bias is not None:
-        if list(bias.shape) != [n]:
+        if bias.dim() != 1 or bias.shape[0] != n:
             raise ValueError(f"bias should be [{n}], found {list(bias.shape)}")
         if bias.dtype not in (x.dtype, torch.float32):
             raise TypeError(f"bias should be {x.dtype}, as x is, or float32; found {bias.dtype}")
@@ -412,8 +489,12 @@ def _linear_forward(
     seed,
 ):
     pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
-    _check_forward(x, pieces, n, bias, lora_A, lora_B, dropout, seed)
-    return backends.of(x).linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
+    r = _check_forward(x, pieces, n, bias, lora_A, lora_B, dropout, seed)
+    if x.dtype == torch.float64:
+        return reference.linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
+    view = backends.view_of(pieces, n, x.shape[1])
+    y, u = backends.of(x).linear_forward(x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, True)
+    return y, x.new_empty(x.shape[0], 0) if u is None else u
 
 
 @torch.library.register_fake("qlora_kernels::linear_forward", lib=_library)
@@ -450,23 +531,38 @@ _library.define(
 def _check_backward(dy, pieces, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB) -> int:
     if dy.dim() != 2:
         raise ValueError(f"dy should be [M, N], found {list(dy.shape)}")
-    m, n = dy.shape
+    n = dy.shape[1]
     check_weight(*pieces, n, k)
-    device = pieces[0].device
+    return _check_backward_operands(dy, pieces[0].device, n, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB)
+
+
+def _check_backward_operands(dy, device, n, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB) -> int:
+    """All but the weight, on whose device they should be; the rank."""
     _check_activation("dy", dy, n, device)
     r = _check_lora(lora_A, lora_B, n, k, dy.dtype, device, dropout, seed)
     if need_dA or need_dB:
         require(lora_A is not None, ValueError, "gradients for lora_A and lora_B need lora_A and lora_B")
-    for name, tensor, needed, columns in (("x", x, need_dA, k), ("u", u, need_dB, r)):
-        if needed:
-            require(tensor is not None, ValueError, f"{name} is needed for the gradient that was asked for")
-            _check_activation(name, tensor, columns, device)
-            require(
-                tensor.shape[0] == m and tensor.dtype == dy.dtype,
-                ValueError,
-                f"{name} should be {dy.dtype} [{m}, {columns}], found {tensor.dtype} {list(tensor.shape)}",
-            )
+        m = dy.numel() // n
+        if need_dA:
+            _check_saved("x", x, m, k, dy.dtype, device)
+        if need_dB:
+            _check_saved("u", u, m, r, dy.dtype, device)
     return r
+
+
+def _check_saved(name: str, tensor: Tensor | None, m: int, columns: int, dtype, device) -> None:
+    if (
+        tensor is not None
+        and tensor.dtype is dtype
+        and tensor.numel() == m * columns
+        and tensor.shape[-1] == columns
+        and tensor.device == device
+        and tensor.is_contiguous()
+    ):
+        return
+    require(tensor is not None, ValueError, f"{name} is needed for the gradient that was asked for")
+    _check_activation(name, tensor, columns, device)
+    raise ValueError(f"{name} should be {dtype} [{m}, {columns}], found {tensor.dtype} {list(tensor.shape)}")
 
 
 def _linear_backward(
@@ -489,10 +585,27 @@ def _linear_backward(
     need_dB: bool,
 ):
     pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
-    _check_backward(dy, pieces, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB)
-    return backends.of(dy).linear_backward(
-        dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB
+    r = _check_backward(dy, pieces, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB)
+    if dy.dtype == torch.float64:
+        return reference.linear_backward(
+            dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB
+        )
+    gradients = backends.of(dy).linear_backward(
+        dy,
+        backends.view_of(pieces, dy.shape[1], k),
+        r,
+        x,
+        u,
+        lora_A,
+        lora_B,
+        scaling,
+        dropout,
+        seed,
+        need_dx,
+        need_dA,
+        need_dB,
     )
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @torch.library.register_fake("qlora_kernels::linear_backward", lib=_library)
@@ -548,7 +661,7 @@ linear_backward = torch.ops.qlora_kernels.linear_backward.default
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def _nobody_watches(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+def _nobody_watches(x: Tensor, weight: Operand, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether torch's dispatcher has but to find the kernel: there is no mode, transform, tracer, profiler, subclass or
     other device."""
     return (
@@ -559,28 +672,70 @@ def _nobody_watches(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
+        and x.dtype is not torch.float64  # the reference's
+        and weight.is_plain()
         and _PLAIN.issuperset(map(type, tensors))
     )
 
 
-def forward_below_autograd(*arguments) -> tuple[Tensor, Tensor]:
-    """linear_forward without its autograd layer, and past the dispatcher where that is idle: a fifth of a call's time
-    on the host."""
-    x, *pieces, _n, bias, lora_A, lora_B, _scaling, _dropout, seed = arguments
-    if _nobody_watches(x, (x, *pieces, bias, lora_A, lora_B, seed)):
-        return _linear_forward(*arguments)
+def forward(
+    x: Tensor,
+    weight: Operand,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    keep_u: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """linear_forward of a contiguous x [..., K] without its autograd layer, and past the dispatcher where that is idle:
+    what it does takes as long as all the rest of a call.
+
+    Returns:
+        y [..., N], and u [M, r], which may be None unless keep_u.
+    """
+    if _nobody_watches(x, weight, (x, bias, lora_A, lora_B, seed)):
+        view = weight.view()
+        r = _check_forward_operands(x, weight.device, weight.n, weight.k, bias, lora_A, lora_B, dropout, seed)
+        return backends.of(x).linear_forward(x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, keep_u)
+    rows = x if x.dim() == 2 else x.reshape(-1, weight.k)
+    arguments = (rows, *weight.pieces, weight.n, bias, lora_A, lora_B, scaling, dropout, seed)
     if torch.compiler.is_compiling():
-        return linear_forward(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return linear_forward(*arguments)
+        y, u = linear_forward(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, u = linear_forward(*arguments)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.n), u
 
 
-def backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_backward, likewise past the dispatcher."""
-    dy, *pieces, _k, x, u, lora_A, lora_B, _scaling, _dropout, seed, _dx, _dA, _dB = arguments
-    if _nobody_watches(dy, (dy, *pieces, x, u, lora_A, lora_B, seed)):
-        return _linear_backward(*arguments)
-    return linear_backward(*arguments)
+def backward(
+    dy: Tensor,
+    weight: Operand,
+    x: Tensor | None,
+    u: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """linear_backward of a contiguous dy [..., N], likewise past the dispatcher; None for what is not needed."""
+    needs = (need_dx, need_dA, need_dB)
+    if _nobody_watches(dy, weight, (dy, x, u, lora_A, lora_B, seed)):
+        view, n, k = weight.view(), weight.n, weight.k
+        r = _check_backward_operands(dy, weight.device, n, k, x, u, lora_A, lora_B, dropout, seed, need_dA, need_dB)
+        return backends.of(dy).linear_backward(dy, view, r, x, u, lora_A, lora_B, scaling, dropout, seed, *needs)
+    rows = dy if dy.dim() == 2 else dy.reshape(-1, weight.n)
+    if x is not None and x.dim() != 2:
+        x = x.reshape(-1, weight.k)
+    dx, dA, dB = linear_backward(rows, *weight.pieces, weight.k, x, u, lora_A, lora_B, scaling, dropout, seed, *needs)
+    if need_dx and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], weight.k)
+    return dx if need_dx else None, dA if need_dA else None, dB if need_dB else None
 
 
 _tables: dict[torch.device, Tensor] = {}

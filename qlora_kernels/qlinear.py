@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import loading, reference
-from .autograd import linear as linear_function
+from . import loading, ops, reference
+from .autograd import linear_of
 from .errors import require
 from .lora import AdapterConfig, Adapters, init_adapter
 from .merge import MergeReport, merge, to_linear, unmerge
@@ -193,18 +193,33 @@ class QLinear(Adapters, nn.Linear):
     @property
     def weight(self) -> NF4Weight:
         """The frozen base [N, K]; while an adapter is merged, the base with it."""
+        return NF4Weight(*self._pieces(), self._shape, self._dtype)
+
+    def _pieces(self) -> tuple[Tensor | None, ...]:
         # Read past nn.Module.__getattr__, whose searches would cost as much as the rest of a call.
         parameters, buffers = self._parameters, self._buffers
         absmax = parameters.get("weight_absmax")
-        return NF4Weight(
+        return (
             parameters["weight_packed"],
             buffers["weight_absmax"] if absmax is None else absmax,
             buffers["weight_nested_absmax"],
             buffers["weight_nested_offset"],
             buffers["weight_nested_table"],
-            self._shape,
-            self._dtype,
         )
+
+    def _operand(self) -> ops.Operand:
+        """The weight as the products take it, kept as long as its pieces are the same tensors."""
+        pieces, kept = self._pieces(), self.__dict__.get("_kept_operand")
+        if kept is not None and ops.same_pieces(kept.pieces, pieces):
+            return kept
+        made = ops.Operand(pieces, *self._shape)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_kept_operand"] = made
+        return made
+
+    def _forget_operand(self) -> None:
+        """Lets go of pieces that have been replaced."""
+        self.__dict__.pop("_kept_operand", None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,6 +236,7 @@ class QLinear(Adapters, nn.Linear):
 
     def _set_pieces(self, prefix: str, weight: NF4Weight | None) -> None:
         """Registers a weight's tensors: bytes as frozen Parameters, float32 constants as buffers; or removes them."""
+        self._forget_operand()
         for name in PIECES:
             attribute = f"{prefix}_{name}"
             self._parameters.pop(attribute, None)
@@ -254,6 +270,7 @@ class QLinear(Adapters, nn.Linear):
 
         nominal = fn(torch.empty(0, dtype=self._dtype, device=self.weight_packed.device)).dtype
         super()._apply(apply, recurse)
+        self._forget_operand()
         if nominal != self._dtype and nominal.is_floating_point:
             self._dtype = nominal
             self._adapter_dtype = None
@@ -273,7 +290,9 @@ class QLinear(Adapters, nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside disable_adapters() has no one to enable it again.
-        return {**self.__dict__, "_disabled": 0}
+        state = {**self.__dict__, "_disabled": 0}
+        state.pop("_kept_operand", None)
+        return state
 
     # ------------------------------------------------------------------------------------------------- the product
 
@@ -281,20 +300,22 @@ class QLinear(Adapters, nn.Linear):
         """[..., K] -> [..., N] in x's dtype, or autocast's, as nn.Linear; bias and adapters may have another dtype."""
         # Read past __getattr__ where nothing has taken a parameter's place: its searches cost as much as the rest.
         parameters, modules, dtype = self._parameters, self._modules, x.dtype
-        bias = _fit(parameters["bias"] if "bias" in parameters else self.bias, dtype)  # noqa: SIM401
-        name = self._active
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        if bias is not None:
+            bias = _fit(bias, dtype)
+        name, weight = self._active, self._operand()
         if name is None or self._disabled or self._merged is not None:
-            return linear_function(x, self.weight, bias)
+            return linear_of(x, weight, bias)
         config = self._adapters[name]
         lora_A, lora_B = modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
-        return linear_function(
+        return linear_of(
             x,
-            self.weight,
+            weight,
             bias,
             _fit(self.lora_A[name] if lora_A is None else lora_A, dtype),
             _fit(self.lora_B[name] if lora_B is None else lora_B, dtype),
-            scaling=config.scaling,
-            dropout=config.dropout if self.training else 0.0,
+            config.scaling,
+            config.dropout if self.training else 0.0,
         )
 
     # ------------------------------------------------------------------------------------------------- merging
@@ -359,9 +380,10 @@ def check_range(weight: NF4Weight, name: str) -> None:
         )
 
 
-def _fit(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _fit(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Bias or adapter as the kernels take it: in x's dtype or in float32."""
-    return tensor if tensor is None or tensor.dtype in (dtype, torch.float32) else tensor.to(dtype)
+    own = tensor.dtype
+    return tensor if own is dtype or own is torch.float32 else tensor.to(dtype)
 
 
 def _meta_weight(n: int, k: int, double_quant: bool) -> NF4Weight:

@@ -74,6 +74,10 @@ class Emulated(backends.CUDA):
         return tensor
 
     @staticmethod
+    def _like(tensor, *sizes, dtype=None):
+        return Emulated._empty(sizes, dtype or tensor.dtype, "cpu")
+
+    @staticmethod
     def _queue(device):
         return 0, 0
 

@@ -46,8 +46,8 @@ def test_scratch_that_is_poisoned_changes_nothing(capsys):
     with emulated(), gpu_cases.poisoned_scratch():
         poisoned = gpu_cases.backends.CUDA._scratch
         kernels, x = gpu_cases.backends.forced, torch.zeros(20, 1088).bfloat16()
-        seen.append(kernels._scratch(20, 72, 1088, 8, x, True, 0))
-        assert kernels._scratch(1, 8, 64, 0, x, False, 0) is None
+        seen.append(kernels._scratch(x, 72).view(torch.uint8))
+        assert kernels._scratch(x, 0) is None
     assert (seen[0] == 255).all()
     assert len(seen[0]) > 0
     assert gpu_cases.backends.CUDA._scratch is not poisoned
@@ -64,7 +64,7 @@ def test_scratch_that_is_poisoned_changes_nothing(capsys):
         patch.setattr(gpu_cases.backends.CUDA, "_scratch", zeros)
         assert gpu_cases.main(["--poison-scratch", "--only", "linear bfloat16"], device="cpu") == 0
         assert gpu_cases.backends.CUDA._scratch is zeros
-    assert any(scratch is not None and (scratch == 255).any() for scratch in calls)
+    assert any(scratch is not None and (scratch.view(torch.uint8) == 255).any() for scratch in calls)
     out, err = capsys.readouterr()
     assert out == gpu_cases.verdict(12, 12) + "\n"
     assert err.startswith("gpu_cases: 0 s, case 1 of 12, linear, bfloat16, 3 rows by [72, 192]")

@@ -153,9 +153,11 @@ def test_errors_of_the_launchers_say_where(cuda_engine):
     with pytest.raises(RuntimeError, match=r"aligned\.h:\d+: the constants of a weight should lie on a multiple of 4"):
         kernels.dequantize((0, 2, 0, 0, 0, 0, 1, 64), 0, 0, 1, 0, *queue)
     with pytest.raises(RuntimeError, match="x, u, y, lora_A and lora_B should lie on a multiple of 2 bytes"):
-        kernels.linear_forward((0, 0, 0, 0, 0, 0, 1, 64), 1, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 1, *queue)
+        kernels.linear_forward((0, 0, 0, 0, 0, 0, 1, 64), 1, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 1, 0, *queue)
     with pytest.raises(RuntimeError, match="dy, x, u, dx, lora_A and lora_B should lie on a multiple of 4 bytes"):
-        kernels.linear_backward((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 0, *queue)
+        kernels.linear_backward(
+            (0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 0, 0, *queue
+        )
     with pytest.raises(RuntimeError, match="unknown dtype code 7"):
         kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 0, 0, 1, 7, *queue)
     with pytest.raises(RuntimeError, match=r"quantize_absmax\.cu:\d+: there are no constants"):
@@ -438,7 +440,7 @@ def test_scratch_holds_what_it_held_before():
     x = torch.randn(20, 1024).bfloat16()
     with emulated(multiprocessors=4):
         kernels = module()
-        size = kernels.linear_scratch(20, 128, 1024, 0, 1, False, 0)
+        size = kernels.linear_scratch(20, 128, 1024, 0, 1, 0, False, 0)
         assert 0 < size <= 2**24
         scratch, results = torch.zeros(size // 8, dtype=torch.int64), []
         packed, absmax, nested_absmax, offset, table = (p.data_ptr() for p in weight.pieces)
@@ -446,12 +448,12 @@ def test_scratch_holds_what_it_held_before():
             y = torch.full((20, 128), torch.nan, dtype=torch.bfloat16)
             pieces = (packed, 0, absmax, nested_absmax, table, offset, 128, 1024)
             kernels.linear_forward(
-                pieces, x.data_ptr(), 0, 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, scratch.data_ptr(), 1, 0, 0
+                pieces, x.data_ptr(), 0, 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, scratch.data_ptr(), 1, 0, 0, 0
             )
             results.append(y)
             assert scratch[0] == 0, "the last block takes the launch's number away"
         with pytest.raises(RuntimeError, match="need scratch"):
-            kernels.linear_forward(pieces, x.data_ptr(), 0, 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, 0, 1, 0, 0)
+            kernels.linear_forward(pieces, x.data_ptr(), 0, 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, 0, 1, 0, 0, 0)
     assert all(torch.equal(results[0], y) for y in results[1:])
 
 

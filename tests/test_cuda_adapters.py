@@ -207,18 +207,24 @@ def test_x_and_dy_are_read_once(r):
 
 def test_launches():
     few, many = Layer(5, 64, 1024, 16), Layer(300, 64, 1024, 16)
+    # The first one rounds the adapters, which are float32.
     # u; both of its gradients and the sum of the parts of v, and dA.
-    assert traffic(few.forward, multiprocessors=8)["launches"] == 1 + 1
-    assert traffic(few.backward, multiprocessors=8)["launches"] == 2 + 1
+    assert traffic(few.forward, multiprocessors=8)["launches"] == 1 + 1 + 1
+    assert traffic(few.backward, multiprocessors=8)["launches"] == 1 + 2 + 1
     # dA in parts, too.
-    assert traffic(many.backward, multiprocessors=64)["launches"] == 2 + 2
+    assert traffic(many.backward, multiprocessors=64)["launches"] == 1 + 2 + 2
 
 
 def test_scratch_is_at_most_16_mib():
     with emulated(multiprocessors=132):
         for m, n, k, r in itertools.product((1, 16, 4096, 65536), (64, 4096, 28672), (4096, 11008), (1, 16, 64, 256)):
-            for backward in (False, True):
-                assert 0 <= module().linear_scratch(m, n, k, r, 1, backward, 0) <= 16 * 2**20
+            for backward, wide in itertools.product((False, True), (0, 1, 2, 3)):
+                # Copies of float32 adapters in 2 bytes, or sums in 4 of gradients that are not float32.
+                sizes = [(2 if wide >> i & 1 else 4 * backward) * r * side for i, side in enumerate((k, n))]
+                converted = sum(-(-size // 128) * 128 for size in sizes)
+                found = module().linear_scratch(m, n, k, r, 1, wide, backward, 0)
+                assert converted <= found <= converted + 16 * 2**20
+            assert module().linear_scratch(m, n, k, r, 0, 0, True, 0) <= 16 * 2**20
 
 
 def test_few_rows_spread_over_the_card():
@@ -236,12 +242,59 @@ def test_a_gradient_that_lies_on_no_8_bytes():
         for shift in (0, 1):
             room = torch.full((64 * 8 + 2,), torch.nan)
             db = room[shift:]
-            bytes_needed = module().linear_scratch(64, 64, 64, 8, 1, True, 0)
+            bytes_needed = module().linear_scratch(64, 64, 64, 8, 1, 3, True, 0)
             scratch = torch.empty(max(bytes_needed, 16), dtype=torch.uint8)
-            A, B = layer.A.bfloat16(), layer.B.bfloat16()
+            A, B = layer.A.float(), layer.B.float()
             module().linear_backward(
                 weight, layer.dy.data_ptr(), 0, layer.u.data_ptr(), A.data_ptr(), B.data_ptr(), 0, 0, db.data_ptr(),
-                0, 64, 8, 1.0, 0.0, 0, scratch.data_ptr(), 1, 0, 0,
+                0, 64, 8, 1.0, 0.0, 0, scratch.data_ptr(), 1, 3, 0, 0,
             )  # fmt: skip
             found = room[shift : shift + 64 * 8].view(64, 8)
             assert relative_error(found, layer.dy.double().T @ layer.u.double()) < 1e-6
+
+
+def shifted(tensor):
+    """A copy that lies on the size of an element and no more."""
+    room = tensor.new_empty(tensor.numel() + 1)[1:]
+    return room.copy_(tensor.flatten()).view(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k", "r"), [(64, 128, 8), (7, 101, 3), (33, 64, 1)])
+def test_adapters_in_another_type_are_rounded_as_a_cast_rounds(cuda_engine, dtype, n, k, r):
+    """And gradients come in the adapters' types, float32 ones unrounded; whichever of the two has which."""
+    layer = Layer(9, n, k, r, 0.3, dtype)
+    layer.A, layer.B = (torch.randn(*s) for s in ((r, k), (n, r)))
+    layer.A[0, 0] = -0.0
+    wide, narrow = (layer.A, layer.B), (layer.A.to(dtype), layer.B.to(dtype))
+    results = {}
+    for which in itertools.product((0, 1), repeat=2):
+        for place in (lambda t: t, shifted):
+            layer.A, layer.B = (place((wide, narrow)[one][i]) for i, one in enumerate(which))
+            y, u = ops.linear_forward(
+                layer.x, *layer.weight.pieces, n, None, layer.A, layer.B, layer.scaling, layer.dropout, layer.seed
+            )
+            gradients = [layer.backward(dx=True), (layer.backward(True, False, False)[0], *layer.backward(False)[1:])]
+            for dx, dA, dB in gradients:
+                assert (dA.dtype, dB.dtype) == (layer.A.dtype, layer.B.dtype)
+                found = (y, u, dx, dA.to(dtype), dB.to(dtype))
+                expected = results.setdefault("all", found)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), which
+                for name, gradient in (("dA", dA), ("dB", dB)):
+                    if gradient.dtype == torch.float32:
+                        assert torch.equal(gradient, results.setdefault(name, gradient))
+                        assert not torch.equal(gradient, gradient.to(dtype).float())
+
+
+@pytest.mark.parametrize(("adapter", "before", "after"), [(torch.float32, 1, 0), (torch.bfloat16, 0, 1)])
+def test_a_launch_converts_both_adapters(adapter, before, after):
+    layer = Layer(64, 64, 128, 8)
+    layer.A, layer.B = layer.A.to(adapter), layer.B.to(adapter)
+
+    def launches(call, *needs) -> int:
+        return traffic(lambda: call(*needs), multiprocessors=1)["launches"]
+
+    assert launches(layer.forward) == before + 2, "u and y"
+    assert launches(layer.backward, True, True, True) == before + 4 + after, "v with dB, the sum of v, dx, dA"
+    assert launches(layer.backward, False, False, True) == 1 + after, "dB alone reads neither adapter"
+    assert launches(layer.backward, True, False, False) == before + 2, "v and dx alone"

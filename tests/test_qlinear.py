@@ -305,3 +305,21 @@ def test_a_layer_without_data_cannot_be_merged():
     with pytest.raises(RuntimeError, match="on the meta device and has no data to merge"):
         made.merge()
     assert made.merged_adapter_name is None
+
+
+def test_what_is_kept_of_a_weight_goes_with_it():
+    made, x = layer(), torch.randn(2, K)
+    expected = made(x)
+    kept = made._operand()
+    assert made._operand() is kept
+    copied = copy.deepcopy(made)
+    assert torch.equal(copied(x), expected)
+    assert copied._operand() is not kept
+    assert all(a is not b for a, b in zip(copied._operand().pieces, kept.pieces, strict=True))
+    for change in (made.merge, made.unmerge, made.double, made.reset_parameters):
+        made._operand()
+        change()
+        assert "_kept_operand" not in vars(made), change
+    other = layer()
+    assert torch.equal(torch.func.functional_call(copied, dict(other.state_dict()), (x,)), other(x))
+    assert torch.equal(copied(x), expected)

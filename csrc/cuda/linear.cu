@@ -10,6 +10,7 @@
 #include "few.cuh"
 #include "gemm.cuh"
 #include "middle.cuh"
+#include "narrow.cuh"
 #include "splits.h"
 
 namespace qlk::cuda {
@@ -21,6 +22,38 @@ void product_launch(const Product& p, const Stream& stream) {
     const int64_t blocks =
         ((p.rows + Traits::kTile - 1) / Traits::kTile) * ((p.columns + Traits::kTile - 1) / Traits::kTile);
     launch(product_kernel<Product>, blocks, Traits::kThreads, sizeof(Traits::Shared), stream, p);
+}
+
+// Room for [r, k] or [n, r] that is float32 where x is not, or that backward makes for an adapter which is not.
+int64_t converted_bytes(int64_t count, DType dtype, bool wide, bool backward) {
+    return dtype == DType::kFloat32 ? 0 : over(count * (wide ? 2 : backward ? 4 : 0), 128) * 128;
+}
+
+// Such room for both adapters, in front of the kernels' scratch.
+struct Converted {
+    void *a, *b, *scratch;
+
+    template <class Params>
+    static Converted in(void* scratch, const Params& p, int64_t r, bool backward) {
+        char* const room = static_cast<char*>(scratch);
+        const int64_t a = converted_bytes(r * p.weight.k, p.dtype, p.wide_a, backward);
+        const int64_t b = converted_bytes(r * p.weight.n, p.dtype, p.wide_b, backward);
+        QLK_CHECK(a + b == 0 || room != nullptr, "adapters of another type than x need scratch");
+        return {room, room + a, room ? room + a + b : nullptr};
+    }
+};
+
+// Two conversions in one launch, none where `from` is null.
+template <class T>
+void narrow(const float* from, void* to, int64_t count, const float* from_2, void* to_2, int64_t count_2,
+            const Stream& stream) {
+    const auto span = [](const float* from, void* to, int64_t count) {
+        using Span = typename NarrowArguments<T>::Span;
+        return Span{from, static_cast<T*>(to), from ? count : 0, lies_on(from, 16) && lies_on(to, 8)};
+    };
+    const NarrowArguments<T> both{span(from, to, count), span(from_2, to_2, count_2)};
+    const int64_t fours = over(both.first.count, 4) + over(both.second.count, 4);
+    if (fours > 0) launch(narrow_kernel<T>, over(fours, kNarrowThreads), kNarrowThreads, 0, stream, both);
 }
 
 Dropout dropout_of(double p, const int64_t* seed) {
@@ -137,18 +170,28 @@ void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, c
     require_aligned(p.weight);
     require_aligned(16, "scratch", scratch);
     require_aligned(sizeof(T), "x, u, y, lora_A and lora_B", p.x, p.u, p.y, p.lora_a, p.lora_b);
+    require_aligned(4, "adapters in float32", p.wide_a ? p.lora_a : nullptr, p.wide_b ? p.lora_b : nullptr);
     require_aligned(8, "the seed", seed);
     require_aligned(4, "the bias", p.bias);
     require_aligned(sizeof(T), "a bias of x's type", p.narrow_bias);
     const Bias<T> bias{p.bias, static_cast<const T*>(p.narrow_bias)};
-    const T *const x = static_cast<const T*>(p.x), *const a = static_cast<const T*>(p.lora_a);
+    const T *const x = static_cast<const T*>(p.x), *a = static_cast<const T*>(p.lora_a),
+                   *b = static_cast<const T*>(p.lora_b);
     T* const u = static_cast<T*>(p.u);
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
     const DeviceGuard guard(stream.device);
+    if constexpr (sizeof(T) == 2) {
+        const Converted room = Converted::in(scratch, p, r, false);
+        const float* const wide_a = p.wide_a ? static_cast<const float*>(p.lora_a) : nullptr;
+        const float* const wide_b = p.wide_b ? static_cast<const float*>(p.lora_b) : nullptr;
+        if (r > 0) narrow<T>(wide_a, room.a, r * k, wide_b, room.b, r * n, stream);
+        if (wide_a) a = static_cast<const T*>(room.a);
+        if (wide_b) b = static_cast<const T*>(room.b);
+        scratch = room.scratch;
+    }
     const Card here = card(stream.device);
-    GemmArguments<T> tiled{
-        DeviceWeight::of(p.weight), n,   k, x, u, static_cast<const T*>(p.lora_b), bias, Dropout{nullptr, 0},
-        static_cast<T*>(p.y),       p.m, r};
+    GemmArguments<T> tiled{DeviceWeight::of(p.weight), n,   k, x, u, b, bias, Dropout{nullptr, 0},
+                           static_cast<T*>(p.y),       p.m, r};
     const Plan plan = plan_of<false>(tiled, here);
     bool early = false;
     if (r > 0) {
@@ -162,13 +205,7 @@ void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, c
         }
     }
     if (gemm<false>(tiled, plan, here, scratch, stream, early ? Start::kEarly : Start::kInOrder)) return;
-    product_launch(ForwardProduct<T>{{p.m, n, {r, k}},
-                                     DeviceWeight::of(p.weight),
-                                     x,
-                                     u,
-                                     static_cast<const T*>(p.lora_b),
-                                     bias,
-                                     static_cast<T*>(p.y)},
+    product_launch(ForwardProduct<T>{{p.m, n, {r, k}}, DeviceWeight::of(p.weight), x, u, b, bias, static_cast<T*>(p.y)},
                    stream);
 }
 
@@ -178,18 +215,33 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, 
     require_aligned(16, "scratch", scratch);
     require_aligned(sizeof(T), "dy, x, u, dx, lora_A and lora_B", p.dy, p.x, p.u, p.dx, p.lora_a, p.lora_b, v_room);
     require_aligned(8, "the seed", seed);
-    require_aligned(4, "the gradients of the adapters", p.da, p.db);
-    const T *const dy = static_cast<const T*>(p.dy), *const b = static_cast<const T*>(p.lora_b);
+    require_aligned(sizeof(T), "the gradients of the adapters", p.narrow_da, p.narrow_db);
+    require_aligned(4, "adapters and gradients in float32", p.da, p.db, p.wide_a ? p.lora_a : nullptr,
+                    p.wide_b ? p.lora_b : nullptr);
+    const T *const dy = static_cast<const T*>(p.dy), *b = static_cast<const T*>(p.lora_b),
+                   *a = static_cast<const T*>(p.lora_a);
     T* const v = static_cast<T*>(v_room);
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
     const Dropout dropout = r > 0 ? dropout_of(p.dropout, seed) : Dropout{nullptr, 0};
     const DeviceGuard guard(stream.device);
-    const bool need_v = r > 0 && (p.dx || p.da), need_db = r > 0 && p.db;
+    const bool need_da = r > 0 && (p.da || p.narrow_da), need_db = r > 0 && (p.db || p.narrow_db);
+    const bool need_v = r > 0 && (p.dx || need_da);
+    float *da = p.da, *db = p.db;
+    if constexpr (sizeof(T) == 2) {
+        const Converted room = Converted::in(scratch, p, r, true);
+        const float* const wide_a = p.wide_a && p.dx ? static_cast<const float*>(p.lora_a) : nullptr;
+        const float* const wide_b = p.wide_b && need_v ? static_cast<const float*>(p.lora_b) : nullptr;
+        if (r > 0) narrow<T>(wide_a, room.a, r * k, wide_b, room.b, r * n, stream);
+        if (wide_a) a = static_cast<const T*>(room.a);
+        if (wide_b) b = static_cast<const T*>(room.b);
+        if (p.narrow_da) da = static_cast<float*>(room.a);
+        if (p.narrow_db) db = static_cast<float*>(room.b);
+        scratch = room.scratch;
+    }
     const Card here = card(stream.device);
-    const T* const lora_a = static_cast<const T*>(p.lora_a);
     T* const dx = static_cast<T*>(p.dx);
     const DeviceWeight weight = DeviceWeight::of(p.weight);
-    GemmArguments<T> tiled{weight, n, k, dy, v, lora_a, Bias<T>{}, dropout, dx, p.m, r, false, false};
+    GemmArguments<T> tiled{weight, n, k, dy, v, a, Bias<T>{}, dropout, dx, p.m, r, false, false};
     std::optional<Plan> plan;
     if (dx) plan = plan_of<true>(tiled, here);
     bool early = false;
@@ -197,10 +249,9 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, 
         QLK_CHECK(!need_v || v != nullptr, "the gradients of x and lora_A need room for v, [M, r]");
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         const T* const u = static_cast<const T*>(p.u);
-        float* const db = need_db ? p.db : nullptr;
         early = dx && may_be_early(*plan, here);
-        if (!adapter_up_gradient(dy, b, u, need_v ? v : nullptr, db, p.m, n, r, scale, scratch, stream,
-                                 early ? Start::kFollowed : Start::kInOrder)) {
+        if (!adapter_up_gradient(dy, b, u, need_v ? v : nullptr, need_db ? db : nullptr, p.m, n, r, scale, scratch,
+                                 stream, early ? Start::kFollowed : Start::kInOrder)) {
             early = false;
             if (need_v) product_launch(UpGradientProduct<T>{{p.m, r, {0, n}}, dy, b, scale, v}, stream);
             if (need_db) {
@@ -210,14 +261,18 @@ void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, 
     }
     if (dx) {
         if (!gemm<true>(tiled, *plan, here, scratch, stream, early ? Start::kEarly : Start::kInOrder)) {
-            product_launch(InputGradientProduct<T>{{p.m, k, {r, n}}, weight, dy, v, lora_a, dropout, dx}, stream);
+            product_launch(InputGradientProduct<T>{{p.m, k, {r, n}}, weight, dy, v, a, dropout, dx}, stream);
         }
     }
-    if (r > 0 && p.da) {
+    if (need_da) {
         const T* const x = static_cast<const T*>(p.x);
-        if (!adapter_down_gradient(x, v, p.da, p.m, k, r, dropout, scratch, stream)) {
-            product_launch(AdapterGradientProduct<T>{{r, k, {0, p.m}}, v, x, dropout, p.da}, stream);
+        if (!adapter_down_gradient(x, v, da, p.m, k, r, dropout, scratch, stream)) {
+            product_launch(AdapterGradientProduct<T>{{r, k, {0, p.m}}, v, x, dropout, da}, stream);
         }
+    }
+    if constexpr (sizeof(T) == 2) {
+        narrow<T>(need_da && p.narrow_da ? da : nullptr, p.narrow_da, r * k, need_db && p.narrow_db ? db : nullptr,
+                  p.narrow_db, r * n, stream);
     }
 }
 
@@ -242,12 +297,15 @@ void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v
 }
 
 // The kernels of a pass come one after another and share their room.
-int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool backward, int device) {
+int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool wide_a, bool wide_b, bool backward,
+                       int device) {
     const Card here = card(device);
+    const int64_t converted =
+        converted_bytes(r * k, dtype, wide_a, backward) + converted_bytes(r * n, dtype, wide_b, backward);
     // Whether x lies on 16 bytes is not known yet.
-    return std::max({plan({m, n, k, dtype, backward, true, true}, here).scratch,
-                     chosen({m, n, k, dtype, backward, true, false}, here).scratch,
-                     adapter_scratch(m, n, k, r, dtype, backward, device)});
+    return converted + std::max({plan({m, n, k, dtype, backward, true, true}, here).scratch,
+                                 chosen({m, n, k, dtype, backward, true, false}, here).scratch,
+                                 adapter_scratch(m, n, k, r, dtype, backward, device)});
 }
 
 }  // namespace qlk::cuda

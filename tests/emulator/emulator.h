@@ -59,6 +59,7 @@ struct Options {
     size_t free_bytes = size_t{64} << 30;
     bool capturing = false;      // what the caller's stream says when asked
     bool early_launches = true;  // whether a launch may begin before the one before it has ended
+    bool executes = true;        // or are launches only counted? Then what is left is what the host does
 };
 
 // The options of the launches to come, of this thread of the process.

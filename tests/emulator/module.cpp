@@ -18,7 +18,8 @@ PYBIND11_MODULE(_emulated, m) {
         "configure",
         [](const std::string& order, const std::string& landing, uint64_t seed, bool find_races, int resident_blocks,
            int multiprocessors, int architecture, size_t max_shared_bytes, bool managed, size_t page_bytes,
-           size_t managed_limit, bool forbid_faults, size_t free_bytes, bool capturing, bool early_launches) {
+           size_t managed_limit, bool forbid_faults, size_t free_bytes, bool capturing, bool early_launches,
+           bool executes) {
             emu::Options o;
             const auto pick = [](const std::string& name, std::initializer_list<const char*> names) {
                 int i = 0;
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_emulated, m) {
             o.free_bytes = free_bytes;
             o.capturing = capturing;
             o.early_launches = early_launches;
+            o.executes = executes;
             emu::options() = o;
             emu::forget_held();
         },
@@ -50,7 +52,8 @@ PYBIND11_MODULE(_emulated, m) {
         py::arg("resident_blocks") = 1, py::arg("multiprocessors") = 2, py::arg("architecture") = 90,
         py::arg("max_shared_bytes") = 227 * 1024, py::arg("managed") = true, py::arg("page_bytes") = 65536,
         py::arg("managed_limit") = size_t{1} << 40, py::arg("forbid_faults") = false,
-        py::arg("free_bytes") = size_t{64} << 30, py::arg("capturing") = false, py::arg("early_launches") = true);
+        py::arg("free_bytes") = size_t{64} << 30, py::arg("capturing") = false, py::arg("early_launches") = true,
+        py::arg("executes") = true);
     m.def("paging", [] { return emu::paging().json(); });
     m.def("reset_paging", &emu::reset_paging);
     m.def("counters", [] { return emu::counters().json(); });
