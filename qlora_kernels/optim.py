@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import os
 import sys
@@ -20,6 +21,7 @@ from .arena import FIRST, FIRST_ABSMAX, MASTER, SECOND, SECOND_ABSMAX, STATE_BLO
 from .errors import require, sentence
 from .files import digest, save_torch
 from .states import (
+    LR_ROUNDING,
     bad_gradient,
     check_entry,
     check_form,
@@ -124,18 +126,18 @@ class _Paged(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_settings(self, group: Mapping[str, Any]) -> None:
-        require_number("lr", group["lr"], lambda x: x >= 0, "at least 0")
-        require_number("weight_decay", group["weight_decay"], lambda x: x >= 0, "at least 0")
+    def _check_settings(self, group: Mapping[str, Any], where: str = "") -> None:
+        require_number(f"lr{where}", group["lr"], lambda x: x >= -LR_ROUNDING, "at least 0")
+        require_number(f"weight_decay{where}", group["weight_decay"], lambda x: x >= 0, "at least 0")
         betas = group["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-        require(pair, ValueError, f"betas should be two numbers, found {betas!r}")
+        require(pair, ValueError, f"betas{where} should be two numbers, found {betas!r}")
         for i, beta in enumerate(betas):
-            require_number(f"betas[{i}]", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
+            require_number(f"betas[{i}]{where}", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
         if "eps" in group:
-            require_number("eps", group["eps"], lambda x: x >= 0, "at least 0")
+            require_number(f"eps{where}", group["eps"], lambda x: x >= 0, "at least 0")
         for name in ("amsgrad", "maximize"):
-            require(not group.get(name), ValueError, f"{name}=True is not supported by {type(self).__name__}")
+            require(not group.get(name), ValueError, f"{name}=True{where} is not supported by {type(self).__name__}")
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         self._check_settings(group)
@@ -279,7 +281,8 @@ class _Paged(torch.optim.Optimizer):
         Raises:
             RuntimeError: for a sparse gradient, or one of another dtype, shape or device than its parameter; nothing
                 has changed then.
-            ValueError: for a setting that is not finite, and when a parameter's shape is no longer its states'.
+            ValueError: for a setting of a group that is out of range or no finite number; nothing has changed then. And
+                when a parameter's shape is no longer its states'.
             MemoryError: when there is no memory for the states, at the first step.
 
         Where a step goes through the states stretch by stretch, an error of the device may come between two of them.
@@ -304,14 +307,16 @@ class _Paged(torch.optim.Optimizer):
         if found is None:
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 return loss
+        elif not found[0][1::2].any():
+            return loss
+        settings = self._hyperparameters()
+        if found is None:
             self._build()
             found = self._addresses()
         addresses, keep = found
-        if not addresses[1::2].any():
-            return loss
         self._engine.step(
             addresses,
-            self._hyperparameters(),
+            settings,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
@@ -347,14 +352,14 @@ class _Paged(torch.optim.Optimizer):
     def _addresses(self) -> tuple[np.ndarray, list[Tensor]] | None:
         """OptimizerTensor[tensors]: where parameters and gradients lie, and copies of gradients that lay otherwise.
 
-        None when a parameter has another dtype, shape or device than when the arena was made.
+        None when a parameter has another dtype, shape, order in memory or device than when the arena was made.
         """
         addresses: list[int] = []
         copies = []
         strided, on_cuda = torch.strided, self._engine.device.type == "cuda"
         for i, (p, (at, count, dtype, shape, strides)) in enumerate(zip(self._params, self._seen)):
             here = p.data_ptr()
-            if here != at or p.numel() != count:
+            if here != at or p.numel() != count or p.stride() != strides or p.dtype is not dtype:
                 if form(p) != self._seen[i][1:] or p.device != self._engine.device:
                     return None
                 self._seen[i] = (here, count, dtype, shape, strides)
@@ -377,20 +382,20 @@ class _Paged(torch.optim.Optimizer):
         return np.array(addresses, dtype=np.int64), copies
 
     def _hyperparameters(self) -> np.ndarray:
-        """OptimizerGroup[groups]."""
-        rows = [
-            (float(g["lr"]), float(g["betas"][0]), float(g["betas"][1]), g.get("eps", 0.0), g["weight_decay"], 0.0)
-            for g in self.param_groups
-        ]
-        table = np.array(rows, dtype=np.float64)
-        if not np.isfinite(table).all():
-            index = int(np.flatnonzero(~np.isfinite(table).all(1))[0])
-            named = dict(zip(("lr", "betas[0]", "betas[1]", "eps", "weight_decay"), table[index].tolist()))
-            raise ValueError(f"settings should be finite numbers, found {named} in group {index}")
-        betas = table[:, 1:3]
-        if not ((betas >= 0) & (betas < 1)).all():
-            raise ValueError(f"betas should be at least 0 and below 1, found {betas.tolist()}")
-        return table
+        """OptimizerGroup[groups], checked: what is put into a group between steps nobody else looks at."""
+        rows = []
+        for i, g in enumerate(self.param_groups):
+            try:
+                (beta1, beta2), lr = map(float, g["betas"]), float(g["lr"])
+                eps, decay = float(g.get("eps", 0.0)), float(g["weight_decay"])
+                good = -LR_ROUNDING <= lr < math.inf and 0 <= beta1 < 1 and 0 <= beta2 < 1
+                good = good and 0 <= eps < math.inf and 0 <= decay < math.inf
+            except (TypeError, ValueError, RuntimeError):  # no number, or several
+                good = False
+            if not good or g.get("amsgrad") or g.get("maximize"):
+                self._check_settings(g, f" of group {i}")
+            rows.append((max(lr, 0.0), beta1, beta2, eps, decay, 0.0))
+        return np.array(rows, dtype=np.float64)
 
     def refresh(self) -> None:
         """Gives the groups' settings, such as a scheduler's lr, to CUDA graphs that have captured a step.

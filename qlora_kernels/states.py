@@ -18,6 +18,8 @@ from .arena import STATE_BLOCK
 from .errors import require
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: A learning rate this far below 0 counts as 0: it is what rounding leaves where LinearLR ends at 0.
+LR_ROUNDING = 1e-12
 
 
 def require_number(name: str, value: Any, good: Callable[[float], bool], what: str) -> None:

@@ -781,18 +781,51 @@ def test_options_in_numpy_numbers():
     assert (type(copied["state_bits"]), type(copied["page_budget"])) == (int, int)
 
 
-@pytest.mark.parametrize("name", ["lr", "weight_decay"])
-def test_settings_that_become_nan(make, name):
-    _, optimizer = trained(make)
-    earlier = optimizer.param_groups[0][name]
-    optimizer.param_groups[0][name] = float("nan")
-    before = states(optimizer), values(optimizer)
-    with pytest.raises(ValueError, match=f"finite numbers, found .*'{name}': nan.* in group 0"):
-        optimizer.step()
-    assert (states(optimizer), values(optimizer)) == before
-    optimizer.param_groups[0][name] = earlier
+NOT_FINITE = (float("nan"), float("inf"), torch.tensor(float("nan")), None, "much", torch.ones(2))
+LATER = {
+    "lr": (-1e-9, -1, torch.tensor(-0.5), *NOT_FINITE),
+    "weight_decay": (-1e-9, *NOT_FINITE),
+    "betas": ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, float("nan")), (0.9,), (0.9, 0.9, 0.9), 0.9, None),
+    "eps": (-1e-9, *NOT_FINITE),
+    "maximize": (True,),
+    "amsgrad": (True,),
+}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("name", LATER)
+def test_settings_that_go_out_of_range_are_refused_at_the_step(make, name, begun):
+    model, optimizer = trained(make, range(1) if begun else ())
+    second = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [second]})
+    second.grad = torch.ones(3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    group = optimizer.param_groups[1]
+    if name == "eps" and "eps" not in group:
+        return  # Lion has none
+    for bad in LATER[name]:
+        earlier = dict(group)
+        group[name] = bad
+        with refused(optimizer, ValueError, rf"{name}(\[[01]\])?(=True)? of group 1 (should be|is not supported)"):
+            optimizer.step()
+        group.clear()
+        group.update(earlier)
+    assert bool(states(optimizer)[0]) == begun
+    before = values(optimizer)
     optimizer.step()
-    assert values(optimizer) != before[1]
+    assert values(optimizer) != before
+
+
+def test_without_a_gradient_settings_do_not_matter(make):
+    model, optimizer = trained(make)
+    before = states(optimizer), values(optimizer)
+    optimizer.param_groups[0]["lr"] = -1.0
+    optimizer.zero_grad()
+    optimizer.step()
+    assert (states(optimizer), values(optimizer)) == before
+    with pytest.raises(ValueError, match=r"lr of group 0 should be a finite number at least 0, found -1\.0"):
+        train(model, optimizer, [3])
 
 
 def test_parameters_twice():
@@ -960,13 +993,3 @@ def test_what_others_left_in_the_state_is_not_for_torch():
     ours.step()
     assert ours.state[frozen] == {}
     assert set(ours.torch_state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
-
-
-def test_betas_that_became_wrong_are_refused_at_the_step():
-    p = nn.Parameter(torch.ones(4))
-    p.grad = torch.ones(4)
-    ours = PagedAdamW([p])
-    ours.step()
-    ours.param_groups[0]["betas"] = (1.0, 1.0)
-    with refused(ours, ValueError, "betas should be at least 0 and below 1"):
-        ours.step()
