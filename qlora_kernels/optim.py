@@ -20,6 +20,7 @@ from . import backends, engines
 from .arena import FIRST, FIRST_ABSMAX, MASTER, SECOND, SECOND_ABSMAX, STATE_BLOCK, Layout, Slot
 from .errors import require, sentence
 from .files import digest, save_torch
+from .shards import address, is_shard, part, part_of_gradient, shared, summed
 from .states import (
     LR_ROUNDING,
     bad_gradient,
@@ -31,6 +32,7 @@ from .states import (
     decoded,
     form,
     no_memory_of_its_own,
+    own_entry,
     plain,
     require_number,
     same_tensors,
@@ -92,6 +94,7 @@ class _Paged(torch.optim.Optimizer):
         self._engine: engines.Engine | None = None
         self._params: list[Tensor] = []  # of the arena, in its order
         self._frozen: list[Tensor] = []  # the others
+        self._sharded = False  # whether any of them is a DTensor
         self._seen: list[tuple] = []  # address, and form, of each of _params
         self._groups: list[list[Tensor]] = []  # parameters of each group, when the arena was made
         self._own: list[dict[str, Tensor]] = []  # the states of each of _params, and those with a master
@@ -145,7 +148,16 @@ class _Paged(torch.optim.Optimizer):
         require(not twice, ValueError, "a parameter is more than once in the group")
         for i, p in enumerate(group["params"]):
             if p.requires_grad:
-                check_parameter(p, f"parameter {i} of the group")
+                self._check_parameter(p, f"parameter {i} of the group")
+
+    def _check_parameter(self, p: Tensor, what: str) -> None:
+        check_parameter(p, what)
+        if is_shard(p) and self._measures:
+            engines.refuse_sums_of_shards(p)
+
+    @property
+    def _measures(self) -> bool:
+        return bool(self._settings["max_grad_norm"] or self._settings["skip_nonfinite"])
 
     # ----------------------------------------------------------------------------------------------------- arena
 
@@ -168,7 +180,7 @@ class _Paged(torch.optim.Optimizer):
                     frozen.append(p)
         require(bool(params), ValueError, "no parameter of the optimizer requires a gradient")
         for i, p in enumerate(params):
-            check_parameter(p, f"parameter {i}")
+            self._check_parameter(p, f"parameter {i}")
         devices = sorted({str(p.device) for p in params})
         require(len(devices) == 1, ValueError, f"all parameters should be on one device, found {', '.join(devices)}")
         require(
@@ -179,19 +191,19 @@ class _Paged(torch.optim.Optimizer):
         engines.refuse_in_capture(params[0])
         who = type(self).__name__
         for i, p in enumerate(params):
-            if p.numel() and not p.data_ptr():
+            if part(p).numel() and not address(p):
                 raise no_memory_of_its_own(f"parameter {i}", p)
             if loading is None and self.state.get(p):
                 check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
         planes = [self._planes_of(p) for p in params]
-        slots = [Slot(p.numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
+        slots = [Slot(part(p).numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
         layout = Layout(slots, self._settings["state_bits"])
         engine = engines.of(params[0], layout, self._algorithm, self._settings)
         engine.set_found(*self._found())
         if self._engine is not None:
             self._engine.arena.synchronize()
         self._fill(engine, params, taken)
-        states = {p: self._views(engine.arena.view, layout, i, p) for i, p in enumerate(params)}
+        states = {p: self._exposed(self._views(engine.arena.view, layout, i, p), p) for i, p in enumerate(params)}
         masters = [views for views in states.values() if "master" in views]
         tensors = [views[key] for views in states.values() for key in self._keys()]
         tensors += [views["master"] for views in masters]
@@ -201,11 +213,11 @@ class _Paged(torch.optim.Optimizer):
         self.state.clear()
         self.state.update(states)
         self.state.update(others)
-        self._params, self._frozen = params, frozen
-        self._seen = [(p.data_ptr(), *form(p)) for p in params]
+        self._params, self._frozen, self._sharded = params, frozen, any(map(is_shard, params))
+        self._seen = [(address(p), *form(part(p))) for p in params]
         self._groups = [list(group["params"]) for group in self.param_groups]
         self._own, self._masters = list(states.values()), masters
-        self._tensors, self._places = tensors, [t.data_ptr() for t in tensors]
+        self._tensors, self._places = tensors, [address(t) for t in tensors]
         self._engine = engine
 
     def _fill(self, engine: engines.Engine, params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -214,7 +226,8 @@ class _Paged(torch.optim.Optimizer):
         engine.broken = "a load"  # until it is done
         with torch.no_grad():
             for i, p in enumerate(params):
-                convert(states.get(p) or {}, self._views(engine.arena.host_view, engine.layout, i, p), p)
+                views = self._views(engine.arena.host_view, engine.layout, i, p)
+                convert(own_entry(states.get(p) or {}, p), views, part(p))
         engine.broken = ""
 
     def _keys(self) -> list[str]:
@@ -230,7 +243,8 @@ class _Paged(torch.optim.Optimizer):
         return tuple(planes)
 
     def _views(self, at: Callable[..., Tensor], layout: Layout, index: int, p: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter: tensors that lie in the arena, of the parameter's shape."""
+        """The states of a parameter: tensors that lie in the arena, of the shape of what this process has of it."""
+        p = part(p)
 
         def view(plane: int, dtype: torch.dtype, count: int) -> Tensor:
             return at(int(layout.planes[index, plane]), count, dtype)
@@ -250,6 +264,13 @@ class _Paged(torch.optim.Optimizer):
         if MASTER in self._planes_of(p):
             views["master"] = shaped(view(MASTER, torch.float32, count))
         return views
+
+    def _exposed(self, views: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+        """What others see of them: of a shard, DTensors. 8-bit codes stay as they are: their blocks are no whole's."""
+        if not is_shard(p):
+            return views
+        names = {"master", *(name for name, _, _ in self._moments)}
+        return {key: shared(view, p) if key in names else view for key, view in views.items()}
 
     def _require_whole(self) -> None:
         """Refuses to go on with states of which some are a step ahead of the others."""
@@ -271,6 +292,9 @@ class _Paged(torch.optim.Optimizer):
         On a CUDA device nothing waits for the device; the work goes to the current stream. Gradients are read, never
         changed. Inside a CUDA graph's capture the step has to have run once before, with everything on the device. Only
         a learning rate that is a tensor on the device has to be read from there: a number is better.
+
+        Where parameters are shards all processes take the step together, with gradients for the same parameters: each
+        works on its own shards, and clipping and skipping go by the gradients of all.
 
         Args:
             closure: computes the loss again and returns it.
@@ -319,6 +343,7 @@ class _Paged(torch.optim.Optimizer):
             settings,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
+            *([self._total] if self._sharded and self._measures else []),
         )
         # What torch's own operations do: backward then refuses a tensor that it saved and that has changed since.
         torch.autograd.graph.increment_version([p for p in self._params if p.grad is not None and not p.is_inference()])
@@ -339,7 +364,8 @@ class _Paged(torch.optim.Optimizer):
                 and len(self.state) >= len(self._own)
                 and all(map(operator.is_, self.state.values(), self._own))
                 and all(map(operator.is_, chain(*map(get, self._own), map(master, self._masters)), self._tensors))
-                and list(map(Tensor.data_ptr, self._tensors)) == self._places  # not so after t.data = …
+                and list(map(address if self._sharded else Tensor.data_ptr, self._tensors))
+                == self._places  # t.data = …
             )
         except KeyError:
             return True
@@ -347,7 +373,8 @@ class _Paged(torch.optim.Optimizer):
 
     def _moved(self) -> bool:
         """Whether a parameter has another dtype, shape, order in memory or device than when the arena was made."""
-        return any(form(p) != seen[1:] or p.device != self._engine.device for p, seen in zip(self._params, self._seen))
+        mine = map(part, self._params)
+        return any(form(p) != seen[1:] or p.device != self._engine.device for p, seen in zip(mine, self._seen))
 
     def _addresses(self) -> tuple[np.ndarray, list[Tensor]] | None:
         """OptimizerTensor[tensors]: where parameters and gradients lie, and copies of gradients that lay otherwise.
@@ -357,16 +384,20 @@ class _Paged(torch.optim.Optimizer):
         addresses: list[int] = []
         copies = []
         strided, on_cuda = torch.strided, self._engine.device.type == "cuda"
-        for i, (p, (at, count, dtype, shape, strides)) in enumerate(zip(self._params, self._seen)):
+        for i, (whole, (at, count, dtype, shape, strides)) in enumerate(zip(self._params, self._seen)):
+            p = part(whole) if self._sharded else whole
             here = p.data_ptr()
             if here != at or p.numel() != count or p.stride() != strides or p.dtype is not dtype:
                 if form(p) != self._seen[i][1:] or p.device != self._engine.device:
                     return None
                 self._seen[i] = (here, count, dtype, shape, strides)
-            grad = p.grad
+            grad = whole.grad
             if grad is None:
                 addresses += (here, 0)
                 continue
+            if p is not whole:
+                grad, sent = part_of_gradient(grad, whole, i)
+                copies += sent
             good = grad.dtype is dtype and grad.layout is strided and grad.is_cuda == on_cuda and grad.shape == shape
             if not good or grad.stride() != strides or grad.is_neg():
                 if form(p) != self._seen[i][1:]:  # another parameter where the last one lay
@@ -396,6 +427,9 @@ class _Paged(torch.optim.Optimizer):
                 self._check_settings(g, f" of group {i}")
             rows.append((max(lr, 0.0), beta1, beta2, eps, decay, 0.0))
         return np.array(rows, dtype=np.float64)
+
+    def _total(self, sums: np.ndarray) -> float:
+        return summed(sums, self._engine.layout.chunks.view(np.int32)[:, 0], self._params)
 
     def refresh(self) -> None:
         """Gives the groups' settings, such as a scheduler's lr, to CUDA graphs that have captured a step.
@@ -454,11 +488,25 @@ class _Paged(torch.optim.Optimizer):
         With 32-bit states the names are torch.optim.AdamW's, which can load it (Lion's: "exp_avg" alone). With 8 bits
         "exp_avg_code" uint8 of the parameter's shape and "exp_avg_absmax" float32 [blocks of 256], likewise
         "exp_avg_sq". "master" float32 with ``master_weights``.
+
+        Of parameters that are shards (DTensors), states are DTensors, placed alike, for torch.distributed.checkpoint;
+        those of 8 bits are decoded into 32, which are copies: to cut them otherwise, blocks are chosen anew.
         """
         self._require_whole()
         if self._engine is not None:
             self._engine.arena.synchronize()
-        return super().state_dict()
+        own = super().state_dict()
+        if any(map(is_shard, self.state)):
+            params = [p for group in self.param_groups for p in group["params"]]
+            own["state"] = {key: self._whole_entry(entry, params[key]) for key, entry in own["state"].items()}
+        return own
+
+    def _whole_entry(self, entry: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """Without the codes of a shard, which mean nothing elsewhere."""
+        names = [name for name, _, _ in self._moments if f"{name}_code" in entry and is_shard(p)]
+        parts = {f"{name}_{form}" for name in names for form in ("code", "absmax")}
+        kept = {key: value for key, value in entry.items() if key not in parts}
+        return {**kept, **{name: shared(decoded(entry, name).to(part(p).device), p) for name in names}}
 
     def torch_state_dict(self) -> dict[str, Any]:
         """The same for torch.optim: float32 copies, decoded where states have 8 bits, on the parameters' device."""
@@ -539,8 +587,15 @@ class _Paged(torch.optim.Optimizer):
 
         Raises:
             OSError: when the file cannot be written; the old one is still there then.
-            ValueError: when a group or a state holds what load() would refuse; likewise.
+            ValueError: when a group or a state holds what load() would refuse, or parameters are shards; likewise.
         """
+        params = [p for group in self.param_groups for p in group["params"]]
+        require(
+            not any(map(is_shard, params)),
+            ValueError,
+            "save() writes what one process has, and parameters of this optimizer are shards: save state_dict() with "
+            "torch.distributed.checkpoint",
+        )
         for group in self.param_groups:
             self._check_settings(group)
         own = plain(self.state_dict())
@@ -589,7 +644,8 @@ class PagedAdamW(_Paged):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with paged states, in one launch for all parameters.
 
     The numbers are those of torch.optim.AdamW, every operation in float32 and rounded once. Parameters are float32,
-    bfloat16 or float16, all on one device, with gradients of the same dtype.
+    bfloat16 or float16, all on one device, with gradients of the same dtype. They may be DTensors, such as FSDP2's:
+    sharded in any way, or replicated. Ordinary parameters beside them count as the same in all processes.
 
     On a CUDA device the states lie in managed memory: they go to the host when the card's memory is needed, and beyond
     ``page_budget`` by themselves. On the CPU they lie in the host's memory, or in a file with ``page_file``.
@@ -613,7 +669,8 @@ class PagedAdamW(_Paged):
 
     Raises:
         ValueError: for settings out of range, parameters of several devices, or in two groups.
-        TypeError: for parameters without kernels (float64, complex, sparse).
+        TypeError: for parameters without kernels (float64, complex, sparse), and terms of a sum (Partial DTensors).
+        NotImplementedError: for max_grad_norm or skip_nonfinite with DTensors on a CUDA device.
     """
 
     _algorithm = 0

@@ -481,28 +481,6 @@ def test_lightnings_mixed_precision(device, make, scaled):
     assert [bits(p.grad) for p in model.parameters()] == grads, "torch's scaler itself leaves it to the step"
 
 
-def test_parameters_that_are_shards_are_refused_at_once(make):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = net()
-        optimizer = make(model.parameters())
-        train(model, optimizer, [0])
-        sharded = nn.Linear(4, 4)
-        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-        message = r"parameter 0 of the group, a DTensor of shape \[4, 4\], has no memory of its own: .*FSDP2's"
-        with pytest.raises(TypeError, match=message):
-            make(sharded.parameters())
-        with refused(optimizer, TypeError, message):
-            optimizer.add_param_group({"params": sharded.parameters()})
-    finally:
-        dist.destroy_process_group()
-    train(model, optimizer, [1])
-
-
 # ---------------------------------------------------------------------------------------------- copies and changes
 
 
