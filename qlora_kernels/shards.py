@@ -63,9 +63,8 @@ def check_placements(p: Tensor, what: str) -> None:
     Raises:
         TypeError: when it is otherwise.
     """
-    whole = all(placement.is_shard() or placement.is_replicate() for placement in p.placements)
     require(
-        whole,
+        not any(placement.is_partial() for placement in p.placements),
         TypeError,
         f"{what} is placed as {list(p.placements)}; only parameters that are sharded or replicated can be optimized",
     )
@@ -73,10 +72,15 @@ def check_placements(p: Tensor, what: str) -> None:
 
 def shared(own: Tensor, like: Tensor) -> Tensor:
     """A DTensor placed as ``like``, of this process's part, whose memory it shares; nothing is sent."""
-    with torch.no_grad():
-        return _dtensor().from_local(
-            own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+    return _made(own, like.device_mesh, like.placements, like)
+
+
+def _made(own: Tensor, mesh: Any, placements: tuple, like: Tensor) -> Tensor:
+    """As FSDP2 makes its own: DTensor.from_local would take what is offloaded to the mesh's device, a copy."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = DTensorSpec(mesh, placements, tensor_meta=TensorMeta(like.shape, like.stride(), own.dtype))
+    return _dtensor()(own, spec, requires_grad=False)
 
 
 def placed(value: Tensor, like: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
         from torch.distributed.tensor import Replicate
 
         there, mesh = value.detach().to(part(like).device), like.device_mesh
-        value = _dtensor().from_local(there, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        value = _made(there, mesh, (Replicate(),) * mesh.ndim, there)
     return part(value.detach().redistribute(placements=like.placements))
 
 
@@ -119,4 +123,5 @@ def _sharded_over(p: Tensor) -> tuple:
     """A parameter's mesh, and those dimensions of it over which it is cut."""
     if not is_shard(p):
         return None, ()
-    return p.device_mesh, tuple(i for i, placement in enumerate(p.placements) if placement.is_shard())
+    # The shards of FSDP2 over those of tensor parallelism are of a kind of their own, of which is_shard() is not so.
+    return p.device_mesh, tuple(i for i, placement in enumerate(p.placements) if not placement.is_replicate())

@@ -226,6 +226,34 @@ def fsdp2_trains_adapters_of_4_bit_layers(rank, folder):
         assert abs(optimizer.grad_norm - twin.grad_norm) < 2e-3 * twin.grad_norm
 
 
+@scenario
+def fsdp2_over_tensor_parallel_layers(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for shape in ((1, 2), (2, 1)):
+        mesh, models = mesh_of(*shape), []
+        for _ in range(2):
+            torch.manual_seed(0)
+            models.append(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
+        model, plain = models
+        parallelize_module(model, mesh["y"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["x"])
+        optimizer, twin = (PagedAdamW(m.parameters(), lr=1e-2, max_grad_norm=0.5) for m in (model, plain))
+        for step in range(3):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            for one, group in ((model, optimizer), (plain, twin)):
+                group.zero_grad()
+                one(x).square().sum().backward()
+                group.step()
+            assert abs(optimizer.grad_norm - twin.grad_norm) < 1e-4 * twin.grad_norm
+        for p, q in zip(plain.parameters(), model.parameters()):
+            torch.testing.assert_close(full(q), p.detach(), rtol=1e-3, atol=1e-4)
+        saved = {"state": copy.deepcopy(twin.state_dict()["state"]), "param_groups": twin.state_dict()["param_groups"]}
+        optimizer.load_state_dict(saved)
+        assert whole_states(optimizer) == whole_states(twin)
+
+
 def checkpoint_of(model, optimizer) -> dict:
     from torch.distributed.checkpoint import state_dict as api
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 
@@ -15,8 +16,11 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 import shard_runs
 from optimizer_runs import KINDS, bits
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from qlora_kernels import PagedAdamW
+from qlora_kernels import PagedAdamW, shards
 
 
 @pytest.fixture(scope="module", name="folder")
@@ -106,3 +110,21 @@ def test_one_process_has_the_bits_of_no_mesh(alone, kind, where):
 def test_on_a_card_nothing_is_sent_between_norm_and_step(alone, options):
     with engine_named("emulated-forward"), pytest.raises(NotImplementedError, match="clip_grad_norm_ before the step"):
         shard_runs.both(KINDS["adamw"], shard_runs.UNEVEN, shard_runs.CUT["rows"], alone, **options)
+
+
+def test_shards_that_are_offloaded_stay_on_the_host(alone):
+    """FSDP2's CPUOffloadPolicy: the mesh is of cards, the shards are on the host."""
+    whole, cut = nn.Parameter(torch.ones(6, 5)), nn.Parameter(distribute_tensor(torch.ones(6, 5), alone, [Shard(0)]))
+    cut._spec.mesh = DeviceMesh("cuda", [0], _init_backend=False)
+    a, b = PagedAdamW([whole]), PagedAdamW([cut])
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    for step in range(2):
+        whole.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+        cut.grad = shards.shared(whole.grad.clone(), cut)
+        a.step()
+        b.step()
+        assert bits(whole) == bits(cut._local_tensor)
+        moment = b.state[cut]["exp_avg"]._local_tensor
+        assert (moment.device.type, bits(moment)) == ("cpu", bits(a.state[whole]["exp_avg"]))
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    assert bits(b.state[cut]["exp_avg"]._local_tensor) == bits(a.state[whole]["exp_avg"])
