@@ -157,19 +157,19 @@ def run(layers: int, width: int, steps: int, limit: int, folder: str) -> dict[st
 
 def sentence(result: dict[str, Any]) -> str:
     """What README says of it."""
-    limited, free = result["cases"][LIMITED], result["cases"][FILE]
-    gib = 2**30
+    limited, machine, gib = result["cases"][LIMITED], result["machine"], 2**30
 
-    def seconds(case: dict[str, Any]) -> float:
-        later = sorted(step["step_s"] for step in case["steps"][1:])
-        return later[len(later) // 2]
+    def seconds(name: str) -> str:
+        later = sorted(step["step_s"] for step in result["cases"][name]["steps"][1:])
+        return f"{later[len(later) // 2]:.2g}"
 
     read, written = (limited[f"{what}_bytes"] / len(limited["steps"]) / gib for what in ("read", "written"))
+    bits = "the same bits as in memory" if result["same"] else "OTHER BITS than in memory"
     return (
-        f"{limited['states_bytes'] / gib:.1f} GiB of states in a process that may have "
-        f"{limited['limit_bytes'] / gib:.2f} GiB in all: {'the same bits' if result['same'] else 'OTHER BITS'} as in "
-        f"memory, and a step in {seconds(limited):.0f} s, where with room for the file it takes {seconds(free):.1f} s; "
-        f"{read:.1f} GiB are read and {written:.1f} GiB written in a step."
+        f"{limited['states_bytes'] / gib:.1f} GiB of states trained in a process that was allowed "
+        f"{limited['limit_bytes'] / gib:.2f} GiB in all ({machine['cpu']}, {machine['usable_cores']} cores): {bits}, a "
+        f"step in {seconds(LIMITED)} s, against {seconds(FILE)} s with room for the file and {seconds(MEMORY)} s in "
+        f"memory, {read:.1f} GiB read and {written:.1f} GiB written in each."
     )
 
 
