@@ -300,6 +300,28 @@ def a_checkpoint_of_two_processes(rank, folder):
 
 
 @scenario
+def full_state_dicts_come_from_one_process(rank, folder):
+    from torch.distributed.checkpoint import state_dict as api
+
+    for state_bits in (32, 8):
+        model, optimizer = sharded(state_bits=state_bits)
+        run(model, optimizer, range(3))
+        whole = api.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        saved = api.get_optimizer_state_dict(model, optimizer, options=whole)
+        assert bool(saved) == (rank == 0), "torch gives it to the first process alone"
+        later, resumed = sharded(state_bits=state_bits)
+        sent = api.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        api.set_optimizer_state_dict(later, resumed, saved, options=sent)
+        for p, q in zip(optimizer.param_groups[0]["params"], resumed.param_groups[0]["params"]):
+            assert resumed.state[q]["step"] == 3
+            for one, other in zip(optimizer.state[p].values(), resumed.state[q].values()):
+                if state_bits == 32:
+                    assert bits(full(one)) == bits(full(other))
+                elif one.dtype == torch.uint8:
+                    assert not ((one.int() - other.int()).abs() > 1).any(), "codes chosen anew"
+
+
+@scenario
 def a_checkpoint_of_one_process_is_read_by_two(rank, folder):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict as api
