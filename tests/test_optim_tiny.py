@@ -12,6 +12,7 @@ from small_runs import base_in, cache_fixture, metrics, run_fixture  # noqa: F40
 from qlora_kernels.finetune import train
 
 TINY = ["--tiny-hidden", "128", "--tiny-layers", "2", "--tiny-seq-len", "64", "--pretrain-steps", "150"]
+TINY += ["--pretrain-seconds", "1000"]  # as many steps on a machine that others use, too
 SIZES = ["--batch-size", "8", "--rank", "8", "--eval-tokens", "16384", "--sample-tokens", "0", "--quiet"]
 
 
@@ -25,6 +26,7 @@ def equal_steps(values: torch.Tensor) -> torch.Tensor:
 
 
 def test_8_bits_train_the_tiny_models_adapters_as_well_as_32(run, tmp_path, monkeypatch):
+    torch.set_num_threads(1)  # two that others interrupt wait for each other most of the time
     assert run("--optim", "adamw", "--steps", "1", small=[*TINY, *SIZES], cached=False, out="base") == 0
     # The same base, adapters, batches and learning rates for all.
     base = ["--model", str(base_in(tmp_path / "base")), "--lr", "4e-3", "--steps", "200", "--seq-len", "64"]
