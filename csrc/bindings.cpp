@@ -59,7 +59,13 @@ PYBIND11_MODULE(_C, m) {
 
     m.def(
         "optimizer_step",
-        [](const Optimizer& optimizer, int threads) { qlk::cpu::optimizer_step(optimizer_params(optimizer, threads)); },
+        [](const Optimizer& optimizer, int threads, Address sum_of_squares) {
+            qlk::cpu::optimizer_step(optimizer_params(optimizer, threads), at<const double>(sum_of_squares));
+        },
+        Released());
+    m.def(
+        "optimizer_sums",
+        [](const Optimizer& optimizer, int threads) { qlk::cpu::optimizer_sums(optimizer_params(optimizer, threads)); },
         Released());
     m.def(
         "quantize_states",

@@ -105,8 +105,11 @@ void quantize_absmax(const QuantizeAbsmaxParams& params);
 void dequantize(const DequantizeParams& params);
 void linear_forward(const LinearForwardParams& params);
 void linear_backward(const LinearBackwardParams& params);
-// One step of an optimizer; everything that the params point to is written by it alone.
-void optimizer_step(const OptimizerParams& params);
+// One step of an optimizer; everything that the params point to is written by it alone. Where other processes have
+// gradients of the same model, sum_of_squares[0] is that of all of them, formed from what optimizer_sums says.
+void optimizer_step(const OptimizerParams& params, const double* sum_of_squares = nullptr);
+// The sum of squares of each chunk's gradients, 0 where there are none: fills params.partial, and nothing else.
+void optimizer_sums(const OptimizerParams& params);
 // States to 8 bits: codes [count] and constants [(count + 255) / 256].
 void quantize_states(const float* values, uint8_t* code, float* absmax, int64_t count, bool is_signed);
 

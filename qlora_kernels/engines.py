@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,6 +61,16 @@ def refuse_in_capture(parameter: torch.Tensor) -> None:
     )
 
 
+def refuse_sums_of_shards(parameter: torch.Tensor) -> None:
+    """Raises where nothing can be sent between the norm and the step, which are launched together there."""
+    require(
+        backends.of(parameter) is backends.CPU,
+        NotImplementedError,
+        "max_grad_norm and skip_nonfinite of parameters that are shards work on the CPU only; on a CUDA device leave "
+        "them out, and call torch.nn.utils.clip_grad_norm_ before the step",
+    )
+
+
 def operands(layout: Layout, algorithm: int, settings: dict[str, Any], where: dict[str, int]) -> tuple:
     """OptimizerParams for the extension; ``where`` has the addresses."""
     base = where["arena"]
@@ -102,7 +113,15 @@ class HostEngine:
         """In a forked child: what it wrote to a file's pages, its parent would find there."""
         return self._settings["page_file"] is not None and os.getpid() != self._process
 
-    def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None:
+    def step(
+        self,
+        addresses: np.ndarray,
+        groups: np.ndarray,
+        grad_scale,
+        found_inf,
+        total: Callable[[np.ndarray], float] | None = None,
+    ) -> None:
+        """``total``: where other processes have gradients too, makes the sum of all squares of those of the chunks."""
         scale, inf = (None if t is None else t.detach().reshape(-1).float().cpu() for t in (grad_scale, found_inf))
         where = {
             "arena": self.arena.address,
@@ -112,9 +131,13 @@ class HostEngine:
             "grad_scale": 0 if scale is None else scale.data_ptr(),
             "found_inf": 0 if inf is None else inf.data_ptr(),
         }
-        backends.native().optimizer_step(
-            operands(self.layout, self._algorithm, self._settings, where), torch.get_num_threads()
-        )
+        native, threads = backends.native(), torch.get_num_threads()
+        arguments, sums = operands(self.layout, self._algorithm, self._settings, where), None
+        if total is not None:
+            native.optimizer_sums(arguments, threads)
+            found = self.arena.view(self.layout.partial, self.layout.chunk_count, torch.float64)
+            sums = np.array([total(found.numpy())])
+        native.optimizer_step(arguments, threads, 0 if sums is None else sums.ctypes.data)
 
     def refresh(self, groups: np.ndarray) -> None:
         """There are no graphs here."""

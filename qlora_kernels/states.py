@@ -16,8 +16,11 @@ from torch import Tensor
 from . import backends
 from .arena import STATE_BLOCK
 from .errors import require
+from .shards import check_placements, is_shard, part, placed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: A learning rate this far below 0 counts as 0: it is what rounding leaves where LinearLR ends at 0.
+LR_ROUNDING = 1e-12
 
 
 def require_number(name: str, value: Any, good: Callable[[float], bool], what: str) -> None:
@@ -28,6 +31,9 @@ def require_number(name: str, value: Any, good: Callable[[float], bool], what: s
 
 
 def check_parameter(p: Tensor, what: str) -> None:
+    if is_shard(p):
+        check_placements(p, what)
+        p = part(p)
     if hasattr(type(p), "__tensor_flatten__"):  # which torch asks of tensors that stand for others
         raise no_memory_of_its_own(what, p)
     require(p.layout is torch.strided, TypeError, f"{what} is {p.layout}; only dense parameters can be optimized")
@@ -48,7 +54,7 @@ def check_parameter(p: Tensor, what: str) -> None:
 def no_memory_of_its_own(what: str, tensor: Tensor) -> Exception:
     return TypeError(
         f"{what}, a {type(tensor).__name__} of shape {list(tensor.shape)}, has no memory of its own: what stands for "
-        "other tensors (FSDP2's DTensor, say) and what was freed cannot be optimized here; torch.optim.AdamW can"
+        "other tensors (quantized ones, say) and what was freed cannot be optimized here; torch.optim.AdamW can"
     )
 
 
@@ -121,10 +127,20 @@ def check_shape(value: Any, p: Tensor, what: str) -> None:
     require(good, ValueError, f"the states are of another model: {what} is {found} there and {list(p.shape)} here")
     real = value.layout is torch.strided and not value.is_meta and not value.is_complex()
     require(real, ValueError, f"{what} should be a dense tensor of real numbers")
+    if is_shard(value):
+        good = is_shard(p) and value.device_mesh == p.device_mesh
+        here = f"on {p.device_mesh}" if is_shard(p) else "an ordinary tensor"
+        require(
+            good,
+            ValueError,
+            f"{what} is a DTensor on {value.device_mesh}, the parameter {here}; full_tensor() makes it an ordinary one",
+        )
 
 
 def check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, who: str) -> None:
     if f"{name}_code" in entry:
+        if is_shard(p) and getattr(entry[f"{name}_code"], "shape", None) == part(p).shape:
+            p = part(p)
         check_shape(entry[f"{name}_code"], p, f"'{name}_code' of {what}")
         absmax, blocks = entry.get(f"{name}_absmax"), -(-p.numel() // STATE_BLOCK)
         good = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
@@ -180,6 +196,24 @@ def decoded(entry: Mapping[str, Tensor], name: str) -> Tensor:
     if code.numel():
         values.as_strided((code.numel(),), (1,)).copy_(table[flat.long()] * absmax)
     return values
+
+
+def own_entry(entry: Mapping[str, Any], p: Tensor) -> Mapping[str, Any]:
+    """A parameter's states, from wherever; of a shard, this process's part of them, in ordinary tensors.
+
+    States of 8 bits are taken as they are where they are a part's, and decoded where they are the whole's: blocks run
+    through memory, and a shard's begin elsewhere.
+    """
+    if not is_shard(p) or not entry:
+        return entry
+    own = {"step": entry["step"]}
+    for name in ("exp_avg", "exp_avg_sq", "master"):
+        code = entry.get(f"{name}_code")
+        if code is not None and code.shape == part(p).shape:
+            own[f"{name}_code"], own[f"{name}_absmax"] = code, entry[f"{name}_absmax"]
+        elif code is not None or name in entry:
+            own[name] = placed(entry[name] if code is None else decoded(entry, name), p)
+    return own
 
 
 def encoded(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:

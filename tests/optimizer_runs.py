@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 
 import pytest
 import torch
@@ -60,6 +61,13 @@ def train(model: nn.Module, optimizer, steps, schedule=None) -> None:
             schedule.step()
 
 
+def trained(make, steps=range(3), dtype=torch.float32, **options):
+    model = net(dtype=dtype)
+    optimizer = make(model.parameters(), **options)
+    train(model, optimizer, steps)
+    return model, optimizer
+
+
 def bits(value):
     """A tensor's dtype, shape and bytes; of anything else, what it is."""
     if not isinstance(value, torch.Tensor):
@@ -96,3 +104,14 @@ def refused(optimizer, error, match):
 def assert_same(a, b) -> None:
     assert values(a) == values(b)
     assert states(a) == states(b)
+
+
+@contextlib.contextmanager
+def limited(what: int, most: int):
+    """Of a resource of this process, for a while."""
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))

@@ -12,7 +12,7 @@ from conftest import engine_named
 from optimizer_runs import KINDS, bits, refused
 from torch import nn
 
-from qlora_kernels import PagedAdamW, optim
+from qlora_kernels import PagedAdamW, paged
 
 
 @pytest.fixture(params=KINDS)
@@ -156,13 +156,13 @@ def test_a_load_that_fails_midway_is_not_gone_on_from(place, make, monkeypatch, 
     step(optimizer, params)
     before, lr = [bits(p) for p in params], optimizer.param_groups[0]["lr"]
 
-    def fail(entry, views, p, original=optim.convert):
+    def fail(entry, views, p, original=paged.convert):
         if p is params[1]:
             raise OSError("a page of the loaded file cannot be read")
         original(entry, views, p)
 
     with monkeypatch.context() as patch:
-        patch.setattr(optim, "convert", fail)
+        patch.setattr(paged, "convert", fail)
         with pytest.raises(OSError, match="cannot be read"):
             optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == lr

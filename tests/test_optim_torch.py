@@ -80,6 +80,35 @@ def test_a_plateau_lowers_lr():
     assert values(optimizer) == [bits(p) for p in moved.parameters()]
 
 
+PAUSES = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: step % 2),
+    "warmup from 0": lambda o: lr_scheduler.LambdaLR(o, lambda step: step / 4),
+    "down to 0": lambda o: lr_scheduler.PolynomialLR(o, 4),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 2),
+    "below 0 by rounding": lambda o: lr_scheduler.LinearLR(o, 0.1, 0.0, 5),
+}
+
+
+@pytest.mark.parametrize("name", PAUSES)
+def test_schedulers_that_come_to_0(tmp_path, name):
+    ours, theirs = net(), net()
+    a = PagedAdamW(ours.parameters(), lr=3e-4, weight_decay=0.1)
+    b = torch.optim.AdamW(theirs.parameters(), lr=3e-4, weight_decay=0.1)
+    schedules = PAUSES[name](a), PAUSES[name](b)
+    rates = []
+    for step in range(8):
+        before = values(a)
+        rates.append(a.param_groups[0]["lr"])
+        train(ours, a, [step], schedules[0])
+        train(theirs, b, [step], schedules[1])
+        assert (values(a) == before) == (rates[-1] <= 0), "moments go on, parameters stay"
+        a.save(tmp_path / "optimizer.pt")
+        a.load(tmp_path / "optimizer.pt")
+    assert min(rates) <= 0 < max(rates)
+    assert (min(rates) < 0) == (name == "below 0 by rounding")
+    close(ours, theirs)
+
+
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_lr_as_a_tensor(make, shape):
     ours, same = net(), net()
@@ -290,7 +319,7 @@ def test_a_step_that_raises_leaves_no_scale_behind(device, make, unscale):
     if unscale:
         scaler.unscale_(optimizer)
     betas, optimizer.param_groups[0]["betas"] = optimizer.param_groups[0]["betas"], (1.0, 1.0)
-    with refused(optimizer, ValueError, "betas should be at least 0 and below 1"):
+    with refused(optimizer, ValueError, r"betas\[0\] of group 0 should be a finite number at least 0 and below 1"):
         scaler.step(optimizer)
     assert not hasattr(optimizer, "grad_scale")
     assert not hasattr(optimizer, "found_inf")
@@ -452,28 +481,6 @@ def test_lightnings_mixed_precision(device, make, scaled):
     assert [bits(p.grad) for p in model.parameters()] == grads, "torch's scaler itself leaves it to the step"
 
 
-def test_parameters_that_are_shards_are_refused_at_once(make):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = net()
-        optimizer = make(model.parameters())
-        train(model, optimizer, [0])
-        sharded = nn.Linear(4, 4)
-        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-        message = r"parameter 0 of the group, a DTensor of shape \[4, 4\], has no memory of its own: .*FSDP2's"
-        with pytest.raises(TypeError, match=message):
-            make(sharded.parameters())
-        with refused(optimizer, TypeError, message):
-            optimizer.add_param_group({"params": sharded.parameters()})
-    finally:
-        dist.destroy_process_group()
-    train(model, optimizer, [1])
-
-
 # ---------------------------------------------------------------------------------------------- copies and changes
 
 
@@ -617,6 +624,51 @@ def test_a_model_changes_its_memory_format_after_steps(make):
     assert state["exp_avg" if exact else "exp_avg_code"].stride() == model.weight.stride() == (45, 1, 15, 5)
     # Blocks of 8-bit states run through memory; their codes were chosen anew.
     torch.testing.assert_close(after, before, rtol=0, atol=0 if exact else 0.02 * before.abs().max().item())
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_square_parameter_transposed_in_its_place(make, stale):
+    torch.manual_seed(0)
+    model = nn.Linear(20, 20)
+    optimizer = make(model.parameters())
+    train_square(model, optimizer, 0)
+    twin = copy.deepcopy(model)
+    twin.weight = nn.Parameter(model.weight.data.t().contiguous())  # the same values elsewhere, in the usual order
+    other = make(twin.parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    address = model.weight.data_ptr()
+    model.weight.data = model.weight.data.t()
+    assert (model.weight.data_ptr(), model.weight.stride()) == (address, (1, 20))
+    for step in (1, 2):
+        train_square(model, optimizer, step, contiguous=stale)
+        train_square(twin, other, step)
+        state = optimizer.state[model.weight]
+        assert state["exp_avg" if "exp_avg" in state else "exp_avg_code"].stride() == (1, 20)
+    if "exp_avg" in state:
+        assert_same(optimizer, other)
+    else:  # blocks run through memory
+        torch.testing.assert_close(model.weight, twin.weight, rtol=0, atol=0.02)
+
+
+def train_square(model, optimizer, step: int, contiguous: bool = False) -> None:
+    """Gradients in the parameters' order in memory, as backward makes them, or in the usual one."""
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        grad = torch.randn(p.shape, generator=generator)
+        p.grad = grad if contiguous else torch.empty_like(p).copy_(grad)
+    optimizer.step()
+
+
+def test_a_parameter_of_another_16_bit_dtype_in_its_place(make):
+    p = nn.Parameter(torch.randn(500).bfloat16())
+    optimizer = make([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    grad, address = p.grad, p.data_ptr()
+    p.data = p.data.view(torch.float16)
+    assert (p.grad is grad, p.data_ptr()) == (True, address)
+    with refused(optimizer, RuntimeError, "is torch.bfloat16, the parameter torch.float16"):
+        optimizer.step()
 
 
 def test_weights_loaded_into_the_model_count(make):

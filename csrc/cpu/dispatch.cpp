@@ -178,11 +178,16 @@ void linear_backward(const LinearBackwardParams& params) {
     select().linear_backward(p);
 }
 
-void optimizer_step(const OptimizerParams& params) {
-    OptimizerParams p = params;
+static OptimizerParams with_worthwhile_threads(OptimizerParams p) {
     p.threads = worthwhile(p.threads, p.all_chunks * kChunk, 1 << 15);
-    optimizer_step(p, select());
+    return p;
 }
+
+void optimizer_step(const OptimizerParams& params, const double* sum_of_squares) {
+    optimizer_step(with_worthwhile_threads(params), sum_of_squares, select());
+}
+
+void optimizer_sums(const OptimizerParams& params) { optimizer_sums(with_worthwhile_threads(params), select()); }
 
 void quantize_states(const float* values, uint8_t* code, float* absmax, int64_t count, bool is_signed) {
     select().quantize_states(values, code, absmax, count, is_signed);

@@ -39,23 +39,19 @@ StepScalars scalars_of(const OptimizerParams& a, const OptimizerGroup& group, fl
 }
 
 // Fills the control's norm, coefficient and skip.
-void measure(const OptimizerParams& a, const Kernels& kernels) {
+void measure(const OptimizerParams& a, const double* sum_of_squares, const Kernels& kernels) {
     OptimizerControl& c = *a.control;
     const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
     c.coefficient = a.grad_scale ? static_cast<float>(1.0 / static_cast<double>(scale)) : 1.0f;
     c.skip = a.found_inf && *a.found_inf != 0.0f;
     if (a.max_grad_norm <= 0 && !a.skip_nonfinite) return;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-    for (int64_t i = 0; i < a.all_chunks; ++i) {
-        const OptimizerChunk& chunk = a.chunks[i];
-        const uint64_t grad = a.tensors[chunk.tensor].grad;
-        const int64_t size = static_cast<DType>(chunk.dtype) == DType::kFloat32 ? 4 : 2;
-        a.partial[i] = grad == 0 ? 0.0
-                                 : kernels.sum_of_squares(reinterpret_cast<const char*>(grad) + chunk.first * size,
-                                                          chunk.count, static_cast<DType>(chunk.dtype));
-    }
     double sum = 0;
-    for (int64_t i = 0; i < a.all_chunks; ++i) sum += a.partial[i];
+    if (sum_of_squares) {
+        sum = *sum_of_squares;
+    } else {
+        optimizer_sums(a, kernels);
+        for (int64_t i = 0; i < a.all_chunks; ++i) sum += a.partial[i];
+    }
     c.sum_of_squares = sum;
     c.norm = static_cast<float>(std::sqrt(sum)) * c.coefficient;
     if (a.skip_nonfinite && !(sum <= std::numeric_limits<double>::max())) c.skip = 1;
@@ -68,8 +64,20 @@ void measure(const OptimizerParams& a, const Kernels& kernels) {
 
 }  // namespace
 
-void optimizer_step(const OptimizerParams& a, const Kernels& kernels) {
-    measure(a, kernels);
+void optimizer_sums(const OptimizerParams& a, const Kernels& kernels) {
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+    for (int64_t i = 0; i < a.all_chunks; ++i) {
+        const OptimizerChunk& chunk = a.chunks[i];
+        const uint64_t grad = a.tensors[chunk.tensor].grad;
+        const int64_t size = static_cast<DType>(chunk.dtype) == DType::kFloat32 ? 4 : 2;
+        a.partial[i] = grad == 0 ? 0.0
+                                 : kernels.sum_of_squares(reinterpret_cast<const char*>(grad) + chunk.first * size,
+                                                          chunk.count, static_cast<DType>(chunk.dtype));
+    }
+}
+
+void optimizer_step(const OptimizerParams& a, const double* sum_of_squares, const Kernels& kernels) {
+    measure(a, sum_of_squares, kernels);
     if (a.control->skip) {
         ++a.control->skipped;
         return;
