@@ -167,13 +167,9 @@ void check_configuration(Dim3 grid, Dim3 block, size_t shared_bytes) {
 
 void forget_held() { held() = nullptr; }
 
-<<<<<<< HEAD
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, Start start,
             unsigned cluster) {
-=======
-void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, Start start) {
     if (!options().executes) return count_launch(false);
->>>>>>> host
     Overtaking between;
     between.before = std::move(held());
     forget_held();
