@@ -185,9 +185,9 @@ QLK_DEVICE unsigned cluster_rank() {
 }
 // All threads of the cluster's blocks: who waits sees what the others have done before they arrived (9.7.13.3). A
 // block must not end while others use its shared memory.
-QLK_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-QLK_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-QLK_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+QLK_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+QLK_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+QLK_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // Where another block of the cluster has what lies at `shared` in this one (mapa, 9.7.9.23).
 template <class T>
 QLK_DEVICE T* cluster_map(T* shared, unsigned rank) {
@@ -253,6 +253,13 @@ QLK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;"
 template <int kPending>
 QLK_DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// After a wait, before sums that it was for are used: the compiler sees that they change here, and reads none earlier.
+template <int kCount>
+QLK_DEVICE void wgmma_settle(float (&d)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define QLK_D8(i)                                                                                               \

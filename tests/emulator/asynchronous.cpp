@@ -24,9 +24,12 @@ Found find(void* at, Site site) {
 }
 
 // Operations on mbarriers exclude each other; what they do not exclude is that one is made or ends meanwhile.
-void use(const Found& found, void* at, Site site) {
+void use(const Found& found, void* at, Site site, bool visits = true) {
     Thread& self = this_thread();
     Races* const races = self.block->races;
+    if (races && visits && &found.block != self.block) {
+        races->visit(static_cast<int>(found.block.rank), self.racer, site_number(site));
+    }
     if (races && !found.barrier.known) {
         races->access(self.racer, Kind::kAtomic, found.block.offset_in_cluster(at), 8, site_number(site));
     }
@@ -142,11 +145,14 @@ void load(void* shared, const std::vector<Piece>& pieces, void* mbarrier, uint32
         const Found found = find(to->shared + barrier_at, site);
         MBarrier* const barrier = &found.barrier;
         if (!barrier->told) fail(site, "a copy whose mbarrier no fence has told the asynchronous proxy of");
-        use(found, to->shared + barrier_at, site);
+        use(found, to->shared + barrier_at, site, false);
         if (own.races) {
             if (barrier->agent < 0) barrier->agent = own.races->agent();
             own.races->access_by(barrier->agent, barrier->phase + 1, self.racer, Kind::kStore,
                                  to->offset_in_cluster(to->shared + at), bytes, site_number(site));
+            if (to != &own) {
+                own.races->visit(static_cast<int>(to->rank), barrier->agent, barrier->phase + 1, site_number(site));
+            }
         }
         const auto copy = std::make_shared<Bulk>();
         copy->blocks = {to};
@@ -308,12 +314,15 @@ void mbarrier_wait(void* at, uint32_t parity, Site site) {
 void mbarrier_fence(Site site) {
     count("fence", site);
     const Thread& self = this_thread();
-    for (auto& [offset, barrier] : self.block->mbarriers) barrier.told |= barrier.owner == self.linear;
+    for (auto& [offset, barrier] : self.block->mbarriers) {
+        if (barrier.owner == self.linear) barrier.told = barrier.announced = true;
+    }
 }
 
 void proxy_fence(Site site) {
-    mbarrier_fence(site);
+    count("fence", site);
     const Thread& self = this_thread();
+    for (auto& [offset, barrier] : self.block->mbarriers) barrier.told |= barrier.owner == self.linear;
     if (self.block->races) self.block->races->fence(self.racer);
 }
 
@@ -405,7 +414,7 @@ void Cluster::complete_phase() {
     arriving.clear();
     // What fence.mbarrier_init says is for the whole cluster, even if no more is released.
     for (Block* block : blocks) {
-        for (auto& [offset, barrier] : block->mbarriers) barrier.known |= barrier.told;
+        for (auto& [offset, barrier] : block->mbarriers) barrier.known |= barrier.announced;
     }
     wake_all(waiting);
 }

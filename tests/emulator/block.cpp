@@ -200,6 +200,7 @@ void Block::run(Thread& thread) {
                     " has ended without griddepcontrol.launch_dependents: the next launch cannot begin early");
     }
     check_all_waited(thread);
+    if (races) races->ended(thread.racer);
     // A barrier of all threads waits only for those that still run.
     if (cluster->arrived > 0 && cluster->arrived >= cluster->live) cluster->complete_phase();
     for (Barrier& barrier : barriers) {
@@ -441,6 +442,9 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
     }
     if (kind == Kind::kStore) ++block.device.progress;
     const uint32_t number = site_number(site);
+    if (inside && inside != &block && block.races) {
+        block.races->visit(static_cast<int>(inside->rank), self.racer, number);
+    }
     if (inside && block.races) block.races->access(self.racer, kind, inside->offset_in_cluster(byte), bytes, number);
     collect(self, space, kind, address, bytes, number);
 }

@@ -114,11 +114,12 @@ struct MBarrier {
     uint32_t expected = 0, pending = 0;  // arrivals
     int64_t bytes = 0;                   // that copies have yet to bring: negative when they came before it was said
     uint32_t phase = 0;
-    bool observed = true;  // somebody has waited for the phase before
-    bool told = false;     // a fence tells agents of it
-    bool known = false;    // and the cluster has met since
-    int owner = 0;         // who has to execute that
-    int agent = -1;        // of races: what copies bring by it
+    bool observed = true;    // somebody has waited for the phase before
+    bool told = false;       // a fence tells agents of it
+    bool announced = false;  // fence.mbarrier_init tells the cluster
+    bool known = false;      // and the cluster has met since
+    int owner = 0;           // who has to execute that
+    int agent = -1;          // of races: what copies bring by it
     std::vector<Thread*> waiting;
     Clock arriving, complete;  // of this phase, and of those before
 };

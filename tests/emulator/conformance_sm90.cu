@@ -178,37 +178,36 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const __grid_constant__ Argu
     fence_proxy_async();
     __syncthreads();
     const uint64_t right = wgmma_descriptor(s.b + B::kStart, B::kLeading, B::kStride, kWay);
-    float sums[kColumns / 2], product[kColumns / 2];
-    for (int i = 0; i < kColumns / 2; ++i) sums[i] = load_global(c + i);
-    if constexpr (kRegisters) {
-        uint32_t fragment[4];
-        const int lane = thread() % 32;
-        for (int i = 0; i < 4; ++i) {
-            const int row = thread() / 32 * 16 + lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
-            fragment[i] = load_global(arguments.in + (row * 16 + k) / 2);
+    const uint64_t left = wgmma_descriptor(s.a + A::kStart, A::kLeading, A::kStride, kWay);
+    uint32_t fragment[4];
+    const int lane = thread() % 32;
+    for (int i = 0; i < 4; ++i) {
+        const int row = thread() / 32 * 16 + lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+        fragment[i] = load_global(arguments.in + (row * 16 + k) / 2);
+    }
+    float d[kColumns / 2];
+    for (int i = 0; i < kColumns / 2; ++i) d[i] = load_global(c + i);
+    const auto multiply = [&](bool accumulate) {
+        if constexpr (kRegisters) {
+            wgmma_rs<T, kColumns, kTransposedB>(d, fragment, right, accumulate);
+        } else {
+            wgmma_ss<T, kColumns, kTransposedA, kTransposedB>(d, left, right, accumulate);
         }
-        wgmma_fence();
-        wgmma_rs<T, kColumns, kTransposedB>(sums, fragment, right, true);
-        wgmma_rs<T, kColumns, kTransposedB>(sums, fragment, right, true);
-        wgmma_commit();
-        wgmma_rs<T, kColumns, kTransposedB>(product, fragment, right, false);
-        wgmma_commit();
-        wgmma_wait<0>();
-    } else {
-        const uint64_t left = wgmma_descriptor(s.a + A::kStart, A::kLeading, A::kStride, kWay);
-        wgmma_fence();
-        wgmma_ss<T, kColumns, kTransposedA, kTransposedB>(sums, left, right, true);
-        wgmma_ss<T, kColumns, kTransposedA, kTransposedB>(sums, left, right, true);
-        wgmma_commit();
-        wgmma_ss<T, kColumns, kTransposedA, kTransposedB>(product, left, right, false);
-        wgmma_commit();
-        wgmma_wait<0>();
-    }
+    };
     auto* const out = reinterpret_cast<float*>(arguments.out) + thread() * kColumns;
-    for (int i = 0; i < kColumns / 2; ++i) {
-        store_global(out + i, sums[i]);
-        store_global(out + kColumns / 2 + i, product[i]);
-    }
+    const auto store = [&](float* to) {
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_settle(d);
+        for (int i = 0; i < kColumns / 2; ++i) store_global(to + i, d[i]);
+    };
+    wgmma_fence();
+    multiply(true);
+    multiply(true);
+    store(out);
+    wgmma_fence();
+    multiply(false);
+    store(out + kColumns / 2);
 }
 
 template <class T, int kColumns, Swizzle kWay, bool kTransposedA, bool kTransposedB, bool kRegisters = false>
@@ -237,9 +236,9 @@ __global__ void __launch_bounds__(256, 1) wide_rate_kernel(const __grid_constant
     __syncthreads();
     float d[128];
     for (float& one : d) one = 0.0f;
-    wgmma_fence();
 #pragma unroll 1
     for (int turn = 0; turn < r.turns; ++turn) {
+        wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             wgmma_ss<fp16, 256, false, false>(d, wgmma_descriptor(s.a[thread() / 128] + 2 * k, 16, 1024, Swizzle::k128),
@@ -248,6 +247,7 @@ __global__ void __launch_bounds__(256, 1) wide_rate_kernel(const __grid_constant
         wgmma_commit();
     }
     wgmma_wait<0>();
+    wgmma_settle(d);
     float sum = 0.0f;
     for (const float one : d) sum = __fadd_rn(sum, one);
     store_global(r.out + blockIdx.x * 256 + thread(), sum);

@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "managed.h"
+#include "wgmma.h"
 
 namespace emu {
 
@@ -68,7 +69,11 @@ void Device::end(Block& block) {
                     std::to_string(offset) + " of its shared memory expects " + std::to_string(barrier.bytes) +
                     " bytes more");
     }
+    for (const auto& group : block.warp_groups) {
+        if (group) group->check_registers();
+    }
     const std::shared_ptr<Cluster> cluster = block.cluster;
+    if (block.races) block.races->check_visits(static_cast<int>(block.rank));
     if (cluster->live > 0) return;
     resident_.erase(
         std::remove_if(resident_.begin(), resident_.end(), [&](const auto& one) { return one->cluster == cluster; }),
@@ -104,7 +109,8 @@ void Device::run() {
             Thread* thread = nullptr;
             const size_t start = options.order == Order::kRandom ? random() % resident_.size() : 0;
             for (size_t i = 0; i < resident_.size() && !thread; ++i) {
-                block = resident_[(start + i) % resident_.size()].get();
+                const size_t at = (start + i) % resident_.size();
+                block = resident_[options.order == Order::kReverse ? resident_.size() - 1 - at : at].get();
                 thread = block->pick();
             }
             if (!thread && !under_way.empty()) {

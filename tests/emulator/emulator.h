@@ -219,6 +219,8 @@ struct Product {
 };
 void wgmma(const Product& product, Site site);
 void wgmma_fence(Site site);
+// setmaxnreg, to more or fewer registers: of all warps of a warpgroup, each time the same.
+void set_registers(int registers, bool more, Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int pending, Site site);
 // A matrix descriptor; distances in bytes.

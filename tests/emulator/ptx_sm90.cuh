@@ -169,12 +169,12 @@ inline bool elect_one(emu::Site s = emu::Site::here()) {
 template <int kRegisters>
 void setmaxnreg_inc(emu::Site s = emu::Site::here()) {
     static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
-    emu::count("setmaxnreg", s);
+    emu::set_registers(kRegisters, true, s);
 }
 template <int kRegisters>
 void setmaxnreg_dec(emu::Site s = emu::Site::here()) {
     static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
-    emu::count("setmaxnreg", s);
+    emu::set_registers(kRegisters, false, s);
 }
 
 inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading, uint32_t stride, Swizzle swizzle,
@@ -187,6 +187,10 @@ template <int kPending>
 void wgmma_wait(emu::Site s = emu::Site::here()) {
     emu::wgmma_wait(kPending, s);
 }
+
+// Says nothing here: sums that are not there yet are NaN.
+template <int kCount>
+void wgmma_settle(float (&)[kCount]) {}
 
 template <class T, int kColumns, bool kTransposedA, bool kTransposedB>
 void wgmma_ss(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate, emu::Site s = emu::Site::here()) {

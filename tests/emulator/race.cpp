@@ -22,7 +22,13 @@ std::string place(uint32_t site) {
 }  // namespace
 
 Races::Races(size_t shared_bytes, int threads, int blocks)
-    : clocks_(threads), clock_epochs_(threads, 0), of_block_(threads / blocks), width_(threads), fences_(threads, 0) {
+    : clocks_(threads),
+      clock_epochs_(threads, 0),
+      of_block_(threads / blocks),
+      width_(threads),
+      starts_(threads, 0),
+      fences_(threads),
+      ended_(threads, false) {
     auto& shadows = spare<Shadow>();
     if (shadows.empty()) shadows.push_back(std::make_unique<Shadow>());
     shadow_ = std::move(shadows.back());
@@ -40,6 +46,7 @@ Clock& Races::clock(int thread) {
         c.assign(width_, 0);
         c[thread] = own + 1;
         clock_epochs_[thread] = shadow_->epoch;
+        starts_[thread] = c[thread];
     }
     c.resize(width_, 0);
     return c;
@@ -47,15 +54,14 @@ Clock& Races::clock(int thread) {
 
 // Of what one thread knows to be complete, all do after they have met.
 void Races::forget_seen() {
-    const auto seen = [&](const Operation& operation) {
-        for (size_t t = 0; t < clocks_.size(); ++t) {
-            if (clock_epochs_[t] == shadow_->epoch && clock(static_cast<int>(t))[operation.agent] >= operation.time) {
-                return true;
-            }
-        }
-        return false;
-    };
+    Clock most(width_, 0);
+    for (size_t t = 0; t < clocks_.size(); ++t) {
+        if (clock_epochs_[t] != shadow_->epoch || ended_[t]) continue;
+        for (size_t i = clocks_.size(); i < clocks_[t].size(); ++i) most[i] = std::max(most[i], clocks_[t][i]);
+    }
+    const auto seen = [&](const Operation& operation) { return most[operation.agent] >= operation.time; };
     operations_.erase(std::remove_if(operations_.begin(), operations_.end(), seen), operations_.end());
+    many_operations_ = std::max<size_t>(4096, 2 * operations_.size());
 }
 
 void Races::all_meet() {
@@ -103,7 +109,23 @@ void Races::see(Clock& into, int agent, uint32_t time) {
 
 void Races::see(int by, int agent, uint32_t time) { see(clock(by), agent, time); }
 
-void Races::fence(int by) { fences_[by] = clock(by)[by]++; }
+void Races::fence(int by) { fences_[by].push_back(clock(by)[by]++); }
+
+void Races::ended(int by) { ended_[by] = true; }
+
+void Races::visit(int block, int by, uint32_t time, uint32_t site) { visits_[{block, by}] = {time, site}; }
+
+void Races::check_visits(int block) {
+    for (const auto& [who_visits, when] : visits_) {
+        if (who_visits.first != block) continue;
+        bool seen = false;
+        for (int t = block * of_block_; t < (block + 1) * of_block_; ++t)
+            seen |= clock(t)[who_visits.second] >= when.first;
+        if (seen) continue;
+        throw Error(place(when.second) + ": " + who(who_visits.second) + " uses shared memory of block " +
+                    std::to_string(block) + " of the cluster, and nothing orders that before the end of that block");
+    }
+}
 
 std::string Races::who(int thread) const {
     const int threads = static_cast<int>(clocks_.size());
@@ -117,7 +139,6 @@ void Races::check(const Records& records, const Record& by, int thread, const ch
                   size_t offset) {
     for (const Record& r : records.list) {
         if (r.thread == thread || !(r.bytes & by.bytes) || (r.atomic && by.atomic)) continue;
-        if (r.thread == by.thread && r.time == by.time) continue;
         if (clock(thread)[r.thread] >= r.time) continue;
         const std::string it = by.thread == thread ? "it" : "an asynchronous operation";
         fail(site_of(by.site), "a race: " + it + " " + does + " shared memory at offset " + std::to_string(offset) +
@@ -132,7 +153,7 @@ void Races::note(Records& records, const Record& record) {
     if (records.threads & bit) {
         for (Record& r : records.list) {
             if (r.thread != record.thread || r.bytes != record.bytes || r.atomic != record.atomic) continue;
-            r = record;
+            if (r.time <= record.time) r = record;
             return;
         }
     }
@@ -159,7 +180,7 @@ void Races::access_word(Word& word, const Record& by, int thread, Kind kind, siz
     }
     check(word.reads, by, thread, "read", does, offset);
     // All that touched these bytes before is ordered before this: only what comes after it can race with it.
-    const auto covered = [&](const Record& r) { return (r.bytes & ~by.bytes) == 0 && !(r.atomic && by.atomic); };
+    const auto covered = [&](const Record& r) { return (r.bytes & ~by.bytes) == 0 && !by.atomic; };
     for (auto* list : {&word.reads.list, &word.writes.list}) {
         list->erase(std::remove_if(list->begin(), list->end(), covered), list->end());
     }
@@ -176,9 +197,9 @@ void Races::access(int thread, Kind kind, size_t offset, size_t bytes, uint32_t 
         Word& w = word(at);
         access_word(w, {thread, time, site, mask, kind == Kind::kAtomic}, thread, kind, at);
         if (kind == Kind::kLoad) continue;
-        w.written = shadow_->epoch;
-        w.writer = thread;
-        w.time = time;
+        for (int i = 0; i < 4; ++i) {
+            if (mask >> i & 1) w.written[i] = {shadow_->epoch, thread, time};
+        }
     }
 }
 
@@ -186,14 +207,24 @@ void Races::access_by(int agent, uint32_t time, int thread, Kind kind, size_t of
     for (size_t at = offset / 4 * 4; at < offset + bytes; at += 4) {
         Word& w = word(at);
         access_word(w, {agent, time, site, 15, false}, thread, kind, at);
-        if (w.written >= birth_ && w.time > fences_[w.writer]) {
+        for (auto& written : w.written) {
+            if (written.epoch < birth_) continue;
+            const Clock& fences = fences_[written.by];
+            const auto fence = std::lower_bound(fences.begin(), fences.end(), written.time);
+            clock(written.by);
+            if (fence != fences.end() &&
+                (written.by == thread || *fence < starts_[written.by] || clock(thread)[written.by] > *fence)) {
+                continue;
+            }
             fail(site_of(site), std::string("an asynchronous operation ") + (kind == Kind::kLoad ? "reads" : "writes") +
-                                    " shared memory at offset " + std::to_string(at) + ", which " + who(w.writer) +
+                                    " shared memory at offset " + std::to_string(at) + ", which " + who(written.by) +
                                     " wrote, and no fence.proxy.async of that thread comes between");
         }
-        if (kind != Kind::kLoad) w.written = 0;
+        if (kind != Kind::kLoad) {
+            for (auto& written : w.written) written.epoch = 0;
+        }
     }
-    if (operations_.size() > 4096) forget_seen();
+    if (operations_.size() > many_operations_) forget_seen();
     operations_.push_back({agent, time, kind, offset, bytes, site});
 }
 

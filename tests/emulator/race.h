@@ -7,6 +7,7 @@
 // Guide, "Warp Shuffle Functions"), so they do not count here.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -44,6 +45,12 @@ class Races {
     void see(Clock& clock, int agent, uint32_t time);
     // fence.proxy.async: what `by` has written may be accessed by agents, once something orders the two.
     void fence(int by);
+    // `by` has ended: what it alone knows nobody else will.
+    void ended(int by);
+    // An access of `by` to another block of the cluster, which must not end before; throws when it may have.
+    void visit(int block, int by, uint32_t site) { visit(block, by, clock(by)[by], site); }
+    void visit(int block, int by, uint32_t time, uint32_t site);
+    void check_visits(int block);
 
   private:
     struct Record {
@@ -61,10 +68,12 @@ class Races {
     struct Word {
         uint64_t epoch = 0;
         Records reads, writes;
-        // The last thread that wrote, and when: of interest to agents even after all threads have met.
-        uint64_t written = 0;  // in which epoch
-        int writer = 0;
-        uint32_t time = 0;
+        // Of each byte the last thread that wrote, and when: of interest to agents even after all threads have met.
+        struct Written {
+            uint64_t epoch = 0;
+            int by = 0;
+            uint32_t time = 0;
+        } written[4];
     };
     struct Shadow {
         std::vector<Word> words;
@@ -92,11 +101,15 @@ class Races {
     // Times go on, for an older one may lie in the clock of a barrier.
     std::vector<Clock> clocks_;
     std::vector<uint64_t> clock_epochs_;
-    int of_block_;                           // threads
-    size_t width_;                           // of a clock: threads, then agents
-    std::vector<Clock::value_type> fences_;  // of each thread, the time of the last
-    std::vector<Operation> operations_;      // that no thread has seen the end of, as far as is known
-    uint64_t birth_;                         // the first epoch
+    int of_block_;                  // threads
+    size_t width_;                  // of a clock: threads, then agents
+    std::vector<uint32_t> starts_;  // of each thread, its time at the start of its epoch
+    std::vector<Clock> fences_;     // of each thread, the times of all
+    std::vector<bool> ended_;
+    std::map<std::pair<int, int>, std::pair<uint32_t, uint32_t>> visits_;  // block, thread: time, site
+    std::vector<Operation> operations_;  // that no thread has seen the end of, as far as is known
+    size_t many_operations_ = 4096;      // when to look again
+    uint64_t birth_;                     // the first epoch
 };
 
 }  // namespace emu

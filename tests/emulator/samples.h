@@ -14,7 +14,7 @@ class Exact {
   public:
     explicit Exact(size_t words) {
         void* memory = nullptr;
-        if (posix_memalign(&memory, 16, words ? words * 4 : 1) != 0) throw std::bad_alloc();
+        if (posix_memalign(&memory, 128, words ? words * 4 : 1) != 0) throw std::bad_alloc();
         words_ = static_cast<uint32_t*>(memory);
     }
     ~Exact() { std::free(words_); }

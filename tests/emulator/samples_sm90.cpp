@@ -45,9 +45,9 @@ template <void (*kBody)(const Params&, Shared&)>
 void group(Params p) {
     kBody(p, aligned_shared<Shared>());
 }
-template <void (*kBody)(const Params&, Shared&), int kThreads = 128>
+template <void (*kBody)(const Params&, Shared&), int kThreads = 128, unsigned kCluster = 1>
 void one(const uint32_t* in, size_t, uint32_t* out) {
-    qlk::cuda::launch(group<kBody>, 1, kThreads, sizeof(Shared) + 1024, {}, Params{in, out});
+    launch_clusters(group<kBody>, kCluster, kCluster, kThreads, sizeof(Shared) + 1024, {}, Params{in, out});
 }
 int id() { return static_cast<int>(threadIdx.x); }
 
@@ -214,6 +214,112 @@ void beyond_shared(const Params& p, Shared& s) {
     store_global(p.out + id() % 16, __float_as_uint(d[3]));
 }
 
+// Two copies of one phase to the same place.
+void copy_over_a_copy(const Params& p, Shared& s) {
+    make(s, 1);
+    if (id() != 0) return;
+    mbarrier_arrive_expect(s.barrier, 128);
+    for (int i = 0; i < 2; ++i) bulk_load(s.a, p.in + 16 * i, 64, s.barrier);
+    mbarrier_wait(s.barrier, 0);
+}
+// The fence comes after what tells the others, by an mbarrier and by a named one.
+void fence_after_arriving(const Params& p, Shared& s) {
+    make(s, 128);
+    if (id() < 16) store_shared(reinterpret_cast<uint32_t*>(s.a) + id(), 1u);
+    mbarrier_arrive(s.barrier);
+    fence_proxy_async();
+    if (id() != 127) return;
+    mbarrier_wait(s.barrier, 0);
+    bulk_store(p.out, s.a, 64);
+    bulk_commit();
+    bulk_wait<0>();
+}
+void fence_after_a_named_barrier(const Params& p, Shared& s) {
+    if (id() < 64) {
+        if (id() < 16) store_shared(reinterpret_cast<uint32_t*>(s.a) + id(), 1u);
+        bar_arrive(2, 96);
+        fence_proxy_async();
+    } else if (id() < 96) {
+        bar_sync(2, 96);
+        if (id() != 64) return;
+        bulk_store(p.out, s.a, 64);
+        bulk_commit();
+        bulk_wait<0>();
+    }
+}
+// Of two threads that write halves of a word one does not execute the fence.
+void half_a_fence(const Params& p, Shared& s) {
+    if (id() < 32) store_shared(&s.a[id()], uint16_t{1});
+    if (id() % 2 == 1) fence_proxy_async();
+    __syncthreads();
+    if (id() != 0) return;
+    bulk_store(p.out, s.a, 64);
+    bulk_commit();
+    bulk_wait<0>();
+}
+// Only a thread that has ended had waited for the copy.
+void who_knows_has_ended(const Params& p, Shared& s) {
+    make(s, 1);
+    if (id() == 100) {
+        mbarrier_arrive_expect(s.barrier, 64);
+        bulk_load(s.a, p.in, 64, s.barrier);
+        mbarrier_wait(s.barrier, 0);
+    }
+    if (id() >= 64) return;
+    __syncthreads();
+    if (id() < 16) store_global(p.out + id(), load_shared(reinterpret_cast<uint32_t*>(s.a) + id()));
+}
+// The first two warps meet the thread that makes the mbarrier, the third does not.
+void made_for_others(const Params&, Shared& s) {
+    if (id() >= 96) return;
+    if (id() == 0) {
+        mbarrier_init(s.barrier, 96);
+        fence_mbarrier_init();
+    }
+    if (id() < 64) bar_sync(1, 64);
+    if (id() >= 64) {
+        for (int i = 0; i < 3; ++i) bar_sync(2, 32);  // later, but by nothing that orders
+    }
+    mbarrier_arrive(s.barrier);
+}
+void warp_without_its_group(const Params&, Shared&) {
+    if (id() >= 128) setmaxnreg_dec<24>();
+}
+void warp_of_its_group(const Params&, Shared&) {
+    if (id() < 96) setmaxnreg_inc<160>();
+}
+void nothing_committed(const Params& p, Shared&) {
+    bulk_commit();
+    if (id() < 16) store_global(p.out + id(), 1u);
+}
+
+void meet_cluster() {
+    cluster_arrive();
+    cluster_wait();
+}
+void other_may_have_ended(const Params& p, Shared& s) {
+    auto* const words = reinterpret_cast<uint32_t*>(s.a);
+    store_shared(words + id(), 1u);
+    meet_cluster();
+    if (cluster_rank() == 0 && id() < 16) store_global(p.out + id(), load_shared(cluster_map(words + id(), 1)));
+}
+void arrives_at_one_that_may_have_ended(const Params&, Shared& s) {
+    make(s, 128);
+    meet_cluster();
+    if (cluster_rank() == 0) mbarrier_arrive_at(s.barrier, 1);
+}
+void told_only_copies(const Params&, Shared& s) {
+    if (id() == 0) {
+        mbarrier_init(s.barrier, 128);
+        fence_proxy_async();
+    }
+    cluster_arrive_relaxed();
+    cluster_wait();
+    mbarrier_arrive_at(s.barrier, 1 - cluster_rank());
+    mbarrier_wait(s.barrier, 0);
+    meet_cluster();
+}
+
 #define PRODUCT(part) {"product " #part, product<ProductPart::part>, 64 * 64}
 #define CLUSTER(part) {"cluster " #part, cluster<ClusterPart::part>, 128}
 const Sample kSamples[] = {
@@ -257,6 +363,18 @@ const Sample kSamples[] = {
     {"half a warpgroup", one<three_warps, 96>, 16},
     {"other operand", one<other_operand>, 16},
     {"beyond shared memory", one<beyond_shared>, 16},
+    {"copy over a copy", one<copy_over_a_copy>, 16},
+    {"fence after arriving", one<fence_after_arriving>, 16},
+    {"fence after a named barrier", one<fence_after_a_named_barrier>, 16},
+    {"half a fence", one<half_a_fence>, 16},
+    {"who knows has ended", one<who_knows_has_ended>, 16},
+    {"made for others", one<made_for_others>, 16},
+    {"warp without its group", one<warp_without_its_group, 160>, 16},
+    {"warp of its group", one<warp_of_its_group>, 16},
+    {"nothing committed", one<nothing_committed>, 16},
+    {"other may have ended", one<other_may_have_ended, 128, 2>, 16},
+    {"arrives at one that may have ended", one<arrives_at_one_that_may_have_ended, 128, 2>, 16},
+    {"told only copies", one<told_only_copies, 128, 2>, 16},
 };
 
 }  // namespace

@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(const __grid_c
         if (kMissing != ProductPart::kRelease && step > 0) mbarrier_arrive(s.empty[1 - i]);
     }
     if (kMissing != ProductPart::kLastWait) wgmma_wait<0>();
+    wgmma_settle(d);
     const int lane = thread % 32, row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
     for (int v = 0; v < 32; ++v) {
         store_shared(&s.d[(row + v / 2 % 2 * 8) * 64 + v / 4 * 8 + column + v % 2], d[v]);

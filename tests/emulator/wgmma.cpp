@@ -274,6 +274,31 @@ void wgmma_fence(Site site) {
         site);
 }
 
+void set_registers(int registers, bool more, Site site) {
+    warp_meet(
+        "setmaxnreg", 0xffffffffu, nullptr, 0, nullptr, 0,
+        [&](uint32_t, LaneData&, LaneData&) {
+            const Thread& self = this_thread();
+            if (static_cast<size_t>((self.linear / 128 + 1) * 128) > self.block->threads.size()) {
+                fail(site, "setmaxnreg of a warpgroup that lacks warps");
+            }
+            group_of(self).registers[warp_of(self)].emplace_back(more ? registers : -registers, site);
+        },
+        site);
+}
+
+void WarpGroup::check_registers() const {
+    for (const auto& of_warp : registers) {
+        for (size_t i = 0; i < of_warp.size(); ++i) {
+            for (const auto& other : registers) {
+                if (i < other.size() && other[i].first == of_warp[i].first) continue;
+                throw Error(std::string(of_warp[i].second.file) + ":" + std::to_string(of_warp[i].second.line) +
+                            ": setmaxnreg, and not all warps of the warpgroup have executed it");
+            }
+        }
+    }
+}
+
 void wgmma_commit(Site site) {
     warp_meet(
         "wgmma.commit_group", 0xffffffffu, nullptr, 0, nullptr, 0,
@@ -313,7 +338,10 @@ void Block::check_all_waited(const Thread& thread) const {
     };
     if (thread.in_cluster_barrier) refuse("has arrived at the cluster's barrier and not waited there");
     const BulkStores& stores = thread.stores;
-    if (!stores.open.empty() || stores.committed > stores.waited) {
+    bool unread = !stores.open.empty();
+    const size_t after = std::min<size_t>(stores.committed - stores.waited, stores.groups.size());
+    for (size_t i = stores.groups.size() - after; i < stores.groups.size(); ++i) unread |= !stores.groups[i].empty();
+    if (unread) {
         refuse("has not waited for a bulk copy out of shared memory to have read it");
     }
     for (const auto& group : stores.groups) {

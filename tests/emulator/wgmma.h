@@ -42,13 +42,15 @@ struct WarpGroup {
     // Executes a warp's products until there are `until`.
     void execute(int warp, uint64_t until);
     void finish(int warp, uint32_t group, Site site);
+    void check_registers() const;
 
     Block& block;
     Warp warps[4];
     std::deque<Asked> products;  // the first is number `first`
     uint64_t first = 0;
     std::vector<Thread*> waiting;
-    int agent = -1;  // of races
+    std::vector<std::pair<int, Site>> registers[4];  // that each warp asked for; fewer are negative
+    int agent = -1;                                  // of races
 
   private:
     void execute_one(int warp, const Asked& asked, Sums& sums);
