@@ -322,7 +322,7 @@ struct Middle {
                 next = ask(step + 2 < steps);
             }
             // At 64 rows there are no registers to keep it in.
-            if (kLate) last.fill(a.weight.levels, load_shared(reinterpret_cast<const float*>(constants) + kOwn - 1));
+            if (kLate) last.fill(a.weight.levels, load_shared(constants + 1).w);
             if (inside) multiply<1>(buffer, codes, absmax, last);
 #pragma unroll
             for (int j = 0; j < kOwn; ++j) codes[j] = ahead[j];
