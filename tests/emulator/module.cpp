@@ -3,9 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind_conformance.h"
 #include "bindings_cuda.h"
-#include "conformance.h"
-#include "conformance_sm90.h"
 #include "emulator.h"
 #include "managed.h"
 #include "samples.h"
@@ -58,43 +57,8 @@ PYBIND11_MODULE(_emulated, m) {
     m.def("reset_paging", &emu::reset_paging);
     m.def("counters", [] { return emu::counters().json(); });
     m.def("reset_counters", &emu::reset_counters);
-    m.def("conformance_kernels", [] {
-        py::dict all;
-        for (const auto& k : qlk::conformance::kernels()) all[k.name] = py::make_tuple(k.words_in, k.words_out);
-        return all;
-    });
-    m.def("run_conformance", [](const std::string& name, uintptr_t in, uintptr_t out, int device, uintptr_t stream) {
-        for (const auto& k : qlk::conformance::kernels()) {
-            if (name != k.name) continue;
-            return k.run({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<uint32_t*>(out)},
-                         {device, reinterpret_cast<void*>(stream)});
-        }
-        throw std::invalid_argument("no conformance kernel '" + name + "'");
-    });
-    m.attr("RATE_FLOP") = qlk::conformance::kRateFlop * qlk::conformance::kRateWarps;
-    m.def("launch_rate", [](uintptr_t in, uintptr_t out, int turns, int blocks, int device, uintptr_t stream) {
-        qlk::conformance::launch_rate({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<float*>(out), turns},
-                                      blocks, {device, reinterpret_cast<void*>(stream)});
-    });
-    m.attr("WIDE_RATE_FLOP") = qlk::conformance::kWideRateFlop;
-    m.def("launch_wide_rate", [](uintptr_t in, uintptr_t out, int turns, int blocks, int device, uintptr_t stream) {
-        qlk::conformance::launch_wide_rate(
-            {reinterpret_cast<const uint32_t*>(in), reinterpret_cast<float*>(out), turns}, blocks,
-            {device, reinterpret_cast<void*>(stream)});
-    });
-    m.def("wide_kernels", [] {
-        py::dict all;
-        for (const auto& k : qlk::conformance::wide_kernels()) all[k.name] = py::make_tuple(k.words_in, k.words_out);
-        return all;
-    });
-    m.def("run_wide", [](const std::string& name, uintptr_t in, uintptr_t out, int device, uintptr_t stream) {
-        for (const auto& k : qlk::conformance::wide_kernels()) {
-            if (name != k.name) continue;
-            return k.run({reinterpret_cast<const uint32_t*>(in), reinterpret_cast<uint32_t*>(out)},
-                         {device, reinterpret_cast<void*>(stream)});
-        }
-        throw std::invalid_argument("no conformance kernel '" + name + "'");
-    });
+    qlk::conformance::bind_conformance(m);
+    qlk::conformance::bind_sm90(m);
     m.def("samples", &emu::samples, "Names of the kernels that test the emulator.");
     m.def(
         "run_sample",
