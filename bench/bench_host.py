@@ -84,7 +84,7 @@ def keep_memory() -> None:
 
 def emulator() -> Any:
     """The emulator's module, whose launches are but counted from now on."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import emulated
 
     emulated.module().configure(executes=False, multiprocessors=MULTIPROCESSORS)

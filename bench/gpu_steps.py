@@ -32,12 +32,22 @@ NONE_COLLECTED = 5
 MANY_CORES = 8
 #: The files of tests that need a card, in this order: what others stand on first.
 TEST_FILES = (
-    *("test_conformance.py", "test_conformance_sm90.py", "test_quantize.py", "test_cuda.py", "test_cuda_launches.py"),
-    *("test_cuda_adapters.py", "test_ops.py", "test_cuda_large.py", "test_optim.py", "test_optim_state.py"),
-    *("test_optim_changes.py", "test_optim_torch.py", "test_finetune_gpu.py"),
+    "tests/emulator/test_conformance.py",
+    "tests/emulator/test_conformance_sm90.py",
+    "tests/ops/test_quantize.py",
+    "tests/cuda/test_cuda.py",
+    "tests/cuda/test_cuda_launches.py",
+    "tests/cuda/test_cuda_adapters.py",
+    "tests/ops/test_ops.py",
+    "tests/cuda/test_cuda_large.py",
+    "tests/optim/test_optim.py",
+    "tests/optim/test_optim_state.py",
+    "tests/optim/test_optim_changes.py",
+    "tests/optim/test_optim_torch.py",
+    "tests/finetune/test_finetune_gpu.py",
 )
 #: By itself, after all others: it looks at how much of the card is free.
-LAST_TEST_FILE = "test_paging_gpu.py"
+LAST_TEST_FILE = "tests/optim/test_paging_gpu.py"
 
 
 class StepFailed(Exception):
@@ -207,7 +217,7 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
     limit = 0.9 * seconds  # the rest is to look at it
     programs = [Program("build", command, folder / "build.log", limit, {"QLORA_KERNELS_CUDA_ARCHS": "native"})]
     # What the tests build when they find none.
-    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT), str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     for name, module, function in (
         ("emulator", "emulated", "module"),
         ("conformance", "conformance_module", "conformance_module"),
@@ -255,12 +265,12 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
     environment = {"OMP_NUM_THREADS": str(max(cores() // at_once, 1))}
 
     def program(file: str, limit: float) -> Program:
-        name = file.removesuffix(".py")
+        name = Path(file).stem
         junit = folder / f"{name}.xml"
         junit.unlink(missing_ok=True)
         command = [
             *(sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-o", "faulthandler_timeout=60"),
-            *(f"--junitxml={junit}", f"tests/{file}"),
+            *(f"--junitxml={junit}", file),
         ]
         return Program(name, command, folder / f"{name}.log", limit, environment)
 

@@ -28,7 +28,7 @@ BLOCKS = 2
 
 def kernels() -> Any:
     """The kernels for conformance on the card, built when they are not there (tests/conformance_module.py)."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from conformance_module import conformance_module
 
     return conformance_module()

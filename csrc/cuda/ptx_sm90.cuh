@@ -1,6 +1,6 @@
 // PTX that came with sm_90, and of sm_90a's own: copies that mbarriers count, clusters, products of warpgroups. No
 // kernel of this package uses them yet; the emulator has a twin of each (tests/emulator/ptx_sm90.cuh), and
-// tests/test_conformance_sm90.py runs both on the same operands. Sections are those of the PTX ISA.
+// tests/emulator/test_conformance_sm90.py runs both on the same operands. Sections are those of the PTX ISA.
 #pragma once
 
 #include <cuda.h>

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 #: Statements that order something: calls of these, alone on their line or before a comment.
 ORDERING = re.compile(
@@ -33,28 +33,34 @@ ORDERING = re.compile(
 )
 #: The tests of each source, those first that are quickest to fail: a file, and what to select in it.
 QUANTIZATION = tuple(
-    ("tests/test_quantize.py", f"emulated and {words}")
+    ("tests/ops/test_quantize.py", f"emulated and {words}")
     for words in ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "test")
 )
 TESTS = {
     "adapters": (
-        ("tests/test_cuda_low_rank.py", "dx_with"),
-        ("tests/test_cuda_adapters.py", "test_every_shape"),
-        ("tests/test_cuda_adapters.py", "test_every_rank or test_the_bits"),
+        ("tests/cuda/test_cuda_low_rank.py", "dx_with"),
+        ("tests/cuda/test_cuda_adapters.py", "test_every_shape"),
+        ("tests/cuda/test_cuda_adapters.py", "test_every_rank or test_the_bits"),
     ),
-    "parts": (("tests/test_cuda_low_rank.py", "dx_with"),),
-    "few": (("tests/test_cuda.py", "emulated and test_few_rows"),),
-    "middle": (("tests/test_cuda.py", "cut_anywhere"), ("tests/test_cuda.py", "emulated and test_middle_rows")),
-    "splits": (("tests/test_cuda.py", "blocks_that_share_a_tile"),),
+    "parts": (("tests/cuda/test_cuda_low_rank.py", "dx_with"),),
+    "few": (("tests/cuda/test_cuda.py", "emulated and test_few_rows"),),
+    "middle": (
+        ("tests/cuda/test_cuda.py", "cut_anywhere"),
+        ("tests/cuda/test_cuda.py", "emulated and test_middle_rows"),
+    ),
+    "splits": (("tests/cuda/test_cuda.py", "blocks_that_share_a_tile"),),
     "arena": tuple(
-        ("tests/test_paging.py", words)
+        ("tests/optim/test_paging.py", words)
         for words in ("page_out_and or page_out_comes", "budget_is_kept and options0", "copies_do")
     ),
-    "optimizer": (("tests/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
-    "gemm": (("tests/test_cuda.py", "emulated and tensor_cores"), ("tests/test_cuda.py", "pipeline or emulated")),
+    "optimizer": (("tests/optim/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
+    "gemm": (
+        ("tests/cuda/test_cuda.py", "emulated and tensor_cores"),
+        ("tests/cuda/test_cuda.py", "pipeline or emulated"),
+    ),
     "product": (
-        ("tests/test_ops.py", "emulated and test_forward_and_dx_within_the_contract"),
-        ("tests/test_ops.py", "emulated"),
+        ("tests/ops/test_ops.py", "emulated and test_forward_and_dx_within_the_contract"),
+        ("tests/ops/test_ops.py", "emulated"),
     ),
 }
 

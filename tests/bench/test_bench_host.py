@@ -1,0 +1,32 @@
+"""bench/bench_host.py: every call is timed, launches are counted and not executed, and the backend is put back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+if not (Path(__file__).resolve().parent.parent.parent / "bench" / "bench_host.py").is_file():
+    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
+
+from bench import bench_host
+from qlora_kernels import backends
+
+
+def test_all_calls_are_timed(tmp_path, capsys):
+    assert bench_host.main(["--out", str(tmp_path / "host.json"), "--repeats", "1", "--number", "1"]) == 0
+    assert backends.forced is None
+    found = json.loads((tmp_path / "host.json").read_text())["cases"]
+    assert len(found) == len(bench_host.ADAPTERS) * 9
+    assert all(case["us"] > 0 for case in found)
+    launches = {(case["call"], case["adapter"]): case["launches"] for case in found}
+    # The product; u before it. In backward dx; v and dB with their sum, and dA.
+    assert launches["forward, no_grad", "none"] == launches["backward alone", "none"] == 1
+    assert launches["forward, no_grad", "bfloat16"] == 2
+    # Of adapters in float32, copies; of those in another type, their gradients.
+    assert launches["forward, no_grad", "float32"] == 3
+    assert launches["backward alone", "float32"] == launches["backward alone", "bfloat16"] >= 5
+    table = capsys.readouterr().out
+    assert table.count("\n| forward") == 8
+    assert table.count("\n| backward") == 1

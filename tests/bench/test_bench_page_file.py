@@ -1,0 +1,90 @@
+"""bench/bench_page_file.py at small sizes, under a cgroup that limits nothing; and README's sentence is the file's."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+if not (ROOT / "bench" / "bench_page_file.py").is_file():
+    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
+
+from bench import bench_page_file  # noqa: E402
+
+SMALL = ["--layers", "3", "--width", "128", "--steps", "3", "--limit", "1.5"]
+
+
+@pytest.fixture(name="group")
+def group_fixture(tmp_path, monkeypatch):
+    """A folder in the place of a cgroup."""
+    folder = tmp_path / "group"
+    folder.mkdir()
+    (folder / "memory.max_usage_in_bytes").write_text("12345\n")
+
+    @contextlib.contextmanager
+    def pretended(limit):
+        (folder / "limit").write_text(str(limit))
+        yield folder
+
+    monkeypatch.setattr(bench_page_file, "memory_cgroup", pretended)
+    monkeypatch.chdir(ROOT)
+    return folder
+
+
+def test_the_same_steps_in_memory_and_in_a_file(group, tmp_path, capsys):
+    (tmp_path / "states").mkdir()
+    where = ["--folder", str(tmp_path / "states"), "--out", str(tmp_path / "out.json")]
+    assert bench_page_file.main([*SMALL, *where]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert int((group / "limit").read_text()) == 1.5 * 2**30
+    assert int((group / "cgroup.procs").read_text()) > 1, "the process that trains has joined"
+    memory, file, limited = (result["cases"][name] for name in ("in memory", "in a file", "in a file, memory limited"))
+    assert [case["where"] for case in (memory, file, limited)] == ["host memory", *2 * ["a memory-mapped file"]]
+    assert result["same"]
+    assert result["complete"]
+    assert (limited["limit_bytes"], limited["peak_cgroup_bytes"]) == (1.5 * 2**30, 12345)
+    losses = [[step["loss"] for step in case["steps"]] for case in (memory, file, limited)]
+    assert losses == 3 * losses[:1]
+    assert losses[0][2] < losses[0][0]
+    assert memory["parameters"] == 3 * 128 * 128
+    assert memory["states_bytes"] > 12 * 3 * 128 * 128
+    assert file["written_bytes"] >= 12 * 3 * 128 * 128 > 0
+    assert str(tmp_path) not in json.dumps(result)
+    assert bench_page_file.sentence(result) in capsys.readouterr().out
+
+    other = copy.deepcopy(result)
+    other["cases"]["in a file"]["sha256"] = "0"
+
+    def run(*arguments):
+        return {**other, "same": len({case["sha256"] for case in other["cases"].values()}) == 1}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_page_file, "run", run)
+        assert bench_page_file.main([*SMALL, *where]) == 1
+    assert "OTHER BITS" in capsys.readouterr().out
+
+
+def test_a_training_that_is_killed_is_no_result(group):
+    arguments = {"layers": 1, "width": 64, "steps": 1, "page_file": "/nowhere/at/all"}
+    with pytest.raises(RuntimeError, match="the training ended with 1"):
+        bench_page_file.in_a_process(arguments, limit=1)
+    assert group.is_dir()
+
+
+def test_readme_says_what_was_measured():
+    result = json.loads((ROOT / "bench" / "results" / "page-file-cpu.json").read_text())
+    limited = result["cases"]["in a file, memory limited"]
+    assert result["complete"]
+    assert result["same"]
+    assert result["modified"] is False, "a result that README quotes is of a commit"
+    assert limited["states_bytes"] > 1.5 * limited["limit_bytes"]
+    assert limited["peak_cgroup_bytes"] <= limited["limit_bytes"]
+    losses = [step["loss"] for step in limited["steps"]]
+    assert losses == sorted(losses, reverse=True)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert bench_page_file.sentence(result) in text
+    assert "(bench/results/page-file-cpu.json)" in text

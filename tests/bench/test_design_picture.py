@@ -1,0 +1,57 @@
+"""The picture of the fused product: drawn by the script that stands beside it, and of what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+if not (Path(__file__).resolve().parent.parent.parent / "bench" / "design_picture.py").is_file():
+    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
+
+from bench import design_picture
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def source(path: Path) -> str:
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info["Source"]
+
+
+def test_the_committed_picture_is_of_this_script():
+    assert source(design_picture.PATH) == design_picture.source_note(), "python -m bench.design_picture"
+    assert design_picture.PATH.stat().st_size < 150_000
+    assert f"]({design_picture.PATH.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
+
+
+def test_it_draws(tmp_path):
+    pytest.importorskip("matplotlib")
+    design_picture.draw(tmp_path / "design.png")
+    assert source(tmp_path / "design.png") == design_picture.source_note()
+
+
+def test_what_it_says_is_in_the_code():
+    code = (ROOT / "csrc" / "cuda" / "gemm.cuh").read_text()
+    table = (ROOT / "csrc" / "cuda" / "dispatch.h").read_text()
+    drawn = Path(design_picture.__file__).read_text()
+    # The kernel with 128 columns: with 256 all warps decode in every step.
+    assert f'{{"tiles128", Family::kTiles, 128, 128, {design_picture.STAGES}, kAnyRows' in table
+    assert "kTileDepth = 64;" in table
+    for phrase in (
+        "kThreads = 256;",
+        "kUnits * kTeams == kThreads",
+        "kUnits = kColumns * kDepth / kBlock;",
+        "team == (step + 1) % Traits::kTeams",
+        "ask(step + 1 + Traits::kTeams < steps)",
+        "T weights[2][",
+        "step + Traits::kStages - 1 < steps",
+    ):
+        assert phrase in code, phrase
+    # 256 threads for 128 blocks of weights: two teams of four warps, each two steps ahead with its constants.
+    assert 256 // (128 * 64 // 64) == 2
+    for phrase in ("128 blocks of 64", "128 x 64", "rows x 64", "4 of 8 warps", "two steps ahead", "(step + 1) % 2"):
+        assert phrase in drawn, phrase

@@ -1,0 +1,190 @@
+"""bench/loops.py: finds the main loop in a listing made for it, counts a step, and follows what is changed in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+if not (Path(__file__).resolve().parent.parent.parent / "bench" / "loops.py").is_file():
+    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
+
+from bench import loops, sass
+
+KIND = loops.Kind(
+    decode=("PRMT", "LOP3", "IMAD.SHL"), weights=8, every=lambda numbers: 2, copies=lambda numbers: numbers[0] / 32
+)
+
+#: The shape of gemm.cuh's loop: labels end in a colon, and jumps name them.
+LISTING = """
+    IADD3 R1, R1, R2
+low:
+    LDSM.16.M88.4 R4, [R1]
+    HMMA.16816.F32.BF16 R8, R4, R6, R8
+    @P0 BRA low
+step:
+    BAR.SYNC 0x0
+    @P1 BRA copied
+copy:
+    LOP3.LUT R9, R9, 0x7, RZ, 0xc0, !PT
+    @P3 BRA element_way
+    @!PT LDS RZ, [RZ]
+    LDGSTS.E.BYPASS.128 [R9], desc[UR8][R10.64]
+    BRA copy_end
+element_way:
+    IADD3 R3, R3, R2
+element:
+    LDG.E.U16 R3, [R10]
+    STS.U16 [R9], R3
+    @P4 BRA element
+copy_end:
+    @P5 BRA copy
+copied:
+    @P6 BRA decoded
+    LDS.128 R20, [R9]
+    IMAD.SHL.U32 R24, R20, 0x10, RZ
+    IMAD R25, R20, 0x10, RZ
+    PRMTS
+    LOP3.LUT R26, R20, R21, R22, 0xca, !PT
+    STS.128 [R9], R24
+    @P7 BRA decoded
+    LDG.E R30, [R12]
+decoded:
+    LDSM.16.M88.4 R4, [R1]
+    HMMA.16816.F32.BF16 R8, R4, R6, R8
+    HMMA.16816.F32.BF16 R12, R4, R6, R12
+    @P2 BRA step
+    EXIT
+"""
+
+
+def assembled(listing: str) -> sass.Function:
+    """A listing as cuobjdump would print it, parsed."""
+    listing = listing.replace("PRMTS", "\n".join(["PRMT R26, R20, 0x9d8c, R24"] * 8))
+    labels: dict[str, int] = {}
+    lines = []
+    for line in filter(None, map(str.strip, listing.splitlines())):
+        if line.endswith(":"):
+            labels[line[:-1]] = len(lines) * 16
+        else:
+            lines.append(line)
+    text = ["\tcode for sm_90a", "\t\tFunction : _Zloop"]
+    for i, line in enumerate(lines):
+        head, _, target = line.rpartition("BRA ")
+        text.append(f"        /*{i * 16:04x}*/  {head + 'BRA ' + hex(labels[target]) if target in labels else line} ;")
+    (function,) = sass.parse("\n".join(text))
+    assert len(function.instructions) == len(lines)
+    return function
+
+
+def step(listing: str, rows: int = 128) -> loops.Step | None:
+    return loops.step_of(assembled(listing), KIND, [rows])
+
+
+def test_a_step_is_counted_by_class():
+    found = step(LISTING)
+    # 8 PRMT, the shift and the choice, every second step.
+    assert found.counts == {
+        "hmma": 2,
+        "decode": 5,
+        "ldsm": 1,
+        "lds": 0.5,
+        "sts": 0.5,
+        "ldgsts": 4,
+        # The barrier and a jump; 4 copies of 5; the jump around decoding; half of IMAD, a jump and LDG; the last jump.
+        "other": 2 + 4 * 5 + 1 + 1.5 + 1,
+    }
+    assert found.slots_per_weight == 10 / 8
+    assert found.outside == found.total - 2 - 5
+
+
+def test_copies_count_by_the_rows():
+    assert step(LISTING, rows=16).counts["ldgsts"] == 0.5
+    difference = step(LISTING, rows=64).total - step(LISTING, rows=32).total
+    assert difference == 6
+    unrolled = LISTING.replace("    BRA copy_end", "    LDGSTS.E.BYPASS.128 [R9], desc[UR8][R10.64]\n    BRA copy_end")
+    assert step(unrolled).counts["ldgsts"] == 4
+
+
+def test_decoding_that_every_step_does_counts_fully():
+    found = step(LISTING.replace("    @P6 BRA decoded\n", ""))
+    assert found.counts["decode"] == 10
+    assert found.slots_per_weight == 10 / 8
+
+
+def test_tables_in_shared_memory():
+    """Look-ups are loads then, and decoding may stand in one block of code with all the rest."""
+    listing = """
+step:
+    LDS.128 R20, [R9]
+    PRMTS
+    LDS.64 R24, [R26]
+    FMUL R24, R24, R30
+    F2FP.BF16.F32.PACK_AB R24, R24, R25
+    HMMA.16816.F32.BF16 R8, R4, R24, R8
+    @P2 BRA step
+    EXIT
+"""
+    kind = loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=8)
+    found = loops.step_of(assembled(listing), kind, [])
+    assert found.slots_per_weight == 11 / 8
+    assert found.counts == {"hmma": 1, "decode": 11, "ldsm": 0, "lds": 1, "sts": 0, "ldgsts": 0, "other": 1}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key", "more"),
+    [
+        ("PRMTS", "PRMTS\n    PRMT R26, R20, 0x9d8c, R24", "decode", 0.5),
+        ("    IMAD R25, R20, 0x10, RZ", "    IMAD R25, R20, 0x10, RZ\n    MOV R25, R20", "other", 0.5),
+        ("decoded:", "decoded:\n    MOV R25, R20", "other", 1),
+        ("decoded:", "decoded:\n    LOP3.LUT R9, R9, 0x7, RZ, 0xc0, !PT", "other", 1),
+        ("copy:", "copy:\n    IMAD.WIDE R2, R3, 0x2, R4", "other", 4),
+        ("element:", "element:\n    IMAD.WIDE R2, R3, 0x2, R4", "other", 0),
+        ("element_way:", "element_way:\n    IMAD.WIDE R2, R3, 0x2, R4", "other", 0),
+        ("low:", "low:\n    HMMA.16816.F32.BF16 R8, R4, R6, R8", "hmma", 0),
+    ],
+)
+def test_what_is_added_shows(before, after, key, more):
+    assert before in LISTING
+    found, old = step(LISTING.replace(before, after, 1)), step(LISTING)
+    assert found.counts == {**old.counts, key: old.counts[key] + more}
+    assert found.slots_per_weight == old.slots_per_weight + (more * 2 / 8 if key == "decode" else 0)
+
+
+@pytest.mark.parametrize(
+    ("after", "more", "more_on_120"),
+    [
+        ("    NOP\n    HMMA.16816.F32.BF16 R12", 1, 0),
+        ("    NOP\n    NOP\n    HMMA.16816.F32.BF16 R12", 2, 2),
+        ("    NOP\n    MOV R1, R2\n    HMMA.16816.F32.BF16 R12", 2, 2),
+    ],
+)
+def test_what_pads_products_counts_nothing(after, more, more_on_120):
+    before = "    HMMA.16816.F32.BF16 R12"
+    assert LISTING.count(before) == 1
+    padded = assembled(LISTING.replace(before, after))
+    old = step(LISTING).counts["other"]
+    assert loops.step_of(padded, KIND, [128]).counts["other"] == old + more
+    padded = replace(padded, architecture="sm_120")
+    assert loops.step_of(padded, KIND, [128]).counts["other"] == old + more_on_120
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # Without the jump back, without decoding, and with all HMMA before or after the loop.
+        ("@P2 BRA step", "MOV R1, R2"),
+        ("PRMTS", "MOV R26, R20"),
+        ("    @P2 BRA step", ""),
+        (LISTING[LISTING.index("decoded:") : LISTING.index("    @P2")], "decoded:\n"),
+    ],
+)
+def test_without_a_main_loop_there_is_none(before, after):
+    assert before in LISTING
+    assert step(LISTING.replace(before, after)) is None
+
+
+def test_the_innermost_loop_is_taken():
+    around = LISTING.replace("    EXIT", "    MOV R1, R2\n    @P3 BRA low\n    EXIT")
+    assert step(around).counts == step(LISTING).counts

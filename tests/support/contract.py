@@ -1,0 +1,47 @@
+"""The numerics contract, and weights to hold to it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qlora_kernels import quantize
+
+
+def make_weight(n: int, k: int, double_quant: bool = True, dtype: torch.dtype = torch.float32):
+    """A quantized weight [n, k] whose rows differ in scale."""
+    weight = torch.randn(n, k) * torch.logspace(-2, 1, n).unsqueeze(1)
+    return quantize(weight.to(dtype), double_quant)
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative Frobenius error; NaN when anything is NaN."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def worst_tile_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error of any 64 x 64 tile, relative to the root mean square of the whole."""
+    error = (actual.double() - exact).square()
+    rows, columns = exact.shape
+    padded = exact.new_zeros((rows + 63) // 64 * 64, (columns + 63) // 64 * 64, dtype=torch.float64)
+    count = padded.clone()
+    padded[:rows, :columns] = error
+    count[:rows, :columns] = 1
+
+    def tiles(t):
+        return t.view(t.shape[0] // 64, 64, t.shape[1] // 64, 64).sum((1, 3))
+
+    return (tiles(padded) / tiles(count)).max().sqrt().item() / exact.square().mean().sqrt().item()
+
+
+def assert_within_contract(actual: torch.Tensor, dense: torch.Tensor, exact: torch.Tensor, case: str) -> None:
+    """DESIGN's contract: at most 1.10 times the error of torch's dense layer, over all and in the worst tile."""
+    assert actual.shape == exact.shape, case
+    for metric in (relative_error, worst_tile_error):
+        ours, theirs = metric(actual, exact), metric(dense, exact)
+        # An ulp or two of float32 remain allowed, where torch happens to round nothing; more of them for a handful of
+        # outputs, all there are or those of the smallest tile, whose errors depend on the order of the sum by chance.
+        few = math.prod(n if metric is relative_error else (n - 1) % 64 + 1 for n in exact.shape)
+        slack = 1.5e-7 if few >= 64 else 1e-6
+        assert ours <= 1.10 * theirs + slack, f"{case}: {metric.__name__} {ours:.3e}, dense {theirs:.3e}"
