@@ -33,7 +33,9 @@ INSTALL = f"install the CUDA toolkit, or 'pip install {PACKAGES}', or point CUDA
 
 def _architectures():
     # By its path: importing the package would import torch, which a build does not have.
-    spec = importlib.util.spec_from_file_location("_architectures", ROOT / "qlora_kernels" / "architectures.py")
+    spec = importlib.util.spec_from_file_location(
+        "_architectures", ROOT / "qlora_kernels" / "native" / "architectures.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -28,7 +28,7 @@ from qlora_kernels import NF4Weight, default_nested_table, ops
 from qlora_kernels.bench.common import OURS, WrongResult, reason, relative_error
 from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
 from qlora_kernels.bench.cuda_timing import Card, Timed, copies_for, measure
-from qlora_kernels.files import save_json
+from qlora_kernels.storage.formats import save_json
 
 from .gpu_cases import bits, cpu_kernels
 

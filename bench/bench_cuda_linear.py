@@ -25,7 +25,7 @@ from qlora_kernels.bench.common import OURS, WrongResult, relative_error
 from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY
 from qlora_kernels.bench.cuda_timing import Card, Timed
 from qlora_kernels.bench.limits import find_contender
-from qlora_kernels.files import save_json
+from qlora_kernels.storage.formats import save_json
 
 from . import predict
 from .bench_cuda import Bench, _clone

@@ -28,7 +28,7 @@ from qlora_kernels import PagedAdamW, PagedLion, arena
 from qlora_kernels.bench.common import OURS, WrongResult, reason
 from qlora_kernels.bench.cuda_timing import Card, _summary
 from qlora_kernels.bench.limits import find_contender
-from qlora_kernels.files import save_json
+from qlora_kernels.storage.formats import save_json
 
 from . import predict
 from .gpu_cases import bits, cpu_kernels

@@ -26,7 +26,7 @@ from torch import nn
 
 from qlora_kernels import QLinear, backends
 from qlora_kernels.bench.machine import ROOT, describe_commit, describe_machine, describe_versions
-from qlora_kernels.files import save_json
+from qlora_kernels.storage.formats import save_json
 
 #: N = K, and the rows of x: small, since sizes cost the host nothing but memory.
 SIZE, ROWS = 1024, 16

@@ -28,8 +28,9 @@ from torch import nn
 
 from qlora_kernels import PagedAdamW
 from qlora_kernels.bench.machine import describe_commit, describe_machine, describe_versions
-from qlora_kernels.files import digest, save_json
 from qlora_kernels.finetune.memory import PeakMemory
+from qlora_kernels.storage.digest import digest
+from qlora_kernels.storage.formats import save_json
 
 MEMORY, FILE, LIMITED = "in memory", "in a file", "in a file, memory limited"
 ROWS = 64

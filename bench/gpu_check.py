@@ -105,7 +105,8 @@ def run(step: Any, folder: Path, seconds: float, entry: dict[str, Any]) -> None:
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """Both files, each whole or not at all."""
-    from qlora_kernels.files import save_json, write_atomically
+    from qlora_kernels.storage.atomic_file import write_atomically
+    from qlora_kernels.storage.formats import save_json
 
     from .gpu_report import markdown
 
@@ -119,7 +120,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 def pack(folder: Path) -> None:
     """Moves the files of a step into logs.tar.gz, written aside and renamed: few files are easily sent home."""
-    from qlora_kernels.files import write_atomically
+    from qlora_kernels.storage.atomic_file import write_atomically
 
     packed, loose = folder / PACKED, folder / LOGS
     files = sorted(path for path in loose.rglob("*") if path.is_file())

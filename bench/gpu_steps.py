@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels import architectures
 from qlora_kernels.bench.machine import ROOT
-from qlora_kernels.files import load_json
+from qlora_kernels.native import architectures
+from qlora_kernels.storage.formats import load_json
 
 from . import gpu_cases
 from .gpu_facts import cards_now, facts, tool

@@ -137,10 +137,10 @@ class Launch:
 
 def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
     """What csrc/cuda/linear.cu launches for bf16, aligned rows and a double-quantized weight."""
-    from qlora_kernels import backends
+    from qlora_kernels.native import extension
 
-    code = backends.code_of(torch.bfloat16)
-    plan = backends.native().dispatch(m, n, k, code, backward, int(card.arch[3:5]), card.sms, card.shared[1])
+    code = extension.code_of(torch.bfloat16)
+    plan = extension.native().dispatch(m, n, k, code, backward, int(card.arch[3:5]), card.sms, card.shared[1])
     if plan["kernel"] == "few":
         slices = 16 // plan["row_tiles"]  # warps that share rows, each with four chunks of 128 in a turn
         columns, depth = 8 * plan["row_tiles"], 4 * 128 * slices

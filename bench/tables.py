@@ -35,7 +35,8 @@ from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
 from qlora_kernels.bench.points import OPTIMIZER, K, N
 from qlora_kernels.bench.table import machine_line
-from qlora_kernels.files import load_json, write_atomically
+from qlora_kernels.storage.atomic_file import write_atomically
+from qlora_kernels.storage.formats import load_json
 
 from . import bench_host
 from .bars import BARS, BARS_THREADS, OPTIMIZER_BARS, Bar, judge

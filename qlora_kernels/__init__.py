@@ -5,7 +5,6 @@ See README.md for a tour.
 
 from .adapters import load_adapter, save_adapter
 from .autograd import linear
-from .build_info import build_info
 from .lora import AdapterConfig
 from .merge import MergeReport
 from .models import (
@@ -17,10 +16,11 @@ from .models import (
     set_adapter,
     unmerge_adapters,
 )
+from .native.build_info import build_info
+from .native.build_info import version as _version
 from .nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .optim import PagedAdamW, PagedLion
 from .qlinear import QLinear
-from .version import version as _version
 
 __version__: str
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import load_json, load_safetensors, parse_json, save_json, save_safetensors, write_atomically
 from .lora import AdapterConfig
 from .models import qlora_layers
 from .qlinear import QLinear
-from .safetensors_stream import read_header
 from .selection import matches
+from .storage.atomic_file import write_atomically
+from .storage.formats import load_json, load_safetensors, parse_json, save_json, save_safetensors
+from .storage.safetensors_stream import read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

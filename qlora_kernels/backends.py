@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import architectures, reference
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-@functools.lru_cache(maxsize=1)
-def native() -> ModuleType:
-    """The extension. torch is imported before it, so that both share torch's OpenMP runtime.
-
-    Raises:
-        ImportError: when it has not been built.
-    """
-    try:
-        return importlib.import_module("qlora_kernels._C")
-    except ImportError as error:
-        raise ImportError(
-            f"the native extension qlora_kernels._C could not be loaded ({error}); build it with 'pip install -e .' "
-            "in the source folder"
-        ) from error
-
+from . import reference
+from .native import architectures
+from .native.extension import DTYPE_CODES, native
 
 #: A backend for all tensors but float64 ones, whatever their device: where the tests put the emulator.
 forced = None
@@ -73,11 +55,6 @@ def capturing(tensor: Tensor) -> bool:
 def non_finite(weight: Tensor, index: tuple[int, ...], name: str) -> ValueError:
     """The error for a weight that cannot be quantized."""
     return ValueError(f"{name} holds {weight[index].item()} at index {index}; only finite weights can be quantized")
-
-
-def code_of(dtype: torch.dtype) -> int:
-    """How the extension calls a dtype."""
-    return _DTYPES[dtype]
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -128,7 +105,7 @@ class CPU:
             packed.data_ptr(),
             absmax.data_ptr(),
             count,
-            _DTYPES[weight.dtype],
+            DTYPE_CODES[weight.dtype],
             torch.get_num_threads(),
         )
         if bad >= 0:
@@ -169,7 +146,7 @@ class CPU:
             out.copy_(CPU.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
             return
         native().dequantize(
-            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], torch.get_num_threads()
+            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, DTYPE_CODES[out.dtype], torch.get_num_threads()
         )
 
     @staticmethod
@@ -205,7 +182,7 @@ class CPU:
             scaling,
             dropout,
             _seed(seed, dropout),
-            _DTYPES[x.dtype],
+            DTYPE_CODES[x.dtype],
             torch.get_num_threads(),
         )
         return y, u
@@ -235,7 +212,7 @@ class CPU:
             scaling,
             dropout,
             _seed(seed, dropout),
-            _DTYPES[dy.dtype],
+            DTYPE_CODES[dy.dtype],
             torch.get_num_threads(),
         )
         return dx, dA.to(lora_A.dtype) if need_dA else None, dB.to(lora_B.dtype) if need_dB else None
@@ -316,7 +293,7 @@ class CUDA:
             absmax.data_ptr(),
             _pointer(sums),
             count,
-            _DTYPES[weight.dtype],
+            DTYPE_CODES[weight.dtype],
             *self._queue(device),
         )
         return packed, absmax
@@ -374,7 +351,7 @@ class CUDA:
             out.copy_(self.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
             return
         self._kernels.dequantize(
-            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, _DTYPES[out.dtype], *self._queue(out.device)
+            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, DTYPE_CODES[out.dtype], *self._queue(out.device)
         )
 
     def linear_forward(self, x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, keep_u):
@@ -384,7 +361,7 @@ class CUDA:
         u = self._like(x, m, r) if r and (keep_u or m == 0) else None
         if m == 0:
             return y, u
-        code, queue = _DTYPES[x.dtype], self._queue(x.device)
+        code, queue = DTYPE_CODES[x.dtype], self._queue(x.device)
         wide = _wide(lora_A, lora_B) if r else 0
         size = self._kernels.linear_scratch(m, n, k, r, code, wide, False, queue[0])
         # A u that nobody keeps lies behind the scratch: an allocation less.
@@ -429,7 +406,7 @@ class CUDA:
         dB = self._like(lora_B, n, r) if need_dB else None
         if m == 0:
             return dx, dA.zero_() if need_dA else None, dB.zero_() if need_dB else None
-        code, queue = _DTYPES[dy.dtype], self._queue(dy.device)
+        code, queue = DTYPE_CODES[dy.dtype], self._queue(dy.device)
         wide = _wide(lora_A, lora_B) if r else 0
         size = self._kernels.linear_scratch(m, n, k, r, code, wide, True, queue[0])
         # v lies behind the scratch.

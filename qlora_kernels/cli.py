@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import sys
-import time
 from collections.abc import Sequence
 
 from .bench.options import add_arguments as add_bench_arguments
+from .console.cores import restart_if_cores_are_busy
+from .console.signals import Interrupted, StopSignal
 from .errors import InputError, missing_extra, sentence
 from .finetune.options import add_arguments, from_arguments
-from .signals import Interrupted, StopSignal
-from .version import version
+from .native.build_info import version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
     if argv is None and options.command == "finetune":
-        _restart_if_cores_are_busy()
+        restart_if_cores_are_busy()
     try:
         _check_forced()
         return options.run(options, arguments)
@@ -60,11 +59,11 @@ def _check_forced() -> None:
         return
     import torch
 
-    from . import backends, dispatch
+    from .native import dispatch, extension
 
     with contextlib.suppress(ImportError):  # 'info' says that the extension is missing, and the others stop at it
         try:
-            backends.native().build_info()
+            extension.native().build_info()
             if kernel:  # a case that every kernel can take
                 dispatch.choose(dispatch.CARDS[90], 1, 64, 64, torch.bfloat16, False)
         except RuntimeError as error:
@@ -74,39 +73,6 @@ def _check_forced() -> None:
 def _plain(error: RuntimeError) -> str:
     """The extension's sentence, without the place in the source and the expression that its errors carry."""
     return re.sub(r"^\S+:\d+: | \(failed: .*\)$", "", sentence(error))
-
-
-def _restart_if_cores_are_busy() -> None:
-    """Where other programs want the cores, starts the process anew, under the same id, with threads that sleep.
-
-    OpenMP's threads spin while they wait for each other, which is best on free cores and ruinous on others: each of
-    the many short products of a small model then waits for a thread that is not running. Measured on two cores, a
-    training step of the tiny model takes 94 ms spinning and 150 ms sleeping; with one other busy process, 1366 ms and
-    166 ms. The runtime reads the setting when it is loaded, which importing torch has done by now. No result changes.
-    """
-    settings = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in settings):
-        return
-    import torch
-
-    if _free_cores() < torch.get_num_threads() - 0.5:
-        sys.stdout.flush()
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "passive"})
-
-
-def _free_cores() -> float:
-    """How many cores nobody used in the last moment; infinity where the system does not say."""
-    samples = []
-    for pause in (0.3, 0.0):
-        try:
-            with open("/proc/stat") as file:
-                times = [int(word) for word in file.readline().split()[1:9]]
-        except (OSError, ValueError):
-            return math.inf
-        samples.append((times[3] + times[4], sum(times)))  # idle and waiting for a disk; all
-        time.sleep(pause)
-    (idle, total), (idle_after, total_after) = samples
-    return (os.cpu_count() or 1) * (idle_after - idle) / max(total_after - total, 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,7 +168,7 @@ def _info(namespace: argparse.Namespace, arguments: list[str]) -> int:
         return _dispatch(namespace)
     if namespace.arch is not None:
         raise InputError("--arch goes with --dispatch N K")
-    from .build_info import build_info, describe
+    from .native.build_info import build_info, describe
 
     info = build_info()
     print(json.dumps(info, indent=2) if namespace.json else describe(info))
@@ -210,7 +176,7 @@ def _info(namespace: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _dispatch(namespace: argparse.Namespace) -> int:
-    from . import dispatch
+    from .native import dispatch
 
     n, k = namespace.dispatch
     if min(n, k) < 1 or max(n, k) >= 2**31:

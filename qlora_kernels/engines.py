@@ -12,6 +12,7 @@ import torch
 from . import backends
 from .arena import HostArena, Layout
 from .errors import require
+from .native import extension
 
 NORM, SKIPPED = 8, 24  # offsets in OptimizerControl, csrc/optimizer.h
 
@@ -131,7 +132,7 @@ class HostEngine:
             "grad_scale": 0 if scale is None else scale.data_ptr(),
             "found_inf": 0 if inf is None else inf.data_ptr(),
         }
-        native, threads = backends.native(), torch.get_num_threads()
+        native, threads = extension.native(), torch.get_num_threads()
         arguments, sums = operands(self.layout, self._algorithm, self._settings, where), None
         if total is not None:
             native.optimizer_sums(arguments, threads)

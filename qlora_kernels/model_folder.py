@@ -7,8 +7,8 @@ import shutil
 from typing import Any
 
 from .errors import InputError
-from .files import load_json
-from .safetensors_stream import Entry, read_header
+from .storage.formats import load_json
+from .storage.safetensors_stream import Entry, read_header
 
 METHOD = "qlora_kernels"  # what a folder of ours says in its quantization_config
 INDEX = "model.safetensors.index.json"

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from . import backends
+from .console.progress import bar
 from .errors import sentence
 from .lora import AdapterConfig
 from .merge import MergeReport
-from .progress import bar
 from .qlinear import QLinear
 from .selection import candidates, check_patterns, targets
 

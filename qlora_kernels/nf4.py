@@ -233,7 +233,7 @@ class NF4Weight:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, whole or not at all."""
-        from .files import save_safetensors
+        from .storage.formats import save_safetensors
 
         save_safetensors(self.state_dict(), path, metadata={"format": "qlora_kernels.nf4", "dtype": str(self.dtype)})
 
@@ -244,7 +244,7 @@ class NF4Weight:
         Raises:
             ValueError: for a truncated or foreign file.
         """
-        from .files import load_safetensors
+        from .storage.formats import load_safetensors
 
         tensors, metadata = load_safetensors(path)
         try:

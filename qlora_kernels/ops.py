@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends, reference
 from .errors import require
+from .native import extension
 
 _library = torch.library.Library("qlora_kernels", "DEF")
 
@@ -752,7 +753,7 @@ def default_nested_table(device: torch.device | str = "cpu") -> Tensor:
         return _tables[device]
     # Kept for good, so not an inference tensor, which autograd could not save; nor on a default device.
     with torch.inference_mode(False):
-        table = torch.tensor(backends.native().e4m3_table(), dtype=torch.float32, device="cpu").to(device)
+        table = torch.tensor(extension.native().e4m3_table(), dtype=torch.float32, device="cpu").to(device)
     if plain:
         _tables[device] = table
     return table

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends, engines
+from . import engines
 from .arena import MASTER, STATE_BLOCK, Layout, Slot
 from .errors import require
+from .native import extension
 from .saving import Saving
 from .shards import address, is_shard, part, part_of_gradient, shared, summed
 from .states import (
@@ -188,7 +189,7 @@ class Paged(Saving):
             if loading is None and self.state.get(p):
                 check_entry(self.state[p], self._moments, p, f"parameter {i}", who)
         planes = [self._planes_of(p) for p in params]
-        slots = [Slot(part(p).numel(), g, backends.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
+        slots = [Slot(part(p).numel(), g, extension.code_of(p.dtype), n) for p, g, n in zip(params, groups, planes)]
         layout = Layout(slots, self._settings["state_bits"])
         engine = engines.of(params[0], layout, self._algorithm, self._settings)
         engine.set_found(*self._found())

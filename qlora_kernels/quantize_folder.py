@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .console.progress import bar
 from .errors import InputError, readable
-from .files import save_json
-from .folders import new_folder, write_folder_atomically
 from .model_folder import INDEX, METHOD, copy_other_files, read_config, read_entries
 from .models import QuantizeReport, qlora_layers, quantize_model
 from .nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight, quantize
-from .progress import bar
 from .qlinear import check_range
-from .safetensors_stream import DTYPES, Entry, Writer, read
 from .skeleton import cast_parameters, config_dtype, skeleton, skipped
+from .storage.atomic_folder import new_folder, write_folder_atomically
+from .storage.formats import save_json
+from .storage.safetensors_stream import DTYPES, Entry, Writer, read
 from .version import BASE
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}  # any case

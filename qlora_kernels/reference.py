@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from .native import extension
 
 
 def levels() -> Tensor:
     """The 16 NF4 levels, float32, as csrc/nf4.h has them."""
-    return torch.tensor(backends.native().nf4_levels(), dtype=torch.float32)
+    return torch.tensor(extension.native().nf4_levels(), dtype=torch.float32)
 
 
 def decode_absmax(pieces: tuple[Tensor | None, ...]) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .errors import require, sentence
-from .files import digest, save_torch
 from .shards import is_shard, part, shared
 from .states import check_entry, check_form, check_loadable, decoded, plain
+from .storage.digest import digest
+from .storage.formats import save_torch
 
 # Of torch.optim.AdamW's groups: without meaning here, and not kept.
 _TORCH_ONLY = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")

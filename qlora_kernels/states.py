@@ -16,6 +16,7 @@ from torch import Tensor
 from . import backends
 from .arena import STATE_BLOCK
 from .errors import require
+from .native import extension
 from .shards import check_placements, is_shard, part, placed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -189,7 +190,7 @@ def decoded(entry: Mapping[str, Tensor], name: str) -> Tensor:
     if name in entry:
         return entry[name].detach().float()
     code = entry[f"{name}_code"]
-    table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"), dtype=torch.float32, device="cpu")
+    table = torch.tensor(extension.native().dynamic_map(name == "exp_avg"), dtype=torch.float32, device="cpu")
     flat = flattened(code, code)
     absmax = entry[f"{name}_absmax"].detach().cpu().reshape(-1).repeat_interleave(STATE_BLOCK)[: flat.numel()]
     values = torch.empty_strided(code.shape, code.stride(), dtype=torch.float32, device="cpu")
@@ -231,7 +232,7 @@ def convert(entry: Mapping[str, Any], views: dict[str, Tensor], p: Tensor) -> No
         elif f"{name}_code" in views:
             code, absmax = views[f"{name}_code"], views[f"{name}_absmax"]
             if not entry:
-                table = backends.native().dynamic_map(name == "exp_avg")
+                table = extension.native().dynamic_map(name == "exp_avg")
                 code.fill_(table.index(0.0))
                 absmax.zero_()
             elif f"{name}_code" in entry and same_order(entry[f"{name}_code"], code):

@@ -225,7 +225,7 @@ def _progress(count: int, quiet: bool) -> Callable[[Point | None, str], None]:
         return lambda point, text: None
     done, told = 0, 0.0
     try:
-        from ..progress import bar
+        from ..console.progress import bar
 
         shown = bar(total=count, unit="case")
     except ImportError:

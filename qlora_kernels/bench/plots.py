@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from ..storage.atomic_file import write_atomically
 from .common import OURS
 from .contenders import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT
 from .limits import find_contender, limits_of

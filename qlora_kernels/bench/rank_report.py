@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from ..files import write_atomically
+from ..storage.atomic_file import write_atomically
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import files
+from ..console.signals import Interrupted, StopSignal
 from ..errors import InputError, missing_extra, sentence
 from ..finetune import tiny
 from ..finetune.base import Source, quantize
@@ -41,9 +41,9 @@ from ..finetune.evaluate import held_out_loss
 from ..finetune.options import Options
 from ..finetune.report import sizes
 from ..finetune.train import Phase, Trainer
-from ..folders import new_folder, sweep_folders
 from ..models import disable_adapters
-from ..signals import Interrupted, StopSignal
+from ..storage import digest, formats
+from ..storage.atomic_folder import new_folder, sweep_folders
 from .machine import describe_commit, describe_machine, describe_versions
 from .rank_options import TARGETS, StudyOptions, from_arguments, make_parser
 from .rank_report import label, markdown, plot, with_shares
@@ -179,7 +179,7 @@ class _Run:
             )
         if not base:
             size = sizes(model, report)
-            pretraining = files.load_json(os.path.join(folder, "pretraining.json"))
+            pretraining = formats.load_json(os.path.join(folder, "pretraining.json"))
             with disable_adapters(model):
                 loss = self._loss(model, "the NF4 base")
             self.result["base"] = {
@@ -253,7 +253,7 @@ class _Run:
 
     def _save(self) -> None:
         with self.stop.deferred():
-            files.save_json(self.result, self.options.out)
+            formats.save_json(self.result, self.options.out)
             self.kept = len(self.result["cells"])
         self.stop.check()
 
@@ -261,7 +261,7 @@ class _Run:
 def base_digest(model: nn.Module) -> str:
     """SHA-256 of every tensor of a model but its adapters', byte for byte, with their names."""
     state = model.state_dict()
-    return files.digest({k: state[k] for k in sorted(state) if ".lora_A." not in k and ".lora_B." not in k})
+    return digest.digest({k: state[k] for k in sorted(state) if ".lora_A." not in k and ".lora_B." not in k})
 
 
 def _earlier(path: str) -> dict[str, Any] | None:
@@ -274,7 +274,7 @@ def _earlier(path: str) -> dict[str, Any] | None:
         return None
     refusal = f"--out {path} is there and no result of this study; name another file"
     try:
-        result = files.load_json(path)
+        result = formats.load_json(path)
     except (OSError, ValueError):
         raise InputError(refusal) from None
     cells = result.get("cells")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..storage.atomic_file import write_atomically
 from .common import Settings
 from .machine import describe_commit, describe_machine, describe_versions
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import backends
+from ..console.quiet import quiet_transformers
 from ..errors import InputError, readable, sentence
 from ..model_folder import METHOD, read_config
 from ..models import QuantizeReport, qlora_layers, quantize_model
@@ -19,7 +20,6 @@ from ..skeleton import cast_parameters, dtype_argument, skeleton, skipped
 from . import tiny
 from .lora16 import share_initial_values
 from .options import Options
-from .quiet import quiet_transformers
 
 
 def compute_dtype(options: Options) -> torch.dtype:

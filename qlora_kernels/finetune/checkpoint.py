@@ -11,7 +11,8 @@ import torch
 
 from ..adapters import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import InputError, sentence
-from ..files import digest, save_torch
+from ..storage.digest import digest
+from ..storage.formats import save_torch
 from .options import Options
 
 NAME = "checkpoint.pt"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from ..progress import bar
+from ..console.progress import bar
 from .data import Pairs, Windows
 from .train import batch_loss
 

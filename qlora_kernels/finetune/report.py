@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..build_info import build_info
 from ..models import QuantizeReport, qlora_layers
-from ..version import version
+from ..native.build_info import build_info, version
 
 #: The rows of the table in order: key of the result, what people call it.
 TITLES = {

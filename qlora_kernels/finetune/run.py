@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from ..adapters import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from ..console.signals import Interrupted, StopSignal
 from ..errors import InputError
-from ..files import save_json
-from ..folders import new_folder, sweep_folders
 from ..models import disable_adapters
-from ..signals import Interrupted, StopSignal
 from ..skeleton import cast_parameters, recompute_activations
+from ..storage.atomic_folder import new_folder, sweep_folders
+from ..storage.formats import save_json
 from . import checkpoint as ckpt
 from . import tiny
 from .base import Source, digest, quantize

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..console.quiet import quiet_transformers
 from ..errors import InputError
-from ..files import save_json
-from ..folders import write_folder_atomically
+from ..storage.atomic_folder import write_folder_atomically
+from ..storage.formats import save_json
 from .data import Windows
 from .options import Options
-from .quiet import quiet_transformers
 from .train import Phase, Trainer
 
 END = 256  # id of <|endoftext|>; ids below it are bytes

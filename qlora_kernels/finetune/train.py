@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..console.progress import bar
+from ..console.signals import Interrupted, StopSignal
 from ..errors import InputError, sentence
 from ..optim import PagedAdamW, PagedLion
-from ..progress import bar
-from ..signals import Interrupted, StopSignal
 from . import checkpoint as ckpt
 from .data import IGNORED, Batch, Pairs, Windows
 from .options import Options

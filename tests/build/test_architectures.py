@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_kernels import architectures, backends
-from qlora_kernels.architectures import local_version, names, parse, unserved
+from qlora_kernels.native import architectures
+from qlora_kernels.native import extension
+from qlora_kernels import backends
+from qlora_kernels.native.architectures import local_version, names, parse, unserved
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_a_card_that_is_served_gets_the_kernels(h100):
 
 def test_this_build_without_kernels_refuses_any_card(monkeypatch):
     """The build under test, whatever is in it, through the real extension."""
-    built = backends.native().build_info()["cuda_archs"]
+    built = extension.native().build_info()["cuda_archs"]
     if unserved(built, 8, 0, "card") is None:
         pytest.skip("this build serves the card that the test invents")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))

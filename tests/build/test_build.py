@@ -16,10 +16,11 @@ import torch
 from engines import ISAS
 
 import qlora_kernels
+from qlora_kernels.native import extension
 from qlora_kernels import NF4Weight, backends, default_nested_table, linear
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-EXTENSION = Path(backends.native().__file__)
+EXTENSION = Path(extension.native().__file__)
 MIB = 2**20
 
 
@@ -34,7 +35,7 @@ def output_of(*command: object) -> str:
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs code in a fresh interpreter, with the package importable wherever it was imported from here."""
-    path = os.pathsep.join([str(Path(qlora_kernels.__file__).parent.parent), str(ROOT)])
+    path = os.pathsep.join(map(str, (Path(qlora_kernels.__file__).parent.parent, ROOT, ROOT / "tests/support")))
     env = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
@@ -116,25 +117,25 @@ def test_an_extension_that_is_missing_says_how_to_build_it(monkeypatch):
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(backends.importlib, "import_module", missing)
-    backends.native.cache_clear()
+    monkeypatch.setattr(extension.importlib, "import_module", missing)
+    extension.native.cache_clear()
     try:
         with pytest.raises(ImportError, match=r"qlora_kernels\._C could not be loaded .*; build it with 'pip install"):
-            backends.native()
+            extension.native()
     finally:
-        backends.native.cache_clear()
+        extension.native.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ instruction sets
 
 
 def test_each_instruction_set_can_be_forced(isa):
-    assert backends.native().build_info()["isa_in_use"] == isa
+    assert extension.native().build_info()["isa_in_use"] == isa
 
 
 def test_the_best_instruction_set_is_the_default(monkeypatch):
     monkeypatch.delenv("QLORA_KERNELS_CPU_ISA", raising=False)
-    assert backends.native().build_info()["isa_in_use"] == ISAS[0]
+    assert extension.native().build_info()["isa_in_use"] == ISAS[0]
 
 
 def test_an_unknown_instruction_set_is_an_error_that_names_the_others(monkeypatch):
@@ -204,9 +205,9 @@ def test_scratch_stays_within_8_mib_a_thread(m, n, k, threads):
     try:
         dtypes = [torch.bfloat16] if m == 4096 else [torch.bfloat16, torch.float32]
         for dtype, (rank, dropout) in itertools.product(dtypes, [(16, 0.0), (256, 0.1)]):
-            backends.native().scratch_peak_bytes(reset=True)
+            extension.native().scratch_peak_bytes(reset=True)
             forward_and_backward(weight, m, dtype, rank, dropout)
-            assert 0 < backends.native().scratch_peak_bytes() <= 8 * MIB, f"{dtype}, rank {rank}"
+            assert 0 < extension.native().scratch_peak_bytes() <= 8 * MIB, f"{dtype}, rank {rank}"
     finally:
         torch.set_num_threads(before)
 
@@ -217,9 +218,9 @@ def test_scratch_with_a_rank_of_thousands():
     torch.set_num_threads(1)
     try:
         for m, n, k in ((512, 512, 512), (33, 40000, 64), (33, 64, 40000)):
-            backends.native().scratch_peak_bytes(reset=True)
+            extension.native().scratch_peak_bytes(reset=True)
             forward_and_backward(random_weight(n, k), m, torch.float32, 4096, 0.1)
-            assert 0 < backends.native().scratch_peak_bytes() <= 8 * MIB, f"M={m} N={n} K={k}"
+            assert 0 < extension.native().scratch_peak_bytes() <= 8 * MIB, f"M={m} N={n} K={k}"
     finally:
         torch.set_num_threads(before)
 

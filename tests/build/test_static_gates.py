@@ -17,7 +17,7 @@ if not (cuda_wheel.ROOT / "bench" / "static.py").is_file():
     pytest.skip("the bench comes with the source tree only", allow_module_level=True)
 
 from bench import sass, static
-from qlora_kernels import architectures
+from qlora_kernels.native import architectures
 from qlora_kernels.version import BASE
 
 

@@ -15,7 +15,7 @@ import cuda_wheel
 import pytest
 from cuda_wheel import ROOT, built_for, setup_cuda
 
-from qlora_kernels import architectures
+from qlora_kernels.native import architectures
 from qlora_kernels.version import BASE
 
 MIB = 2**20

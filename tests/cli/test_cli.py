@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_kernels import __version__, cli
-from qlora_kernels.build_info import build_info
+from qlora_kernels import __version__
 from qlora_kernels.cli import main
+from qlora_kernels.console import cores
+from qlora_kernels.native.build_info import build_info
 
 TINY = [
     *("--tiny-hidden", "64", "--tiny-layers", "1", "--tiny-seq-len", "32", "--pretrain-steps", "2"),
@@ -123,12 +124,12 @@ def test_a_kernel_that_is_not_there(tmp_path, capsys, monkeypatch, command):
 
 
 def test_info_without_the_extension(capsys, monkeypatch):
-    from qlora_kernels import backends
+    from qlora_kernels.native import extension
 
     def absent():
         raise ImportError("the native extension could not be loaded; build it with 'pip install -e .'")
 
-    monkeypatch.setattr(backends, "native", absent)
+    monkeypatch.setattr(extension, "native", absent)
     assert main(["info"]) == 0
     assert "pip install -e ." in capsys.readouterr().out
 
@@ -328,10 +329,10 @@ def test_threads_sleep_where_other_programs_use_the_cores(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["qlora-kernels", "finetune", "--rank", "0"])
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
-    assert 0 <= cli._free_cores() <= os.cpu_count()
-    monkeypatch.setattr(cli, "_free_cores", lambda: math.inf)
+    assert 0 <= cores.free_cores() <= os.cpu_count()
+    monkeypatch.setattr(cores, "free_cores", lambda: math.inf)
     assert main() == 2
-    monkeypatch.setattr(cli, "_free_cores", lambda: 0.0)
+    monkeypatch.setattr(cores, "free_cores", lambda: 0.0)
     with pytest.raises(Restarted, match="passive"):
         main()
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # what the user says, holds; and no restart without end
@@ -377,7 +378,7 @@ def test_dispatch_prints_which_kernel_runs(capsys, monkeypatch):
 def test_ptx_of_an_older_card_gets_kernels_that_have_code_there():
     from dataclasses import replace
 
-    from qlora_kernels import dispatch
+    from qlora_kernels.native import dispatch
 
     h200 = dispatch.CARDS[90]
     for architecture in (75, 86, 89):
@@ -389,7 +390,7 @@ def test_ptx_of_an_older_card_gets_kernels_that_have_code_there():
 
 
 def test_every_range_of_the_dispatch_is_what_runs():
-    from qlora_kernels import dispatch
+    from qlora_kernels.native import dispatch
 
     for card in dispatch.CARDS.values():
         for backward in (False, True):

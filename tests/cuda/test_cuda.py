@@ -13,7 +13,8 @@ from contract import assert_within_contract, make_weight, relative_error
 from emulated import counters, emulated, module
 from engines import ORDERS, engine_named, forced, on_the_cpu
 
-from qlora_kernels import NF4Weight, QLinear, backends, default_nested_table, linear, ops, quantize, reference
+from qlora_kernels import NF4Weight, QLinear, default_nested_table, linear, ops, quantize, reference
+from qlora_kernels.native import extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -143,7 +144,7 @@ def test_a_launch_that_fails_is_an_exception_and_the_next_one_works():
 
 
 def test_errors_of_the_launchers_say_where(cuda_engine):
-    kernels = backends.native().cuda if cuda_engine == "cuda" else module()
+    kernels = extension.native().cuda if cuda_engine == "cuda" else module()
     queue = (0, 0)
     with pytest.raises(
         RuntimeError, match=r"csrc/cuda/aligned\.h:\d+: the weight to quantize .*of 4.*failed: \(lies_on"
@@ -416,7 +417,7 @@ CUT_ANYWHERE = ((16, 640, 1088, 4), (64, 300, 2048, 2), (31, 256, 2560, 3), (5, 
 def test_middle_rows_of_tiles_that_are_cut_anywhere(case):
     m, n, k, multiprocessors = case
     tiles = -(-n // 128)
-    plan = backends.native().dispatch(m, n, k, 1, False, 90, multiprocessors, 227 * 1024)
+    plan = extension.native().dispatch(m, n, k, 1, False, 90, multiprocessors, 227 * 1024)
     assert (plan["splits"], plan["shared_tiles"], plan["tiles"]) == (multiprocessors, tiles, tiles)
     weight = make_weight(n, k)
     dense = weight.dequantize(torch.bfloat16)

@@ -8,6 +8,7 @@ from conformance_module import conformance_module
 from contract import make_weight, relative_error
 
 from qlora_kernels import NF4Weight, backends, default_nested_table, linear, ops, quantize
+from qlora_kernels.native import extension
 
 #: Clocks for which the card is kept busy: some 50 ms.
 BUSY = 100_000_000
@@ -98,7 +99,7 @@ def test_the_tensors_device_is_used():
 @pytest.mark.gpu
 def test_a_device_that_is_not_there_is_an_exception_and_the_next_call_works():
     weight = torch.randn(8, 64, device="cuda")
-    kernels = backends.native().cuda
+    kernels = extension.native().cuda
     with pytest.raises(RuntimeError, match=r"device\.cuh:\d+: cudaErrorInvalidDevice.*failed: cudaSetDevice"):
         kernels.quantize(weight.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 512, 0, 999, 0)
     assert torch.equal(quantize(weight).dequantize().cpu(), quantize(weight.cpu()).dequantize())
@@ -163,7 +164,7 @@ def test_a_step_of_the_layer_in_a_graph(m):
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     architecture, room = card.major * 10 + card.minor, card.shared_memory_per_block_optin
     for backward in (False, True):
-        plan = backends.native().dispatch(m, n, k, 1, backward, architecture, card.multi_processor_count, room)
+        plan = extension.native().dispatch(m, n, k, 1, backward, architecture, card.multi_processor_count, room)
         assert plan["splits"] > 1, "of a tile that blocks share, tickets have to be right again at each replay"
     weight = make_weight(n, k).to("cuda")
     leaves, dy = operands(m, n, k, 16)
@@ -222,7 +223,7 @@ def test_operands_on_two_devices_are_refused_and_the_next_call_works(here, there
 
 @pytest.mark.gpu
 def test_a_build_without_kernels_for_the_card_says_so_and_the_next_call_works(monkeypatch):
-    weight, native = torch.randn(8, 64, device="cuda"), backends.native()
+    weight, native = torch.randn(8, 64, device="cuda"), extension.native()
     built = native.build_info()
     other = "80" if torch.cuda.get_device_capability()[0] >= 9 else "90a"
     try:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from qlora_kernels.cli import main
 from qlora_kernels.errors import InputError
-from qlora_kernels.folders import sweep_folders, write_folder_atomically
 from qlora_kernels.models import quantize_model
 from qlora_kernels.quantize_folder import load_quantized, parse_size, quantize_folder
-from qlora_kernels.safetensors_stream import Entry, Writer, read, read_header
 from qlora_kernels.skeleton import dtype_argument, skipped
+from qlora_kernels.storage.atomic_folder import sweep_folders, write_folder_atomically
+from qlora_kernels.storage.safetensors_stream import Entry, Writer, read, read_header
 
 
 def llama(folder, dtype=torch.bfloat16, shard="5GB", **more) -> str:

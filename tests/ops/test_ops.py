@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from contract import assert_within_contract, make_weight, relative_error
 from engines import forced
 
-from qlora_kernels import backends, ops, quantize, reference
+from qlora_kernels import ops, quantize, reference
+from qlora_kernels.native import extension
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # N and K: one element; blocks that straddle rows and bytes; a single block; a row of one block and a half vector; an
@@ -264,7 +265,7 @@ def test_scratch_stays_below_8_mib_a_thread(isa, m):
         None,
         None,
     )
-    native = backends.native()
+    native = extension.native()
     for dtype in (torch.bfloat16, torch.float32):
         x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
         A, B = torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qlora_kernels import PagedAdamW, PagedLion, backends
+from qlora_kernels.native import extension
 
 #: Sizes around a block of 256, two chunks of 8192, and none.
 SHAPES = ((3, 5), (0,), (), (256,), (300, 7), (16384,), (129, 130))
@@ -115,7 +116,7 @@ def test_8_bit_states(engine, kind, dtype):
     params = parameters(dtype)
     ours = kind(params, lr=1e-2, state_bits=8)
     names = [name for name, _, _ in kind._moments]
-    tables = {n: backends.native().dynamic_map(n == "exp_avg") for n in names}
+    tables = {n: extension.native().dynamic_map(n == "exp_avg") for n in names}
     moments = [{n: np.zeros(p.numel(), np.float32) for n in names} for p in params]
     values = [reference.to_numpy(p).reshape(-1) for p in params]
     for step in range(1, 4):
@@ -165,7 +166,7 @@ def test_8_bit_moments_that_overflow_hold_zeros_or_nan(engine):
 
 
 def test_the_dynamic_maps():
-    signed, unsigned = (torch.tensor(backends.native().dynamic_map(s)) for s in (True, False))
+    signed, unsigned = (torch.tensor(extension.native().dynamic_map(s)) for s in (True, False))
     for table in (signed, unsigned):
         assert len(table.unique()) == 256
         assert (table.diff() > 0).all()
@@ -180,7 +181,7 @@ def test_the_dynamic_maps():
 
 @pytest.mark.parametrize("is_signed", [True, False])
 def test_codes_are_the_nearest_entry(isa, is_signed):
-    table = backends.native().dynamic_map(is_signed)
+    table = extension.native().dynamic_map(is_signed)
     entries = torch.tensor(table)
     middle = ((entries[:-1].double() + entries[1:]) / 2).float()
     generator = torch.Generator().manual_seed(3)

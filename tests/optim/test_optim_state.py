@@ -17,7 +17,9 @@ import torch
 from optimizer_runs import KINDS, assert_same, bits, limited, net, refused, states, train, trained, values
 from torch import nn
 
-from qlora_kernels import PagedAdamW, PagedLion, backends, files
+from qlora_kernels import PagedAdamW, PagedLion, backends
+from qlora_kernels.native import extension
+from qlora_kernels.storage import atomic_file
 
 
 @pytest.fixture(params=KINDS)
@@ -211,7 +213,7 @@ def test_from_32_bits_to_8_and_back(kind):
             code, absmax = backends.CPU.quantize_states(wide.state[p][name].cpu().reshape(-1), name == "exp_avg")
             assert bits(narrow.state[p][f"{name}_code"].reshape(-1)) == bits(code)
             assert bits(narrow.state[p][f"{name}_absmax"]) == bits(absmax)
-            table = torch.tensor(backends.native().dynamic_map(name == "exp_avg"))
+            table = torch.tensor(extension.native().dynamic_map(name == "exp_avg"))
             decoded = table[code.long()] * absmax.repeat_interleave(256)[: p.numel()]
             assert bits(back.state[p][name]) == bits(decoded.reshape(p.shape))
         assert narrow.state[p]["step"] == back.state[p]["step"] == 3
@@ -373,7 +375,7 @@ def killed_at(point: str, optimizer, path) -> None:
         if point == "written in half":
             torch.save = half
         elif point == "before the folder's sync":
-            files.sync_folder = die
+            atomic_file.sync_folder = die
         else:
             when, name = point.split()
             setattr(os, name, die if when == "before" else after(getattr(os, name)))

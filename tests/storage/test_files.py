@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_kernels import files, folders, progress
-from qlora_kernels.folders import write_folder_atomically
+from qlora_kernels.console import progress
+from qlora_kernels.storage import atomic_file, atomic_folder, formats
+from qlora_kernels.storage.atomic_folder import write_folder_atomically
 
 
 @pytest.fixture
@@ -36,9 +37,9 @@ def test_the_umask_decides_on_permissions_and_is_never_set(tmp_path, monkeypatch
     # A thread that makes a file between setting the umask and setting it back would make it with the wrong one.
     with monkeypatch.context() as patch:
         patch.setattr(os, "umask", lambda _: pytest.fail("the umask was set"))
-        files.save_json({"a": 1}, tmp_path / "new.json")
-        files.save_json({"a": 2}, tmp_path / "new.json")
-        files.save_safetensors({"a": torch.ones(1)}, tmp_path / "new.safetensors")
+        formats.save_json({"a": 1}, tmp_path / "new.json")
+        formats.save_json({"a": 2}, tmp_path / "new.json")
+        formats.save_safetensors({"a": torch.ones(1)}, tmp_path / "new.safetensors")
         write_folder_atomically(tmp_path / "folder", write)
     assert mode(tmp_path / "new.json") == mode(tmp_path / "new.safetensors") == 0o666 & ~umask
     assert mode(tmp_path / "folder") == 0o777 & ~umask
@@ -53,8 +54,8 @@ def test_many_writers_of_one_file(tmp_path):
     def write(number):
         try:
             for _ in range(20):
-                files.save_json({"numbers": [number] * 500}, path)
-                assert len(set(files.load_json(path)["numbers"])) == 1
+                formats.save_json({"numbers": [number] * 500}, path)
+                assert len(set(formats.load_json(path)["numbers"])) == 1
         except BaseException as error:
             errors.append(error)
 
@@ -64,23 +65,23 @@ def test_many_writers_of_one_file(tmp_path):
     for thread in threads:
         thread.join()
     assert not errors
-    assert len(files.load_json(path)["numbers"]) == 500
+    assert len(formats.load_json(path)["numbers"]) == 500
     assert os.listdir(tmp_path) == ["file.json"]
 
 
 def test_of_two_writers_of_a_folder_the_first_wins(tmp_path):
     def slow(folder):
-        write_folder_atomically(tmp_path / "folder", lambda inner: files.save_json({"by": "first"}, f"{inner}/who"))
-        files.save_json({"by": "second"}, f"{folder}/who")
+        write_folder_atomically(tmp_path / "folder", lambda inner: formats.save_json({"by": "first"}, f"{inner}/who"))
+        formats.save_json({"by": "second"}, f"{folder}/who")
 
     with pytest.raises(FileExistsError, match="folder"):
         write_folder_atomically(tmp_path / "folder", slow)
-    assert files.load_json(tmp_path / "folder" / "who") == {"by": "first"}
+    assert formats.load_json(tmp_path / "folder" / "who") == {"by": "first"}
     assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_a_folder_that_a_sweeper_looked_at_when_it_was_new_is_not_swept_later(tmp_path, monkeypatch):
-    original, releases = folders.make_beside, []
+    original, releases = atomic_folder.make_beside, []
 
     def make_beside(path, make):
         made = original(path, make)
@@ -91,19 +92,19 @@ def test_a_folder_that_a_sweeper_looked_at_when_it_was_new_is_not_swept_later(tm
         return made
 
     def write(folder):
-        files.save_json({}, f"{folder}/file")
+        formats.save_json({}, f"{folder}/file")
         releases[-1].join()
-        folders.sweep_folders(str(tmp_path), "folder")
+        atomic_folder.sweep_folders(str(tmp_path), "folder")
         assert os.listdir(folder) == ["file"]
 
-    monkeypatch.setattr(folders, "make_beside", make_beside)
+    monkeypatch.setattr(atomic_folder, "make_beside", make_beside)
     write_folder_atomically(tmp_path / "folder", write)
     assert len(releases) == 1
     assert os.listdir(tmp_path / "folder") == ["file"]
 
 
 def test_an_exception_leaves_the_old_file_and_no_litter(tmp_path):
-    files.save_json({"a": 1}, tmp_path / "file")
+    formats.save_json({"a": 1}, tmp_path / "file")
 
     def write(temporary):
         with open(temporary, "w") as file:
@@ -111,8 +112,8 @@ def test_an_exception_leaves_the_old_file_and_no_litter(tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        files.write_atomically(tmp_path / "file", write)
-    assert files.load_json(tmp_path / "file") == {"a": 1}
+        atomic_file.write_atomically(tmp_path / "file", write)
+    assert formats.load_json(tmp_path / "file") == {"a": 1}
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -120,7 +121,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_of_that_file(tmp_pat
     def left_by_a_killed_writer(name):
         child = os.fork()
         if child == 0:
-            files.write_atomically(tmp_path / name, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+            atomic_file.write_atomically(tmp_path / name, lambda _: os.kill(os.getpid(), signal.SIGKILL))
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         [left] = set(tmp_path.iterdir()) - before
         return left
@@ -141,7 +142,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_of_that_file(tmp_pat
         path.write_text("")
     endless = tmp_path / first.name.replace(f"-{dead}-", f"-{'9' * 30}-")
     endless.write_text("")
-    files.save_json({"a": 1}, tmp_path / "a.json")
+    formats.save_json({"a": 1}, tmp_path / "a.json")
     assert set(tmp_path.iterdir()) == {tmp_path / "a.json", *kept}
 
 
@@ -157,15 +158,15 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_of_that_file(tmp_pat
 def test_what_is_no_json_object(tmp_path, text, message):
     (tmp_path / "file").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
-        files.load_json(tmp_path / "file")
+        formats.load_json(tmp_path / "file")
 
 
 def test_safetensors_of_every_type(tmp_path):
     names = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "bool")
     names += ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
     tensors = {name: torch.tensor([[0, 1, 1]]).to(getattr(torch, name)) for name in names}
-    files.save_safetensors(tensors, tmp_path / "file", metadata={"who": "me"})
-    loaded, metadata = files.load_safetensors(tmp_path / "file")
+    formats.save_safetensors(tensors, tmp_path / "file", metadata={"who": "me"})
+    loaded, metadata = formats.load_safetensors(tmp_path / "file")
     assert metadata["who"] == "me"
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -174,12 +175,12 @@ def test_safetensors_of_every_type(tmp_path):
 
 
 def test_a_safetensors_file_of_an_unknown_type(tmp_path, monkeypatch):
-    from qlora_kernels import safetensors_stream
+    from qlora_kernels.storage import safetensors_stream
 
-    files.save_safetensors({"a": torch.ones(3, dtype=torch.int16)}, tmp_path / "file")
+    formats.save_safetensors({"a": torch.ones(3, dtype=torch.int16)}, tmp_path / "file")
     monkeypatch.delitem(safetensors_stream.DTYPES, "I16")
     with pytest.raises(ValueError, match="file holds a tensor of the type I16, which cannot be read"):
-        files.load_safetensors(tmp_path / "file")
+        formats.load_safetensors(tmp_path / "file")
 
 
 def test_a_bar_without_tqdm(monkeypatch):

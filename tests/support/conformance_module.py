@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from emulated import ROOT, build, load
 
-from qlora_kernels import architectures
+from qlora_kernels.native import architectures
 
 
 @functools.lru_cache(maxsize=1)

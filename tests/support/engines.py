@@ -9,8 +9,9 @@ import torch
 from emulated import emulated
 
 from qlora_kernels import backends
+from qlora_kernels.native import extension
 
-ISAS = tuple(backends.native().build_info()["isas_available"].split(","))
+ISAS = tuple(extension.native().build_info()["isas_available"].split(","))
 
 #: The CUDA kernels on the emulator, by the order in which their threads run.
 ORDERS = ("forward", "reverse", "random")

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from .files import make_beside, sync_folder
+from .atomic_file import make_beside, sync_folder
 
 
 def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import extension
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
     Raises:
         RuntimeError: when QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot take the case.
     """
-    return backends.native().dispatch(
-        *(m, n, k, backends.code_of(dtype), backward),
+    return extension.native().dispatch(
+        *(m, n, k, extension.code_of(dtype), backward),
         *(card.architecture, card.multiprocessors, card.shared_bytes),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .version import version
+from ..version import BASE
 
 
 def build_info() -> dict[str, Any]:
@@ -19,11 +19,11 @@ def build_info() -> dict[str, Any]:
     """
     import torch
 
-    from . import backends
+    from . import extension
 
     info: dict[str, Any] = {"version": version(), "torch": torch.__version__, "native": True}
     try:
-        native = backends.native().build_info()
+        native = extension.native().build_info()
         # The extension gives lists as words with commas or, as in QLORA_KERNELS_CUDA_ARCHS, semicolons between.
         listed = [key for key in native if key.startswith("isas_") or key == "cuda_archs"]
         info.update(native | {key: re.findall("[^,;]+", native[key]) for key in listed})
@@ -58,3 +58,13 @@ def describe(info: dict[str, Any]) -> str:
 
 def _list(values: Any) -> str:
     return ", ".join(map(str, values)) if values else "none"
+
+
+def version() -> str:
+    """The version of what runs: as the extension was built, "0.1.0+cu130.sm80.sm90a" with CUDA kernels inside."""
+    from . import extension
+
+    try:
+        return extension.native().__version__
+    except (ImportError, AttributeError):  # not built, or built from sources older than this file
+        return BASE

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import missing_extra
+from ..errors import missing_extra
 
 DTYPES = {
     "C64": torch.complex64,

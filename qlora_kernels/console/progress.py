@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from .errors import missing_extra
+from ..errors import missing_extra
 
 
 def bar(iterable: Iterable | None = None, *, show: bool = True, **more: Any) -> Any:

@@ -1,0 +1,79 @@
+"""JSON, safetensors and torch files, written whole or not at all, and read with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import missing_extra, sentence
+from .atomic_file import write_atomically
+from .safetensors_stream import read, read_header
+
+
+def save_json(value: Any, path: str | os.PathLike) -> None:
+    """Writes JSON, indented, whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    write_atomically(path, write)
+
+
+def load_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it holds something else.
+    """
+    with open(path, "rb") as file:
+        return parse_json(file.read(), os.fspath(path))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """A JSON object from its text.
+
+    Raises:
+        ValueError: when it is something else; ``where`` begins the sentence.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # json's and unicode's errors are ValueErrors
+        raise ValueError(f"{where} should hold a JSON object ({sentence(error)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} should hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def save_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise missing_extra("safetensors", "finetune") from None
+    plain = {key: value.detach().contiguous() for key, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+
+
+def save_torch(value: Any, path: str | os.PathLike) -> None:
+    """``torch.save``, whole or not at all."""
+    write_atomically(path, lambda temporary: torch.save(value, temporary))
+
+
+def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is truncated, or not a safetensors file.
+    """
+    entries, metadata = read_header(os.fspath(path))
+    return {name: read(entry) for name, entry in entries.items()}, metadata
