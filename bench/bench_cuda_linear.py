@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import qlora_kernels
-from qlora_kernels import NF4Weight, linear, ops
+from qlora_kernels import NF4Weight, linear
 from qlora_kernels.bench.common import OURS, WrongResult, relative_error
 from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY
 from qlora_kernels.bench.cuda_timing import Card, Timed
 from qlora_kernels.bench.limits import find_contender
+from qlora_kernels.ops import linear as fused
 from qlora_kernels.storage.formats import save_json
 
 from . import predict
@@ -212,7 +213,7 @@ class LinearBench(Bench):
 
         def call(weight: NF4Weight) -> tuple[Tensor, ...]:
             rest = (x if adapter else None, u, A, B, SCALING, 0.0, None, True, adapter, adapter)
-            found = ops.backward(dy, weight.operand(), *rest)
+            found = fused.backward(dy, weight.operand(), *rest)
             return found if adapter else found[:1]
 
         def exact() -> tuple[Tensor, ...]:

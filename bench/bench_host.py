@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kernels import QLinear, backends
+from qlora_kernels import QLinear
 from qlora_kernels.bench.machine import ROOT, describe_commit, describe_machine, describe_versions
+from qlora_kernels.ops import backends
 from qlora_kernels.storage.formats import save_json
 
 #: N = K, and the rows of x: small, since sizes cost the host nothing but memory.
@@ -96,8 +97,9 @@ def cases(repeats: int, number: int) -> Iterator[dict[str, Any]]:
     few calls are done before another process has its turn."""
     layers = {adapter: layer_of(adapter) for adapter in ADAPTERS}
     module = emulator()
-    before, backends.forced = backends.forced, NoLaunches(module)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(module.configure)
+        stack.enter_context(backends.forced(NoLaunches(module)))
         for adapter, layer in layers.items():
             for shape, sizes in SHAPES.items():
                 for name, (call, context) in calls_of(layer, sizes).items():
@@ -108,9 +110,6 @@ def cases(repeats: int, number: int) -> Iterator[dict[str, Any]]:
                         launches = json.loads(module.counters())["launches"]
                         us = min(timeit.Timer(call).repeat(repeats, number)) / number * 1e6
                     yield {"call": name, "adapter": adapter, "x": shape, "us": us, "launches": launches}
-    finally:
-        backends.forced = before
-        module.configure()
 
 
 def markdown(result: dict[str, Any], source: str) -> str:

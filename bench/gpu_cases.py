@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_kernels import NF4Weight, PagedAdamW, PagedLion, backends, default_nested_table, ops
+from qlora_kernels import NF4Weight, PagedAdamW, PagedLion, default_nested_table, ops
+from qlora_kernels.ops import backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Weights [N, K] to quantize: a full thread block (256 blocks of 64); two and a part; one weight; one short of a block;
@@ -97,14 +98,9 @@ class Case:
     tolerance: float = 0.0
 
 
-@contextlib.contextmanager
-def cpu_kernels() -> Iterator[None]:
+def cpu_kernels() -> contextlib.AbstractContextManager[None]:
     """A context in which CPU tensors go to the CPU's kernels, whichever backend is forced around it."""
-    before, backends.forced = backends.forced, None
-    try:
-        yield
-    finally:
-        backends.forced = before
+    return backends.forced(None)
 
 
 def bits(tensor: Tensor) -> Tensor:

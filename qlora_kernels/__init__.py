@@ -5,6 +5,7 @@ See README.md for a tour.
 
 from .adapters import load_adapter, save_adapter
 from .autograd import linear
+from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .lora import AdapterConfig
 from .merge import MergeReport
 from .models import (
@@ -18,7 +19,7 @@ from .models import (
 )
 from .native.build_info import build_info
 from .native.build_info import version as _version
-from .nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .ops.backends import reference
 from .optim import PagedAdamW, PagedLion
 from .qlinear import QLinear
 
@@ -43,6 +44,7 @@ __all__ = [
     "qlora_layers",
     "quantize",
     "quantize_model",
+    "reference",
     "save_adapter",
     "set_adapter",
     "unmerge_adapters",

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .nf4 import NF4Weight
+from .formats.nf4 import NF4Weight
+from .ops import linear as fused
+from .ops.library import library
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -43,7 +45,7 @@ def _compute_gradients(
         rows = dy if dy.dim() == 2 else dy.reshape(-1, weight.n)
         dbias = rows.sum(0, dtype=torch.float32 if dy.dtype != torch.float64 else None).to(bias_dtype)
     if need_dx or need_dA or need_dB:
-        dx, dA, dB = ops.backward(dy, weight, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB)
+        dx, dA, dB = fused.backward(dy, weight, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB)
     return dx, dbias, dA, dB
 
 
@@ -58,7 +60,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, bias, lora_A, lora_B, weight, scaling, dropout, seed):
         x = x.contiguous()
         needs = ctx.needs_input_grad[:4]
-        y, u = ops.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, needs[3])
+        y, u = fused.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, needs[3])
         ctx.save_for_backward(x if needs[2] else None, u if needs[3] else None, lora_A, lora_B, seed)
         bias_dtype = None if bias is None else bias.dtype
         ctx.rest = (weight, weight.versions(), scaling, dropout, needs, bias_dtype)
@@ -120,9 +122,7 @@ def _backward(ctx, dy, _du):
     return dx, *([None] * 6), dbias, dA, dB, None, None, None
 
 
-torch.library.register_autograd(
-    "qlora_kernels::linear_forward", _backward, setup_context=_setup_context, lib=ops._library
-)
+torch.library.register_autograd("qlora_kernels::linear_forward", _backward, setup_context=_setup_context, lib=library)
 
 
 def linear(
@@ -202,7 +202,7 @@ def linear_of(
         or (bias is not None and bias.requires_grad)
     )
     if not wanted:
-        return ops.forward(x.contiguous(), weight, bias, lora_A, lora_B, scaling, dropout, seed, False)[0]
+        return fused.forward(x.contiguous(), weight, bias, lora_A, lora_B, scaling, dropout, seed, False)[0]
     if compiling:
         rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
         y = _PlainLinear.apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from . import backends
 from .arena import HostArena, Layout
 from .errors import require
 from .native import extension
+from .ops import backends
 
 NORM, SKIPPED = 8, 24  # offsets in OptimizerControl, csrc/optimizer.h
 
@@ -43,7 +43,7 @@ def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[s
         MemoryError: when there is no memory for the arena.
         ValueError: when the page budget is too small for any step.
     """
-    backend = backends.of(parameter)
+    backend = backends.backend_for(parameter)
     if backend is backends.CPU:
         return HostEngine(layout, algorithm, settings)
     from .cuda_engine import CudaEngine
@@ -53,7 +53,7 @@ def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[s
 
 def refuse_in_capture(parameter: torch.Tensor) -> None:
     """Raises while a CUDA graph is being captured: no memory can be had then, and nothing read from the device."""
-    backend = backends.of(parameter)
+    backend = backends.backend_for(parameter)
     require(
         backend is backends.CPU or not backend.capturing(parameter.device),
         RuntimeError,
@@ -65,7 +65,7 @@ def refuse_in_capture(parameter: torch.Tensor) -> None:
 def refuse_sums_of_shards(parameter: torch.Tensor) -> None:
     """Raises where nothing can be sent between the norm and the step, which are launched together there."""
     require(
-        backends.of(parameter) is backends.CPU,
+        backends.backend_for(parameter) is backends.CPU,
         NotImplementedError,
         "max_grad_norm and skip_nonfinite of parameters that are shards work on the CPU only; on a CUDA device leave "
         "them out, and call torch.nn.utils.clip_grad_norm_ before the step",

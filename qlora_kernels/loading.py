@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .formats.nf4 import PIECES, NF4Weight
 from .merge import set_merged
-from .nf4 import PIECES, NF4Weight
 
 if TYPE_CHECKING:
     from .qlinear import QLinear

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .autograd import linear
-from .nf4 import BLOCK_SIZE, NF4Weight
+from .formats.nf4 import BLOCK_SIZE, NF4Weight
 
 if TYPE_CHECKING:
     from .qlinear import QLinear

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from . import backends
 from .console.progress import bar
 from .errors import sentence
 from .lora import AdapterConfig
 from .merge import MergeReport
+from .ops import backends
 from .qlinear import QLinear
 from .selection import candidates, check_patterns, targets
 
@@ -128,7 +128,7 @@ def quantize_model(
     for argument, patterns in (("skip", skip), ("target_modules", target_modules)):
         check_patterns(argument, patterns)
     if device is not None:
-        backends.of(torch.empty(0, device=device))
+        backends.backend_for(torch.empty(0, device=device))
     # A layer without memory, for what it says of the dtypes.
     QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
     names, left_alone = candidates(model, skip)
@@ -263,7 +263,7 @@ def unmerge_adapters(model: nn.Module) -> None:
 def _check_layer(model: nn.Module, name: str, config: AdapterConfig | None, double_quant: bool, stays: bool) -> None:
     weight = model.get_submodule(name).weight.detach()
     if stays:
-        backends.of(weight)
+        backends.backend_for(weight)
     if config is not None:
         config.check(*weight.shape, name)
     if weight.is_meta:

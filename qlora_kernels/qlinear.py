@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import loading, ops, reference
+from . import loading, ops
 from .autograd import linear_of
 from .errors import require
+from .formats.nf4 import PIECES, NF4Weight, check_range, meta_weight, quantize
 from .lora import AdapterConfig, Adapters, init_adapter
 from .merge import MergeReport, merge, to_linear, unmerge
-from .nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, PIECES, NF4Weight, quantize
+from .ops.weight import same_pieces
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -70,7 +71,7 @@ class QLinear(Adapters, nn.Linear):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         AdapterConfig(rank, alpha, dropout, rslora).check(out_features, in_features)
         self._set_up(
-            _meta_weight(out_features, in_features, double_quant),
+            meta_weight(out_features, in_features, double_quant),
             torch.empty(out_features, dtype=dtype, device="meta") if bias else None,
             AdapterConfig(rank, alpha, dropout, rslora),
             dtype,
@@ -133,7 +134,7 @@ class QLinear(Adapters, nn.Linear):
         n, k = weight.shape
         AdapterConfig(rank, alpha, dropout, rslora).check(n, k)
         if weight.is_meta:
-            quantized = _meta_weight(n, k, double_quant)
+            quantized = meta_weight(n, k, double_quant)
         else:
             quantized = quantize(weight, double_quant, name=name)
             check_range(quantized, name)
@@ -210,7 +211,7 @@ class QLinear(Adapters, nn.Linear):
     def _operand(self) -> ops.Operand:
         """The weight as the products take it, kept as long as its pieces are the same tensors."""
         pieces, kept = self._pieces(), self.__dict__.get("_kept_operand")
-        if kept is not None and ops.same_pieces(kept.pieces, pieces):
+        if kept is not None and same_pieces(kept.pieces, pieces):
             return kept
         made = ops.Operand(pieces, *self._shape)
         if not torch.compiler.is_compiling():
@@ -359,41 +360,7 @@ class QLinear(Adapters, nn.Linear):
         return text + (f", merged={self._merged!r}" if self._merged is not None else "")
 
 
-def check_range(weight: NF4Weight, name: str) -> None:
-    """Refuses a weight whose rounded block constants have become larger than its type can say.
-
-    Double quantization rounds a constant up by 1/28 at most, so only values above 0.96 of the largest are concerned.
-
-    Raises:
-        ValueError: naming the weight.
-    """
-    if not weight.double_quant or weight.is_meta:
-        return
-    limit = torch.finfo(weight.dtype).max
-    # No constant is larger than this sum, which is had from 1/16384 as many numbers as the weight has.
-    if (weight.nested_absmax.max() + weight.nested_offset).item() <= limit:
-        return
-    if reference.decode_absmax(weight.pieces).to(weight.dtype).isinf().any():
-        raise ValueError(
-            f"{name} holds values so near the largest {weight.dtype}, {limit:.5g}, that double quantization rounds "
-            "them to infinity; use double_quant=False"
-        )
-
-
 def _fit(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Bias or adapter as the kernels take it: in x's dtype or in float32."""
     own = tensor.dtype
     return tensor if own is dtype or own is torch.float32 else tensor.to(dtype)
-
-
-def _meta_weight(n: int, k: int, double_quant: bool) -> NF4Weight:
-    """The shapes of a quantized weight [n, k], on the meta device."""
-    blocks = -(-n * k // BLOCK_SIZE)
-    packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8, device="meta")
-    shape = torch.Size((n, k))
-    if not double_quant:
-        return NF4Weight(packed, torch.empty(blocks, dtype=torch.float32, device="meta"), None, None, None, shape)
-    nested = [
-        torch.empty(size, dtype=torch.float32, device="meta") for size in (-(-blocks // NESTED_BLOCK_SIZE), 1, 256)
-    ]
-    return NF4Weight(packed, torch.empty(blocks, dtype=torch.uint8, device="meta"), *nested, shape)

@@ -12,10 +12,9 @@ from torch import nn
 
 from .console.progress import bar
 from .errors import InputError, readable
+from .formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight, check_range, quantize
 from .model_folder import INDEX, METHOD, copy_other_files, read_config, read_entries
 from .models import QuantizeReport, qlora_layers, quantize_model
-from .nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight, quantize
-from .qlinear import check_range
 from .skeleton import cast_parameters, config_dtype, skeleton, skipped
 from .storage.atomic_folder import new_folder, write_folder_atomically
 from .storage.formats import save_json

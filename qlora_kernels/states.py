@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import backends
 from .arena import STATE_BLOCK
 from .errors import require
 from .native import extension
+from .ops import backends
 from .shards import check_placements, is_shard, part, placed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import qlora_kernels
-from qlora_kernels import NF4Weight, reference
 
+from .. import NF4Weight
+from ..ops.backends import reference
 from .adapter_tensors import AdapterTensors
 from .common import Settings
 from .points import Point

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import backends
 from ..console.quiet import quiet_transformers
 from ..errors import InputError, readable, sentence
 from ..model_folder import METHOD, read_config
 from ..models import QuantizeReport, qlora_layers, quantize_model
+from ..ops import backends
 from ..skeleton import cast_parameters, dtype_argument, skeleton, skipped
 from . import tiny
 from .lora16 import share_initial_values
@@ -211,7 +211,7 @@ def _check_device(device: str) -> None:
         probe = torch.empty(1, device=device)
         if probe.is_meta:
             raise InputError(f"--device {device} cannot be used: it has no memory")
-        backends.of(probe)
+        backends.backend_for(probe)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device} cannot be used: {sentence(error)}") from None
 

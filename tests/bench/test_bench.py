@@ -14,7 +14,6 @@ from bench_cases import POINT, POINTS, TINY, WEIGHT, contender, fake, limits_cas
 from emulated import emulated
 
 import qlora_kernels
-from qlora_kernels import reference
 from qlora_kernels.bench import (
     common,
     compare,
@@ -47,6 +46,8 @@ from qlora_kernels.bench.peak import peak_allocated
 from qlora_kernels.bench.points import MODELS, SWEEPS, Point, point_of
 from qlora_kernels.cli import main
 from qlora_kernels.errors import InputError
+from qlora_kernels.ops import linear as fused
+from qlora_kernels.ops.backends import reference
 
 
 @pytest.fixture(scope="module")
@@ -176,25 +177,24 @@ def test_every_result_counts():
 )
 def test_a_gradient_or_layer_that_is_wrong_is_not_timed(operation, what, monkeypatch):
     """The last one, behind others that are right."""
-    from qlora_kernels import ops
 
     point = next(p for p in POINTS if p.operation == operation and p.rank == 4)
     if operation == "decode":
-        original = ops.forward
+        original = fused.forward
 
         def forward(x, *more):
             y, u = original(x, *more)
             return (y * math.nan if tuple(y.shape[1:]) == list(MODELS["tiny"].linears.values())[-1][:1] else y), u
 
-        monkeypatch.setattr(ops, "forward", forward)
+        monkeypatch.setattr(fused, "forward", forward)
     else:
-        backward = ops.backward
+        backward = fused.backward
 
         def wrong(*arguments):
             dx, dA, dB = backward(*arguments)
             return dx, dA, dB * (math.nan if operation == "linear_step" else 2)
 
-        monkeypatch.setattr(ops, "backward", wrong)
+        monkeypatch.setattr(fused, "backward", wrong)
     case = measured(point)
     assert what in case["contenders"][0]["failed"]
     assert all("failed" not in one for one in case["contenders"][1:] if "bitsandbytes" not in one["name"])

@@ -46,7 +46,7 @@ def test_scratch_that_is_poisoned_changes_nothing(capsys):
     seen = []
     with emulated(), gpu_cases.poisoned_scratch():
         poisoned = gpu_cases.backends.CUDA._scratch
-        kernels, x = gpu_cases.backends.forced, torch.zeros(20, 1088).bfloat16()
+        kernels, x = gpu_cases.backends.forced_backend(), torch.zeros(20, 1088).bfloat16()
         seen.append(kernels._scratch(x, 72).view(torch.uint8))
         assert kernels._scratch(x, 0) is None
     assert (seen[0] == 255).all()
@@ -116,7 +116,7 @@ def test_a_wrong_row_of_a_product_is_found(monkeypatch, capsys, wrong):
 
     def lazy(*arguments):
         y, u = right(*arguments)
-        if gpu_cases.backends.forced is not None:
+        if gpu_cases.backends.forced_backend() is not None:
             y[-1] = wrong
         return y, u
 
@@ -132,7 +132,7 @@ def test_a_wrong_bit_is_found(monkeypatch, capsys, operation):
 
     def wrong(*arguments):
         results = right(*arguments)
-        if gpu_cases.backends.forced is not None:
+        if gpu_cases.backends.forced_backend() is not None:
             results[-1].view(-1)[-1:].view(torch.uint8)[0] ^= 1
         return results
 
@@ -151,7 +151,7 @@ def test_a_wrong_step_is_found(monkeypatch, capsys, what):
 
     def wrong(self):
         right(self)
-        if gpu_cases.backends.forced is None:
+        if gpu_cases.backends.forced_backend() is None:
             return
         p = self.param_groups[0]["params"][0]
         found = {**self.state[p], "parameter": p.detach(), "norm": self._engine._norm}[what]
@@ -184,7 +184,7 @@ def test_an_element_that_is_not_written_is_found(monkeypatch):
     right = gpu_cases.NF4Weight.dequantize
 
     def lazy(self, *arguments, out, **more):
-        if gpu_cases.backends.forced is None:
+        if gpu_cases.backends.forced_backend() is None:
             return right(self, *arguments, out=out, **more)
         out.view(-1)[:-1] = right(self, *arguments, **more).view(-1)[:-1]
         return out
@@ -323,7 +323,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
     def wrong(*arguments):
         packed, *rest = right(*arguments)
-        if gpu_cases.backends.forced is not None:  # not in the CPU's result, which is the truth
+        if gpu_cases.backends.forced_backend() is not None:  # not in the CPU's result, which is the truth
             packed[-1] ^= 1
         return packed, *rest
 

@@ -70,9 +70,9 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         dx, *rest = right_backward(*arguments)
         return (dx * 1.5, *rest)
 
-    right_backward = bench_linear.ops.backward
+    right_backward = bench_linear.fused.backward
     monkeypatch.setattr(bench_linear, "linear", wrong)
-    monkeypatch.setattr(bench_linear.ops, "backward", wrong_backward)
+    monkeypatch.setattr(bench_linear.fused, "backward", wrong_backward)
     with emulated():
         bench = bench_linear.LinearBench(SteadyCard(l2_bytes=0), "cpu")
         for about, makers in bench.cases(*SIZES):

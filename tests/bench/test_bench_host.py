@@ -11,12 +11,12 @@ if not (Path(__file__).resolve().parent.parent.parent / "bench" / "bench_host.py
     pytest.skip("the bench comes with the source tree only", allow_module_level=True)
 
 from bench import bench_host
-from qlora_kernels import backends
+from qlora_kernels.ops import backends
 
 
 def test_all_calls_are_timed(tmp_path, capsys):
     assert bench_host.main(["--out", str(tmp_path / "host.json"), "--repeats", "1", "--number", "1"]) == 0
-    assert backends.forced is None
+    assert backends.forced_backend() is None
     found = json.loads((tmp_path / "host.json").read_text())["cases"]
     assert len(found) == len(bench_host.ADAPTERS) * 9
     assert all(case["us"] > 0 for case in found)

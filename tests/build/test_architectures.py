@@ -10,7 +10,8 @@ import torch
 
 from qlora_kernels.native import architectures
 from qlora_kernels.native import extension
-from qlora_kernels import backends
+from qlora_kernels.ops import backends
+from qlora_kernels.ops.backends import choose
 from qlora_kernels.native.architectures import local_version, names, parse, unserved
 
 
@@ -138,7 +139,7 @@ def h100(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
         native = SimpleNamespace(build_info=lambda: {"cuda_archs": built}, cuda="the kernels")
-        monkeypatch.setattr(backends, "native", lambda: native)
+        monkeypatch.setattr(choose, "native", lambda: native)
         backends.cuda.cache_clear()
 
     yield of
@@ -153,12 +154,12 @@ def test_a_tensor_on_a_card_that_is_not_served_is_that_sentence(h100, built, has
         with pytest.raises(
             RuntimeError, match=rf"^NVIDIA H100 is of architecture sm_90, and this build .* has {has}; build"
         ):
-            backends.of(tensor)
+            backends.backend_for(tensor)
 
 
 def test_a_card_that_is_served_gets_the_kernels(h100):
     h100("80;90a")
-    backend = backends.of(SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=torch.device("cuda:0")))
+    backend = backends.backend_for(SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=torch.device("cuda:0")))
     assert isinstance(backend, backends.CUDA)
     assert backend._kernels == "the kernels"
 

@@ -13,8 +13,9 @@ from contract import assert_within_contract, make_weight, relative_error
 from emulated import counters, emulated, module
 from engines import ORDERS, engine_named, forced, on_the_cpu
 
-from qlora_kernels import NF4Weight, QLinear, default_nested_table, linear, ops, quantize, reference
+from qlora_kernels import NF4Weight, QLinear, default_nested_table, linear, ops, quantize
 from qlora_kernels.native import extension
+from qlora_kernels.ops.backends import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,7 +11,8 @@ from contract import make_weight, relative_error
 from emulated import counters, emulated, module
 from engines import ORDERS, engine_named
 
-from qlora_kernels import ops, reference
+from qlora_kernels import ops
+from qlora_kernels.ops.backends import reference
 
 ROWS = (1, 7, 16, 17, 63, 64, 65, 129)
 #: N and K: less than a tile; whole tiles; rows that lie on no 16 bytes, of odd and of even length; more tiles than a

@@ -6,7 +6,8 @@ import pytest
 import torch
 from contract import assert_within_contract, relative_error
 
-from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize, reference
+from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize
+from qlora_kernels.ops.backends import reference
 
 N = K = 4096
 ROWS = (1, 4, 16, 64, 512)

@@ -7,8 +7,10 @@ import torch
 from conformance_module import conformance_module
 from contract import make_weight, relative_error
 
-from qlora_kernels import NF4Weight, backends, default_nested_table, linear, ops, quantize
+from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize
 from qlora_kernels.native import extension
+from qlora_kernels.ops import backends
+from qlora_kernels.ops import linear as fused
 
 #: Clocks for which the card is kept busy: some 50 ms.
 BUSY = 100_000_000
@@ -139,13 +141,13 @@ def step(weight, leaves, dy):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_layer_past_the_dispatcher(monkeypatch, dtype):
-    weight, seen, right = make_weight(72, 128), [], ops._nobody_watches
+    weight, seen, right = make_weight(72, 128), [], fused._nobody_watches
 
     def watched(*arguments):
         seen.append(right(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(ops, "_nobody_watches", watched)
+    monkeypatch.setattr(fused, "_nobody_watches", watched)
     for m in (3, 20, 70):
         found = step(weight.to("cuda"), *operands(m, 72, 128, 8, dtype))
         expected = step(weight, *operands(m, 72, 128, 8, dtype, "cpu"))

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_kernels
-from qlora_kernels import linear, ops, quantize, reference
+from qlora_kernels import linear, quantize
+from qlora_kernels.ops import linear as fused
+from qlora_kernels.ops.backends import reference
 
 N, K, R = 72, 100, 4  # K is no multiple of 64, so that blocks straddle rows
 SCALING = 0.7
@@ -128,13 +130,13 @@ def test_nothing_of_the_size_of_the_weight_is_saved_and_no_dropped_copy_of_x(wei
 def test_only_the_gradients_asked_for_are_computed(weight, monkeypatch, needed):
     tensors = [t.detach().requires_grad_(i == needed) for i, t in enumerate(leaves())]
     calls = []
-    original = ops.backward
+    original = fused.backward
 
     def spy(*args):
         calls.append(args[-3:])
         return original(*args)
 
-    monkeypatch.setattr(ops, "backward", spy)
+    monkeypatch.setattr(fused, "backward", spy)
     linear(tensors[0], weight, *tensors[1:]).sum().backward()
     assert [t.grad is not None for t in tensors] == [i == needed for i in range(4)]
     assert calls == {0: [(True, False, False)], 1: [], 2: [(False, True, False)], 3: [(False, False, True)]}[needed]
@@ -367,11 +369,11 @@ def test_the_dispatcher_is_passed_by_only_where_nobody_watches(weight, monkeypat
     names = {"qlora_kernels::linear_forward", "qlora_kernels::linear_backward"}
     called = []
 
-    def watched(*arguments, plain=ops._nobody_watches):
+    def watched(*arguments, plain=fused._nobody_watches):
         called.append(plain(*arguments))
         return called[-1]
 
-    monkeypatch.setattr(ops, "_nobody_watches", watched)
+    monkeypatch.setattr(fused, "_nobody_watches", watched)
     tensors = leaves()
 
     def run(x=tensors[0]):

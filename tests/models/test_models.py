@@ -291,7 +291,7 @@ def test_what_is_no_plain_linear_is_left_alone_with_a_reason():
     report = quantize(model)
     assert report.quantized == ["plain"]
     assert {name: reason.split(",")[0].split(";")[0] for name, reason in report.left_alone.items()} == {
-        "patched": "unsupported type test_models.Patched",
+        "patched": f"unsupported type {__name__}.Patched",
         "normed": "unsupported type torch.nn.utils.parametrize.ParametrizedLinear",
         "wide": "a weight in torch.float64",
         "empty": "an empty weight",
@@ -392,7 +392,7 @@ def test_a_device_without_kernels_changes_nothing(monkeypatch):
 
     model = Model()
     before = fingerprint(model)
-    monkeypatch.setattr(models.backends, "of", of)
+    monkeypatch.setattr(models.backends, "backend_for", of)
     for options in ({}, {"device": "cpu"}):
         with pytest.raises(RuntimeError, match="no kernels"):
             quantize(model, **options)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from contract import assert_within_contract, make_weight, relative_error
 from engines import forced
 
-from qlora_kernels import ops, quantize, reference
+from qlora_kernels import default_nested_table, ops, quantize
 from qlora_kernels.native import extension
+from qlora_kernels.ops.backends import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # N and K: one element; blocks that straddle rows and bytes; a single block; a row of one block and a half vector; an
@@ -290,7 +291,7 @@ def test_opcheck():
     for weight, x, dy, A, B, bias, seed in _samples():
         dense = weight.dequantize(x.dtype)
         torch.library.opcheck(ops.quantize, (dense,))
-        torch.library.opcheck(ops.quantize_absmax, (torch.rand(300), ops.default_nested_table()))
+        torch.library.opcheck(ops.quantize_absmax, (torch.rand(300), default_nested_table()))
         torch.library.opcheck(ops.dequantize, (*weight.pieces, 6, 64, x.dtype, 1, 5))
         torch.library.opcheck(ops.dequantize_out, (*weight.pieces, 6, 64, 1, 5, torch.empty(4, 64, dtype=x.dtype)))
         for requires_grad in (False, True):

@@ -9,7 +9,10 @@ import torch
 from contract import make_weight
 from engines import forced, on_the_cpu
 
-from qlora_kernels import NF4Weight, backends, default_nested_table, dequantize, ops, quantize, reference
+from qlora_kernels import NF4Weight, default_nested_table, dequantize, ops, quantize
+from qlora_kernels.formats import nf4
+from qlora_kernels.ops import backends
+from qlora_kernels.ops.backends import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One element, one short block, a block less one, a block, one more, rows that begin inside a block or a byte, one
@@ -201,7 +204,7 @@ def test_the_table_is_kept_out_of_modes_and_default_devices():
 
 def test_the_table_of_cuda_is_that_of_the_current_card(monkeypatch):
     here, there = torch.zeros(256), torch.ones(256)
-    monkeypatch.setattr(ops, "_tables", {torch.device("cuda", 0): here, torch.device("cuda", 1): there})
+    monkeypatch.setattr(nf4, "_tables", {torch.device("cuda", 0): here, torch.device("cuda", 1): there})
     for index, table in ((0, here), (1, there)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
         assert default_nested_table("cuda") is table

@@ -7,8 +7,9 @@ import optimizer_reference as reference
 import pytest
 import torch
 
-from qlora_kernels import PagedAdamW, PagedLion, backends
+from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.native import extension
+from qlora_kernels.ops import backends
 
 #: Sizes around a block of 256, two chunks of 8192, and none.
 SHAPES = ((3, 5), (0,), (), (256,), (300, 7), (16384,), (129, 130))

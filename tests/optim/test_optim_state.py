@@ -17,8 +17,9 @@ import torch
 from optimizer_runs import KINDS, assert_same, bits, limited, net, refused, states, train, trained, values
 from torch import nn
 
-from qlora_kernels import PagedAdamW, PagedLion, backends
+from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.native import extension
+from qlora_kernels.ops import backends
 from qlora_kernels.storage import atomic_file
 
 

@@ -13,7 +13,8 @@ from emulated import Emulated, counters, emulated, paging
 from emulated import module as emulator
 from optimizer_runs import bits, refused
 
-from qlora_kernels import PagedAdamW, PagedLion, arena, backends
+from qlora_kernels import PagedAdamW, PagedLion, arena
+from qlora_kernels.ops import backends
 
 #: Small ones, so that small arenas have many.
 PAGE = 4096
@@ -61,11 +62,11 @@ def read_nothing():
 def capture():
     """The caller's stream is being captured."""
     emulator().configure(capturing=True, **STRICT)
-    backends.forced.captures = True
+    backends.forced_backend().captures = True
     try:
         yield
     finally:
-        backends.forced.captures = False
+        backends.forced_backend().captures = False
         emulator().configure(**STRICT)
 
 
@@ -329,7 +330,7 @@ def test_what_is_no_lack_of_memory_is_not_called_so():
             def fail(*_, message=message):
                 raise RuntimeError(message)
 
-            backends.forced.kernels = SimpleNamespace(**{**vars(emulator()), "Arena": fail})
+            backends.forced_backend().kernels = SimpleNamespace(**{**vars(emulator()), "Arena": fail})
             with pytest.raises(error, match=message.split()[-1]):
                 steps(PagedAdamW(params), params, 1)
 
@@ -464,7 +465,7 @@ def test_state_dicts_go_between_devices():
             for p, q in zip(params, cpu_params):
                 p.copy_(q)
         ours.load_state_dict(on_cpu.state_dict())
-        assert isinstance(backends.forced, Emulated)
+        assert isinstance(backends.forced_backend(), Emulated)
         steps(ours, params, 1, 2)
         there = everything(ours, params)
     steps(on_cpu, cpu_params, 1, 2)

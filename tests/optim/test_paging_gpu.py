@@ -13,7 +13,8 @@ import pytest
 import torch
 from emulated import emulated
 
-from qlora_kernels import PagedAdamW, PagedLion, arena, backends
+from qlora_kernels import PagedAdamW, PagedLion, arena
+from qlora_kernels.ops import backends
 
 #: On a card, 3.5 to 7 MiB of states; with the emulator's smaller pages, fewer are as many.
 SIZES = {"cuda": (600_000, 10, 300_001), "cpu": (120_000, 10, 40_001)}
@@ -382,14 +383,14 @@ def test_new_settings_wait_for_replays():
         params = parameters("cpu")
         ours = PagedAdamW(params)
         steps(ours, params, 1)
-        backends.forced.captures = True
+        backends.forced_backend().captures = True
         steps(ours, params, 1, 1)
         source = ours._engine._captured["groups"][0][0]
         ours.refresh()
-        assert backends.forced.waits == 0, "nothing has changed"
+        assert backends.forced_backend().waits == 0, "nothing has changed"
         ours.param_groups[0]["lr"] = 0.25
         ours.refresh()
-        assert backends.forced.waits == 1
+        assert backends.forced_backend().waits == 1
         assert source[0, 0] == 0.25
 
 
@@ -399,7 +400,7 @@ def test_captures_have_tables_of_their_own():
         ours = PagedAdamW(params)
         steps(ours, params, 1)
         spare = list(ours._engine._spare["tensors"])
-        backends.forced.captures = True
+        backends.forced_backend().captures = True
         kept = []
         for step in range(1, 4):
             steps(ours, params, 1, step)

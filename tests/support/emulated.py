@@ -15,7 +15,8 @@ from types import ModuleType
 
 import torch
 
-from qlora_kernels import backends, cuda_engine
+from qlora_kernels import cuda_engine
+from qlora_kernels.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: "sanitized" builds it under AddressSanitizer and UBSan; python itself then needs libasan in LD_PRELOAD.
@@ -106,11 +107,10 @@ class Emulated(backends.CUDA):
 def emulated(order: str = "forward", landing: str = "latest", **options):
     """A context in which the operations run on the emulator."""
     module().configure(order=order, landing=landing, **options)
-    before, backends.forced = backends.forced, Emulated(module())
     try:
-        yield
+        with backends.forced(Emulated(module())):
+            yield
     finally:
-        backends.forced = before
         module().configure()
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from emulated import emulated
 
-from qlora_kernels import backends
 from qlora_kernels.native import extension
+from qlora_kernels.ops import backends
 
 ISAS = tuple(extension.native().build_info()["isas_available"].split(","))
 
@@ -42,12 +42,8 @@ def engine_named(name: str):
 @contextlib.contextmanager
 def on_the_cpu():
     """Within a test of another engine: tensors and operations of the CPU again."""
-    before, backends.forced = backends.forced, None
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        backends.forced = before
+    with backends.forced(None), torch.device("cpu"):
+        yield
 
 
 def forced(isa: str):

@@ -1,47 +1,14 @@
-"""Tensors to raw pointers: one backend for each kind of device. What arrives here has been checked by ops.py."""
+"""The backend of the CUDA kernels."""
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .native import architectures
-from .native.extension import DTYPE_CODES, native
-
-#: A backend for all tensors but float64 ones, whatever their device: where the tests put the emulator.
-forced = None
-
-
-def of(tensor: Tensor):
-    """The backend that serves a tensor: by its device, and float64 by the reference in plain torch.
-
-    Raises:
-        RuntimeError: for a device that this build has no kernels for.
-    """
-    if tensor.dtype == torch.float64:
-        return reference
-    if forced is not None:
-        return forced
-    return cuda(tensor.device) if tensor.is_cuda else CPU
-
-
-@functools.cache
-def cuda(device: torch.device) -> CUDA:
-    """The CUDA backend, after a check that this build has kernels for the card.
-
-    Raises:
-        RuntimeError: when it has none; the sentence says which card, what the build has, and how to build for it.
-    """
-    built = native().build_info()["cuda_archs"]
-    major, minor = torch.cuda.get_device_capability(device)
-    problem = architectures.unserved(built, major, minor, torch.cuda.get_device_name(device))
-    if problem:
-        raise RuntimeError(problem)
-    return CUDA(native().cuda)
+from ...native.extension import DTYPE_CODES
+from .pointers import pointer, view_of
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -50,177 +17,6 @@ def capturing(tensor: Tensor) -> bool:
         return False
     with torch.cuda.device(tensor.device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def non_finite(weight: Tensor, index: tuple[int, ...], name: str) -> ValueError:
-    """The error for a weight that cannot be quantized."""
-    return ValueError(f"{name} holds {weight[index].item()} at index {index}; only finite weights can be quantized")
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def view_of(pieces: tuple[Tensor | None, ...], n: int, k: int) -> tuple:
-    """A quantized weight as the extension takes it: addresses, then N and K."""
-    packed, absmax, nested_absmax, nested_offset, nested_table = pieces
-    if nested_absmax is None:
-        return (packed.data_ptr(), absmax.data_ptr(), 0, 0, 0, 0, n, k)
-    return (
-        packed.data_ptr(),
-        0,
-        absmax.data_ptr(),
-        nested_absmax.data_ptr(),
-        nested_table.data_ptr(),
-        nested_offset.data_ptr(),
-        n,
-        k,
-    )
-
-
-def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(dtype).contiguous()
-
-
-def _seed(seed: Tensor | None, dropout: float) -> int:
-    # Without adapters there is nothing to drop, and need be no seed.
-    return seed.item() & 0xFFFFFFFFFFFFFFFF if dropout > 0.0 and seed is not None else 0
-
-
-class CPU:
-    """The C++ kernels."""
-
-    #: Whether quantize() itself refuses weights that are not finite.
-    refuses_non_finite = True
-
-    @staticmethod
-    def quantize(weight: Tensor, name: str):
-        count = weight.numel()
-        packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
-        absmax = torch.empty((count + 63) // 64, dtype=torch.float32)
-        bad = native().quantize(
-            weight.data_ptr(),
-            packed.data_ptr(),
-            absmax.data_ptr(),
-            count,
-            DTYPE_CODES[weight.dtype],
-            torch.get_num_threads(),
-        )
-        if bad >= 0:
-            raise non_finite(weight, divmod(bad, weight.shape[1]), name)
-        return packed, absmax
-
-    @staticmethod
-    def quantize_nested(weight: Tensor, nested_table: Tensor, name: str):
-        packed, absmax = CPU.quantize(weight, name)
-        return packed, *CPU.quantize_absmax(absmax, nested_table)
-
-    @staticmethod
-    def quantize_absmax(absmax: Tensor, nested_table: Tensor):
-        count = absmax.numel()
-        code = torch.empty(count, dtype=torch.uint8)
-        nested_absmax = torch.empty((count + 255) // 256, dtype=torch.float32)
-        offset = torch.empty(1, dtype=torch.float32)
-        native().quantize_absmax(
-            absmax.data_ptr(),
-            nested_table.data_ptr(),
-            code.data_ptr(),
-            nested_absmax.data_ptr(),
-            offset.data_ptr(),
-            count,
-            torch.get_num_threads(),
-        )
-        return code, nested_absmax, offset
-
-    @staticmethod
-    def dequantize(pieces, n: int, k: int, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
-        out = torch.empty((row_end - row_begin, k), dtype=dtype)
-        CPU.dequantize_out(pieces, n, k, row_begin, row_end, out)
-        return out
-
-    @staticmethod
-    def dequantize_out(pieces, n: int, k: int, row_begin: int, row_end: int, out: Tensor) -> None:
-        if out.dtype == torch.float64:
-            out.copy_(CPU.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
-            return
-        native().dequantize(
-            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, DTYPE_CODES[out.dtype], torch.get_num_threads()
-        )
-
-    @staticmethod
-    def quantize_states(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
-        """An optimizer's states, float32 [count], to codes uint8 [count] and constants float32 [blocks of 256]."""
-        count = values.numel()
-        code = torch.empty(count, dtype=torch.uint8, device="cpu")
-        absmax = torch.empty(-(-count // 256), dtype=torch.float32, device="cpu")
-        native().quantize_states(values.data_ptr(), code.data_ptr(), absmax.data_ptr(), count, is_signed)
-        return code, absmax
-
-    # x [..., K] and dy [..., N] are contiguous; r is the adapters' rank, 0 without.
-
-    @staticmethod
-    def linear_forward(x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, keep_u):
-        n, k = view[6:]
-        m = x.numel() // k
-        y = x.new_empty(*x.shape[:-1], n)
-        u = x.new_empty(m, r) if r else None
-        if m == 0:
-            return y, u
-        lora_A, lora_B, bias = _as(lora_A, x.dtype), _as(lora_B, x.dtype), _as(bias, torch.float32)
-        native().linear_forward(
-            view,
-            x.data_ptr(),
-            _pointer(lora_A),
-            _pointer(lora_B),
-            _pointer(bias),
-            y.data_ptr(),
-            _pointer(u),
-            m,
-            r,
-            scaling,
-            dropout,
-            _seed(seed, dropout),
-            DTYPE_CODES[x.dtype],
-            torch.get_num_threads(),
-        )
-        return y, u
-
-    @staticmethod
-    def linear_backward(dy, view, r, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-        n, k = view[6:]
-        m = dy.numel() // n
-        dx = dy.new_empty(*dy.shape[:-1], k) if need_dx else None
-        dA = dy.new_empty(r, k, dtype=torch.float32) if need_dA else None
-        dB = dy.new_empty(n, r, dtype=torch.float32) if need_dB else None
-        if m == 0:
-            return dx, _zeros(dA, lora_A), _zeros(dB, lora_B)
-        A, B = _as(lora_A, dy.dtype), _as(lora_B, dy.dtype)
-        native().linear_backward(
-            view,
-            dy.data_ptr(),
-            x.data_ptr() if need_dA else 0,
-            u.data_ptr() if need_dB else 0,
-            _pointer(A),
-            _pointer(B),
-            _pointer(dx),
-            _pointer(dA),
-            _pointer(dB),
-            m,
-            r,
-            scaling,
-            dropout,
-            _seed(seed, dropout),
-            DTYPE_CODES[dy.dtype],
-            torch.get_num_threads(),
-        )
-        return dx, dA.to(lora_A.dtype) if need_dA else None, dB.to(lora_B.dtype) if need_dB else None
-
-
-def _zeros(gradient: Tensor | None, adapter: Tensor | None) -> Tensor | None:
-    """A gradient of no rows, in the adapter's type."""
-    return None if gradient is None else gradient.zero_().to(adapter.dtype)
 
 
 class _Exposed:
@@ -291,7 +87,7 @@ class CUDA:
             weight.data_ptr(),
             packed.data_ptr(),
             absmax.data_ptr(),
-            _pointer(sums),
+            pointer(sums),
             count,
             DTYPE_CODES[weight.dtype],
             *self._queue(device),
@@ -367,7 +163,7 @@ class CUDA:
         # A u that nobody keeps lies behind the scratch: an allocation less.
         behind = (size + 15) // 16 * 16 if r and u is None else 0
         scratch = self._scratch(x, behind + m * r * x.element_size() if r and u is None else size)
-        room = _pointer(scratch)
+        room = pointer(scratch)
         # The kernels read a bias as it is, in float32 or in x's dtype.
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         narrow = bias is not None and bias.dtype != torch.float32
@@ -377,17 +173,17 @@ class CUDA:
         self._kernels.linear_forward(
             view,
             x.data_ptr(),
-            _pointer(lora_A),
-            _pointer(lora_B),
-            0 if narrow else _pointer(bias),
-            _pointer(bias) if narrow else 0,
+            pointer(lora_A),
+            pointer(lora_B),
+            0 if narrow else pointer(bias),
+            pointer(bias) if narrow else 0,
             y.data_ptr(),
-            room + behind if r and u is None else _pointer(u),
+            room + behind if r and u is None else pointer(u),
             m,
             r,
             scaling,
             dropout,
-            _pointer(seed),
+            pointer(seed),
             room,
             code,
             wide,
@@ -413,7 +209,7 @@ class CUDA:
         need_v = r > 0 and (need_dx or need_dA)
         behind = (size + 15) // 16 * 16
         scratch = self._scratch(dy, behind + m * r * dy.element_size() if need_v else size)
-        room = _pointer(scratch)
+        room = pointer(scratch)
         if r:
             lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
         seed = _seed_on(dy.device, seed, dropout)
@@ -422,17 +218,17 @@ class CUDA:
             dy.data_ptr(),
             x.data_ptr() if need_dA else 0,
             u.data_ptr() if need_dB else 0,
-            _pointer(lora_A),
-            _pointer(lora_B),
-            _pointer(dx),
-            _pointer(dA),
-            _pointer(dB),
+            pointer(lora_A),
+            pointer(lora_B),
+            pointer(dx),
+            pointer(dA),
+            pointer(dB),
             room + behind if need_v else 0,
             m,
             r,
             scaling,
             dropout,
-            _pointer(seed),
+            pointer(seed),
             room,
             code,
             wide,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import extension
+from ...native import extension
 
 
 def levels() -> Tensor:

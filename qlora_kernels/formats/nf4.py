@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import ops
-from .backends import capturing
-from .errors import require
+from .. import ops
+from ..errors import require
+from ..native import extension
+from ..ops.backends import capturing, reference
+from ..ops.weight import same_pieces
 
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -53,7 +57,7 @@ class NF4Weight:
     def operand(self) -> ops.Operand:
         """The weight as the products take it; the same one as long as the pieces are the same tensors."""
         kept = self.__dict__.get("_operand")
-        if kept is not None and (kept.n, kept.k) == self.shape and ops.same_pieces(kept.pieces, self.pieces):
+        if kept is not None and (kept.n, kept.k) == self.shape and same_pieces(kept.pieces, self.pieces):
             return kept
         made = ops.Operand(self.pieces, *self.shape)
         if not torch.compiler.is_compiling():
@@ -233,7 +237,7 @@ class NF4Weight:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file, whole or not at all."""
-        from .storage.formats import save_safetensors
+        from ..storage.formats import save_safetensors
 
         save_safetensors(self.state_dict(), path, metadata={"format": "qlora_kernels.nf4", "dtype": str(self.dtype)})
 
@@ -244,7 +248,7 @@ class NF4Weight:
         Raises:
             ValueError: for a truncated or foreign file.
         """
-        from .storage.formats import load_safetensors
+        from ..storage.formats import load_safetensors
 
         tensors, metadata = load_safetensors(path)
         try:
@@ -263,11 +267,6 @@ class NF4Weight:
             f"NF4Weight(shape={tuple(self.shape)}, bits_per_weight={self.bits_per_weight:.3f}, "
             f"dtype={self.dtype}, device='{self.device}')"
         )
-
-
-def default_nested_table(device: str | torch.device = "cpu") -> torch.Tensor:
-    """The second-level table, float32 [256]: entry b is the FP8 E4M3 value of byte b, divided by 448."""
-    return ops.default_nested_table(torch.device(device))
 
 
 def quantize(
@@ -330,3 +329,60 @@ def quantize(
 def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """The dense weight; see :meth:`NF4Weight.dequantize`."""
     return weight.dequantize(dtype, out=out)
+
+
+_tables: dict[torch.device, Tensor] = {}
+
+
+def default_nested_table(device: str | torch.device = "cpu") -> Tensor:
+    """The second-level table, float32 [256]: entry b is the FP8 E4M3 value of byte b, divided by 448.
+
+    Every call for one device returns the same tensor.
+    """
+    device = torch.device(device)
+    # Under a mode such as FakeTensorMode a tensor is something else, and nothing to keep.
+    plain = _get_current_dispatch_mode() is None
+    if plain and device.type == "cuda" and device.index is None:  # the current one, another at the next call perhaps
+        device = torch.device("cuda", torch.cuda.current_device())
+    if plain and device in _tables:
+        return _tables[device]
+    # Kept for good, so not an inference tensor, which autograd could not save; nor on a default device.
+    with torch.inference_mode(False):
+        table = torch.tensor(extension.native().e4m3_table(), dtype=torch.float32, device="cpu").to(device)
+    if plain:
+        _tables[device] = table
+    return table
+
+
+def check_range(weight: NF4Weight, name: str) -> None:
+    """Refuses a weight whose rounded block constants have become larger than its type can say.
+
+    Double quantization rounds a constant up by 1/28 at most, so only values above 0.96 of the largest are concerned.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    if not weight.double_quant or weight.is_meta:
+        return
+    limit = torch.finfo(weight.dtype).max
+    # No constant exceeds this sum, and computing it reads only 1/16384 as many numbers as the weight has.
+    if (weight.nested_absmax.max() + weight.nested_offset).item() <= limit:
+        return
+    if reference.decode_absmax(weight.pieces).to(weight.dtype).isinf().any():
+        raise ValueError(
+            f"{name} holds values so near the largest {weight.dtype}, {limit:.5g}, that double quantization rounds "
+            "them to infinity; use double_quant=False"
+        )
+
+
+def meta_weight(n: int, k: int, double_quant: bool) -> NF4Weight:
+    """The shapes of a quantized weight [n, k], on the meta device."""
+    blocks = -(-n * k // BLOCK_SIZE)
+    packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8, device="meta")
+    shape = torch.Size((n, k))
+    if not double_quant:
+        return NF4Weight(packed, torch.empty(blocks, dtype=torch.float32, device="meta"), None, None, None, shape)
+    nested = [
+        torch.empty(size, dtype=torch.float32, device="meta") for size in (-(-blocks // NESTED_BLOCK_SIZE), 1, 256)
+    ]
+    return NF4Weight(packed, torch.empty(blocks, dtype=torch.uint8, device="meta"), *nested, shape)

@@ -1,0 +1,1 @@
+"""Formats of quantized weights: their tensors in memory and on disk."""

@@ -1,0 +1,26 @@
+"""The operations, one name on every floor: a schema here, a function in csrc/kernels.h, a kernel for each backend.
+
+``quantize``, ``quantize_absmax``, ``dequantize``, ``linear_forward`` and ``linear_backward``, all in
+``torch.ops.qlora_kernels``; ``quantize_nested`` is the first two in one (on a GPU, in two launches), ``dequantize_out``
+is ``dequantize`` into a tensor that the caller has. Schema, checks and fake implementation stand together, and a tensor
+is checked here once: below there are only pointers and sizes. A quantized weight travels as its five pieces (see
+:class:`qlora_kernels.NF4Weight`).
+"""
+
+from .dequantize import dequantize, dequantize_out
+from .linear import linear_backward, linear_forward
+from .quantize import check_finite, quantize, quantize_absmax, quantize_nested
+from .weight import Operand, check_weight
+
+__all__ = [
+    "Operand",
+    "check_finite",
+    "check_weight",
+    "dequantize",
+    "dequantize_out",
+    "linear_backward",
+    "linear_forward",
+    "quantize",
+    "quantize_absmax",
+    "quantize_nested",
+]

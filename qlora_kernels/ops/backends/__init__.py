@@ -1,0 +1,8 @@
+"""Backends: tensors to raw pointers, one for each kind of device. What arrives here has been checked in ops."""
+
+from .choose import backend_for, cuda, forced, forced_backend
+from .cpu import CPU
+from .cuda import CUDA, capturing
+from .pointers import non_finite, view_of
+
+__all__ = ["CPU", "CUDA", "backend_for", "capturing", "cuda", "forced", "forced_backend", "non_finite", "view_of"]

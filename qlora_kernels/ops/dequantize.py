@@ -1,0 +1,92 @@
+"""Dequantization: schema, checks and fake implementation together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+from . import backends
+from .library import LINEAR_DTYPES, WEIGHT, define, fake
+from .weight import check_weight
+
+
+def _check_dequantize(pieces, n, k, dtype, row_begin, row_end) -> None:
+    check_weight(*pieces, n, k)
+    require(
+        dtype in LINEAR_DTYPES,
+        TypeError,
+        f"a weight dequantizes to float32, bfloat16, float16 or float64, not to {dtype}",
+    )
+    require(
+        0 <= row_begin <= row_end <= n,
+        ValueError,
+        f"rows [{row_begin}, {row_end}) are not within a weight of {n} rows",
+    )
+
+
+def _dequantize(
+    packed, absmax, nested_absmax, nested_offset, nested_table, n: int, k: int, dtype, row_begin: int, row_end: int
+):
+    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
+    _check_dequantize(pieces, n, k, dtype, row_begin, row_end)
+    return backends.backend_for(packed).dequantize(pieces, n, k, dtype, row_begin, row_end)
+
+
+dequantize = define(
+    f"dequantize({WEIGHT}, SymInt n, SymInt k, ScalarType dtype, SymInt row_begin, SymInt row_end) -> Tensor",
+    _dequantize,
+)
+
+
+@fake("dequantize")
+def _dequantize_fake(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, dtype, row_begin, row_end):
+    _check_dequantize((packed, absmax, nested_absmax, nested_offset, nested_table), n, k, dtype, row_begin, row_end)
+    return packed.new_empty((row_end - row_begin, k), dtype=dtype)
+
+
+def _check_dequantize_out(pieces, n, k, row_begin, row_end, out) -> None:
+    _check_dequantize(pieces, n, k, out.dtype, row_begin, row_end)
+    shape = [row_end - row_begin, k]
+    require(list(out.shape) == shape, ValueError, f"out should be {shape}, found {list(out.shape)}")
+    device = pieces[0].device
+    require(out.device == device, ValueError, f"out is on {out.device}, but the weight on {device}")
+    require(out.is_contiguous(), ValueError, "out should be contiguous")
+    require(
+        not out.requires_grad,
+        RuntimeError,
+        "out asks for a gradient, which a dequantized weight has none of; give out.detach()",
+    )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First address, and one past the last, of a contiguous tensor."""
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.numel() * tensor.element_size()
+
+
+def _dequantize_out(
+    packed, absmax, nested_absmax, nested_offset, nested_table, n: int, k: int, row_begin: int, row_end: int, out
+) -> None:
+    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
+    _check_dequantize_out(pieces, n, k, row_begin, row_end, out)
+    begin, end = _span(out)
+    for piece in pieces:
+        if piece is not None:
+            first, last = _span(piece)
+            require(end <= first or last <= begin, ValueError, "out shares memory with the weight that it is to hold")
+    backends.backend_for(packed).dequantize_out(pieces, n, k, row_begin, row_end, out)
+    # What torch's own operations do: backward then refuses a tensor that it saved and that has changed since.
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
+dequantize_out = define(
+    f"dequantize_out({WEIGHT}, SymInt n, SymInt k, SymInt row_begin, SymInt row_end, Tensor(a!) out) -> ()",
+    _dequantize_out,
+)
+
+
+@fake("dequantize_out")
+def _dequantize_out_fake(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, row_begin, row_end, out):
+    _check_dequantize_out((packed, absmax, nested_absmax, nested_offset, nested_table), n, k, row_begin, row_end, out)
