@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kernels import PagedAdamW, PagedLion, arena
+from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.bench.common import OURS, WrongResult, reason
 from qlora_kernels.bench.cuda_timing import Card, _summary
 from qlora_kernels.bench.limits import find_contender
+from qlora_kernels.optim.arena import layout as arena_layout
+from qlora_kernels.optim.arena import schedule
 from qlora_kernels.storage.formats import save_json
 
 from . import predict
@@ -140,7 +142,7 @@ class OptimizerBench:
         layout = optimizer._engine.layout
         moved = layout.nbytes - layout.header if out else 0
         if budget is not None:
-            moved = sum(end - begin for s in arena.stretches(layout, budget) for begin, end in s.leave)
+            moved = sum(end - begin for s in schedule.stretches(layout, budget) for begin, end in s.leave)
         return Running(name, optimizer.step, optimizer.page_out if out else None, moved)
 
     def other(self, name: str, kind: Callable[..., Any], **options: Any) -> Running:
@@ -162,7 +164,9 @@ class OptimizerBench:
         return self.other(BNB, PagedAdamW32bit)
 
     def budgeted(self) -> Running:
-        whole = arena.Layout([arena.Slot(n * k, 0, 0, (arena.FIRST, arena.SECOND)) for n, k in self.shapes], 32).nbytes
+        whole = arena_layout.Layout(
+            [arena_layout.Slot(n * k, 0, 0, (arena_layout.FIRST, arena_layout.SECOND)) for n, k in self.shapes], 32
+        ).nbytes
         return self.ours(OURS, PagedAdamW, budget=int(whole * self.share))
 
     def cases(self) -> Iterator[tuple[str, list[tuple[str, Callable[[], Running]]]]]:

@@ -3,25 +3,19 @@
 See README.md for a tour.
 """
 
-from .adapters import load_adapter, save_adapter
-from .autograd import linear
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
-from .lora import AdapterConfig
-from .merge import MergeReport
-from .models import (
-    QuantizeReport,
-    disable_adapters,
-    merge_adapters,
-    qlora_layers,
-    quantize_model,
-    set_adapter,
-    unmerge_adapters,
-)
+from .layers.adapters.config import AdapterConfig
+from .layers.functional import linear
+from .layers.merging import MergeReport
+from .layers.qlinear import QLinear
+from .models.adapter_files import load_adapter, save_adapter
+from .models.adapters import disable_adapters, merge_adapters, set_adapter, unmerge_adapters
+from .models.quantize import QuantizeReport, quantize_model
+from .models.targets import qlora_layers
 from .native.build_info import build_info
 from .native.build_info import version as _version
 from .ops.backends import reference
-from .optim import PagedAdamW, PagedLion
-from .qlinear import QLinear
+from .optim.algorithms import PagedAdamW, PagedLion
 
 __version__: str
 

@@ -35,13 +35,13 @@ from torch import nn
 from ..console.signals import Interrupted, StopSignal
 from ..errors import InputError, missing_extra, sentence
 from ..finetune import tiny
-from ..finetune.base import Source, quantize
 from ..finetune.data import Data, Windows, load_data
 from ..finetune.evaluate import held_out_loss
 from ..finetune.options import Options
 from ..finetune.report import sizes
+from ..finetune.source import Source, quantize
 from ..finetune.train import Phase, Trainer
-from ..models import disable_adapters
+from ..models.adapters import disable_adapters
 from ..storage import digest, formats
 from ..storage.atomic_folder import new_folder, sweep_folders
 from .machine import describe_commit, describe_machine, describe_versions

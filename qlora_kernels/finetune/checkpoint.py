@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..adapters import CONFIG_NAME, WEIGHTS_NAME
 from ..errors import InputError, sentence
+from ..models.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from ..storage.digest import digest
 from ..storage.formats import save_torch
 from .options import Options

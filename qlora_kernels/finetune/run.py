@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import CONFIG_NAME, WEIGHTS_NAME, save_adapter
 from ..console.signals import Interrupted, StopSignal
 from ..errors import InputError
-from ..models import disable_adapters
-from ..skeleton import cast_parameters, recompute_activations
+from ..interop.transformers.skeleton import cast_parameters, recompute_activations
+from ..models.adapter_files import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from ..models.adapters import disable_adapters
 from ..storage.atomic_folder import new_folder, sweep_folders
 from ..storage.formats import save_json
 from . import checkpoint as ckpt
 from . import tiny
-from .base import Source, digest, quantize
 from .data import load_data
+from .dense_lora import add_lora
 from .evaluate import generate, held_out_loss
-from .lora16 import add_lora
 from .memory import PeakMemory
 from .options import Options
 from .plot import plot_losses
 from .report import TITLES, conclusions, machine, recovery, sizes, table, versions
+from .source import Source, digest, quantize
 from .train import Phase, Trained, Trainer, trainable
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..console.progress import bar
 from ..console.signals import Interrupted, StopSignal
 from ..errors import InputError, sentence
-from ..optim import PagedAdamW, PagedLion
+from ..optim.algorithms import PagedAdamW, PagedLion
 from . import checkpoint as ckpt
 from .data import IGNORED, Batch, Pairs, Windows
 from .options import Options

@@ -44,7 +44,7 @@ from qlora_kernels.bench.measure import CudaMeasurement, Measurement, failed_our
 from qlora_kernels.bench.operations import CASES, OPERATIONS, begin, gpt2_forward
 from qlora_kernels.bench.peak import peak_allocated
 from qlora_kernels.bench.points import MODELS, SWEEPS, Point, point_of
-from qlora_kernels.cli import main
+from qlora_kernels.cli.main import main
 from qlora_kernels.errors import InputError
 from qlora_kernels.ops import linear as fused
 from qlora_kernels.ops.backends import reference

@@ -19,7 +19,7 @@ from qlora_kernels.bench.contenders import BNB
 from qlora_kernels.bench.measure import failed_ours
 from qlora_kernels.bench.points import SWEEPS, Point
 from qlora_kernels.bench.worker import OutOfTime
-from qlora_kernels.cli import main
+from qlora_kernels.cli.main import main
 
 
 @pytest.mark.parametrize(

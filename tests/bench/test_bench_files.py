@@ -15,7 +15,7 @@ from qlora_kernels.bench import command, compare, options, plots, results, table
 from qlora_kernels.bench.common import OURS, Settings, quantiles_of
 from qlora_kernels.bench.contenders import BNB, DENSE
 from qlora_kernels.bench.points import SWEEPS, Point
-from qlora_kernels.cli import main
+from qlora_kernels.cli.main import main
 from qlora_kernels.errors import InputError
 
 HEADER = results.begin(Settings(), "usual")

@@ -16,9 +16,10 @@ from small_runs import cache_fixture  # noqa: F401 - a fixture
 from qlora_kernels.bench import rank_study
 from qlora_kernels.bench.rank_options import TARGETS
 from qlora_kernels.bench.rank_report import points, with_shares
-from qlora_kernels.finetune import base, tiny
+from qlora_kernels.finetune import source, tiny
 from qlora_kernels.finetune.train import Trainer
-from qlora_kernels.models import disable_adapters, qlora_layers
+from qlora_kernels.models.adapters import disable_adapters
+from qlora_kernels.models.targets import qlora_layers
 
 # The base is the one that the tests of finetune have in their cache, too.
 SMALL = [
@@ -214,7 +215,7 @@ def test_a_study_that_begins_anew_and_is_cut_says_how_to_go_on(study, whole, tmp
 
 def test_a_finished_study_is_not_run_again(study, whole, tmp_path, monkeypatch, capsys):
     (tmp_path / "study.json").write_text(json.dumps(whole[0]))
-    monkeypatch.setattr(base.Source, "load", lambda _: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(source.Source, "load", lambda _: pytest.fail("the base was loaded"))
     assert study() == 0
     assert capsys.readouterr().out.strip() == rank_study.markdown(whole[0], str(tmp_path / "study.json"))
 

@@ -165,7 +165,7 @@ def test_it_tells_what_is_inside(wheel):
     assert info["version"] == wheel.name.split("-")[1]
     assert info["cuda_archs"] == [*built_for()]
     assert re.fullmatch(r"\d+\.\d+", info["nvcc"])
-    done = python("import sys; from qlora_kernels.cli import main; sys.exit(main(['info']))")
+    done = python("import sys; from qlora_kernels.cli.main import main; sys.exit(main(['info']))")
     assert f"CUDA architectures built in  {', '.join(built_for())}\n" in done.stdout, done.stderr
     assert f"nvcc                         {info['nvcc']}\n" in done.stdout
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_kernels import __version__
-from qlora_kernels.cli import main
+from qlora_kernels.cli.main import main
 from qlora_kernels.console import cores
 from qlora_kernels.native.build_info import build_info
 
@@ -65,7 +65,7 @@ def test_help_and_info_are_quick():
     """Neither loads transformers or matplotlib, which take seconds."""
     for arguments in (["--help"], ["info"], ["finetune", "--help"]):
         script = (
-            "import sys\nfrom qlora_kernels.cli import main\n"
+            "import sys\nfrom qlora_kernels.cli.main import main\n"
             f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
             "print([name for name in ('transformers', 'matplotlib') if name in sys.modules], file=sys.stderr)"
         )

@@ -18,11 +18,12 @@ pytest.importorskip("transformers")
 
 from small_runs import SMALL, base_in, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
-from qlora_kernels import PagedAdamW, PagedLion, engines, finetune
+from qlora_kernels import PagedAdamW, PagedLion, finetune
 from qlora_kernels.errors import InputError
-from qlora_kernels.finetune import data, lora16, memory, tiny
+from qlora_kernels.finetune import data, dense_lora, memory, tiny
 from qlora_kernels.finetune.options import OPTIMIZERS, Options
 from qlora_kernels.finetune.train import Trainer, learning_rate, make_optimizer
+from qlora_kernels.optim.engines import host as host_engine
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -38,14 +39,14 @@ def test_learning_rate(schedule, warmup):
 
 def test_both_kinds_of_adapter_start_alike():
     from qlora_kernels import NF4Weight, quantize  # noqa: F401 - the extension must load
-    from qlora_kernels.qlinear import QLinear
+    from qlora_kernels.layers.qlinear import QLinear
 
     torch.manual_seed(0)
     dense = torch.nn.Sequential(torch.nn.Linear(64, 96))
     quantized = QLinear.from_linear(dense[0], rank=8, alpha=16)
-    lora16.share_initial_values({"0": quantized}, seed=5)
+    dense_lora.share_initial_values({"0": quantized}, seed=5)
     dense[0].weight.data = quantized.weight.dequantize()
-    lora16.add_lora(dense, ["0"], 8, 16, 0.0, False, seed=5)
+    dense_lora.add_lora(dense, ["0"], 8, 16, 0.0, False, seed=5)
     assert torch.equal(dense[0].lora_A, quantized.lora_A["default"])
     B = torch.randn(96, 8)
     with torch.no_grad():
@@ -106,9 +107,9 @@ def test_nf4_recovers_what_16_bit_lora_gains(run, tmp_path):
 
 
 def test_the_adapter_on_disk_has_the_loss_that_was_reported(run, tmp_path):
-    from qlora_kernels import adapters
-    from qlora_kernels.finetune.base import Source, quantize
     from qlora_kernels.finetune.evaluate import held_out_loss
+    from qlora_kernels.finetune.source import Source, quantize
+    from qlora_kernels.models import adapter_files
 
     litter = tmp_path / "out" / "adapter" / ".adapter_model.safetensors.abcdefgh.part"  # of a killed write
     litter.parent.mkdir(parents=True)
@@ -120,7 +121,7 @@ def test_the_adapter_on_disk_has_the_loss_that_was_reported(run, tmp_path):
     source = Source(options)
     model = source.load()
     quantize(model, options)
-    adapters.load_adapter(model, tmp_path / "out" / "adapter")
+    adapter_files.load_adapter(model, tmp_path / "out" / "adapter")
     held_out = data.load_data(None, source.encode, source.end, options.seq_len, 0.1, 0).held_out
     loss = held_out_loss(model, held_out, options.batch_size, options.eval_tokens, "cpu", "", True)
     assert loss == pytest.approx(found["results"]["qlora"]["loss"], rel=1e-6)
@@ -246,14 +247,14 @@ def test_the_other_optimizers_learn(run, tmp_path, name):
 
 def test_states_in_a_file_give_the_same_numbers(run, tmp_path, monkeypatch):
     kinds = []
-    original = engines.HostArena
+    original = host_engine.HostArena
 
     def arena(*arguments):
         made = original(*arguments)
         kinds.append(made.kind)
         return made
 
-    monkeypatch.setattr(engines, "HostArena", arena)
+    monkeypatch.setattr(host_engine, "HostArena", arena)
     folder = tmp_path / "states"
     folder.mkdir()
     assert run() == 0

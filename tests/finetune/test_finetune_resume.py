@@ -17,11 +17,11 @@ pytest.importorskip("transformers")
 
 from small_runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
-from qlora_kernels.cli import main
+from qlora_kernels.cli.main import main
 from qlora_kernels.finetune import run as run_module
 from qlora_kernels.finetune.options import Options
 from qlora_kernels.finetune.train import Trainer
-from qlora_kernels.quantize_folder import quantize_folder
+from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
 
 
 def interrupt(monkeypatch, phase: str, step: int, signum: int = signal.SIGINT) -> None:

@@ -15,11 +15,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qlora_kernels.cli import main
+from qlora_kernels.cli.main import main
+from qlora_kernels.cli.quantize import parse_size
 from qlora_kernels.errors import InputError
-from qlora_kernels.models import quantize_model
-from qlora_kernels.quantize_folder import load_quantized, parse_size, quantize_folder
-from qlora_kernels.skeleton import dtype_argument, skipped
+from qlora_kernels.interop.transformers import quantize_folder as quantizing
+from qlora_kernels.interop.transformers.load import load_quantized
+from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
+from qlora_kernels.interop.transformers.skeleton import dtype_argument, skipped
+from qlora_kernels.models.quantize import quantize_model
 from qlora_kernels.storage.atomic_folder import sweep_folders, write_folder_atomically
 from qlora_kernels.storage.safetensors_stream import Entry, Writer, read, read_header
 
@@ -103,7 +106,7 @@ def test_one_weight_in_memory_at_a_time(tmp_path):
 import sys, torch, transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 from qlora_kernels.finetune.memory import PeakMemory
-from qlora_kernels.quantize_folder import quantize_folder
+from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
 small, large, out = sys.argv[1:]
 quantize_folder(small, out + "-small", progress=False)  # imports and first calls
 with PeakMemory() as memory:
@@ -254,7 +257,7 @@ def test_stream_writer_writes_what_the_library_reads(tmp_path):
 def test_a_signal_leaves_nothing_behind(tmp_path, monkeypatch, capsys, signum):
     model = llama(tmp_path / "model")
     capsys.readouterr()
-    monkeypatch.setattr("qlora_kernels.quantize_folder._write_group", lambda *_: os.kill(os.getpid(), signum))
+    monkeypatch.setattr(quantizing, "_write_group", lambda *_: os.kill(os.getpid(), signum))
     assert main(["quantize", model, str(tmp_path / "new" / "out"), "--quiet"]) == 128 + signum
     assert capsys.readouterr().err == "qlora-kernels quantize: interrupted\n"
     assert os.listdir(tmp_path) == ["model"]
@@ -264,7 +267,7 @@ def test_what_a_kill_left_is_swept_and_a_living_writers_folder_is_not(tmp_path):
     model = llama(tmp_path / "model")
     script = (
         "import os, signal, sys\n"
-        "from qlora_kernels import quantize_folder as q\n"
+        "from qlora_kernels.interop.transformers import quantize_folder as q\n"
         "q._write_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "q.quantize_folder(sys.argv[1], sys.argv[2], progress=False)\n"
     )

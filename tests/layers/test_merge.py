@@ -12,7 +12,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 import qlora_kernels
-from qlora_kernels import QLinear, merge
+from qlora_kernels import QLinear
+from qlora_kernels.layers import merging
 
 
 def layer(k=100, n=72, rank=4, dtype=None, double_quant=True, bias=True):
@@ -33,7 +34,7 @@ def exact(made, dtype=torch.float32):
 )
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_merge_is_the_quantized_sum_and_can_be_undone(k, n, double_quant, monkeypatch):
-    monkeypatch.setattr(merge, "_PANEL", 1024)  # several panels
+    monkeypatch.setattr(merging, "_PANEL", 1024)  # several panels
     made = layer(k, n, rank=1, double_quant=double_quant)
     before = {key: value.clone() for key, value in made.state_dict().items()}
     wanted = qlora_kernels.quantize(exact(made).detach(), double_quant)
@@ -68,7 +69,7 @@ def test_a_weight_of_zeros_merges_without_error():
     linear = nn.Linear(64, 32)
     nn.init.zeros_(linear.weight)
     made = QLinear.from_linear(linear, rank=2)
-    assert made.merge(torch.zeros(3, 64)) == merge.MergeReport(0.0, 0.0)
+    assert made.merge(torch.zeros(3, 64)) == merging.MergeReport(0.0, 0.0)
     assert not made.weight.dequantize().any()
 
 
@@ -202,7 +203,7 @@ def test_to_linear_gives_what_the_layer_computes_now():
 def test_a_merge_holds_a_panel_of_dense_weight_at_most(monkeypatch):
     made = layer(256, 512)
     panel = 1 << 12
-    monkeypatch.setattr(merge, "_PANEL", panel)
+    monkeypatch.setattr(merging, "_PANEL", panel)
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -14,7 +14,8 @@ from small_llama import assert_unchanged, llama, logits, quantized, randomize, s
 from torch import nn
 
 import qlora_kernels
-from qlora_kernels import adapters, load_adapter, models, quantize_model, save_adapter
+from qlora_kernels import load_adapter, quantize_model, save_adapter
+from qlora_kernels.models import adapter_files, targets
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def dense_base(model):
     """A plain Llama on the dequantized weights."""
     base = llama()
     with torch.no_grad():
-        for name, layer in models.qlora_layers(model):
+        for name, layer in targets.qlora_layers(model):
             base.get_submodule(name).weight.copy_(layer.weight.dequantize())
     return base
 
@@ -36,7 +37,7 @@ def dense_base(model):
 
 def unequal(model):
     """Ranks and alphas that differ from layer to layer, and layers with no adapter at all."""
-    for name, layer in models.qlora_layers(model):
+    for name, layer in targets.qlora_layers(model):
         layer.delete_adapter("default")
         if "up_proj" not in name:
             layer.add_adapter("default", rank=2 if "layers.1" in name else 4, alpha=3 if "q_proj" in name else 8.5)
@@ -44,7 +45,7 @@ def unequal(model):
 
 
 def mixed_scaling(model):
-    for name, layer in models.qlora_layers(model):
+    for name, layer in targets.qlora_layers(model):
         layer.delete_adapter("default")
         layer.add_adapter("default", rank=4, alpha=8, rslora="q_proj" in name)
     randomize(model)
@@ -75,7 +76,7 @@ def test_peft_reads_what_we_write(peft, tmp_path, case):
     again = quantized(rank=0)
     load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
-    for (_, ours), (_, layer) in zip(models.qlora_layers(again), models.qlora_layers(model), strict=True):
+    for (_, ours), (_, layer) in zip(targets.qlora_layers(again), targets.qlora_layers(model), strict=True):
         assert (ours.rank, ours.scaling) == pytest.approx((layer.rank, layer.scaling))
 
 
@@ -149,7 +150,7 @@ def test_target_modules_describe_these_layers_alone():
         (["b.proj"], ["b.proj"]),
         (["a.proj"], r"a\.proj"),  # as a list it would take x.a.proj too
     ):
-        assert adapters._target_modules(model, layers) == expected
+        assert adapter_files._target_modules(model, layers) == expected
 
 
 # ------------------------------------------------------------------------------------------- names and activity

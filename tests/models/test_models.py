@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import qlora_kernels
-from qlora_kernels import QLinear, models, quantize_model
+from qlora_kernels import QLinear, quantize_model
+from qlora_kernels.models import quantize as quantizing
+from qlora_kernels.models import targets
 
 
 class Block(nn.Module):
@@ -56,15 +58,15 @@ def quantize(model, **options):
 
 
 def quantized(model):
-    return [name for name, _ in models.qlora_layers(model)]
+    return [name for name, _ in targets.qlora_layers(model)]
 
 
 def with_adapters(model):
-    return [name for name, layer in models.qlora_layers(model) if layer.adapters]
+    return [name for name, layer in targets.qlora_layers(model) if layer.adapters]
 
 
 def randomize(model):
-    for _, layer in models.qlora_layers(model):
+    for _, layer in targets.qlora_layers(model):
         for B in layer.lora_B.values():
             nn.init.normal_(B, std=0.05)
 
@@ -392,7 +394,7 @@ def test_a_device_without_kernels_changes_nothing(monkeypatch):
 
     model = Model()
     before = fingerprint(model)
-    monkeypatch.setattr(models.backends, "backend_for", of)
+    monkeypatch.setattr(quantizing.backends, "backend_for", of)
     for options in ({}, {"device": "cpu"}):
         with pytest.raises(RuntimeError, match="no kernels"):
             quantize(model, **options)
@@ -489,7 +491,7 @@ def model():
 def test_selecting_an_adapter_leaves_no_mixture(model):
     default = model(IDS)
     qlora_kernels.set_adapter(model, "style")
-    active = {name: layer.active_adapter for name, layer in models.qlora_layers(model)}
+    active = {name: layer.active_adapter for name, layer in targets.qlora_layers(model)}
     assert {name for name, adapter in active.items() if adapter} == {"layers.0.q_proj", "layers.0.up"}
     assert not torch.equal(model(IDS), default)
     qlora_kernels.set_adapter(model, "default")
@@ -506,7 +508,7 @@ def test_disabling_all(model):
         raise ZeroDivisionError
     assert not torch.equal(base, y)
     assert torch.equal(model(IDS), y)
-    for _, layer in models.qlora_layers(model):
+    for _, layer in targets.qlora_layers(model):
         layer.set_adapter(None)
     assert torch.equal(model(IDS), base)
 
@@ -532,7 +534,7 @@ def test_a_merge_that_fails_in_one_layer_is_taken_back_in_all(model):
         model.layers[1].v_proj.lora_A["default"][0, 0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         qlora_kernels.merge_adapters(model)
-    assert all(layer.merged_adapter_name is None for _, layer in models.qlora_layers(model))
+    assert all(layer.merged_adapter_name is None for _, layer in targets.qlora_layers(model))
     plain = Model()
     quantize(plain, rank=0)
     with pytest.raises(RuntimeError, match="no layer of this model has an active adapter"):

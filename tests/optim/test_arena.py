@@ -11,8 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kernels import arena
-from qlora_kernels.arena import CHUNK, FIRST, FIRST_ABSMAX, MASTER, PLANES, SECOND, SECOND_ABSMAX, Layout, Slot
+from qlora_kernels.optim.arena import host, schedule
+from qlora_kernels.optim.arena import layout as arena_layout
+from qlora_kernels.optim.arena.layout import (
+    CHUNK,
+    FIRST,
+    FIRST_ABSMAX,
+    MASTER,
+    PLANES,
+    SECOND,
+    SECOND_ABSMAX,
+    Layout,
+    Slot,
+)
 
 #: Sizes around a block of 256 and a chunk of 16384, none, and one of many chunks.
 COUNTS = (0, 1, 7, 255, 256, 257, 4096, 16383, 16384, 16385, 70_000, 300_001)
@@ -81,7 +92,7 @@ def test_nothing_overlaps_and_everything_is_aligned(seed):
     for (a, size, name), (b, _, other) in zip(parts, [*parts[1:], (layout.nbytes, 0, "the end")]):
         assert a % 16 == 0, name
         assert a + size <= b, f"{name} reaches into {other}"
-    assert layout.nbytes % arena.PAGE == layout.header % arena.PAGE == 0
+    assert layout.nbytes % arena_layout.PAGE == layout.header % arena_layout.PAGE == 0
 
 
 def test_planes_of_a_tensor_go_on_from_chunk_to_chunk():
@@ -96,29 +107,28 @@ def test_planes_of_a_tensor_go_on_from_chunk_to_chunk():
 
 def touched(layout: Layout, begin: int, end: int) -> set[int]:
     """Pages that the states of some chunks lie in, from the chunks' own table."""
-    pages = set()
+    pages, page = set(), arena_layout.PAGE
     for row in range(begin, end):
         count = int(layout.chunks.view(np.int32)[row, 1])
         for plane in (FIRST, SECOND, MASTER):
             offset = int(layout.chunks[row, 3 + plane])
             if offset >= 0:
-                pages.update(
-                    range(offset // arena.PAGE, (offset + bytes_of(layout, plane, count) - 1) // arena.PAGE + 1)
-                )
+                last = offset + bytes_of(layout, plane, count) - 1
+                pages.update(range(offset // page, last // page + 1))
     return pages
 
 
 def pages_of(intervals) -> set[int]:
-    pages = [page for a, b in intervals for page in range(a // arena.PAGE, b // arena.PAGE)]
+    pages = [page for a, b in intervals for page in range(a // arena_layout.PAGE, b // arena_layout.PAGE)]
     assert len(set(pages)) == len(pages)
-    assert all(a % arena.PAGE == b % arena.PAGE == 0 and a < b for a, b in intervals)
+    assert all(a % arena_layout.PAGE == b % arena_layout.PAGE == 0 and a < b for a, b in intervals)
     return set(pages)
 
 
 def follow(layout: Layout, plan, budget: int) -> int:
     """Goes through a step as an engine does, and checks that what it touches is there. The most pages at a time."""
     assert [s.begin for s in plan] + [layout.chunk_count] == [0] + [s.end for s in plan]
-    header = set(range(layout.header // arena.PAGE))
+    header = set(range(layout.header // arena_layout.PAGE))
     here, arrived, most = set(), set(), 0
     going: set[int] = set()  # of the last stretch; its pages are free when the next has been worked on
     coming = [pages_of(s.arrive) for s in plan]
@@ -134,51 +144,51 @@ def follow(layout: Layout, plan, budget: int) -> int:
         assert going <= here
         assert not going & header
         assert not any(going & touched(layout, s.begin, s.end) for s in plan[i + 1 : i + 3]), "it is needed again"
-    assert most * arena.PAGE <= budget
+    assert most * arena_layout.PAGE <= budget
     return most
 
 
 @pytest.mark.parametrize("page", [4096, 65536])
 @pytest.mark.parametrize("seed", range(40))
 def test_a_step_stays_within_its_budget(monkeypatch, seed, page):
-    monkeypatch.setattr(arena, "PAGE", page)
+    monkeypatch.setattr(arena_layout, "PAGE", page)
     layout = random_layout(seed)
     rng = random.Random(seed)
     # Small ones, which hold one chunk at least, leave most of a budget to what stays.
-    monkeypatch.setattr(arena, "STRETCH", rng.choice(((192 << 10) + 6 * page, 1 << 20, 64 << 20)))
-    least = min(arena.least_budget(layout), layout.nbytes)
+    monkeypatch.setattr(schedule, "STRETCH", rng.choice(((192 << 10) + 6 * page, 1 << 20, 64 << 20)))
+    least = min(schedule.least_budget(layout), layout.nbytes)
     for budget in (least, least + 1, rng.randint(least, layout.nbytes), rng.randint(least, layout.nbytes)):
-        follow(layout, arena.stretches(layout, budget), budget)
+        follow(layout, schedule.stretches(layout, budget), budget)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_tiny_tensors_stay_within_their_budget(monkeypatch, bits):
     # Of an arena's bytes nearly all are what is free behind them.
-    monkeypatch.setattr(arena, "STRETCH", 1 << 20)
+    monkeypatch.setattr(schedule, "STRETCH", 1 << 20)
     layout = Layout([Slot(1, 0, 0, planes_of(bits, False, False)) for _ in range(20_000)], bits)
     budget = layout.nbytes * 3 // 4
-    plan = arena.stretches(layout, budget)
-    assert follow(layout, plan, budget) * arena.PAGE > budget // 2, "and make use of it"
+    plan = schedule.stretches(layout, budget)
+    assert follow(layout, plan, budget) * arena_layout.PAGE > budget // 2, "and make use of it"
 
 
 def test_a_large_budget_is_used():
     layout = Layout([Slot(CHUNK * 40, 0, 0, (FIRST, SECOND))] * 100, 32)
     for share in (0.7, 0.9, 0.99):
         budget = int(layout.nbytes * share)
-        plan = arena.stretches(layout, budget)
+        plan = schedule.stretches(layout, budget)
         most = follow(layout, plan, budget)
-        assert most * arena.PAGE > 0.7 * budget
+        assert most * arena_layout.PAGE > 0.7 * budget
     moved = sum(len(pages_of(s.leave)) for s in plan)
-    stays = layout.nbytes // arena.PAGE - moved
+    stays = layout.nbytes // arena_layout.PAGE - moved
     # Beside what stays there is room for four stretches.
-    assert (stays + 4) * arena.PAGE > budget - 4 * arena.STRETCH - 64 * arena.PAGE
+    assert (stays + 4) * arena_layout.PAGE > budget - 4 * schedule.STRETCH - 64 * arena_layout.PAGE
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_without_a_budget_everything_comes_and_stays(seed):
     layout = random_layout(seed)
     for budget in (None, layout.nbytes, layout.nbytes + 12345):
-        [stretch] = arena.stretches(layout, budget)
+        [stretch] = schedule.stretches(layout, budget)
         assert (stretch.begin, stretch.end) == (0, layout.chunk_count)
         assert stretch.arrive == ((0, layout.nbytes),)
         assert stretch.leave == ()
@@ -188,11 +198,11 @@ def test_without_a_budget_everything_comes_and_stays(seed):
 def test_a_budget_that_is_too_small_is_told_the_least(seed):
     layout = random_layout(seed)
     with pytest.raises(ValueError, match=r"at least \d+ bytes .* found 1$") as caught:
-        arena.stretches(layout, 1)
+        schedule.stretches(layout, 1)
     least = int(re.search(r"at least (\d+)", str(caught.value))[1])
-    follow(layout, arena.stretches(layout, least), least)
+    follow(layout, schedule.stretches(layout, least), least)
     with pytest.raises(ValueError, match=f"at least {least} bytes"):
-        arena.stretches(layout, least - 1)
+        schedule.stretches(layout, least - 1)
 
 
 def test_an_arena_of_nothing():
@@ -200,12 +210,12 @@ def test_an_arena_of_nothing():
         layout = Layout(slots, 32)
         assert layout.chunk_count == 0
         assert layout.header == layout.nbytes > 0
-        assert [(s.begin, s.end) for s in arena.stretches(layout, layout.nbytes)] == [(0, 0)]
+        assert [(s.begin, s.end) for s in schedule.stretches(layout, layout.nbytes)] == [(0, 0)]
 
 
 @pytest.mark.parametrize("in_file", [False, True])
 def test_an_arena_is_zeros_at_first_and_views_share_it(tmp_path, in_file):
-    made = arena.HostArena(1 << 20, tmp_path if in_file else None)
+    made = host.HostArena(1 << 20, tmp_path if in_file else None)
     assert made.view(0, 1 << 20, torch.uint8).count_nonzero() == 0
     made.view(65536, 3, torch.float32).copy_(torch.tensor([1.0, 2.0, 3.0]))
     assert made.view(65540, 2, torch.float32).tolist() == [2.0, 3.0]
@@ -217,37 +227,37 @@ def test_an_arena_is_zeros_at_first_and_views_share_it(tmp_path, in_file):
 
 
 def test_what_the_system_does_not_have_is_not_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(arena, "memory_left", lambda: 1 << 20)
+    monkeypatch.setattr(host, "memory_left", lambda: 1 << 20)
     monkeypatch.setattr(mmap, "MAP_ANONYMOUS", "not asked for")
     with pytest.raises(MemoryError, match=r"need 1048577 bytes \(0.00 GiB\) of memory.*1048576 bytes are left"):
-        arena.HostArena((1 << 20) + 1)
+        host.HostArena((1 << 20) + 1)
     monkeypatch.undo()
     for left in (1 << 20, None):
-        monkeypatch.setattr(arena, "memory_left", lambda left=left: left)
-        assert arena.HostArena(1 << 20).nbytes == 1 << 20
-    monkeypatch.setattr(arena, "memory_left", lambda: 0)
-    assert arena.HostArena(1 << 20, tmp_path).nbytes == 1 << 20, "a file needs none"
+        monkeypatch.setattr(host, "memory_left", lambda left=left: left)
+        assert host.HostArena(1 << 20).nbytes == 1 << 20
+    monkeypatch.setattr(host, "memory_left", lambda: 0)
+    assert host.HostArena(1 << 20, tmp_path).nbytes == 1 << 20, "a file needs none"
 
 
 def test_what_the_system_has_left(tmp_path, monkeypatch):
-    left = arena.memory_left()
+    left = host.memory_left()
     with open("/proc/meminfo") as file:
         total = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
     assert 0 < left <= total["MemTotal"] + total["SwapTotal"]
     (tmp_path / "a" / "b").mkdir(parents=True)
     for path, text in (("", "max"), ("a", "5000000\n"), ("a/b", "7000000\n")):
         (tmp_path / path / "memory.max").write_text(text)
-    assert arena.cgroup_limits(str(tmp_path), "/a/b", "memory.max") == [5_000_000, 7_000_000]
-    assert arena.cgroup_limits(str(tmp_path), "/", "memory.max") == []
-    assert arena.cgroup_limits(str(tmp_path), "/elsewhere/a", "memory.max") == []
-    monkeypatch.setattr(arena, "cgroup_limits", lambda *_: [12345])
-    assert arena.memory_left() == 12345
+    assert host.cgroup_limits(str(tmp_path), "/a/b", "memory.max") == [5_000_000, 7_000_000]
+    assert host.cgroup_limits(str(tmp_path), "/", "memory.max") == []
+    assert host.cgroup_limits(str(tmp_path), "/elsewhere/a", "memory.max") == []
+    monkeypatch.setattr(host, "cgroup_limits", lambda *_: [12345])
+    assert host.memory_left() == 12345
 
 
 @pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("page_file", [None, "/folder"])
 def test_advice_is_not_what_is_done_already(state_bits, page_file):
-    text = str(arena.no_memory(3 << 30, "of memory", "why", state_bits, page_file))
+    text = str(host.no_memory(3 << 30, "of memory", "why", state_bits, page_file))
     assert text.startswith(
         "the optimizer's states need 3221225472 bytes (3.00 GiB) of memory, which cannot be had (why)"
     )
@@ -262,4 +272,4 @@ def test_a_kernel_without_large_pages(monkeypatch):
             raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(mmap, "mmap", Memory)
-    assert arena.HostArena(65536).view(0, 65536, torch.uint8).count_nonzero() == 0
+    assert host.HostArena(65536).view(0, 65536, torch.uint8).count_nonzero() == 0

@@ -12,7 +12,8 @@ from engines import engine_named
 from optimizer_runs import KINDS, bits, refused
 from torch import nn
 
-from qlora_kernels import PagedAdamW, paged
+from qlora_kernels import PagedAdamW
+from qlora_kernels.optim import paged
 
 
 @pytest.fixture(params=KINDS)
@@ -142,7 +143,7 @@ def test_a_load_that_finds_no_memory_changes_nothing(place, make, monkeypatch):
         raise MemoryError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("qlora_kernels.engines.of", full)
+        patch.setattr("qlora_kernels.optim.engines.choose.of", full)
         with refused(optimizer, MemoryError, "full"):
             optimizer.load_state_dict(saved)
     optimizer.load_state_dict(saved)

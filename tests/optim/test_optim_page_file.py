@@ -17,7 +17,8 @@ import torch
 from optimizer_runs import KINDS, assert_same, bits, limited, loss_of, net, refused, states, train, trained
 from torch import nn
 
-from qlora_kernels import PagedAdamW, arena
+from qlora_kernels import PagedAdamW
+from qlora_kernels.optim.arena import host
 
 
 @pytest.fixture(params=KINDS)
@@ -174,7 +175,7 @@ def test_a_reserved_part_of_a_full_disk_is_free_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", keep)
     with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(MemoryError):
-        arena.HostArena(1 << 20, tmp_path)
+        host.HostArena(1 << 20, tmp_path)
     assert [file.closed for file in made] == [True]
 
 

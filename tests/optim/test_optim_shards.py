@@ -20,7 +20,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from qlora_kernels import PagedAdamW, shards
+from qlora_kernels import PagedAdamW
+from qlora_kernels.optim import shards
 
 
 @pytest.fixture(scope="module", name="folder")

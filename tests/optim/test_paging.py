@@ -13,8 +13,9 @@ from emulated import Emulated, counters, emulated, paging
 from emulated import module as emulator
 from optimizer_runs import bits, refused
 
-from qlora_kernels import PagedAdamW, PagedLion, arena
+from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.ops import backends
+from qlora_kernels.optim.arena import layout, schedule
 
 #: Small ones, so that small arenas have many.
 PAGE = 4096
@@ -72,7 +73,7 @@ def capture():
 
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch):
-    monkeypatch.setattr(arena, "PAGE", PAGE)
+    monkeypatch.setattr(layout, "PAGE", PAGE)
 
 
 @pytest.fixture(params=LANDINGS)
@@ -133,7 +134,7 @@ def test_what_stays_does_not_move(landing):
 
 
 def test_half_a_budget_moves_only_the_other_half(landing, monkeypatch):
-    monkeypatch.setattr(arena, "LEAST_STRETCH", 1 << 18)
+    monkeypatch.setattr(schedule, "LEAST_STRETCH", 1 << 18)
     params = parameters(sizes=(400_000, 400_000))
     budget = 5 << 20
     ours = PagedAdamW(params, page_budget=budget)
@@ -178,7 +179,7 @@ def test_page_out_comes_after_page_in(landing):
 
 def test_stretches_that_share_their_last_page(landing, monkeypatch):
     # Two chunks of 32 KiB have one page of 64, so that some stretches have none of their own to send away.
-    monkeypatch.setattr(arena, "PAGE", 65536)
+    monkeypatch.setattr(layout, "PAGE", 65536)
     emulator().configure(landing=landing, forbid_faults=True)
     sizes = (16384,) * 40
     plain, params = parameters(sizes=sizes), parameters(sizes=sizes)
@@ -193,7 +194,7 @@ def test_stretches_that_share_their_last_page(landing, monkeypatch):
     for step in range(3):
         steps(ours, params, 1, step)
         assert 0 < ours.resident_bytes() <= budget
-    assert any(not s.leave for s in arena.stretches(ours._engine.layout, budget))
+    assert any(not s.leave for s in schedule.stretches(ours._engine.layout, budget))
     assert paging()["faults"] == 0
     assert paging()["resident_peak"] * 65536 <= budget
     assert everything(ours, params) == expected
@@ -341,7 +342,7 @@ def broken(**options):
     ours = PagedAdamW(params, page_budget=least(PagedAdamW, parameters()), **options)
     steps(ours, params, 2)
     saved, values = copy.deepcopy(ours.state_dict()), [p.detach().clone() for p in params]
-    native, plan = ours._engine.arena.native, arena.stretches(ours._engine.layout, ours._settings["page_budget"])
+    native, plan = ours._engine.arena.native, schedule.stretches(ours._engine.layout, ours._settings["page_budget"])
     native.wait()
     native.plan([(s.begin, s.end, s.arrive if s is not plan[-1] else (), (), (), s.stays) for s in plan])
     with pytest.raises(RuntimeError, match="of managed memory, which is on the host"):
@@ -398,7 +399,7 @@ def test_a_step_that_fails_before_anything_is_launched_breaks_nothing(landing):
     steps(ours, params, 2)
     before = everything(ours, params)
     native = ours._engine.arena.native
-    plan = arena.stretches(ours._engine.layout, ours._settings["page_budget"])
+    plan = schedule.stretches(ours._engine.layout, ours._settings["page_budget"])
     native.wait()
     native.plan([(s.begin, s.end, s.arrive if s is not plan[0] else (), (), (), s.stays) for s in plan])
     with pytest.raises(RuntimeError, match="of managed memory, which is on the host"):

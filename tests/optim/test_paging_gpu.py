@@ -13,8 +13,9 @@ import pytest
 import torch
 from emulated import emulated
 
-from qlora_kernels import PagedAdamW, PagedLion, arena
+from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.ops import backends
+from qlora_kernels.optim.arena import layout, schedule
 
 #: On a card, 3.5 to 7 MiB of states; with the emulator's smaller pages, fewer are as many.
 SIZES = {"cuda": (600_000, 10, 300_001), "cpu": (120_000, 10, 40_001)}
@@ -36,7 +37,7 @@ def device(request, monkeypatch):
     if request.param == "cuda":
         yield "cuda"
         return
-    monkeypatch.setattr(arena, "PAGE", PAGE)
+    monkeypatch.setattr(layout, "PAGE", PAGE)
     with emulated(forbid_faults=True, page_bytes=PAGE):
         yield "cpu"
 
@@ -84,7 +85,7 @@ def test_a_budget_gives_the_same_bits(device, kind, options, dtype):
     ours = kind(params, page_budget=whole * 2 // 3, **options)
     steps(ours, params)
     assert ours.resident_bytes() <= whole * 2 // 3
-    assert len(arena.stretches(ours._engine.layout, whole * 2 // 3)) > 3
+    assert len(schedule.stretches(ours._engine.layout, whole * 2 // 3)) > 3
     assert everything(ours, params) == wanted
 
 

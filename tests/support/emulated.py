@@ -15,8 +15,8 @@ from types import ModuleType
 
 import torch
 
-from qlora_kernels import cuda_engine
 from qlora_kernels.ops import backends
+from qlora_kernels.optim.engines import cuda
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: "sanitized" builds it under AddressSanitizer and UBSan; python itself then needs libasan in LD_PRELOAD.
@@ -95,7 +95,7 @@ class Emulated(backends.CUDA):
         self.waits += 1
 
     def expose(self, owner, address, count, dtype, device):
-        return cuda_engine.host_memory(owner, address, count, dtype)
+        return cuda.host_memory(owner, address, count, dtype)
 
     #: What a test says of the caller's stream.
     captures = False

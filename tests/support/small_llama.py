@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_kernels import models, quantize_model
+from qlora_kernels import quantize_model
+from qlora_kernels.models import targets
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.arange(16).view(2, 8)
@@ -35,7 +36,7 @@ def quantized(rank=4, **options):
 
 
 def randomize(model):
-    for _, layer in models.qlora_layers(model):
+    for _, layer in targets.qlora_layers(model):
         for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
             nn.init.normal_(matrix, std=0.1)
 
@@ -47,7 +48,7 @@ def logits(model):
 
 def state(model):
     return {key: value.clone() for key, value in model.state_dict().items()}, {
-        name: (layer.adapters, layer.active_adapter) for name, layer in models.qlora_layers(model)
+        name: (layer.adapters, layer.active_adapter) for name, layer in targets.qlora_layers(model)
     }
 
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from qlora_kernels.cli import main
+from qlora_kernels.cli.main import main
 
 SMALL = [
     *("--tiny-hidden", "64", "--tiny-layers", "1", "--tiny-seq-len", "32", "--pretrain-steps", "6"),

@@ -1,0 +1,1 @@
+"""Models and folders of Hugging Face transformers."""

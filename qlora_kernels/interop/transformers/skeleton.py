@@ -1,0 +1,99 @@
+"""Models of transformers without their weights: to know a model's layers, and to load into."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword for a model's dtype: transformers renamed ``torch_dtype`` to ``dtype`` in 4.56."""
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made within have their parameters on the meta device, but real buffers.
+
+    Buffers that a checkpoint does not hold (the frequencies of rotary embeddings) are computed when a module is
+    made; on the meta device they would be lost.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # A parameter that is on meta already may be a tied one: its identity matters.
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """A causal language model with its parameters on the meta device.
+
+    Args:
+        config: a transformers config; a ``quantization_config`` in it is ignored.
+        dtype: of the parameters; by default the config's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "quantization_config", None) is not None:
+        config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    if dtype is None:
+        dtype = config_dtype(config)
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, **dtype_argument(dtype))
+    model.tie_weights()
+    return model.eval()
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    """The dtype that a config names, or float32."""
+    # Where there is the new name, asking for the old one prints a warning.
+    dtype = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def skipped(model: nn.Module) -> list[str]:
+    """The layers to leave dense: the output embedding, whatever its name."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return ["lm_head", *(name for name, module in model.named_modules() if module is head and name != "lm_head")]
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts floating-point parameters, in place, and no buffers: rotary frequencies stay float32."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def recompute_activations(model: nn.Module, enable: bool) -> None:
+    """Switches activation checkpointing on or off; transformers 5 renamed its methods."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if enable:
+        options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{kind}_checkpointing_enable")(**options)
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def same_parameter(model: nn.Module, first: str, second: str) -> bool:
+    """Whether two names are one parameter."""
+    found = []
+    for key in (first, second):
+        path, _, name = key.rpartition(".")
+        found.append(model.get_submodule(path)._parameters.get(name))
+    return found[0] is not None and found[0] is found[1]

@@ -1,0 +1,168 @@
+"""Named low-rank adapters: what they are apart from their matrices, and a layer's keeping of several."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import require
+from .config import AdapterConfig
+
+
+class Adapters:
+    """The part of QLinear that adds, selects, disables and deletes adapters."""
+
+    in_features: int
+    out_features: int
+    weight_packed: Tensor
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    _dtype: torch.dtype
+
+    def _set_up_adapters(self, config: AdapterConfig, dtype: torch.dtype | None) -> None:
+        self._adapter_dtype = dtype  # None: that of the layer
+        self._adapters: dict[str, AdapterConfig] = {}
+        self._active: str | None = None
+        self._merged: str | None = None
+        self._disabled = 0  # depth of disable_adapters()
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        if config.rank:
+            self._add_adapter("default", config)
+
+    @property
+    def adapters(self) -> dict[str, AdapterConfig]:
+        """The adapters' configurations by name (a copy)."""
+        return dict(self._adapters)
+
+    @property
+    def active_adapter(self) -> str | None:
+        return self._active
+
+    @property
+    def merged_adapter_name(self) -> str | None:
+        """The adapter that :meth:`merge` folded in, or None."""
+        return self._merged
+
+    @property
+    def rank(self) -> int:
+        """The active adapter's rank, 0 without one."""
+        return 0 if self._active is None else self._adapters[self._active].rank
+
+    @property
+    def scaling(self) -> float:
+        """The active adapter's alpha / r or alpha / sqrt(r), 0 without one."""
+        return 0.0 if self._active is None else self._adapters[self._active].scaling
+
+    def _known(self, name: str) -> None:
+        if name not in self._adapters:
+            known = ", ".join(map(repr, self._adapters)) or "none"
+            raise KeyError(f"no adapter {name!r} in this layer; it has: {known}")
+
+    def add_adapter(
+        self,
+        name: str,
+        rank: int = 16,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Adds an adapter, A Kaiming-uniform and B zero; it becomes active only when none is.
+
+        Raises:
+            ValueError: for a name that is taken, empty, has a '.' in it or is reserved, and for rank < 1, or a value
+                out of range.
+        """
+        if name in self._adapters:
+            raise ValueError(f"there is an adapter {name!r} already; this layer has: {', '.join(self._adapters)}")
+        config = AdapterConfig(rank, alpha, dropout, rslora)
+        config.check(self.out_features, self.in_features)
+        require(rank > 0, ValueError, f"the rank of adapter {name!r} should be at least 1, found {rank}")
+        self._add_adapter(name, config, dtype)
+
+    def _add_adapter(self, name: str, config: AdapterConfig, dtype: torch.dtype | None = None) -> None:
+        self._check_name(name)
+        options = self._adapter_options(name) | ({"dtype": dtype} if dtype else {})
+        A = torch.empty(config.rank, self.in_features, **options)
+        B = torch.empty(self.out_features, config.rank, **options)
+        init_adapter(A, B)
+        self._put_adapter(name, config, A, B)
+
+    def _adapter_options(self, name: str) -> dict[str, Any]:
+        """dtype and device for an adapter's matrices: those it has, or those of a new one."""
+        if name in self._adapters:
+            return {"dtype": self.lora_A[name].dtype, "device": self.lora_A[name].device}
+        return {"dtype": self._adapter_dtype or self._dtype, "device": self.weight_packed.device}
+
+    def _check_name(self, name: str) -> None:
+        """That a new adapter can have this name: attributes of ParameterDict ('keys', ...) cannot be keys of one."""
+        if not isinstance(name, str) or not name or "." in name or hasattr(self.lora_A, name):
+            raise ValueError(f"an adapter's name is a word without '.', and not a reserved one; found {name!r}")
+
+    def _put_adapter(self, name: str, config: AdapterConfig, A: Tensor, B: Tensor) -> None:
+        """Adds or replaces an adapter."""
+        if self._active is None and self._merged is None:
+            self._active = name
+        self._adapters[name] = config
+        self.lora_A[name] = nn.Parameter(A, requires_grad=name == self._active)
+        self.lora_B[name] = nn.Parameter(B, requires_grad=name == self._active)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Makes an adapter the active one, or none with None.
+
+        The active adapter's matrices get ``requires_grad=True``, all others' False.
+
+        Raises:
+            KeyError: for an unknown name; the message lists the known.
+            RuntimeError: while an adapter is merged.
+        """
+        if name is not None:
+            self._known(name)
+        if name == self._active:
+            return
+        if self._merged is not None:
+            raise RuntimeError(f"adapter '{self._merged}' is merged into the base; call unmerge() first")
+        self._active = name
+        for other in self._adapters:
+            self.lora_A[other].requires_grad_(other == name)
+            self.lora_B[other].requires_grad_(other == name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter; when it was the active one, none is, until :meth:`set_adapter`.
+
+        Raises:
+            KeyError: for an unknown name.
+            RuntimeError: for the one that is merged.
+        """
+        self._known(name)
+        if name == self._merged:
+            raise RuntimeError(f"adapter '{name}' is merged into the base; call unmerge() first")
+        del self._adapters[name], self.lora_A[name], self.lora_B[name]
+        if name == self._active:
+            self._active = None
+
+    @contextlib.contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """Within it the layer is its base alone. May be nested.
+
+        Raises:
+            RuntimeError: while an adapter is merged, since the base then includes it.
+        """
+        if self._merged is not None:
+            raise RuntimeError(f"adapter '{self._merged}' is merged into the base; call unmerge() first")
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+
+
+def init_adapter(A: Tensor, B: Tensor) -> None:
+    if not A.is_meta:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)

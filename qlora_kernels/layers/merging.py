@@ -1,0 +1,160 @@
+"""Folding an adapter into a 4-bit base and taking it out again, a panel of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..formats.nf4 import BLOCK_SIZE, NF4Weight
+from .functional import linear
+
+if TYPE_CHECKING:
+    from .qlinear import QLinear
+
+_PANEL = 1 << 20  # elements of a panel: 4 MiB of float32, large enough that the cost of a call does not show
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far requantization moved a layer, relative to the base plus adapter in float32.
+
+    Attributes:
+        weight_error: ||W' - W|| / ||W||, Frobenius, W' the requantized weight, W the exact merged one.
+        output_error: the same of the outputs on the probe batch (without bias), or None without one.
+    """
+
+    weight_error: float
+    output_error: float | None = None
+
+
+def panels(n: int, k: int) -> Iterator[tuple[int, int]]:
+    """Row ranges that cover [0, n), each starting on a block of 64: they can be quantized one by one."""
+    aligned = BLOCK_SIZE // math.gcd(k, BLOCK_SIZE)
+    step = max(_PANEL // (k * aligned), 1) * aligned
+    for begin in range(0, n, step):
+        yield begin, min(begin + step, n)
+
+
+def _rows(layer: QLinear, weight: NF4Weight, adapter: str | None, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Rows of weight + scaling * B A."""
+    rows = weight.dequantize(dtype, row_begin=begin, row_end=end)
+    if adapter is not None:
+        A, B = layer.lora_A[adapter].to(dtype), layer.lora_B[adapter][begin:end].to(dtype)
+        rows.addmm_(B, A, alpha=layer.adapters[adapter].scaling)
+    return rows
+
+
+@torch.no_grad()
+def merge(layer: QLinear, probe: Tensor | None) -> MergeReport:
+    """See :meth:`QLinear.merge`."""
+    if layer._merged is not None:
+        raise RuntimeError(f"adapter '{layer._merged}' is merged already; call unmerge() first")
+    name = layer._active
+    if name is None:
+        raise RuntimeError("there is no active adapter to merge")
+    if layer._disabled:
+        raise RuntimeError("adapters are disabled; merge outside disable_adapters()")
+    if layer.weight_packed.is_meta or layer.lora_A[name].is_meta or layer.lora_B[name].is_meta:
+        raise RuntimeError("the layer is on the meta device and has no data to merge; load its state dict first")
+    for part, matrix in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
+        if not torch.isfinite(matrix).all():
+            raise ValueError(f"{part} of adapter '{name}' holds NaN or infinity and cannot be merged")
+
+    before = layer.weight
+    after = _requantize(layer, before, name)
+    report = MergeReport(
+        _weight_error(layer, before, after, name),
+        None if probe is None else _output_error(layer, before, after, name, probe),
+    )
+    layer._set_pieces("unmerged", before)
+    layer._set_pieces("weight", after)
+    set_merged(layer, name)
+    return report
+
+
+def unmerge(layer: QLinear) -> None:
+    """See :meth:`QLinear.unmerge`."""
+    if layer._merged is None:
+        raise RuntimeError("no adapter is merged")
+    layer._set_pieces("weight", unmerged_weight(layer))
+    layer._set_pieces("unmerged", None)
+    set_merged(layer, None)
+
+
+@torch.no_grad()
+def to_linear(layer: QLinear) -> nn.Linear:
+    """See :meth:`QLinear.to_linear`."""
+    n, k = layer.out_features, layer.in_features
+    adapter = None if layer._merged is not None or layer._disabled else layer._active
+    weight = layer.weight
+    dense = nn.Linear(k, n, bias=layer.bias is not None, device="meta", dtype=layer.dtype)
+    dense.to_empty(device=weight.device)
+    compute = torch.float64 if layer.dtype == torch.float64 else torch.float32
+    for begin, end in panels(n, k):
+        dense.weight[begin:end] = _rows(layer, weight, adapter, begin, end, compute)
+    if layer.bias is not None:
+        dense.bias.copy_(layer.bias)
+    return dense.train(layer.training)
+
+
+def set_merged(layer: QLinear, name: str | None) -> None:
+    """Notes which adapter is merged: for Python as a name, for the state dict as a tensor of its UTF-8 bytes."""
+    layer._merged = name
+    layer._buffers.pop("merged_adapter", None)
+    if name is not None:
+        code = torch.tensor(list(name.encode()), dtype=torch.uint8, device=layer.weight_packed.device)
+        layer.register_buffer("merged_adapter", code)
+
+
+def unmerged_weight(layer: QLinear) -> NF4Weight:
+    """The base as it was before the merge."""
+    names = ("packed", "absmax", "nested_absmax", "nested_offset", "nested_table")
+    pieces = {name: getattr(layer, f"unmerged_{name}") for name in names}
+    return NF4Weight(**pieces, shape=layer.weight.shape, dtype=layer.dtype)
+
+
+def _requantize(layer: QLinear, before: NF4Weight, name: str) -> NF4Weight:
+    """base + adapter in NF4. The second level needs all constants at once, the first only a panel of the weight."""
+    n, k = before.shape
+    packed = torch.empty_like(before.packed)
+    absmax = torch.empty(before.absmax.numel(), dtype=torch.float32, device=before.device)
+    for begin, end in panels(n, k):
+        codes, constants = ops.quantize(_rows(layer, before, name, begin, end, torch.float32), "the merged weight")
+        packed[begin * k // 2 :][: codes.numel()] = codes
+        absmax[begin * k // BLOCK_SIZE :][: constants.numel()] = constants
+    ops.check_finite(absmax, absmax, "the merged weight")
+    if not before.double_quant:
+        return NF4Weight(packed, absmax, None, None, None, before.shape, before.dtype)
+    table = before.nested_table
+    return NF4Weight(packed, *ops.quantize_absmax(absmax, table), table, before.shape, before.dtype)
+
+
+def _weight_error(layer: QLinear, before: NF4Weight, after: NF4Weight, name: str) -> float:
+    moved = total = 0.0
+    for begin, end in panels(*before.shape):
+        exact = _rows(layer, before, name, begin, end, torch.float32)
+        total += exact.double().square().sum().item()
+        exact -= after.dequantize(torch.float32, row_begin=begin, row_end=end)
+        moved += exact.double().square().sum().item()
+    return _ratio(moved, total)
+
+
+def _output_error(layer: QLinear, before: NF4Weight, after: NF4Weight, name: str, probe: Tensor) -> float:
+    # In float32, so that the rounding of a 16-bit output does not count as requantization.
+    x = probe.detach().to(device=before.device, dtype=torch.float32)
+    A, B = layer.lora_A[name].float(), layer.lora_B[name].float()
+    with torch.autocast(x.device.type, enabled=False):
+        exact = linear(x, before, None, A, B, scaling=layer.adapters[name].scaling)
+        moved = linear(x, after) - exact
+    return _ratio(moved.double().square().sum().item(), exact.double().square().sum().item())
+
+
+def _ratio(moved: float, total: float) -> float:
+    """sqrt(moved / total), 0 where nothing moved (a weight of zeros, an empty probe)."""
+    return math.sqrt(moved / total) if total else math.inf if moved else 0.0

@@ -1,0 +1,148 @@
+"""What QLinear checks in a state dict before any of it is copied: torch casts silently, packed data must not be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..formats.nf4 import PIECES, NF4Weight
+from .merging import set_merged
+
+if TYPE_CHECKING:
+    from .qlinear import QLinear
+
+
+def problems(layer: QLinear, state: Mapping[str, Tensor], prefix: str, assign: bool = False) -> list[str]:
+    """Sentences on what does not fit: weight, bias and adapters. When there are any, the layer is left as it is."""
+    if f"{prefix}weight" in state:
+        return [
+            f'"{prefix}weight" is a dense weight, but the layer is 4-bit; load the checkpoint into the dense model, '
+            "then quantize that with quantize_model or QLinear.from_linear."
+        ]
+    found = _check_tensors(layer, state, prefix, assign)
+    if found:
+        return found
+    found = _check_pieces(layer, state, f"{prefix}weight_") + _check_trained(layer, state, prefix)
+    if f"{prefix}merged_adapter" not in state:
+        return found
+    found += _check_pieces(layer, state, f"{prefix}unmerged_", required=True)
+    name = _merged_name(state[f"{prefix}merged_adapter"])
+    if name is None:
+        found.append(f'"{prefix}merged_adapter" should be the UTF-8 bytes of a name, uint8, not on the meta device.')
+    elif name not in layer._adapters:
+        known = ", ".join(map(repr, layer._adapters)) or "none"
+        found.append(f"adapter {name!r} is merged in the checkpoint, but {prefix[:-1] or 'this layer'} has: {known}.")
+    return found
+
+
+def keep(layer: QLinear, state: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Puts the layer's own adapters in the state dict, so that loading them, which torch does next, changes nothing."""
+    state.update({prefix + name: own for name, own in _trained(layer).items() if prefix + name in state})
+
+
+def make_contiguous(state: MutableMapping[str, Tensor], prefix: str) -> None:
+    """For ``assign=True``: the kernels take a weight's pieces only as contiguous tensors."""
+    for name in PIECES:
+        for key in (f"{prefix}weight_{name}", f"{prefix}unmerged_{name}"):
+            if key in state and not state[key].is_contiguous():
+                state[key] = state[key].detach().contiguous()
+
+
+def match_merged_state(layer: QLinear, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Makes room for a base that was saved merged, or drops the backup when the saved one was not.
+
+    A state dict without a base (adapters alone, say) leaves things as they are.
+    """
+    if f"{prefix}weight_packed" not in state:
+        return
+    code = state.get(f"{prefix}merged_adapter")
+    if code is None:
+        layer._set_pieces("unmerged", None)
+        set_merged(layer, None)
+        return
+    weight, name = layer.weight, _merged_name(code)
+    room = [None if piece is None else torch.empty_like(piece) for piece in weight.pieces]
+    layer._set_pieces("unmerged", NF4Weight(*room, weight.shape))
+    set_merged(layer, None)
+    layer.set_adapter(name)
+    set_merged(layer, name)
+
+
+def _merged_name(code: Tensor) -> str | None:
+    if code.dtype != torch.uint8 or code.dim() != 1 or code.is_meta:
+        return None
+    try:
+        return bytes(code.tolist()).decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _trained(layer: QLinear) -> dict[str, Tensor]:
+    """Bias and adapters by their names in the state dict."""
+    own = {} if layer.bias is None else {"bias": layer.bias}
+    for part in ("lora_A", "lora_B"):
+        own |= {f"{part}.{name}": matrix for name, matrix in getattr(layer, part).items()}
+    return own
+
+
+def _check_tensors(layer: QLinear, state: Mapping[str, Tensor], prefix: str, assign: bool) -> list[str]:
+    """That everything is a tensor, and one with data where it is to be copied."""
+    names = [f"{kind}_{name}" for kind in ("weight", "unmerged") for name in PIECES]
+    found = []
+    for key in (prefix + name for name in (*names, "merged_adapter", *_trained(layer))):
+        if key not in state:
+            continue
+        if not isinstance(state[key], Tensor):
+            found.append(f'"{key}" should be a tensor, found {type(state[key]).__name__}.')
+        elif state[key].is_meta and not assign and not layer.weight_packed.is_meta:
+            found.append(f'"{key}" is on the meta device and has no data to copy.')
+    return found
+
+
+def _check_trained(layer: QLinear, state: Mapping[str, Tensor], prefix: str) -> list[str]:
+    found = []
+    for name, own in _trained(layer).items():
+        tensor = state.get(prefix + name)
+        if tensor is None:
+            continue  # strict loading reports what is missing
+        if not tensor.is_floating_point():
+            found.append(f'"{prefix}{name}" should be floating, found {tensor.dtype}.')
+        elif tensor.shape != own.shape:
+            found.append(
+                f"size mismatch for {prefix}{name}: the layer has shape {list(own.shape)}, "
+                f"the checkpoint {list(tensor.shape)}."
+            )
+    return found
+
+
+def _check_pieces(layer: QLinear, state: Mapping[str, Tensor], prefix: str, required: bool = False) -> list[str]:
+    own = {name: getattr(layer, f"weight_{name}") for name in PIECES}
+    present = [name for name in PIECES if prefix + name in state]
+    if not present and not required:
+        return []  # strict loading reports what is missing
+    missing = [name for name, piece in own.items() if piece is not None and name not in present]
+    if missing:
+        # Codes of one weight with constants of another decode to nonsense, so this holds without strict as well.
+        keys = ", ".join(f'"{prefix}{name}"' for name in missing)
+        return [
+            f"an incomplete 4-bit weight: no {keys} (a layer with double_quant={own['nested_absmax'] is not None})."
+        ]
+    found = []
+    for name in present:
+        tensor, piece = state[prefix + name], own[name]
+        if piece is None:
+            found.append(
+                f'"{prefix}{name}" belongs to a double-quantized weight, but the layer has double_quant=False.'
+            )
+        elif tensor.dtype != piece.dtype:
+            found.append(f'"{prefix}{name}" should be {piece.dtype}, found {tensor.dtype}.')
+        elif tensor.shape != piece.shape:
+            weight = f"[{layer.out_features}, {layer.in_features}]"
+            found.append(
+                f'"{prefix}{name}" of a weight {weight} should have shape {list(piece.shape)}, '
+                f"found {list(tensor.shape)}."
+            )
+    return found

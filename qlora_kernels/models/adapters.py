@@ -1,0 +1,78 @@
+"""The adapters of all layers at once: select, disable, merge."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..layers.merging import MergeReport
+from .targets import qlora_layers
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Makes an adapter the active one in every layer that has it; layers without it become their base alone.
+
+    Raises:
+        KeyError: when no layer has it; the message lists the known.
+        RuntimeError: while an adapter is merged. Nothing has changed then.
+    """
+    layers = [layer for _, layer in qlora_layers(model)]
+    known = list(dict.fromkeys(other for layer in layers for other in layer.adapters))
+    if name not in known:
+        raise KeyError(f"no adapter {name!r} in this model; it has: {', '.join(map(repr, known)) or 'none'}")
+    for layer in layers:
+        if layer.merged_adapter_name not in (None, name):
+            raise RuntimeError(f"adapter '{layer.merged_adapter_name}' is merged into the base; unmerge it first")
+    for layer in layers:
+        layer.set_adapter(name if name in layer.adapters else None)
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it the whole model is its base alone. May be nested.
+
+    Raises:
+        RuntimeError: while an adapter is merged.
+    """
+    with contextlib.ExitStack() as stack:
+        for _, layer in qlora_layers(model):
+            stack.enter_context(layer.disable_adapters())
+        yield
+
+
+def merge_adapters(model: nn.Module) -> dict[str, MergeReport]:
+    """Folds the active adapter of every layer that has one into its base: see :meth:`QLinear.merge`.
+
+    Returns:
+        A report for each layer, by name.
+
+    Raises:
+        RuntimeError, ValueError: as QLinear.merge, or when there is no adapter to merge; nothing is merged then.
+    """
+    reports: dict[str, MergeReport] = {}
+    try:
+        for name, layer in qlora_layers(model):
+            if layer.active_adapter is not None:
+                reports[name] = layer.merge()
+    except BaseException:
+        for name in reports:
+            model.get_submodule(name).unmerge()
+        raise
+    if not reports:
+        raise RuntimeError("no layer of this model has an active adapter to merge")
+    return reports
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Takes the merged adapter out of every layer that has one, bit for bit.
+
+    Raises:
+        RuntimeError: when none is merged.
+    """
+    merged = [layer for _, layer in qlora_layers(model) if layer.merged_adapter_name is not None]
+    if not merged:
+        raise RuntimeError("no layer of this model has a merged adapter")
+    for layer in merged:
+        layer.unmerge()

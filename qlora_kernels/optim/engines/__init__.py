@@ -1,0 +1,1 @@
+"""Engines: what takes an optimizer's step on a device."""

@@ -1,0 +1,54 @@
+"""What an engine does for a paged optimizer, and the table that the kernels read."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..arena.layout import Layout
+
+NORM, SKIPPED = 8, 24  # offsets in OptimizerControl, csrc/optimizer.h
+
+
+class Engine(Protocol):
+    """What an optimizer needs of its device."""
+
+    device: torch.device
+    layout: Layout
+    arena: Any
+    broken: str  # what failed midway, after which only other states can follow; empty: nothing
+
+    @property
+    def foreign(self) -> bool: ...  # whether its states are another process's
+    def step(self, addresses: np.ndarray, groups: np.ndarray, grad_scale, found_inf) -> None: ...
+    def refresh(self, groups: np.ndarray) -> None: ...
+    def found(self) -> tuple[float, int]: ...
+    def set_found(self, norm: float, skipped: int) -> None: ...
+    def page_out(self) -> None: ...
+    def page_in(self) -> None: ...
+    def resident_bytes(self) -> int: ...
+
+
+def operands(layout: Layout, algorithm: int, settings: dict[str, Any], where: dict[str, int]) -> tuple:
+    """OptimizerParams for the extension; ``where`` has the addresses."""
+    base = where["arena"]
+    return (
+        algorithm,
+        settings["state_bits"],
+        where["chunks"],
+        layout.chunk_count,
+        where["tensors"],
+        len(layout.slots),
+        where["groups"],
+        base + layout.control,
+        base + layout.steps,
+        base + layout.partial,
+        base,
+        where.get("states", base),
+        where["grad_scale"],
+        where["found_inf"],
+        settings["max_grad_norm"] or 0.0,
+        settings["skip_nonfinite"],
+    )
