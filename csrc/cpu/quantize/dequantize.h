@@ -1,7 +1,7 @@
 // NF4 to a dense row range: out = round_to_dtype(level * absmax), in one pass.
 #pragma once
 
-#include "decode.h"
+#include "cpu/quantize/decode.h"
 
 namespace qlk::cpu::QLK_ISA {
 

@@ -2,8 +2,8 @@
 // search among the levels is written out for AVX-512.
 #pragma once
 
-#include "simd.h"
-#include "thresholds.h"
+#include "cpu/quantize/thresholds.h"
+#include "cpu/simd.h"
 
 namespace qlk::cpu::QLK_ISA {
 

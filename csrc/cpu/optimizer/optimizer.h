@@ -6,8 +6,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "isa.h"
-#include "simd.h"
+#include "cpu/isa.h"
+#include "cpu/simd.h"
 
 namespace qlk::cpu::QLK_ISA {
 

@@ -1,20 +1,20 @@
 // The table of kernels of one instruction set; included once by each isa_<name>.cpp.
 #pragma once
 
-#include "dequantize.h"
-#include "engine_f32.h"
-#include "few_rows_f32.h"
-#include "isa.h"
-#include "linear.h"
-#include "nearest.h"
-#include "optimizer.h"
-#include "quantize.h"
+#include "cpu/isa.h"
+#include "cpu/linear/engine_f32.h"
+#include "cpu/linear/few_rows_f32.h"
+#include "cpu/linear/linear.h"
+#include "cpu/optimizer/optimizer.h"
+#include "cpu/quantize/dequantize.h"
+#include "cpu/quantize/nearest.h"
+#include "cpu/quantize/quantize.h"
 #if defined(__AVX512BF16__)
-#include "engine_bf16.h"
-#include "few_rows.h"
+#include "cpu/linear/engine_bf16.h"
+#include "cpu/linear/few_rows.h"
 #endif
 #if defined(__AMX_BF16__)
-#include "stream_amx.h"
+#include "cpu/linear/stream_amx.h"
 #endif
 
 namespace qlk::cpu::QLK_ISA {

@@ -11,7 +11,7 @@
 // 3 shifts, 2 VPTERNLOG, 4 VPERMW, 2 multiplies, 1 conversion, 2 broadcasts from memory.
 #pragma once
 
-#include "dequantize.h"
+#include "cpu/quantize/dequantize.h"
 
 namespace qlk::cpu::QLK_ISA {
 

@@ -8,8 +8,8 @@
 #include <omp.h>
 #include <unistd.h>
 
-#include "nf4_bf16.h"
-#include "scratch.h"
+#include "cpu/linear/nf4_bf16.h"
+#include "cpu/scratch.h"
 
 namespace qlk::cpu::QLK_ISA {
 

@@ -5,7 +5,7 @@
 // packed layout of A and B; linear.h drives it. Here A is row-major [32][lda] and B is [p][ldb].
 #pragma once
 
-#include "decode.h"
+#include "cpu/quantize/decode.h"
 
 namespace qlk::cpu::QLK_ISA {
 

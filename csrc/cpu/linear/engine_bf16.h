@@ -7,9 +7,9 @@
 // before the lookup, give rows of B, again as they come. No product needs a transposed copy of W.
 #pragma once
 
-#include "engine_f32.h"
-#include "nf4_bf16.h"
-#include "store.h"
+#include "cpu/linear/engine_f32.h"
+#include "cpu/linear/nf4_bf16.h"
+#include "cpu/linear/store.h"
 
 namespace qlk::cpu::QLK_ISA {
 

@@ -1,7 +1,7 @@
 // The end of the forward pass: C blocks are [32 n][32 m], y is [m][n].
 #pragma once
 
-#include "engine_f32.h"
+#include "cpu/linear/engine_f32.h"
 
 namespace qlk::cpu::QLK_ISA {
 

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "../error.h"
-#include "isa.h"
+#include "cpu/isa.h"
+#include "error.h"
 
 namespace qlk::cpu {
 namespace {

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <string>
 
-#include "../error.h"
-#include "isa.h"
-#include "scratch.h"
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "error.h"
 
 #if defined(QLK_HAVE_AMX)
 #include <sys/syscall.h>

@@ -5,8 +5,8 @@
 
 #include <omp.h>
 
-#include "decode.h"
-#include "scratch.h"
+#include "cpu/quantize/decode.h"
+#include "cpu/scratch.h"
 
 namespace qlk::cpu::QLK_ISA {
 

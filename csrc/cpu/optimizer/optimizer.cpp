@@ -3,7 +3,7 @@
 #include <limits>
 #include <vector>
 
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace qlk::cpu {
 namespace {

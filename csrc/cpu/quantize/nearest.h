@@ -1,9 +1,9 @@
 // The search of quantize_absmax: the nearest of 256 table entries, by eight halvings.
 #pragma once
 
-#include "isa.h"
-#include "simd.h"
-#include "thresholds.h"
+#include "cpu/isa.h"
+#include "cpu/quantize/thresholds.h"
+#include "cpu/simd.h"
 
 namespace qlk::cpu::QLK_ISA {
 

@@ -4,7 +4,7 @@
 // once, and every weight is then one lookup. The rounding to the target type happens in the table.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace qlk::cpu::QLK_ISA {
 

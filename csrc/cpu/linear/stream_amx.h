@@ -9,9 +9,9 @@
 
 #include <omp.h>
 
-#include "engine_bf16.h"
-#include "few_rows.h"
-#include "scratch.h"
+#include "cpu/linear/engine_bf16.h"
+#include "cpu/linear/few_rows.h"
+#include "cpu/scratch.h"
 
 namespace qlk::cpu::QLK_ISA {
 

@@ -14,10 +14,10 @@
 
 #include <omp.h>
 
-#include "../philox.h"
-#include "scratch.h"
-#include "simd.h"
-#include "store.h"
+#include "cpu/linear/store.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+#include "philox.h"
 
 namespace qlk::cpu::QLK_ISA {
 
