@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "cuda/dispatch.h"
+#include "cuda/linear/dispatch.h"
 #include "fp8.h"
 #ifdef QLK_CUDA_ARCHS
 #include "bindings_cuda.h"
@@ -126,7 +126,7 @@ PYBIND11_MODULE(_C, m) {
             chosen["scratch"] = plan.scratch;
             return chosen;
         },
-        "Which CUDA kernel multiplies, on a card of these figures (csrc/cuda/dispatch.h).");
+        "Which CUDA kernel multiplies, on a card of these figures (csrc/cuda/linear/dispatch.h).");
 #ifdef QLK_CUDA_ARCHS
     bind_cuda(m.def_submodule("cuda", "The same operations on CUDA devices."));
 #endif

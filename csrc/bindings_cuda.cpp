@@ -5,8 +5,8 @@
 #include <cstring>
 
 #include "bindings.h"
-#include "cuda/arena.h"
-#include "cuda/optimizer_launch.h"
+#include "cuda/optimizer/arena.h"
+#include "cuda/optimizer/optimizer_launch.h"
 
 // Of lora_A (0) or lora_B (1), and of its gradient: bits of `wide` say so where x is not float32 itself.
 static bool is_wide(int wide, int which, int dtype) {
@@ -89,7 +89,7 @@ void bind_cuda(py::module_ m) {
                                                is_wide(wide, 1, dtype), backward, device);
           });
 
-    // begin, end, arrive, leave, staged, stays: see csrc/cuda/arena.h.
+    // begin, end, arrive, leave, staged, stays: see csrc/cuda/optimizer/arena.h.
     using Plan = std::vector<
         std::tuple<int64_t, int64_t, qlk::cuda::Intervals, qlk::cuda::Intervals, std::vector<int64_t>, bool>>;
     using qlk::cuda::Arena;
