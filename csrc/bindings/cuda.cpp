@@ -1,10 +1,10 @@
-#include "bindings_cuda.h"
+#include "bindings/cuda.h"
 
 #include <pybind11/stl.h>
 
 #include <cstring>
 
-#include "bindings.h"
+#include "bindings/marshal.h"
 #include "cuda/optimizer/arena.h"
 #include "cuda/optimizer/optimizer_launch.h"
 

@@ -1,5 +1,5 @@
 // The extension _C: ints and floats in, one params struct out, one call. The GIL is released around each.
-#include "bindings.h"
+#include "bindings/marshal.h"
 
 #include <pybind11/stl.h>
 
@@ -8,7 +8,7 @@
 #include "cuda/linear/dispatch.h"
 #include "fp8.h"
 #ifdef QLK_CUDA_ARCHS
-#include "bindings_cuda.h"
+#include "bindings/cuda.h"
 #endif
 
 PYBIND11_MODULE(_C, m) {
