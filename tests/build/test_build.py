@@ -34,7 +34,7 @@ def output_of(*command: object) -> str:
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs code in a fresh interpreter, with the package importable wherever it was imported from here."""
-    path = os.pathsep.join([str(Path(qlora_kernels.__file__).parent.parent), str(ROOT)])
+    path = os.pathsep.join([str(Path(qlora_kernels.__file__).parent.parent), str(ROOT), str(ROOT / "tests/support")])
     env = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
 
