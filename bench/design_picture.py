@@ -1,6 +1,6 @@
 """The picture of the fused product in README: python -m bench.design_picture
 
-It shows csrc/cuda/gemm.cuh with four stages. Drawn, not measured: widths in the timeline mean nothing.
+It shows csrc/cuda/linear/mma/tiles.cuh with four stages. Drawn, not measured: widths in the timeline mean nothing.
 """
 
 from __future__ import annotations

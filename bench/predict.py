@@ -109,7 +109,7 @@ class Launch:
     """The kernel that a product takes, and how its work is cut.
 
     Attributes:
-        name: as csrc/cuda/dispatch.h calls it.
+        name: as csrc/cuda/linear/dispatch.h calls it.
         kernel: its name in the static table.
         rows, columns, depth: of a thread block's tile, and of a step.
         stages: of copies.
@@ -136,7 +136,7 @@ class Launch:
 
 
 def launch_of(card: Card, m: int, n: int, k: int, backward: bool) -> Launch:
-    """What csrc/cuda/linear.cu launches for bf16, aligned rows and a double-quantized weight."""
+    """What csrc/cuda/linear/launch.cu launches for bf16, aligned rows and a double-quantized weight."""
     from qlora_kernels.native import extension
 
     code = extension.code_of(torch.bfloat16)

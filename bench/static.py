@@ -36,21 +36,21 @@ MOST_OF_A_TRAP = 4
 
 #: Where the launchers take the size of dynamic shared memory from, by kernel; T is the kernel's first argument.
 SHARED = {
-    "dequantize_kernel": ("dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
-    "quantize_kernel": ("quantize.cuh", "sizeof(QuantizeTraits<T>::Shared)"),
-    "quantize_absmax_kernel": ("quantize_absmax.cuh", "sizeof(QuantizeAbsmaxTraits::Shared)"),
+    "dequantize_kernel": ("cuda/quantize/dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
+    "quantize_kernel": ("cuda/quantize/quantize.cuh", "sizeof(QuantizeTraits<T>::Shared)"),
+    "quantize_absmax_kernel": ("cuda/quantize/quantize_absmax.cuh", "sizeof(QuantizeAbsmaxTraits::Shared)"),
     # At M = 8 and K = 4096: it depends on both.
-    "few_kernel": ("few.cuh", "few_shared(8, 4096)"),
-    "middle_kernel": ("middle.cuh", "sizeof(<second>::Shared)"),
-    "gemm_kernel": ("gemm.cuh", "sizeof(<second>::Shared)"),
-    "adapter_down_kernel": ("adapters.cuh", "sizeof(<second>::Shared)"),
-    "adapter_gradient_kernel": ("adapters.cuh", "sizeof(<second>::Shared)"),
-    "adapter_sum_kernel": ("parts.cuh", "size_t{0}"),
-    "narrow_kernel": ("narrow.cuh", "size_t{0}"),
-    "product_kernel": ("product.cuh", "sizeof(ProductTraits::Shared)"),
-    "optimizer_step_kernel": ("optimizer.cuh", "sizeof(OptimizerShared<<second>>)"),
-    "optimizer_norm_kernel": ("optimizer.cuh", "sizeof(OptimizerNormShared)"),
-    "absmax_sums_kernel": ("quantize_absmax.cuh", "size_t{0}"),
+    "few_kernel": ("cuda/linear/mma/rows8.cuh", "few_shared(8, 4096)"),
+    "middle_kernel": ("cuda/linear/mma/rows64.cuh", "sizeof(<second>::Shared)"),
+    "gemm_kernel": ("cuda/linear/mma/tiles.cuh", "sizeof(<second>::Shared)"),
+    "adapter_down_kernel": ("cuda/linear/adapters.cuh", "sizeof(<second>::Shared)"),
+    "adapter_gradient_kernel": ("cuda/linear/adapters.cuh", "sizeof(<second>::Shared)"),
+    "adapter_sum_kernel": ("cuda/common/parts.cuh", "size_t{0}"),
+    "narrow_kernel": ("cuda/linear/narrow.cuh", "size_t{0}"),
+    "product_kernel": ("cuda/linear/simt/product.cuh", "sizeof(ProductTraits::Shared)"),
+    "optimizer_step_kernel": ("cuda/optimizer/optimizer.cuh", "sizeof(OptimizerShared<<second>>)"),
+    "optimizer_norm_kernel": ("cuda/optimizer/optimizer.cuh", "sizeof(OptimizerNormShared)"),
+    "absmax_sums_kernel": ("cuda/quantize/quantize_absmax.cuh", "size_t{0}"),
 }
 
 #: The kernels whose main loops decode and multiply; numbers are those among the template arguments.
@@ -120,10 +120,10 @@ def dynamic_shared(kernels: list[str]) -> dict[str, int]:
         source, program = Path(folder, "sizes.cu"), Path(folder, "sizes")
         source.write_text("\n".join([*lines, "}", ""]))
         compiler = setup_cuda.Compiler.at(tool("nvcc"))
-        include = f"-I{ROOT / 'csrc' / 'cuda'}"
+        include = [f"-I{ROOT / 'csrc' / 'cuda' / 'device'}", f"-I{ROOT / 'csrc'}"]
         # The library's folder is said because the compiler packages of PyPI do not have it where nvcc looks.
         _run(
-            compiler.path, "-std=c++17", "-arch=sm_80", include, f"-L{compiler.runtime.parent}",
+            compiler.path, "-std=c++17", "-arch=sm_80", *include, f"-L{compiler.runtime.parent}",
             *("-o", str(program), str(source)),
         )  # fmt: skip
         return {name: int(size) for name, size in (line.split("\t") for line in _run(str(program)).splitlines())}

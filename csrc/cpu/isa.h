@@ -1,7 +1,7 @@
 // What an instruction set provides: one table of functions, filled by its isa_<name>.cpp.
 #pragma once
 
-#include "../kernels.h"
+#include "kernels.h"
 
 namespace qlk::cpu {
 

@@ -1,10 +1,10 @@
-#include "scratch.h"
+#include "cpu/scratch.h"
 
 #include <atomic>
 #include <cstdlib>
 #include <new>
 
-#include "../kernels.h"
+#include "kernels.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../kernels.h"
+#include "kernels.h"
 
 #define QLK_INLINE inline __attribute__((always_inline))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: What the kernels' instructions need: ld.global with an L2 prefetch size, in csrc/cuda/ptx.cuh.
+#: What the kernels' instructions need: ld.global with an L2 prefetch size, in csrc/cuda/device/ptx.cuh.
 OLDEST = 75
 #: What "all" stands for: Turing, Ampere (A100; A10, RTX 30), Ada, Hopper, Blackwell (B200; RTX 50), and PTX for later.
 ALL = ("75", "80", "86", "89", "90a", "100a", "120+PTX")

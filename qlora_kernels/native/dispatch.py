@@ -1,4 +1,4 @@
-"""Which CUDA kernel multiplies: csrc/cuda/dispatch.h as a table for people."""
+"""Which CUDA kernel multiplies: csrc/cuda/linear/dispatch.h as a table for people."""
 
 from __future__ import annotations
 

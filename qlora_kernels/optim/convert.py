@@ -78,7 +78,7 @@ def own_entry(entry: Mapping[str, Any], p: Tensor) -> Mapping[str, Any]:
 
 
 def encoded(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
-    """float32 [count] to codes and constants, by the rules of csrc/cpu/optimizer.h."""
+    """float32 [count] to codes and constants, by the rules of csrc/cpu/optimizer/optimizer.h."""
     return backends.CPU.quantize_states(values, is_signed)
 
 

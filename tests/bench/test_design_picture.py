@@ -35,8 +35,8 @@ def test_it_draws(tmp_path):
 
 
 def test_what_it_says_is_in_the_code():
-    code = (ROOT / "csrc" / "cuda" / "gemm.cuh").read_text()
-    table = (ROOT / "csrc" / "cuda" / "dispatch.h").read_text()
+    code = (ROOT / "csrc" / "cuda" / "linear" / "mma" / "tiles.cuh").read_text()
+    table = (ROOT / "csrc" / "cuda" / "linear" / "dispatch.h").read_text()
     drawn = Path(design_picture.__file__).read_text()
     # The kernel with 128 columns: with 256 all warps decode in every step.
     assert f'{{"tiles128", Family::kTiles, 128, 128, {design_picture.STAGES}, kAnyRows' in table

@@ -154,7 +154,9 @@ def objects() -> dict[str, Path]:
     folders = sorted(ROOT.glob("build/temp*/cmake*/CMakeFiles/_C.dir/cpu"), key=lambda f: f.stat().st_mtime)
     if not folders:
         pytest.skip("the extension was not built in this tree: there are no object files to look into")
-    return {path.name.removesuffix(".cpp.o"): path for path in folders[-1].glob("*.cpp.o")}
+    # A build folder may hold objects of sources that have moved since.
+    found = sorted(folders[-1].rglob("*.cpp.o"), key=lambda path: path.stat().st_mtime)
+    return {path.name.removesuffix(".cpp.o"): path for path in found}
 
 
 def test_no_instruction_set_shares_a_function_with_another(objects):

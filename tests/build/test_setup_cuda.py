@@ -235,7 +235,7 @@ def test_a_source_distribution_needs_no_compiler_and_has_every_source(tmp_path):
     with tarfile.open(tmp_path / f"qlora_kernels-{BASE}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files", "csrc"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert {"setup_cuda.py", "csrc/CMakeLists.txt", "csrc/cuda/quantize.cu", *tracked} <= names
+    assert {"setup_cuda.py", "csrc/CMakeLists.txt", "csrc/cuda/quantize/quantize.cu", *tracked} <= names
 
 
 def test_setup_py_asks_the_driver(tmp_path):
@@ -279,7 +279,7 @@ def test_ccache_is_used_where_it_is(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     calls = [line.split() for line in log.read_text().splitlines()]
     cuda = {word for call in calls if call[0] == str(nvcc) for word in call if word.endswith(".cu")}
-    assert cuda == {f"csrc/cuda/{path.name}" for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert cuda == {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").rglob("*.cu")}
     [cpp] = [call for call in calls if call[-1].endswith(f"/{source}")]
     assert cpp[0] != str(nvcc)
     assert (build / "CMakeFiles" / "_C.dir" / f"{source}.o").stat().st_size > 0

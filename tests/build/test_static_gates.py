@@ -310,12 +310,12 @@ def test_the_hardwares_limits_are_those_that_kernels_are_left_out_by(tmp_path):
         pytest.skip("there is no C++ compiler")
     numbers = ["75", "80", "86", "87", "89", "90", "100", "103", "110", "120", "121"]
     (tmp_path / "limits.cpp").write_text(
-        '#include <cstdio>\n#include "dispatch.h"\nint main() {\n'
+        '#include <cstdio>\n#include "cuda/linear/dispatch.h"\nint main() {\n'
         f"    for (const int one : {{{', '.join(numbers)}}})\n"
         '        std::printf("%zu\\n", qlk::cuda::most_shared(one) / 1024);\n}\n'
     )
     program = tmp_path / "limits"
-    include = f"-I{cuda_wheel.ROOT / 'csrc' / 'cuda'}"
+    include = f"-I{cuda_wheel.ROOT / 'csrc'}"
     static._run(compiler, "-std=c++17", include, "-o", str(program), str(tmp_path / "limits.cpp"))
     assert [int(line) for line in static._run(str(program)).split()] == [MAX_SHARED.get(one, 227) for one in numbers]
     assert set(MAX_SHARED) <= set(numbers)
@@ -354,15 +354,15 @@ def test_a_kernel_compiled_with_too_few_registers_does_not_pass(tmp_path):
     nvcc, _ = cuda_wheel.tool("nvcc"), cuda_wheel.tool("cuobjdump")
     csrc = tmp_path / "csrc"
     shutil.copytree(cuda_wheel.ROOT / "csrc", csrc)
-    header = csrc / "cuda" / "quantize.cuh"
+    header = csrc / "cuda" / "quantize" / "quantize.cuh"
     # Launch bounds take precedence over -maxrregcount.
     text, count = re.subn(r"__launch_bounds__\([^)]*\)", "", header.read_text())
     assert count == 1
     header.write_text(text)
     target = tmp_path / "spilled.o"
-    include = f"-I{csrc / 'cuda'}"
-    source = str(csrc / "cuda" / "quantize.cu")
-    static._run(nvcc, "-std=c++17", "-arch=sm_80", "-maxrregcount=24", include, "-c", source, "-o", str(target))
+    include = (f"-I{csrc / 'cuda' / 'device'}", f"-I{csrc}")
+    source = str(csrc / "cuda" / "quantize" / "quantize.cu")
+    static._run(nvcc, "-std=c++17", "-arch=sm_80", "-maxrregcount=24", *include, "-c", source, "-o", str(target))
     spilled = [row for row in static.rows(target) if row["kernel"] == "quantize_kernel<bf16>"]
     assert len(spilled) == 1
     problems = broken(spilled[0], budget_of("quantize_kernel<bf16>"))

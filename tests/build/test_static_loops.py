@@ -16,7 +16,7 @@ KIND = loops.Kind(
     decode=("PRMT", "LOP3", "IMAD.SHL"), weights=8, every=lambda numbers: 2, copies=lambda numbers: numbers[0] / 32
 )
 
-#: The shape of gemm.cuh's loop: labels end in a colon, and jumps name them.
+#: The shape of tiles.cuh's loop: labels end in a colon, and jumps name them.
 LISTING = """
     IADD3 R1, R1, R2
 low:

@@ -90,7 +90,7 @@ def test_a_name_that_says_something_else_is_noticed(extension):
 
 def test_every_file_of_kernels_has_every_architecture(extension):
     listed = re.findall(r"\.(sm_\w+)\.cubin", output_of(cuda_wheel.tool("cuobjdump"), "--list-elf", extension))
-    sources = len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    sources = len(list((ROOT / "csrc" / "cuda").rglob("*.cu")))
     assert sorted(listed) == sorted([f"sm_{one.removesuffix('+PTX')}" for one in built_for()] * sources)
 
 
@@ -103,8 +103,8 @@ def test_ptx_goes_along_where_asked_for(tmp_path):
         *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DQLK_CUDA_ARCHS=75;90+PTX"),
     ]
     output_of(*configure)
-    output_of("cmake", "--build", tmp_path, "--target", "cuda/quantize_absmax.cu.o")
-    found = inside(tmp_path / "cuda" / "quantize_absmax.cu.o")
+    output_of("cmake", "--build", tmp_path, "--target", "cuda/quantize/quantize_absmax.cu.o")
+    found = inside(tmp_path / "cuda" / "quantize" / "quantize_absmax.cu.o")
     assert found == set(architectures.names(["75", "90+PTX"])) == {"sm_75", "sm_90", "compute_90"}
 
 
@@ -143,7 +143,7 @@ def test_the_runtime_inside_is_out_of_reach_of_another(extension):
 
 def test_no_path_of_the_building_machine_is_inside(extension):
     content = extension.read_bytes()
-    assert b"csrc/cuda/quantize.cu" in content
+    assert b"csrc/cuda/quantize/quantize.cu" in content
     toolkit = setup_cuda.Compiler.at(cuda_wheel.tool("nvcc")).runtime.parent.parent
     for path in (ROOT, cuda_wheel.FOLDER, Path.home(), Path(sys.prefix), toolkit):
         assert bytes(f"{path}/", "utf-8") not in content, path
@@ -210,5 +210,5 @@ print(q.quantize(torch.ones(2, 64)).dequantize().sum().item())
     )
     first, second, last = done.stdout.splitlines()
     assert first == second
-    assert re.match(r"csrc/cuda/device\.cuh:\d+: cudaError\w+: .*driver.*\(failed: cudaGetDevice", first)
+    assert re.match(r"csrc/cuda/device/device\.cuh:\d+: cudaError\w+: .*driver.*\(failed: cudaGetDevice", first)
     assert float(last) == 128

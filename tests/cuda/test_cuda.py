@@ -148,10 +148,10 @@ def test_errors_of_the_launchers_say_where(cuda_engine):
     kernels = extension.native().cuda if cuda_engine == "cuda" else module()
     queue = (0, 0)
     with pytest.raises(
-        RuntimeError, match=r"csrc/cuda/aligned\.h:\d+: the weight to quantize .*of 4.*failed: \(lies_on"
+        RuntimeError, match=r"csrc/cuda/common/aligned\.h:\d+: the weight to quantize .*of 4.*failed: \(lies_on"
     ):
         kernels.quantize(2, 0, 0, 0, 64, 0, *queue)
-    with pytest.raises(RuntimeError, match=r"csrc/cuda/aligned\.h:\d+: the result of dequantize .*multiple"):
+    with pytest.raises(RuntimeError, match=r"csrc/cuda/common/aligned\.h:\d+: the result of dequantize .*multiple"):
         kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 1, 0, *queue)
     with pytest.raises(RuntimeError, match=r"aligned\.h:\d+: the constants of a weight should lie on a multiple of 4"):
         kernels.dequantize((0, 2, 0, 0, 0, 0, 1, 64), 0, 0, 1, 0, *queue)
@@ -563,8 +563,8 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     )
     assert found["launches"] == 1
     assert found["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
-    memory = {place: t for place, t in found["global"].items() if place.startswith("middle.cuh")}
-    loads = lines(found["global"], "middle.cuh", "load").values()
+    memory = {place: t for place, t in found["global"].items() if place.startswith("rows64.cuh")}
+    loads = lines(found["global"], "rows64.cuh", "load").values()
     assert [t["bytes"] for t in loads if t["bytes"] == 256 * t["requests"]] == [n * k // 2], "codes, once"
     # Of eight rows 32 bytes each; x, 512 bytes of a row; results, 256 bytes of a row.
     for t in memory.values():
@@ -574,7 +574,7 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     # thread of two blocks reads the offset.
     rest = sum(t["bytes"] for t in memory.values() if t["bytes"] < 256 * t["requests"])
     assert rest == n * k // 64 * 9 + 2 * 256 * 4
-    shared = {place: t for place, t in found["shared"].items() if place.startswith("middle.cuh")}
+    shared = {place: t for place, t in found["shared"].items() if place.startswith("rows64.cuh")}
     pairs = max(shared.values(), key=lambda t: t["bytes"])
     assert pairs["requests"] == n * k // 2 // 32 * 7 // 8, "one row of eight is decoded in registers"
     for place, t in shared.items():
@@ -634,18 +634,18 @@ def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
     x = torch.randn(m, k).bfloat16()
     found = counted(lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None))
     assert found["launches"] == 1
-    memory = lines(found["global"], "few.cuh", "load") | lines(found["global"], "few.cuh", "store")
+    memory = lines(found["global"], "rows8.cuh", "load") | lines(found["global"], "rows8.cuh", "store")
     codes = max(memory.values(), key=lambda t: t["bytes"])
     # After its last group every lane asks four times for what is not there, and gets something else.
     assert codes["bytes"] == n * k // 2 + 2 * 512 * 4 * 16
     wide = {place: t for place, t in memory.items() if t["bytes"] == 512 * t["requests"]}
     assert len(wide) == 2, "codes and x"
     assert all(t["actual"] == t["minimum"] for t in wide.values())
-    shared = lines(found["shared"], "few.cuh", "load")
+    shared = lines(found["shared"], "rows8.cuh", "load")
     pairs = max(shared.values(), key=lambda t: t["requests"])
     assert pairs["requests"] == n * k // 2 // 32
     x_loads = max((t for t in shared.values() if t is not pairs), key=lambda t: t["bytes"])
-    for t in (pairs, x_loads, *lines(found["shared"], "few.cuh", "store").values()):
+    for t in (pairs, x_loads, *lines(found["shared"], "rows8.cuh", "store").values()):
         assert t["actual"] == t["minimum"], "bank conflicts"
     # Of random codes: 16 of the 256 entries for each request.
     constants = next(t for t in shared.values() if t["bytes"] == pairs["bytes"] // 16 // 4 * 2)
@@ -752,8 +752,8 @@ def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(monk
 
     found = counted(call)
     assert found["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
-    shared = {place: t for place, t in found["shared"].items() if place.startswith("gemm.cuh")}
-    memory = {place: t for place, t in found["global"].items() if place.startswith("gemm.cuh")}
+    shared = {place: t for place, t in found["shared"].items() if place.startswith("tiles.cuh")}
+    memory = {place: t for place, t in found["global"].items() if place.startswith("tiles.cuh")}
     assert shared
     assert memory
     for place, t in shared.items():

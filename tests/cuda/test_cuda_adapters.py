@@ -1,4 +1,4 @@
-"""The low-rank products on tensor cores (csrc/cuda/adapters.cuh): results, traffic, launches, scratch."""
+"""The low-rank products on tensor cores (csrc/cuda/linear/adapters.cuh): results, traffic, launches, scratch."""
 
 from __future__ import annotations
 

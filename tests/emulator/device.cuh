@@ -1,5 +1,5 @@
-// CUDA as kernels see it, on the emulator: this file stands in for csrc/cuda/device.cuh. The first half is general
-// (CUDA's own spellings), the second the helpers of that file under the same names.
+// CUDA as kernels see it, on the emulator: this file stands in for csrc/cuda/device/device.cuh. The first half is
+// general (CUDA's own spellings), the second the helpers of that file under the same names.
 #pragma once
 
 #include <algorithm>
@@ -267,7 +267,7 @@ inline Half round_half(float value) {
 
 }  // namespace emu
 
-// ------------------------------------------------------------------- the helpers of csrc/cuda/device.cuh
+// ------------------------------------------------------------------- the helpers of csrc/cuda/device/device.cuh
 
 #include "error.h"
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// The twin of csrc/cuda/memory.cuh: managed memory whose pages have a side, and streams that dawdle.
+// The twin of csrc/cuda/device/memory.cuh: managed memory whose pages have a side, and streams that dawdle.
 #pragma once
 
 #include <cstdlib>

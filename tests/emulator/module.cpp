@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bind_conformance.h"
-#include "bindings_cuda.h"
+#include "bindings/cuda.h"
 #include "emulator.h"
 #include "managed.h"
 #include "samples.h"

@@ -1,4 +1,4 @@
-// The twins of csrc/cuda/ptx.cuh: the same names, with the semantics of the PTX ISA in plain C++.
+// The twins of csrc/cuda/device/ptx.cuh: the same names, with the semantics of the PTX ISA in plain C++.
 #pragma once
 
 #include <device.cuh>

@@ -43,8 +43,8 @@ TESTS = {
         ("tests/cuda/test_cuda_adapters.py", "test_every_rank or test_the_bits"),
     ),
     "parts": (("tests/cuda/test_cuda_low_rank.py", "dx_with"),),
-    "few": (("tests/cuda/test_cuda.py", "emulated and test_few_rows"),),
-    "middle": (
+    "rows8": (("tests/cuda/test_cuda.py", "emulated and test_few_rows"),),
+    "rows64": (
         ("tests/cuda/test_cuda.py", "cut_anywhere"),
         ("tests/cuda/test_cuda.py", "emulated and test_middle_rows"),
     ),
@@ -54,7 +54,7 @@ TESTS = {
         for words in ("page_out_and or page_out_comes", "budget_is_kept and options0", "copies_do")
     ),
     "optimizer": (("tests/optim/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
-    "gemm": (
+    "tiles": (
         ("tests/cuda/test_cuda.py", "emulated and tensor_cores"),
         ("tests/cuda/test_cuda.py", "pipeline or emulated"),
     ),
@@ -144,9 +144,9 @@ def main() -> int:
     from tqdm import tqdm
 
     files = [f.resolve().relative_to(ROOT) for f in options.files]
-    files = files or sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").glob("*.cu*"))
+    files = files or sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").rglob("*.cu*"))
     # These define such statements; they do not use them.
-    files = [f for f in files if f.name not in ("ptx.cuh", "ptx_sm90.cuh", "device.cuh", "memory.cuh")]
+    files = [f for f in files if f.parent != Path("csrc/cuda/device")]
     if options.changed_since:
         command = ["git", "diff", "--name-only", options.changed_since, "--", "csrc/cuda"]
         changed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()

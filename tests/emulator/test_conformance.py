@@ -295,7 +295,7 @@ def test_every_function_of_ptx_has_a_twin_and_a_kernel_here():
     """A new instruction does not go unseen."""
     cuda, twins, kernels = (
         (ROOT / path).read_text()
-        for path in ("csrc/cuda/ptx.cuh", "tests/emulator/ptx.cuh", "tests/emulator/conformance.cu")
+        for path in ("csrc/cuda/device/ptx.cuh", "tests/emulator/ptx.cuh", "tests/emulator/conformance.cu")
     )
     lines = [line for line in cuda.splitlines() if "QLK_DEVICE" in line]
     names = {re.match(r"(?:template <\w* ?\w*> )?QLK_DEVICE \w+ (\w+)[<(]", line).group(1) for line in lines}

@@ -201,7 +201,7 @@ def test_every_function_of_ptx_sm90_has_a_twin_and_is_used_here():
     cuda, twins, *kernels = (
         (ROOT / path).read_text()
         for path in (
-            *("csrc/cuda/ptx_sm90.cuh", "tests/emulator/ptx_sm90.cuh"),
+            *("csrc/cuda/device/ptx_sm90.cuh", "tests/emulator/ptx_sm90.cuh"),
             *("tests/emulator/conformance_sm90.cu", "tests/emulator/sm90_kernels.cuh"),
         )
     )

@@ -323,9 +323,9 @@ def test_what_is_no_lack_of_memory_is_not_called_so():
     params = parameters(sizes=(100,))
     with emulated():
         for message, error in (
-            ("csrc/cuda/memory.cuh:30: cudaMallocManaged(&memory, bytes): cudaErrorLaunchFailure", RuntimeError),
-            ("csrc/cuda/memory.cuh:30: cudaErrorIllegalAddress: an illegal memory access", RuntimeError),
-            ("csrc/cuda/memory.cuh:30: cudaErrorMemoryAllocation: out of memory", MemoryError),
+            ("csrc/cuda/device/memory.cuh:30: cudaMallocManaged(&memory, bytes): cudaErrorLaunchFailure", RuntimeError),
+            ("csrc/cuda/device/memory.cuh:30: cudaErrorIllegalAddress: an illegal memory access", RuntimeError),
+            ("csrc/cuda/device/memory.cuh:30: cudaErrorMemoryAllocation: out of memory", MemoryError),
         ):
 
             def fail(*_, message=message):

@@ -59,7 +59,7 @@ class Budget:
 
     def runs(self, row: dict) -> bool:
         """Whether a kernel is ever launched on an architecture, by its row of the table. If not, it is to have no code
-        there (csrc/cuda/compiled.cuh)."""
+        there (csrc/cuda/linear/compiled.cuh)."""
         base, _, arguments = row["kernel"].partition("<")
         number = number_of(row["arch"])
         if base in ON_TENSOR_CORES and arguments.startswith("bf16") and int(number) < 80:
@@ -104,7 +104,7 @@ BUDGETS = {
     "quantize_kernel<float>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     # 16 warps, whose codes of four chunks are under way: 32 KiB. Shared memory: the table, and x at M = 8, K = 4096. A
     # turn is four chunks of eight products; 2.5 slots a weight, and four constants. 2.2 would take a table of finished
-    # pairs, which the rounding of each weight forbids (few.cuh).
+    # pairs, which the rounding of each weight forbids (rows8.cuh).
     "few_kernel<*>": Budget(
         512,
         148 * 1024,

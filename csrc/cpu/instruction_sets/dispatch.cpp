@@ -1,0 +1,208 @@
+// Picks the instruction set at run time, once for every call.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "error.h"
+
+#if defined(QLK_HAVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace qlk::cpu {
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
+extern const Kernels kernels;
+}
+
+namespace {
+
+struct Candidate {
+    const Kernels* kernels;
+    bool available;
+};
+
+#if defined(QLK_HAVE_AVX2)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// CPUID leaf 7, asked directly: compilers older than the instructions have no name for them.
+bool cpuid7(unsigned subleaf, char reg, int bit) {
+    unsigned a = 7, b = 0, c = subleaf, d = 0;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    const unsigned value = reg == 'a' ? a : d;
+    return (value >> bit) & 1;
+}
+
+bool has_avx512_bf16() { return has_avx512() && cpuid7(1, 'a', 5); }
+#endif
+
+#if defined(QLK_HAVE_AMX)
+bool has_amx() {
+    // CPUID.7.0:EDX bits 24 (AMX-TILE) and 22 (AMX-BF16); then Linux must grant the tile state, feature 18
+    // (Documentation/arch/x86/xstate.rst).
+    constexpr int kRequestPermission = 0x1023;
+    constexpr int kTileData = 18;
+    return has_avx512_bf16() && cpuid7(0, 'd', 24) && cpuid7(0, 'd', 22) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+struct Registry {
+    Candidate list[5];
+    int count = 0;
+    Registry() {
+#if defined(QLK_HAVE_AVX2)
+        __builtin_cpu_init();
+#endif
+#if defined(QLK_HAVE_AMX)
+        list[count++] = {&amx::kernels, has_amx()};
+#endif
+#if defined(QLK_HAVE_AVX512_BF16)
+        list[count++] = {&avx512_bf16::kernels, has_avx512_bf16()};
+#endif
+#if defined(QLK_HAVE_AVX512)
+        list[count++] = {&avx512::kernels, has_avx512()};
+#endif
+#if defined(QLK_HAVE_AVX2)
+        list[count++] = {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                             __builtin_cpu_supports("f16c")};
+#endif
+        list[count++] = {&portable::kernels, true};
+    }
+    std::string names(bool available_only) const {
+        std::string text;
+        for (int i = 0; i < count; ++i) {
+            if (available_only && !list[i].available) continue;
+            text += (text.empty() ? "" : ",") + std::string(list[i].kernels->name);
+        }
+        return text;
+    }
+};
+
+const Registry& registry() {
+    static const Registry instance;
+    return instance;
+}
+
+const Kernels& select() {
+    const Registry& all = registry();
+    const char* forced = std::getenv("QLORA_KERNELS_CPU_ISA");
+    if (forced == nullptr || *forced == 0) {
+        for (int i = 0; i < all.count; ++i) {
+            if (all.list[i].available) return *all.list[i].kernels;
+        }
+    } else {
+        for (int i = 0; i < all.count; ++i) {
+            if (all.list[i].available && std::strcmp(forced, all.list[i].kernels->name) == 0) {
+                return *all.list[i].kernels;
+            }
+        }
+    }
+    fail(__FILE__, __LINE__, "instruction set",
+         "QLORA_KERNELS_CPU_ISA=" + std::string(forced ? forced : "") + " is not to be had here; built in: " +
+             all.names(false) + "; available on this machine: " + all.names(true));
+}
+
+// Threads worth waking for so many units of work, of which a thread does about `per_thread` in the time that waking
+// takes (a few microseconds; much more when other processes want the cores).
+int worthwhile(int threads, int64_t work, int64_t per_thread) {
+    const int64_t most = work / per_thread + 1;
+    return most < threads ? static_cast<int>(most) : threads;
+}
+
+int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// A large result usually is memory that was never touched: in huge pages it takes 512 times fewer page faults, which in
+// 4 KB pages cost ten times as much as writing 32 MiB of decoded weights does.
+void fresh_output(void* data, int64_t bytes) {
+    if (bytes >= static_cast<int64_t>(2 * kHugePage)) prefer_huge_pages(data, bytes, false);
+}
+
+// Products of a layer with m rows: weights to decode, and multiplications at about 16 a decoded weight's time.
+int linear_threads(int threads, const WeightView& w, int64_t m) {
+    return worthwhile(threads, w.n * w.k / 16 * (16 + m), 1 << 17);
+}
+
+}  // namespace
+
+int64_t quantize(const QuantizeParams& params) {
+    QuantizeParams p = params;
+    p.threads = worthwhile(p.threads, p.count, 1 << 15);
+    fresh_output(p.packed, p.count / 2);
+    return select().quantize(p);
+}
+
+void quantize_absmax(const QuantizeAbsmaxParams& params) {
+    QuantizeAbsmaxParams p = params;
+    p.threads = worthwhile(p.threads, p.count, 1 << 11);
+    quantize_absmax(p, select().nearest_codes);
+}
+
+void dequantize(const DequantizeParams& params) {
+    DequantizeParams p = params;
+    const int64_t count = (p.row_end - p.row_begin) * p.weight.k;
+    p.threads = worthwhile(p.threads, count, 1 << 16);
+    fresh_output(p.out, count * size_of(p.dtype));
+    select().dequantize(p);
+}
+
+void linear_forward(const LinearForwardParams& params) {
+    LinearForwardParams p = params;
+    p.threads = linear_threads(p.threads, p.weight, p.m);
+    fresh_output(p.y, p.m * p.weight.n * size_of(p.dtype));
+    select().linear_forward(p);
+}
+
+void linear_backward(const LinearBackwardParams& params) {
+    LinearBackwardParams p = params;
+    p.threads = linear_threads(p.threads, p.weight, p.m);
+    if (p.dx) fresh_output(p.dx, p.m * p.weight.k * size_of(p.dtype));
+    select().linear_backward(p);
+}
+
+static OptimizerParams with_worthwhile_threads(OptimizerParams p) {
+    p.threads = worthwhile(p.threads, p.all_chunks * kChunk, 1 << 15);
+    return p;
+}
+
+void optimizer_step(const OptimizerParams& params, const double* sum_of_squares) {
+    optimizer_step(with_worthwhile_threads(params), sum_of_squares, select());
+}
+
+void optimizer_sums(const OptimizerParams& params) { optimizer_sums(with_worthwhile_threads(params), select()); }
+
+void quantize_states(const float* values, uint8_t* code, float* absmax, int64_t count, bool is_signed) {
+    select().quantize_states(values, code, absmax, count, is_signed);
+}
+
+const char* isa_in_use() { return select().name; }
+
+const char* isas_built() {
+    static const std::string names = registry().names(false);
+    return names.c_str();
+}
+
+const char* isas_available() {
+    static const std::string names = registry().names(true);
+    return names.c_str();
+}
+
+}  // namespace qlk::cpu

@@ -1,0 +1,66 @@
+// The table of kernels of one instruction set; included once by each isa_<name>.cpp.
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/linear/engine_f32.h"
+#include "cpu/linear/few_rows_f32.h"
+#include "cpu/linear/linear.h"
+#include "cpu/optimizer/optimizer.h"
+#include "cpu/quantize/dequantize.h"
+#include "cpu/quantize/nearest.h"
+#include "cpu/quantize/quantize.h"
+#if defined(__AVX512BF16__)
+#include "cpu/linear/engine_bf16.h"
+#include "cpu/linear/few_rows.h"
+#endif
+#if defined(__AMX_BF16__)
+#include "cpu/linear/stream_amx.h"
+#endif
+
+namespace qlk::cpu::QLK_ISA {
+
+#if defined(__AVX512BF16__)
+using EngineForBf16 = EngineBf16;
+#else
+using EngineForBf16 = EngineF32<bf16>;
+#endif
+
+template <class T>
+static void forward_f32(const LinearForwardParams& p) {
+    if (!few_rows_f32<T>(p)) Forward<EngineF32<T>>(p).run();
+}
+
+static void linear_forward(const LinearForwardParams& p) {
+    if (p.m == 0) return;
+    switch (p.dtype) {
+        case DType::kFloat16: return forward_f32<fp16>(p);
+        case DType::kFloat32: return forward_f32<float>(p);
+        case DType::kBFloat16: break;
+    }
+#if defined(__AVX512BF16__)
+    if (few_rows_forward(p)) return;
+#if defined(__AMX_BF16__)
+    if (stream_forward(p)) return;
+#endif
+    Forward<EngineBf16>(p).run();
+#else
+    forward_f32<bf16>(p);
+#endif
+}
+
+static void linear_backward(const LinearBackwardParams& p) {
+    switch (p.dtype) {
+        case DType::kBFloat16: return Backward<EngineForBf16>(p).run();
+        case DType::kFloat16: return Backward<EngineF32<fp16>>(p).run();
+        default: return Backward<EngineF32<float>>(p).run();
+    }
+}
+
+#define QLK_STRING_(x) #x
+#define QLK_STRING(x) QLK_STRING_(x)
+
+extern const Kernels kernels;
+const Kernels kernels = {QLK_STRING(QLK_ISA), quantize,   nearest_codes,   dequantize,    linear_forward,
+                         linear_backward,     step_chunk, quantize_states, sum_of_squares};
+
+}  // namespace qlk::cpu::QLK_ISA

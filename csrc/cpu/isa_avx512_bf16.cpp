@@ -1,1 +1,0 @@
-#include "kernels_impl.h"

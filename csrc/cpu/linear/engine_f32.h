@@ -1,0 +1,213 @@
+// The float32 engine: panels are decoded and packed to float32, products are FMAs. It serves float32 and float16
+// activations on every instruction set, and bfloat16 where there is no bf16 arithmetic.
+//
+// An engine multiplies blocks C[32 i][32 j] (row-major float32) += A[i][p] * B[p][j]. What it is free to choose is the
+// packed layout of A and B; linear.h drives it. Here A is row-major [32][lda] and B is [p][ldb].
+#pragma once
+
+#include "cpu/quantize/decode.h"
+
+namespace qlk::cpu::QLK_ISA {
+
+constexpr int kEdge = 32;    // rows and columns of a block of C
+constexpr int kPanel = 128;  // columns of a panel of W in the backward pass: one cache line of codes
+
+template <class Type>
+struct EngineF32 {
+    using T = Type;
+    using Elem = float;
+    // Whether these constants need the engine's careful path; what decode_a and decode_b are told.
+    static bool special(const float*, int64_t) { return false; }
+    // Reduction steps between two visits to C: 32 rows of 256 floats are 32 KB.
+    static constexpr int64_t kDepthForward = 256;
+    static constexpr int64_t kDepthBackward = 64;
+
+    static void begin_thread() {}
+    static void end_thread() {}
+
+    // Lengths of a packed reduction dimension: W's own order, and a plain one.
+    static int64_t pad_weight(int64_t k) { return k; }
+    static int64_t pad_plain(int64_t r) { return r; }
+
+    // Where reduction step p of a packed A begins, and where column block jb of a backward panel does.
+    static const float* a_at(const float* a, int64_t p) { return a + p; }
+    static const float* panel_block(const float* panel, int64_t, int jb) { return panel + jb * kEdge; }
+    static constexpr int64_t kPanelLd = kPanel;
+
+    // A from rows of a dense matrix: a[i][p] = src[i * ld + p].
+    static void pack_a_rows(const T* src, int64_t ld, int rows, int64_t depth, float* dst, int64_t lda, bool) {
+        for (int i = 0; i < kEdge; ++i) {
+            if (i < rows) {
+                to_float(src + i * ld, dst + i * lda, depth);
+            } else {
+                std::memset(dst + i * lda, 0, depth * sizeof(float));
+            }
+        }
+    }
+
+    // A from columns of a dense matrix: a[i][p] = src[p * ld + i].
+    static void pack_a_columns(const T* src, int64_t ld, int columns, int64_t depth, float* dst, int64_t lda) {
+        for (int i = 0; i < kEdge; ++i) {
+            for (int64_t p = 0; p < depth; ++p) {
+                dst[i * lda + p] = 0;
+                if (i < columns) to_float(src + p * ld + i, dst + i * lda + p, 1);
+            }
+        }
+    }
+
+    // A from rows [row, row + rows) of W, columns [k, k + depth); absmax: [rows][absmax_ld], from k's block on.
+    static void decode_a(const WeightView& w, const float* absmax, int64_t absmax_ld, int64_t row, int rows, int64_t k,
+                         int64_t depth, bool, float* dst, int64_t lda) {
+        for (int i = 0; i < kEdge; ++i) {
+            float* const out = dst + i * lda;
+            if (i >= rows) {
+                std::memset(out, 0, depth * sizeof(float));
+            } else if (w.k % kBlock == 0) {
+                decode_row(w, absmax + i * absmax_ld, row + i, k, depth, out);
+            } else {
+                const int64_t begin = (row + i) * w.k + k;
+                decode_flat<T>(w, begin, begin + depth, out);
+            }
+        }
+    }
+
+    // B from rows of a dense matrix: b[p][j] = src[j * ld + p].
+    static void pack_b_rows(const T* src, int64_t ld, int rows, int64_t depth, float* dst, bool) {
+        float line[kEdge][16];
+        for (int64_t p = 0; p < depth; p += 16) {
+            const int64_t steps = depth - p < 16 ? depth - p : 16;
+            for (int j = 0; j < kEdge; ++j) {
+                if (j < rows) {
+                    to_float(src + j * ld + p, line[j], steps);
+                } else {
+                    std::memset(line[j], 0, sizeof line[j]);
+                }
+            }
+            for (int64_t s = 0; s < steps; ++s) {
+                for (int j = 0; j < kEdge; ++j) dst[(p + s) * kEdge + j] = line[j][s];
+            }
+        }
+    }
+
+    // B from columns of a dense matrix: b[p][j] = src[p * ld + j], 128 columns.
+    static void pack_b_columns(const T* src, int64_t ld, int64_t depth, int columns, float* dst) {
+        for (int64_t p = 0; p < depth; ++p) {
+            to_float(src + p * ld, dst + p * kPanel, columns);
+            for (int j = columns; j < kPanel; ++j) dst[p * kPanel + j] = 0;
+        }
+    }
+
+    // B from rows [row, row + depth) of W, columns [k, k + columns); absmax: [depth][absmax_ld], from k's block on.
+    static void decode_b(const WeightView& w, const float* absmax, int64_t absmax_ld, int64_t row, int64_t depth,
+                         int64_t k, int columns, bool, float* dst) {
+        for (int64_t p = 0; p < depth; ++p) {
+            float* const out = dst + p * kPanel;
+            if (w.k % kBlock == 0) {
+                decode_row(w, absmax + p * absmax_ld, row + p, k, columns, out);
+            } else {
+                const int64_t begin = (row + p) * w.k + k;
+                decode_flat<T>(w, begin, begin + columns, out);
+            }
+            for (int j = columns; j < kPanel; ++j) out[j] = 0;
+        }
+    }
+
+    // Row m of the four blocks of a backward panel, in the order of W's columns. c: block 0; stride: to the next one.
+    static void unpack_row(const float* c, int64_t stride, int row, float* out) {
+        for (int jb = 0; jb < kPanel / kEdge; ++jb) {
+            std::memcpy(out + jb * kEdge, c + jb * stride + row * kEdge, kEdge * sizeof(float));
+        }
+    }
+
+    // The inverse of unpack_row.
+    static void pack_row(const float* line, float* c, int64_t stride, int row) {
+        for (int jb = 0; jb < kPanel / kEdge; ++jb) {
+            std::memcpy(c + jb * stride + row * kEdge, line + jb * kEdge, kEdge * sizeof(float));
+        }
+    }
+
+    // A single chain of additions over all of K would gather many times the rounding error of a tuned library's
+    // product. So runs of 16 steps are summed by themselves, then the runs of a panel, and panels in C. The first panel
+    // may be all there is: its runs are of 8 steps, and of 64 steps go to C. (A chain of n additions adds n / 2 to the
+    // square of the error, in units of one rounding of the result: that makes 4 + 4 + 2 for 256 steps.)
+    static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int i_tiles,
+                         int j_tiles, bool accumulate) {
+        alignas(64) float part[kEdge * kEdge];
+        if (accumulate) {
+            block<16>(a, lda, b, ldb, depth, part, i_tiles, j_tiles);
+            add(part, c, i_tiles, j_tiles, true);
+            return;
+        }
+        constexpr int64_t kFirst = 64;
+        for (int64_t p = 0; p < depth; p += kFirst) {
+            block<8>(a + p, lda, b + p * ldb, ldb, depth - p < kFirst ? depth - p : kFirst, part, i_tiles, j_tiles);
+            add(part, c, i_tiles, j_tiles, p > 0);
+        }
+    }
+
+  private:
+    // c = part, or c += part.
+    static QLK_INLINE void add(const float* part, float* c, int i_tiles, int j_tiles, bool accumulate) {
+        for (int i = 0; i < 16 * i_tiles; ++i) {
+            for (int j = 0; j < 16 * j_tiles; j += kWidth) {
+                const Vec sum = vload(part + i * kEdge + j);
+                vstore(c + i * kEdge + j, accumulate ? vload(c + i * kEdge + j) + sum : sum);
+            }
+        }
+    }
+
+    // c = A B over `depth` steps. Not inlined: within deeper loops GCC gives up on keeping the sums in registers, which
+    // is 3 times as slow.
+    template <int64_t kRun>
+    static __attribute__((noinline)) void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                                                float* c, int i_tiles, int j_tiles) {
+        constexpr int kRows = kWidth == 16 ? 8 : 4;
+        for (int i = 0; i < 16 * i_tiles; i += kRows) {
+            int j = 0;
+            for (; j + 2 * kWidth <= 16 * j_tiles; j += 2 * kWidth) {
+                tile<kRun, kRows, 2>(a + i * lda, lda, b + j, ldb, depth, c + i * kEdge + j);
+            }
+            for (; j < 16 * j_tiles; j += kWidth) {
+                tile<kRun, kRows, 1>(a + i * lda, lda, b + j, ldb, depth, c + i * kEdge + j);
+            }
+        }
+    }
+
+    // absmax: from k's block on.
+    static QLK_INLINE void decode_row(const WeightView& w, const float* absmax, int64_t row, int64_t k, int64_t count,
+                                      float* out) {
+        float table[16];
+        const uint8_t* const codes = w.packed + (row * w.k + k) / 2;
+        for (int64_t b = 0; b < count / kBlock; ++b) {
+            block_table<T>(absmax[b], table);
+            lookup_block(codes + b * kBlock / 2, table, out + b * kBlock);
+        }
+    }
+
+    template <int64_t kRun, int kRows, int kVecs>
+    static QLK_INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c) {
+        for (int64_t first = 0; first < depth; first += kRun) {
+            const int64_t last = first + kRun < depth ? first + kRun : depth;
+            Vec sum[kRows][kVecs];
+            for (int i = 0; i < kRows; ++i) {
+                for (int v = 0; v < kVecs; ++v) sum[i][v] = vset(0.0f);
+            }
+            for (int64_t p = first; p < last; ++p) {
+                Vec right[kVecs];
+                for (int v = 0; v < kVecs; ++v) right[v] = vload(b + p * ldb + v * kWidth);
+                for (int i = 0; i < kRows; ++i) {
+                    const Vec left = vset(a[i * lda + p]);
+                    for (int v = 0; v < kVecs; ++v) sum[i][v] = vfma(left, right[v], sum[i][v]);
+                }
+            }
+            for (int i = 0; i < kRows; ++i) {
+                for (int v = 0; v < kVecs; ++v) {
+                    float* const out = c + i * kEdge + v * kWidth;
+                    vstore(out, first > 0 ? vload(out) + sum[i][v] : sum[i][v]);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace qlk::cpu::QLK_ISA

@@ -1,0 +1,102 @@
+// Sums of parts that blocks have left in scratch, always in the order of the parts: the same inputs give the same bits.
+#pragma once
+
+#include "cuda/common/decode.cuh"
+
+namespace qlk::cuda {
+
+// all += the sum of `count` parts, in their order.
+QLK_DEVICE void add_parts(float4& all, const float4* parts, int count, int64_t stride) {
+    constexpr int kUnderWay = 8;
+#pragma unroll 1
+    for (int first = 0; first < count; first += kUnderWay) {
+        float4 part[kUnderWay];
+#pragma unroll
+        for (int i = 0; i < kUnderWay; ++i) {
+            if (first + i < count) part[i] = load_exchanged(parts + (first + i) * stride);
+        }
+#pragma unroll
+        for (int i = 0; i < kUnderWay; ++i) {
+            if (first + i >= count) break;
+            all.x += part[i].x;
+            all.y += part[i].y;
+            all.z += part[i].z;
+            all.w += part[i].w;
+        }
+    }
+}
+
+// scale * all to four neighbours, of which `left` are there.
+template <class T>
+QLK_DEVICE void store_four(T* to, const float4& all, float scale, int64_t left, bool aligned) {
+    const float value[4] = {scale * all.x, scale * all.y, scale * all.z, scale * all.w};
+    if (aligned && left >= 4) {
+        if constexpr (sizeof(T) == 4) {
+            store_global(reinterpret_cast<float4*>(to), make_float4(value[0], value[1], value[2], value[3]));
+        } else {
+            store_global(reinterpret_cast<uint2*>(to),
+                         make_uint2(pack_pair<T>(value[0], value[1]), pack_pair<T>(value[2], value[3])));
+        }
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            if (e < left) store_global(to + e, from_float<T>(value[e]));
+        }
+    }
+}
+
+// `aligned`: on 8 bytes, and an even number is left.
+QLK_DEVICE void store_two(float* to, float first, float second, int64_t left, bool aligned) {
+    if (aligned) {
+        if (left > 0) store_global(reinterpret_cast<float2*>(to), make_float2(first, second));
+    } else {
+        if (left > 0) store_global(to, first);
+        if (left > 1) store_global(to + 1, second);
+    }
+}
+
+template <class T>
+struct AdapterSumArguments {
+    const float* down_parts;  // [down_splits][down_stride]
+    int64_t down_stride, down_count;
+    int down_splits;
+    float scale;
+    T* down;                      // [down_count]: scale times the sum
+    bool down_aligned;            // lies on 8 bytes
+    const float* gradient_parts;  // [gradient_splits][gradient_stride]
+    int64_t gradient_stride, gradient_count;
+    int gradient_splits;
+    float* gradient;        // [gradient_count]
+    bool gradient_aligned;  // lies on 16 bytes
+    bool add;               // to what is in `gradient`
+};
+
+constexpr int kAdapterSumThreads = 256;
+
+// Four neighbours of v or of a gradient a thread.
+template <class T>
+__global__ void __launch_bounds__(kAdapterSumThreads, 1)
+    adapter_sum_kernel(const __grid_constant__ AdapterSumArguments<T> a) {
+    griddep_launch();
+    int64_t at = (static_cast<int64_t>(blockIdx.x) * kAdapterSumThreads + threadIdx.x) * 4;
+    float4 all = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (at < a.down_stride) {
+        add_parts(all, reinterpret_cast<const float4*>(a.down_parts + at), a.down_splits, a.down_stride / 4);
+        store_four(a.down + at, all, a.scale, a.down_count - at, a.down_aligned);
+        return;
+    }
+    at -= a.down_stride;
+    if (at >= a.gradient_stride) return;
+    const int64_t left = a.gradient_count - at;
+    add_parts(all, reinterpret_cast<const float4*>(a.gradient_parts + at), a.gradient_splits, a.gradient_stride / 4);
+    if (a.add) {
+        float* const value[4] = {&all.x, &all.y, &all.z, &all.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            if (e < left) *value[e] += load_exchanged(a.gradient + at + e);
+        }
+    }
+    store_four(a.gradient + at, all, 1.0f, left, a.gradient_aligned);
+}
+
+}  // namespace qlk::cuda

@@ -1,0 +1,172 @@
+// Every PTX instruction that the kernels use by name, each as one function. tests/emulator/ptx.cuh holds a twin of
+// each, and tests/emulator/test_conformance.py runs both on the same operands, bit for bit. Sections are those of the
+// PTX ISA.
+#pragma once
+
+#include <device.cuh>
+
+namespace qlk::cuda {
+
+// 16 bytes that nobody writes while the kernel runs and that are read once: past L1, and the L2 line whole
+// (ld.global.nc, 9.7.9.8; cache and prefetch hints, 9.7.9.2).
+QLK_DEVICE uint4 ld_global_once_16(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(address)));
+    return v;
+}
+
+// 16 bytes (st.global, 9.7.9.11).
+QLK_DEVICE void st_global_16(void* address, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(address)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+// Copies 16 bytes to shared memory without waiting, `valid` of them from global memory and zeros for the rest
+// (cp.async.cg, 9.7.9.25.3.1): past L1. sm_80 and later; before, a plain copy with the same result.
+QLK_DEVICE void cp_async_16(void* shared, const void* global, uint32_t valid = 16) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(__cvta_generic_to_global(global)),
+                   "r"(valid)
+                 : "memory");
+#else
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (valid == 16) {
+        v = __ldg(static_cast<const uint4*>(global));
+    } else {
+        for (uint32_t i = 0; i < valid; ++i) {
+            reinterpret_cast<unsigned char*>(&v)[i] = static_cast<const unsigned char*>(global)[i];
+        }
+    }
+    *static_cast<uint4*>(shared) = v;
+#endif
+}
+
+// Closes the group of copies issued since the last commit (cp.async.commit_group, 9.7.9.25.3.2).
+QLK_DEVICE void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending of this thread's newest groups are under way (cp.async.wait_group, 9.7.9.25.3.3).
+template <int kPending>
+QLK_DEVICE void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// A barrier of `threads` threads, a multiple of 32, among the 16 of the block (barrier.cta.sync, 9.7.13.1).
+QLK_DEVICE void bar_sync(int id, int threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Counts as arrived there, and goes on (barrier.cta.arrive).
+QLK_DEVICE void bar_arrive(int id, int threads) {
+    asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Waits until the launch before this one in its stream has ended, and all that it wrote is to be seen
+// (griddepcontrol.wait, 9.7.13.13). Where this one was not launched early, and before sm_90, that is so from the start.
+QLK_DEVICE void griddep_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// When all blocks have come here or ended, the next launch may start, if it is one that may be early
+// (griddepcontrol.launch_dependents).
+QLK_DEVICE void griddep_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Four bytes out of the eight of {high, low}, picked by the four low nibbles of the selector; a selector nibble's top
+// bit replicates the byte's sign (prmt, 9.7.8.7).
+QLK_DEVICE uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
+    return d;
+}
+
+// Any function of three bits, given by its truth table (lop3, 9.7.8.6).
+template <uint8_t kTable>
+QLK_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(static_cast<int>(kTable)));
+    return d;
+}
+
+// {to_bf16(high), to_bf16(low)}, round to nearest even. One cvt.rn.bf16x2.f32 from sm_80 on (9.7.9.21); below, the
+// same bits in integer arithmetic.
+QLK_DEVICE uint32_t cvt_bf16x2(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// {to_fp16(high), to_fp16(low)}, round to nearest even; beyond the largest float16 infinity.
+QLK_DEVICE uint32_t cvt_fp16x2(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Four 8 x 8 matrices of 16-bit elements: lane i gives the address of row i % 8 of matrix i / 8, 16 bytes; of each
+// matrix it gets row lane / 4, elements 2 * (lane % 4) and the next (ldmatrix, 9.7.14.5.15). kTransposed: of its
+// transpose.
+template <bool kTransposed>
+QLK_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    if constexpr (kTransposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                     : "r"(address)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                     : "r"(address)
+                     : "memory");
+    }
+}
+
+// d[16, 8] += a[16, 16] b[16, 8], sums in float32 (mma, 9.7.14.5.8 for the fragments). With g = lane / 4, t = lane % 4:
+// a holds rows g and g + 8 at columns 2t, then both at 2t + 8; b column g at rows 2t, then 2t + 8; d rows g (two), g +
+// 8 (two) at columns 2t, 2t + 1. bf16 from sm_80 on; fp16 on sm_75 as two products of half the depth.
+template <class T>
+QLK_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+QLK_DEVICE void mma_16x8x16<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    __trap();  // launchers do not ask for it
+#endif
+}
+template <>
+QLK_DEVICE void mma_16x8x16<fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+
+}  // namespace qlk::cuda

@@ -1,0 +1,310 @@
+#include <optional>
+#include <string>
+
+#include "cuda/common/aligned.h"
+#include "cuda/common/splits.h"
+#include "cuda/linear/adapters.h"
+#include "cuda/linear/dispatch.h"
+#include "cuda/linear/mma/rows64.cuh"
+#include "cuda/linear/mma/rows8.cuh"
+#include "cuda/linear/mma/tiles.cuh"
+#include "cuda/linear/narrow.cuh"
+#include "cuda/linear/simt/layer_products.cuh"
+#include "philox.h"
+
+namespace qlk::cuda {
+namespace {
+
+template <class Product>
+void product_launch(const Product& p, const Stream& stream) {
+    using Traits = ProductTraits;
+    const int64_t blocks =
+        ((p.rows + Traits::kTile - 1) / Traits::kTile) * ((p.columns + Traits::kTile - 1) / Traits::kTile);
+    launch(product_kernel<Product>, blocks, Traits::kThreads, sizeof(Traits::Shared), stream, p);
+}
+
+// Room for [r, k] or [n, r] that is float32 where x is not, or that backward makes for an adapter which is not.
+int64_t converted_bytes(int64_t count, DType dtype, bool wide, bool backward) {
+    return dtype == DType::kFloat32 ? 0 : over(count * (wide ? 2 : backward ? 4 : 0), 128) * 128;
+}
+
+// Such room for both adapters, in front of the kernels' scratch.
+struct Converted {
+    void *a, *b, *scratch;
+
+    template <class Params>
+    static Converted in(void* scratch, const Params& p, int64_t r, bool backward) {
+        char* const room = static_cast<char*>(scratch);
+        const int64_t a = converted_bytes(r * p.weight.k, p.dtype, p.wide_a, backward);
+        const int64_t b = converted_bytes(r * p.weight.n, p.dtype, p.wide_b, backward);
+        QLK_CHECK(a + b == 0 || room != nullptr, "adapters of another type than x need scratch");
+        return {room, room + a, room ? room + a + b : nullptr};
+    }
+};
+
+// Two conversions in one launch, none where `from` is null.
+template <class T>
+void narrow(const float* from, void* to, int64_t count, const float* from_2, void* to_2, int64_t count_2,
+            const Stream& stream) {
+    const auto span = [](const float* from, void* to, int64_t count) {
+        using Span = typename NarrowArguments<T>::Span;
+        return Span{from, static_cast<T*>(to), from ? count : 0, lies_on(from, 16) && lies_on(to, 8)};
+    };
+    const NarrowArguments<T> both{span(from, to, count), span(from_2, to_2, count_2)};
+    const int64_t fours = over(both.first.count, 4) + over(both.second.count, 4);
+    if (fours > 0) launch(narrow_kernel<T>, over(fours, kNarrowThreads), kNarrowThreads, 0, stream, both);
+}
+
+Dropout dropout_of(double p, const int64_t* seed) {
+    if (p <= 0) return {nullptr, 0};
+    QLK_CHECK(seed != nullptr, "dropout needs a seed on the device");
+    return {seed, dropout_threshold(p)};
+}
+
+Card card(int device) {
+    return Card::of(compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 128, 1, 4>>, device),
+                    multiprocessors(device), shared_limit(device));
+}
+
+// Tickets first: what they lie on is a multiple of 16, too.
+Splits splits_of(const Plan& plan, void* scratch) {
+    if (plan.splits == 1) return {nullptr, nullptr, 0, 1};
+    QLK_CHECK(scratch != nullptr, "blocks that share a tile need scratch");
+    char* const room = static_cast<char*>(scratch);
+    return {reinterpret_cast<float4*>(room + ticket_bytes(plan.tiles - plan.whole)),
+            reinterpret_cast<unsigned long long*>(room),
+            next_launch(),
+            plan.splits,
+            static_cast<int>(plan.shared),
+            static_cast<int>(plan.whole)};
+}
+
+template <class T, bool kBackward, int kRows, int kColumns, int kWarpsDown, int kStages>
+void gemm_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
+    using Traits = GemmTraits<T, kBackward, kRows, kColumns, kWarpsDown, kStages>;
+    launch(gemm_kernel<T, Traits>, plan.blocks(), Traits::kThreads, sizeof(typename Traits::Shared), stream, a, start);
+}
+
+template <class T>
+void few_launch(const GemmArguments<T>& a, const Plan& plan, int multiprocessors, const Stream& stream, Start start) {
+    const FewArguments<T> few{a.weight,
+                              a.n,
+                              a.k,
+                              a.left,
+                              a.low_left,
+                              a.low_right,
+                              a.bias,
+                              a.out,
+                              a.r,
+                              static_cast<int>(a.m),
+                              plan.row_tiles,
+                              a.left_aligned,
+                              a.r % 4 == 0 && lies_on(a.low_left, 8) && lies_on(a.low_right, 8)};
+    const auto kernel = a.weight.absmax ? few_kernel<T, false> : few_kernel<T, true>;
+    launch(kernel, std::min<int64_t>(plan.tiles, multiprocessors), FewTraits::kThreads, few_shared(a.m, a.k), stream,
+           few, start);
+}
+
+template <class T, int kRows>
+void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
+    using Nested = MiddleTraits<T, kRows, true>;
+    const auto kernel = a.weight.absmax ? middle_kernel<T, MiddleTraits<T, kRows, false>> : middle_kernel<T, Nested>;
+    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start);
+}
+
+// How the product is computed; notes where its operand lies.
+template <bool kBackward, class T>
+Plan plan_of(GemmArguments<T>& a, const Card& here) {
+    constexpr DType dtype = std::is_same_v<T, bf16>   ? DType::kBFloat16
+                            : std::is_same_v<T, fp16> ? DType::kFloat16
+                                                      : DType::kFloat32;
+    a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
+    a.low_aligned = a.r % 8 == 0 && lies_on(a.low_left, 16) && lies_on(a.low_right, 16);
+    return plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16), a.left_aligned}, here);
+}
+
+// Whether the product may begin before what makes its low-rank part has ended: where it is a kernel that waits for it.
+// QLORA_KERNELS_CUDA_EARLY=0 forbids it.
+bool may_be_early(const Plan& p, const Card& here) {
+    const char* const allowed = std::getenv("QLORA_KERNELS_CUDA_EARLY");
+    return p.row.family != Family::kFloats && here.architecture >= 90 && (!allowed || std::string(allowed) != "0") &&
+           early_launches();
+}
+
+// Whether a kernel on tensor cores takes it; then it is launched.
+template <bool kBackward, class T>
+bool gemm(GemmArguments<T> a, const Plan& p, const Card& here, void* scratch, const Stream& stream, Start start) {
+    if (p.row.family == Family::kFloats) return false;
+    if constexpr (sizeof(T) == 2) {
+        a.out_aligned = lies_on(a.out, 16) && (kBackward ? a.k : a.n) % 8 == 0;
+        if (p.row.family == Family::kFew) {
+            if constexpr (!kBackward) few_launch(a, p, here.multiprocessors, stream, start);
+            return true;
+        }
+        a.splits = splits_of(p, scratch);
+        if (p.row.family == Family::kMiddle) {
+            if constexpr (!kBackward) {
+                if (p.row.rows == 8) return middle_launch<T, 8>(a, p, stream, start), true;
+                if (p.row.rows == 16) return middle_launch<T, 16>(a, p, stream, start), true;
+                if (p.row.rows == 32) return middle_launch<T, 32>(a, p, stream, start), true;
+                if (p.row.rows == 64) return middle_launch<T, 64>(a, p, stream, start), true;
+            }
+            QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
+        }
+        const auto is = [&](int rows, int columns, int stages) {
+            return p.row.rows == rows && p.row.columns == columns && p.row.stages == stages;
+        };
+        if (is(16, 128, 4)) return gemm_launch<T, kBackward, 16, 128, 1, 4>(a, p, stream, start), true;
+        if (is(32, 128, 4)) return gemm_launch<T, kBackward, 32, 128, 1, 4>(a, p, stream, start), true;
+        if (is(64, 128, 4)) return gemm_launch<T, kBackward, 64, 128, 2, 4>(a, p, stream, start), true;
+        if (is(128, 128, 4)) return gemm_launch<T, kBackward, 128, 128, 2, 4>(a, p, stream, start), true;
+        if (is(128, 128, 3)) return gemm_launch<T, kBackward, 128, 128, 2, 3>(a, p, stream, start), true;
+        if (is(128, 256, 4)) return gemm_launch<T, kBackward, 128, 256, 2, 4>(a, p, stream, start), true;
+    }
+    QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
+}
+
+template <class T>
+void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, const Stream& stream) {
+    require_aligned(p.weight);
+    require_aligned(16, "scratch", scratch);
+    require_aligned(sizeof(T), "x, u, y, lora_A and lora_B", p.x, p.u, p.y, p.lora_a, p.lora_b);
+    require_aligned(4, "adapters in float32", p.wide_a ? p.lora_a : nullptr, p.wide_b ? p.lora_b : nullptr);
+    require_aligned(8, "the seed", seed);
+    require_aligned(4, "the bias", p.bias);
+    require_aligned(sizeof(T), "a bias of x's type", p.narrow_bias);
+    const Bias<T> bias{p.bias, static_cast<const T*>(p.narrow_bias)};
+    const T *const x = static_cast<const T*>(p.x), *a = static_cast<const T*>(p.lora_a),
+                   *b = static_cast<const T*>(p.lora_b);
+    T* const u = static_cast<T*>(p.u);
+    const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
+    const DeviceGuard guard(stream.device);
+    if constexpr (sizeof(T) == 2) {
+        const Converted room = Converted::in(scratch, p, r, false);
+        const float* const wide_a = p.wide_a ? static_cast<const float*>(p.lora_a) : nullptr;
+        const float* const wide_b = p.wide_b ? static_cast<const float*>(p.lora_b) : nullptr;
+        if (r > 0) narrow<T>(wide_a, room.a, r * k, wide_b, room.b, r * n, stream);
+        if (wide_a) a = static_cast<const T*>(room.a);
+        if (wide_b) b = static_cast<const T*>(room.b);
+        scratch = room.scratch;
+    }
+    const Card here = card(stream.device);
+    GemmArguments<T> tiled{DeviceWeight::of(p.weight), n,   k, x, u, b, bias, Dropout{nullptr, 0},
+                           static_cast<T*>(p.y),       p.m, r};
+    const Plan plan = plan_of<false>(tiled, here);
+    bool early = false;
+    if (r > 0) {
+        const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
+        const Dropout dropout = dropout_of(p.dropout, seed);
+        early = may_be_early(plan, here);
+        if (!adapter_down(x, a, u, p.m, k, r, scale, dropout, scratch, stream,
+                          early ? Start::kFollowed : Start::kInOrder)) {
+            early = false;
+            product_launch(DownProduct<T>{{p.m, r, {0, k}}, x, a, dropout, scale, u}, stream);
+        }
+    }
+    if (gemm<false>(tiled, plan, here, scratch, stream, early ? Start::kEarly : Start::kInOrder)) return;
+    product_launch(ForwardProduct<T>{{p.m, n, {r, k}}, DeviceWeight::of(p.weight), x, u, b, bias, static_cast<T*>(p.y)},
+                   stream);
+}
+
+template <class T>
+void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, void* scratch, const Stream& stream) {
+    require_aligned(p.weight);
+    require_aligned(16, "scratch", scratch);
+    require_aligned(sizeof(T), "dy, x, u, dx, lora_A and lora_B", p.dy, p.x, p.u, p.dx, p.lora_a, p.lora_b, v_room);
+    require_aligned(8, "the seed", seed);
+    require_aligned(sizeof(T), "the gradients of the adapters", p.narrow_da, p.narrow_db);
+    require_aligned(4, "adapters and gradients in float32", p.da, p.db, p.wide_a ? p.lora_a : nullptr,
+                    p.wide_b ? p.lora_b : nullptr);
+    const T *const dy = static_cast<const T*>(p.dy), *b = static_cast<const T*>(p.lora_b),
+                   *a = static_cast<const T*>(p.lora_a);
+    T* const v = static_cast<T*>(v_room);
+    const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
+    const Dropout dropout = r > 0 ? dropout_of(p.dropout, seed) : Dropout{nullptr, 0};
+    const DeviceGuard guard(stream.device);
+    const bool need_da = r > 0 && (p.da || p.narrow_da), need_db = r > 0 && (p.db || p.narrow_db);
+    const bool need_v = r > 0 && (p.dx || need_da);
+    float *da = p.da, *db = p.db;
+    if constexpr (sizeof(T) == 2) {
+        const Converted room = Converted::in(scratch, p, r, true);
+        const float* const wide_a = p.wide_a && p.dx ? static_cast<const float*>(p.lora_a) : nullptr;
+        const float* const wide_b = p.wide_b && need_v ? static_cast<const float*>(p.lora_b) : nullptr;
+        if (r > 0) narrow<T>(wide_a, room.a, r * k, wide_b, room.b, r * n, stream);
+        if (wide_a) a = static_cast<const T*>(room.a);
+        if (wide_b) b = static_cast<const T*>(room.b);
+        if (p.narrow_da) da = static_cast<float*>(room.a);
+        if (p.narrow_db) db = static_cast<float*>(room.b);
+        scratch = room.scratch;
+    }
+    const Card here = card(stream.device);
+    T* const dx = static_cast<T*>(p.dx);
+    const DeviceWeight weight = DeviceWeight::of(p.weight);
+    GemmArguments<T> tiled{weight, n, k, dy, v, a, Bias<T>{}, dropout, dx, p.m, r, false, false};
+    std::optional<Plan> plan;
+    if (dx) plan = plan_of<true>(tiled, here);
+    bool early = false;
+    if (need_v || need_db) {
+        QLK_CHECK(!need_v || v != nullptr, "the gradients of x and lora_A need room for v, [M, r]");
+        const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
+        const T* const u = static_cast<const T*>(p.u);
+        early = dx && may_be_early(*plan, here);
+        if (!adapter_up_gradient(dy, b, u, need_v ? v : nullptr, need_db ? db : nullptr, p.m, n, r, scale, scratch,
+                                 stream, early ? Start::kFollowed : Start::kInOrder)) {
+            early = false;
+            if (need_v) product_launch(UpGradientProduct<T>{{p.m, r, {0, n}}, dy, b, scale, v}, stream);
+            if (need_db) {
+                product_launch(AdapterGradientProduct<T>{{n, r, {0, p.m}}, dy, u, Dropout{nullptr, 0}, db}, stream);
+            }
+        }
+    }
+    if (dx) {
+        if (!gemm<true>(tiled, *plan, here, scratch, stream, early ? Start::kEarly : Start::kInOrder)) {
+            product_launch(InputGradientProduct<T>{{p.m, k, {r, n}}, weight, dy, v, a, dropout, dx}, stream);
+        }
+    }
+    if (need_da) {
+        const T* const x = static_cast<const T*>(p.x);
+        if (!adapter_down_gradient(x, v, da, p.m, k, r, dropout, scratch, stream)) {
+            product_launch(AdapterGradientProduct<T>{{r, k, {0, p.m}}, v, x, dropout, da}, stream);
+        }
+    }
+    if constexpr (sizeof(T) == 2) {
+        narrow<T>(need_da && p.narrow_da ? da : nullptr, p.narrow_da, r * k, need_db && p.narrow_db ? db : nullptr,
+                  p.narrow_db, r * n, stream);
+    }
+}
+
+}  // namespace
+
+void linear_forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, const Stream& stream) {
+    switch (p.dtype) {
+        case DType::kFloat32: return forward<float>(p, seed, scratch, stream);
+        case DType::kBFloat16: return forward<bf16>(p, seed, scratch, stream);
+        case DType::kFloat16: return forward<fp16>(p, seed, scratch, stream);
+    }
+    QLK_CHECK(false, "linear_forward of dtype code " + std::to_string(static_cast<int>(p.dtype)));
+}
+
+void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v, void* scratch, const Stream& stream) {
+    switch (p.dtype) {
+        case DType::kFloat32: return backward<float>(p, seed, v, scratch, stream);
+        case DType::kBFloat16: return backward<bf16>(p, seed, v, scratch, stream);
+        case DType::kFloat16: return backward<fp16>(p, seed, v, scratch, stream);
+    }
+    QLK_CHECK(false, "linear_backward of dtype code " + std::to_string(static_cast<int>(p.dtype)));
+}
+
+// The kernels of a pass come one after another and share their room.
+int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool wide_a, bool wide_b, bool backward,
+                       int device) {
+    const Card here = card(device);
+    const int64_t converted =
+        converted_bytes(r * k, dtype, wide_a, backward) + converted_bytes(r * n, dtype, wide_b, backward);
+    // Whether x lies on 16 bytes is not known yet.
+    return converted + std::max({plan({m, n, k, dtype, backward, true, true}, here).scratch,
+                                 chosen({m, n, k, dtype, backward, true, false}, here).scratch,
+                                 adapter_scratch(m, n, k, r, dtype, backward, device)});
+}
+
+}  // namespace qlk::cuda

@@ -1,0 +1,47 @@
+// Adapters in another type than x: float32 ones are rounded for the products, and gradients, which are summed in
+// float32, for adapters that are not. Two tensors a launch, whichever of them needs it: to the nearest, ties to even,
+// as a cast rounds. Casts by torch, one for each tensor, would cost the host two launches and two allocations more.
+//
+// Why not where adapters are read: the kernels copy them asynchronously, which cannot convert, so that all of them
+// would need a second way to load; and many blocks would convert the same elements, whereas this launch reads the
+// adapters once, some hundred KiB that are then in L2. By reasoning; no card has been asked.
+#pragma once
+
+#include "cuda/common/decode.cuh"
+
+namespace qlk::cuda {
+
+template <class T>
+struct NarrowArguments {
+    struct Span {
+        const float* from;  // [count]
+        T* to;              // [count]
+        int64_t count;
+        bool aligned;  // from lies on 16 bytes, to on 8
+    };
+    Span first, second;
+};
+
+constexpr int kNarrowThreads = 256;
+
+// Four neighbours a thread, of the first tensor or else of the second.
+template <class T>
+__global__ void __launch_bounds__(kNarrowThreads, 1) narrow_kernel(const __grid_constant__ NarrowArguments<T> a) {
+    int64_t at = (static_cast<int64_t>(blockIdx.x) * kNarrowThreads + threadIdx.x) * 4;
+    const int64_t before = (a.first.count + 3) / 4 * 4;
+    const bool second = at >= before;
+    const auto& span = second ? a.second : a.first;
+    if (second) at -= before;
+    if (span.aligned && at + 4 <= span.count) {
+        const float4 four = load_global(reinterpret_cast<const float4*>(span.from + at));
+        store_global(reinterpret_cast<uint2*>(span.to + at),
+                     make_uint2(pack_pair<T>(four.x, four.y), pack_pair<T>(four.z, four.w)));
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        if (at + e < span.count) store_global(span.to + at + e, from_float<T>(load_global(span.from + at + e)));
+    }
+}
+
+}  // namespace qlk::cuda

@@ -1,0 +1,130 @@
+// The products of the layer, element by element, for product.cuh:
+//
+//     u = scale * mask(x) A^T        y = u B^T + x W^T + bias
+//     v = scale * dy B               dx = mask(v A) + dy W        da = v^T mask(x)        db = dy^T u
+//
+// with scale = scaling / (1 - p). u and v are rounded to T, as on the CPU. The low-rank part of y and dx comes first,
+// so that the mask of dx can be applied to it before the rest is added.
+#pragma once
+
+#include "cuda/common/bias.cuh"
+#include "cuda/common/dropout.cuh"
+#include "cuda/common/weight.cuh"
+#include "cuda/linear/simt/product.cuh"
+
+namespace qlk::cuda {
+
+// Weight i of the flat tensor, rounded to T.
+template <class T>
+QLK_DEVICE float decode_element(const DeviceWeight& w, int64_t i) {
+    const int byte = load_global(w.packed + i / 2);
+    const int code = i % 2 ? byte & 15 : byte >> 4;
+    return to_float(from_float<T>(__fmul_rn(w.levels[code], decode_absmax(w, i / kBlock))));
+}
+
+template <class T>
+QLK_DEVICE float element(const T* matrix, int64_t i) {
+    return to_float(load_global(matrix + i));
+}
+
+// What all products have unless they say otherwise: one part, the second.
+struct OnePart {
+    static constexpr bool kLeftDepthFirst = true;
+    static constexpr bool kRightDepthFirst = true;
+    int64_t rows, columns;
+    int64_t depth[2];
+
+    QLK_DEVICE float between(int64_t, int64_t, float sum) const { return sum; }
+};
+
+template <class T>
+struct ForwardProduct : OnePart {
+    DeviceWeight weight;
+    const T *x, *u, *lora_b;
+    Bias<T> bias;
+    T* y;
+
+    QLK_DEVICE float left(int part, int64_t i, int64_t d) const {
+        return part == 0 ? element(u, i * depth[0] + d) : element(x, i * depth[1] + d);
+    }
+    QLK_DEVICE float right(int part, int64_t d, int64_t j) const {
+        return part == 0 ? element(lora_b, j * depth[0] + d) : decode_element<T>(weight, j * depth[1] + d);
+    }
+    QLK_DEVICE void store(int64_t i, int64_t j, float sum) const {
+        store_global(y + i * columns + j, from_float<T>(bias.any() ? sum + bias.at(j) : sum));
+    }
+};
+
+template <class T>
+struct InputGradientProduct : OnePart {
+    static constexpr bool kRightDepthFirst = false;
+    DeviceWeight weight;
+    const T *dy, *v, *lora_a;
+    Dropout dropout;
+    T* dx;
+
+    QLK_DEVICE float left(int part, int64_t i, int64_t d) const {
+        return part == 0 ? element(v, i * depth[0] + d) : element(dy, i * depth[1] + d);
+    }
+    QLK_DEVICE float right(int part, int64_t d, int64_t j) const {
+        return part == 0 ? element(lora_a, d * columns + j) : decode_element<T>(weight, d * columns + j);
+    }
+    QLK_DEVICE float between(int64_t i, int64_t j, float sum) const {
+        return dropout.keeps(i * columns + j) ? sum : 0.0f;
+    }
+    QLK_DEVICE void store(int64_t i, int64_t j, float sum) const {
+        store_global(dx + i * columns + j, from_float<T>(sum));
+    }
+};
+
+// u
+template <class T>
+struct DownProduct : OnePart {
+    const T *x, *lora_a;
+    Dropout dropout;
+    float scale;
+    T* u;
+
+    QLK_DEVICE float left(int, int64_t i, int64_t d) const {
+        const int64_t at = i * depth[1] + d;
+        return dropout.keeps(at) ? element(x, at) : 0.0f;
+    }
+    QLK_DEVICE float right(int, int64_t d, int64_t j) const { return element(lora_a, j * depth[1] + d); }
+    QLK_DEVICE void store(int64_t i, int64_t j, float sum) const {
+        store_global(u + i * columns + j, from_float<T>(scale * sum));
+    }
+};
+
+// v
+template <class T>
+struct UpGradientProduct : OnePart {
+    static constexpr bool kRightDepthFirst = false;
+    const T *dy, *lora_b;
+    float scale;
+    T* v;
+
+    QLK_DEVICE float left(int, int64_t i, int64_t d) const { return element(dy, i * depth[1] + d); }
+    QLK_DEVICE float right(int, int64_t d, int64_t j) const { return element(lora_b, d * columns + j); }
+    QLK_DEVICE void store(int64_t i, int64_t j, float sum) const {
+        store_global(v + i * columns + j, from_float<T>(scale * sum));
+    }
+};
+
+// da [r, k] and db [n, r]: left^T right over the rows of x.
+template <class T>
+struct AdapterGradientProduct : OnePart {
+    static constexpr bool kLeftDepthFirst = false;
+    static constexpr bool kRightDepthFirst = false;
+    const T *left_matrix, *right_matrix;  // [m, rows] and [m, columns]
+    Dropout dropout;                      // of the right one
+    float* gradient;
+
+    QLK_DEVICE float left(int, int64_t i, int64_t d) const { return element(left_matrix, d * rows + i); }
+    QLK_DEVICE float right(int, int64_t d, int64_t j) const {
+        const int64_t at = d * columns + j;
+        return dropout.keeps(at) ? element(right_matrix, at) : 0.0f;
+    }
+    QLK_DEVICE void store(int64_t i, int64_t j, float sum) const { store_global(gradient + i * columns + j, sum); }
+};
+
+}  // namespace qlk::cuda
