@@ -1,6 +1,6 @@
 """Kernels for QLoRA: NF4 weights, a linear layer that fuses dequantization, GEMM and the low-rank term, and tools.
 
-See README.md for a tour.
+See README.md, and docs/ for everything else.
 """
 
 from .adapters import load_adapter, save_adapter
