@@ -71,7 +71,7 @@ _BEGIN, _END = "<!-- table: ", "<!-- /table -->"
 
 
 def newest(pattern: str = "cpu-*.jsonl", folder: str | Path = FOLDER) -> Path:
-    """The result file with the latest date inside, among those of a complete run of a commit as it is.
+    """The result file with the latest date inside, among complete runs of an unmodified commit.
 
     Raises:
         FileNotFoundError: when there is none, saying what makes one.

@@ -1,5 +1,6 @@
 // Every PTX instruction that the kernels use by name, each as one function. tests/emulator/ptx.cuh holds a twin of
-// each, and tests/emulator/test_conformance.py runs both on the same operands, bit for bit. Sections are those of the PTX ISA.
+// each, and tests/emulator/test_conformance.py runs both on the same operands, bit for bit. Sections are those of the
+// PTX ISA.
 #pragma once
 
 #include <device.cuh>
