@@ -1,1 +1,1 @@
-"""Benchmarks: this package beside torch, bitsandbytes and PEFT, in one run. See README.md, "Speed"."""
+"""Benchmarks: this package beside torch, bitsandbytes and PEFT, in one run. See docs/benchmarks.md."""

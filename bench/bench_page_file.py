@@ -157,7 +157,7 @@ def run(layers: int, width: int, steps: int, limit: int, folder: str) -> dict[st
 
 
 def sentence(result: dict[str, Any]) -> str:
-    """What README says of it."""
+    """What docs/paged-optimizers.md says of it."""
     limited, machine, gib = result["cases"][LIMITED], result["machine"], 2**30
 
     def seconds(name: str) -> str:

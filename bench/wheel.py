@@ -3,7 +3,7 @@
     python -m bench.wheel
 
 builds the commit's wheel from nothing, in a temporary folder, looks into it, prints a table, and writes
-bench/results/wheel-all.json, from where `python -m bench.tables` takes README's. No GPU takes part.
+bench/results/wheel-all.json, from where `python -m bench.readme.tables` takes the table in docs/. No GPU takes part.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = result(*built(Path(folder), options.archs), Path(folder))
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    from .tables import wheel_table
+    from .readme.tables import wheel_table
 
     print(wheel_table(found, options.out.name))
     return 0

@@ -1,6 +1,6 @@
 """Kernels for QLoRA: NF4 weights, a linear layer that fuses dequantization, GEMM and the low-rank term, and tools.
 
-See README.md for a tour.
+See README.md, and docs/ for everything else.
 """
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize

@@ -139,7 +139,7 @@ def quick() -> list[Point]:
 
 
 def usual() -> list[Point]:
-    """What the README's tables and plots need."""
+    """What the tables and plots in README and docs/ need."""
     return [
         *_limits(),
         *_of("quantize", dtype="float32"),

@@ -34,8 +34,8 @@ class QLinear(Adapters, nn.Linear):
     Ranks, alphas and dropouts are, like all hyperparameters in torch, not part of the state dict.
 
     Args:
-        in_features: K.
-        out_features: N.
+        in_features: K, the columns of the weight.
+        out_features: N, its rows.
         bias: whether to add a bias [N].
         rank: r of the adapter "default", 0 for none.
         alpha: its scaling is alpha / rank, or alpha / sqrt(rank) with ``rslora``.

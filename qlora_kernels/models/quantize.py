@@ -42,7 +42,8 @@ class QuantizeReport:
         quantized: names of the layers that are 4-bit now.
         adapted: those of them that have an adapter.
         left_alone: linear-like layers that were not touched, with the reason.
-        bytes_before, bytes_after: of all parameters and buffers.
+        bytes_before: bytes of all parameters and buffers of the dense model.
+        bytes_after: those of the quantized one.
         trainable_parameters: elements that get gradients, which are the adapters'.
         total_parameters: elements of all parameters, a 4-bit weight counting as N * K.
     """

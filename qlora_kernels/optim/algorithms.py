@@ -29,7 +29,8 @@ class PagedAdamW(Paged):
         weight_decay: decoupled: parameters shrink by lr * weight_decay a step.
         state_bits: 32: float32 moments; 8: one byte each, in blocks of 256 with a float32 constant (Dettmers et al.
             2021, arXiv 2110.02861), a quarter of the memory.
-        max_grad_norm: clip the norm of all gradients to this, as torch.nn.utils.clip_grad_norm_ does, within the step.
+        max_grad_norm: clip the norm of all gradients to this, as ``torch.nn.utils.clip_grad_norm_`` does, within the
+            step.
         page_budget: most bytes of states on the CUDA device at a time; None: all, or half of what the card has free
             when the arena is made, where that is less.
         master_weights: keep a float32 copy of 16-bit parameters in the arena, which the step works on. What is written

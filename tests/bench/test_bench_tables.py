@@ -1,17 +1,19 @@
-"""README's figures come from a result file, and every bar has its verdict."""
+"""The figures in README and docs/ come from result files, and every bar has its verdict."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-if not (ROOT / "bench" / "tables.py").is_file():
+if not (ROOT / "bench" / "readme" / "tables.py").is_file():
     pytest.skip("the tables come with the source tree only", allow_module_level=True)
 
-from bench import bench_operations, tables  # noqa: E402
-from bench.bars import BARS, OPTIMIZER_BARS, Bar, judge  # noqa: E402
+from bench import bench_operations  # noqa: E402
+from bench.readme import tables  # noqa: E402
+from bench.readme.bars import BARS, OPTIMIZER_BARS, Bar, judge  # noqa: E402
 from qlora_kernels.bench import plots, results  # noqa: E402
 from qlora_kernels.bench.common import OURS, Settings  # noqa: E402
 from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY, PEFT  # noqa: E402
@@ -24,28 +26,36 @@ def newest() -> dict:
     return results.load(tables.newest())
 
 
-def test_readme_shows_the_newest_results():
-    text = (ROOT / "README.md").read_text()
-    assert text == tables.filled(text), "README.md is out of date; run: python -m bench.tables"
+def test_the_documents_show_the_newest_results():
+    texts = tables.read_documents()
+    filled = tables.filled(texts)
+    stale = [tables.relative(path) for path in texts if filled[path] != texts[path]]
+    assert not stale, f"{', '.join(stale)}: out of date; run: python -m bench.readme.tables"
     for pattern, page in tables.PAGES.items():
         path = tables.newest(pattern)
         found = page.load(path)
-        for table in page.tables.values():
-            assert table(found, tables.relative(path)) in text
+        for name, table in page.tables.items():
+            document = tables.page_of(name, texts)
+            assert table(found, tables.link(path, document)) in texts[document]
         assert found["complete"]
-        assert found["modified"] is False, "a result that README quotes is of a commit"
+        assert found["modified"] is False, "a result that is quoted is of a commit"
 
 
-def test_readme_shows_every_plot_and_each_is_of_the_newest_result():
+def test_readme_has_the_headline_and_no_other_table():
+    assert re.findall(r"<!-- table: (\S+) -->", (ROOT / "README.md").read_text()) == ["headline"]
+
+
+def test_the_documents_show_every_plot_and_each_is_of_the_newest_result():
     from PIL import Image
 
-    text = (ROOT / "README.md").read_text()
+    texts = tables.read_documents()
     assert {f"cpu-{name}.png" for name in plots.PLOTS} == set(tables.PAGES["cpu-*.jsonl"].plots)
     for pattern, page in tables.PAGES.items():
         path = tables.newest(pattern)
         for name in page.plots:
-            assert f"]({tables.relative(tables.FOLDER / name)})" in text
-            with Image.open(tables.FOLDER / name) as image:
+            plot = tables.FOLDER / name
+            assert any(f"]({tables.link(plot, document)})" in text for document, text in texts.items())
+            with Image.open(plot) as image:
                 assert image.text["Source"] == f"{tables.relative(path)} {page.load(path)['date']}"
 
 
@@ -77,6 +87,24 @@ def test_table_needs_its_markers():
     assert tables.replace_table(text, "new", "a") == text.replace("old", "new", 1)
     with pytest.raises(ValueError, match="no other table between them"):
         tables.replace_table(text.replace("<!-- /table -->", "", 1), "new", "a")
+
+
+def test_a_table_stands_in_one_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    marked = "<!-- table: a -->\n<!-- /table -->\n"
+    texts = {tmp_path / "README.md": marked, tmp_path / "docs" / "a.md": "no markers"}
+    assert tables.page_of("a", texts) == tmp_path / "README.md"
+    with pytest.raises(ValueError, match="found none"):
+        tables.page_of("b", texts)
+    with pytest.raises(ValueError, match=r"found README.md, docs/a.md"):
+        tables.page_of("a", {**texts, tmp_path / "docs" / "a.md": marked})
+
+
+def test_the_headline_needs_each_of_its_cases(newest):
+    point = tables.HEADLINE[0]
+    without = {**newest, "cases": [case for case in newest["cases"] if point_of(case) != point]}
+    with pytest.raises(ValueError, match="lacks what the table in README shows: linear_forward"):
+        tables.headline_table(without, "x.jsonl")
 
 
 def changed(run: dict, point: Point, name: str, **contender) -> dict:
@@ -153,7 +181,7 @@ def test_a_bar_without_this_packages_figure_has_its_reason(newest):
 
 
 def test_nothing_is_replaced_when_a_plot_cannot_be_drawn(tmp_path, monkeypatch, newest):
-    """README and all plots stay as they were, and nobody is told otherwise."""
+    """The document and all plots stay as they were, and nothing is printed that says otherwise."""
     readme, folder = tmp_path / "README.md", tmp_path / "results"
     folder.mkdir()
     text = "".join(
@@ -166,7 +194,7 @@ def test_nothing_is_replaced_when_a_plot_cannot_be_drawn(tmp_path, monkeypatch, 
         path = tables.newest(pattern)
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "cpu-memory.png").write_text("old")
-    monkeypatch.setattr(tables, "README", readme)
+    monkeypatch.setattr(tables, "HEADLINE", tables.HEADLINE[:1])  # which needs none of the cases that are missing
     monkeypatch.setattr(tables, "FOLDER", folder)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables.newest, "__defaults__", ("cpu-*.jsonl", folder))
@@ -182,7 +210,7 @@ def test_nothing_is_replaced_when_a_plot_cannot_be_drawn(tmp_path, monkeypatch, 
 
 
 def test_figures_are_the_files(newest):
-    """A median that is another in the file is another in README."""
+    """A median that differs in the file differs in the table."""
     point = Point("adamw_step", "float32", rank=16, model="llama-2-7b")
     case = next(case for case in newest["cases"] if point_of(case) == point)
     ours = next(c for c in case["contenders"] if c["name"] == OURS)

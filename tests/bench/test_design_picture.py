@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-if not (Path(__file__).resolve().parent.parent.parent / "bench" / "design_picture.py").is_file():
+ROOT = Path(__file__).resolve().parent.parent.parent
+if not (ROOT / "bench" / "readme" / "design_picture.py").is_file():
     pytest.skip("the bench comes with the source tree only", allow_module_level=True)
 
-from bench import design_picture
+from bench.readme import design_picture  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+KERNEL = ROOT / "csrc" / "cuda" / "linear" / "mma" / "tiles.cuh"
+TABLE = ROOT / "csrc" / "cuda" / "linear" / "dispatch.h"
 
 
 def source(path: Path) -> str:
@@ -23,9 +25,10 @@ def source(path: Path) -> str:
 
 
 def test_the_committed_picture_is_of_this_script():
-    assert source(design_picture.PATH) == design_picture.source_note(), "python -m bench.design_picture"
+    assert source(design_picture.PATH) == design_picture.source_note(), "python -m bench.readme.design_picture"
     assert design_picture.PATH.stat().st_size < 150_000
-    assert f"]({design_picture.PATH.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
+    page = ROOT / "docs" / "design" / "fused-kernel.md"
+    assert f"](../../{design_picture.PATH.relative_to(ROOT)})" in page.read_text()
 
 
 def test_it_draws(tmp_path):
@@ -35,8 +38,7 @@ def test_it_draws(tmp_path):
 
 
 def test_what_it_says_is_in_the_code():
-    code = (ROOT / "csrc" / "cuda" / "linear" / "mma" / "tiles.cuh").read_text()
-    table = (ROOT / "csrc" / "cuda" / "linear" / "dispatch.h").read_text()
+    code, table = KERNEL.read_text(), TABLE.read_text()
     drawn = Path(design_picture.__file__).read_text()
     # The kernel with 128 columns: with 256 all warps decode in every step.
     assert f'{{"tiles128", Family::kTiles, 128, 128, {design_picture.STAGES}, kAnyRows' in table

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_kernels.native import architectures
-from qlora_kernels.native import extension
+from qlora_kernels.native import architectures, extension
+from qlora_kernels.native.architectures import local_version, names, parse, unserved
 from qlora_kernels.ops import backends
 from qlora_kernels.ops.backends import choose
-from qlora_kernels.native.architectures import local_version, names, parse, unserved
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ import torch
 from engines import ISAS
 
 import qlora_kernels
-from qlora_kernels.native import extension
 from qlora_kernels import NF4Weight, default_nested_table, linear
-from qlora_kernels.ops import backends
+from qlora_kernels.native import extension
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXTENSION = Path(extension.native().__file__)

@@ -27,7 +27,7 @@ class FinetuneMeasurement:
     """Runs of the command, each of which trains all contenders, one after the other, in a process of its own.
 
     Its contenders cannot take turns call by call. What is trained is not looked at here: the loss that NF4 and LoRA
-    reach is in the README's table of a whole run.
+    reach is in the table of a whole run in docs/fine-tuning.md.
 
     Args:
         settings: how; as many runs as fit its seconds.

@@ -1,12 +1,13 @@
-"""README's tables and plots, from result files: no figure there is typed by hand.
+"""The tables and plots in README and docs/, written from result files: no figure there is typed by hand.
 
-python -m bench.tables        # from the newest result of each kind in bench/results/
+python -m bench.readme.tables        # from the newest result of each kind in bench/results/
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import sys
 import tempfile
@@ -33,24 +34,45 @@ from qlora_kernels.bench.limits import find_contender, gb_per_s, gflop_per_s, li
 from qlora_kernels.bench.machine import ROOT
 from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
-from qlora_kernels.bench.points import OPTIMIZER, K, N
+from qlora_kernels.bench.points import OPTIMIZER, K, N, Point, point_of
 from qlora_kernels.bench.table import machine_line
 from qlora_kernels.storage.atomic_file import write_atomically
 from qlora_kernels.storage.formats import load_json
 
-from . import bench_host
+from .. import bench_host
 from .bars import BARS, BARS_THREADS, OPTIMIZER_BARS, Bar, judge
 
-README = ROOT / "README.md"
 FOLDER = ROOT / "bench" / "results"
 
+#: What README's table shows. Where another contender is faster, that row stays.
+HEADLINE = (
+    *(Point("linear_forward", n=N, k=K, m=m, rank=0) for m in (1, 16, 512, 2048)),
+    *(Point("linear_step", n=N, k=K, m=m, rank=16) for m in (16, 512)),
+    Point("block_step", m=512, rank=16, model="llama-2-7b"),
+    Point("quantize", "float32", n=N, k=K),
+    Point("adamw_step", "float32", rank=16, model="llama-2-7b"),
+)
+
+
+def documents() -> list[Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 _COLUMNS = (OURS, DENSE, DEQUANTIZED, FUSED, FOREACH, BNB, BNB_EVAL, PEFT, PEFT_EVAL)
+#: Of README's table: a heading, and whichever of these a case has.
+_HEADLINE_COLUMNS = {
+    "this package": (OURS,),
+    "torch: dense layer, fused AdamW": (DENSE, FUSED),
+    "bitsandbytes, with PEFT where r = 16": (BNB, PEFT),
+    "bitsandbytes, eval-mode layer": (BNB_EVAL,),
+}
 _HEADINGS = {OURS: "this package", DENSE: "torch, dense"}
 _BEGIN, _END = "<!-- table: ", "<!-- /table -->"
 
 
 def newest(pattern: str = "cpu-*.jsonl", folder: str | Path = FOLDER) -> Path:
-    """The result file with the latest date inside, among those of a complete run of a commit as it is.
+    """The result file with the latest date inside, among complete runs of an unmodified commit.
 
     Raises:
         FileNotFoundError: when there is none, saying what makes one.
@@ -64,6 +86,30 @@ def newest(pattern: str = "cpu-*.jsonl", folder: str | Path = FOLDER) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------- tables
+
+
+def headline_table(found: dict[str, Any], source: str) -> str:
+    """README's own: a few rows from training and serving.
+
+    Raises:
+        ValueError: when a case is missing.
+    """
+    known = {point_of(case): case for case in found["cases"]}
+    if lacking := [str(point) for point in HEADLINE if point not in known]:
+        raise ValueError(f"{source} lacks what the table in README shows: {'; '.join(lacking)}")
+    lines = [*_head(found, source, f"Layers have N = K = {N}. "), ""]
+    lines += ["| | " + " | ".join(_HEADLINE_COLUMNS) + " |", "|---" * (len(_HEADLINE_COLUMNS) + 1) + "|"]
+    for point in HEADLINE:
+        case = known[point]
+        shown = {**case, "n": None, "k": None}
+        if point.operation in OPTIMIZER:
+            shown |= {"rank": None, "dtype": "bfloat16"}
+        contenders = [
+            next(filter(None, (find_contender(case, name) for name in names)), None)
+            for names in _HEADLINE_COLUMNS.values()
+        ]
+        lines.append(f"| {title_of(shown)} | " + " | ".join(_cell(case, c) for c in contenders) + " |")
+    return "\n".join(lines)
 
 
 def layer_table(found: dict[str, Any], source: str) -> str:
@@ -200,7 +246,7 @@ def _draw(name: str, found: dict[str, Any], path: Path, source: str) -> None:
     """Draws a plot.
 
     Raises:
-        ValueError: when the result lacks what it shows: README must not go on showing an older one.
+        ValueError: when the result lacks what the plot shows: a page must not go on showing an older one.
     """
     if not plots.draw(found, name, path, f"{source} {found['date']}"):
         raise ValueError(f"{source} lacks what the plot '{name}' shows")
@@ -279,7 +325,7 @@ def _noise(case: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Page:
-    """What README shows of a kind of result files.
+    """What README and docs/ show of one kind of result file.
 
     Attributes:
         made_by: the command that makes one.
@@ -299,7 +345,7 @@ PAGES = {
     "cpu-*.jsonl": Page(
         "qlora-kernels bench --out bench/results/cpu-NAME.jsonl",
         results.load,
-        {"cpu": layer_table, "cpu-other": other_table, "optimizer": optimizer_table},
+        {"headline": headline_table, "cpu": layer_table, "cpu-other": other_table, "optimizer": optimizer_table},
         {f"cpu-{name}.png": functools.partial(_draw, name) for name in plots.PLOTS},
     ),
     "second-cpu-*.jsonl": Page(
@@ -329,11 +375,11 @@ PAGES = {
     ),
 }
 
-# --------------------------------------------------------------------------------------------------------- README
+# ---------------------------------------------------------------------------------------------------------- pages
 
 
 def replace_table(text: str, table: str, name: str) -> str:
-    """README's text with the table between the markers of that name.
+    """A page's text with the table between the markers of that name.
 
     Raises:
         ValueError: when the markers are missing, or another table begins between them.
@@ -345,29 +391,58 @@ def replace_table(text: str, table: str, name: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{_END}", text)
 
 
-def filled(text: str) -> str:
-    """README's text with the tables of the newest results.
+def page_of(name: str, texts: dict[Path, str]) -> Path:
+    """The one document that holds a table.
+
+    Raises:
+        ValueError: when none does, or several do.
+    """
+    found = [path for path, text in texts.items() if f"{_BEGIN}{name} -->" in text]
+    if len(found) != 1:
+        where = ", ".join(map(relative, found)) or "none"
+        raise ValueError(f"one document should hold the markers {_BEGIN}{name} --> and {_END}, found {where}")
+    return found[0]
+
+
+def filled(texts: dict[Path, str]) -> dict[Path, str]:
+    """The documents with the tables of the newest results.
+
+    Args:
+        texts: the documents' text.
 
     Raises:
         ValueError: when markers are missing, or the case of a bar is.
         FileNotFoundError: when there is no result of a kind.
     """
+    texts = dict(texts)
     for pattern, page in PAGES.items():
         path = newest(pattern)
         found = page.load(path)
         for name, table in page.tables.items():
-            text = replace_table(text, table(found, relative(path)), name)
-    return text
+            document = page_of(name, texts)
+            texts[document] = replace_table(texts[document], table(found, link(path, document)), name)
+    return texts
+
+
+def read_documents() -> dict[Path, str]:
+    return {path: path.read_text(encoding="utf-8") for path in documents()}
+
+
+def link(path: Path, document: Path) -> str:
+    """How a document links to a file."""
+    return Path(os.path.relpath(path, document.parent)).as_posix()
 
 
 def relative(path: Path) -> str:
-    """As README links to it."""
     return path.resolve().relative_to(ROOT).as_posix()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.splitlines()[0]).parse_args(argv)
-    made = {README: (filled(README.read_text(encoding="utf-8")).encode(), "the newest results")}
+    argparse.ArgumentParser(prog="python -m bench.readme.tables", description=__doc__.splitlines()[0]).parse_args(argv)
+    before = read_documents()
+    made = {
+        path: (text.encode(), "the newest results") for path, text in filled(before).items() if text != before[path]
+    }
     with tempfile.TemporaryDirectory() as folder:
         for pattern, page in PAGES.items():
             path = newest(pattern)
@@ -375,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 drawn = Path(folder, name)
                 plot(page.load(path), drawn, relative(path))
                 made[FOLDER / name] = (drawn.read_bytes(), relative(path))
-    # Only now that nothing can fail any more is anything replaced.
+    # Nothing can fail from here on, so only now is anything replaced.
     for path, (content, source) in made.items():
         write_atomically(path, lambda temporary, content=content: Path(temporary).write_bytes(content))
         print(f"{relative(path)} from {source}")

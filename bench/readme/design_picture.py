@@ -1,6 +1,6 @@
-"""The picture of the fused product in README: python -m bench.design_picture
+"""The picture of the fused product in docs/design/fused-kernel.md: python -m bench.readme.design_picture
 
-It shows csrc/cuda/linear/mma/tiles.cuh with four stages. Drawn, not measured: widths in the timeline mean nothing.
+It shows the kernel of tiles with four stages. Drawn, not measured: widths in the timeline mean nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PATH = Path(__file__).resolve().parent / "results" / "design.png"
+PATH = Path(__file__).resolve().parent.parent / "results" / "design.png"
 STAGES = 4
 STEPS = 5  # in the timeline
 
@@ -20,7 +20,7 @@ _EDGE = "#444444"
 
 def source_note() -> str:
     """What the picture's metadata say: a digest of this file, by which a test knows an old picture."""
-    return f"bench/design_picture.py {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
+    return f"bench/readme/design_picture.py {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
 
 
 def _box(axes: Any, x: float, y: float, width: float, height: float, text: str, color: str, size: float = 8) -> None:
