@@ -226,7 +226,7 @@ def test_named_files_exist():
 
 
 def test_commands_have_the_options_that_pages_show():
-    from qlora_kernels.cli import main
+    from qlora_kernels.cli.main import main
 
     said = {}
 

@@ -14,7 +14,7 @@ from sphinx.util.docutils import SphinxDirective
 
 def help_of(*command: str) -> str:
     """What ``qlora-kernels COMMAND --help`` prints, 80 columns wide and without colours."""
-    from qlora_kernels.cli import main
+    from qlora_kernels.cli.main import main
 
     said = io.StringIO()
     plain = {"COLUMNS": "80", "NO_COLOR": "1"}

@@ -1,0 +1,196 @@
+"""The includes of csrc/ go one way: no file includes itself by a detour, and folders include only those below them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+#: What each folder may include besides itself, lowest first; "." is csrc/ itself. A file that stands lower than its
+#: folder has an entry of its own.
+MAY_INCLUDE = {
+    ".": (),
+    "cpu": (".",),
+    "cpu/quantize": (".", "cpu"),
+    "cpu/linear": (".", "cpu", "cpu/quantize"),
+    "cpu/optimizer": (".", "cpu"),
+    "cpu/instruction_sets": (".", "cpu", "cpu/quantize", "cpu/linear", "cpu/optimizer"),
+    "cuda/device": (".",),
+    "cuda/common": (".", "cuda/device"),
+    "cuda/quantize": (".", "cuda/device", "cuda/common"),
+    "cuda/optimizer": (".", "cuda/device", "cuda/common"),
+    "cuda/linear/dispatch.h": (".",),
+    "cuda/linear/compiled.cuh": ("cuda/device", "cuda/linear/dispatch.h"),
+    "cuda/linear/simt": (".", "cuda/device", "cuda/common"),
+    "cuda/linear/mma": (".", "cuda/device", "cuda/common", "cuda/linear/dispatch.h", "cuda/linear/compiled.cuh"),
+    "cuda/linear": (
+        *(".", "cuda/device", "cuda/common", "cuda/linear/dispatch.h", "cuda/linear/compiled.cuh"),
+        *("cuda/linear/simt", "cuda/linear/mma"),
+    ),
+    "bindings": (".", "cuda/linear/dispatch.h", "cuda/optimizer"),
+}
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
+
+
+class Include(NamedTuple):
+    file: str  # relative to csrc, as is the target
+    line: int
+    target: str
+
+    def __str__(self) -> str:
+        return f"csrc/{self.file}:{self.line} includes {self.target}"
+
+
+def sources(csrc: Path) -> list[str]:
+    return sorted(str(p.relative_to(csrc)) for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cuh", ".cu"))
+
+
+def includes(csrc: Path) -> list[Include]:
+    """Every include of one of csrc's files by another, in the compilers' order of folders.
+
+    Raises:
+        AssertionError: for a name in quotes that is no path from csrc.
+    """
+    files = set(sources(csrc))
+    found = []
+    for file in sorted(files):
+        for number, line in enumerate((csrc / file).read_text().splitlines(), 1):
+            if not (match := INCLUDE.match(line)):
+                continue
+            quoted, name = match.group(1) == '"', match.group(2)
+            target = next((path for path in (f"cuda/device/{name}", name) if path in files), None)
+            assert not quoted or name in files, f"csrc/{file}:{number}: {name} is not a path from csrc"
+            if target is not None:
+                found.append(Include(file, number, name if quoted else target))
+    return found
+
+
+def circles(found: list[Include]) -> list[str]:
+    """Each circle that a depth-first walk closes, as its lines."""
+    leaving: dict[str, list[Include]] = {}
+    for one in found:
+        leaving.setdefault(one.file, []).append(one)
+    closed, done, path = [], set(), []
+
+    def walk(file: str) -> None:
+        for one in leaving.get(file, []):
+            begin = next((i for i, earlier in enumerate([*path, one]) if earlier.file == one.target), None)
+            if begin is not None:
+                closed.append("; ".join(map(str, [*path, one][begin:])))
+            elif one.target not in done:
+                path.append(one)
+                walk(one.target)
+                path.pop()
+        done.add(file)
+
+    for file in sorted(leaving):
+        if file not in done:
+            walk(file)
+    return closed
+
+
+def room(file: str) -> str:
+    """The entry of MAY_INCLUDE that a file belongs to: its own or its folder's."""
+    return file if file in MAY_INCLUDE else str(Path(file).parent)
+
+
+def upward(found: list[Include]) -> list[str]:
+    """Each include that MAY_INCLUDE doesn't allow."""
+    return [
+        f"{one}, and {room(one.file)} may not include {room(one.target)}"
+        for one in found
+        if room(one.target) not in (room(one.file), *MAY_INCLUDE.get(room(one.file), ()))
+    ]
+
+
+def test_no_file_includes_itself_by_a_detour():
+    found = includes(ROOT / "csrc")
+    assert len(found) > 100
+    assert {one.file for one in found} >= {"bindings/module.cpp", "cuda/linear/launch.cu", "cpu/linear/linear.h"}
+    assert not circles(found)
+
+
+def test_folders_include_only_what_is_below_them():
+    assert not upward(includes(ROOT / "csrc"))
+
+
+def test_every_folder_has_its_place_and_every_place_is_used():
+    assert {room(file) for file in sources(ROOT / "csrc")} == set(MAY_INCLUDE)
+
+
+def test_the_declared_order_has_no_circle():
+    """Every folder names those alone that come before it."""
+    order = list(MAY_INCLUDE)
+    for place, (folder, below) in enumerate(MAY_INCLUDE.items()):
+        assert set(below) <= set(order[:place]), folder
+
+
+# ------------------------------------------------------------------------------------------- that these can fail
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Writes files of a made-up csrc and gives its includes."""
+
+    def write(files: dict[str, str]) -> list[Include]:
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return includes(tmp_path)
+
+    return write
+
+
+def test_a_circle_is_found(tree):
+    found = tree(
+        {
+            "cpu/a.h": '#pragma once\n#include "cpu/b.h"\n',
+            "cpu/b.h": '#if defined(X)\n  #  include "cpu/c.h"\n#endif\n',
+            "cpu/c.h": '#include <vector>\n\n#include "cpu/b.h"\n',
+            "cpu/d.cpp": '#include "cpu/a.h"\n#include "cpu/c.h"\n',
+        }
+    )
+    assert circles(found) == ["csrc/cpu/b.h:2 includes cpu/c.h; csrc/cpu/c.h:3 includes cpu/b.h"]
+    assert upward(found) == []
+
+
+def test_a_file_that_includes_itself_is_a_circle(tree):
+    assert circles(tree({"cpu/a.h": '#include "cpu/a.h"\n'})) == ["csrc/cpu/a.h:1 includes cpu/a.h"]
+
+
+def test_two_ways_to_one_file_are_no_circle(tree):
+    files = {"a.h": '#include "b.h"\n#include "c.h"\n', "b.h": '#include "d.h"\n', "c.h": '#include "d.h"\n', "d.h": ""}
+    assert circles(tree(files)) == []
+
+
+def test_an_include_upward_is_found(tree):
+    files = {
+        "kernels.h": "",
+        "cuda/device/device.cuh": '#include "kernels.h"\n// #include "cuda/common/bias.cuh"\n',
+        "cuda/common/bias.cuh": "#include <device.cuh>\n",
+        "cuda/common/splits.cuh": '#include <tuple>\n#include "cuda/linear/dispatch.h"\n',
+        "cuda/linear/dispatch.h": "#include <device.cuh>\n",
+        "cuda/linear/launch.cu": '#include "cuda/common/bias.cuh"\n#include "cuda/quantize/quantize.cuh"\n',
+        "cuda/quantize/quantize.cuh": "",
+        "elsewhere/new.h": '#include "kernels.h"\n',
+    }
+    assert upward(tree(files)) == [
+        "csrc/cuda/common/splits.cuh:2 includes cuda/linear/dispatch.h,"
+        " and cuda/common may not include cuda/linear/dispatch.h",
+        "csrc/cuda/linear/dispatch.h:1 includes cuda/device/device.cuh,"
+        " and cuda/linear/dispatch.h may not include cuda/device",
+        "csrc/cuda/linear/launch.cu:2 includes cuda/quantize/quantize.cuh,"
+        " and cuda/linear may not include cuda/quantize",
+        "csrc/elsewhere/new.h:1 includes kernels.h, and elsewhere may not include .",
+    ]
+
+
+def test_a_name_that_is_no_path_from_csrc_is_found(tree):
+    with pytest.raises(AssertionError, match=r"csrc/cpu/a\.h:1: b\.h is not a path from csrc"):
+        tree({"cpu/a.h": '#include "b.h"\n', "cpu/b.h": ""})
