@@ -1,6 +1,7 @@
-"""Drives csrc/CMakeLists.txt and gives the version; everything else about the package is in pyproject.toml.
+"""Drives csrc/CMakeLists.txt and sets the version; everything else about the package is in pyproject.toml.
 
-QLORA_KERNELS_CUDA_ARCHS says what to build for CUDA: native (the GPUs seen), none, all, or a list; see setup_cuda.py.
+QLORA_KERNELS_CUDA_ARCHS selects the CUDA architectures: native (the GPUs found here), none, all, or a list; see
+setup_cuda.py.
 """
 
 import os
@@ -17,15 +18,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # an isolated build leaves the folder of setup.py out
+sys.path.insert(0, str(ROOT))  # an isolated build leaves out the folder of setup.py
 
 import setup_cuda  # noqa: E402
 
 
 def compiler() -> str:
-    """The C++ compiler to use, after one that is missing or too old has been turned into one sentence.
+    """The C++ compiler to use; exits with one sentence if it is missing or too old.
 
-    CXX may hold arguments too ("ccache g++", "g++ -m64"); the result is in the form that CMake takes in CXX.
+    CXX may include arguments ("ccache g++", "g++ -m64"); the result has the form that CMake takes in CXX.
     """
     candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
     found = next((words for words in candidates if words and shutil.which(words[0])), None)
@@ -69,7 +70,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}/out",
             *cuda_options(host),
         ]
-        # A build folder that outlived its temporary environment names tools that are gone.
+        # The cache of an earlier isolated build names tools that are gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         environment = os.environ | {"CXX": host}
         for command in (configure, ["cmake", "--build", str(build)]):
@@ -82,7 +83,7 @@ class CMakeBuild(build_ext):
 
 
 def cuda_options(host: str) -> list[str]:
-    """What CMake is told of CUDA."""
+    """CMake options for CUDA."""
     if not PLAN.architectures:
         return []
     words = shlex.split(host)
@@ -99,7 +100,7 @@ def cuda_options(host: str) -> list[str]:
 
 def plan() -> setup_cuda.Plan:
     if "sdist" in sys.argv:
-        return setup_cuda.Plan()  # sources are the same for every architecture
+        return setup_cuda.Plan()  # the sources are the same for every architecture
     try:
         return setup_cuda.plan()
     except ValueError as problem:
@@ -107,7 +108,7 @@ def plan() -> setup_cuda.Plan:
 
 
 PLAN = plan()
-# The local part names the architectures inside: "0.1.0+cu130.sm80.sm90a".
+# The local version names the architectures inside: "0.1.0+cu130.sm80.sm90a".
 VERSION = re.search(r'"(.+)"', (ROOT / "qlora_kernels/version.py").read_text().split("BASE = ")[1]).group(1)
 VERSION += PLAN.local_version
 

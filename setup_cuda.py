@@ -1,6 +1,6 @@
-"""What setup.py builds for CUDA: reads QLORA_KERNELS_CUDA_ARCHS, looks for GPUs, finds nvcc and asks what it knows.
+"""What setup.py builds for CUDA: reads QLORA_KERNELS_CUDA_ARCHS, looks for GPUs, finds nvcc and asks what it supports.
 
-Errors are ValueErrors of one sentence. Tests and bench/ find the CUDA tools here, too.
+Errors are one-sentence ValueErrors. Tests and bench/ find the CUDA tools through this file too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent
 VARIABLE = "QLORA_KERNELS_CUDA_ARCHS"
 OLDEST_NVCC = (12, 0)
 TOOLKIT = Path("/usr/local/cuda")
-# All of one release: nvcc refuses a crt or nvvm of another.
+# All from one release: nvcc refuses a crt or nvvm from another.
 PACKAGES = (
     "nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 "
     "nvidia-cuda-cccl==13.0.85"
@@ -32,7 +32,7 @@ INSTALL = f"install the CUDA toolkit, or 'pip install {PACKAGES}', or point CUDA
 
 
 def _architectures():
-    # By its path: importing the package would import torch, which a build does not have.
+    # Loaded by path: importing the package would import torch, which isn't there during a build.
     spec = importlib.util.spec_from_file_location(
         "_architectures", ROOT / "qlora_kernels" / "native" / "architectures.py"
     )
@@ -48,10 +48,10 @@ architectures = _architectures()
 
 
 def find_tool(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The path of one of CUDA's tools: nvcc, cuobjdump, nvdisasm; None when there is none.
+    """The path of a CUDA tool (nvcc, cuobjdump, nvdisasm), or None.
 
-    Looked for in CUDACXX (nvcc alone), in CUDA_HOME and CUDA_PATH, on PATH, in /usr/local/cuda and in the PyPI
-    packages: those of this Python, and of the environment that pip or build isolates this one from.
+    Searches CUDACXX (for nvcc only), CUDA_HOME and CUDA_PATH, PATH, /usr/local/cuda, and the PyPI packages: those of
+    this Python, and those of the environment that pip or build isolates it from.
     """
     if name == "nvcc" and environment.get("CUDACXX"):
         return shutil.which(environment["CUDACXX"], path=environment.get("PATH"))
@@ -67,7 +67,7 @@ def find_tool(name: str, environment: Mapping[str, str] = os.environ) -> str | N
 
 def _site_packages(environment: Mapping[str, str]) -> Iterable[Path]:
     # pip takes the environment's packages off sys.path in a build, but leaves the interpreter where it is;
-    # build uses an interpreter of its own, and leaves VIRTUAL_ENV.
+    # build uses its own interpreter, but leaves VIRTUAL_ENV set.
     yield from (Path(sysconfig.get_path(key)) for key in ("purelib", "platlib"))
     yield Path(site.getusersitepackages())
     for key in ("VIRTUAL_ENV", "CONDA_PREFIX"):
@@ -76,7 +76,7 @@ def _site_packages(environment: Mapping[str, str]) -> Iterable[Path]:
 
 
 def _output(*command: str | Path) -> str:
-    """What a command prints; nothing when it fails."""
+    """What a command prints, or an empty string if it fails."""
     try:
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -98,26 +98,26 @@ class Compiler:
         """Asks an nvcc about itself.
 
         Raises:
-            ValueError: when it doesn't answer as nvcc does, is too old, or stands without the CUDA runtime.
+            ValueError: if it doesn't answer like nvcc, is too old, or comes without the CUDA runtime.
         """
         version = re.search(r"release (\d+)\.(\d+)", _output(path, "--version"))
         if not version:
-            raise ValueError(f"{path} is no nvcc that works: it does not tell its version; {INSTALL}")
+            raise ValueError(f"{path} is not a working nvcc: it does not print its version; {INSTALL}")
         release = f"{version[1]}.{version[2]}"
         if (int(version[1]), int(version[2])) < OLDEST_NVCC:
             raise ValueError(
-                f"{path} is of CUDA {release}, and qlora_kernels needs CUDA {'.'.join(map(str, OLDEST_NVCC))} or a "
-                f"later one; {INSTALL}"
+                f"{path} is from CUDA {release}, and qlora_kernels needs CUDA {'.'.join(map(str, OLDEST_NVCC))} or "
+                f"later; {INSTALL}"
             )
-        # The folder that nvcc itself takes for the toolkit's: its path may be a link or a script elsewhere.
+        # The folder that nvcc itself considers the toolkit: its path may be a link, or a script elsewhere.
         top = re.search(r"^#\$ _?TOP=(.*)$", _output(path, "--dryrun", "x.cu"), re.MULTILINE)
         top = Path(os.path.normpath(top[1])) if top else Path(path).resolve().parent.parent
         folders = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
         runtime = next((f / "libcudart_static.a" for f in folders if (f / "libcudart_static.a").exists()), None)
         if runtime is None:
             raise ValueError(
-                f"{path} stands without the CUDA runtime: there is no libcudart_static.a in {top}; install the "
-                f"toolkit's cudart, or nvidia-cuda-runtime of the same release {release}"
+                f"{path} comes without the CUDA runtime: there is no libcudart_static.a in {top}; install the "
+                f"toolkit's cudart, or nvidia-cuda-runtime for the same release, {release}"
             )
         codes = _output(path, "--list-gpu-code") + _output(path, "--list-gpu-arch")
         return Compiler(path, release, runtime, frozenset(codes.split()))
@@ -127,7 +127,7 @@ class Compiler:
         """The nvcc that find_tool() finds.
 
         Raises:
-            ValueError: as at() does, and when there is none.
+            ValueError: as at() does, and if there is no nvcc.
         """
         path = find_tool("nvcc", environment)
         if path is None:
@@ -135,14 +135,14 @@ class Compiler:
         return Compiler.at(path)
 
     def knows(self, architecture: str) -> bool:
-        """Whether it compiles for an architecture."""
+        """Whether it can compile for an architecture."""
         number, suffix, ptx = architectures.parts(architecture)
         if suffix == "f" and tuple(map(int, self.release.split("."))) < (12, 9):
-            return False  # families came later than the architectures themselves
+            return False  # family-specific targets came later than the architectures themselves
         return f"sm_{number}" in self.known and (not ptx or f"compute_{number}" in self.known)
 
     def probe(self, host: str | None) -> None:
-        """Compiles next to nothing, before a build of minutes.
+        """Compiles a few lines first, so that a broken nvcc shows before minutes of building.
 
         Raises:
             ValueError: with nvcc's first complaint.
@@ -162,14 +162,14 @@ class Compiler:
         if done.returncode != 0:
             said = (done.stderr + done.stdout).strip().splitlines() or ["nothing"]
             first = next((line for line in said if "error" in line.lower() or "not found" in line), said[0])
-            raise ValueError(f"{self.path} does not compile here, it says: {first.strip()}; {INSTALL}")
+            raise ValueError(f"{self.path} cannot compile on this machine: {first.strip()}; {INSTALL}")
 
 
 # ------------------------------------------------------------------------------------------------------------ GPUs
 
 
 def cards() -> list[tuple[int, int]]:
-    """Compute capabilities of the GPUs seen, each once: asked of the driver, else of nvidia-smi."""
+    """The distinct compute capabilities of the GPUs here, from the driver or else from nvidia-smi."""
     found = _cards_of_driver()
     if found is None:
         smi = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
@@ -207,12 +207,12 @@ class Plan:
 
     architectures: tuple[str, ...] = ()
     compiler: Compiler | None = None
-    #: A sentence to print while building, where something was left out.
+    #: A sentence to print while building if something is left out.
     note: str = ""
 
     @property
     def local_version(self) -> str:
-        """What the version ends in."""
+        """The suffix of the version."""
         return architectures.local_version(self.compiler.release, self.architectures) if self.architectures else ""
 
 
@@ -220,7 +220,7 @@ def plan(environment: Mapping[str, str] = os.environ) -> Plan:
     """Reads QLORA_KERNELS_CUDA_ARCHS and looks at this machine.
 
     Raises:
-        ValueError: for a value that is none, or architectures that were asked for by name and cannot be built.
+        ValueError: for an invalid value, or for architectures named there that cannot be built.
     """
     asked = environment.get(VARIABLE, "native").strip()
     word = asked.lower()
@@ -231,15 +231,17 @@ def plan(environment: Mapping[str, str] = os.environ) -> Plan:
     wanted = architectures.ALL if word == "all" else architectures.parse(asked)
     nvcc = find_tool("nvcc", environment)
     if nvcc is None:
-        raise ValueError(f"{VARIABLE} is '{asked}', and there is no nvcc to build that with; {INSTALL}")
+        raise ValueError(f"{VARIABLE} is '{asked}', and there is no nvcc to build for it; {INSTALL}")
     compiler = Compiler.at(nvcc)
     unknown = [one for one in wanted if not compiler.knows(one)]
     if unknown and word != "all":
         raise ValueError(
-            f"{VARIABLE} names {', '.join(unknown)}, which {nvcc} of CUDA {compiler.release} does not know; "
+            f"{VARIABLE} names {', '.join(unknown)}, which {nvcc} from CUDA {compiler.release} does not support; "
             "leave it out, or install a CUDA release that does (100a needs 12.8; 75 needs one that has not dropped it)"
         )
-    note = f"'all' without {', '.join(unknown)}: nvcc of CUDA {compiler.release} does not know it" if unknown else ""
+    note = (
+        f"'all' without {', '.join(unknown)}: nvcc from CUDA {compiler.release} does not support it" if unknown else ""
+    )
     return Plan(tuple(one for one in wanted if one not in unknown), compiler, note)
 
 
@@ -247,19 +249,23 @@ def _native(environment: Mapping[str, str]) -> Plan:
     seen = [architectures.for_card(*card) for card in cards() if 10 * card[0] + card[1] >= architectures.OLDEST]
     if not seen:
         return Plan()
-    alone = f"a GPU of architecture {', '.join(seen)} is here, and the CPU part is built alone"
+    cpu_only = f"found a GPU with architecture {', '.join(seen)}, but only the CPU part is built"
     nvcc = find_tool("nvcc", environment)
     if nvcc is None:
-        return Plan(note=f"{alone}, as there is no nvcc; {INSTALL}")
+        return Plan(note=f"{cpu_only}, because there is no nvcc; {INSTALL}")
     try:
         compiler = Compiler.at(nvcc)
     except ValueError as problem:
-        return Plan(note=f"{alone}: {problem}")
+        return Plan(note=f"{cpu_only}: {problem}")
     known = tuple(one for one in seen if compiler.knows(one))
     if not known:
-        return Plan(note=f"{alone}, as {nvcc} of CUDA {compiler.release} does not know that architecture")
+        return Plan(note=f"{cpu_only}, because {nvcc} from CUDA {compiler.release} does not support that architecture")
     left_out = [one for one in seen if one not in known]
-    note = f"built without {', '.join(left_out)}: nvcc of CUDA {compiler.release} does not know it" if left_out else ""
+    note = (
+        f"built without {', '.join(left_out)}: nvcc from CUDA {compiler.release} does not support it"
+        if left_out
+        else ""
+    )
     return Plan(known, compiler, note)
 
 

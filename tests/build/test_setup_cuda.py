@@ -80,7 +80,7 @@ def test_lists_are_built_as_asked(archs, expected, local, tmp_path):
 def test_all_is_what_the_compiler_knows(tmp_path):
     found = plan("all", CUDACXX=nvcc_at(tmp_path / "cuda", "12.4", "70 75 80 86 89 90"))
     assert found.architectures == ("75", "80", "86", "89", "90a")
-    assert found.note == "'all' without 100a, 120+PTX: nvcc of CUDA 12.4 does not know it"
+    assert found.note == "'all' without 100a, 120+PTX: nvcc from CUDA 12.4 does not support it"
 
 
 @pytest.mark.parametrize("archs", ["", "fast", "80;sm_90"])
@@ -103,10 +103,12 @@ def test_a_list_without_nvcc_says_what_to_install():
 
 def test_an_old_nvcc_and_an_architecture_it_does_not_know_are_sentences(tmp_path):
     old = nvcc_at(tmp_path / "old", "11.8")
-    with pytest.raises(ValueError, match=rf"{old} is of CUDA 11\.8, and qlora_kernels needs CUDA 12\.0 or a later one"):
+    with pytest.raises(ValueError, match=rf"{old} is from CUDA 11\.8, and qlora_kernels needs CUDA 12\.0 or later"):
         plan("80", CUDACXX=old)
     some = nvcc_at(tmp_path / "some", "12.6", "75 80 90")
-    with pytest.raises(ValueError, match=r"names 100a, 120\+PTX, which .* of CUDA 12\.6 does not know; leave it out"):
+    with pytest.raises(
+        ValueError, match=r"names 100a, 120\+PTX, which .* from CUDA 12\.6 does not support; leave it out"
+    ):
         plan("80;100a;120+PTX", CUDACXX=some)
     # Families came with 12.9, after the architecture.
     with pytest.raises(ValueError, match=r"names 100f, which"):
@@ -114,15 +116,15 @@ def test_an_old_nvcc_and_an_architecture_it_does_not_know_are_sentences(tmp_path
 
 
 def test_an_nvcc_that_does_not_work_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"stands without the CUDA runtime: there is no libcudart_static\.a in"):
+    with pytest.raises(ValueError, match=r"comes without the CUDA runtime: there is no libcudart_static\.a in"):
         plan("80", CUDACXX=nvcc_at(tmp_path / "bare", runtime=False))
     broken = tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    with pytest.raises(ValueError, match=rf"{broken} is no nvcc that works"):
+    with pytest.raises(ValueError, match=rf"{broken} is not a working nvcc"):
         plan("80", CUDACXX=broken)
     compiler = plan("80", CUDACXX=nvcc_at(tmp_path / "cuda")).compiler
-    with pytest.raises(ValueError, match=r"does not compile here, it says: nvcc fatal : no; install"):
+    with pytest.raises(ValueError, match=r"cannot compile on this machine: nvcc fatal : no; install"):
         compiler.probe(None)
 
 
@@ -174,15 +176,16 @@ def test_a_gpu_that_nothing_can_be_built_for_leaves_a_note(tmp_path, monkeypatch
     found = plan()
     assert found.architectures == ()
     assert re.match(
-        r"a GPU of architecture 90a is here, and the CPU part is built alone, as there is no nvcc; install", found.note
+        r"found a GPU with architecture 90a, but only the CPU part is built, because there is no nvcc; install",
+        found.note,
     )
     found = plan(CUDACXX=nvcc_at(tmp_path / "old", "11.8"))
     assert found.architectures == ()
-    assert "built alone: " in found.note
+    assert "only the CPU part is built: " in found.note
     assert "needs CUDA 12.0" in found.note
     found = plan(CUDACXX=nvcc_at(tmp_path / "few", "12.0", "75 80"))
     assert found.architectures == ()
-    assert "of CUDA 12.0 does not know that architecture" in found.note
+    assert "from CUDA 12.0 does not support that architecture" in found.note
 
 
 def test_gpus_without_a_driver_library_are_asked_of_nvidia_smi(tmp_path, monkeypatch):
@@ -250,7 +253,7 @@ def test_setup_py_asks_the_driver(tmp_path):
     done = setup_py("build_ext", CUDACXX="/no/such/nvcc", CXX="/no/such/c++", **environment)
     said = [line for line in done.stderr.splitlines() if "nvcc" in line]
     assert len(said) == 1, done.stderr
-    assert said[0].startswith("qlora_kernels: a GPU of architecture 90a is here, and the CPU part is built alone")
+    assert said[0].startswith("qlora_kernels: found a GPU with architecture 90a, but only the CPU part is built")
 
 
 # ----------------------------------------------------------------------------------------------------------- CMake
