@@ -1,8 +1,8 @@
-"""CUDA architectures: how they are asked for, how a wheel names them, which cards they serve.
+"""CUDA architectures: how to request them, how a wheel names them, which cards they serve.
 
-An architecture is written as in QLORA_KERNELS_CUDA_ARCHS: the compute capability without its dot, ``a`` behind it for
-code of this architecture alone, ``f`` for its family, ``+PTX`` where the intermediate code goes along: "90a",
-"120+PTX". setup.py reads this file before anything is installed: it imports nothing of the package, nor torch.
+An architecture is written as in QLORA_KERNELS_CUDA_ARCHS: the compute capability without its dot, followed by ``a`` for
+code specific to this architecture, ``f`` for its family, ``+PTX`` to include the intermediate code: "90a", "120+PTX".
+setup.py reads this file before anything is installed, so it imports neither torch nor anything from the package.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-#: What the kernels' instructions need: ld.global with an L2 prefetch size, in csrc/cuda/device/ptx.cuh.
+#: The oldest with all instructions that the kernels use: ld.global with an L2 prefetch size (csrc/cuda/device/ptx.cuh).
 OLDEST = 75
-#: What "all" stands for: Turing, Ampere (A100; A10, RTX 30), Ada, Hopper, Blackwell (B200; RTX 50), and PTX for later.
+#: "all": Turing, Ampere (A100; A10, RTX 30), Ada, Hopper, Blackwell (B200; RTX 50), and PTX for later ones.
 ALL = ("75", "80", "86", "89", "90a", "100a", "120+PTX")
 
 _ONE = re.compile(r"(\d{2,3})([af]?)(\+PTX)?")
@@ -21,19 +21,19 @@ _ON_CHIP = {(7, 2), (8, 7), (10, 1), (11, 0)}
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The architectures of a list such as "80;90a;120+PTX" (commas and spaces may part it, too), oldest first.
+    """The architectures in a list such as "80;90a;120+PTX" (commas and spaces separate too), oldest first.
 
     Raises:
-        ValueError: with one sentence, for a list that is none or names what the kernels cannot be built for.
+        ValueError: with one sentence, for an invalid list or an architecture the kernels cannot be built for.
     """
     ptx: dict[tuple[int, str], bool] = {}
     for word in filter(None, re.split(r"[;,\s]+", text)):
         match = _ONE.fullmatch(word.replace("+ptx", "+PTX"))
-        # Suffixes began with 9.0 (a) and 10.0 (f).
+        # The suffixes exist since 9.0 (a) and 10.0 (f).
         if not match or (match[2] and int(match[1]) < {"a": 90, "f": 100}[match[2]]):
             raise ValueError(
                 f"QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list such as '80;90a;120+PTX', and "
-                f"'{word}' is no CUDA architecture"
+                f"'{word}' is not a CUDA architecture"
             )
         if int(match[1]) < OLDEST:
             raise ValueError(
@@ -50,27 +50,27 @@ def parse(text: str) -> tuple[str, ...]:
 
 
 def for_card(major: int, minor: int) -> str:
-    """The architecture to build for a card: with its own instructions, where kernels have a use for them."""
+    """The architecture to build for a card: architecture-specific where the kernels benefit."""
     return f"{major}{minor}{'a' if major in (9, 10) else ''}"
 
 
 def parts(architecture: str) -> tuple[int, str, bool]:
-    """Number, suffix and whether PTX goes along: ``(120, "", True)`` for "120+PTX"."""
+    """Number, suffix and whether PTX is included: ``(120, "", True)`` for "120+PTX"."""
     number, suffix, ptx = _ONE.fullmatch(architecture).groups()
     return int(number), suffix, bool(ptx)
 
 
 def names(built: Iterable[str]) -> list[str]:
-    """What a build has, as the compiler's tools call it: sm_N is machine code, compute_N is PTX."""
+    """A build's architectures as NVIDIA's tools name them: sm_N is machine code, compute_N is PTX."""
     split = [(f"{number}{suffix}", ptx) for number, suffix, ptx in map(parts, built)]
     return [f"sm_{one}" for one, _ in split] + [f"compute_{one}" for one, ptx in split if ptx]
 
 
 def local_version(cuda: str, built: Iterable[str]) -> str:
-    """What follows the version in the name of a wheel: "+cu130.sm80.sm120.compute120"; nothing without kernels.
+    """The local version in a wheel's name, "+cu130.sm80.sm120.compute120"; empty without CUDA kernels.
 
     Args:
-        cuda: release of the compiler, "13.0".
+        cuda: the compiler's release, "13.0".
         built: architectures.
     """
     found = [name.replace("_", "") for name in names(built)]
@@ -78,14 +78,15 @@ def local_version(cuda: str, built: Iterable[str]) -> str:
 
 
 def unserved(built: str, major: int, minor: int, card: str) -> str | None:
-    """The sentence for a card that a build has no kernels for, or None when it has.
+    """A sentence if a build has no kernels for a card, or None if it has.
 
-    Machine code for one architecture runs on cards of the same major version and at least its minor one; with the
-    suffix ``a`` (arch-specific) or ``f`` (family) only where that says; PTX ("120+PTX") also runs on all that come
-    later, and the driver compiles it there (CUDA C++ Programming Guide, "Compute Capabilities" and "Compatibility").
+    Machine code runs on cards with the same major version and the same or a higher minor one; with the suffix ``a``
+    (architecture-specific) only on its own architecture, with ``f`` within its family. PTX ("120+PTX") also runs on
+    every later card, where the driver compiles it (CUDA C++ Programming Guide, "Compute Capabilities" and
+    "Compatibility").
 
     Args:
-        built: architectures with semicolons between, as in QLORA_KERNELS_CUDA_ARCHS: "80;90a;120+PTX".
+        built: architectures separated by semicolons, as in QLORA_KERNELS_CUDA_ARCHS: "80;90a;120+PTX".
         major, minor: the card's compute capability.
         card: its name.
     """

@@ -1,4 +1,4 @@
-"""Which CUDA kernel multiplies: csrc/cuda/linear/dispatch.h as a table for people."""
+"""Which CUDA kernel computes a product: csrc/cuda/linear/dispatch.h as a readable table."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from . import extension
 
 @dataclass(frozen=True)
 class Card:
-    """What the choice depends on.
+    """The properties of a card that decide which kernel runs.
 
     Attributes:
-        name: the card's.
-        architecture: whose instructions the kernels have, 90 for sm_90.
-        multiprocessors: how many it has.
-        shared_bytes: shared memory that a block may have.
+        name: the card's name.
+        architecture: 90 for sm_90.
+        multiprocessors: number of SMs.
+        shared_bytes: the most shared memory that a block can use.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Card:
     shared_bytes: int
 
 
-#: A card of each architecture (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the
+#: One card per architecture (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the
 #: cards' data sheets).
 CARDS = {
     card.architecture: card
@@ -46,7 +46,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def seen() -> Card | None:
-    """The first GPU of this machine."""
+    """The first GPU on this machine, or None."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
@@ -59,15 +59,16 @@ def seen() -> Card | None:
 
 
 def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
-    """The kernel for M rows of a weight [N, K], and how it is launched.
+    """The kernel for M rows and a weight [N, K], and its launch parameters.
 
     Returns:
-        ``kernel`` (its name, as QLORA_KERNELS_CUDA_KERNEL takes it), ``rows`` and ``stages`` of a tile, ``tiles``,
-        ``splits`` (blocks that share tiles), ``shared_tiles`` (how many these share: one, or all), ``whole_tiles``
-        (that a block has alone while others are shared), ``row_tiles`` and ``scratch`` (bytes).
+        ``kernel`` (its name, as for QLORA_KERNELS_CUDA_KERNEL), a tile's ``rows`` and ``stages``, the number of
+        ``tiles``, ``splits`` (blocks that share tiles), ``shared_tiles`` (how many tiles they share: one or all),
+        ``whole_tiles`` (tiles that one block computes alone while others are shared), ``row_tiles`` and ``scratch``
+        (bytes).
 
     Raises:
-        RuntimeError: when QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot take the case.
+        RuntimeError: if QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot handle this case.
     """
     return extension.native().dispatch(
         *(m, n, k, extension.code_of(dtype), backward),
@@ -76,12 +77,15 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
 
 
 def ranges(card: Card, n: int, k: int, dtype: torch.dtype, backward: bool) -> list[tuple[int, int | None, dict]]:
-    """From which M to which (None: any more) which kernel runs, with how many blocks a tile. Up to a round of tiles for
-    all multiprocessors the number of blocks counts; beyond it only the last round's differ, and are not told apart."""
+    """(first M, last M, plan) for each range of M that one kernel covers; the last range has no end (None).
+
+    Plans differ by their blocks per tile only until the tiles fill all SMs once: beyond that only the last wave
+    differs, and those plans count as one.
+    """
     found: list[tuple[int, int | None, dict]] = []
-    # With eight rounds of tiles the widest fill the card whatever N and K are.
+    # Eight waves of the widest tiles fill the card, whatever N and K are.
     for m in range(1, 8 * 128 * card.multiprocessors + 2):
-        if m > 256 and m % 128 != 1:  # no tile has more rows: the same number of them
+        if m > 256 and m % 128 != 1:  # no tile has more than 128 rows: the number of tiles stays the same
             found[-1] = (found[-1][0], m, found[-1][2])
             continue
         plan = choose(card, m, n, k, dtype, backward)
@@ -119,11 +123,11 @@ def describe(n: int, k: int, card: Card, remark: str = "") -> str:
 
 
 def _blocks(plan: dict[str, Any]) -> str:
-    """Of how many blocks a tile is, or of how many all tiles are."""
+    """How many blocks compute a tile, or all tiles together."""
     if plan["shared_tiles"] > 1:
         return f"{plan['splits']} for {plan['shared_tiles']}"
     return "1, last more" if plan["whole_tiles"] > 0 else str(plan["splits"])
 
 
 def _interval(first: int, last: int | None) -> str:
-    return f"{first} and more" if last is None else str(first) if first == last else f"{first} to {last}"
+    return f"{first} or more" if last is None else str(first) if first == last else f"{first} to {last}"
