@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-seconds", type=float, default=Settings().seconds, help="a case (default %(default)s)")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process alone on the machine, or times mean little."""
+    return 0
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "point" in metafunc.fixturenames:
         points = SWEEPS[metafunc.config.getoption("--bench-sweep")]()

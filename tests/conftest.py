@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 import signal
 
+# Before torch is imported. A worker of xdist has one core: a test that wants more threads asks for them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import collecting
 import pytest
+import quick
 import torch
 from engines import ENGINES, ISAS, engine_named
 
@@ -48,12 +56,54 @@ def engine(request) -> str:
         yield request.param
 
 
+# ------------------------------------------------------------------------------------------- which tests, and where
+
+
+def pytest_configure(config):
+    """What has to be the same in all workers."""
+    if hasattr(config, "workerinput"):
+        return
+    os.environ[quick.VARIABLE] = str(quick.day())
+    # A test that is asked for by its name runs, slow or not.
+    named = any("::" in argument for argument in config.args)
+    if named and not any(argument.startswith("-m") for argument in config.invocation_params.args):
+        config.option.markexpr = ""
+
+
+def pytest_report_header(config):
+    if "not slow" in config.option.markexpr:
+        return f"a quick run, day {quick.day()}: {quick.VARIABLE}={quick.day()} repeats it, -m '' runs all tests"
+    return None
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Of -n auto: a worker for each core, up to eight, but none for a few tests or where a card is, which is one."""
+    few = any("::" in argument for argument in config.args)
+    if few or config.option.usepdb or config.option.collectonly or torch.cuda.is_available():
+        return 0
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests of a card are left out, not skipped, where none is and none was asked for with -m gpu."""
-    if torch.cuda.is_available() or "gpu" in config.getoption("-m"):
+    """Marks as slow what a quick run leaves to another day.
+
+    Tests of a card are left out, not skipped, where none is and none was asked for with -m gpu.
+    """
+    quick.leave_out(items, pytest.mark.slow, quick.day())
+    if torch.cuda.is_available() or "gpu" in config.option.markexpr:
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    with collecting.builds_nothing():
+        return (yield)
+
+
+# ---------------------------------------------------------------------------------------------- when a card fails
 
 
 _FAILED = pytest.StashKey[bool]()
@@ -91,6 +141,3 @@ def pytest_collectstart(collector):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -7,14 +7,14 @@ and nothing of the machine: the same tree gives the same bytes.
 
 from __future__ import annotations
 
-import ast
 import itertools
-import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from .graph import imports, includes, modules, sources
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATH = ROOT / "docs" / "design" / "architecture.svg"
@@ -26,53 +26,35 @@ Graph = dict[str, set[str]]
 # --------------------------------------------------------------------------------------------------- the sources
 
 
-def python_graph(package: Path) -> Graph:
-    """The rooms of a Python package: its subpackages, and modules at its top.
+def python_graph(root: Path = ROOT) -> Graph:
+    """The rooms of the Python package: its subpackages, and modules at its top.
 
     Its ``__init__`` and ``__main__``, which pass names on, are no rooms.
     """
-    graph: Graph = {}
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package).with_suffix("").parts
-        if len(parts) == 1 and parts[0].startswith("__"):
-            continue
-        used = {name.partition(".")[0] for name in _imports(path, parts)}
-        graph.setdefault(parts[0], set()).update(used - {parts[0]})
-    return {room: {name for name in used if name in graph} for room, used in graph.items()}
+
+    def room(name: str) -> str:
+        return name.removeprefix(PACKAGE).removeprefix(".").partition(".")[0]
+
+    rooms = {room(name) for name in modules(root, PACKAGE)} - {"", "__main__"}
+    return _between(rooms, ((room(arrow.source), room(arrow.target)) for arrow in imports(root, [PACKAGE])))
 
 
-def _imports(path: Path, parts: tuple[str, ...]) -> Iterator[str]:
-    """What a module imports of its own package, as names within it."""
-    here = parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith(f"{PACKAGE}."))
-        elif isinstance(node, ast.ImportFrom):
-            words = node.module.split(".") if node.module else []
-            if node.level == 0:
-                if words[:1] != [PACKAGE]:
-                    continue
-                words = words[1:]
-            else:
-                words = [*here[: len(here) - node.level + 1], *words]
-            yield from (".".join([*words, a.name]) for a in node.names)
-
-
-def include_graph(folder: Path) -> Graph:
+def include_graph(csrc: Path = ROOT / "csrc") -> Graph:
     """The folders of C++ sources, by what their files include."""
-    files = {path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")}
-    places = [folder, folder / "cuda", folder / "cuda" / "device"]
-    graph: Graph = {_room(path, folder): set() for path in sorted(files)}
-    for path in sorted(files):
-        for name in re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', path.read_text(encoding="utf-8"), re.MULTILINE):
-            found = next((place / name for place in (path.parent, *places) if (place / name).resolve() in files), None)
-            if found is not None and (room := _room(found.resolve(), folder)) != _room(path, folder):
-                graph[_room(path, folder)].add(room)
+
+    def room(file: str) -> str:
+        return (PurePosixPath("csrc") / file).parent.as_posix()
+
+    arrows = ((room(arrow.source), room(arrow.target)) for arrow in includes(csrc))
+    return _between({room(file) for file in sources(csrc)}, arrows)
+
+
+def _between(rooms: set[str], arrows: Iterable[tuple[str, str]]) -> Graph:
+    graph: Graph = {room: set() for room in sorted(rooms)}
+    for source, target in arrows:
+        if source != target and source in graph and target in graph:
+            graph[source].add(target)
     return graph
-
-
-def _room(path: Path, folder: Path) -> str:
-    return path.parent.relative_to(folder.parent).as_posix()
 
 
 # ----------------------------------------------------------------------------------------------------- the graph
@@ -257,7 +239,7 @@ def _drawn(graph: Graph, title: str, color: str, left: float) -> tuple[list[str]
 
 def svg(root: Path = ROOT) -> str:
     """The whole picture."""
-    package, package_width, package_height = _drawn(python_graph(root / PACKAGE), PACKAGE, "#dbe9f6", 20)
+    package, package_width, package_height = _drawn(python_graph(root), PACKAGE, "#dbe9f6", 20)
     native, native_width, native_height = _drawn(include_graph(root / "csrc"), "csrc", "#fde8cf", 20)
     width = max(package_width, native_width) + 40
     lower = package_height + 30

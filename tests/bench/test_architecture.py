@@ -30,12 +30,13 @@ def package(tmp_path) -> Path:
         "low/deep/one.py": "from ...errors import a\nfrom ..two import b\nimport torch\n",
         "low/two.py": "def f():\n    from ..errors import a\n",
         "middle/a.py": "import qlora_kernels.low.two\n",
+        "other/__init__.py": "",
         "other/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..low.deep import one\n",
         "top/a.py": "from qlora_kernels.middle import a\nfrom .. import other, low\nfrom . import b\n",
         "top/b.py": "",
     }
     for name, text in files.items():
-        path = tmp_path / name
+        path = tmp_path / "qlora_kernels" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return tmp_path
@@ -67,10 +68,10 @@ def test_includes_are_found_by_the_compilers_search_path(tmp_path):
     csrc = tmp_path / "csrc"
     files = {
         "kernels.h": "",
-        "cpu/a.cpp": '#include "../kernels.h"\n#include <vector>\n',
+        "cpu/a.cpp": '#include "kernels.h"\n#include <vector>\n',
         "cuda/device/device.cuh": "",
-        "cuda/linear/b.cu": '#include <device.cuh>\n#include "b.cuh"\n  #  include "kernels.h"\n',
-        "cuda/linear/b.cuh": '#include "../device/device.cuh"\n',
+        "cuda/linear/b.cu": '#include <device.cuh>\n#include "cuda/linear/b.cuh"\n  #  include "kernels.h"\n',
+        "cuda/linear/b.cuh": '#include "cuda/device/device.cuh"\n',
     }
     for name, text in files.items():
         (csrc / name).parent.mkdir(parents=True, exist_ok=True)

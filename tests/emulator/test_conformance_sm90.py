@@ -11,11 +11,26 @@ from conformance_module import conformance_module
 from emulated import ROOT, emulated, module
 from fragments import U32, fragment
 
-KERNELS = module().wide_kernels()
+#: The kernels of conformance_sm90.cu. A copied tensor's name ends with the swizzle of its boxes, a product's with its
+#: columns, the layout of its operands in shared memory and those that are transposed.
+KERNELS = (
+    *("movmatrix", "stmatrix", "bulk copies", "cluster", "product bf16", "product fp16"),
+    *(f"tensor {way} {swizzle}" for way in ("load", "store") for swizzle in ("plain", "32", "64", "128")),
+    *("wgmma bf16 64 plain", "wgmma bf16 64 plain a", "wgmma bf16 64 plain b"),
+    *("wgmma bf16 64 swizzled 32", "wgmma bf16 64 swizzled 32 a b", "wgmma bf16 64 swizzled 64"),
+    *("wgmma bf16 64 swizzled 64 a b", "wgmma bf16 64 swizzled 128", "wgmma bf16 64 swizzled 128 a"),
+    *("wgmma bf16 128 swizzled 128 b", "wgmma fp16 256 swizzled 128 a b"),
+    *("wgmma fp16 64 registers", "wgmma bf16 128 registers b", "wgmma bf16 256 registers"),
+)
 ROWS, BOX_ROWS, STEPS = 70, 24, 5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Where a kernel puts a box of a tensor: column and row of its first element.
 CORNERS = ((-5, -3), (13, ROWS - 17))
+
+
+def words_of(name: str) -> tuple[int, int]:
+    """How many words a kernel takes and gives."""
+    return module().wide_kernels()[name]
 
 
 def dtype_of(name: str) -> torch.dtype | None:
@@ -24,7 +39,7 @@ def dtype_of(name: str) -> torch.dtype | None:
 
 def operands(name: str, exact: bool) -> torch.Tensor:
     """int32 [words]: random bits, or elements near 1; `exact`: small integers, whose sums no card rounds."""
-    words = KERNELS[name][0]
+    words = words_of(name)[0]
     random = np.random.default_rng(0)
     dtype = dtype_of(name)
     if dtype is None:
@@ -43,7 +58,7 @@ def columns_of(name: str) -> int:
 def run(kernels, name: str, given: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     # Whole rows of 64 bytes for the tensor maps, on either side.
     given = given.to(device, copy=True)
-    found = torch.full((KERNELS[name][1],), -1, dtype=torch.int32, device=device)
+    found = torch.full((words_of(name)[1],), -1, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
     kernels.run_wide(name, given.data_ptr(), found.data_ptr(), 0, stream)
     return found.cpu()
@@ -185,6 +200,10 @@ def test_the_card_does_what_the_isa_says(name):
     for exact in (True, False) if dtype_of(name) else (True,):
         given = operands(name, exact)
         check(name, given, run(conformance_module(), name, given, "cuda"), exact)
+
+
+def test_every_kernel_is_named_here():
+    assert sorted(KERNELS) == sorted(module().wide_kernels())
 
 
 def test_a_wrong_bit_is_seen():

@@ -1,0 +1,103 @@
+"""What `pytest` leaves to `pytest -m ""` (tests/support/quick.py), and that collecting builds nothing."""
+
+from __future__ import annotations
+
+import collections
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from collecting import builds_nothing
+from engines import ORDERS
+from quick import Case, case_of, left_out
+
+HERE = Path(__file__).resolve().parent
+ISAS = ("best", "better", "portable")
+ENGINES = [*(dict(isa=isa) for isa in ISAS), *(dict(order=order) for order in ORDERS)]
+
+
+def cases(count: int, share: int = 1, function: str = "tests/a.py::test_a") -> list[Case]:
+    return [Case(function, str(i), **engine, share=share) for engine in ENGINES for i in range(count)]
+
+
+def run(listed: list[Case], day: int) -> list[Case]:
+    return [case for case, out in zip(listed, left_out(listed, day, ISAS)) if not out]
+
+
+def test_each_case_runs_in_one_order_on_the_best_and_the_portable_set():
+    for day in range(5):
+        found = collections.Counter((case.values, case.isa) for case in run(cases(7), day))
+        assert found == {(str(i), isa): 1 for i in range(7) for isa in ("best", "portable", None)}
+
+
+@pytest.mark.parametrize("share", range(1, 11))
+@pytest.mark.parametrize("count", [1, 2, 9, 40])
+def test_a_month_sees_every_order_of_every_case(count, share):
+    listed = cases(count, share)
+    month = collections.Counter(case for day in range(739_000, 739_030) for case in run(listed, day))
+    assert set(month) == {case for case in listed if case.isa != "better"}
+
+
+@pytest.mark.parametrize("share", [2, 3, 7])
+def test_a_share_takes_its_part_and_one_at_least(share):
+    for day in range(share):
+        for count in (1, 2, 21):
+            found = {case.values for case in run(cases(count, share), day)}
+            assert max(1, count // share) <= len(found) <= -(-count // min(share, count))
+
+
+def test_orders_differ_from_case_to_case():
+    found = [{case.values: case.order for case in run(cases(9), day) if case.order} for day in (0, 1)]
+    assert set(found[0].values()) == set(ORDERS)
+    assert all(found[0][values] != found[1][values] for values in found[0])
+
+
+def test_an_order_without_its_sisters_stays():
+    listed = [Case("f", "x", order="random"), Case("f", "y", order="forward"), Case("f", "y", order="reverse")]
+    for day in range(6):
+        assert len(run(listed, day)) == 2
+        assert listed[0] in run(listed, day)
+
+
+def test_another_test_file_does_not_change_the_choice():
+    alone = run(cases(6, 3), 4)
+    assert alone == run(cases(6, 3, "tests/b.py::test_b") + cases(6, 3), 4)[-len(alone) :]
+
+
+@pytest.mark.share(5)
+@pytest.mark.parametrize("order", ["forward"])
+@pytest.mark.parametrize("landing", ["random"])
+@pytest.mark.parametrize("size", [3])
+def test_a_case_is_read_from_its_item(request, isa, size, landing, order):
+    found = case_of(request.node)
+    assert found.function.endswith("test_quick_run.py::test_a_case_is_read_from_its_item")
+    assert (found.order, found.isa, found.share) == ("forward", isa, 5)
+    assert found.values.replace("-", "") == "3random"
+
+
+def test_an_engine_is_an_instruction_set_or_an_order(request, engine):
+    found = case_of(request.node)
+    assert {found.isa, found.order and f"emulated-{found.order}"} == {engine, None} or engine == "cuda"
+    assert found.values == ("cuda" if engine == "cuda" else "")
+
+
+@pytest.mark.parametrize("command", [["cmake", "--version"], [sys.executable, "-m", "pip", "--version"]])
+def test_a_build_while_collecting_is_an_error(command):
+    with builds_nothing(), pytest.raises(RuntimeError, match="collecting tests runs"):
+        subprocess.run(command)
+    with builds_nothing():
+        subprocess.run([sys.executable, "-c", ""], check=True)
+
+
+def test_a_module_that_builds_while_it_is_imported_is_not_collected(tmp_path):
+    (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text("import emulated\nemulated.module()\n\ndef test_a():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-n0", "--collect-only", "-c", HERE.parent / "pyproject.toml", tmp_path]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "QLORA_KERNELS_EMU"))
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "collecting tests runs cmake" in done.stdout, done.stdout + done.stderr
+    assert done.returncode != 0
