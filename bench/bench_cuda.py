@@ -25,9 +25,9 @@ from torch import Tensor
 
 import qlora_kernels
 from qlora_kernels import NF4Weight, default_nested_table, ops
-from qlora_kernels.bench.common import OURS, WrongResult, reason, relative_error
-from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
-from qlora_kernels.bench.cuda_timing import Card, Timed, copies_for, measure
+from qlora_kernels.bench.case import OURS, WrongResult, reason, relative_error
+from qlora_kernels.bench.contenders.names import BNB, CHECKED, EQUAL_COPY
+from qlora_kernels.bench.timing.cuda_timing import Card, Timed, copies_for, measure
 from qlora_kernels.storage.formats import save_json
 
 from .gpu_cases import bits, cpu_kernels

@@ -21,10 +21,10 @@ from torch.nn import functional
 
 import qlora_kernels
 from qlora_kernels import NF4Weight, linear
-from qlora_kernels.bench.common import OURS, WrongResult, relative_error
-from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY
-from qlora_kernels.bench.cuda_timing import Card, Timed
-from qlora_kernels.bench.limits import find_contender
+from qlora_kernels.bench.case import OURS, WrongResult, relative_error
+from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY
+from qlora_kernels.bench.report.ratios import find_contender
+from qlora_kernels.bench.timing.cuda_timing import Card, Timed
 from qlora_kernels.ops import linear as fused
 from qlora_kernels.storage.formats import save_json
 

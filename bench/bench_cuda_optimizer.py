@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from qlora_kernels import PagedAdamW, PagedLion
-from qlora_kernels.bench.common import OURS, WrongResult, reason
-from qlora_kernels.bench.cuda_timing import Card, _summary
-from qlora_kernels.bench.limits import find_contender
+from qlora_kernels.bench.case import OURS, WrongResult, reason
+from qlora_kernels.bench.report.ratios import find_contender
+from qlora_kernels.bench.timing.cuda_timing import Card, _summary
 from qlora_kernels.optim.arena import layout as arena_layout
 from qlora_kernels.optim.arena import schedule
 from qlora_kernels.storage.formats import save_json

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from qlora_kernels import QLinear
-from qlora_kernels.bench.machine import ROOT, describe_commit, describe_machine, describe_versions
+from qlora_kernels.bench.timing.machine import ROOT, describe_commit, describe_machine, describe_versions
 from qlora_kernels.ops import backends
 from qlora_kernels.storage.formats import save_json
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from qlora_kernels import PagedAdamW
-from qlora_kernels.bench.machine import describe_commit, describe_machine, describe_versions
+from qlora_kernels.bench.timing.machine import describe_commit, describe_machine, describe_versions
 from qlora_kernels.finetune.memory import PeakMemory
 from qlora_kernels.storage.digest import digest
 from qlora_kernels.storage.formats import save_json

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import setup_cuda
-from qlora_kernels.bench.machine import ROOT, describe_commit, describe_machine, describe_versions
+from qlora_kernels.bench.timing.machine import ROOT, describe_commit, describe_machine, describe_versions
 
 from .gpu_parsers import nvcc_release, smi_rows
 

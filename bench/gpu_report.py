@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kernels.bench.common import OURS
-from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
-from qlora_kernels.bench.limits import find_contender
+from qlora_kernels.bench.case import OURS
+from qlora_kernels.bench.contenders.names import BNB, CHECKED, EQUAL_COPY
+from qlora_kernels.bench.report.ratios import find_contender
 
 #: dequantize at this size should reach this share of a copy's bandwidth,
 COPY_BAR = ((8192, 8192), 0.90)

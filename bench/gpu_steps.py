@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels.bench.machine import ROOT
+from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.native import architectures
 from qlora_kernels.storage.formats import load_json
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qlora_kernels.bench.machine import ROOT, describe_commit
+from qlora_kernels.bench.timing.machine import ROOT, describe_commit
 from qlora_kernels.storage.formats import save_json
 
 #: Thread blocks for each SM: mma.sync's are of 8 warps, two of which share an SM's four parts.

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels.bench.machine import describe_commit, describe_machine, describe_versions
+from qlora_kernels.bench.timing.machine import describe_commit, describe_machine, describe_versions
 
 from . import static
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels.bench import plots, rank_report, results
-from qlora_kernels.bench.common import OURS
-from qlora_kernels.bench.contenders import (
+from qlora_kernels.bench import rank_report
+from qlora_kernels.bench.case import OURS
+from qlora_kernels.bench.contenders.names import (
     BNB,
     BNB_EVAL,
     COPY,
@@ -30,12 +30,13 @@ from qlora_kernels.bench.contenders import (
     PEFT,
     PEFT_EVAL,
 )
-from qlora_kernels.bench.limits import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
-from qlora_kernels.bench.machine import ROOT
 from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
 from qlora_kernels.bench.points import OPTIMIZER, K, N, Point, point_of
-from qlora_kernels.bench.table import machine_line
+from qlora_kernels.bench.report import plots, results
+from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
+from qlora_kernels.bench.report.table import machine_line
+from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.storage.atomic_file import write_atomically
 from qlora_kernels.storage.formats import load_json
 

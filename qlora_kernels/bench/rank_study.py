@@ -44,9 +44,9 @@ from ..finetune.train import Phase, Trainer
 from ..models.adapters import disable_adapters
 from ..storage import digest, formats
 from ..storage.atomic_folder import new_folder, sweep_folders
-from .machine import describe_commit, describe_machine, describe_versions
 from .rank_options import TARGETS, StudyOptions, from_arguments, make_parser
 from .rank_report import label, markdown, plot, with_shares
+from .timing.machine import describe_commit, describe_machine, describe_versions
 
 __all__ = ["StudyOptions", "main", "markdown", "plot", "run"]
 

@@ -14,9 +14,9 @@ from emulated import counters, emulated, module
 from steady_card import FakeCard, SteadyCard
 
 from bench import bench_cuda, gpu_cases, gpu_report
-from qlora_kernels.bench import cuda_timing
-from qlora_kernels.bench.common import OURS
-from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
+from qlora_kernels.bench.case import OURS
+from qlora_kernels.bench.contenders.names import BNB, CHECKED, EQUAL_COPY
+from qlora_kernels.bench.timing import cuda_timing
 from qlora_kernels.native import dispatch
 
 # -------------------------------------------------------------------------------------------------------------- cases

@@ -18,8 +18,8 @@ from steady_card import SteadyCard
 
 from bench import bench_cuda_linear as bench_linear
 from bench import predict
-from qlora_kernels.bench import cuda_timing
-from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY
+from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY
+from qlora_kernels.bench.timing import cuda_timing
 
 SIZES = (((64, 128),), (1, 20), ((24, 64, 128),))
 

@@ -18,7 +18,7 @@ from check_runs import CLEAN, JUNIT, RACE_CLEAN, good, sleeping
 
 from bench import gpu_check, gpu_facts, gpu_parsers, gpu_steps
 from bench.gpu_steps import Step
-from qlora_kernels.bench import machine
+from qlora_kernels.bench.timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..storage.atomic_file import write_atomically
-from .common import OURS
-from .contenders import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT
-from .limits import find_contender, limits_of
-from .points import K, N
+from ...storage.atomic_file import write_atomically
+from ..case import OURS
+from ..contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT
+from ..points import K, N
+from .ratios import find_contender, limits_of
 
 HEADINGS = {OURS: "this package"}
 _COLORS = {OURS: "C0", DENSE: "C1", BNB: "C2", PEFT: "C2", DEQUANTIZED: "C4", BNB_EVAL: "C3"}

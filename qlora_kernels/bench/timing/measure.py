@@ -17,19 +17,9 @@ from typing import Any
 
 import torch
 
-from .common import (
-    OURS,
-    Case,
-    Contender,
-    OtherProcesses,
-    Ready,
-    Settings,
-    WrongResult,
-    quantiles_of,
-    reason,
-)
+from ..case import OURS, Case, Contender, OtherProcesses, Ready, Settings, WrongResult, quantiles_of, reason
+from ..points import Point
 from .peak import peak_allocated
-from .points import Point
 
 
 @dataclass
@@ -201,7 +191,7 @@ class Measurement:
 
 
 class CudaMeasurement(Measurement):
-    """The same on a card, whose one round is the whole of :func:`qlora_kernels.bench.cuda_timing.measure`.
+    """The same on a card, whose one round is the whole of :func:`qlora_kernels.bench.timing.cuda_timing.measure`.
 
     All contenders of a case are told by one clock: by graph, or by events where one of them has no graph.
     """

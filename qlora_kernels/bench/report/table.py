@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .common import OURS, QUIET
-from .contenders import PRODUCT
-from .limits import ROOFS, find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes, times
+from ..case import OURS, QUIET
+from ..contenders.names import PRODUCT
+from .ratios import ROOFS, find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes, times
 
 
 def terminal(results: dict[str, Any]) -> str:

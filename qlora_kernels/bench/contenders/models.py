@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .points import MODELS
+from ..points import MODELS
 
 _SHIFT = 4099  # no multiple of a row
 

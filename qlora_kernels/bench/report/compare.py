@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .common import OURS
-from .limits import find_contender, sizes, times
-from .measure import failed_ours
-from .points import POINT_KEYS
+from ..case import OURS
+from ..points import POINT_KEYS
+from ..timing.measure import failed_ours
+from .ratios import find_contender, sizes, times
 from .table import align, machine_line, ms
 
 #: A difference below this is never called one: medians of two runs of one commit on a quiet machine differ so much.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .common import OURS
-from .contenders import COPY, EQUAL_COPY, IN_PLACE, PRODUCT
+from ..case import OURS
+from ..contenders.names import COPY, EQUAL_COPY, IN_PLACE, PRODUCT
 
 #: Not rivals: what shows how far the roof is.
 ROOFS = (COPY, EQUAL_COPY, IN_PLACE, PRODUCT)

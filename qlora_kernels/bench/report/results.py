@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..storage.atomic_file import write_atomically
-from .common import Settings
-from .machine import describe_commit, describe_machine, describe_versions
+from ...errors import InputError
+from ...storage.atomic_file import write_atomically
+from ..case import Settings
+from ..timing.machine import describe_commit, describe_machine, describe_versions
 
 FORMAT = 2
 

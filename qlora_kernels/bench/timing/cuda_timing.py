@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .common import DeviceLost, quantiles_of, reason
+from ..case import DeviceLost, quantiles_of, reason
 
 #: The copies that take turns are at least so many times as large as the L2 cache.
 TIMES_L2 = 4

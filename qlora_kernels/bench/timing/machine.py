@@ -13,7 +13,7 @@ import torch
 
 import qlora_kernels
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 # Instruction sets that decide how fast the contenders are.
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "avx512_fp16", "amx_bf16")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .points import MODELS, Point
+from ..points import MODELS, Point
 
 #: Gradients of the steps that are verified, as multiples of the same ones: any two of them differ.
 SCALES = (1.0, -0.5, 0.75, 2.0)
