@@ -1,23 +1,18 @@
-"""bench/bench_cuda_optimizer.py on the emulator, at small sizes, by a clock of its own: contenders, bars, tables."""
+"""bench/card/optimizer.py on the emulator, at small sizes, by a clock of its own: contenders, bars, tables."""
 
 from __future__ import annotations
 
 import functools
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-if not (Path(__file__).resolve().parent.parent.parent / "bench" / "bench_cuda_optimizer.py").is_file():
-    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
-
 from emulated import emulated, paging
 from steady_card import SteadyCard
 
-from bench import bench_cuda_optimizer as bench_optimizer
-from bench import predict
+from bench.card import optimizer as bench_optimizer
+from bench.compiled import predict
 from qlora_kernels import PagedAdamW
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.ops import backends

@@ -76,7 +76,7 @@ def test_newest_goes_by_the_date_inside(tmp_path):
     assert tables.newest(folder=tmp_path).name == "cpu-a.jsonl"
     with pytest.raises(FileNotFoundError, match="qlora-kernels bench --out"):
         tables.newest(folder=tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="rank_study --out"):
+    with pytest.raises(FileNotFoundError, match="ranks --out"):
         tables.newest("ranks-*.json", tmp_path)
 
 

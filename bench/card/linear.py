@@ -1,9 +1,9 @@
 """The layer's products on a card beside torch's dense product, bitsandbytes, and dequantizing first:
 
-    python -m bench.bench_cuda_linear --out FILE
+    python -m bench.card.linear --out FILE
 
 Weights [N, K] and rows M of an 8-billion-parameter Llama's layers, bfloat16, cold L2 cache, times on the device by CUDA
-graph. What bench/predict.py predicts stands beside what was measured.
+graph. What bench/compiled/predict.py predicts stands beside what was measured.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import qlora_kernels
+from bench.card.quantize import Bench, _clone
+from bench.card.report import _number, times_ours
+from bench.card.report import table as aligned
+from bench.compiled import predict
 from qlora_kernels import NF4Weight, linear
 from qlora_kernels.bench.case import OURS, WrongResult, relative_error
 from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY
@@ -27,11 +31,6 @@ from qlora_kernels.bench.report.ratios import find_contender
 from qlora_kernels.bench.timing.cuda_timing import Card, Timed
 from qlora_kernels.ops import linear as fused
 from qlora_kernels.storage.formats import save_json
-
-from . import predict
-from .bench_cuda import Bench, _clone
-from .gpu_report import _number, times_ours
-from .gpu_report import table as aligned
 
 DEQUANTIZED = "dequantize, then dense"
 NO_ADAPTER = "qlora_kernels, no adapter"
@@ -371,7 +370,7 @@ def markdown(result: dict[str, Any], card: predict.Card | None = None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_cuda_linear", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.card.linear", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", required=True, help="where the result goes, as JSON")
     parser.add_argument("--seconds", type=float, default=120.0, help="for all of it, about (default %(default)s)")
     parser.add_argument("--card", choices=predict.CARDS, help="whose predictions to print beside the times")

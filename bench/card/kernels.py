@@ -1,4 +1,4 @@
-"""Small cases of each CUDA kernel, held against the CPU's results: python -m bench.gpu_cases
+"""Small cases of each CUDA kernel, held against the CPU's results: python -m bench.card.kernels
 
 Bit for bit; the layer's products, whose sums have another order, within the rounding of their dtype. A gradient norm
 is a sum, too: its gradients are chosen so that no order of it rounds, but for one case.
@@ -393,11 +393,11 @@ def cases() -> Iterator[Case]:
 
 def verdict(equal: int, total: int) -> str:
     """The last line of the output, which says that all cases were gone through."""
-    return f"gpu_cases: {equal} of {total} cases equal the CPU's results"
+    return f"card kernels: {equal} of {total} cases equal the CPU's results"
 
 
 def main(argv: Sequence[str] | None = None, device: str = "cuda") -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_cases", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.card.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose kernel and name begin so")
     parser.add_argument(
         "--poison-scratch",
@@ -425,7 +425,7 @@ def _check_all(chosen: Sequence[Case], device: str) -> int:
         if number == 1 or now - said >= PROGRESS_SECONDS:
             said = now
             where = f"{number} of {len(chosen)}, {case.kernel}, {case.name}"
-            print(f"gpu_cases: {now - begin:.0f} s, case {where}", file=sys.stderr, flush=True)
+            print(f"card kernels: {now - begin:.0f} s, case {where}", file=sys.stderr, flush=True)
         try:
             problem = check(case, device)
         except Exception as error:

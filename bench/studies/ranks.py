@@ -1,6 +1,6 @@
 """Which rank is enough: the LoRA paper's study, over the NF4 base of the tiny model.
 
-python -m qlora_kernels.bench.rank_study --out FILE.json
+python -m bench.studies.ranks --out FILE.json
 
 Hu et al. 2021 (arXiv 2106.09685), section 7.2, table 6, train adapters of rank 1, 2, 4, 8 and 64 on Wq, on Wq and Wv,
 and on all four weights of attention. Here they sit on q_proj, on q_proj and v_proj, and on all linear layers, those of
@@ -32,21 +32,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..console.signals import Interrupted, StopSignal
-from ..errors import InputError, missing_extra, sentence
-from ..finetune import tiny
-from ..finetune.data import Data, Windows, load_data
-from ..finetune.evaluate import held_out_loss
-from ..finetune.options import Options
-from ..finetune.report import sizes
-from ..finetune.source import Source, quantize
-from ..finetune.train import Phase, Trainer
-from ..models.adapters import disable_adapters
-from ..storage import digest, formats
-from ..storage.atomic_folder import new_folder, sweep_folders
-from .rank_options import TARGETS, StudyOptions, from_arguments, make_parser
-from .rank_report import label, markdown, plot, with_shares
-from .timing.machine import describe_commit, describe_machine, describe_versions
+from bench.studies.rank_options import TARGETS, StudyOptions, from_arguments, make_parser
+from bench.studies.rank_report import label, markdown, plot, with_shares
+from qlora_kernels.bench.timing.machine import describe_commit, describe_machine, describe_versions
+from qlora_kernels.console.signals import Interrupted, StopSignal
+from qlora_kernels.errors import InputError, missing_extra, sentence
+from qlora_kernels.finetune import tiny
+from qlora_kernels.finetune.data import Data, Windows, load_data
+from qlora_kernels.finetune.evaluate import held_out_loss
+from qlora_kernels.finetune.options import Options
+from qlora_kernels.finetune.report import sizes
+from qlora_kernels.finetune.source import Source, quantize
+from qlora_kernels.finetune.train import Phase, Trainer
+from qlora_kernels.models.adapters import disable_adapters
+from qlora_kernels.storage import digest, formats
+from qlora_kernels.storage.atomic_folder import new_folder, sweep_folders
 
 __all__ = ["StudyOptions", "main", "markdown", "plot", "run"]
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 import setup_cuda
+from bench.card.parsers import nvcc_release, smi_rows
 from qlora_kernels.bench.timing.machine import ROOT, describe_commit, describe_machine, describe_versions
-
-from .gpu_parsers import nvcc_release, smi_rows
 
 UNKNOWN = "unknown"
 SMI_FIELDS = (

@@ -1,6 +1,6 @@
 """Paged optimizers on a card beside torch's fused AdamW and bitsandbytes' paged one:
 
-    python -m bench.bench_cuda_optimizer --out FILE
+    python -m bench.card.optimizer --out FILE
 
 The adapters of a Llama-2-7B at rank 16: 448 float32 tensors, 40 million parameters. Steps with all states on the card;
 with all of them on the host before each step; and with a page_budget of a quarter of them. What a step must at least
@@ -24,6 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.card.kernels import bits, cpu_kernels
+from bench.card.report import _number
+from bench.card.report import table as aligned
+from bench.compiled import predict
 from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.bench.case import OURS, WrongResult, reason
 from qlora_kernels.bench.report.ratios import find_contender
@@ -31,11 +35,6 @@ from qlora_kernels.bench.timing.cuda_timing import Card, _summary
 from qlora_kernels.optim.arena import layout as arena_layout
 from qlora_kernels.optim.arena import schedule
 from qlora_kernels.storage.formats import save_json
-
-from . import predict
-from .gpu_cases import bits, cpu_kernels
-from .gpu_report import _number
-from .gpu_report import table as aligned
 
 OURS_8, LION = "qlora_kernels, 8 bits", "qlora_kernels, Lion"
 FUSED, BNB = "torch AdamW, fused", "bitsandbytes PagedAdamW32bit"
@@ -379,7 +378,7 @@ def markdown(result: dict[str, Any], card: predict.Card | None = None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_cuda_optimizer", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.card.optimizer", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", required=True, help="where the result goes, as JSON")
     parser.add_argument("--seconds", type=float, default=60.0, help="for all of it, about (default %(default)s)")
     parser.add_argument("--card", choices=predict.CARDS, help="whose predictions to print beside the times")
@@ -387,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"no CUDA device is seen by torch {torch.__version__}: nothing to measure", file=sys.stderr)
         return 2
-    from .gpu_facts import facts
+    from bench.card.facts import facts
 
     result = run(OptimizerBench(Card()), arguments.seconds, lambda r: save_json(r, arguments.out), facts())
     print(markdown(result, predict.CARDS.get(arguments.card)))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from . import sass
+from bench.compiled import sass
 
 #: A block of code with so many PRMT decodes: addresses and halves of registers take one or two.
 _DECODES = 8

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.card import kernels
+from bench.card.facts import cards_now, facts, tool
+from bench.card.parsers import junit_counts, sanitizer_findings
 from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.native import architectures
 from qlora_kernels.storage.formats import load_json
-
-from . import gpu_cases
-from .gpu_facts import cards_now, facts, tool
-from .gpu_parsers import junit_counts, sanitizer_findings
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TAIL_LINES = 40
@@ -329,7 +328,7 @@ def sanitizer_command(program: str, name: str) -> list[str]:
     poison = ["--poison-scratch"] if name == "initcheck" else []
     return [
         *(program, "--tool", name, *options, "--target-processes", "application-only", "--error-exitcode", "9"),
-        *(sys.executable, "-m", "bench.gpu_cases", *poison),
+        *(sys.executable, "-m", "bench.card.kernels", *poison),
     ]
 
 
@@ -382,8 +381,8 @@ def sanitizer_result(name: str, ended: Ended, limit: float) -> tuple[dict[str, A
         return found, f"{name} found {', '.join(f'{count} {what}' for what, count in counts.items())}"
     if ended.code != 0:
         return found, f"{name} ended with exit code {ended.code}"
-    total = sum(1 for _ in gpu_cases.cases())
-    if gpu_cases.verdict(total, total) not in ended.output:
+    total = sum(1 for _ in kernels.cases())
+    if kernels.verdict(total, total) not in ended.output:
         return found, f"{name}: the cases were not gone through to the end"
     return {**found, "cases": total}, ""
 
@@ -401,7 +400,7 @@ def run_bench(module: str, folder: Path, seconds: float, most: float = 90.0) -> 
     out.unlink(missing_ok=True)
     # Starting and the last case's overrun need the rest.
     budget = min(max(seconds - 35.0, seconds / 2), most)
-    command = [sys.executable, "-m", f"bench.{module}", "--out", str(out), "--seconds", f"{budget:.0f}"]
+    command = [sys.executable, "-m", f"bench.card.{module}", "--out", str(out), "--seconds", f"{budget:.0f}"]
     ended = execute(command, folder / f"{module}.log", seconds)
     found: dict[str, Any] = load_json(out) if out.exists() else {}
     found["nvidia_smi_after"] = cards_now()
@@ -421,9 +420,9 @@ STEPS = (
     Step("tests", 120.0, run_tests, needs="build"),
     Step("sanitizers", 92.0, run_sanitizers, needs="build"),
     _bench("rates", "tensor_rate", 8.0),
-    _bench("bench", "bench_cuda", 50.0),
-    _bench("bench_linear", "bench_cuda_linear", 50.0),
-    _bench("bench_optimizer", "bench_cuda_optimizer", 35.0),
+    _bench("bench", "quantize", 50.0),
+    _bench("bench_linear", "linear", 50.0),
+    _bench("bench_optimizer", "optimizer", 35.0),
 )
 #: Seconds for all of it: under nine minutes, with some for what lies between.
 BUDGET = sum(step.share for step in STEPS)

@@ -1,6 +1,6 @@
 """What the compiler made of each CUDA kernel: registers, shared memory, instructions, wide accesses.
 
-    python -m bench.static WHEEL
+    python -m bench.compiled.static WHEEL
 
 looks into a wheel (or the extension itself), prints a table, and writes it to bench/results/ as JSON and Markdown,
 where review sees what a change does to the code. No GPU takes part. tests/test_static_gates.py holds a build against
@@ -20,14 +20,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT))
 
 import setup_cuda  # noqa: E402
+from bench.compiled import loops, sass  # noqa: E402
 
-from . import loops, sass  # noqa: E402
-
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parent.parent / "results"
 FORMAT = 1
 TITLE = "# What the compiler made of the CUDA kernels\n"
 
@@ -108,7 +107,7 @@ def dynamic_shared(kernels: list[str]) -> dict[str, int]:
     lines = ["#include <cstdio>"]
     unlisted = [name for name in kernels if name.partition("<")[0] not in SHARED]
     if unlisted:
-        raise KeyError(f"bench/static.py, SHARED: list {', '.join(unlisted)}")
+        raise KeyError(f"bench/compiled/static.py, SHARED: list {', '.join(unlisted)}")
     lines += [f'#include "{header}"' for header in sorted({SHARED[name.partition("<")[0]][0] for name in kernels})]
     lines += ["using namespace qlk::cuda;", "int main() {"]
     for name in kernels:
@@ -174,8 +173,10 @@ def numbers_in(kernel: str) -> list[int]:
 
 
 def loop_figures(kernel: str, code: sass.Function) -> dict[str, float]:
-    """What a step of the main loop issues, by class (bench/loops.py); zeros where LOOPS lists the kernel and the loop
-    is not to be found; nothing for other kernels."""
+    """What a step of the main loop issues, by class (bench/compiled/loops.py).
+
+    Zeros where LOOPS lists the kernel but its loop is not found; nothing for other kernels.
+    """
     kind = LOOPS.get(kernel.partition("<")[0])
     if kind is None:
         return {}
@@ -267,16 +268,16 @@ def markdown(result: dict[str, Any]) -> str:
     """The report as a page."""
     lines = [
         TITLE,
-        f"nvcc {result['nvcc']}; written by `python -m bench.static WHEEL`. Shared memory in bytes a block.\n",
+        f"nvcc {result['nvcc']}; written by `python -m bench.compiled.static WHEEL`. Shared memory in bytes a block.\n",
         f"| {' | '.join(COLUMNS.values())} |",
         f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}",
     ]
     lines += [f"| {' | '.join(str(row[key]) for key in COLUMNS)} |" for row in result["kernels"]]
     lines += [
         "\n## Main loops\n",
-        "What a warp issues in a step of the main loop, on average, where everything is aligned and inside (the rules",
-        "stand in bench/loops.py). `outside` is all but HMMA and decoding. The last column are the instructions that",
-        "decode, for each weight that a thread decodes.\n",
+        "What a warp issues in a step of the main loop, on average, where everything is aligned and inside. The rules stand",
+        "in bench/compiled/loops.py. `outside` is all but HMMA and decoding. The last column: instructions that decode, for",
+        "each weight that a thread decodes.\n",
         f"| kernel | arch | {' | '.join(LOOP_COLUMNS.values())} |",
         f"|{'---|' * 2}{'---:|' * len(LOOP_COLUMNS)}",
     ]
@@ -297,7 +298,7 @@ def module_of(path: Path, folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled.static", description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, metavar="WHEEL", help="a wheel with CUDA kernels, or its extension _C*.so")
     parser.add_argument("--out", type=Path, help="the JSON file; beside it the Markdown; default: in bench/results")
     options = parser.parse_args(arguments)

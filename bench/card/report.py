@@ -210,12 +210,12 @@ def _listed(result: dict[str, Any]) -> str:
 
 def _more_benches(results: dict[str, Any]) -> list[str]:
     """The layer's and the optimizers' bars and times, as far as they were measured, in their own words."""
-    from . import bench_cuda_linear, bench_cuda_optimizer
+    from bench.card import linear, optimizer
 
     lines: list[str] = []
     for title, name, module in (
-        ("The layer's products", "bench_linear", bench_cuda_linear),
-        ("Optimizers", "bench_optimizer", bench_cuda_optimizer),
+        ("The layer's products", "bench_linear", linear),
+        ("Optimizers", "bench_optimizer", optimizer),
     ):
         measured = found(results, name)
         if measured.get("cases"):

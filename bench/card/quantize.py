@@ -1,4 +1,4 @@
-"""The CUDA kernels beside bitsandbytes and a copy of as many bytes: python -m bench.bench_cuda --out FILE
+"""The CUDA kernels beside bitsandbytes and a copy of as many bytes: python -m bench.card.quantize --out FILE
 
 Prediction, not a measurement: what a call must move, over the 4.3 TB/s that a copy reaches on an H200.
 
@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 import qlora_kernels
+from bench.card.kernels import bits, cpu_kernels
 from qlora_kernels import NF4Weight, default_nested_table, ops
 from qlora_kernels.bench.case import OURS, WrongResult, reason, relative_error
 from qlora_kernels.bench.contenders.names import BNB, CHECKED, EQUAL_COPY
 from qlora_kernels.bench.timing.cuda_timing import Card, Timed, copies_for, measure
 from qlora_kernels.storage.formats import save_json
-
-from .gpu_cases import bits, cpu_kernels
 
 SHAPES = ((8192, 8192), (4096, 4096), (14336, 4096))
 DEQUANTIZE_TO = (torch.bfloat16, torch.float16, torch.float32)
@@ -226,7 +225,7 @@ def run(bench: Bench, seconds: float, save: Callable[[dict], None], shapes=SHAPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_cuda", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.card.quantize", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", required=True, help="where the result goes, as JSON")
     parser.add_argument("--seconds", type=float, default=75.0, help="for all of it, about (default %(default)s)")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The rank study's table and plot, from its result alone: see :mod:`qlora_kernels.bench.rank_study`."""
+"""The rank study's table and plot, from its result alone: see :mod:`bench.studies.ranks`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from ..storage.atomic_file import write_atomically
+from qlora_kernels.storage.atomic_file import write_atomically
 
 
 @dataclass(frozen=True)

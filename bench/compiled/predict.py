@@ -1,7 +1,7 @@
 """Predicted times of the layer's products on cards that none has been timed on: bytes, multiplications and issue slots
 against a card's rates.
 
-    python -m bench.predict [--card h200|h100|a100|4090] [--shape N K] [--backward]
+    python -m bench.compiled.predict [--card h200|h100|a100|4090] [--shape N K] [--backward]
 
 The largest of six times is the prediction, and says what binds:
 
@@ -9,7 +9,7 @@ memory   what a product must at least read and write, once, over what a copy rea
 L2       what thread blocks read, over the L2 cache's rate
 tensor   multiplications of the tiles, padding included, over the rate of mma.sync
 shared   bytes that the main loop moves through shared memory, over 128 a clock
-issue    instructions of the main loop, over one a clock and scheduler; counted by bench/loops.py in the compiled code
+issue    instructions of the main loop, counted by bench/compiled/loops.py, over one per clock and scheduler
 latency  steps of the main loop one after the other, with so many copies under way as there are stages for
 
 The last four are those of the SM that has the most tiles. Left out: launching, what comes before and after the main
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parent.parent / "results"
 STATIC = FOLDER / "static-sm80-sm90a.json"
 OUT = FOLDER / "predicted.json"
 LABEL = "prediction, no card has shown this"
@@ -283,7 +283,7 @@ _HEAD += ("predicted us", "binds", "of copy", "dense us", "dense / ours")
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Predictions of one card, direction and shape, to read."""
-    from .gpu_report import table as aligned
+    from bench.card.report import table as aligned
 
     one = rows[0]
     bounds = ("memory_us", "l2_us", "tensor_us", "shared_us", "issue_us", "latency_us")
@@ -310,7 +310,7 @@ def to_json(rows: Sequence[dict[str, Any]]) -> str:
     """A file of predictions, a line for each."""
     head = {
         "label": LABEL,
-        "model": "python -m bench.predict",
+        "model": "python -m bench.compiled.predict",
         "static": STATIC.name,
         "shares": {"copy": COPY_SHARE, "dense": DENSE_SHARE, "mma.sync on Hopper": HOPPER_MMA_SYNC},
         "cards": {name: asdict(card) for name, card in CARDS.items()},
@@ -320,7 +320,7 @@ def to_json(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled.predict", description=__doc__.splitlines()[0])
     parser.add_argument("--card", choices=CARDS, default="h200")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"))
     parser.add_argument("--backward", action="store_true", help="the gradient of x")

@@ -1,4 +1,4 @@
-"""Checks this package on the card that is there: python -m bench.gpu_check --out DIR
+"""Checks this package on the card that is there: python -m bench.card.check --out DIR
 
 Builds for the card, runs the tests that need one, compute-sanitizer over small cases of each kernel, and the
 benchmarks, in under nine minutes. Each step has a time limit; one that fails is recorded and the others go on. DIR gets
@@ -39,7 +39,7 @@ def check(folder: Path, steps: Sequence[Any], budget: float, chosen: Sequence[st
 
     Args:
         folder: for the results and logs.
-        steps: what to do, of :class:`bench.gpu_steps.Step`.
+        steps: what to do, of :class:`bench.card.steps.Step`.
         budget: seconds for all of them, divided as their shares are. What one leaves, the next ones may use.
         chosen: names of the only ones to run; the others count as not passed.
 
@@ -89,7 +89,7 @@ def check(folder: Path, steps: Sequence[Any], budget: float, chosen: Sequence[st
 
 def run(step: Any, folder: Path, seconds: float, entry: dict[str, Any]) -> None:
     """One step, its outcome put into its entry."""
-    from .gpu_steps import StepFailed
+    from bench.card.steps import StepFailed
 
     begin = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,10 +105,9 @@ def run(step: Any, folder: Path, seconds: float, entry: dict[str, Any]) -> None:
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """Both files, each whole or not at all."""
+    from bench.card.report import markdown
     from qlora_kernels.storage.atomic_file import write_atomically
     from qlora_kernels.storage.formats import save_json
-
-    from .gpu_report import markdown
 
     save_json(results, folder / "gpu_check.json")
     try:
@@ -143,7 +142,7 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check",
+        prog="python -m bench.card.check",
         description=__doc__.split(": python")[0] + ".",
         epilog="Exit code 0: all steps passed; 1: not all; 2: no CUDA device.",
     )
@@ -154,10 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        say(f"bench.gpu_check needs a CUDA device, and torch {torch.__version__} sees none")
+        say(f"bench.card.check needs a CUDA device, and torch {torch.__version__} sees none")
         return 2
-    from . import gpu_report
-    from .gpu_steps import BUDGET, STEPS
+    from bench.card import report
+    from bench.card.steps import BUDGET, STEPS
 
     chosen = None if arguments.steps is None else arguments.steps.split(",")
     unknown = set(chosen or ()) - {step.name for step in STEPS}
@@ -168,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Ended from outside, the step that runs is ended, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = check(folder, STEPS, arguments.budget or BUDGET, chosen)
-    print(gpu_report.markdown(results))
+    print(report.markdown(results))
     return 0 if results["passed"] else 1
 
 

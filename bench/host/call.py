@@ -1,6 +1,6 @@
 """What a call of a layer costs on the host, Python included, by the CUDA path with kernels that do nothing:
 
-    python -m bench.bench_host --out bench/results/host-NAME.json
+    python -m bench.host.call --out bench/results/host-NAME.json
 
 Everything runs that runs with a card but what the CUDA runtime and torch's allocator for it do: Python, the extension,
 the plans of the launches. The launches themselves are counted (tests/emulator), and outputs lie in the CPU's memory,
@@ -141,7 +141,7 @@ def markdown(result: dict[str, Any], source: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_host", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.host.call", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", required=True, help="where the result goes, as JSON")
     parser.add_argument("--repeats", type=int, default=500, help="of which the least counts (default %(default)s)")
     parser.add_argument("--number", type=int, default=20, help="of calls in each (default %(default)s)")

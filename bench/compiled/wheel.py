@@ -1,6 +1,6 @@
 """A wheel for all architectures: its size, how long it takes to build, and what is inside for each of them.
 
-    python -m bench.wheel
+    python -m bench.compiled.wheel
 
 builds the commit's wheel from nothing, in a temporary folder, looks into it, prints a table, and writes
 bench/results/wheel-all.json, from where `python -m bench.readme.tables` takes the table in docs/. No GPU takes part.
@@ -21,9 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.compiled import static
 from qlora_kernels.bench.timing.machine import describe_commit, describe_machine, describe_versions
-
-from . import static
 
 OUT = static.FOLDER / "wheel-all.json"
 FORMAT = 1
@@ -75,7 +74,7 @@ def result(wheel: Path, seconds: dict[str, float], folder: Path) -> dict[str, An
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.wheel", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled.wheel", description=__doc__.splitlines()[0])
     parser.add_argument("--archs", default="all", help="as in QLORA_KERNELS_CUDA_ARCHS; default: all")
     parser.add_argument("--out", type=Path, default=OUT, help=f"the file; default: {OUT.name} in bench/results")
     options = parser.parse_args(arguments)
@@ -84,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = result(*built(Path(folder), options.archs), Path(folder))
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    from .readme.tables import wheel_table
+    from bench.readme.tables import wheel_table
 
     print(wheel_table(found, options.out.name))
     return 0

@@ -1,4 +1,4 @@
-"""Options of the rank study, and its flags: see :mod:`qlora_kernels.bench.rank_study`."""
+"""Options of the rank study, and its flags: see :mod:`bench.studies.ranks`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 import os
 from dataclasses import dataclass, field, fields
 
-from ..errors import InputError
-from ..finetune.options import Options
+from qlora_kernels.errors import InputError
+from qlora_kernels.finetune.options import Options
 
 RANKS = (1, 2, 4, 8, 64)
 TARGETS = ("q_proj", "q_proj,v_proj", "all-linear")  # as --target-modules of finetune takes them
@@ -74,7 +74,7 @@ class StudyOptions:
 def make_parser() -> argparse.ArgumentParser:
     """The flags; those of finetune have its names."""
     parser = argparse.ArgumentParser(
-        prog="python -m qlora_kernels.bench.rank_study",
+        prog="python -m bench.studies.ranks",
         description="Trains adapters of several ranks on several sets of layers over one NF4 base, and compares them. "
         "A call with the same --out and settings goes on with the cells that are missing.",
     )

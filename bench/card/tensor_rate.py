@@ -1,11 +1,11 @@
 """How many products a card's tensor cores take in a second: by mma.sync, and on sm_90a by wgmma, and nothing else.
 
-    python -m bench.tensor_rate [--out FILE] [--seconds S]
+    python -m bench.card.tensor_rate [--out FILE] [--seconds S]
 
-The instruction binds what kernels of mma.sync can reach on Hopper, whatever else they do; bench/predict.py takes its
-share of the data sheet's rate from what others have published, and this is what a card says itself. Operands are random
-numbers between -1 and 1: zeros take less power, and perhaps fewer reads of registers. Each is timed for a tenth of a
-second after as long a warm-up, several times; clocks are not fixed, so rates are to be compared with each other.
+The instruction limits what kernels of mma.sync can reach on Hopper, whatever else they do. bench/compiled/predict.py
+takes its share of the data sheet's rate from published measurements; this asks the card itself. Operands are random
+numbers between -1 and 1: zeros take less power, and perhaps fewer register reads. Each kernel is timed for a tenth of a
+second after as long a warm-up, several times. Clocks are not fixed, so compare rates of one run only.
 """
 
 from __future__ import annotations

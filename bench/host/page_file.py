@@ -1,6 +1,6 @@
 """Training with states larger than memory: PagedAdamW's page_file under a limit, held to the bit against memory.
 
-    python -m bench.bench_page_file --out FILE [--folder FOLDER]
+    python -m bench.host.page_file --out FILE [--folder FOLDER]
 
 A stack of linear layers in bfloat16 with master weights, all of it trained: 12 bytes of states for each parameter of 2.
 The same steps three times, each in a process of its own: with the states in memory; in a file; and in a file, where the
@@ -119,7 +119,7 @@ def in_a_process(arguments: dict[str, Any], limit: int | None = None) -> dict[st
                 (group / "cgroup.procs").write_text(str(os.getpid()))
 
         done = subprocess.run(
-            [sys.executable, "-m", "bench.bench_page_file", "--train", json.dumps(arguments)],
+            [sys.executable, "-m", "bench.host.page_file", "--train", json.dumps(arguments)],
             stdout=subprocess.PIPE,
             text=True,
             preexec_fn=join,
@@ -175,7 +175,7 @@ def sentence(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_page_file", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.host.page_file", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", help="where the result goes, as JSON")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the states lie (default %(default)s)")
     parser.add_argument("--layers", type=int, default=24, help="(default %(default)s)")
