@@ -275,9 +275,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(str(row[key]) for key in COLUMNS)} |" for row in result["kernels"]]
     lines += [
         "\n## Main loops\n",
-        "What a warp issues in a step of the main loop, on average, where everything is aligned and inside. The rules stand",
-        "in bench/compiled/loops.py. `outside` is all but HMMA and decoding. The last column: instructions that decode, for",
-        "each weight that a thread decodes.\n",
+        "What a warp issues in a step of the main loop, on average, where everything is aligned and inside. The rules",
+        "stand in bench/compiled/loops.py. `outside` is all but HMMA and decoding. The last column: instructions that",
+        "decode, for each weight that a thread decodes.\n",
         f"| kernel | arch | {' | '.join(LOOP_COLUMNS.values())} |",
         f"|{'---|' * 2}{'---:|' * len(LOOP_COLUMNS)}",
     ]
