@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from qlora_kernels.bench.common import Settings
-from qlora_kernels.bench.measure import failed_ours
+from qlora_kernels.bench.case import Settings
 from qlora_kernels.bench.points import Point
+from qlora_kernels.bench.timing.measure import failed_ours
 from qlora_kernels.bench.worker import Remote, Worker
 
 

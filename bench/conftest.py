@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kernels.bench import results as result_files
-from qlora_kernels.bench import table
-from qlora_kernels.bench.common import Settings
+from qlora_kernels.bench.case import Settings
 from qlora_kernels.bench.options import largest_cache
 from qlora_kernels.bench.points import SWEEPS
+from qlora_kernels.bench.report import results as result_files
+from qlora_kernels.bench.report import table
 from qlora_kernels.bench.worker import Worker
 
 _RESULTS = pytest.StashKey[dict[str, Any]]()

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_kernels.bench.common import OURS
-from qlora_kernels.bench.contenders import BNB, DENSE, FOREACH, FUSED, PEFT
-from qlora_kernels.bench.limits import find_contender, ratio_to_ours
+from qlora_kernels.bench.case import OURS
+from qlora_kernels.bench.contenders.names import BNB, DENSE, FOREACH, FUSED, PEFT
 from qlora_kernels.bench.points import RANK, K, N, Point, point_of
+from qlora_kernels.bench.report.ratios import find_contender, ratio_to_ours
 
 BARS_THREADS = 2
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels.bench import plots, rank_report, results
-from qlora_kernels.bench.common import OURS
-from qlora_kernels.bench.contenders import (
+from bench.host import call
+from bench.studies import rank_report
+from qlora_kernels.bench.case import OURS
+from qlora_kernels.bench.contenders.names import (
     BNB,
     BNB_EVAL,
     COPY,
@@ -30,16 +31,16 @@ from qlora_kernels.bench.contenders import (
     PEFT,
     PEFT_EVAL,
 )
-from qlora_kernels.bench.limits import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
-from qlora_kernels.bench.machine import ROOT
 from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
 from qlora_kernels.bench.points import OPTIMIZER, K, N, Point, point_of
-from qlora_kernels.bench.table import machine_line
+from qlora_kernels.bench.report import plots, results
+from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
+from qlora_kernels.bench.report.table import machine_line
+from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.storage.atomic_file import write_atomically
 from qlora_kernels.storage.formats import load_json
 
-from .. import bench_host
 from .bars import BARS, BARS_THREADS, OPTIMIZER_BARS, Bar, judge
 
 FOLDER = ROOT / "bench" / "results"
@@ -298,7 +299,7 @@ def latency_table(found: dict[str, Any], source: str) -> str:
 
 
 def wheel_table(found: dict[str, Any], source: str) -> str:
-    """What is in a wheel for each architecture (bench/wheel.py)."""
+    """What is in a wheel for each architecture (bench/compiled/wheel.py)."""
     machine = found["machine"]
     virtual = "virtual machine, " if machine["virtual"] else ""
     heads = ("architecture", "kernels", "left out", "machine code, KiB", "most registers", "spills (LDL + STL)")
@@ -360,17 +361,17 @@ PAGES = {
         {"latency": latency_table},
         {},
     ),
-    "wheel-*.json": Page("python -m bench.wheel", load_json, {"wheel": wheel_table}, {}),
+    "wheel-*.json": Page("python -m bench.compiled.wheel", load_json, {"wheel": wheel_table}, {}),
     "ranks-*.json": Page(
-        "python -m qlora_kernels.bench.rank_study --out bench/results/ranks-NAME.json",
+        "python -m bench.studies.ranks --out bench/results/ranks-NAME.json",
         load_json,
         {"ranks": rank_report.markdown},
         {"ranks.png": lambda found, path, source: rank_report.plot(found, path, source)},
     ),
     "host-*.json": Page(
-        "python -m bench.bench_host --out bench/results/host-NAME.json",
+        "python -m bench.host.call --out bench/results/host-NAME.json",
         load_json,
-        {"host": bench_host.markdown},
+        {"host": call.markdown},
         {},
     ),
 }

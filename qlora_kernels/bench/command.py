@@ -17,12 +17,13 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import InputError
-from . import compare, options, plots, table
-from . import results as result_files
-from .common import OURS, QUIET, Settings
-from .limits import find_contender
-from .measure import failed_ours
+from . import options
+from .case import OURS, QUIET, Settings
 from .points import Point
+from .report import compare, plots, table
+from .report import results as result_files
+from .report.ratios import find_contender
+from .timing.measure import failed_ours
 from .worker import OutOfTime, Worker, failed_case
 
 #: A case needs this much time to be worth beginning.
@@ -130,7 +131,7 @@ def run(
         progress: called with the point and a few words.
 
     Yields:
-        Cases, as :meth:`qlora_kernels.bench.measure.Measurement.result` gives them.
+        Cases, as :meth:`qlora_kernels.bench.timing.measure.Measurement.result` gives them.
     """
     with Worker() as worker:
         if minutes is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from .common import Settings
+from .case import Settings
 from .points import DTYPES, FULL_MINUTES_CUDA, MINUTES, MODELS, OPTIMIZER, RANK, SWEEPS, K, N, Point, gpt2
 
 #: What each operation is measured over.

@@ -22,11 +22,11 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from .common import DeviceLost, Settings, printable, reason
+from .case import DeviceLost, Settings, printable, reason
 from .points import Point
 
 #: Imported before the first fork.
-PRELOADED = ("qlora_kernels.bench.peers", "qlora_kernels.bench.operations")
+PRELOADED = ("qlora_kernels.bench.contenders.peers", "qlora_kernels.bench.operations")
 #: A contender that has not been set up and verified by then, or not done its share of a round, is given up.
 PREPARE_SECONDS = 300.0
 #: With a deadline it has half of the time that is left, but this much.
@@ -54,7 +54,7 @@ class OutOfTime(Exception):
 
 
 class Remote:
-    """A measurement in another process, with the interface of :class:`qlora_kernels.bench.measure.Measurement`.
+    """A measurement in another process, with the interface of :class:`qlora_kernels.bench.timing.measure.Measurement`.
 
     Raises:
         Lost, OutOfTime: from any method, when the process is lost.

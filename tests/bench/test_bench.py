@@ -14,20 +14,19 @@ from bench_cases import POINT, POINTS, TINY, WEIGHT, contender, fake, limits_cas
 from emulated import emulated
 
 import qlora_kernels
-from qlora_kernels.bench import (
-    common,
-    compare,
-    contenders,
-    cuda_timing,
-    limits,
-    options,
-    peak,
-    plots,
-    results,
-    table,
+from qlora_kernels.bench import options
+from qlora_kernels.bench.case import (
+    OURS,
+    Case,
+    Contender,
+    DeviceLost,
+    Ready,
+    Settings,
+    largest_error,
+    quantiles_of,
 )
-from qlora_kernels.bench.common import OURS, Case, Contender, DeviceLost, Ready, Settings
-from qlora_kernels.bench.contenders import (
+from qlora_kernels.bench.contenders import weights
+from qlora_kernels.bench.contenders.names import (
     BNB,
     BNB_EVAL,
     COPY,
@@ -38,12 +37,15 @@ from qlora_kernels.bench.contenders import (
     KERNEL,
     PEFT,
     PEFT_EVAL,
-    Lab,
 )
-from qlora_kernels.bench.measure import CudaMeasurement, Measurement, failed_ours
+from qlora_kernels.bench.contenders.weights import Lab
 from qlora_kernels.bench.operations import CASES, OPERATIONS, begin, gpt2_forward
-from qlora_kernels.bench.peak import peak_allocated
 from qlora_kernels.bench.points import MODELS, SWEEPS, Point, point_of
+from qlora_kernels.bench.report import compare, plots, results, table
+from qlora_kernels.bench.report.ratios import limits_of
+from qlora_kernels.bench.timing import cuda_timing, peak
+from qlora_kernels.bench.timing.measure import CudaMeasurement, Measurement, failed_ours
+from qlora_kernels.bench.timing.peak import peak_allocated
 from qlora_kernels.cli.main import main
 from qlora_kernels.errors import InputError
 from qlora_kernels.ops import linear as fused
@@ -161,14 +163,14 @@ def test_every_result_counts():
     """NaN in any of several, and too few of them, are errors."""
     right = [torch.ones(3), torch.ones(2)]
     exact = [one.double() for one in right]
-    assert common.largest_error(right, exact) == 0
-    assert common.largest_error([torch.ones(3), torch.full((2,), 1.5)], exact) == 0.5
+    assert largest_error(right, exact) == 0
+    assert largest_error([torch.ones(3), torch.full((2,), 1.5)], exact) == 0.5
     for i in range(2):
         wrong = [one.clone() for one in right]
         wrong[i][0] = math.nan
-        assert math.isnan(common.largest_error(wrong, exact))
+        assert math.isnan(largest_error(wrong, exact))
     with pytest.raises(ValueError, match="zip"):
-        common.largest_error(right[:1], exact)
+        largest_error(right[:1], exact)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +215,8 @@ def test_weights_decode_as_reference_does():
     whole = reference.decode(weight.pieces, *weight.shape, torch.bfloat16)
     for at_a_time in (64, 128, 1 << 22):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(contenders, "_AT_A_TIME", at_a_time)
-            assert torch.equal(contenders.decoded(weight.pieces, *weight.shape, torch.bfloat16), whole)
+            patch.setattr(weights, "_AT_A_TIME", at_a_time)
+            assert torch.equal(weights.decoded(weight.pieces, *weight.shape, torch.bfloat16), whole)
 
 
 def test_contenders_alternate_and_copies_rotate():
@@ -258,7 +260,7 @@ def test_copies_exceed_the_cache():
 
 
 def test_quantiles():
-    assert common.quantiles_of([4.0, 1.0, 2.0, 3.0, 5.0, 6.0]) == {0: 1.0, 20: 2.0, 50: 3.5, 80: 5.0, 100: 6.0}
+    assert quantiles_of([4.0, 1.0, 2.0, 3.0, 5.0, 6.0]) == {0: 1.0, 20: 2.0, 50: 3.5, 80: 5.0, 100: 6.0}
 
 
 def test_peak_memory_counts_what_lives_at_one_time():
@@ -663,8 +665,8 @@ def test_table_shows_ratios_the_worst_first_and_shares_of_the_limits(tiny):
         ],
     }
     run = {**tiny, "cases": [limits_case(10.0, 1.0), case]}
-    assert limits.limits_of(run).share(case, case["contenders"][0]) == pytest.approx(0.5)
-    assert limits.limits_of(run).share(case, case["contenders"][2]) == pytest.approx(1.0)
+    assert limits_of(run).share(case, case["contenders"][0]) == pytest.approx(0.5)
+    assert limits_of(run).share(case, case["contenders"][2]) == pytest.approx(1.0)
     text = table.terminal(run)
     assert "memory moves 10.0 GB/s" in text
     assert "1 TFLOP/s" in text

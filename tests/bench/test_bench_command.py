@@ -13,11 +13,12 @@ import pytest
 import torch
 from bench_cases import POINT, POINTS, TINY, limits_case, measured
 
-from qlora_kernels.bench import command, options, plots, results, worker
-from qlora_kernels.bench.common import OURS, Settings
-from qlora_kernels.bench.contenders import BNB
-from qlora_kernels.bench.measure import failed_ours
+from qlora_kernels.bench import command, options, worker
+from qlora_kernels.bench.case import OURS, Settings
+from qlora_kernels.bench.contenders.names import BNB
 from qlora_kernels.bench.points import SWEEPS, Point
+from qlora_kernels.bench.report import plots, results
+from qlora_kernels.bench.timing.measure import failed_ours
 from qlora_kernels.bench.worker import OutOfTime
 from qlora_kernels.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The cases, benchmarks and tables of bench.gpu_check: on the emulator, and with a clock of their own."""
+"""The cases, benchmarks and tables of bench.card.check: on the emulator, and with a clock of their own."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from emulated import counters, emulated, module
 from steady_card import FakeCard, SteadyCard
 
-from bench import bench_cuda, gpu_cases, gpu_report
-from qlora_kernels.bench import cuda_timing
-from qlora_kernels.bench.common import OURS
-from qlora_kernels.bench.contenders import BNB, CHECKED, EQUAL_COPY
+from bench.card import kernels, quantize, report
+from qlora_kernels.bench.case import OURS
+from qlora_kernels.bench.contenders.names import BNB, CHECKED, EQUAL_COPY
+from qlora_kernels.bench.timing import cuda_timing
 from qlora_kernels.native import dispatch
 
 # -------------------------------------------------------------------------------------------------------------- cases
@@ -25,13 +25,13 @@ from qlora_kernels.native import dispatch
 def test_the_cases_on_the_emulator(capsys):
     with emulated("random", seed=5):
         module().reset_counters()
-        assert gpu_cases.main([], device="cpu") == 0
+        assert kernels.main([], device="cpu") == 0
         launches = counters()["launches"]
-    total = sum(1 for _ in gpu_cases.cases())
-    assert capsys.readouterr().out == gpu_cases.verdict(total, total) + "\n"
+    total = sum(1 for _ in kernels.cases())
+    assert capsys.readouterr().out == kernels.verdict(total, total) + "\n"
     # One each, and two for the nested ones: the kernels ran, not the CPU's.
     assert launches >= total
-    assert {case.kernel for case in gpu_cases.cases()} == {
+    assert {case.kernel for case in kernels.cases()} == {
         "quantize",
         "quantize_nested",
         "quantize_absmax",
@@ -44,37 +44,37 @@ def test_the_cases_on_the_emulator(capsys):
 
 def test_scratch_that_is_poisoned_changes_nothing(capsys):
     seen = []
-    with emulated(), gpu_cases.poisoned_scratch():
-        poisoned = gpu_cases.backends.CUDA._scratch
-        kernels, x = gpu_cases.backends.forced_backend(), torch.zeros(20, 1088).bfloat16()
-        seen.append(kernels._scratch(x, 72).view(torch.uint8))
-        assert kernels._scratch(x, 0) is None
+    with emulated(), kernels.poisoned_scratch():
+        poisoned = kernels.backends.CUDA._scratch
+        forced, x = kernels.backends.forced_backend(), torch.zeros(20, 1088).bfloat16()
+        seen.append(forced._scratch(x, 72).view(torch.uint8))
+        assert forced._scratch(x, 0) is None
     assert (seen[0] == 255).all()
     assert len(seen[0]) > 0
-    assert gpu_cases.backends.CUDA._scratch is not poisoned
+    assert kernels.backends.CUDA._scratch is not poisoned
     calls = []
     with emulated(), pytest.MonkeyPatch.context() as patch:
         # Zeros, where the emulator itself would give NaN: the option's bytes are what the kernels see.
-        plain = gpu_cases.backends.CUDA._scratch
+        plain = kernels.backends.CUDA._scratch
 
         def zeros(*arguments):
             scratch = plain(*arguments)
             calls.append(scratch)
             return None if scratch is None else scratch.zero_()
 
-        patch.setattr(gpu_cases.backends.CUDA, "_scratch", zeros)
-        assert gpu_cases.main(["--poison-scratch", "--only", "linear bfloat16"], device="cpu") == 0
-        assert gpu_cases.backends.CUDA._scratch is zeros
+        patch.setattr(kernels.backends.CUDA, "_scratch", zeros)
+        assert kernels.main(["--poison-scratch", "--only", "linear bfloat16"], device="cpu") == 0
+        assert kernels.backends.CUDA._scratch is zeros
     assert any(scratch is not None and (scratch.view(torch.uint8) == 255).any() for scratch in calls)
     out, err = capsys.readouterr()
-    assert out == gpu_cases.verdict(12, 12) + "\n"
-    assert err.startswith("gpu_cases: 0 s, case 1 of 12, linear, bfloat16, 3 rows by [72, 192]")
+    assert out == kernels.verdict(12, 12) + "\n"
+    assert err.startswith("card kernels: 0 s, case 1 of 12, linear, bfloat16, 3 rows by [72, 192]")
 
 
 def test_progress_says_where_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_cases, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "PROGRESS_SECONDS", 0.0)
     with emulated():
-        assert gpu_cases.main(["--only", "quantize_absmax 25"], device="cpu") == 0
+        assert kernels.main(["--only", "quantize_absmax 25"], device="cpu") == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("case ")[2] for line in lines][1] == (
         "2 of 6, quantize_absmax, 255 constants, an irregular table"
@@ -88,7 +88,7 @@ def test_the_layers_and_the_optimizers_tables_stand_in_the_report():
     measured = {"cases": [{**about, "contenders": [contender(OURS, 4.0), contender("torch dense", 9.6)]}]}
     results["steps"].append({"name": "bench_linear", "status": "failed", "found": measured})
     results["steps"].append({"name": "bench_optimizer", "status": "failed", "found": {"nvidia_smi_after": "unknown"}})
-    text = gpu_report.markdown(results)
+    text = report.markdown(results)
     assert "## The layer's products\n\n### Bars" in text
     assert "forward M = 1, 4096 x 4096: torch dense" in text
     assert "## Optimizers" not in text
@@ -97,13 +97,13 @@ def test_the_layers_and_the_optimizers_tables_stand_in_the_report():
 def test_the_cases_reach_every_kernel_of_the_table(monkeypatch):
     card = dispatch.CARDS[90]
     found = set()
-    for dtype in gpu_cases.DTYPES:
-        for (n, k), m, _, _, kernels in gpu_cases.LINEAR_SHAPES:
-            for backward, kernel in enumerate(kernels if gpu_cases.can_be_forced(dtype, "cpu") else ("", "")):
-                with gpu_cases.forced_kernel(kernel):
+    for dtype in kernels.DTYPES:
+        for (n, k), m, _, _, names in kernels.LINEAR_SHAPES:
+            for backward, kernel in enumerate(names if kernels.can_be_forced(dtype, "cpu") else ("", "")):
+                with kernels.forced_kernel(kernel):
                     found.add(dispatch.choose(card, m, n, k, dtype, bool(backward))["kernel"])
-    assert gpu_cases.KERNEL not in os.environ
-    monkeypatch.setenv(gpu_cases.KERNEL, "?")
+    assert kernels.KERNEL not in os.environ
+    monkeypatch.setenv(kernels.KERNEL, "?")
     with pytest.raises(RuntimeError) as problem:
         dispatch.choose(card, 1, 64, 64, torch.bfloat16, False)
     names = str(problem.value).rpartition("there are ")[2].partition(" (")[0]
@@ -112,67 +112,67 @@ def test_the_cases_reach_every_kernel_of_the_table(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [0, torch.nan])
 def test_a_wrong_row_of_a_product_is_found(monkeypatch, capsys, wrong):
-    right = gpu_cases.ops.linear_forward
+    right = kernels.ops.linear_forward
 
     def lazy(*arguments):
         y, u = right(*arguments)
-        if gpu_cases.backends.forced_backend() is not None:
+        if kernels.backends.forced_backend() is not None:
             y[-1] = wrong
         return y, u
 
-    monkeypatch.setattr(gpu_cases.ops, "linear_forward", lazy)
+    monkeypatch.setattr(kernels.ops, "linear_forward", lazy)
     with emulated():
-        assert gpu_cases.main(["--only", "linear bfloat16, 50"], device="cpu") == 1
-    assert "gpu_cases: 0 of 1" in capsys.readouterr().out
+        assert kernels.main(["--only", "linear bfloat16, 50"], device="cpu") == 1
+    assert "card kernels: 0 of 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("operation", ["quantize", "quantize_nested", "quantize_absmax"])
 def test_a_wrong_bit_is_found(monkeypatch, capsys, operation):
-    right = getattr(gpu_cases.ops, operation)
+    right = getattr(kernels.ops, operation)
 
     def wrong(*arguments):
         results = right(*arguments)
-        if gpu_cases.backends.forced_backend() is not None:
+        if kernels.backends.forced_backend() is not None:
             results[-1].view(-1)[-1:].view(torch.uint8)[0] ^= 1
         return results
 
-    monkeypatch.setattr(gpu_cases.ops, operation, wrong)
+    monkeypatch.setattr(kernels.ops, operation, wrong)
     with emulated():
-        assert gpu_cases.main(["--only", f"{operation} "], device="cpu") == 1
+        assert kernels.main(["--only", f"{operation} "], device="cpu") == 1
     out = capsys.readouterr().out
     assert f"{operation}, " in out
     assert "1 of " in out
-    assert "gpu_cases: 0 of " in out
+    assert "card kernels: 0 of " in out
 
 
 @pytest.mark.parametrize("what", ["parameter", "exp_avg_code", "exp_avg_absmax", "master", "step", "norm"])
 def test_a_wrong_step_is_found(monkeypatch, capsys, what):
-    right = gpu_cases.PagedLion.step
+    right = kernels.PagedLion.step
 
     def wrong(self):
         right(self)
-        if gpu_cases.backends.forced_backend() is None:
+        if kernels.backends.forced_backend() is None:
             return
         p = self.param_groups[0]["params"][0]
         found = {**self.state[p], "parameter": p.detach(), "norm": self._engine._norm}[what]
         found.reshape(-1)[-1:].view(torch.uint8)[0] ^= 1
 
-    monkeypatch.setattr(gpu_cases.PagedLion, "step", wrong)
+    monkeypatch.setattr(kernels.PagedLion, "step", wrong)
     with emulated():
         case = "optimizer_step PagedLion 8 bits, bfloat16, clipped, scaled"
-        assert gpu_cases.main(["--only", case], device="cpu") == 1
-    assert "gpu_cases: 0 of 1" in capsys.readouterr().out
+        assert kernels.main(["--only", case], device="cpu") == 1
+    assert "card kernels: 0 of 1" in capsys.readouterr().out
 
 
 def test_optimizer_cases_reach_every_path():
     """Steps are taken and left out, norms clipped and not, and a norm is of every gradient."""
-    with gpu_cases.cpu_kernels():
-        results = {case.name: case.run("cpu") for case in gpu_cases.cases() if case.kernel.startswith("optimizer")}
-    assert len(results) == 20 + 2 * len(gpu_cases.OPTIMIZER_EXTRAS) + 3
+    with kernels.cpu_kernels():
+        results = {case.name: case.run("cpu") for case in kernels.cases() if case.kernel.startswith("optimizer")}
+    assert len(results) == 20 + 2 * len(kernels.OPTIMIZER_EXTRAS) + 3
     plain = next(found for name, found in results.items() if name.startswith("PagedAdamW 32"))
-    params = len(gpu_cases.OPTIMIZER_COUNTS)
+    params = len(kernels.OPTIMIZER_COUNTS)
     assert [found.item() for found in plain[params + 2 : -2 : 3]] == [3, 2, 3, 3, 3, 3, 0]
-    for extra, more, scaler in gpu_cases.OPTIMIZER_EXTRAS:
+    for extra, more, scaler in kernels.OPTIMIZER_EXTRAS:
         norm, skipped = (one.item() for one in results[f"PagedAdamW 32 bits, float32, {extra}"][-2:])
         assert skipped == (3 if scaler and scaler[1] else 1 if "skip_nonfinite" in more else 0)
         assert (norm > 0.5) == bool(more), extra
@@ -181,17 +181,17 @@ def test_optimizer_cases_reach_every_path():
 
 
 def test_an_element_that_is_not_written_is_found(monkeypatch):
-    right = gpu_cases.NF4Weight.dequantize
+    right = kernels.NF4Weight.dequantize
 
     def lazy(self, *arguments, out, **more):
-        if gpu_cases.backends.forced_backend() is None:
+        if kernels.backends.forced_backend() is None:
             return right(self, *arguments, out=out, **more)
         out.view(-1)[:-1] = right(self, *arguments, **more).view(-1)[:-1]
         return out
 
-    monkeypatch.setattr(gpu_cases.NF4Weight, "dequantize", lazy)
+    monkeypatch.setattr(kernels.NF4Weight, "dequantize", lazy)
     with emulated():
-        problems = [gpu_cases.check(case, "cpu") for case in gpu_cases.cases() if case.kernel == "dequantize"]
+        problems = [kernels.check(case, "cpu") for case in kernels.cases() if case.kernel == "dequantize"]
     assert len(problems) == 72
     assert all(problem is not None and "bytes of result 0 differ" in problem for problem in problems)
 
@@ -276,8 +276,8 @@ def measured(bitsandbytes: bool) -> dict:
         if not bitsandbytes:
             for name in ("bitsandbytes", "bitsandbytes.functional"):
                 patch.setitem(sys.modules, name, None)
-        bench = bench_cuda.Bench(SteadyCard(l2_bytes=0), "cpu")
-        result = bench_cuda.run(bench, 0.0, lambda r: saved.append(json.loads(json.dumps(r))), SHAPES, 4096)
+        bench = quantize.Bench(SteadyCard(l2_bytes=0), "cpu")
+        result = quantize.run(bench, 0.0, lambda r: saved.append(json.loads(json.dumps(r))), SHAPES, 4096)
     # On disk after the copy, after each case, and at the end.
     assert [len(one["cases"]) for one in saved] == [*range(11), 10]
     assert [one["complete"] for one in saved] == [False] * 11 + [True]
@@ -293,7 +293,7 @@ def test_missing_bitsandbytes_leaves_empty_columns():
         assert case["contenders"][1]["name"] == EQUAL_COPY
         assert abs(case["contenders"][1]["bytes"] - ours["bytes"]) <= 1
     assert sum(any(c["name"] == CHECKED for c in case["contenders"]) for case in result["cases"]) == 4
-    text = gpu_report.markdown(finished(result))
+    text = report.markdown(finished(result))
     assert "- bitsandbytes: not installed (bitsandbytes) (all cases)" in text
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     head = next(line for line in lines if "bnb us" in line)
@@ -319,17 +319,17 @@ def test_bitsandbytes_computes_the_same():
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
-    right = bench_cuda.ops.quantize_nested
+    right = quantize.ops.quantize_nested
 
     def wrong(*arguments):
         packed, *rest = right(*arguments)
-        if gpu_cases.backends.forced_backend() is not None:  # not in the CPU's result, which is the truth
+        if kernels.backends.forced_backend() is not None:  # not in the CPU's result, which is the truth
             packed[-1] ^= 1
         return packed, *rest
 
-    monkeypatch.setattr(bench_cuda.ops, "quantize_nested", wrong)
+    monkeypatch.setattr(quantize.ops, "quantize_nested", wrong)
     with emulated():
-        bench = bench_cuda.Bench(SteadyCard(l2_bytes=0), "cpu")
+        bench = quantize.Bench(SteadyCard(l2_bytes=0), "cpu")
         about, makers = next(c for c in bench.cases(SHAPES) if c[0]["operation"] == "quantize")
         case = bench.run_case(about, makers, 0.0)
     assert case["failed"] == "wrong result: quantize differs from the CPU's"
@@ -388,7 +388,7 @@ def sample() -> dict:
 
 
 def test_bars_worst_first():
-    verdicts = gpu_report.verdicts(finished(sample()))
+    verdicts = report.verdicts(finished(sample()))
     assert [one.share for one in verdicts] == sorted(one.share for one in verdicts)
     by_title = {one.title: (one.word, one.reached, one.reason) for one in verdicts}
     copy = "dequantize 8192 x 8192 to {}, of a copy's bandwidth"
@@ -401,19 +401,19 @@ def test_bars_worst_first():
         bnb.format("float16"): ("not measured", None, "not installed (bitsandbytes)"),
         bnb.format("float32"): ("not measured", None, "wrong result: dequantize differs from the CPU's"),
     }
-    nothing = gpu_report.verdicts({"steps": []})
+    nothing = report.verdicts({"steps": []})
     assert [one.word for one in nothing] == ["not measured"] * 6
 
 
 def test_times_are_compared_like_with_like():
     case = dequantize(4096, "bfloat16", contender(OURS, 10.0), contender(BNB, 60.0, graph=False))
-    assert gpu_report.times_ours(case, BNB) == 6.0  # events: 120 / 20; by graph against events it would be 12 or 6
+    assert report.times_ours(case, BNB) == 6.0  # events: 120 / 20; by graph against events it would be 12 or 6
     case["contenders"][1]["event_us"]["median"] = 100.0
-    assert gpu_report.times_ours(case, BNB) == 5.0
+    assert report.times_ours(case, BNB) == 5.0
 
 
 def test_the_tables():
-    text = gpu_report.markdown(finished(sample()))
+    text = report.markdown(finished(sample()))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     times = [row for row in rows if row[0] == "dequantize"]
     assert [(row[1], row[2], row[6]) for row in times] == [

@@ -1,25 +1,20 @@
-"""bench/bench_cuda_linear.py on the emulator, at small sizes, by a clock of its own: contenders, bars, tables."""
+"""bench/card/linear.py on the emulator, at small sizes, by a clock of its own: contenders, bars, tables."""
 
 from __future__ import annotations
 
 import functools
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-if not (Path(__file__).resolve().parent.parent.parent / "bench" / "bench_cuda_linear.py").is_file():
-    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
-
 from emulated import emulated
 from steady_card import SteadyCard
 
-from bench import bench_cuda_linear as bench_linear
-from bench import predict
-from qlora_kernels.bench import cuda_timing
-from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY
+from bench.card import linear as bench_linear
+from bench.compiled import predict
+from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY
+from qlora_kernels.bench.timing import cuda_timing
 
 SIZES = (((64, 128),), (1, 20), ((24, 64, 128),))
 

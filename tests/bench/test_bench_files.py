@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import pytest
 
-from qlora_kernels.bench import command, compare, options, plots, results, table
-from qlora_kernels.bench.common import OURS, Settings, quantiles_of
-from qlora_kernels.bench.contenders import BNB, DENSE
+from qlora_kernels.bench import command, options
+from qlora_kernels.bench.case import OURS, Settings, quantiles_of
+from qlora_kernels.bench.contenders.names import BNB, DENSE
 from qlora_kernels.bench.points import SWEEPS, Point
+from qlora_kernels.bench.report import compare, plots, results, table
 from qlora_kernels.cli.main import main
 from qlora_kernels.errors import InputError
 

@@ -1,24 +1,18 @@
-"""bench/bench_host.py: every call is timed, launches are counted and not executed, and the backend is put back."""
+"""bench/host/call.py: every call is timed, launches are counted and not executed, and the backend is put back."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import pytest
-
-if not (Path(__file__).resolve().parent.parent.parent / "bench" / "bench_host.py").is_file():
-    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
-
-from bench import bench_host
+from bench.host import call
 from qlora_kernels.ops import backends
 
 
 def test_all_calls_are_timed(tmp_path, capsys):
-    assert bench_host.main(["--out", str(tmp_path / "host.json"), "--repeats", "1", "--number", "1"]) == 0
+    assert call.main(["--out", str(tmp_path / "host.json"), "--repeats", "1", "--number", "1"]) == 0
     assert backends.forced_backend() is None
     found = json.loads((tmp_path / "host.json").read_text())["cases"]
-    assert len(found) == len(bench_host.ADAPTERS) * 9
+    assert len(found) == len(call.ADAPTERS) * 9
     assert all(case["us"] > 0 for case in found)
     launches = {(case["call"], case["adapter"]): case["launches"] for case in found}
     # The product; u before it. In backward dx; v and dB with their sum, and dA.

@@ -1,4 +1,4 @@
-"""bench/bench_page_file.py at small sizes, under a cgroup that limits nothing; the sentence in docs/ is the file's."""
+"""bench/host/page_file.py at small sizes, under a cgroup that limits nothing; the sentence in docs/ is the file's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-if not (ROOT / "bench" / "bench_page_file.py").is_file():
-    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
+from bench.host import page_file
 
-from bench import bench_page_file  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 SMALL = ["--layers", "3", "--width", "128", "--steps", "3", "--limit", "1.5"]
 
@@ -30,7 +28,7 @@ def group_fixture(tmp_path, monkeypatch):
         (folder / "limit").write_text(str(limit))
         yield folder
 
-    monkeypatch.setattr(bench_page_file, "memory_cgroup", pretended)
+    monkeypatch.setattr(page_file, "memory_cgroup", pretended)
     monkeypatch.chdir(ROOT)
     return folder
 
@@ -38,7 +36,7 @@ def group_fixture(tmp_path, monkeypatch):
 def test_the_same_steps_in_memory_and_in_a_file(group, tmp_path, capsys):
     (tmp_path / "states").mkdir()
     where = ["--folder", str(tmp_path / "states"), "--out", str(tmp_path / "out.json")]
-    assert bench_page_file.main([*SMALL, *where]) == 0
+    assert page_file.main([*SMALL, *where]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert int((group / "limit").read_text()) == 1.5 * 2**30
     assert int((group / "cgroup.procs").read_text()) > 1, "the process that trains has joined"
@@ -54,7 +52,7 @@ def test_the_same_steps_in_memory_and_in_a_file(group, tmp_path, capsys):
     assert memory["states_bytes"] > 12 * 3 * 128 * 128
     assert file["written_bytes"] >= 12 * 3 * 128 * 128 > 0
     assert str(tmp_path) not in json.dumps(result)
-    assert bench_page_file.sentence(result) in capsys.readouterr().out
+    assert page_file.sentence(result) in capsys.readouterr().out
 
     other = copy.deepcopy(result)
     other["cases"]["in a file"]["sha256"] = "0"
@@ -63,15 +61,15 @@ def test_the_same_steps_in_memory_and_in_a_file(group, tmp_path, capsys):
         return {**other, "same": len({case["sha256"] for case in other["cases"].values()}) == 1}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_page_file, "run", run)
-        assert bench_page_file.main([*SMALL, *where]) == 1
+        patch.setattr(page_file, "run", run)
+        assert page_file.main([*SMALL, *where]) == 1
     assert "OTHER BITS" in capsys.readouterr().out
 
 
 def test_a_training_that_is_killed_is_no_result(group):
     arguments = {"layers": 1, "width": 64, "steps": 1, "page_file": "/nowhere/at/all"}
     with pytest.raises(RuntimeError, match="the training ended with 1"):
-        bench_page_file.in_a_process(arguments, limit=1)
+        page_file.in_a_process(arguments, limit=1)
     assert group.is_dir()
 
 
@@ -86,5 +84,5 @@ def test_the_page_says_what_was_measured():
     losses = [step["loss"] for step in limited["steps"]]
     assert losses == sorted(losses, reverse=True)
     text = " ".join((ROOT / "docs" / "paged-optimizers.md").read_text().split())
-    assert bench_page_file.sentence(result) in text
+    assert page_file.sentence(result) in text
     assert "(../bench/results/page-file-cpu.json)" in text

@@ -14,10 +14,10 @@ if not (ROOT / "bench" / "readme" / "tables.py").is_file():
 from bench import bench_operations  # noqa: E402
 from bench.readme import tables  # noqa: E402
 from bench.readme.bars import BARS, OPTIMIZER_BARS, Bar, judge  # noqa: E402
-from qlora_kernels.bench import plots, results  # noqa: E402
-from qlora_kernels.bench.common import OURS, Settings  # noqa: E402
-from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY, PEFT  # noqa: E402
+from qlora_kernels.bench.case import OURS, Settings  # noqa: E402
+from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY, PEFT  # noqa: E402
 from qlora_kernels.bench.points import SWEEPS, Point, point_of  # noqa: E402
+from qlora_kernels.bench.report import plots, results  # noqa: E402
 from qlora_kernels.bench.worker import failed_case  # noqa: E402
 
 
@@ -76,7 +76,7 @@ def test_newest_goes_by_the_date_inside(tmp_path):
     assert tables.newest(folder=tmp_path).name == "cpu-a.jsonl"
     with pytest.raises(FileNotFoundError, match="qlora-kernels bench --out"):
         tables.newest(folder=tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="rank_study --out"):
+    with pytest.raises(FileNotFoundError, match="ranks --out"):
         tables.newest("ranks-*.json", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""bench/wheel.py: what it builds, and what it says of it; the wheels themselves stand in."""
+"""bench/compiled/wheel.py: what it builds, and what it says of it; the wheels themselves stand in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-if not (Path(__file__).resolve().parent.parent.parent / "bench" / "wheel.py").is_file():
-    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
-
-from bench import static, wheel
+from bench.compiled import static, wheel
 from bench.readme import tables
 
 NAME = "qlora_kernels-0.1.0+cu130.sm75.sm80-cp311-cp311-linux_x86_64.whl"

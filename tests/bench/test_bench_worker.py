@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 from bench_cases import POINT, TINY
 
-from qlora_kernels.bench import results, table, worker
-from qlora_kernels.bench.common import OURS, DeviceLost
-from qlora_kernels.bench.contenders import BNB
-from qlora_kernels.bench.measure import failed_ours
+from qlora_kernels.bench import worker
+from qlora_kernels.bench.case import OURS, DeviceLost
+from qlora_kernels.bench.contenders.names import BNB
 from qlora_kernels.bench.points import point_of
+from qlora_kernels.bench.report import results, table
+from qlora_kernels.bench.timing.measure import failed_ours
 from qlora_kernels.bench.worker import Lost, OutOfTime, Remote, Worker
 
 CARD = replace(TINY, device="cuda")

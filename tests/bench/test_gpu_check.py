@@ -1,4 +1,4 @@
-"""bench.gpu_check without a card: its steps, parsers and files."""
+"""bench.card.check without a card: its steps, parsers and files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 import torch
 from check_runs import CLEAN, JUNIT, RACE_CLEAN, good, sleeping
 
-from bench import gpu_check, gpu_facts, gpu_parsers, gpu_steps
-from bench.gpu_steps import Step
-from qlora_kernels.bench import machine
+from bench.card import check, facts, parsers, steps
+from bench.card.steps import Step
+from qlora_kernels.bench.timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # ----------------------------------------------------------------------------------------------------- without a card
 
 
-@pytest.mark.parametrize("module_name", ["bench.gpu_check", "bench.gpu_cases", "bench.bench_cuda"])
+@pytest.mark.parametrize("module_name", ["bench.card.check", "bench.card.kernels", "bench.card.quantize"])
 def test_without_a_card_one_sentence_and_nothing_done(tmp_path, module_name):
-    command = [sys.executable, "-m", module_name, *([] if module_name.endswith("cases") else ["--out", "made"])]
+    command = [sys.executable, "-m", module_name, *([] if module_name.endswith("kernels") else ["--out", "made"])]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
@@ -42,13 +42,13 @@ def test_without_a_card_one_sentence_and_nothing_done(tmp_path, module_name):
 
 
 def test_sanitizer_summaries():
-    assert gpu_parsers.sanitizer_findings(CLEAN, "memcheck") == {"errors": 0}
+    assert parsers.sanitizer_findings(CLEAN, "memcheck") == {"errors": 0}
     one = "========= Invalid __global__ read of size 16 bytes\n========= ERROR SUMMARY: 1 error\n"
-    assert gpu_parsers.sanitizer_findings(one, "initcheck") == {"errors": 1}
-    assert gpu_parsers.sanitizer_findings(CLEAN + one, "synccheck") == {"errors": 1}
-    assert gpu_parsers.sanitizer_findings(RACE_CLEAN, "racecheck") == {"errors": 0, "hazards": 0, "warnings": 0}
+    assert parsers.sanitizer_findings(one, "initcheck") == {"errors": 1}
+    assert parsers.sanitizer_findings(CLEAN + one, "synccheck") == {"errors": 1}
+    assert parsers.sanitizer_findings(RACE_CLEAN, "racecheck") == {"errors": 0, "hazards": 0, "warnings": 0}
     race = "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n"
-    assert gpu_parsers.sanitizer_findings(race, "racecheck") == {"errors": 1, "hazards": 3, "warnings": 2}
+    assert parsers.sanitizer_findings(race, "racecheck") == {"errors": 1, "hazards": 3, "warnings": 2}
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_sanitizer_summaries():
 )
 def test_no_summary_is_no_clean_result(text, tool):
     with pytest.raises(ValueError):
-        gpu_parsers.sanitizer_findings(text, tool)
+        parsers.sanitizer_findings(text, tool)
 
 
 def test_junit_counts():
-    assert gpu_parsers.junit_counts(JUNIT) == {
+    assert parsers.junit_counts(JUNIT) == {
         "passed": 1,
         "failed": 3,
         "skipped": 1,
@@ -82,37 +82,37 @@ def test_junit_counts():
         "skips": [["tests.test_b::test_three", "needs two cards"]],
     }
     with pytest.raises(ValueError, match="junit"):
-        gpu_parsers.junit_counts("<testsuites>")
+        parsers.junit_counts("<testsuites>")
 
 
 def test_nvidia_smi_and_nvcc():
-    rows = gpu_parsers.smi_rows("NVIDIA H200, 580.159.04\nNVIDIA H200, 580.159.04\n", ("name", "driver_version"))
+    rows = parsers.smi_rows("NVIDIA H200, 580.159.04\nNVIDIA H200, 580.159.04\n", ("name", "driver_version"))
     assert rows == [{"name": "NVIDIA H200", "driver_version": "580.159.04"}] * 2
     for text in ("", 'Field "nonsense" is not a valid field to query.\n'):
         with pytest.raises(ValueError, match="2 columns"):
-            gpu_parsers.smi_rows(text, ("name", "driver_version"))
+            parsers.smi_rows(text, ("name", "driver_version"))
     text = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.48\nBuild cuda_13.0\n"
-    assert gpu_parsers.nvcc_release(text) == "13.0.48"
-    assert gpu_parsers.nvcc_release("no such thing") == "unknown"
+    assert parsers.nvcc_release(text) == "13.0.48"
+    assert parsers.nvcc_release("no such thing") == "unknown"
 
 
 def test_facts_that_cannot_be_read_are_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    assert gpu_facts.cards_now().startswith("unknown")
+    assert facts.cards_now().startswith("unknown")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sometool").write_text("#!/bin/sh\n")
-    assert gpu_facts.tool("sometool") is None  # not executable
+    assert facts.tool("sometool") is None  # not executable
     (tmp_path / "bin" / "sometool").chmod(0o755)
-    assert gpu_facts.tool("sometool") == str(tmp_path / "bin" / "sometool")
-    before = gpu_facts.sources_digest()
+    assert facts.tool("sometool") == str(tmp_path / "bin" / "sometool")
+    before = facts.sources_digest()
     monkeypatch.delenv("QLORA_KERNELS_COMMIT", raising=False)
     assert machine.describe_commit() == {"commit": None, "modified": None}  # PATH has no git
     monkeypatch.setenv("QLORA_KERNELS_COMMIT", "0123abc")
     assert machine.describe_commit() == {"commit": "0123abc", "modified": None}
-    monkeypatch.setattr(gpu_facts, "ROOT", tmp_path)
-    assert gpu_facts.sources_digest() != before
+    monkeypatch.setattr(facts, "ROOT", tmp_path)
+    assert facts.sources_digest() != before
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
@@ -132,8 +132,8 @@ def gone(pid: int) -> bool:
 
 
 def bad(folder: Path, seconds: float) -> dict:
-    ended = gpu_steps.execute([sys.executable, "-c", "print('a clue'); raise SystemExit(7)"], folder / "b.log", seconds)
-    gpu_steps.demand(ended, "the program", seconds, {"half": 1})
+    ended = steps.execute([sys.executable, "-c", "print('a clue'); raise SystemExit(7)"], folder / "b.log", seconds)
+    steps.demand(ended, "the program", seconds, {"half": 1})
     raise AssertionError("not reached")
 
 
@@ -154,7 +154,7 @@ def test_failures_and_timeouts_are_recorded_and_the_rest_goes_on(tmp_path):
         Step("good", 0.1, good, needs="good-before"),
     ]
     steps.insert(0, Step("good-before", 0.1, good))
-    results = gpu_check.check(tmp_path, steps, 6.0)
+    results = check.check(tmp_path, steps, 6.0)
     assert results == json.loads((tmp_path / "gpu_check.json").read_text())
     entries = {entry["name"]: entry for entry in results["steps"]}
     assert {name: entry["status"] for name, entry in entries.items()} == {
@@ -198,7 +198,7 @@ def test_what_a_step_leaves_the_next_ones_may_use(tmp_path):
         limits.append(seconds)
         return {}
 
-    gpu_check.check(tmp_path, [Step(name, 10.0, note) for name in "abc"], 300.0)
+    check.check(tmp_path, [Step(name, 10.0, note) for name in "abc"], 300.0)
     assert limits == pytest.approx([100, 200, 300], abs=5)
 
 
@@ -206,7 +206,7 @@ def test_each_step_is_on_disk_before_the_next_begins(tmp_path):
     def look(folder, seconds):
         return {"statuses": [s["status"] for s in json.loads((folder.parent / "gpu_check.json").read_text())["steps"]]}
 
-    results = gpu_check.check(tmp_path, [Step(name, 1.0, look) for name in "abc"], 30.0)
+    results = check.check(tmp_path, [Step(name, 1.0, look) for name in "abc"], 30.0)
     assert [s["found"]["statuses"] for s in results["steps"]] == [
         ["running", "waiting", "waiting"],
         ["passed", "running", "waiting"],
@@ -216,7 +216,7 @@ def test_each_step_is_on_disk_before_the_next_begins(tmp_path):
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    results = gpu_check.check(tmp_path, [Step("a", 1.0, good)], 30.0)
+    results = check.check(tmp_path, [Step("a", 1.0, good)], 30.0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def crash(*_):
@@ -224,7 +224,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError):
-        gpu_check.write({**results, "date": "another"}, tmp_path)
+        check.write({**results, "date": "another"}, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -233,10 +233,10 @@ import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch
 torch.cuda.is_available = lambda: True
-from bench import gpu_check, gpu_steps
+from bench.card import check, steps
 from check_runs import good, sleeping
-gpu_steps.STEPS = (gpu_steps.Step("first", 100.0, good), gpu_steps.Step("second", 100.0, sleeping))
-sys.exit(gpu_check.main(["--out", {out!r}]))
+steps.STEPS = (steps.Step("first", 100.0, good), steps.Step("second", 100.0, sleeping))
+sys.exit(check.main(["--out", {out!r}]))
 """
 
 
@@ -258,7 +258,7 @@ def test_a_stop_in_the_middle_leaves_what_was_done(tmp_path):
     assert gone(int((tmp_path / "child").read_text()))
     assert "stopped before the end" in (tmp_path / "gpu_check.md").read_text()
     assert packed(tmp_path) == {"sleeping.log": b"under way\n"}
-    assert not (tmp_path / gpu_check.LOGS).exists()
+    assert not (tmp_path / check.LOGS).exists()
 
 
 @pytest.mark.parametrize(
@@ -266,23 +266,23 @@ def test_a_stop_in_the_middle_leaves_what_was_done(tmp_path):
     [((good, good), [], 0), ((good, bad), [], 1), ((good, good), ["--steps", "one"], 1)],
 )
 def test_exit_codes(tmp_path, monkeypatch, capsys, functions, arguments, code):
-    steps = tuple(Step(name, 10.0, function) for name, function in zip(("one", "two"), functions))
-    monkeypatch.setattr(gpu_steps, "STEPS", steps)
+    two = tuple(Step(name, 10.0, function) for name, function in zip(("one", "two"), functions))
+    monkeypatch.setattr(steps, "STEPS", two)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert gpu_check.main(["--out", str(tmp_path / "new"), *arguments]) == code
+    assert check.main(["--out", str(tmp_path / "new"), *arguments]) == code
     out, err = capsys.readouterr()
     assert out.strip() == (tmp_path / "new" / "gpu_check.md").read_text().strip()
     assert "two " + ("passed" if code == 0 else "not run" if arguments else "failed") in err
     with pytest.raises(SystemExit):
-        gpu_check.main(["--out", str(tmp_path), "--steps", "three"])
+        check.main(["--out", str(tmp_path), "--steps", "three"])
 
 
 def test_the_budget_is_under_nine_minutes():
-    assert gpu_steps.BUDGET == sum(step.share for step in gpu_steps.STEPS) == 530
-    assert [step.name for step in gpu_steps.STEPS] == [
+    assert steps.BUDGET == sum(step.share for step in steps.STEPS) == 530
+    assert [step.name for step in steps.STEPS] == [
         *("facts", "build", "tests", "sanitizers", "rates", "bench", "bench_linear", "bench_optimizer")
     ]
-    assert all(step.needs == "build" for step in gpu_steps.STEPS[2:])
-    for step in gpu_steps.STEPS:  # what the module's text says
-        assert re.search(rf"\b{step.share:.0f}\b", gpu_check.__doc__), step.name
+    assert all(step.needs == "build" for step in steps.STEPS[2:])
+    for step in steps.STEPS:  # what the module's text says
+        assert re.search(rf"\b{step.share:.0f}\b", check.__doc__), step.name

@@ -1,4 +1,4 @@
-"""The steps of bench.gpu_check without a card: programs that are told how to end."""
+"""The steps of bench.card.check without a card: programs that are told how to end."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 from check_runs import CLEAN, JUNIT, RACE_CLEAN
 
-from bench import gpu_cases, gpu_parsers, gpu_steps
-from bench.gpu_steps import StepFailed
+from bench.card import kernels, parsers, steps
+from bench.card.steps import StepFailed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 # ----------------------------------------------------------------------------------------------------------- programs
 
 
-def program(folder: Path, name: str, code: str, seconds: float = 20.0) -> gpu_steps.Program:
-    return gpu_steps.Program(name, [sys.executable, "-c", code], folder / f"{name}.log", seconds, {"HELLO": name})
+def program(folder: Path, name: str, code: str, seconds: float = 20.0) -> steps.Program:
+    return steps.Program(name, [sys.executable, "-c", code], folder / f"{name}.log", seconds, {"HELLO": name})
 
 
 UNDER_WAY = """
@@ -42,14 +42,14 @@ print((here / "b.begun").exists(), len(list(here.glob("*.on"))))
 def test_programs_run_so_many_at_a_time_in_their_order(tmp_path):
     # The first waits for the second to begin; each says how many are under way.
     code = UNDER_WAY.format(folder=str(tmp_path))
-    ended = gpu_steps.execute_all([program(tmp_path, name, code) for name in "abcd"], 60.0, 2)
+    ended = steps.execute_all([program(tmp_path, name, code) for name in "abcd"], 60.0, 2)
     assert list(ended) == list("abcd")
     assert all(one.code == 0 for one in ended.values())
     assert {one.output for one in ended.values()} <= {"True 1\n", "True 2\n"}
 
 
 def test_one_that_takes_too_long_is_interrupted_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_steps, "GRACE", 1.0)
+    monkeypatch.setattr(steps, "GRACE", 1.0)
     tells = "import signal, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('heard')"
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     programs = [
@@ -59,7 +59,7 @@ def test_one_that_takes_too_long_is_interrupted_and_the_others_go_on(tmp_path, m
         program(tmp_path, "bad", "raise SystemExit(3)"),
     ]
     begin = time.monotonic()
-    ended = gpu_steps.execute_all(programs, 30.0, 2)
+    ended = steps.execute_all(programs, 30.0, 2)
     assert time.monotonic() - begin < 20
     assert [ended[one.name].code for one in programs] == [None, None, 0, 3]
     assert ended["tells"].output == "heard\n"
@@ -67,12 +67,12 @@ def test_one_that_takes_too_long_is_interrupted_and_the_others_go_on(tmp_path, m
 
 
 def test_one_whose_turn_does_not_come_was_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_steps, "GRACE", 0.2)
+    monkeypatch.setattr(steps, "GRACE", 0.2)
     programs = [program(tmp_path, name, "import time; time.sleep(60)") for name in "ab"]
-    ended = gpu_steps.execute_all(programs, 0.5, 1)
+    ended = steps.execute_all(programs, 0.5, 1)
     assert ended["a"].code is None
     assert ended["a"].seconds > 0.5
-    assert ended["b"] == gpu_steps.Ended(None, 0.0, "not begun")
+    assert ended["b"] == steps.Ended(None, 0.0, "not begun")
     assert not (tmp_path / "b.log").exists()
 
 
@@ -86,10 +86,10 @@ def ending(monkeypatch, outcomes, left=None):
         for one in programs:
             output, code = outcomes.get(one.name, ("", 0)) if isinstance(outcomes, dict) else outcomes
             one.log.write_text(output)
-            found[one.name] = gpu_steps.Ended(code, 1.0, output)
+            found[one.name] = steps.Ended(code, 1.0, output)
         return found
 
-    monkeypatch.setattr(gpu_steps, "execute_all", execute_all)
+    monkeypatch.setattr(steps, "execute_all", execute_all)
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -99,7 +99,7 @@ PASSING = '<testsuite><testcase name="a"/><testcase name="b"><skipped message="w
 
 
 def test_every_file_with_tests_of_a_card_is_run():
-    files = {*gpu_steps.TEST_FILES, gpu_steps.LAST_TEST_FILE}
+    files = {*steps.TEST_FILES, steps.LAST_TEST_FILE}
     marks = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\bengine\b", re.MULTILINE)
     marked = {
         str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if marks.search(path.read_text())
@@ -108,13 +108,13 @@ def test_every_file_with_tests_of_a_card_is_run():
 
 
 def test_the_tests_step(tmp_path, monkeypatch):
-    names = [Path(file).stem for file in (*gpu_steps.TEST_FILES, gpu_steps.LAST_TEST_FILE)]
+    names = [Path(file).stem for file in (*steps.TEST_FILES, steps.LAST_TEST_FILE)]
     all_pass = {tmp_path / f"{name}.xml": PASSING for name in names}
     commands = []
     ending(monkeypatch, ("", 0), all_pass)
-    right = gpu_steps.execute_all
-    monkeypatch.setattr(gpu_steps, "execute_all", lambda p, *rest: commands.extend(p) or right(p, *rest))
-    found = gpu_steps.run_tests(tmp_path, 10)
+    right = steps.execute_all
+    monkeypatch.setattr(steps, "execute_all", lambda p, *rest: commands.extend(p) or right(p, *rest))
+    found = steps.run_tests(tmp_path, 10)
     assert (found["passed"], found["failed"], found["skipped"]) == (len(names), 0, len(names))
     assert list(found["files"]) == names == [one.name for one in commands]
     assert all("faulthandler_timeout=60" in one.command for one in commands)
@@ -133,20 +133,20 @@ def test_the_tests_step(tmp_path, monkeypatch):
         first.unlink(missing_ok=True)
         ending(monkeypatch, {names[0]: ("the end", code)}, {**rest, **({} if text is None else {first: text})})
         with pytest.raises(StepFailed, match=f"{failed} tests failed") as failure:
-            gpu_steps.run_tests(tmp_path, 10)
+            steps.run_tests(tmp_path, 10)
         assert failure.value.tail == f"{names[0]}:\nthe end"
         assert failure.value.found["passed"] == passed
         assert words in str(failure.value) + str(failure.value.found["failures"])
     whole = '<testsuite><testcase name="tests.x"><skipped message="no transformers"/></testcase></testsuite>'
     ending(monkeypatch, {names[0]: ("", 5)}, {**rest, first: whole})
-    assert gpu_steps.run_tests(tmp_path, 10)["skips"][0] == ["tests.x", "no transformers"]
+    assert steps.run_tests(tmp_path, 10)["skips"][0] == ["tests.x", "no transformers"]
     ending(monkeypatch, {names[0]: ("", 5)}, {**rest, first: "<testsuite/>"})
     with pytest.raises(StepFailed, match="1 tests failed"):
-        gpu_steps.run_tests(tmp_path, 10)
+        steps.run_tests(tmp_path, 10)
     skipped = PASSING.replace('<testcase name="a"/>', "")
     ending(monkeypatch, ("", 0), dict.fromkeys(all_pass, skipped))
     with pytest.raises(StepFailed, match="no test passed"):
-        gpu_steps.run_tests(tmp_path, 10)
+        steps.run_tests(tmp_path, 10)
 
 
 CARD_IS_GONE = """
@@ -173,7 +173,7 @@ def test_a_card_that_answers_no_more_ends_the_run(tmp_path, gone):
     ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    counts = gpu_parsers.junit_counts((tmp_path / "it.xml").read_bytes())
+    counts = parsers.junit_counts((tmp_path / "it.xml").read_bytes())
     assert (counts["passed"], counts["failed"]) == (0 if gone else 1, 1), done.stdout
     assert "the first to see it" in counts["failures"][0][1]
     sentence = "the card answers no more after "
@@ -187,14 +187,14 @@ def test_a_card_that_answers_no_more_ends_the_run(tmp_path, gone):
 
 
 def test_the_sanitizer_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_steps, "tool", lambda name: "/somewhere/" + name)
-    total = sum(1 for _ in gpu_cases.cases())
-    went_through = gpu_cases.verdict(total, total) + "\n"
-    clean = {name: (went_through + CLEAN, 0) for name in gpu_steps.SANITIZERS}
+    monkeypatch.setattr(steps, "tool", lambda name: "/somewhere/" + name)
+    total = sum(1 for _ in kernels.cases())
+    went_through = kernels.verdict(total, total) + "\n"
+    clean = {name: (went_through + CLEAN, 0) for name in steps.SANITIZERS}
     clean["racecheck"] = (went_through + RACE_CLEAN, 0)
     ending(monkeypatch, clean)
-    found = gpu_steps.run_sanitizers(tmp_path, 10)
-    assert list(found) == list(gpu_steps.SANITIZERS)
+    found = steps.run_sanitizers(tmp_path, 10)
+    assert list(found) == list(steps.SANITIZERS)
     assert found["memcheck"] == {"seconds": 1.0, "errors": 0, "cases": total}
     errors = "========= ERROR SUMMARY: 2 errors"
     race = RACE_CLEAN.replace("0 hazards displayed (0 errors, 0", "1 hazard displayed (0 errors, 1")
@@ -203,19 +203,19 @@ def test_the_sanitizer_step(tmp_path, monkeypatch):
         ("memcheck", went_through + errors, 0, "memcheck found 2 errors"),
         ("racecheck", went_through + race, 0, "1 hazards, 1 warnings"),
         ("memcheck", went_through, 0, "no ERROR SUMMARY"),
-        ("memcheck", gpu_cases.verdict(total - 1, total) + "\n" + CLEAN, 1, "exit code 1"),
+        ("memcheck", kernels.verdict(total - 1, total) + "\n" + CLEAN, 1, "exit code 1"),
         ("memcheck", CLEAN, 0, "not gone through"),
         ("initcheck", "", None, "initcheck took longer than"),
     ):
         ending(monkeypatch, {**clean, name: (output, code)})
         with pytest.raises(StepFailed, match=words) as failure:
-            gpu_steps.run_sanitizers(tmp_path, 10)
+            steps.run_sanitizers(tmp_path, 10)
         # What the others found is kept.
         assert failure.value.found["synccheck"]["cases"] == total
         assert "cases" not in failure.value.found[name]
-    monkeypatch.setattr(gpu_steps, "tool", lambda name: None)
+    monkeypatch.setattr(steps, "tool", lambda name: None)
     with pytest.raises(StepFailed, match="not found"):
-        gpu_steps.run_sanitizers(tmp_path, 10)
+        steps.run_sanitizers(tmp_path, 10)
 
 
 @pytest.mark.parametrize(("cores", "at_once", "limit"), [(16, 4, 100.0), (2, 1, 25.0)])
@@ -224,13 +224,13 @@ def test_the_sanitizers_run_beside_each_other_on_many_cores(tmp_path, monkeypatc
 
     def execute_all(programs, seconds, count):
         seen.append((programs, seconds, count))
-        return {one.name: gpu_steps.Ended(None, 1.0, "") for one in programs}
+        return {one.name: steps.Ended(None, 1.0, "") for one in programs}
 
-    monkeypatch.setattr(gpu_steps, "execute_all", execute_all)
-    monkeypatch.setattr(gpu_steps, "tool", lambda name: name)
-    monkeypatch.setattr(gpu_steps, "cores", lambda: cores)
+    monkeypatch.setattr(steps, "execute_all", execute_all)
+    monkeypatch.setattr(steps, "tool", lambda name: name)
+    monkeypatch.setattr(steps, "cores", lambda: cores)
     with pytest.raises(StepFailed):
-        gpu_steps.run_sanitizers(tmp_path, 100.0)
+        steps.run_sanitizers(tmp_path, 100.0)
     [(programs, seconds, count)] = seen
     assert (seconds, count) == (100.0, at_once)
     for one in programs:
@@ -245,7 +245,7 @@ def test_the_build_step(tmp_path, monkeypatch):
         return json.dumps({"native": True, "cuda_archs": "90a", "card": [9, 0, "NVIDIA H200"], **more})
 
     ending(monkeypatch, {"": ("a warning\n" + info() + "\nanother one", 0), "conformance": ("", 1)})
-    found = gpu_steps.run_build(tmp_path, 10)
+    found = steps.run_build(tmp_path, 10)
     assert found["build_info"] == {"native": True, "cuda_archs": "90a"}
     # What the tests need beside it is theirs to miss.
     assert (found["emulator_built"], found["conformance_built"]) == (True, False)
@@ -259,18 +259,18 @@ def test_the_build_step(tmp_path, monkeypatch):
     ):
         ending(monkeypatch, (output, code))
         with pytest.raises(StepFailed, match=words):
-            gpu_steps.run_build(tmp_path, 10)
+            steps.run_build(tmp_path, 10)
 
 
-@pytest.mark.parametrize("module", ["bench_cuda", "bench_cuda_linear", "bench_cuda_optimizer"])
+@pytest.mark.parametrize("module", ["quantize", "linear", "optimizer"])
 def test_a_bench_step_keeps_what_was_measured(tmp_path, monkeypatch, module):
-    assert importlib.util.find_spec(f"bench.{module}")
+    assert importlib.util.find_spec(f"bench.card.{module}")
     out = tmp_path / f"{module}.json"
     part = {"complete": False, "roof": None, "cases": [], "l2_bytes": 1}
     for code, words in ((None, "longer than"), (1, "exit code 1"), (0, "no complete result")):
         ending(monkeypatch, ("", code), {out: json.dumps(part)})
         with pytest.raises(StepFailed, match=words) as failure:
-            gpu_steps.run_bench(module, tmp_path, 10)
+            steps.run_bench(module, tmp_path, 10)
         assert failure.value.found["l2_bytes"] == 1
     ending(monkeypatch, ("", 0), {out: json.dumps({**part, "complete": True})})
-    assert gpu_steps.run_bench(module, tmp_path, 10)["complete"]
+    assert steps.run_bench(module, tmp_path, 10)["complete"]

@@ -1,17 +1,13 @@
-"""bench/predict.py: units by hand, what must grow, what binds, and that it says what it is."""
+"""bench/compiled/predict.py: units by hand, what must grow, what binds, and that it says what it is."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-if not (Path(__file__).resolve().parent.parent.parent / "bench" / "predict.py").is_file():
-    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
-
-from bench import predict
+from bench.compiled import predict
 
 H200 = predict.CARDS["h200"]
 TIMES = ("memory_us", "l2_us", "tensor_us", "shared_us", "issue_us", "latency_us")
@@ -223,4 +219,4 @@ def test_it_says_what_it_is(capsys, tmp_path):
 
 def test_the_committed_file_is_of_the_committed_table():
     rows = list(predict.every(list(predict.CARDS.values()), predict.SHAPES, [False, True]))
-    assert predict.OUT.read_text() == predict.to_json(rows), "python -m bench.predict"
+    assert predict.OUT.read_text() == predict.to_json(rows), "python -m bench.compiled.predict"

@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 
 from small_runs import cache_fixture  # noqa: F401 - a fixture
 
-from qlora_kernels.bench import rank_study
-from qlora_kernels.bench.rank_options import TARGETS
-from qlora_kernels.bench.rank_report import points, with_shares
+from bench.studies import ranks
+from bench.studies.rank_options import TARGETS
+from bench.studies.rank_report import points, with_shares
 from qlora_kernels.finetune import source, tiny
 from qlora_kernels.finetune.train import Trainer
 from qlora_kernels.models.adapters import disable_adapters
@@ -43,7 +43,7 @@ def study_fixture(tmp_path, cache):
     """Runs the command in this process; returns its exit code."""
 
     def call(*more, out="study.json"):
-        return rank_study.main([*SMALL, "--cache", cache, "--out", str(tmp_path / out), *more])
+        return ranks.main([*SMALL, "--cache", cache, "--out", str(tmp_path / out), *more])
 
     return call
 
@@ -52,7 +52,7 @@ def study_fixture(tmp_path, cache):
 def whole_fixture(tmp_path_factory, cache):
     """The result of a study that nobody interrupted, and what was seen of the model of each cell after its training."""
     path, seen = tmp_path_factory.mktemp("whole") / "study.json", []
-    original = rank_study.held_out_loss
+    original = ranks.held_out_loss
 
     def watched(model, *rest):
         layers = dict(qlora_layers(model))
@@ -65,8 +65,8 @@ def whole_fixture(tmp_path_factory, cache):
         return original(model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_study, "held_out_loss", watched)
-        assert rank_study.main([*SMALL, "--cache", cache, "--out", str(path)]) == 0
+        patch.setattr(ranks, "held_out_loss", watched)
+        assert ranks.main([*SMALL, "--cache", cache, "--out", str(path)]) == 0
     return json.loads(path.read_text()), seen[1:]  # the first is the base
 
 
@@ -108,7 +108,7 @@ def test_all_cells_have_the_same_base(whole):
 
 
 def test_a_base_that_is_not_the_same_ends_the_study(study, tmp_path, monkeypatch):
-    original = rank_study.held_out_loss
+    original = ranks.held_out_loss
 
     def changed(model, *rest):
         loss = original(model, *rest)
@@ -117,7 +117,7 @@ def test_a_base_that_is_not_the_same_ends_the_study(study, tmp_path, monkeypatch
             layers["model.layers.0.mlp.up_proj"].weight_packed.data[5] ^= 1
         return loss
 
-    monkeypatch.setattr(rank_study, "held_out_loss", changed)
+    monkeypatch.setattr(ranks, "held_out_loss", changed)
     with pytest.raises(RuntimeError, match="q_proj, r = 4: the base is not that of the other cells"):
         study()
     assert len(json.loads((tmp_path / "study.json").read_text())["cells"]) == 1
@@ -142,7 +142,7 @@ def test_seeds_repeat_the_study_over_the_same_base(whole, study, tmp_path):
     for row, pair in zip(points(result).values(), zip(losses[0], losses[1])):
         assert row[0].loss == pytest.approx(sum(pair) / 2)
         assert row[0].spread == pytest.approx(abs(pair[0] - pair[1]) / 2**0.5)
-    text = rank_study.markdown(result, "x.json")
+    text = ranks.markdown(result, "x.json")
     assert "Means of 2 seeds" in text
     assert text.count(" ± 0.") == 3
 
@@ -189,7 +189,7 @@ def test_a_study_that_was_cut_ends_with_the_same_result(study, whole, tmp_path, 
     cut = json.loads(path.read_text())
     assert not cut["complete"]
     assert len(cut["cells"]) == 2
-    assert rank_study.markdown(cut, "x.json").endswith("Unfinished: 2 of 6 cells.")
+    assert ranks.markdown(cut, "x.json").endswith("Unfinished: 2 of 6 cells.")
     monkeypatch.setattr(Trainer, "run", counted)
     assert study() == 0
     assert [title.partition(":")[0] for title in titles] == ["3 of 6", "4 of 6", "5 of 6", "6 of 6"]
@@ -217,7 +217,7 @@ def test_a_finished_study_is_not_run_again(study, whole, tmp_path, monkeypatch, 
     (tmp_path / "study.json").write_text(json.dumps(whole[0]))
     monkeypatch.setattr(source.Source, "load", lambda _: pytest.fail("the base was loaded"))
     assert study() == 0
-    assert capsys.readouterr().out.strip() == rank_study.markdown(whole[0], str(tmp_path / "study.json"))
+    assert capsys.readouterr().out.strip() == ranks.markdown(whole[0], str(tmp_path / "study.json"))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def made_fixture(whole) -> dict:
 
 
 def test_the_table_and_what_it_says(made):
-    text = rank_study.markdown(made, "some/file.json")
+    text = ranks.markdown(made, "some/file.json")
     assert "([raw figures](some/file.json))" in text
     assert "after 2 steps" in text
     assert "One seed; learning rate 0.004 and scaling alpha / r with alpha = 32 for all." in text
@@ -338,9 +338,9 @@ def test_the_table_and_what_it_says(made):
 def test_adapters_that_do_not_help_are_not_praised(made):
     for cell in made["cells"]:
         cell["loss"] = 2.5
-    assert rank_study.markdown(made, "x").endswith("No adapter lowers the held-out loss of the NF4 base.")
+    assert ranks.markdown(made, "x").endswith("No adapter lowers the held-out loss of the NF4 base.")
     made["cells"], made["complete"] = [], False
-    assert rank_study.markdown(made, "x").endswith("| all linear layers |  |  |\n\nUnfinished: 0 of 6 cells.")
+    assert ranks.markdown(made, "x").endswith("| all linear layers |  |  |\n\nUnfinished: 0 of 6 cells.")
 
 
 @pytest.mark.parametrize("cells", [6, 3, 0])
@@ -348,7 +348,7 @@ def test_the_plot_names_its_source(made, tmp_path, cells):
     from PIL import Image
 
     made["cells"] = made["cells"][:cells]
-    rank_study.plot(made, tmp_path / "ranks.png", "some/file.json")
+    ranks.plot(made, tmp_path / "ranks.png", "some/file.json")
     with Image.open(tmp_path / "ranks.png") as image:
         assert image.text["Source"] == f"some/file.json {made['date']}"
         assert image.size[0] > 600
@@ -361,7 +361,7 @@ def test_what_is_drawn(made, tmp_path, monkeypatch):
     figures = []
     original = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k)))
-    rank_study.plot(made, tmp_path / "ranks.png", "x.json")
+    ranks.plot(made, tmp_path / "ranks.png", "x.json")
     [axes] = figures[0].axes
     assert axes.get_xscale() == "log"
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for c in axes.containers for line in c.lines[:1]]

@@ -1,4 +1,4 @@
-"""What bench/tensor_rate.py has a card do, on the emulator; the times themselves only a card has."""
+"""What bench/card/tensor_rate.py has a card do, on the emulator; the times themselves only a card has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from emulated import emulated, module
 from fragments import fragment
 
-from bench import tensor_rate
+from bench.card import tensor_rate
 
 TURNS, BLOCKS = 3, 2
 

@@ -13,10 +13,7 @@ import cuda_wheel
 import pytest
 from static_budgets import BUDGETS, MAX_SHARED, Budget, LoopBudget, budget_of, number_of
 
-if not (cuda_wheel.ROOT / "bench" / "static.py").is_file():
-    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
-
-from bench import sass, static
+from bench.compiled import sass, static
 from qlora_kernels.native import architectures
 from qlora_kernels.version import BASE
 
@@ -119,7 +116,7 @@ def test_the_committed_table_is_of_this_code(report):
     if cuda_wheel.built_for() != cuda_wheel.ARCHITECTURES and not path.exists():
         pytest.skip(f"only the table for {', '.join(cuda_wheel.ARCHITECTURES)} is kept")
     committed = json.loads(path.read_text())
-    assert path.with_suffix(".md").read_text() == static.markdown(committed), f"python -m bench.static: {path.stem}.md"
+    assert path.with_suffix(".md").read_text() == static.markdown(committed), f"bench.compiled.static: {path.stem}.md"
     if committed["nvcc"] != report["nvcc"]:
         pytest.skip(f"the table is of nvcc {committed['nvcc']}, and here is {report['nvcc']}")
     changed = [
@@ -129,7 +126,7 @@ def test_the_committed_table_is_of_this_code(report):
         if old.get(key) != new[key]
     ]
     same_rows = len(committed["kernels"]) == len(report["kernels"])
-    advice = f"the code has changed; if that is meant: python -m bench.static {cuda_wheel.wheel()}"
+    advice = f"the code has changed; if that is meant: python -m bench.compiled.static {cuda_wheel.wheel()}"
     assert same_rows, advice
     assert not changed, "\n".join([advice, *changed])
 
@@ -147,7 +144,7 @@ def test_readmes_wheel_has_all_architectures_below_30_mib_and_no_spills(report):
     assert here or cuda_wheel.built_for() != cuda_wheel.ARCHITECTURES
     for row in here:
         like = pytest.approx(of_all[row["arch"]]["code_bytes"], rel=0.1)
-        assert row["code_bytes"] == like, f"{row['arch']}: the code has changed; python -m bench.wheel"
+        assert row["code_bytes"] == like, f"{row['arch']}: the code has changed; python -m bench.compiled.wheel"
 
 
 # -------------------------------------------------------------------------------------------- the gates can fail

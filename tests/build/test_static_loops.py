@@ -1,16 +1,12 @@
-"""bench/loops.py: finds the main loop in a listing made for it, counts a step, and follows what is changed in it."""
+"""bench/compiled/loops.py finds the main loop in a listing made for it, counts a step, and follows a change in it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-if not (Path(__file__).resolve().parent.parent.parent / "bench" / "loops.py").is_file():
-    pytest.skip("the bench comes with the source tree only", allow_module_level=True)
-
-from bench import loops, sass
+from bench.compiled import loops, sass
 
 KIND = loops.Kind(
     decode=("PRMT", "LOP3", "IMAD.SHL"), weights=8, every=lambda numbers: 2, copies=lambda numbers: numbers[0] / 32

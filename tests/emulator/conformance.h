@@ -22,7 +22,7 @@ struct Kernel {
 
 const std::vector<Kernel>& kernels();
 
-// As many products on tensor cores as they can take, for bench/tensor_rate.py: of each of `blocks`, kRateWarps warps
+// As many products on tensor cores as they can take, for bench/card/tensor_rate.py: of each of `blocks`, kRateWarps warps
 // multiply `turns` times with operands that are not zeros. out [blocks, kRateWarps, 32] has each lane's sum of all its
 // sums.
 struct RateArguments {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from qlora_kernels.bench.common import OURS, Case, Contender, Ready, Settings
-from qlora_kernels.bench.contenders import BNB, COPY, PRODUCT
-from qlora_kernels.bench.measure import Measurement
+from qlora_kernels.bench.case import OURS, Case, Contender, Ready, Settings
+from qlora_kernels.bench.contenders.names import BNB, COPY, PRODUCT
 from qlora_kernels.bench.operations import begin
 from qlora_kernels.bench.points import OPTIMIZER, Point
+from qlora_kernels.bench.timing.measure import Measurement
 
 TINY = Settings(threads=1, cache_bytes=1 << 18, seconds=0.0, min_rounds=2)
 WEIGHT = {"n": 128, "k": 192}

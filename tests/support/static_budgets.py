@@ -23,7 +23,7 @@ def number_of(architecture: str) -> str:
 
 @dataclass(frozen=True)
 class LoopBudget:
-    """What a warp may issue in a step of the main loop (bench/loops.py)."""
+    """What a warp may issue in a step of the main loop (bench/compiled/loops.py)."""
 
     #: HMMA, exactly: outputs of the thread block * depth of a step / warps / (16 * 8 * 16). On sm_75, where each has
     #: half the depth, twice as many.
@@ -45,7 +45,7 @@ class Budget:
     loads_128: int = 0
     #: Global stores of 128 bits, at least: as many as a thread makes. Where promised, no path has narrower ones, too.
     stores_128: int = 0
-    #: Of kernels that bench.static.LOOPS lists.
+    #: Of kernels that bench.compiled.static.LOOPS lists.
     loop: LoopBudget | None = None
     #: The least shared memory that a launch asks for, where that is not always the same.
     least_shared: int | None = None

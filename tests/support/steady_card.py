@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_kernels.bench import cuda_timing
+from qlora_kernels.bench.timing import cuda_timing
 
 
 class FakeCard(cuda_timing.Card):

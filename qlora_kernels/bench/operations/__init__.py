@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..common import Case, Settings
-from ..contenders import Lab
-from ..measure import start
+from ..case import Case, Settings
+from ..contenders.weights import Lab
 from ..points import Point
+from ..timing.measure import start
 from . import (
     block_step,
     decode,
@@ -52,7 +52,7 @@ def begin(
 
     Args:
         settings, point: how, and what.
-        without, announce: see :class:`qlora_kernels.bench.measure.Measurement`.
+        without, announce: see :class:`qlora_kernels.bench.timing.measure.Measurement`.
 
     Returns:
         An object with ``rounds``, ``round()`` and ``result()``.

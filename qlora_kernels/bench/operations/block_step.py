@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import qlora_kernels
 from qlora_kernels import PagedAdamW, quantize_model
 
-from ..common import OURS, Case, Contender, Ready, WrongResult, largest_error
-from ..contenders import DENSE, PEFT, Lab, bnb_bytes, bnb_linear, bnb_pieces, decoded
-from ..models import Block, PlainLora, peft_lora
+from ..case import OURS, Case, Contender, Ready, WrongResult, largest_error
+from ..contenders.models import Block, PlainLora, peft_lora
+from ..contenders.names import DENSE, PEFT
+from ..contenders.weights import Lab, bnb_bytes, bnb_linear, bnb_pieces, decoded
 from ..points import MODELS
 
 # Seven products and an attention, each rounded to bf16, there and back.

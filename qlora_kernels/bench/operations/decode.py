@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import qlora_kernels
 
-from ..common import OURS, Case, Contender, Ready, largest_error
-from ..contenders import DENSE, PEFT, PEFT_EVAL, Lab, bnb_bytes, bnb_linear, bnb_pieces, clone_weight, decoded
-from ..models import dense_weights, peft_lora, plain_lora
+from ..case import OURS, Case, Contender, Ready, largest_error
+from ..contenders.models import dense_weights, peft_lora, plain_lora
+from ..contenders.names import DENSE, PEFT, PEFT_EVAL
+from ..contenders.weights import Lab, bnb_bytes, bnb_linear, bnb_pieces, clone_weight, decoded
 from ..points import MODELS
 
 LIMIT = 0.01

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import BNB, COPY, Lab
+from ..case import OURS, Case, Contender, Ready, relative_error
+from ..contenders.names import BNB, COPY
+from ..contenders.weights import Lab
 
 # bf16 rounds by 0.0017 on average.
 LIMIT = 0.003

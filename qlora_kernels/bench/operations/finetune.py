@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..common import OURS, Settings, quantiles_of
+from ..case import OURS, Settings, quantiles_of
 from ..points import Point
 
 TITLE = "fine-tuning step of the tiny model"
@@ -32,7 +32,7 @@ class FinetuneMeasurement:
     Args:
         settings: how; as many runs as fit its seconds.
         point: its rank is the adapters'.
-        announce: see :class:`qlora_kernels.bench.measure.Measurement`.
+        announce: see :class:`qlora_kernels.bench.timing.measure.Measurement`.
 
     Raises:
         RuntimeError: when the command fails, with its last line.
@@ -62,7 +62,7 @@ class FinetuneMeasurement:
         return BATCH * TOKENS / metrics["results"]["qlora"]["tokens_per_second"]
 
     def result(self) -> dict[str, Any]:
-        """As :meth:`qlora_kernels.bench.measure.Measurement.result` gives it, with tokens a second."""
+        """As :meth:`qlora_kernels.bench.timing.measure.Measurement.result` gives it, with tokens a second."""
         return {
             **self.point.as_dict(),
             "title": TITLE,

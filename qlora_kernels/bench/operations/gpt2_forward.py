@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import QLinear, quantize_model
-from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import Lab, decoded
-from ..models import peft_lora
+from ..case import OURS, Case, Contender, Ready, relative_error
+from ..contenders.models import peft_lora
+from ..contenders.weights import Lab, decoded
 
 BASE, MERGED, UNMERGED = "dense base", "LoRA, merged", "LoRA, unmerged (PEFT)"
 ADAPTER_H, ADAPTER_L = "adapters (Houlsby)", "adapter (Lin)"

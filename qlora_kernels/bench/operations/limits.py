@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common import Case, Contender, Ready, relative_error
-from ..contenders import COPY, IN_PLACE, PRODUCT, Lab
+from ..case import Case, Contender, Ready, relative_error
+from ..contenders.names import COPY, IN_PLACE, PRODUCT
+from ..contenders.weights import Lab
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 #: N = K = M of the product.

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from qlora_kernels import ops
 
-from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import BNB, DENSE, DEQUANTIZED, Lab
+from ..case import OURS, Case, Contender, Ready, relative_error
+from ..contenders.names import BNB, DENSE, DEQUANTIZED
+from ..contenders.weights import Lab
 from .linear_forward import moved
 
 LIMIT = 0.01

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import qlora_kernels
 
-from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT, PEFT_EVAL, Lab
-from ..models import plain_lora
+from ..case import OURS, Case, Contender, Ready, relative_error
+from ..contenders.models import plain_lora
+from ..contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT, PEFT_EVAL
+from ..contenders.weights import Lab
 
 # A bf16 output alone has an error of 0.0017; bitsandbytes' eval-mode layer rounds its constants to bf16 too (0.003).
 LIMIT = 0.01

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import qlora_kernels
 
-from ..common import OURS, Case, Contender, Ready, largest_error
-from ..contenders import BNB, DENSE, DEQUANTIZED, PEFT, Lab
-from ..models import plain_lora
+from ..case import OURS, Case, Contender, Ready, largest_error
+from ..contenders.models import plain_lora
+from ..contenders.names import BNB, DENSE, DEQUANTIZED, PEFT
+from ..contenders.weights import Lab
 
 # Gradients pass through two products that are rounded to bf16.
 LIMIT = 0.02

@@ -9,9 +9,10 @@ import torch
 
 from qlora_kernels import PagedAdamW, PagedLion
 
-from ..adapter_tensors import SCALES, adamw_moves, lion_moves
-from ..common import OURS, Case, Contender, Ready
-from ..contenders import BNB, EQUAL_COPY, FOREACH, FUSED, Lab
+from ..case import OURS, Case, Contender, Ready
+from ..contenders.adapter_tensors import SCALES, adamw_moves, lion_moves
+from ..contenders.names import BNB, EQUAL_COPY, FOREACH, FUSED
+from ..contenders.weights import Lab
 
 LR, LION_LR, DECAY, EPS = 1e-3, 1e-4, 0.01, 1e-8
 BETAS, LION_BETAS = (0.9, 0.999), (0.9, 0.99)

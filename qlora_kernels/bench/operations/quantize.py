@@ -7,8 +7,9 @@ import torch
 import qlora_kernels
 from qlora_kernels import default_nested_table, ops
 
-from ..common import OURS, Case, Contender, Ready, relative_error
-from ..contenders import BNB, KERNEL, Lab
+from ..case import OURS, Case, Contender, Ready, relative_error
+from ..contenders.names import BNB, KERNEL
+from ..contenders.weights import Lab
 
 # NF4 in blocks of 64 moves a normally distributed weight by 0.092, relative to its norm.
 LIMIT = 0.1

@@ -1,0 +1,101 @@
+"""What a check on a card was made with: card, driver, versions, commit. Nothing is changed, and what cannot be read is
+"unknown"."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import setup_cuda
+from bench.card.parsers import nvcc_release, smi_rows
+from qlora_kernels.bench.timing.machine import ROOT, describe_commit, describe_machine, describe_versions
+
+UNKNOWN = "unknown"
+SMI_FIELDS = (
+    *("name", "driver_version", "memory.total", "memory.used", "pstate", "temperature.gpu", "power.draw"),
+    *("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "ecc.mode.current", "mig.mode.current"),
+)
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: nvcc as the build finds it; others from CUDA_HOME, PATH, the usual place."""
+    if name == "nvcc" and (found := setup_cuda.find_tool(name)):
+        return found
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [Path(root, folder, name) for root in roots if root for folder in ("bin", "compute-sanitizer")]
+    places += [Path(found)] if (found := shutil.which(name)) else []
+    places += [Path("/usr/local/cuda", folder, name) for folder in ("bin", "compute-sanitizer")]
+    return next((str(place) for place in places if os.access(place, os.X_OK) and place.is_file()), None)
+
+
+def output_of(*command: str, seconds: float = 10.0) -> str:
+    """What a program prints.
+
+    Raises:
+        OSError, subprocess.SubprocessError: when it is not there, fails or takes too long.
+    """
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds).stdout
+
+
+def cards_now() -> list[dict[str, str]] | str:
+    """What nvidia-smi says of the cards at this moment, or why it does not."""
+    try:
+        text = output_of("nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader")
+        return smi_rows(text, SMI_FIELDS)
+    except (OSError, subprocess.SubprocessError, ValueError) as problem:
+        return f"{UNKNOWN} ({type(problem).__name__})"
+
+
+def sources_digest() -> str:
+    """A hash of the sources that decide the result: where there is no .git, it can be compared with a commit's."""
+    digest = hashlib.sha256()
+    patterns = ("csrc/**/*", "qlora_kernels/**/*.py", "bench/*.py", "setup.py", "setup_cuda.py")
+    files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def facts() -> dict[str, Any]:
+    """All of it, as plain values. Needs a CUDA device."""
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    commit, machine, versions = describe_commit(), describe_machine(), describe_versions()
+    cards = cards_now()
+    nvcc = tool("nvcc")
+    try:
+        nvcc_version = nvcc_release(output_of(nvcc, "--version")) if nvcc else "not found"
+    except (OSError, subprocess.SubprocessError):
+        nvcc_version = UNKNOWN
+    return {
+        "device": properties.name,
+        "devices_seen": torch.cuda.device_count(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "driver": cards[0]["driver_version"] if isinstance(cards, list) else UNKNOWN,
+        "nvidia_smi": cards,
+        "torch": versions["torch"],
+        "cuda_of_torch": torch.version.cuda or UNKNOWN,
+        "nvcc": nvcc_version,
+        "python": versions["python"],
+        "qlora_kernels": versions["qlora_kernels"],
+        "bitsandbytes": versions["bitsandbytes"],
+        "commit": commit["commit"] or UNKNOWN,
+        "modified": UNKNOWN if commit["modified"] is None else commit["modified"],
+        "sources": sources_digest(),
+        "cpu": machine["cpu"],
+        "cores": machine["cores"],
+        "usable_cores": machine["usable_cores"],
+        "memory_host_gib": machine["memory_gib"],
+        "system": machine["system"],
+        "environment": machine["environment"],
+    }

@@ -1,0 +1,428 @@
+"""The steps of a check on a card, each a program of its own with a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.card import kernels
+from bench.card.facts import cards_now, facts, tool
+from bench.card.parsers import junit_counts, sanitizer_findings
+from qlora_kernels.bench.timing.machine import ROOT
+from qlora_kernels.native import architectures
+from qlora_kernels.storage.formats import load_json
+
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+TAIL_LINES = 40
+#: Seconds between an interrupt and the end.
+GRACE = 3.0
+#: pytest's exit code where no test was found in a file.
+NONE_COLLECTED = 5
+#: From so many cores on, several programs run beside each other.
+MANY_CORES = 8
+#: The files of tests that need a card, in this order: what others stand on first.
+TEST_FILES = (
+    "tests/emulator/test_conformance.py",
+    "tests/emulator/test_conformance_sm90.py",
+    "tests/ops/test_quantize.py",
+    "tests/cuda/test_cuda.py",
+    "tests/cuda/test_cuda_launches.py",
+    "tests/cuda/test_cuda_adapters.py",
+    "tests/ops/test_ops.py",
+    "tests/cuda/test_cuda_large.py",
+    "tests/optim/test_optim.py",
+    "tests/optim/test_optim_state.py",
+    "tests/optim/test_optim_changes.py",
+    "tests/optim/test_optim_torch.py",
+    "tests/finetune/test_finetune_gpu.py",
+)
+#: By itself, after all others: it looks at how much of the card is free.
+LAST_TEST_FILE = "tests/optim/test_paging_gpu.py"
+
+
+class StepFailed(Exception):
+    """A step did not do what it should; the sentence says what.
+
+    Attributes:
+        found: what it gave all the same.
+        tail: the end of its output.
+    """
+
+    def __init__(self, sentence: str, found: dict[str, Any] | None = None, tail: str = "") -> None:
+        super().__init__(sentence)
+        self.found, self.tail = found or {}, tail
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: its name in the results.
+        share: of the budget, in seconds of the default one; what earlier steps leave comes on top.
+        run: given the folder for files and the seconds there are, does it and returns what it found.
+        needs: a step without whose success this one would say something about another build.
+    """
+
+    name: str
+    share: float
+    run: Callable[[Path, float], dict[str, Any]]
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended: ``code`` is None where it ran out of time."""
+
+    code: int | None
+    seconds: float
+    output: str = field(repr=False)
+
+    @property
+    def tail(self) -> str:
+        return "\n".join(self.output.splitlines()[-TAIL_LINES:])
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to run in the source folder.
+
+    Attributes:
+        name: its name among those that run with it.
+        command: what to run.
+        log: where its output goes.
+        seconds: that it may take.
+        environment: beside that of this process.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    seconds: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Running:
+    """A program under way, in a session of its own."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.begin = program, time.monotonic()
+        program.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(program.log, "wb") as file:
+            self.process = subprocess.Popen(
+                program.command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **program.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """Ends it with all that it started."""
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def ended(self, in_time: bool) -> Ended:
+        output = self.program.log.read_text(errors="replace")
+        return Ended(self.process.returncode if in_time else None, time.monotonic() - self.begin, output)
+
+
+def execute_all(programs: Sequence[Program], seconds: float, at_once: int) -> dict[str, Ended]:
+    """Runs programs in their order, so many at a time, and ends each when its time, or that of all, is up.
+
+    It is interrupted first, and has GRACE seconds to write down what it has (pytest does). One whose turn does not come
+    has ended with no code in no time.
+
+    Raises:
+        OSError: when one cannot be started.
+    """
+    deadline = time.monotonic() + seconds
+    waiting, results = list(programs), {one.name: Ended(None, 0.0, "not begun") for one in programs}
+    running: list[_Running] = []
+    overdue: dict[str, float] = {}
+    try:
+        while waiting or running:
+            now = time.monotonic()
+            if now >= deadline:
+                waiting.clear()
+            while waiting and len(running) < at_once:
+                running.append(_Running(waiting.pop(0)))
+            for one in list(running):
+                name = one.program.name
+                limit = min(max(one.program.seconds, 0.1), max(deadline - one.begin, 0.1))
+                if name in overdue and (now >= overdue[name] or one.process.poll() is not None):
+                    one.kill()  # and whom it has left behind
+                elif name not in overdue and now - one.begin >= limit and one.process.poll() is None:
+                    overdue[name] = now + GRACE
+                    one.signal(signal.SIGINT)
+                if one.process.poll() is not None:
+                    running.remove(one)
+                    results[name] = one.ended(name not in overdue)
+            time.sleep(0.02)
+    finally:
+        for one in running:  # an interrupt
+            one.kill()
+    return results
+
+
+def execute(command: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str] | None = None) -> Ended:
+    """Runs one program, as :func:`execute_all` does."""
+    return execute_all([Program("", command, log, seconds, environment or {})], seconds, 1)[""]
+
+
+def cores() -> int:
+    """Of the processor, those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def demand(ended: Ended, what: str, seconds: float, found: dict[str, Any] | None = None) -> None:
+    """Raises StepFailed unless the program ended well and in time."""
+    if ended.code is None:
+        raise StepFailed(f"{what} took longer than {seconds:.0f} s", found, ended.tail)
+    if ended.code != 0:
+        raise StepFailed(f"{what} ended with exit code {ended.code}", found, ended.tail)
+
+
+# -------------------------------------------------------------------------------------------------------- the steps
+
+
+def run_facts(folder: Path, seconds: float) -> dict[str, Any]:
+    return facts()
+
+
+def run_build(folder: Path, seconds: float) -> dict[str, Any]:
+    """Builds the extension for the card that is there, beside the package, and asks it what it has.
+
+    At the same time, the emulator and the conformance kernels, that their time is not the tests'.
+    """
+    begin = time.monotonic()
+    found: dict[str, Any] = {"from_scratch": not any((ROOT / "build").glob("temp.*"))}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    limit = 0.9 * seconds  # the rest is to look at it
+    programs = [Program("build", command, folder / "build.log", limit, {"QLORA_KERNELS_CUDA_ARCHS": "native"})]
+    # What the tests build when they find none.
+    path = [str(ROOT), str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    for name, module, function in (
+        ("emulator", "emulated", "module"),
+        ("conformance", "conformance_module", "conformance_module"),
+    ):
+        command = [sys.executable, "-c", f"import {module}; {module}.{function}()"]
+        programs.append(
+            Program(name, command, folder / f"build_{name}.log", limit, {"PYTHONPATH": os.pathsep.join(path)})
+        )
+    all_ended = execute_all(programs, seconds, len(programs))
+    for name in ("emulator", "conformance"):
+        # Without it, tests fail and say so: no reason to stop here.
+        found[f"{name}_built"] = all_ended[name].code == 0
+        found[f"{name}_seconds"] = round(all_ended[name].seconds, 1)
+    ended = all_ended["build"]
+    found["build_seconds"] = round(ended.seconds, 1)
+    demand(ended, "the build", limit, found)
+    code = (
+        "import json, torch, qlora_kernels; print(json.dumps({**qlora_kernels.build_info(), "
+        "'card': [*torch.cuda.get_device_capability(), torch.cuda.get_device_name()]}))"
+    )
+    left = seconds - (time.monotonic() - begin)
+    ended = execute([sys.executable, "-c", code], folder / "build_info.log", left)
+    demand(ended, "loading what was built", left, found)
+    lines = [line for line in ended.output.splitlines() if line.startswith("{")]
+    if not lines:
+        raise StepFailed("what was built says nothing of itself", found, ended.tail)
+    info = json.loads(lines[-1])
+    card = info.pop("card")
+    found["build_info"] = info
+    if not info["native"]:
+        raise StepFailed(f"what was built does not load: {info['problem']}", found)
+    archs = info.get("cuda_archs", "")
+    problem = architectures.unserved(archs if isinstance(archs, str) else ";".join(archs), *card)
+    if problem:
+        raise StepFailed(problem, found, (folder / "build.log").read_text(errors="replace")[-4000:])
+    return found
+
+
+def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
+    """The tests that need a card, a process for each file: one that hangs, or leaves the card unusable, ends alone.
+
+    On many cores three files run at a time. A file has at most half of the time; the last quarter is the last one's.
+    """
+    begin, at_once = time.monotonic(), 3 if cores() >= MANY_CORES else 1
+    environment = {"OMP_NUM_THREADS": str(max(cores() // at_once, 1))}
+
+    def program(file: str, limit: float) -> Program:
+        name = Path(file).stem
+        junit = folder / f"{name}.xml"
+        junit.unlink(missing_ok=True)
+        command = [
+            *(sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-o", "faulthandler_timeout=60"),
+            *(f"--junitxml={junit}", file),
+        ]
+        return Program(name, command, folder / f"{name}.log", limit, environment)
+
+    most = 0.75 * seconds
+    programs = [program(file, min(0.5 * seconds, most)) for file in TEST_FILES]
+    ended = execute_all(programs, most, at_once)
+    left = seconds - (time.monotonic() - begin)
+    programs.append(program(LAST_TEST_FILE, left))
+    ended.update(execute_all(programs[-1:], left, 1))
+    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": [], "files": {}}
+    tails = []
+    for one in programs:
+        counts, problem = _file_result(one, ended[one.name])
+        if problem:
+            counts["failures"].append([f"tests.{one.name}", problem])
+            counts["failed"] += 1
+        if counts["failed"]:
+            tails.append(f"{one.name}:\n{ended[one.name].tail}")
+        for key, value in counts.items():
+            found[key] += value
+        found["files"][one.name] = round(ended[one.name].seconds, 1)
+    if found["failed"]:
+        raise StepFailed(f"{found['failed']} tests failed", found, "\n".join(tails))
+    if not found["passed"]:
+        raise StepFailed("no test passed", found, "\n".join(ended[one.name].tail for one in programs))
+    return found
+
+
+def _file_result(program: Program, ended: Ended) -> tuple[dict[str, Any], str]:
+    """Counts of a file's tests as far as they went, and what is wrong with the file as a whole."""
+    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": []}
+    problem = ""
+    junit = program.log.with_suffix(".xml")
+    if junit.exists():
+        try:
+            counts = junit_counts(junit.read_bytes())
+        except ValueError as why:
+            problem = str(why)
+    if ended.code is None:
+        if not ended.seconds:
+            return counts, "was not begun: no time was left"
+        return counts, f"took too long: ended after {ended.seconds:.0f} s{'' if junit.exists() else ', without counts'}"
+    if not junit.exists():
+        problem = f"pytest ended with exit code {ended.code} and left no junit file"
+    elif ended.code == NONE_COLLECTED and counts["skipped"]:
+        pass  # as a whole, and says why
+    elif ended.code != 0 and not counts["failed"]:
+        problem = problem or f"pytest ended with exit code {ended.code}"
+    return counts, problem
+
+
+def sanitizer_command(program: str, name: str) -> list[str]:
+    """compute-sanitizer's command line over the small cases."""
+    # torch asks the driver for what older ones do not have; this package checks its own calls.
+    options = ["--report-api-errors", "no"] if name == "memcheck" else []
+    poison = ["--poison-scratch"] if name == "initcheck" else []
+    return [
+        *(program, "--tool", name, *options, "--target-processes", "application-only", "--error-exitcode", "9"),
+        *(sys.executable, "-m", "bench.card.kernels", *poison),
+    ]
+
+
+def sanitizer_environment(name: str, at_once: int) -> dict[str, str]:
+    # Each tensor an allocation of its own: in torch's pool, no access beyond its end would be noticed.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(max(cores() // at_once, 1))}
+    if name == "initcheck":
+        # What the host writes to managed memory counts as not written: there the states lie in pinned memory.
+        environment["QLORA_KERNELS_MANAGED"] = "0"
+    return environment
+
+
+def run_sanitizers(folder: Path, seconds: float) -> dict[str, Any]:
+    """compute-sanitizer's tools over the small cases: on many cores at the same time, else one after the other."""
+    program = tool("compute-sanitizer")
+    if program is None:
+        raise StepFailed("compute-sanitizer was not found below CUDA_HOME, in PATH or in /usr/local/cuda")
+    at_once = len(SANITIZERS) if cores() >= MANY_CORES else 1
+    limit = seconds * at_once / len(SANITIZERS)
+    programs = [
+        Program(
+            name, sanitizer_command(program, name), folder / f"{name}.log", limit, sanitizer_environment(name, at_once)
+        )
+        for name in SANITIZERS
+    ]
+    ended = execute_all(programs, seconds, at_once)
+    found: dict[str, Any] = {}
+    problems, tails = [], []
+    for name in SANITIZERS:
+        found[name], problem = sanitizer_result(name, ended[name], limit)
+        if problem:
+            problems.append(problem)
+            tails.append(f"{name}:\n{ended[name].tail}")
+    if problems:
+        raise StepFailed("; ".join(problems), found, "\n".join(tails))
+    return found
+
+
+def sanitizer_result(name: str, ended: Ended, limit: float) -> tuple[dict[str, Any], str]:
+    """What a tool found, with ``seconds``, and ``cases`` where it went through all; and what is wrong, or nothing."""
+    found: dict[str, Any] = {"seconds": round(ended.seconds, 1)}
+    if ended.code is None:
+        return found, f"{name} took longer than {limit:.0f} s"
+    try:
+        counts = sanitizer_findings(ended.output, name)
+    except ValueError as problem:
+        return found, f"{name}: {problem}"
+    found.update(counts)
+    if any(counts.values()):
+        return found, f"{name} found {', '.join(f'{count} {what}' for what, count in counts.items())}"
+    if ended.code != 0:
+        return found, f"{name} ended with exit code {ended.code}"
+    total = sum(1 for _ in kernels.cases())
+    if kernels.verdict(total, total) not in ended.output:
+        return found, f"{name}: the cases were not gone through to the end"
+    return {**found, "cases": total}, ""
+
+
+def run_bench(module: str, folder: Path, seconds: float, most: float = 90.0) -> dict[str, Any]:
+    """A benchmark, of the package bench. What was measured before a failure or the limit is kept.
+
+    Args:
+        module: its name.
+        folder: for its files.
+        seconds: that there are.
+        most: that it is told to take.
+    """
+    out = folder / f"{module}.json"
+    out.unlink(missing_ok=True)
+    # Starting and the last case's overrun need the rest.
+    budget = min(max(seconds - 35.0, seconds / 2), most)
+    command = [sys.executable, "-m", f"bench.card.{module}", "--out", str(out), "--seconds", f"{budget:.0f}"]
+    ended = execute(command, folder / f"{module}.log", seconds)
+    found: dict[str, Any] = load_json(out) if out.exists() else {}
+    found["nvidia_smi_after"] = cards_now()
+    demand(ended, "the benchmark", seconds, found)
+    if not found.get("complete"):
+        raise StepFailed("the benchmark left no complete result", found, ended.tail)
+    return found
+
+
+def _bench(name: str, module: str, share: float) -> Step:
+    return Step(name, share, lambda folder, seconds: run_bench(module, folder, seconds), needs="build")
+
+
+STEPS = (
+    Step("facts", 10.0, run_facts),
+    Step("build", 165.0, run_build),
+    Step("tests", 120.0, run_tests, needs="build"),
+    Step("sanitizers", 92.0, run_sanitizers, needs="build"),
+    _bench("rates", "tensor_rate", 8.0),
+    _bench("bench", "quantize", 50.0),
+    _bench("bench_linear", "linear", 50.0),
+    _bench("bench_optimizer", "optimizer", 35.0),
+)
+#: Seconds for all of it: under nine minutes, with some for what lies between.
+BUDGET = sum(step.share for step in STEPS)

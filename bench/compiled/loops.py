@@ -1,0 +1,225 @@
+"""The main loop of a kernel that decodes and multiplies, found in its machine code, and what a step of it issues.
+
+The main loop is the innermost loop that holds both HMMA and decoding. A step is one turn of it. Counted is what a warp
+issues in a step, where everything is aligned and inside:
+
+- code that only some steps enter, as the decoding of one team, counts by how often they do;
+- a loop within the loop counts as often as it takes for the step's copies, if it copies;
+- a loop within the loop that does nothing of this is the way of unaligned rows, and counts nothing;
+- of two alternatives both count;
+- for sm_120 a NOP between two HMMA counts nothing: the compiler puts one wherever it has nothing else to issue there,
+  and the tensor core is busy for longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from bench.compiled import sass
+
+#: A block of code with so many PRMT decodes: addresses and halves of registers take one or two.
+_DECODES = 8
+#: What an instruction is, by its opcode's first word; the decoding ones are told apart by Kind.decode.
+CLASSES = {"HMMA": "hmma", "LDSM": "ldsm", "LDS": "lds", "STS": "sts", "LDGSTS": "ldgsts"}
+_ALL = (*CLASSES.values(), "decode", "other")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the main loop of a family of kernels does.
+
+    Attributes:
+        decode: opcodes that decode, within the code that does; "IMAD.SHL" means all that begin so.
+        weights: how many a thread decodes when it does.
+        every: each how manieth step it does, where the loop lets it skip steps; of the same numbers as ``copies``.
+        copies: how often a thread's loop within the step copies, on average, from the numbers among the kernel's
+            template arguments.
+    """
+
+    decode: tuple[str, ...]
+    weights: int
+    every: Callable[[list[int]], int] = lambda numbers: 1
+    copies: Callable[[list[int]], float] = lambda numbers: 1.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions that run one after the other, or not at all."""
+
+    start: int
+    instructions: tuple[sass.Instruction, ...]
+    following: frozenset[int]
+
+    def count(self, name: str) -> int:
+        return sum(one.name == name for one in self.instructions)
+
+
+@dataclass(frozen=True)
+class Loop:
+    header: int
+    blocks: frozenset[int]
+    latches: frozenset[int]
+
+
+class Graph:
+    """The blocks of a function, by the address of their first instruction, and its loops."""
+
+    def __init__(self, function: sass.Function) -> None:
+        edges = function.successors()
+        addresses = [one.address for one in function.instructions]
+        starts = {addresses[0]}
+        for address, following in zip(addresses, [*addresses[1:], None]):
+            if edges[address] != {following}:
+                starts |= edges[address] | ({following} - {None})
+        groups: list[list[sass.Instruction]] = []
+        for one in function.instructions:
+            if one.address in starts:
+                groups.append([])
+            groups[-1].append(one)
+        self.entry = addresses[0]
+        self.blocks = {
+            group[0].address: Block(group[0].address, tuple(group), frozenset(edges[group[-1].address]))
+            for group in groups
+        }
+
+    @cached_property
+    def dominators(self) -> dict[int, frozenset[int]]:
+        """By block, those that every way to it goes through, itself too. What cannot be reached is missing."""
+        before: dict[int, set[int]] = {start: set() for start in self.blocks}
+        order, todo, seen = [], [self.entry], {self.entry}
+        while todo:
+            start = todo.pop()
+            order.append(start)
+            for target in self.blocks[start].following:
+                before[target].add(start)
+                if target not in seen:
+                    seen.add(target)
+                    todo.append(target)
+        everything = frozenset(order)
+        found = {start: everything for start in order}
+        found[self.entry] = frozenset({self.entry})
+        changed = True
+        while changed:
+            changed = False
+            for start in order[1:]:
+                new = frozenset.intersection(*(found[one] for one in before[start])) | {start}
+                if new != found[start]:
+                    found[start], changed = new, True
+        return found
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """Natural loops; those with one header are one. The smallest first."""
+        latches: dict[int, set[int]] = {}
+        for start, above in self.dominators.items():
+            for target in self.blocks[start].following & above:
+                latches.setdefault(target, set()).add(start)
+        found = [
+            Loop(header, frozenset(self.leading_to(ends, stop={header})), frozenset(ends))
+            for header, ends in latches.items()
+        ]
+        return sorted(found, key=lambda loop: len(loop.blocks))
+
+    def leading_to(self, ends: Iterable[int], stop: set[int], within: frozenset[int] | None = None) -> set[int]:
+        """Blocks from which some can be reached without leaving a block of ``stop``; these ends and stops too."""
+        before: dict[int, list[int]] = {}
+        for start in self.dominators if within is None else within:
+            for target in self.blocks[start].following:
+                before.setdefault(target, []).append(start)
+        seen, todo = set(stop), [end for end in ends if within is None or end in within]
+        while todo:
+            start = todo.pop()
+            if start not in seen:
+                seen.add(start)
+                todo += before.get(start, [])
+        return seen
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a warp issues in a step of the main loop, on average.
+
+    Attributes:
+        counts: instructions by class: the values of CLASSES, "decode" and "other".
+        slots_per_weight: instructions that decode, for each weight that a thread decodes.
+    """
+
+    counts: dict[str, float]
+    slots_per_weight: float
+
+    @classmethod
+    def nothing(cls) -> Step:
+        return cls(dict.fromkeys(_ALL, 0.0), 0.0)
+
+    @property
+    def total(self) -> float:
+        return sum(self.counts.values())
+
+    @property
+    def outside(self) -> float:
+        """What neither multiplies nor decodes."""
+        return self.total - self.counts["hmma"] - self.counts["decode"]
+
+
+def _is_decoding(kind: Kind, one: sass.Instruction) -> bool:
+    return any(one.opcode == opcode or one.opcode.startswith(opcode + ".") for opcode in kind.decode)
+
+
+def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | None:
+    """What a step of a function's main loop issues; None where no loop holds both HMMA and decoding.
+
+    Args:
+        function: a kernel's code.
+        kind: what to look for.
+        numbers: those among the kernel's template arguments, in their order.
+    """
+    graph = Graph(function)
+    decoding = {start for start, block in graph.blocks.items() if block.count("PRMT") >= _DECODES}
+    multiplying = {start for start, block in graph.blocks.items() if block.count("HMMA")}
+    main = next((loop for loop in graph.loops if loop.blocks & decoding and loop.blocks & multiplying), None)
+    if main is None:
+        return None
+    decoding &= main.blocks
+    times = _times(graph, main, decoding, kind, numbers)
+    counts = dict.fromkeys(_ALL, 0.0)
+    slots = 0
+    padded = function.architecture.startswith("sm_12")
+    for start, executions in times.items():
+        instructions = graph.blocks[start].instructions
+        names = ["", *(one.name for one in instructions), ""]
+        for i, one in enumerate(instructions):
+            if padded and names[i : i + 3] == ["HMMA", "NOP", "HMMA"]:
+                continue
+            if start in decoding and _is_decoding(kind, one):
+                counts["decode"] += executions
+                slots += 1
+            else:
+                # "@!PT LDS" is padding that never loads.
+                counts["other" if one.predicate == "!PT" else CLASSES.get(one.name, "other")] += executions
+    return Step(counts, slots / kind.weights)
+
+
+def _times(graph: Graph, main: Loop, decoding: set[int], kind: Kind, numbers: list[int]) -> dict[int, float]:
+    """How often each block of the main loop runs in a step, on average."""
+    copies = {start for start in main.blocks if graph.blocks[start].count("LDGSTS")}
+    inner = [loop for loop in graph.loops if loop.blocks < main.blocks and loop.header != main.header]
+    unaligned = {start for loop in inner if not loop.blocks & (copies | decoding) for start in loop.blocks}
+    kept = main.blocks - unaligned
+    kept = frozenset(graph.leading_to(main.latches, {main.header}, kept))  # not what leads into those alone
+    times = dict.fromkeys(sorted(kept), 1.0)
+    # The loops that copy.
+    for loop in inner:
+        in_loop = sum(graph.blocks[start].count("LDGSTS") for start in loop.blocks & kept)
+        if in_loop:
+            for start in loop.blocks & kept:
+                times[start] *= kind.copies(numbers) / in_loop
+    # What only steps enter that decode: the blocks below the highest one over the decoding that can be gone round.
+    always = frozenset.intersection(*(graph.dominators[latch] for latch in main.latches))
+    for block in decoding - always:
+        entry = min(graph.dominators[block] - always, key=lambda start: len(graph.dominators[start]))
+        for start in kept:
+            if entry in graph.dominators[start] and times[start] == 1.0:
+                times[start] = 1.0 / kind.every(numbers)
+    return times

@@ -1,0 +1,1 @@
+"""Studies: trainings that are compared with each other."""

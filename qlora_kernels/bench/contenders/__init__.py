@@ -1,0 +1,1 @@
+"""The peers, and the weights and models that all contenders work on."""

@@ -1,0 +1,22 @@
+"""What contenders are called in results and tables."""
+
+from __future__ import annotations
+
+DENSE = "torch dense"
+BNB = "bitsandbytes"
+BNB_EVAL = "bitsandbytes, eval-mode layer"
+PEFT = "PEFT + bitsandbytes"
+PEFT_EVAL = "PEFT + bitsandbytes, eval mode"
+DEQUANTIZED = "dequantize, then dense"
+COPY = "plain copy"
+PRODUCT = "dense product"
+#: A copy reads what it is about to overwrite, too, where the processor does not know better; this does not.
+IN_PLACE = "scaling in place"
+FUSED = "torch fused"
+FOREACH = "torch foreach"
+#: A copy of as many bytes as this package's call must move, half read and half written.
+EQUAL_COPY = "copy of as many bytes"
+#: On a card: quantize() as users call it. It looks at its result, and so waits for the device.
+CHECKED = "qlora_kernels, checked"
+#: On a card: quantize() without that look.
+KERNEL = "qlora_kernels, kernel alone"

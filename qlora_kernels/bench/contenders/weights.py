@@ -1,0 +1,213 @@
+"""The weights that all contenders work on, in each one's own form, made once and on demand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qlora_kernels
+
+from ... import NF4Weight
+from ...ops.backends import reference
+from ..case import Settings
+from ..points import Point
+from .adapter_tensors import AdapterTensors
+
+_AT_A_TIME = 1 << 22  # a multiple of a block's 64
+
+
+class Lab:
+    """Weights [n, k], inputs and adapters of a point, on the settings' device.
+
+    All copies of a weight hold the same numbers in different memory, so one reference serves them all. A contender is
+    held against float64 over *its own* dequantized weights: quantization itself is another case's business.
+    """
+
+    def __init__(self, settings: Settings, point: Point) -> None:
+        self.settings, self.point = settings, point
+        self.device = torch.device(settings.device)
+        self.dtype: torch.dtype = getattr(torch, point.dtype)
+        self._exact: dict[str, Tensor] = {}
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k)."""
+        return self.point.n, self.point.k
+
+    # ------------------------------------------------------------------------------------------------- weights
+
+    @cached_property
+    def source(self) -> Tensor:
+        """The weight before quantization, in the point's dtype: normally distributed, as trained weights nearly are."""
+        source = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+        return source.to(self.device, self.dtype)
+
+    def copied(self, first: Any, nbytes: int, clone: Any = None) -> list[Any]:
+        """The first and as many clones as exceed the cache together."""
+        clone = copy.deepcopy if clone is None else clone
+        return [first, *(clone(first) for _ in range(self.settings.copies(nbytes) - 1))]
+
+    @cached_property
+    def ours(self) -> list[NF4Weight]:
+        first = qlora_kernels.quantize(self.source).to(self.dtype)
+        return self.copied(first, first.nbytes, clone_weight)
+
+    @cached_property
+    def dense(self) -> list[Tensor]:
+        """What this package's weight dequantizes to, in the point's dtype."""
+        first = self.ours[0].dequantize(self.dtype)
+        return self.copied(first, first.nbytes, torch.clone)
+
+    @cached_property
+    def bnb(self) -> list[tuple[Tensor, Any]]:
+        """(packed, state) from bitsandbytes: NF4, block 64, double quantization."""
+        from bitsandbytes.functional import quantize_4bit
+
+        first = quantize_4bit(self.source, quant_type="nf4", blocksize=64, compress_statistics=True)
+        return self.copied(first, bnb_bytes(*first))
+
+    def bnb_layer(self) -> nn.Module:
+        """bitsandbytes' own layer."""
+        return bnb_linear(self.source)
+
+    @cached_property
+    def bnb_eval_layers(self) -> list[nn.Module]:
+        """In eval mode, and without gradients, the layer repacks its weight for a kernel of its own."""
+        return self.copied(self.bnb_layer().eval(), bnb_bytes(*self.bnb[0]))
+
+    def peft_layers(self, training: bool) -> list[nn.Module]:
+        """PEFT's LoRA layers over bitsandbytes' layers, adapters in the point's dtype with random A and B."""
+        first = self._peft_layer().train(training)
+        return self.copied(first, bnb_bytes(*self.bnb[0]))
+
+    def _peft_layer(self) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        rank, alpha = self.point.rank, self.settings.alpha
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(self.bnb_layer()), config, autocast_adapter_dtype=False)
+        layer = model.base_model.model[0]
+        A, B = self.adapter
+        for module, value in ((layer.lora_A["default"], A), (layer.lora_B["default"], B)):
+            module.weight = nn.Parameter(value.clone())
+        return layer
+
+    @cached_property
+    def layers(self) -> list[qlora_kernels.QLinear]:
+        """This package's layer, with the same adapter."""
+        return [self._layer(weight) for weight in self.ours]
+
+    def _layer(self, weight: NF4Weight) -> qlora_kernels.QLinear:
+        rank = self.point.rank
+        layer = qlora_kernels.QLinear.from_nf4(weight, rank=rank, alpha=self.settings.alpha, dtype=self.dtype)
+        A, B = self.adapter
+        with torch.no_grad():
+            layer.lora_A["default"].copy_(A)
+            layer.lora_B["default"].copy_(B)
+        return layer
+
+    @cached_property
+    def adapter_tensors(self) -> AdapterTensors:
+        """What optimizers work on."""
+        return AdapterTensors(self.point, self.device)
+
+    # -------------------------------------------------------------------------------------------------- inputs
+
+    @cached_property
+    def adapter(self) -> tuple[Tensor, Tensor]:
+        """A [r, k] and B [n, r]; B is not zero, or its share of the result would go unseen."""
+        n, k = self.shape
+        generator = torch.Generator().manual_seed(1)
+        A = torch.randn(self.point.rank, k, generator=generator) / k**0.5
+        B = torch.randn(n, self.point.rank, generator=generator) * 0.1
+        return A.to(self.device, self.dtype), B.to(self.device, self.dtype)
+
+    def adapters(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the adapter, for as many copies of the weight."""
+        return [tuple(part.clone() for part in self.adapter) for _ in range(count)]
+
+    @property
+    def scaling(self) -> float:
+        return self.settings.alpha / self.point.rank
+
+    def rows(self, m: int, columns: int, seed: int = 2) -> Tensor:
+        """Random [m, columns]."""
+        rows = torch.randn(m, columns, generator=torch.Generator().manual_seed(seed))
+        return rows.to(self.device, self.dtype)
+
+    # ---------------------------------------------------------------------------------------------- references
+
+    def exact(self, whose: str) -> Tensor:
+        """The float64 weight that a contender's stored data stand for, decoded in plain torch."""
+        if whose not in self._exact:
+            pieces = self.ours[0].pieces if whose == "ours" else bnb_pieces(*self.bnb[0])
+            self._exact[whose] = decoded(pieces, *self.shape, torch.float32).double()
+        return self._exact[whose]
+
+    def bytes_of(self, whose: str) -> int:
+        """Bytes of one stored weight."""
+        if whose == "ours":
+            return self.ours[0].nbytes
+        if whose == "dense":
+            return self.point.n * self.point.k * self.dtype.itemsize
+        if whose == "bnb":
+            return bnb_bytes(*self.bnb[0])
+        # Repacked: constants are no longer nested, and are stored in bf16.
+        layer = self.bnb_eval_layers[0]
+        return layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
+
+
+def decoded(pieces: Sequence[Tensor], n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight [n, k] that stored data stand for, in plain torch and nobody's kernels, on their device.
+
+    Some millions of weights at a time: plain torch takes 30 bytes for each.
+    """
+    packed, *constants = (piece.cpu() for piece in pieces)
+    scales = reference.decode_absmax((packed, *constants))
+    dense = torch.empty(n * k, dtype=dtype)
+    for begin in range(0, n * k, _AT_A_TIME):
+        end = min(begin + _AT_A_TIME, n * k)
+        part = (packed[begin // 2 : -(-end // 2)], scales[begin // 64 : -(-end // 64)], None, None, None)
+        dense[begin:end] = reference.decode(part, 1, end - begin, dtype)[0]
+    return dense.view(n, k).to(pieces[0].device)
+
+
+def bnb_bytes(packed: Tensor, state: Any) -> int:
+    """Of a weight that bitsandbytes stores."""
+    return packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+
+
+def bnb_pieces(packed: Tensor, state: Any) -> tuple[Tensor, ...]:
+    """What bitsandbytes stores, as the pieces of an NF4Weight."""
+    second = state.state2
+    return packed.flatten(), state.absmax, second.absmax, state.offset.reshape(1).float(), second.code.float()
+
+
+def clone_weight(weight: NF4Weight) -> NF4Weight:
+    """The same numbers in other memory."""
+    packed, absmax, nested_absmax, offset, table = (piece.clone() for piece in weight.pieces)
+    return replace(
+        weight, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=offset, nested_table=table
+    )
+
+
+def bnb_linear(weight: Tensor) -> nn.Module:
+    """bitsandbytes' layer over a weight [n, k], computing in the weight's dtype and on its device."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    n, k = weight.shape
+    options = {"compress_statistics": True, "quant_type": "nf4"}
+    with torch.device("meta"):
+        layer = Linear4bit(k, n, bias=False, compute_dtype=weight.dtype, **options)
+    layer.weight = Params4bit(weight, requires_grad=False, module=layer, **options)
+    return layer.to(weight.device)  # where it quantizes

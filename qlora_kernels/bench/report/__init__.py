@@ -1,0 +1,1 @@
+"""What was measured: files, tables, plots, comparisons."""

@@ -1,0 +1,130 @@
+"""What the terminal shows of a result: ratios, the worst first, then every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..case import OURS, QUIET
+from ..contenders.names import PRODUCT
+from .ratios import ROOFS, find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes, times
+
+
+def terminal(results: dict[str, Any]) -> str:
+    """Machine and limits; who is how many times as slow as this package, the worst for it first; all figures."""
+    lines = [machine_line(results)]
+    limits = limits_of(results)
+    if limits.bytes_per_s or limits.flops:
+        rates = [f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)"] if limits.bytes_per_s else []
+        rates += [f"a dense {name} product reaches {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.flops.items()]
+        lines.append(f"Limits, measured: {', '.join(rates)}.")
+    lines += ["", *_every_figure(results), "", *_ratios(results)]
+    if not results["complete"]:
+        lines += ["", "The run was not completed: some cases are missing."]
+    return "\n".join(lines)
+
+
+def _ratios(results: dict[str, Any]) -> list[str]:
+    """One line for each rival in each case."""
+    rows, without = [], []
+    for case in results["cases"]:
+        ours = find_contender(case, OURS)
+        for rival in case["contenders"]:
+            if rival["name"] in ROOFS or rival is ours:
+                continue
+            where = (case["title"], sizes(case), rival["name"])
+            ratio = ratio_to_ours(case, rival)
+            if ratio is None:
+                why = rival.get("failed") or (ours or {}).get("failed") or "nothing to compare with"
+                without.append((*where, why, "", ""))
+            else:
+                rows.append((ratio, (*where, f"{ratio:.2f}", *map(ms, times(ours, rival)))))
+    if not rows and not without:
+        return []
+    head = ("how many times as long as this package, the worst first", "", "", "ratio", "ours, ms", "theirs, ms")
+    return align([head, *(row for _, row in sorted(rows, key=lambda row: row[0])), *without], left=3)
+
+
+def _every_figure(results: dict[str, Any]) -> list[str]:
+    """All contenders of all cases; what a card's figure was taken by stands behind it."""
+    limits = limits_of(results)
+    card = any(c.get("by") for case in results["cases"] for c in case["contenders"])
+    head = ("", "median ms", "20%", "80%", "x ours", "GB/s", "GFLOP/s", "of the limit", "allocated", "error")
+    rows = [(*head, "by") if card else head]
+    for case in results["cases"]:
+        others = case["other_processes"] or 0
+        notes = [f"others took {others:.0%} of the machine"] if others > QUIET else []
+        notes += [case["failed"]] if "failed" in case else []
+        about = sizes(case)
+        rows.append((f"{case['title']}{', ' + about if about else ''}{': ' if notes else ''}{'; '.join(notes)}",))
+        for c in case["contenders"]:
+            if "failed" in c:
+                rows.append((f"  {c['name']}: {c['failed']}",))
+                continue
+            ratio, share = ratio_to_ours(case, c), limits.share(case, c)
+            roof = c["name"] in ROOFS
+            speed, rate = gb_per_s(c), None if roof and c["name"] != PRODUCT else gflop_per_s(case, c)
+            rows.append(
+                (
+                    "  " + c["name"],
+                    ms(c["median_ms"]),
+                    ms(c["q20_ms"]),
+                    ms(c["q80_ms"]),
+                    "" if ratio is None else f"{ratio:.2f}",
+                    "" if speed is None else f"{speed:.1f}",
+                    "" if rate is None else f"{rate:.0f}",
+                    "" if share is None or roof else f"{share:.0%}",
+                    size(c.get("peak_allocated") if c.get("peak") is None else c["peak"]),
+                    "" if c["error"] is None else f"{c['error']:.1e}",
+                    *([c.get("by") or ""] if card else []),
+                )
+            )
+            if c.get("by") == "events" and c.get("no_graph"):
+                rows.append((f"    no graph: {c['no_graph']}",))
+    return align(rows)
+
+
+def machine_line(results: dict[str, Any]) -> str:
+    """Where and with what a result was measured, in a sentence."""
+    m, v, s = results["machine"], results["versions"], results["settings"]
+    commit = (results["commit"] or "unknown")[:10] + (" with changes" if results["modified"] else "")
+    virtual = "virtual machine, " if m["virtual"] else ""
+    others = max((case["other_processes"] or 0 for case in results["cases"]), default=0)
+    busy = f"; other processes took up to {others:.0%} of the machine meanwhile" if others > QUIET else ""
+    gpu = m.get("gpu")
+    card = f"{gpu['name']} (driver {gpu['driver']}), " if gpu and s["device"] != "cpu" else ""
+    return (
+        f"{card}{m['cpu']} ({virtual}{m['usable_cores']} cores, kernels for {m['isa_in_use']}), "
+        f"{s['threads']} threads, "
+        f"torch {v['torch']}, bitsandbytes {v['bitsandbytes']}, PEFT {v['peft']}, "
+        f"{v['compiler']}, commit {commit}, {results['date'][:10]}{busy}"
+    )
+
+
+def align(rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
+    """Columns under each other; a row of one cell, or the text in the last filled one, may stick out."""
+    count = max(len(row) for row in rows)
+    full = [(*row, *[""] * (count - len(row))) for row in rows]
+    widths = [max((len(r[i]) for r in full if any(r[i + 1 :])), default=0) for i in range(count)]
+    widths[-1] = max(len(r[-1]) for r in full)
+    lines = []
+    for row in full:
+        cells = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def ms(value: float) -> str:
+    """Milliseconds in four digits or so."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.4f}"
+
+
+def size(count: int | None) -> str:
+    """Bytes as people read them."""
+    if count is None:
+        return ""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

@@ -1,0 +1,1 @@
+"""How calls are timed, and on what machine."""
