@@ -436,7 +436,7 @@ def test_what_failed_in_the_middle_goes_on_in_a_second_call(monkeypatch, options
             count, why = len(quantized(whole)), f"{type(error).__name__}: {str(error) or 'MemoryError'}"
             assert str(caught.value) == (
                 f"quantize_model stopped at layers.0.down ({why}); 3 of {count} layers are 4-bit now, and the "
-                "others as they were: pass the model to quantize_model again, "
+                "others unchanged: pass the model to quantize_model again, "
                 "with the same arguments, to go on with them. 4-bit: layers.0.q_proj, layers.0.v_proj, layers.0.up"
             )
     assert quantized(model) == LINEARS[:3]
