@@ -15,7 +15,7 @@ from torch import nn
 
 import qlora_kernels
 from qlora_kernels import load_adapter, quantize_model, save_adapter
-from qlora_kernels.models import adapter_files, targets
+from qlora_kernels.models import peft_config, targets
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_target_modules_describe_these_layers_alone():
         (["b.proj"], ["b.proj"]),
         (["a.proj"], r"a\.proj"),  # as a list it would take x.a.proj too
     ):
-        assert adapter_files._target_modules(model, layers) == expected
+        assert peft_config.target_modules(model, layers) == expected
 
 
 # ------------------------------------------------------------------------------------------- names and activity
