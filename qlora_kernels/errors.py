@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import ParamSpec, TypeVar
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+# PEFT's LoraConfig arguments, and what this package calls them.
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+# Those without a counterpart, and what to do instead.
+_PEFT_ONLY = {
+    "modules_to_save": "to train other modules too, call requires_grad_(True) on them afterwards",
+    "exclude_modules": "name the layers that get adapters in target_modules",
+    "lora_bias": "adapters have no bias here",
+    "use_dora": "DoRA is not supported",
+}
 
 
 class InputError(Exception):
@@ -25,6 +41,28 @@ def sentence(error: BaseException) -> str:
     """The first line of an exception's message, or its type when it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def listed(items: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
+    """Items for a sentence, the first of them by name: "a, b and 5 more"."""
+    items = list(items)
+    more = len(items) - limit
+    return separator.join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def explains_peft_names(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorates a function so that PEFT's argument names (``r``, ``lora_alpha``) get an error that gives ours."""
+    ours = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        for name in kwargs:
+            if name not in ours and (name in _PEFT_ONLY or _PEFT_NAMES.get(name) in ours):
+                hint = _PEFT_ONLY[name] if name in _PEFT_ONLY else f"PEFT's {name} is {_PEFT_NAMES[name]} here"
+                raise TypeError(f"{function.__name__}() has no argument '{name}': {hint}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 @contextlib.contextmanager

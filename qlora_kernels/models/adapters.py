@@ -1,13 +1,15 @@
-"""The adapters of all layers at once: select, disable, merge."""
+"""The adapters of all layers of a model at once: select, disable, merge."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from ..errors import listed
 from ..layers.merging import MergeReport
+from ..layers.qlinear import QLinear
 from .targets import qlora_layers
 
 
@@ -15,13 +17,12 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """Makes an adapter the active one in every layer that has it; layers without it become their base alone.
 
     Raises:
-        KeyError: when no layer has it; the message lists the known.
+        KeyError: when no layer has it; the message lists those there are.
         RuntimeError: while an adapter is merged. Nothing has changed then.
     """
     layers = [layer for _, layer in qlora_layers(model)]
-    known = list(dict.fromkeys(other for layer in layers for other in layer.adapters))
-    if name not in known:
-        raise KeyError(f"no adapter {name!r} in this model; it has: {', '.join(map(repr, known)) or 'none'}")
+    if not any(name in layer.adapters for layer in layers):
+        raise no_adapter(name, layers)
     for layer in layers:
         if layer.merged_adapter_name not in (None, name):
             raise RuntimeError(f"adapter '{layer.merged_adapter_name}' is merged into the base; unmerge it first")
@@ -29,9 +30,15 @@ def set_adapter(model: nn.Module, name: str) -> None:
         layer.set_adapter(name if name in layer.adapters else None)
 
 
+def no_adapter(name: str, layers: Iterable[QLinear]) -> KeyError:
+    """The error for an adapter that none of these layers has."""
+    known = dict.fromkeys(other for layer in layers for other in layer.adapters)
+    return KeyError(f"no adapter {name!r} in this model; it has: {listed(map(repr, known)) or 'none'}")
+
+
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within it the whole model is its base alone. May be nested.
+    """Within this context the model is its base alone. Contexts may be nested.
 
     Raises:
         RuntimeError: while an adapter is merged.

@@ -1,8 +1,7 @@
-"""Whole models: swap their linear layers for 4-bit ones, and handle the adapters of all layers at once."""
+"""quantize_model: swaps a model's linear layers for 4-bit ones with adapters."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,13 +9,13 @@ import torch
 from torch import nn
 
 from ..console.progress import bar
-from ..errors import sentence
+from ..errors import explains_peft_names, listed, sentence
 from ..layers.adapters.config import AdapterConfig
 from ..layers.qlinear import QLinear
 from ..ops import backends
-from .targets import candidates, check_patterns, qlora_layers, targets
+from .targets import Plan, plan, qlora_layers
 
-# What nn.Module keeps of hooks on forward and backward; they go with the place in the model, not with the weight.
+# Where nn.Module keeps hooks on forward and backward. They belong to the place in the model, not to the weight.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -41,7 +40,7 @@ class QuantizeReport:
     Attributes:
         quantized: names of the layers that are 4-bit now.
         adapted: those of them that have an adapter.
-        left_alone: linear-like layers that were not touched, with the reason.
+        left_alone: linear-like layers that were not touched, with the reason; the printed report names ten.
         bytes_before: bytes of all parameters and buffers of the dense model.
         bytes_after: those of the quantized one.
         trainable_parameters: elements that get gradients, which are the adapters'.
@@ -65,10 +64,11 @@ class QuantizeReport:
         ]
         if self.left_alone:
             lines.append("left alone:")
-            lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
+            lines.append(listed((f"  {name}: {reason}" for name, reason in self.left_alone.items()), separator="\n"))
         return "\n".join(lines)
 
 
+@explains_peft_names
 def quantize_model(
     model: nn.Module,
     rank: int = 16,
@@ -85,21 +85,21 @@ def quantize_model(
 ) -> QuantizeReport:
     """Swaps a model's nn.Linear layers for QLinear, in place, and freezes everything but the adapters.
 
-    Layers are swapped one at a time, so the peak of memory is the model plus one layer, as long as nobody else holds
-    the dense weights. All conditions are checked before the first layer is touched. Should memory run out later, or
-    Ctrl-C come, then each layer is wholly quantized or as it was (the dense weights of the former are gone, so there
-    is no way back), and a second call with the same arguments goes on with the rest.
+    Layers are swapped one at a time, so memory peaks at the model plus one layer, unless something else holds on to the
+    dense weights. Everything is checked before the first layer is touched. If memory runs out later, or on Ctrl-C,
+    each layer is either quantized or untouched (the dense weights of the quantized ones are gone, so there is no way
+    back), and a second call with the same arguments quantizes the rest.
 
     Args:
         model: any module with nn.Linear layers inside.
         rank, alpha, dropout, rslora, double_quant: as for :class:`QLinear`; rank 0 makes no adapters.
         target_modules: which layers get an adapter, as in PEFT: "all-linear", names (a full name, or its last
             components) or a regular expression for the full name. The other layers are quantized all the same.
-        skip: layers to leave dense, by names or by a regular expression, likewise.
+        skip: layers to leave dense, also by names or by a regular expression.
         adapter_dtype: dtype of the adapters, by default that of each layer; float32 keeps master copies.
         compute_dtype: dtype of bias and adapters, by default that of each dense weight.
         progress: show a bar, when tqdm is installed.
-        device: where to quantize, and where the whole model is at the end; by default each layer stays where it is.
+        device: where to quantize and to leave the whole model; by default each layer stays where it is.
 
     Returns:
         What was quantized, what was left alone and why, and sizes before and after.
@@ -108,53 +108,54 @@ def quantize_model(
         ValueError: when the model is itself a linear layer, has nothing to quantize, holds NaN or infinity in a weight,
             or a value so near the largest of its type that double quantization could round it to infinity, when a
             pattern matches nothing (the candidates are listed), a module is lazy, or a rank, alpha or dropout does not
-            fit. The model is as it was.
-        TypeError: for a dtype that bias or adapters cannot have. The model is as it was.
-        RuntimeError: when there are no kernels for a device (the model is as it was), or when something else failed
-            after the first layer; the message says which layers are 4-bit already.
+            fit. The model is unchanged.
+        TypeError: for a dtype that bias or adapters cannot have, and for PEFT's argument names. The model is unchanged.
+        RuntimeError: when there are no kernels for a device (the model is unchanged), or when something else failed
+            after the first layer; the message says which layers are already 4-bit.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model should be a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            "the model is itself a linear layer, which has no place to swap it in; use QLinear.from_linear"
-        )
-    config = AdapterConfig(rank, alpha, dropout, rslora)
-    config.check(sys.maxsize, sys.maxsize)
-    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
-    if lazy:
-        raise ValueError(f"{lazy[0]} has no shape yet (a lazy module); run a batch through the model first")
-    for argument, patterns in (("skip", skip), ("target_modules", target_modules)):
-        check_patterns(argument, patterns)
+    adapter = AdapterConfig(rank, alpha, dropout, rslora)
+    planned = plan(model, adapter, target_modules, skip, double_quant, adapter_dtype, compute_dtype)
     if device is not None:
         backends.backend_for(torch.empty(0, device=device))
-    # A layer without memory, for what it says of the dtypes.
-    QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
-    names, left_alone = candidates(model, skip)
-    earlier = [name for name, layer in qlora_layers(model) if layer.adapters]
-    adapted = targets(names, earlier, left_alone, target_modules) if names else []
-    if not names:
-        found = "; ".join(f"{name}: {reason}" for name, reason in left_alone.items()) or "none"
-        raise ValueError(f"the model has no nn.Linear to quantize; linear-like layers left alone: {found}")
-    if not rank:
-        adapted = []
-    wanted = set(adapted)
-    for name in names:
-        _check_layer(model, name, config if name in wanted else None, double_quant, device is None)
+    for name in planned.quantized:
+        _check_weight(model, name, double_quant, check_device=device is None)
+    bytes_before = _bytes(model)
+    swap_layers(model, planned, device, progress)
+    _train_adapters_only(model)
+    if device is not None:
+        _move(model, device, len(planned.quantized))
+    return QuantizeReport(
+        quantized=list(planned.quantized),
+        adapted=list(planned.adapted),
+        left_alone=dict(planned.left_alone),
+        bytes_before=bytes_before,
+        bytes_after=_bytes(model),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=_count(model),
+    )
 
-    report = QuantizeReport(names, adapted, left_alone, bytes_before=_bytes(model))
+
+def swap_layers(
+    model: nn.Module, planned: Plan, device: str | torch.device | None = None, progress: bool = False
+) -> None:
+    """Replaces the planned layers by QLinear, one at a time.
+
+    Raises:
+        RuntimeError: when one fails after others were replaced; an error at the first layer is raised unchanged.
+    """
+    adapted, adapter = set(planned.adapted), planned.adapter
     places = _places(model)
-    for done, name in enumerate(bar(names, show=progress, desc="quantizing", unit="layer")):
+    for done, name in enumerate(bar(planned.quantized, show=progress, desc="quantizing", unit="layer")):
         try:
             _swap(
                 places[name],
-                rank=rank if name in wanted else 0,
-                alpha=alpha,
-                dropout=dropout,
-                rslora=rslora,
-                double_quant=double_quant,
-                dtype=compute_dtype,
-                adapter_dtype=adapter_dtype,
+                rank=adapter.rank if name in adapted else 0,
+                alpha=adapter.alpha,
+                dropout=adapter.dropout,
+                rslora=adapter.rslora,
+                double_quant=planned.double_quant,
+                dtype=planned.compute_dtype,
+                adapter_dtype=planned.adapter_dtype,
                 name=f"{name}.weight",
                 device=device,
             )
@@ -162,35 +163,36 @@ def quantize_model(
             if not done:
                 raise
             raise RuntimeError(
-                f"quantize_model stopped at {name} ({type(error).__name__}: {sentence(error)}); {done} of {len(names)} "
-                f"layers are 4-bit now, and the others as they were: pass the model to quantize_model again, with the "
-                f"same arguments, to go on with them. 4-bit: {', '.join(names[:done])}"
+                f"quantize_model stopped at {name} ({type(error).__name__}: {sentence(error)}); {done} of "
+                f"{len(planned.quantized)} layers are 4-bit now, and the others unchanged: pass the model to "
+                f"quantize_model again, with the same arguments, to go on with them. 4-bit: "
+                f"{listed(planned.quantized[:done])}"
             ) from error
+
+
+def _train_adapters_only(model: nn.Module) -> None:
     model.requires_grad_(False)
     for _, layer in qlora_layers(model):
         if layer.active_adapter is not None:
             layer.lora_A[layer.active_adapter].requires_grad_(True)
             layer.lora_B[layer.active_adapter].requires_grad_(True)
-    if device is not None:
-        try:
-            model.to(device)
-        except Exception as error:
-            raise RuntimeError(
-                f"all {len(names)} layers are 4-bit now, but the rest of the model could not be moved to {device} "
-                f"({type(error).__name__}: {sentence(error)}); call model.to({str(device)!r}) to go on"
-            ) from error
-    report.bytes_after = _bytes(model)
-    report.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    report.total_parameters = _count(model)
-    return report
 
 
-def _check_layer(model: nn.Module, name: str, config: AdapterConfig | None, double_quant: bool, stays: bool) -> None:
+def _move(model: nn.Module, device: str | torch.device, layers: int) -> None:
+    try:
+        model.to(device)
+    except Exception as error:
+        raise RuntimeError(
+            f"all {layers} layers are 4-bit now, but the rest of the model could not be moved to {device} "
+            f"({type(error).__name__}: {sentence(error)}); call model.to({str(device)!r}) to go on"
+        ) from error
+
+
+def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device: bool) -> None:
+    """Checks that a weight can be quantized: kernels for its device, and finite values."""
     weight = model.get_submodule(name).weight.detach()
-    if stays:
+    if check_device:
         backends.backend_for(weight)
-    if config is not None:
-        config.check(*weight.shape, name)
     if weight.is_meta:
         return
     # The extremes show NaN and infinity in one pass, with no copy of the weight.
@@ -200,13 +202,13 @@ def _check_layer(model: nn.Module, name: str, config: AdapterConfig | None, doub
         if double_quant and largest * _NESTED_ERROR > limit:
             raise ValueError(
                 f"{name}.weight holds {largest:.5g}, so near the largest {weight.dtype}, {limit:.5g}, that double "
-                "quantization could round it to infinity; use double_quant=False. The model is as it was."
+                "quantization could round it to infinity; use double_quant=False. The model is unchanged."
             )
         return
     index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
     raise ValueError(
         f"{name}.weight holds {weight[index].item()} at index {index}; only finite weights can be quantized. "
-        "The model is as it was."
+        "The model is unchanged."
     )
 
 
@@ -222,7 +224,7 @@ def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
 
 
 def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None, **options) -> None:
-    """Replaces one layer everywhere it stands; the dense weight is free when this returns."""
+    """Replaces one layer in all its places; the dense weight is free when this returns."""
     parent, key = places[0]
     linear = parent._modules[key]
     if device is not None:

@@ -1,16 +1,93 @@
-"""Which layers of a model to quantize and to adapt: PEFT's patterns, ties between parameters, kinds of layers."""
+"""Which layers of a model to quantize and which to adapt: PEFT's patterns, tied parameters, kinds of layers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..errors import listed
+from ..layers.adapters.config import AdapterConfig
 from ..layers.qlinear import QLinear
 
 _QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What quantizing a model will do to each of its layers.
+
+    Attributes:
+        quantized: names of the layers that become 4-bit.
+        adapted: those of them that get an adapter.
+        left_alone: linear-like layers that stay as they are, with the reason.
+        adapter: the adapters' configuration; rank 0 for none.
+        double_quant: 4.127 bits per weight rather than 4.5.
+        adapter_dtype: dtype of the adapters; None for that of their layer.
+        compute_dtype: dtype of bias and adapters; None for that of the dense weight.
+    """
+
+    quantized: tuple[str, ...]
+    adapted: tuple[str, ...]
+    left_alone: Mapping[str, str]
+    adapter: AdapterConfig
+    double_quant: bool = True
+    adapter_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+
+
+def plan(
+    model: nn.Module,
+    adapter: AdapterConfig,
+    target_modules: str | Sequence[str] = "all-linear",
+    skip: str | Sequence[str] = ("lm_head",),
+    double_quant: bool = True,
+    adapter_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Plan:
+    """Decides what :func:`qlora_kernels.quantize_model` would do, from names and shapes alone.
+
+    No weight is read, so the model may be on the meta device. The arguments are those of quantize_model.
+
+    Raises:
+        ValueError, TypeError: as quantize_model, but for what weights hold.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, found {type(model).__name__}")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "the model is itself a linear layer, which has no place to swap it in; use QLinear.from_linear"
+        )
+    adapter.check(sys.maxsize, sys.maxsize)
+    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} has no shape yet (a lazy module); run a batch through the model first")
+    for argument, patterns in (("skip", skip), ("target_modules", target_modules)):
+        _check_patterns(argument, patterns)
+    # The constructor checks the dtypes; on meta it allocates nothing.
+    QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
+    quantized, left_alone = _candidates(model, skip)
+    if not quantized:
+        others = listed((f"{name}: {reason}" for name, reason in left_alone.items()), separator="; ") or "none"
+        raise ValueError(f"the model has no nn.Linear to quantize; linear-like layers left alone: {others}")
+    with_adapters = [name for name, layer in qlora_layers(model) if layer.adapters]
+    adapted = _adapted(quantized, with_adapters, left_alone, target_modules)
+    if not adapter.rank:
+        adapted = []
+    for name in adapted:
+        adapter.check(*model.get_submodule(name).weight.shape, name)
+    return Plan(tuple(quantized), tuple(adapted), left_alone, adapter, double_quant, adapter_dtype, compute_dtype)
+
+
+def qlora_layers(model: nn.Module) -> Iterator[tuple[str, QLinear]]:
+    """(name, layer) of every QLinear in a model, in the order of ``named_modules``."""
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear):
+            yield name, module
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
@@ -20,7 +97,7 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
+def _check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
     if isinstance(patterns, str):
         try:
             re.compile(patterns)
@@ -30,15 +107,15 @@ def check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
         raise TypeError(f"{argument} should be a regular expression or a list of names, found {patterns!r}")
 
 
-def candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Names of the layers to quantize, and of linear-like layers to leave alone with the reason."""
     ties = _ties(model)
-    names, left_alone, foreign = [], {}, ()
+    names, left_alone, inside_peft = [], {}, ()
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
-            foreign = (*foreign, f"{name}.")
+            inside_peft = (*inside_peft, f"{name}.")
             left_alone[name] = "a PEFT layer; quantize the model before adding adapters, or use qlora_kernels' own"
-        if not _linear_like(module) or name.startswith(foreign or "\0"):
+        if not _linear_like(module) or (inside_peft and name.startswith(inside_peft)):
             continue
         reason = _reason(name, module, ties, skip)
         if reason is None:
@@ -56,7 +133,7 @@ def _linear_like(module: nn.Module) -> bool:
 
 
 def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str | Sequence[str]) -> str | None:
-    """Why a linear-like layer stays as it is, or None."""
+    """Why a linear-like layer is left alone, or None."""
     if matches(name, skip):
         return "named in skip"
     if isinstance(module, QLinear):
@@ -74,12 +151,12 @@ def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str 
         return f"an empty weight, {list(weight.shape)}"
     for key in ("weight", "bias"):
         if f"{name}.{key}" in ties:
-            return f"its {key} is tied to {', '.join(ties[f'{name}.{key}'])}"
+            return f"its {key} is tied to {listed(ties[f'{name}.{key}'])}"
     return None
 
 
 def _span(parameter: nn.Parameter) -> tuple[str, int, int]:
-    """Where a parameter's memory is: device, begin, end; without memory, a place of its own."""
+    """The memory of a parameter: device, first and last address. One without memory overlaps only itself."""
     if parameter.is_meta or not parameter.numel():
         return f"no memory, {id(parameter)}", 0, 1
     last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
@@ -88,7 +165,7 @@ def _span(parameter: nn.Parameter) -> tuple[str, int, int]:
 
 
 def _ties(model: nn.Module) -> dict[str, list[str]]:
-    """For each parameter those that share memory with it: the same one, or a view of the same memory or a part."""
+    """For each parameter, the others that share memory with it: the same tensor twice, or overlapping views."""
     names, spans = [], []
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -97,9 +174,9 @@ def _ties(model: nn.Module) -> dict[str, list[str]]:
                 spans.append(_span(parameter))
     order = sorted(range(len(names)), key=spans.__getitem__)
     ties: dict[str, list[int]] = {}
-    for place, first in enumerate(order):
+    for position, first in enumerate(order):
         device, _, end = spans[first]
-        for second in order[place + 1 :]:
+        for second in order[position + 1 :]:
             if spans[second][0] != device or spans[second][1] >= end:
                 break
             ties.setdefault(names[first], []).append(second)
@@ -107,35 +184,27 @@ def _ties(model: nn.Module) -> dict[str, list[str]]:
     return {name: [names[other] for other in sorted(others)] for name, others in ties.items()}
 
 
-def targets(
-    names: list[str], earlier: list[str], left_alone: dict[str, str], patterns: str | Sequence[str]
+def _adapted(
+    names: list[str], with_adapters: list[str], left_alone: dict[str, str], patterns: str | Sequence[str]
 ) -> list[str]:
-    """Those of the layers ``names`` that get an adapter; ``earlier`` are layers that have one already.
+    """Which of ``names`` get an adapter. A pattern may also match a layer that has one already (``with_adapters``).
 
     Raises:
-        ValueError: when a pattern matches none of either.
+        ValueError: when a pattern matches neither.
     """
     if isinstance(patterns, str) and patterns == "all-linear":
         return list(names)
     each = [patterns] if isinstance(patterns, str) else [[pattern] for pattern in patterns]
     for pattern in each or [[]]:
-        if any(matches(name, pattern) for name in (*names, *earlier)):
+        if any(matches(name, pattern) for name in (*names, *with_adapters)):
             continue
         text = repr(pattern if isinstance(pattern, str) else pattern[0]) if pattern else "an empty list"
-        reasons = [f"{name} is left alone: {why}" for name, why in left_alone.items() if matches(name, pattern)]
-        more = f" ({'; '.join(reasons[:3])})" if reasons else ""
-        raise ValueError(f"target_modules: {text} matches no layer to adapt{more}; candidates: {_ends(names)}")
+        reasons = [f"{name} is left alone: {reason}" for name, reason in left_alone.items() if matches(name, pattern)]
+        why = f" ({listed(reasons, 3, '; ')})" if reasons else ""
+        raise ValueError(f"target_modules: {text} matches no layer to adapt{why}; candidates: {listed(_ends(names))}")
     return [name for name in names if any(matches(name, pattern) for pattern in each)]
 
 
-def _ends(names: list[str]) -> str:
-    """The names without numbered prefixes, which is how they are given as targets, for an error."""
-    ends = list(dict.fromkeys(name.rpartition(".")[2] if not name[-1].isdigit() else name for name in names))
-    return ", ".join(ends[:40]) + (", ..." if len(ends) > 40 else "")
-
-
-def qlora_layers(model: nn.Module) -> Iterator[tuple[str, QLinear]]:
-    """(name, layer) of every QLinear in a model, in the order of ``named_modules``."""
-    for name, module in model.named_modules():
-        if isinstance(module, QLinear):
-            yield name, module
+def _ends(names: list[str]) -> list[str]:
+    """The last components of names, as target_modules takes them; full names where those are numbers."""
+    return list(dict.fromkeys(name if name[-1].isdigit() else name.rpartition(".")[2] for name in names))

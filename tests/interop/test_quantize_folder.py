@@ -257,7 +257,7 @@ def test_stream_writer_writes_what_the_library_reads(tmp_path):
 def test_a_signal_leaves_nothing_behind(tmp_path, monkeypatch, capsys, signum):
     model = llama(tmp_path / "model")
     capsys.readouterr()
-    monkeypatch.setattr(quantizing, "_write_group", lambda *_: os.kill(os.getpid(), signum))
+    monkeypatch.setattr(quantizing, "_write_tensor", lambda *_: os.kill(os.getpid(), signum))
     assert main(["quantize", model, str(tmp_path / "new" / "out"), "--quiet"]) == 128 + signum
     assert capsys.readouterr().err == "qlora-kernels quantize: interrupted\n"
     assert os.listdir(tmp_path) == ["model"]
@@ -268,7 +268,7 @@ def test_what_a_kill_left_is_swept_and_a_living_writers_folder_is_not(tmp_path):
     script = (
         "import os, signal, sys\n"
         "from qlora_kernels.interop.transformers import quantize_folder as q\n"
-        "q._write_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "q._write_tensor = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "q.quantize_folder(sys.argv[1], sys.argv[2], progress=False)\n"
     )
     out = tmp_path / "out"

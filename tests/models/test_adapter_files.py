@@ -1,327 +1,233 @@
-"""Adapters on disk: files that are broken or foreign, and what a kill can leave."""
+"""Adapters on disk: both ways with PEFT itself, and several adapters in one model."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from small_llama import assert_unchanged, llama, logits, quantized, state
+from contract import relative_error
+from safetensors.torch import load_file
+from small_llama import assert_unchanged, llama, logits, quantized, randomize, state
+from torch import nn
 
-from qlora_kernels import load_adapter, save_adapter
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    model = quantized(target_modules=["q_proj", "v_proj"])
-    save_adapter(model, folder)
-    return folder, model
+import qlora_kernels
+from qlora_kernels import load_adapter, quantize_model, save_adapter
+from qlora_kernels.models import peft_config, targets
 
 
-def _config(**changes):
-    def change(folder):
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-        _weights(lambda tensors: None)(folder)  # without the copy of the configuration, as PEFT writes them
-
-    return change
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
 
 
-def _weights(function):
-    def change(folder):
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        function(tensors)
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    return change
-
-
-def _copy(text):
-    def change(folder):
-        path = folder / "adapter_model.safetensors"
-        save_file(load_file(path), path, metadata={"format": "pt", "qlora_kernels.adapter_config": text})
-
-    return change
+def dense_base(model):
+    """A plain Llama on the dequantized weights."""
+    base = llama()
+    with torch.no_grad():
+        for name, layer in targets.qlora_layers(model):
+            base.get_submodule(name).weight.copy_(layer.weight.dequantize())
+    return base
 
 
-def _text(name, text):
-    return lambda folder: (folder / name).write_text(text)
+# ------------------------------------------------------------------------------------------- with PEFT, both ways
 
 
-def _truncate(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+def unequal(model):
+    """Ranks and alphas that differ from layer to layer, and layers with no adapter at all."""
+    for name, layer in targets.qlora_layers(model):
+        layer.delete_adapter("default")
+        if "up_proj" not in name:
+            layer.add_adapter("default", rank=2 if "layers.1" in name else 4, alpha=3 if "q_proj" in name else 8.5)
+    randomize(model)
 
 
-def _remove(*names):
-    return lambda folder: [os.unlink(folder / name) for name in names]
+def mixed_scaling(model):
+    for name, layer in targets.qlora_layers(model):
+        layer.delete_adapter("default")
+        layer.add_adapter("default", rank=4, alpha=8, rslora="q_proj" in name)
+    randomize(model)
 
 
-def _only_pickle(folder):
-    os.rename(folder / "adapter_model.safetensors", folder / "adapter_model.bin")
-
-
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
-Q9 = "base_model.model.model.layers.9.self_attn.q_proj"
-
-
-def _rename(old, new):
-    def change(tensors):
-        for part in "AB":
-            tensors[f"{new}.lora_{part}.weight"] = tensors.pop(f"{old}.lora_{part}.weight")
-
-    return _weights(change)
-
-
-def _put(key, value):
-    return _weights(lambda tensors: tensors.update({key: value}))
-
-
-BAD_FOLDERS = {
-    "no config": (
-        lambda f: (_weights(lambda t: None)(f), _remove("adapter_config.json")(f)),
-        FileNotFoundError,
-        r"adapter_config\.json: no such file; not an adapter's folder",
-    ),
-    "no weights": (_remove("adapter_model.safetensors"), FileNotFoundError, r"safetensors: no such file$"),
-    "pickle": (_only_pickle, FileNotFoundError, r"adapter_model\.bin is a pickle"),
-    "broken json": (_text("adapter_config.json", "{"), ValueError, r"config\.json should hold a JSON object \(Exp"),
-    "json list": (_text("adapter_config.json", "[]"), ValueError, "should hold a JSON object, found list"),
-    "truncated": (_truncate, ValueError, "not a whole safetensors file"),
-    "foreign file": (_text("adapter_model.safetensors", "hello" * 9), ValueError, "not a whole safetensors file"),
-    "ia3": (_config(peft_type="IA3"), ValueError, "peft_type should be LORA, found IA3"),
-    "no type": (_config(peft_type=None), ValueError, "peft_type should be LORA, found None"),
-    "dora": (_config(use_dora=True), ValueError, "use_dora = True is not supported"),
-    "bias": (_config(bias="all"), ValueError, "bias = 'all' is not supported"),
-    "modules": (_config(modules_to_save=["lm_head"]), ValueError, r"modules_to_save = \['lm_head'\] is not supported"),
-    "pissa": (_config(init_lora_weights="pissa"), ValueError, "'pissa' changes the base weights"),
-    "no rank": (_config(r=None), ValueError, "r should be a whole number, found None"),
-    "alpha text": (_config(lora_alpha="8"), ValueError, "lora_alpha should be a number, found '8'"),
-    "alpha zero": (_config(lora_alpha=0), ValueError, r"q_proj: alpha should be positive"),
-    "dropout": (_config(lora_dropout=1.0), ValueError, "dropout should be in"),
-    "dropout list": (
-        _config(lora_dropout=[1]),
-        ValueError,
-        r"config\.json: lora_dropout should be a number, found \[1\]",
-    ),
-    "alphas text": (
-        _config(alpha_pattern={"0": "y"}),
-        ValueError,
-        r"alpha_pattern\['0'\] should be a number, found 'y'",
-    ),
-    "alphas null": (
-        _config(alpha_pattern={"0": None}),
-        ValueError,
-        r"alpha_pattern\['0'\] should be a number, found None",
-    ),
-    "ranks": (
-        _config(rank_pattern={"0": 2.5}),
-        ValueError,
-        r"rank_pattern\['0'\] should be a whole number, found 2\.5",
-    ),
-    "rslora text": (_config(use_rslora="no"), ValueError, "use_rslora should be true or false, found 'no'"),
-    "targets number": (_config(target_modules=5), ValueError, "target_modules should be a list of names or .* found 5"),
-    "targets numbers": (
-        _config(target_modules=[1, 2]),
-        ValueError,
-        r"target_modules should be a list .* found \[1, 2\]",
-    ),
-    "copy list": (
-        _copy("[1]"),
-        ValueError,
-        r"model\.safetensors: the metadata .* a JSON object, found list",
-    ),
-    "copy broken": (_copy("{"), ValueError, r"model\.safetensors: the metadata .*should hold a JSON object \("),
-    "pattern": (_config(rank_pattern=[1]), ValueError, "rank_pattern should be an object"),
-    "bad pattern": (_config(alpha_pattern={"(": 1}), ValueError, r"'\(' is not a regular expression"),
-    "bad target": (_config(target_modules="("), ValueError, r"'\(' is not a regular expression"),
-    "another rank": (_config(r=8), ValueError, r"of another rank: .*takes A \[8, 64\].*found \[4, 64\]"),
-    "empty": (_weights(lambda t: t.clear()), ValueError, "no tensor"),
-    "foreign key": (_put("lm_head.weight", torch.ones(2, 2)), ValueError, r"found lm_head\.weight"),
-    "embedding": (
-        _put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(2, 2)),
-        ValueError,
-        "found base_model.*lora_embedding_A",
-    ),
-    "half a pair": (
-        _weights(lambda t: t.pop(f"{Q0}.lora_B.weight")),
-        ValueError,
-        r"one is missing for model\.layers\.0\.self_attn\.q_proj",
-    ),
-    "missing layer": (
-        _weights(lambda t: [t.pop(f"{Q0}.lora_{p}.weight") for p in "AB"]),
-        ValueError,
-        r"target_modules covers model\.layers\.0\.self_attn\.q_proj, but .*does not",
-    ),
-    "another model": (
-        _rename(Q0, Q9),
-        ValueError,
-        r"for another model: model\.layers\.9\.self_attn\.q_proj is not among its QLinear layers, such as model\.",
-    ),
-    "dense layer": (_rename(Q0, "base_model.model.lm_head"), ValueError, "lm_head is not among its QLinear layers"),
-    "another shape": (
-        _put(f"{Q0}.lora_A.weight", torch.ones(4, 32)),
-        ValueError,
-        r"takes A \[4, 64\] and B \[64, 4\], found \[4, 32\] and \[64, 4\]",
-    ),
-    "one-dimensional": (_put(f"{Q0}.lora_A.weight", torch.ones(4)), ValueError, r"floating matrix, found .*\[4\]"),
-    "integers": (_put(f"{Q0}.lora_A.weight", torch.ones(4, 64).int()), ValueError, r"found torch\.int32"),
-    "nan": (_put(f"{Q0}.lora_A.weight", torch.full((4, 64), torch.nan)), ValueError, "holds NaN or infinity"),
+SHAPES = {
+    "all": ({}, None),
+    "some": ({"target_modules": ["q_proj", "v_proj"]}, None),
+    "one layer": ({"target_modules": ["model.layers.1.mlp.down_proj"]}, None),
+    "rslora": ({"rslora": True, "alpha": 5.5}, None),
+    "unequal": ({}, unequal),
+    "mixed scaling": ({}, mixed_scaling),
 }
 
 
-@pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_bad_folders_change_nothing(saved, tmp_path, case):
-    source, model = saved
-    change, raised, message = BAD_FOLDERS[case]
-    for name in os.listdir(source):
-        (tmp_path / name).write_bytes((source / name).read_bytes())
-    change(tmp_path)
-    before = state(model)
-    with pytest.raises(raised, match=message) as caught:
-        load_adapter(model, tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    assert_unchanged(model, before)
-
-
-def test_other_bad_input(saved, tmp_path):
-    folder, model = saved
-    before = state(model)
-    for call, raised, message in (
-        (lambda: load_adapter(model, tmp_path / "nowhere"), FileNotFoundError, "nowhere: no such folder"),
-        (lambda: load_adapter(model, folder, "a.b"), ValueError, "an adapter's name is a word without '.'"),
-        (lambda: load_adapter(llama(), folder), ValueError, "no QLinear layers; quantize it with quantize_model"),
-        (lambda: load_adapter(model.model.layers[0].self_attn.q_proj, folder), ValueError, "is itself a QLinear"),
-        (lambda: save_adapter(model, tmp_path / "new", "nobody"), KeyError, "no adapter 'nobody' .*it has: 'default'"),
-        (lambda: save_adapter(llama(), tmp_path / "new"), ValueError, "no QLinear layers"),
-    ):
-        with pytest.raises(raised, match=message):
-            call()
-    assert_unchanged(model, before)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path, value):
-    model = quantized()
-    with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.lora_B["default"][3, 1] = value
-    with pytest.raises(ValueError, match=rf"{re.escape(Q0)}\.lora_B\.weight .* holds NaN or infinity"):
-        save_adapter(model, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_folder_that_cannot_be_made(saved, tmp_path):
-    _, model = saved
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
-        save_adapter(model, tmp_path / "file")
-    with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
-        save_adapter(model, tmp_path / "file" / "below")
-
-
-# ------------------------------------------------------------------------------------------- kills
-
-
-class Kill(BaseException):
-    """Stands for a kill -9: no handler of the code under test may run to its good."""
-
-
-@pytest.mark.parametrize("foreign", [False, True])
-def test_a_kill_between_two_files_leaves_the_old_or_the_new_or_an_error(tmp_path, monkeypatch, foreign):
-    old, new = quantized(rank=4, alpha=8), quantized(rank=4, alpha=32)
-    save_adapter(old, tmp_path)
-    if foreign:
-        _weights(lambda tensors: None)(tmp_path)
-    files = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-    probe = quantized(rank=4)
-    seen = []
-    for point in range(20):
-        for name, content in files.items():
-            (tmp_path / name).write_bytes(content)
-        finished = _killed_at(point, monkeypatch, lambda: save_adapter(new, tmp_path))
-        try:
-            load_adapter(probe, tmp_path)
-        except ValueError as error:
-            mixture = "do not belong together (lora_alpha is 32 beside the weights, 8 in"
-            seen.append("mixture" if mixture in str(error) else str(error))
-        else:
-            y = logits(probe)
-            seen.append("old" if torch.equal(y, logits(old)) else "new" if torch.equal(y, logits(new)) else "wrong")
-        if finished:
-            break
-    assert seen[0] == "old"
-    assert seen[-1] == "new"
-    assert set(seen) == ({"old", "mixture", "new"} if foreign else {"old", "new"})
-
-
-def _killed_at(point, monkeypatch, call) -> bool:
-    """Runs call, and stops it for good before its change number `point` of the folder; True when it came to its end."""
-    count = 0
-
-    def dying(function):
-        def wrapped(*args):
-            nonlocal count
-            if count == point:
-                raise Kill
-            count += 1
-            return function(*args)
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "unlink"):
-            patch.setattr(os, name, dying(getattr(os, name)))
-        try:
-            call()
-        except Kill:
-            return False
-    return True
-
-
-def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
-    save_adapter(quantized(rank=4, alpha=8), tmp_path)
-    files = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-
-    def full(tensors, path, metadata=None):
-        with open(path, "wb") as file:
-            file.write(b"some bytes")
-        raise OSError(28, "No space left on device", path)
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_adapter(quantized(rank=2, alpha=32), tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == files
-
-
-def test_an_edited_configuration_is_noticed(tmp_path):
-    model = quantized()
+@pytest.mark.parametrize("case", SHAPES)
+def test_peft_reads_what_we_write(peft, tmp_path, case):
+    options, change = SHAPES[case]
+    model = quantized(**options)
+    if change:
+        change(model)
     save_adapter(model, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere"}))
-    load_adapter(model, tmp_path)  # what does not change the meaning may be edited
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 99}))
-    with pytest.raises(ValueError, match="lora_alpha is 16 beside the weights, 99 in"):
-        load_adapter(model, tmp_path)
-    os.unlink(path)
-    y = logits(model)
+    theirs = peft.PeftModel.from_pretrained(dense_base(model), tmp_path)
+    assert relative_error(logits(model), logits(theirs).double()) < 1e-5
+    with qlora_kernels.disable_adapters(model):
+        assert relative_error(logits(model), logits(theirs).double()) > 1e-3
+
+    again = quantized(rank=0)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    for (_, ours), (_, layer) in zip(targets.qlora_layers(again), targets.qlora_layers(model), strict=True):
+        assert (ours.rank, ours.scaling) == pytest.approx((layer.rank, layer.scaling))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*layers\.1.*down_proj"},
+        {"target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.1},
+        {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"0.*o_proj": 32}},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_we_read_what_peft_writes(peft, tmp_path, options):
+    model = quantized(rank=0)
+    theirs = peft.get_peft_model(
+        dense_base(model), peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    )
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    theirs.eval().save_pretrained(tmp_path)
+    layers = load_adapter(model, tmp_path)
+    assert relative_error(logits(model), logits(theirs).double()) < 1e-5
+    assert {f"base_model.model.{name}.lora_A.weight" for name in layers} == {
+        key for key in load_file(tmp_path / "adapter_model.safetensors") if "lora_A" in key
+    }
+    # and back to PEFT
+    save_adapter(model, tmp_path / "again")
+    base = dense_base(model)
+    assert (
+        relative_error(logits(peft.PeftModel.from_pretrained(base, tmp_path / "again")), logits(theirs).double()) < 1e-5
+    )
+
+
+def test_the_files_are_as_peft_has_them(tmp_path):
+    model = quantized(target_modules=["q_proj", "v_proj"], dropout=0.1).bfloat16()
+    save_adapter(model, tmp_path / "new" / "folder", base_model_name_or_path="some/base")
+    folder = tmp_path / "new" / "folder"
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 16, 0.1)
+    assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
+    assert config["inference_mode"] is True
+    assert config["base_model_name_or_path"] == "some/base"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert len(tensors) == 8
+    assert tensors[key].dtype == torch.bfloat16
+    assert torch.equal(tensors[key], model.model.layers[0].self_attn.q_proj.lora_A["default"])
+
+
+def test_peft_knows_every_key_of_the_configuration(peft, tmp_path):
+    save_adapter(quantized(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(config) <= set(peft.LoraConfig().to_dict())
+
+
+def test_target_modules_describe_these_layers_alone():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    model = nn.ModuleDict({"a": Inner(), "b": Inner(), "x": nn.ModuleDict({"a": Inner()})})
+    quantize_model(model, 2, progress=False)
+    for layers, expected in (
+        (["a.proj", "b.proj", "x.a.proj"], ["proj"]),
+        (["b.proj"], ["b.proj"]),
+        (["a.proj"], r"a\.proj"),  # as a list it would take x.a.proj too
+    ):
+        assert peft_config.target_modules(model, layers) == expected
+
+
+# ------------------------------------------------------------------------------------------- names and activity
+
+
+def test_loading_replaces_an_adapter_of_another_rank_and_drops_what_is_not_covered(tmp_path):
+    source = quantized(rank=2, target_modules=["q_proj"])
+    save_adapter(source, tmp_path)
+    model = quantized(rank=8, adapter_dtype=torch.bfloat16)
     load_adapter(model, tmp_path)
-    assert torch.equal(logits(model), y)
+    assert model.model.layers[0].self_attn.q_proj.adapters["default"].rank == 2
+    assert model.model.layers[0].self_attn.q_proj.lora_A["default"].dtype == torch.bfloat16
+    assert model.model.layers[0].self_attn.v_proj.adapters == {}
+    assert relative_error(logits(model), logits(source).double()) < 1e-2
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64])
-def test_other_floating_types_load(saved, tmp_path, dtype):
-    folder, model = saved
-    for name in os.listdir(folder):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    weights = load_file(folder / "adapter_model.safetensors")
-    save_file({key: value.to(dtype) for key, value in weights.items()}, tmp_path / "adapter_model.safetensors")
-    [first, *_] = load_adapter(model, tmp_path, "other")
-    expected = weights[f"base_model.model.{first}.lora_A.weight"].to(dtype).float()
-    assert expected.abs().max() > 0
-    assert torch.equal(model.get_submodule(first).lora_A["other"].float(), expected)
+def test_loading_under_a_new_name_leaves_the_active_one(tmp_path):
+    source = quantized(rank=2, target_modules=["q_proj"])
+    save_adapter(source, tmp_path)
+    model = quantized(rank=4)
+    before = logits(model)
+    load_adapter(model, tmp_path, "style")
+    assert torch.equal(logits(model), before)
+    qlora_kernels.set_adapter(model, "style")
+    assert torch.equal(logits(model), logits(source))
+    load_adapter(model, tmp_path, "style")  # active: replaced and still active
+    assert torch.equal(logits(model), logits(source))
+    save_adapter(model, tmp_path / "style", "style")
+    save_adapter(model, tmp_path / "default", "default")
+    fresh = quantized(rank=0)
+    load_adapter(fresh, tmp_path / "style", "anything")
+    assert torch.equal(logits(fresh), logits(source))
+
+
+def test_a_merged_adapter_can_be_saved_but_not_replaced(tmp_path):
+    model = quantized()
+    save_adapter(model, tmp_path / "plain")
+    qlora_kernels.merge_adapters(model)
+    save_adapter(model, tmp_path / "merged")
+    plain, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "merged"))
+    assert plain.keys() == merged.keys()
+    assert all(torch.equal(plain[key], merged[key]) for key in plain)
+    before = state(model)
+    with pytest.raises(RuntimeError, match=r"adapter 'default' is merged into model\.layers\.0"):
+        load_adapter(model, tmp_path / "plain")
+    assert_unchanged(model, before)
+
+
+def test_nothing_is_loaded_where_another_adapter_is_merged(tmp_path):
+    save_adapter(quantized(), tmp_path)
+    model = quantized(target_modules=["q_proj"])
+    model.model.layers[1].self_attn.v_proj.add_adapter("style", rank=2)
+    model.model.layers[1].self_attn.v_proj.merge()
+    before = state(model)
+    with pytest.raises(RuntimeError, match=r"adapter 'style' is merged into model\.layers\.1\.self_attn\.v_proj"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_compiled_models_have_the_same_names(tmp_path):
+    model = quantized()
+    save_adapter(torch.compile(model, backend="aot_eager"), tmp_path)
+    assert all("_orig_mod" not in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="aot_eager")
+    before = state(model)
+    load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_copies_do_not_share_adapters(tmp_path):
+    model = quantized()
+    other = copy.deepcopy(model)
+    randomize(other)
+    save_adapter(other, tmp_path)
+    y = logits(model)
+    assert not torch.equal(logits(other), y)
+    load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), logits(other))

@@ -1,233 +1,77 @@
-"""Adapters on disk: both ways with PEFT itself, and several adapters in one model."""
+"""The adapters of all layers at once: select, disable, merge."""
 
 from __future__ import annotations
 
-import copy
-import json
-import os
+import math
 
 import pytest
 import torch
 from contract import relative_error
-from safetensors.torch import load_file
-from small_llama import assert_unchanged, llama, logits, quantized, randomize, state
-from torch import nn
+from small_blocks import IDS, LINEARS, Model, quantize, randomize
 
 import qlora_kernels
-from qlora_kernels import load_adapter, quantize_model, save_adapter
-from qlora_kernels.models import adapter_files, targets
+from qlora_kernels.models import targets
 
 
 @pytest.fixture
-def peft():
-    return pytest.importorskip("peft")
+def model():
+    made = Model()
+    quantize(made, target_modules=["q_proj", "v_proj"])
+    made.layers[0].q_proj.add_adapter("style", rank=2)
+    made.layers[0].up.add_adapter("style", rank=2)
+    made.layers[0].up.set_adapter(None)
+    randomize(made)
+    return made.eval()
 
 
-def dense_base(model):
-    """A plain Llama on the dequantized weights."""
-    base = llama()
-    with torch.no_grad():
-        for name, layer in targets.qlora_layers(model):
-            base.get_submodule(name).weight.copy_(layer.weight.dequantize())
-    return base
-
-
-# ------------------------------------------------------------------------------------------- with PEFT, both ways
-
-
-def unequal(model):
-    """Ranks and alphas that differ from layer to layer, and layers with no adapter at all."""
-    for name, layer in targets.qlora_layers(model):
-        layer.delete_adapter("default")
-        if "up_proj" not in name:
-            layer.add_adapter("default", rank=2 if "layers.1" in name else 4, alpha=3 if "q_proj" in name else 8.5)
-    randomize(model)
-
-
-def mixed_scaling(model):
-    for name, layer in targets.qlora_layers(model):
-        layer.delete_adapter("default")
-        layer.add_adapter("default", rank=4, alpha=8, rslora="q_proj" in name)
-    randomize(model)
-
-
-SHAPES = {
-    "all": ({}, None),
-    "some": ({"target_modules": ["q_proj", "v_proj"]}, None),
-    "one layer": ({"target_modules": ["model.layers.1.mlp.down_proj"]}, None),
-    "rslora": ({"rslora": True, "alpha": 5.5}, None),
-    "unequal": ({}, unequal),
-    "mixed scaling": ({}, mixed_scaling),
-}
-
-
-@pytest.mark.parametrize("case", SHAPES)
-def test_peft_reads_what_we_write(peft, tmp_path, case):
-    options, change = SHAPES[case]
-    model = quantized(**options)
-    if change:
-        change(model)
-    save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(dense_base(model), tmp_path)
-    assert relative_error(logits(model), logits(theirs).double()) < 1e-5
-    with qlora_kernels.disable_adapters(model):
-        assert relative_error(logits(model), logits(theirs).double()) > 1e-3
-
-    again = quantized(rank=0)
-    load_adapter(again, tmp_path)
-    assert torch.equal(logits(again), logits(model))
-    for (_, ours), (_, layer) in zip(targets.qlora_layers(again), targets.qlora_layers(model), strict=True):
-        assert (ours.rank, ours.scaling) == pytest.approx((layer.rank, layer.scaling))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["q_proj", "v_proj"]},
-        {"target_modules": r".*layers\.1.*down_proj"},
-        {"target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.1},
-        {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"0.*o_proj": 32}},
-        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-    ],
-    ids=lambda o: "-".join(o),
-)
-def test_we_read_what_peft_writes(peft, tmp_path, options):
-    model = quantized(rank=0)
-    theirs = peft.get_peft_model(
-        dense_base(model), peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
-    )
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.1)
-    theirs.eval().save_pretrained(tmp_path)
-    layers = load_adapter(model, tmp_path)
-    assert relative_error(logits(model), logits(theirs).double()) < 1e-5
-    assert {f"base_model.model.{name}.lora_A.weight" for name in layers} == {
-        key for key in load_file(tmp_path / "adapter_model.safetensors") if "lora_A" in key
-    }
-    # and back to PEFT
-    save_adapter(model, tmp_path / "again")
-    base = dense_base(model)
-    assert (
-        relative_error(logits(peft.PeftModel.from_pretrained(base, tmp_path / "again")), logits(theirs).double()) < 1e-5
-    )
-
-
-def test_the_files_are_as_peft_has_them(tmp_path):
-    model = quantized(target_modules=["q_proj", "v_proj"], dropout=0.1).bfloat16()
-    save_adapter(model, tmp_path / "new" / "folder", base_model_name_or_path="some/base")
-    folder = tmp_path / "new" / "folder"
-    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["q_proj", "v_proj"]
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 16, 0.1)
-    assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
-    assert config["inference_mode"] is True
-    assert config["base_model_name_or_path"] == "some/base"
-    tensors = load_file(folder / "adapter_model.safetensors")
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    assert len(tensors) == 8
-    assert tensors[key].dtype == torch.bfloat16
-    assert torch.equal(tensors[key], model.model.layers[0].self_attn.q_proj.lora_A["default"])
-
-
-def test_peft_knows_every_key_of_the_configuration(peft, tmp_path):
-    save_adapter(quantized(), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert set(config) <= set(peft.LoraConfig().to_dict())
-
-
-def test_target_modules_describe_these_layers_alone():
-    class Inner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
-
-    model = nn.ModuleDict({"a": Inner(), "b": Inner(), "x": nn.ModuleDict({"a": Inner()})})
-    quantize_model(model, 2, progress=False)
-    for layers, expected in (
-        (["a.proj", "b.proj", "x.a.proj"], ["proj"]),
-        (["b.proj"], ["b.proj"]),
-        (["a.proj"], r"a\.proj"),  # as a list it would take x.a.proj too
-    ):
-        assert adapter_files._target_modules(model, layers) == expected
-
-
-# ------------------------------------------------------------------------------------------- names and activity
-
-
-def test_loading_replaces_an_adapter_of_another_rank_and_drops_what_is_not_covered(tmp_path):
-    source = quantized(rank=2, target_modules=["q_proj"])
-    save_adapter(source, tmp_path)
-    model = quantized(rank=8, adapter_dtype=torch.bfloat16)
-    load_adapter(model, tmp_path)
-    assert model.model.layers[0].self_attn.q_proj.adapters["default"].rank == 2
-    assert model.model.layers[0].self_attn.q_proj.lora_A["default"].dtype == torch.bfloat16
-    assert model.model.layers[0].self_attn.v_proj.adapters == {}
-    assert relative_error(logits(model), logits(source).double()) < 1e-2
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
-
-
-def test_loading_under_a_new_name_leaves_the_active_one(tmp_path):
-    source = quantized(rank=2, target_modules=["q_proj"])
-    save_adapter(source, tmp_path)
-    model = quantized(rank=4)
-    before = logits(model)
-    load_adapter(model, tmp_path, "style")
-    assert torch.equal(logits(model), before)
+def test_selecting_an_adapter_leaves_no_mixture(model):
+    default = model(IDS)
     qlora_kernels.set_adapter(model, "style")
-    assert torch.equal(logits(model), logits(source))
-    load_adapter(model, tmp_path, "style")  # active: replaced and still active
-    assert torch.equal(logits(model), logits(source))
-    save_adapter(model, tmp_path / "style", "style")
-    save_adapter(model, tmp_path / "default", "default")
-    fresh = quantized(rank=0)
-    load_adapter(fresh, tmp_path / "style", "anything")
-    assert torch.equal(logits(fresh), logits(source))
+    active = {name: layer.active_adapter for name, layer in targets.qlora_layers(model)}
+    assert {name for name, adapter in active.items() if adapter} == {"layers.0.q_proj", "layers.0.up"}
+    assert not torch.equal(model(IDS), default)
+    qlora_kernels.set_adapter(model, "default")
+    assert torch.equal(model(IDS), default)
+    with pytest.raises(KeyError, match="no adapter 'nobody' in this model; it has: 'default', 'style'"):
+        qlora_kernels.set_adapter(model, "nobody")
+    assert torch.equal(model(IDS), default)
 
 
-def test_a_merged_adapter_can_be_saved_but_not_replaced(tmp_path):
-    model = quantized()
-    save_adapter(model, tmp_path / "plain")
-    qlora_kernels.merge_adapters(model)
-    save_adapter(model, tmp_path / "merged")
-    plain, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "merged"))
-    assert plain.keys() == merged.keys()
-    assert all(torch.equal(plain[key], merged[key]) for key in plain)
-    before = state(model)
-    with pytest.raises(RuntimeError, match=r"adapter 'default' is merged into model\.layers\.0"):
-        load_adapter(model, tmp_path / "plain")
-    assert_unchanged(model, before)
+def test_disabling_all(model):
+    y = model(IDS)
+    with pytest.raises(ZeroDivisionError), qlora_kernels.disable_adapters(model):
+        base = model(IDS)
+        raise ZeroDivisionError
+    assert not torch.equal(base, y)
+    assert torch.equal(model(IDS), y)
+    for _, layer in targets.qlora_layers(model):
+        layer.set_adapter(None)
+    assert torch.equal(model(IDS), base)
 
 
-def test_nothing_is_loaded_where_another_adapter_is_merged(tmp_path):
-    save_adapter(quantized(), tmp_path)
-    model = quantized(target_modules=["q_proj"])
-    model.model.layers[1].self_attn.v_proj.add_adapter("style", rank=2)
-    model.model.layers[1].self_attn.v_proj.merge()
-    before = state(model)
-    with pytest.raises(RuntimeError, match=r"adapter 'style' is merged into model\.layers\.1\.self_attn\.v_proj"):
-        load_adapter(model, tmp_path)
-    assert_unchanged(model, before)
+def test_merging_all_and_taking_out(model):
+    y = model(IDS)
+    reports = qlora_kernels.merge_adapters(model)
+    assert sorted(reports) == [n for n in LINEARS if n.endswith("_proj")]
+    assert all(0 < report.weight_error < 0.2 for report in reports.values())
+    assert 1e-3 < relative_error(model(IDS), y.double()) < 0.3
+    with pytest.raises(RuntimeError, match="adapter 'default' is merged"):
+        qlora_kernels.set_adapter(model, "style")
+    with pytest.raises(RuntimeError, match="is merged"), qlora_kernels.disable_adapters(model):
+        pass
+    qlora_kernels.unmerge_adapters(model)
+    assert torch.equal(model(IDS), y)
+    with pytest.raises(RuntimeError, match="no layer of this model has a merged adapter"):
+        qlora_kernels.unmerge_adapters(model)
 
 
-def test_compiled_models_have_the_same_names(tmp_path):
-    model = quantized()
-    save_adapter(torch.compile(model, backend="aot_eager"), tmp_path)
-    assert all("_orig_mod" not in key for key in load_file(tmp_path / "adapter_model.safetensors"))
-    model.model.layers[0] = torch.compile(model.model.layers[0], backend="aot_eager")
-    before = state(model)
-    load_adapter(model, tmp_path)
-    assert_unchanged(model, before)
-
-
-def test_copies_do_not_share_adapters(tmp_path):
-    model = quantized()
-    other = copy.deepcopy(model)
-    randomize(other)
-    save_adapter(other, tmp_path)
-    y = logits(model)
-    assert not torch.equal(logits(other), y)
-    load_adapter(model, tmp_path)
-    assert torch.equal(logits(model), logits(other))
+def test_a_merge_that_fails_in_one_layer_is_taken_back_in_all(model):
+    with torch.no_grad():
+        model.layers[1].v_proj.lora_A["default"][0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        qlora_kernels.merge_adapters(model)
+    assert all(layer.merged_adapter_name is None for _, layer in targets.qlora_layers(model))
+    plain = Model()
+    quantize(plain, rank=0)
+    with pytest.raises(RuntimeError, match="no layer of this model has an active adapter"):
+        qlora_kernels.merge_adapters(plain)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ...errors import InputError, readable
-from ...models.quantize import quantize_model
-from ...models.targets import qlora_layers
+from ...layers.adapters.config import AdapterConfig
+from ...models.quantize import swap_layers
+from ...models.targets import plan, qlora_layers
 from ...storage.safetensors_stream import Entry, read
 from .folder import METHOD, read_config, read_entries
 from .skeleton import cast_parameters, config_dtype, same_parameter, skeleton, skipped
@@ -50,37 +52,26 @@ def load_quantized(
         config = AutoConfig.from_pretrained(folder)
         dtype = config_dtype(config) if dtype is None else dtype
         model = skeleton(config, dtype)
-    report = quantize_model(
-        model,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        rslora=rslora,
-        target_modules=target_modules,
-        skip=list(settings.get("modules_to_not_convert", skipped(model))),
-        double_quant=bool(settings.get("double_quant", True)),
-        progress=False,
-    )
-    entries = read_entries(folder)
-    _load(model, entries, folder)
+    adapter = AdapterConfig(rank, alpha, dropout, rslora)
+    skip = list(settings.get("modules_to_not_convert", skipped(model)))
+    planned = plan(model, adapter, target_modules, skip, bool(settings.get("double_quant", True)))
+    swap_layers(model, replace(planned, adapted=()))  # adapters come when there is memory to put values in
+    _load(model, read_entries(folder), folder)
     cast_parameters(model, dtype)
     layers = dict(qlora_layers(model))
-    for name in report.adapted:
-        # What quantize_model made on the meta device has no values.
-        layers[name].delete_adapter("default")
+    for name in planned.adapted:
         layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
     return model.to(device)
 
 
 def _load(model: nn.Module, entries: dict[str, Entry], folder: str) -> None:
-    """Fills a model on the meta device from a folder's tensors, all but the adapters; tied ones once."""
+    """Gives a model on the meta device its tensors from a folder; tied parameters need to be there only once."""
     state = model.state_dict()
-    adapters = {key for key in state if ".lora_A." in key or ".lora_B." in key}
     unexpected = sorted(set(entries) - set(state))
     if unexpected:
         raise InputError(f"{folder} holds {unexpected[0]}, which its model does not have")
     values = {key: read(entry) for key, entry in entries.items()}
-    missing = sorted(set(state) - set(values) - adapters)
+    missing = sorted(set(state) - set(values))
     for key in list(missing):
         twin = next((k for k in values if same_parameter(model, k, key)), None)
         if twin is not None:

@@ -1,4 +1,4 @@
-"""quantize_model: what is swapped, what is left alone and why, and adapters of a whole model."""
+"""quantize_model: what is swapped, what it reports, and what it does when something fails."""
 
 from __future__ import annotations
 
@@ -11,82 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import relative_error
+from small_blocks import IDS, LINEARS, Model, assert_unchanged, fingerprint, quantize, quantized, with_adapters
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 import qlora_kernels
 from qlora_kernels import QLinear, quantize_model
 from qlora_kernels.models import quantize as quantizing
-from qlora_kernels.models import targets
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 64):
-        super().__init__()
-        self.q_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.up, self.norm = nn.Linear(width, 2 * width, bias=False), nn.LayerNorm(width)
-        self.down = nn.Linear(2 * width, width, bias=False)
-
-    def forward(self, x):
-        return self.norm(x + self.down(F.silu(self.up(self.v_proj(x) * self.q_proj(x).sigmoid()))))
-
-
-class Model(nn.Module):
-    """Two blocks between an embedding and a head."""
-
-    def __init__(self, tied: bool = False):
-        super().__init__()
-        self.embedding = nn.Embedding(50, 64)
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.lm_head = nn.Linear(64, 50, bias=False)
-        if tied:
-            self.lm_head.weight = self.embedding.weight
-
-    def forward(self, ids):
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(x)
-
-
-LINEARS = [f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "v_proj", "up", "down")]
-IDS = torch.arange(12).view(2, 6)
-
-
-def quantize(model, **options):
-    return quantize_model(model, **{"rank": 4, "progress": False, **options})
-
-
-def quantized(model):
-    return [name for name, _ in targets.qlora_layers(model)]
-
-
-def with_adapters(model):
-    return [name for name, layer in targets.qlora_layers(model) if layer.adapters]
-
-
-def randomize(model):
-    for _, layer in targets.qlora_layers(model):
-        for B in layer.lora_B.values():
-            nn.init.normal_(B, std=0.05)
-
-
-def fingerprint(model):
-    return [(name, type(module)) for name, module in model.named_modules()], {
-        key: (value.clone(), value.requires_grad) for key, value in dict(model.named_parameters()).items()
-    }
-
-
-def assert_unchanged(model, before):
-    modules, parameters = fingerprint(model)
-    assert modules == before[0]
-    assert parameters.keys() == before[1].keys()
-    for key, (value, requires_grad) in parameters.items():
-        assert torch.equal(value.nan_to_num(), before[1][key][0].nan_to_num())
-        assert requires_grad == before[1][key][1]
-
-
-# --------------------------------------------------------------------------------------------- what is swapped
 
 
 def test_every_linear_but_the_head_becomes_4_bit_and_only_adapters_train():
@@ -122,24 +52,6 @@ def test_the_report_reads_well():
     assert text.endswith("left alone:\n  lm_head: named in skip")
 
 
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (["q_proj", "v_proj"], [n for n in LINEARS if n.endswith("_proj")]),
-        (["layers.1.up"], ["layers.1.up"]),
-        (("1.up", "0.down"), ["layers.0.down", "layers.1.up"]),
-        (r"layers\.0\..*", LINEARS[:4]),
-        (r".*\.(up|down)", [n for n in LINEARS if n.endswith(("up", "down"))]),
-        ("all-linear", LINEARS),
-    ],
-)
-def test_targets_get_adapters_and_the_rest_is_quantized_all_the_same(targets, expected):
-    model = Model()
-    report = quantize(model, target_modules=targets)
-    assert quantized(model) == report.quantized == LINEARS
-    assert with_adapters(model) == report.adapted == expected
-
-
 def test_rank_0_and_other_options():
     model = Model().half()
     report = quantize(model, rank=0, double_quant=False, compute_dtype=torch.bfloat16)
@@ -154,16 +66,6 @@ def test_rank_0_and_other_options():
     assert layer.adapters["default"] == qlora_kernels.AdapterConfig(2, 8, 0.1, True)
     assert layer.lora_A["default"].dtype == torch.float32
     assert layer.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("skip", [["lm_head", "layers.0.up", "1.down"], r"lm_head|.*0\.up|.*1\.down"])
-def test_skip_takes_names_and_expressions(skip):
-    model = Model()
-    report = quantize(model, skip=skip)
-    assert sorted(report.left_alone) == ["layers.0.up", "layers.1.down", "lm_head"]
-    assert report.quantized == [n for n in LINEARS if n not in report.left_alone]
-    report = quantize(Model(), skip=())
-    assert report.quantized == [*LINEARS, "lm_head"]
 
 
 def test_quantizing_again_takes_only_what_is_new():
@@ -220,113 +122,6 @@ def test_progress_is_shown_or_not(capsys):
     assert "quantizing" in capsys.readouterr().err
     quantize(Model(), progress=False)
     assert capsys.readouterr().err == ""
-
-
-# --------------------------------------------------------------------------------------------- what is left alone
-
-
-def test_tied_weights_are_left_alone():
-    model = Model(tied=True)
-    report = quantize(model, skip=())
-    assert report.left_alone == {"lm_head": "its weight is tied to embedding.weight"}
-    assert model.lm_head.weight is model.embedding.weight
-
-    pair = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64), "c": nn.Linear(64, 64)})
-    pair["b"].weight = nn.Parameter(pair["a"].weight.detach())  # another Parameter, the same memory
-    assert quantize(pair).left_alone == {
-        "a": "its weight is tied to b.weight",
-        "b": "its weight is tied to a.weight",
-    }
-
-
-def test_tied_biases_are_left_alone():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
-    model[1].bias = model[0].bias
-    assert quantize(model).left_alone == {"0": "its bias is tied to 1.bias", "1": "its bias is tied to 0.bias"}
-    assert model[1].bias is model[0].bias
-
-
-def test_views_into_another_parameter_are_left_alone():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
-    model.fused = nn.Parameter(torch.randn(128, 64))
-    model[0].weight = nn.Parameter(model.fused.detach()[:64])
-    model[1].weight = nn.Parameter(model.fused.detach()[64:])
-    assert quantize(model).left_alone == {"0": "its weight is tied to fused", "1": "its weight is tied to fused"}
-
-    del model.fused  # parts of one allocation that do not overlap are not tied
-    assert quantize(model).quantized == ["0", "1"]
-
-
-def test_a_module_in_two_places_is_swapped_in_both():
-    shared = nn.Linear(64, 64)
-    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.Linear(64, 64)), "b": shared})
-    assert quantize(model).quantized == ["a.0", "a.1"]
-    assert isinstance(model["b"], QLinear)
-    assert model["b"] is model["a"][0]
-
-
-class Patched(nn.Linear):
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_what_is_no_plain_linear_is_left_alone_with_a_reason():
-    from transformers.pytorch_utils import Conv1D
-
-    model = nn.ModuleDict(
-        {
-            "plain": nn.Linear(64, 64),
-            "patched": Patched(64, 64),
-            "normed": parametrizations.weight_norm(nn.Linear(64, 64)),
-            "wide": nn.Linear(64, 64, dtype=torch.float64),
-            "empty": nn.Linear(0, 64),
-            "gpt2": Conv1D(64, 64),
-            "attention": nn.MultiheadAttention(64, 4),
-            "hooked": nn.Linear(64, 64),
-            "pruned": nn.Linear(64, 64),
-            "embedding": nn.Embedding(4, 64),
-        }
-    )
-    model["hooked"].forward = lambda x: x
-    prune.identity(model["pruned"], "weight")
-    report = quantize(model)
-    assert report.quantized == ["plain"]
-    assert {name: reason.split(",")[0].split(";")[0] for name, reason in report.left_alone.items()} == {
-        "patched": f"unsupported type {__name__}.Patched",
-        "normed": "unsupported type torch.nn.utils.parametrize.ParametrizedLinear",
-        "wide": "a weight in torch.float64",
-        "empty": "an empty weight",
-        "gpt2": "unsupported type transformers.pytorch_utils.Conv1D",
-        "attention.out_proj": "unsupported type torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
-        "hooked": "its forward has been replaced",
-        "pruned": "its weight is computed by a hook (weight_norm",
-    }
-    x = torch.randn(3, 1, 64)
-    assert model["attention"](x, x, x)[0].shape == x.shape
-
-
-def test_peft_layers_are_left_alone():
-    peft = pytest.importorskip("peft")
-    model = Model()
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
-    report = quantize(model)
-    assert report.left_alone["layers.0.q_proj"].startswith("a PEFT layer")
-    assert "layers.0.q_proj.base_layer" not in report.quantized
-    assert "layers.0.v_proj" in report.quantized
-    model(IDS)
-
-
-def test_hooks_stay_where_they_were():
-    model = Model()
-    calls = []
-    handle = model.layers[0].up.register_forward_hook(lambda module, args, out: calls.append(type(module)))
-    quantize(model)
-    model(IDS)
-    assert calls == [QLinear]
-    handle.remove()
-    model(IDS)
-    assert len(calls) == 1
 
 
 # --------------------------------------------------------------------------------------------- bad input
@@ -436,7 +231,7 @@ def test_what_failed_in_the_middle_goes_on_in_a_second_call(monkeypatch, options
             count, why = len(quantized(whole)), f"{type(error).__name__}: {str(error) or 'MemoryError'}"
             assert str(caught.value) == (
                 f"quantize_model stopped at layers.0.down ({why}); 3 of {count} layers are 4-bit now, and the "
-                "others as they were: pass the model to quantize_model again, "
+                "others unchanged: pass the model to quantize_model again, "
                 "with the same arguments, to go on with them. 4-bit: layers.0.q_proj, layers.0.v_proj, layers.0.up"
             )
     assert quantized(model) == LINEARS[:3]
@@ -452,7 +247,14 @@ def test_what_failed_in_the_middle_goes_on_in_a_second_call(monkeypatch, options
     assert torch.equal(model(IDS), whole(IDS))
 
 
-def test_a_failure_at_the_first_layer_is_told_as_it_is(monkeypatch):
+def test_a_failure_late_in_a_large_model_names_ten_layers(monkeypatch):
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(60)])
+    fail_at(monkeypatch, 51, MemoryError())
+    with pytest.raises(RuntimeError, match=r"50 of 60 layers are 4-bit now, .* 4-bit: 0, 1, .*, 9 and 40 more$"):
+        quantize(model)
+
+
+def test_a_failure_at_the_first_layer_is_raised_unchanged(monkeypatch):
     model = Model()
     before = fingerprint(model)
     fail_at(monkeypatch, 1, MemoryError("no room"))
@@ -472,73 +274,6 @@ def test_a_failure_after_the_last_layer_says_how_to_go_on(monkeypatch):
         quantize(model, device="cpu")
     assert quantized(model) == LINEARS
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-# --------------------------------------------------------------------------------------------- a model's adapters
-
-
-@pytest.fixture
-def model():
-    made = Model()
-    quantize(made, target_modules=["q_proj", "v_proj"])
-    made.layers[0].q_proj.add_adapter("style", rank=2)
-    made.layers[0].up.add_adapter("style", rank=2)
-    made.layers[0].up.set_adapter(None)
-    randomize(made)
-    return made.eval()
-
-
-def test_selecting_an_adapter_leaves_no_mixture(model):
-    default = model(IDS)
-    qlora_kernels.set_adapter(model, "style")
-    active = {name: layer.active_adapter for name, layer in targets.qlora_layers(model)}
-    assert {name for name, adapter in active.items() if adapter} == {"layers.0.q_proj", "layers.0.up"}
-    assert not torch.equal(model(IDS), default)
-    qlora_kernels.set_adapter(model, "default")
-    assert torch.equal(model(IDS), default)
-    with pytest.raises(KeyError, match="no adapter 'nobody' in this model; it has: 'default', 'style'"):
-        qlora_kernels.set_adapter(model, "nobody")
-    assert torch.equal(model(IDS), default)
-
-
-def test_disabling_all(model):
-    y = model(IDS)
-    with pytest.raises(ZeroDivisionError), qlora_kernels.disable_adapters(model):
-        base = model(IDS)
-        raise ZeroDivisionError
-    assert not torch.equal(base, y)
-    assert torch.equal(model(IDS), y)
-    for _, layer in targets.qlora_layers(model):
-        layer.set_adapter(None)
-    assert torch.equal(model(IDS), base)
-
-
-def test_merging_all_and_taking_out(model):
-    y = model(IDS)
-    reports = qlora_kernels.merge_adapters(model)
-    assert sorted(reports) == [n for n in LINEARS if n.endswith("_proj")]
-    assert all(0 < report.weight_error < 0.2 for report in reports.values())
-    assert 1e-3 < relative_error(model(IDS), y.double()) < 0.3
-    with pytest.raises(RuntimeError, match="adapter 'default' is merged"):
-        qlora_kernels.set_adapter(model, "style")
-    with pytest.raises(RuntimeError, match="is merged"), qlora_kernels.disable_adapters(model):
-        pass
-    qlora_kernels.unmerge_adapters(model)
-    assert torch.equal(model(IDS), y)
-    with pytest.raises(RuntimeError, match="no layer of this model has a merged adapter"):
-        qlora_kernels.unmerge_adapters(model)
-
-
-def test_a_merge_that_fails_in_one_layer_is_taken_back_in_all(model):
-    with torch.no_grad():
-        model.layers[1].v_proj.lora_A["default"][0, 0] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
-        qlora_kernels.merge_adapters(model)
-    assert all(layer.merged_adapter_name is None for _, layer in targets.qlora_layers(model))
-    plain = Model()
-    quantize(plain, rank=0)
-    with pytest.raises(RuntimeError, match="no layer of this model has an active adapter"):
-        qlora_kernels.merge_adapters(plain)
 
 
 # --------------------------------------------------------------------------------------------- ordinary models
@@ -586,3 +321,22 @@ def test_torchs_own_transformer_runs_in_both_modes():
 def test_arguments_of_another_type_are_refused(model, arguments, words):
     with pytest.raises(TypeError, match=words):
         quantize_model(model, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"r": 8, "lora_alpha": 16}, r"quantize_model\(\) has no argument 'r': PEFT's r is rank here"),
+        ({"rank": 8, "lora_alpha": 16}, "PEFT's lora_alpha is alpha here"),
+        ({"lora_dropout": 0.1}, "PEFT's lora_dropout is dropout here"),
+        ({"use_rslora": True}, "PEFT's use_rslora is rslora here"),
+        ({"modules_to_save": ["lm_head"]}, r"no argument 'modules_to_save': .* call requires_grad_\(True\)"),
+        ({"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
+    ],
+)
+def test_pefts_argument_names_are_explained(arguments, words):
+    model = Model()
+    before = fingerprint(model)
+    with pytest.raises(TypeError, match=words):
+        quantize_model(model, **arguments)
+    assert_unchanged(model, before)

@@ -1,0 +1,181 @@
+"""adapter_config.json as PEFT has it: written from a model's adapters, and checked before it is used."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..layers.qlinear import QLinear
+from .targets import matches
+
+CONFIG_NAME = "adapter_config.json"
+
+# Names that wrappers put into module paths: torch.compile, activation checkpointing, FSDP.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+# The keys that decide how the weights are used; a difference in any other is harmless.
+_DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+# Features of LoRA in PEFT that change more than A and B; each is off when its value is false or absent.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+
+# Initialisations that keep the base weights; all others (pissa, olora, loftq, ...) change them.
+_KEEPING_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, base: str | None) -> dict[str, Any]:
+    """The contents of adapter_config.json.
+
+    Args:
+        model: without wrappers.
+        layers: those that have the adapter.
+        adapter: its name here.
+        base: what PEFT should load it onto.
+    """
+    configs = {name: layer.adapters[adapter] for name, layer in layers.items()}
+    # PEFT has one kind of scaling for all layers. Where layers differ, alpha gives the same scaling without rslora.
+    mixed = len({config.rslora for config in configs.values()}) > 1
+    rslora = not mixed and all(config.rslora for config in configs.values())
+    alphas = {name: _whole(config.scaling * config.rank if mixed else config.alpha) for name, config in configs.items()}
+    rank = _commonest(config.rank for config in configs.values())
+    alpha = _commonest(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": _commonest(config.dropout for config in configs.values()),
+        "use_rslora": rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": target_modules(model, list(layers)),
+        # PEFT matches a key, a regular expression, from any dot on; ^ makes it this one layer.
+        "rank_pattern": {f"^{re.escape(n)}": c.rank for n, c in configs.items() if c.rank != rank},
+        "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
+    }
+
+
+def target_modules(model: nn.Module, layers: list[str]) -> list[str] | str:
+    """The shortest description of exactly these layers: last components, full names, or a regular expression."""
+    modules = [WRAPPERS.sub("", name) for name, _ in model.named_modules()]
+    for patterns in (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers)):
+        if {name for name in modules if matches(name, patterns)} == set(layers):
+            return patterns
+    return "|".join(re.escape(name) for name in layers)
+
+
+def _commonest(values) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _whole(value: float) -> float | int:
+    """A number as JSON should show it: 16 rather than 16.0."""
+    return int(value) if float(value).is_integer() else value
+
+
+def differences(copy: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """How the copy of a configuration that the weights carry differs from the file beside them, a phrase each."""
+    return [
+        f"{key} is {copy.get(key)} beside the weights, {config.get(key)} in {CONFIG_NAME}"
+        for key in _DECISIVE
+        if (copy.get(key) or None) != (config.get(key) or None)
+    ]
+
+
+def check(config: Mapping[str, Any], path: str) -> None:
+    """
+    Raises:
+        ValueError: for a configuration that is not plain LoRA, or is malformed; the message starts with ``path``.
+    """
+    _check_plain_lora(config, path)
+    for key, whole in (("r", True), ("lora_alpha", False)):
+        if not _is_number(config.get(key), whole):
+            raise ValueError(f"{path}: {key} should be {_a_number(whole)}, found {config.get(key)!r}")
+    if config.get("lora_dropout") is not None and not _is_number(config["lora_dropout"]):
+        raise ValueError(f"{path}: lora_dropout should be a number, found {config['lora_dropout']!r}")
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise ValueError(f"{path}: use_rslora should be true or false, found {config['use_rslora']!r}")
+    _check_patterns(config, path)
+
+
+def _check_plain_lora(config: Mapping[str, Any], path: str) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type should be LORA, found {kind}")
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"{path}: {key} = {config[key]!r} is not supported; only plain LoRA on linear layers is")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias = {config['bias']!r} is not supported; only 'none' is")
+    init = config.get("init_lora_weights")
+    if init not in _KEEPING_INITS:
+        raise ValueError(f"{path}: init_lora_weights = {init!r} changes the base weights; convert it to plain LoRA")
+
+
+def _check_patterns(config: Mapping[str, Any], path: str) -> None:
+    targets = config.get("target_modules")
+    if not (targets is None or isinstance(targets, str) or _is_names(targets)):
+        raise ValueError(f"{path}: target_modules should be a list of names or a regular expression, found {targets!r}")
+    expressions = [targets] if isinstance(targets, str) else []
+    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{path}: {key} should be an object, found {patterns!r}")
+        for expression, value in patterns.items():
+            if not _is_number(value, whole):
+                raise ValueError(f"{path}: {key}[{expression!r}] should be {_a_number(whole)}, found {value!r}")
+        expressions += patterns
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{path}: {expression!r} is not a regular expression ({error})") from None
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+
+
+def _a_number(whole: bool) -> str:
+    return "a whole number" if whole else "a number"
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def targets(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT would put this adapter on the layer; False where that depends on more than target_modules."""
+    targets = config.get("target_modules")
+    if not targets or targets == "all-linear" or config.get("layers_to_transform") or config.get("exclude_modules"):
+        return False
+    return matches(name, targets)
+
+
+def value_for(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: a pattern is a regular expression for the end of the name, from any dot on."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
