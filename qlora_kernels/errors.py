@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 
 class InputError(Exception):
@@ -36,3 +38,29 @@ def readable(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{what}: {sentence(error)}") from error
+
+
+#: What PEFT calls an adapter's settings, and what they are called here.
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def peft_names(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorates a function that takes ``rank``, ``alpha``, ``dropout`` or ``rslora``, for callers who know PEFT.
+
+    ``r=8`` or ``lora_alpha=16`` raise a TypeError that says what the argument is called here, instead of Python's
+    "unexpected keyword argument". The signature that users see stays the function's own.
+    """
+    who = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        foreign = [name for name in kwargs if name in _PEFT_NAMES]
+        if foreign:
+            renamed = ", ".join(f"'{name}' is called '{_PEFT_NAMES[name]}'" for name in foreign)
+            raise TypeError(f"{who} does not take PEFT's names: {renamed} here")
+        return function(*args, **kwargs)
+
+    return checked
