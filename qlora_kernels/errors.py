@@ -50,16 +50,24 @@ def listed(items: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
     return separator.join(items[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def explains_peft_names(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Decorates a function so that PEFT's argument names (``r``, ``lora_alpha``) get an error that gives ours."""
+def peft_names(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorates a function that takes ``rank``, ``alpha``, ``dropout`` or ``rslora``, for callers who know PEFT.
+
+    ``r=8`` or ``lora_alpha=16`` raise a TypeError that says what the argument is called here, instead of Python's
+    "unexpected keyword argument". The signature that users see stays the function's own.
+    """
+    who = function.__qualname__.removesuffix(".__init__")
     ours = inspect.signature(function).parameters
 
     @functools.wraps(function)
     def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        for name in kwargs:
-            if name not in ours and (name in _PEFT_ONLY or _PEFT_NAMES.get(name) in ours):
-                hint = _PEFT_ONLY[name] if name in _PEFT_ONLY else f"PEFT's {name} is {_PEFT_NAMES[name]} here"
-                raise TypeError(f"{function.__name__}() has no argument '{name}': {hint}")
+        foreign = [name for name in kwargs if name not in ours]
+        renamed = [f"'{name}' is called '{_PEFT_NAMES[name]}'" for name in foreign if _PEFT_NAMES.get(name) in ours]
+        if renamed:
+            raise TypeError(f"{who} does not take PEFT's names: {', '.join(renamed)} here")
+        for name in foreign:
+            if name in _PEFT_ONLY:
+                raise TypeError(f"{who} has no argument '{name}': {_PEFT_ONLY[name]}")
         return function(*args, **kwargs)
 
     return checked

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..formats.nf4 import BLOCK_SIZE, NF4Weight
+from .adapters.named import Adapters
 from .functional import linear
-
-if TYPE_CHECKING:
-    from .qlinear import QLinear
 
 _PANEL = 1 << 20  # elements of a panel: 4 MiB of float32, large enough that the cost of a call does not show
 
@@ -41,7 +38,7 @@ def panels(n: int, k: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + step, n)
 
 
-def _rows(layer: QLinear, weight: NF4Weight, adapter: str | None, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+def _rows(layer: Adapters, weight: NF4Weight, adapter: str | None, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """Rows of weight + scaling * B A."""
     rows = weight.dequantize(dtype, row_begin=begin, row_end=end)
     if adapter is not None:
@@ -51,7 +48,7 @@ def _rows(layer: QLinear, weight: NF4Weight, adapter: str | None, begin: int, en
 
 
 @torch.no_grad()
-def merge(layer: QLinear, probe: Tensor | None) -> MergeReport:
+def merge(layer: Adapters, probe: Tensor | None) -> MergeReport:
     """See :meth:`QLinear.merge`."""
     if layer._merged is not None:
         raise RuntimeError(f"adapter '{layer._merged}' is merged already; call unmerge() first")
@@ -74,21 +71,21 @@ def merge(layer: QLinear, probe: Tensor | None) -> MergeReport:
     )
     layer._set_pieces("unmerged", before)
     layer._set_pieces("weight", after)
-    set_merged(layer, name)
+    layer._set_merged(name)
     return report
 
 
-def unmerge(layer: QLinear) -> None:
+def unmerge(layer: Adapters) -> None:
     """See :meth:`QLinear.unmerge`."""
     if layer._merged is None:
         raise RuntimeError("no adapter is merged")
-    layer._set_pieces("weight", unmerged_weight(layer))
+    layer._set_pieces("weight", layer._unmerged_weight())
     layer._set_pieces("unmerged", None)
-    set_merged(layer, None)
+    layer._set_merged(None)
 
 
 @torch.no_grad()
-def to_linear(layer: QLinear) -> nn.Linear:
+def to_linear(layer: Adapters) -> nn.Linear:
     """See :meth:`QLinear.to_linear`."""
     n, k = layer.out_features, layer.in_features
     adapter = None if layer._merged is not None or layer._disabled else layer._active
@@ -103,23 +100,7 @@ def to_linear(layer: QLinear) -> nn.Linear:
     return dense.train(layer.training)
 
 
-def set_merged(layer: QLinear, name: str | None) -> None:
-    """Notes which adapter is merged: for Python as a name, for the state dict as a tensor of its UTF-8 bytes."""
-    layer._merged = name
-    layer._buffers.pop("merged_adapter", None)
-    if name is not None:
-        code = torch.tensor(list(name.encode()), dtype=torch.uint8, device=layer.weight_packed.device)
-        layer.register_buffer("merged_adapter", code)
-
-
-def unmerged_weight(layer: QLinear) -> NF4Weight:
-    """The base as it was before the merge."""
-    names = ("packed", "absmax", "nested_absmax", "nested_offset", "nested_table")
-    pieces = {name: getattr(layer, f"unmerged_{name}") for name in names}
-    return NF4Weight(**pieces, shape=layer.weight.shape, dtype=layer.dtype)
-
-
-def _requantize(layer: QLinear, before: NF4Weight, name: str) -> NF4Weight:
+def _requantize(layer: Adapters, before: NF4Weight, name: str) -> NF4Weight:
     """base + adapter in NF4. The second level needs all constants at once, the first only a panel of the weight."""
     n, k = before.shape
     packed = torch.empty_like(before.packed)
@@ -135,7 +116,7 @@ def _requantize(layer: QLinear, before: NF4Weight, name: str) -> NF4Weight:
     return NF4Weight(packed, *ops.quantize_absmax(absmax, table), table, before.shape, before.dtype)
 
 
-def _weight_error(layer: QLinear, before: NF4Weight, after: NF4Weight, name: str) -> float:
+def _weight_error(layer: Adapters, before: NF4Weight, after: NF4Weight, name: str) -> float:
     moved = total = 0.0
     for begin, end in panels(*before.shape):
         exact = _rows(layer, before, name, begin, end, torch.float32)
@@ -145,7 +126,7 @@ def _weight_error(layer: QLinear, before: NF4Weight, after: NF4Weight, name: str
     return _ratio(moved, total)
 
 
-def _output_error(layer: QLinear, before: NF4Weight, after: NF4Weight, name: str, probe: Tensor) -> float:
+def _output_error(layer: Adapters, before: NF4Weight, after: NF4Weight, name: str, probe: Tensor) -> float:
     # In float32, so that the rounding of a 16-bit output does not count as requantization.
     x = probe.detach().to(device=before.device, dtype=torch.float32)
     A, B = layer.lora_A[name].float(), layer.lora_B[name].float()

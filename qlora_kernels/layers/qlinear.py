@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..errors import require
-from ..formats.nf4 import PIECES, NF4Weight, check_range, meta_weight, quantize
-from ..ops.weight import same_pieces
+from ..errors import peft_names, require
+from ..formats.nf4 import NF4Weight, check_range, meta_weight, quantize
 from . import state_dict as loading
 from .adapters.config import AdapterConfig
 from .adapters.named import Adapters, init_adapter
@@ -53,6 +49,7 @@ class QLinear(Adapters, nn.Linear):
         TypeError: for a dtype other than float32, bfloat16, float16 and float64.
     """
 
+    @peft_names
     def __init__(
         self,
         in_features: int,
@@ -97,14 +94,12 @@ class QLinear(Adapters, nn.Linear):
         n, k = weight.shape
         config.check(n, k)
         nn.Module.__init__(self)
-        self.in_features, self.out_features = k, n
-        self._shape = weight.shape
-        self._dtype = dtype
-        self._set_pieces("weight", weight)
+        self._set_up_weight(weight, dtype)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self._set_up_adapters(config, adapter_dtype)
 
     @classmethod
+    @peft_names
     def from_linear(
         cls,
         linear: nn.Linear,
@@ -152,6 +147,7 @@ class QLinear(Adapters, nn.Linear):
         ).train(linear.training)
 
     @classmethod
+    @peft_names
     def from_nf4(
         cls,
         weight: NF4Weight,
@@ -191,94 +187,6 @@ class QLinear(Adapters, nn.Linear):
         for name in self._adapters:
             init_adapter(self.lora_A[name], self.lora_B[name])
 
-    # ------------------------------------------------------------------------------------------------- the weight
-
-    @property
-    def weight(self) -> NF4Weight:
-        """The frozen base [N, K]; while an adapter is merged, the base with it."""
-        return NF4Weight(*self._pieces(), self._shape, self._dtype)
-
-    def _pieces(self) -> tuple[Tensor | None, ...]:
-        # Read past nn.Module.__getattr__, whose searches would cost as much as the rest of a call.
-        parameters, buffers = self._parameters, self._buffers
-        absmax = parameters.get("weight_absmax")
-        return (
-            parameters["weight_packed"],
-            buffers["weight_absmax"] if absmax is None else absmax,
-            buffers["weight_nested_absmax"],
-            buffers["weight_nested_offset"],
-            buffers["weight_nested_table"],
-        )
-
-    def _operand(self) -> ops.Operand:
-        """The weight as the products take it, kept as long as its pieces are the same tensors."""
-        pieces, kept = self._pieces(), self.__dict__.get("_kept_operand")
-        if kept is not None and same_pieces(kept.pieces, pieces):
-            return kept
-        made = ops.Operand(pieces, *self._shape)
-        if not torch.compiler.is_compiling():
-            self.__dict__["_kept_operand"] = made
-        return made
-
-    def _forget_operand(self) -> None:
-        """Lets go of pieces that have been replaced."""
-        self.__dict__.pop("_kept_operand", None)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the dense layer that this one stands for; ``.to(dtype)`` changes it, inputs may have any."""
-        return self._dtype
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            raise AttributeError(
-                "the weight of a QLinear is 4-bit and cannot be assigned; quantize a dense layer with "
-                "QLinear.from_linear(linear)"
-            )
-        super().__setattr__(name, value)
-
-    def _set_pieces(self, prefix: str, weight: NF4Weight | None) -> None:
-        """Registers a weight's tensors: bytes as frozen Parameters, float32 constants as buffers; or removes them."""
-        self._forget_operand()
-        for name in PIECES:
-            attribute = f"{prefix}_{name}"
-            self._parameters.pop(attribute, None)
-            self._buffers.pop(attribute, None)
-        if weight is None:
-            return
-        for name, piece in zip(PIECES, weight.pieces, strict=True):
-            if piece is not None and piece.dtype == torch.uint8:
-                self.register_parameter(f"{prefix}_{name}", nn.Parameter(piece, requires_grad=False))
-            else:
-                if name == "nested_table" and piece is not None:
-                    piece = piece.clone()  # all weights share one, and safetensors refuses tensors that share memory
-                self.register_buffer(f"{prefix}_{name}", piece)
-
-    def _frozen(self) -> list[Tensor]:
-        """The tensors that no cast may touch: the weight's pieces, and while merged those of the base."""
-        names = [f"{prefix}_{name}" for prefix in ("weight", "unmerged") for name in PIECES] + ["merged_adapter"]
-        return [t for n in names if (t := self._parameters.get(n, self._buffers.get(n))) is not None]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
-        """``.to``, ``.half``, ``.to_empty``, ``.share_memory`` and the like: packed data moves but is never cast."""
-        frozen = {id(tensor): tensor for tensor in self._frozen()}  # the values keep the ids from being reused
-
-        def apply(tensor: Tensor) -> Tensor:
-            if id(tensor) not in frozen:
-                return fn(tensor)
-            # Casts leave integers alone, so fn sees bytes; .type(dtype) does not, so of that only the device counts.
-            data = tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)
-            moved = fn(data)
-            return (moved if moved.dtype == torch.uint8 else data.to(moved.device)).view(tensor.dtype)
-
-        nominal = fn(torch.empty(0, dtype=self._dtype, device=self.weight_packed.device)).dtype
-        super()._apply(apply, recurse)
-        self._forget_operand()
-        if nominal != self._dtype and nominal.is_floating_point:
-            self._dtype = nominal
-            self._adapter_dtype = None
-        return self
-
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         assign = local_metadata.get("assign_to_params_buffers", False)
         problems = loading.problems(self, state_dict, prefix, assign)
@@ -290,12 +198,6 @@ class QLinear(Adapters, nn.Linear):
             loading.make_contiguous(state_dict, prefix)
         loading.match_merged_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside disable_adapters() has no one to enable it again.
-        state = {**self.__dict__, "_disabled": 0}
-        state.pop("_kept_operand", None)
-        return state
 
     # ------------------------------------------------------------------------------------------------- the product
 

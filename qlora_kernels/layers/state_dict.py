@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..formats.nf4 import PIECES, NF4Weight
-from .merging import set_merged
-
-if TYPE_CHECKING:
-    from .qlinear import QLinear
+from .adapters.named import Adapters
 
 
-def problems(layer: QLinear, state: Mapping[str, Tensor], prefix: str, assign: bool = False) -> list[str]:
+def problems(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: bool = False) -> list[str]:
     """Sentences on what does not fit: weight, bias and adapters. When there are any, the layer is left as it is."""
     if f"{prefix}weight" in state:
         return [
@@ -38,7 +34,7 @@ def problems(layer: QLinear, state: Mapping[str, Tensor], prefix: str, assign: b
     return found
 
 
-def keep(layer: QLinear, state: MutableMapping[str, Tensor], prefix: str) -> None:
+def keep(layer: Adapters, state: MutableMapping[str, Tensor], prefix: str) -> None:
     """Puts the layer's own adapters in the state dict, so that loading them, which torch does next, changes nothing."""
     state.update({prefix + name: own for name, own in _trained(layer).items() if prefix + name in state})
 
@@ -51,7 +47,7 @@ def make_contiguous(state: MutableMapping[str, Tensor], prefix: str) -> None:
                 state[key] = state[key].detach().contiguous()
 
 
-def match_merged_state(layer: QLinear, state: Mapping[str, Tensor], prefix: str) -> None:
+def match_merged_state(layer: Adapters, state: Mapping[str, Tensor], prefix: str) -> None:
     """Makes room for a base that was saved merged, or drops the backup when the saved one was not.
 
     A state dict without a base (adapters alone, say) leaves things as they are.
@@ -61,14 +57,14 @@ def match_merged_state(layer: QLinear, state: Mapping[str, Tensor], prefix: str)
     code = state.get(f"{prefix}merged_adapter")
     if code is None:
         layer._set_pieces("unmerged", None)
-        set_merged(layer, None)
+        layer._set_merged(None)
         return
     weight, name = layer.weight, _merged_name(code)
     room = [None if piece is None else torch.empty_like(piece) for piece in weight.pieces]
     layer._set_pieces("unmerged", NF4Weight(*room, weight.shape))
-    set_merged(layer, None)
+    layer._set_merged(None)
     layer.set_adapter(name)
-    set_merged(layer, name)
+    layer._set_merged(name)
 
 
 def _merged_name(code: Tensor) -> str | None:
@@ -80,7 +76,7 @@ def _merged_name(code: Tensor) -> str | None:
         return None
 
 
-def _trained(layer: QLinear) -> dict[str, Tensor]:
+def _trained(layer: Adapters) -> dict[str, Tensor]:
     """Bias and adapters by their names in the state dict."""
     own = {} if layer.bias is None else {"bias": layer.bias}
     for part in ("lora_A", "lora_B"):
@@ -88,7 +84,7 @@ def _trained(layer: QLinear) -> dict[str, Tensor]:
     return own
 
 
-def _check_tensors(layer: QLinear, state: Mapping[str, Tensor], prefix: str, assign: bool) -> list[str]:
+def _check_tensors(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: bool) -> list[str]:
     """That everything is a tensor, and one with data where it is to be copied."""
     names = [f"{kind}_{name}" for kind in ("weight", "unmerged") for name in PIECES]
     found = []
@@ -102,7 +98,7 @@ def _check_tensors(layer: QLinear, state: Mapping[str, Tensor], prefix: str, ass
     return found
 
 
-def _check_trained(layer: QLinear, state: Mapping[str, Tensor], prefix: str) -> list[str]:
+def _check_trained(layer: Adapters, state: Mapping[str, Tensor], prefix: str) -> list[str]:
     found = []
     for name, own in _trained(layer).items():
         tensor = state.get(prefix + name)
@@ -118,7 +114,7 @@ def _check_trained(layer: QLinear, state: Mapping[str, Tensor], prefix: str) -> 
     return found
 
 
-def _check_pieces(layer: QLinear, state: Mapping[str, Tensor], prefix: str, required: bool = False) -> list[str]:
+def _check_pieces(layer: Adapters, state: Mapping[str, Tensor], prefix: str, required: bool = False) -> list[str]:
     own = {name: getattr(layer, f"weight_{name}") for name in PIECES}
     present = [name for name in PIECES if prefix + name in state]
     if not present and not required:

@@ -10,10 +10,11 @@ is checked here once: below there are only pointers and sizes. A quantized weigh
 from .dequantize import dequantize, dequantize_out
 from .linear import linear_backward, linear_forward
 from .quantize import check_finite, quantize, quantize_absmax, quantize_nested
-from .weight import Operand, check_weight
+from .weight import Operand, Pieces, check_weight
 
 __all__ = [
     "Operand",
+    "Pieces",
     "check_finite",
     "check_weight",
     "dequantize",

@@ -8,6 +8,9 @@ from torch import Tensor
 from ..errors import require
 from . import backends
 
+#: packed, absmax, nested_absmax, nested_offset and nested_table; the last three None without double quantization.
+Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
 
 def _blocks(n: int, k: int) -> int:
     return (n * k + 63) // 64

@@ -326,10 +326,10 @@ def test_arguments_of_another_type_are_refused(model, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"r": 8, "lora_alpha": 16}, r"quantize_model\(\) has no argument 'r': PEFT's r is rank here"),
-        ({"rank": 8, "lora_alpha": 16}, "PEFT's lora_alpha is alpha here"),
-        ({"lora_dropout": 0.1}, "PEFT's lora_dropout is dropout here"),
-        ({"use_rslora": True}, "PEFT's use_rslora is rslora here"),
+        ({"r": 8, "lora_alpha": 16}, "quantize_model .* 'r' is called 'rank', 'lora_alpha' is called 'alpha' here"),
+        ({"rank": 8, "lora_alpha": 16}, "'lora_alpha' is called 'alpha' here"),
+        ({"lora_dropout": 0.1}, "'lora_dropout' is called 'dropout' here"),
+        ({"use_rslora": True}, "'use_rslora' is called 'rslora' here"),
         ({"modules_to_save": ["lm_head"]}, r"no argument 'modules_to_save': .* call requires_grad_\(True\)"),
         ({"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
     ],

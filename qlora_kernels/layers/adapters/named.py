@@ -10,25 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import require
+from ...errors import peft_names, require
+from ..packed import PackedLayer
 from .config import AdapterConfig
 
 
-class Adapters:
-    """The part of QLinear that adds, selects, disables and deletes adapters."""
+class Adapters(PackedLayer):
+    """A layer on a packed weight that adds, selects, disables and deletes low-rank adapters."""
 
-    in_features: int
-    out_features: int
-    weight_packed: Tensor
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
-    _dtype: torch.dtype
 
     def _set_up_adapters(self, config: AdapterConfig, dtype: torch.dtype | None) -> None:
         self._adapter_dtype = dtype  # None: that of the layer
         self._adapters: dict[str, AdapterConfig] = {}
         self._active: str | None = None
-        self._merged: str | None = None
         self._disabled = 0  # depth of disable_adapters()
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         if config.rank:
@@ -63,6 +59,7 @@ class Adapters:
             known = ", ".join(map(repr, self._adapters)) or "none"
             raise KeyError(f"no adapter {name!r} in this layer; it has: {known}")
 
+    @peft_names
     def add_adapter(
         self,
         name: str,
@@ -160,6 +157,13 @@ class Adapters:
             yield
         finally:
             self._disabled -= 1
+
+    def _dtype_has_changed(self) -> None:
+        self._adapter_dtype = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside disable_adapters() would stay disabled: nothing leaves the context for it.
+        return super().__getstate__() | {"_disabled": 0}
 
 
 def init_adapter(A: Tensor, B: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -113,3 +115,24 @@ def test_bad_calls_change_nothing(layer, call, raised, message):
     assert set(layer.state_dict()) == keys
     assert layer.adapters == adapters
     assert layer.active_adapter == "default"
+
+
+def test_peft_s_names_raise_an_error_that_says_ours(layer):
+    dense = nn.Linear(96, 80)
+    for call in (
+        lambda **options: QLinear(96, 80, **options),
+        lambda **options: QLinear.from_linear(dense, **options),
+        lambda **options: QLinear.from_nf4(layer.weight, **options),
+        lambda **options: layer.add_adapter("new", **options),
+    ):
+        with pytest.raises(TypeError, match="'r' is called 'rank', 'lora_alpha' is called 'alpha' here"):
+            call(r=8, lora_alpha=16)
+        with pytest.raises(TypeError, match="'lora_dropout' is called 'dropout' here"):
+            call(rank=8, lora_dropout=0.1)
+        with pytest.raises(TypeError, match="'use_rslora' is called 'rslora' here"):
+            call(use_rslora=True)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+            call(ranks=8)
+    assert "new" not in layer.adapters
+    assert list(inspect.signature(QLinear).parameters)[:4] == ["in_features", "out_features", "bias", "rank"]
+    assert list(inspect.signature(QLinear.from_linear).parameters)[:2] == ["linear", "rank"]
