@@ -12,7 +12,7 @@ if not (ROOT / "bench" / "readme" / "design_picture.py").is_file():
 
 from bench.readme import design_picture  # noqa: E402
 
-KERNEL = ROOT / "csrc" / "cuda" / "linear" / "mma" / "tiles.cuh"
+KERNEL = sorted((ROOT / "csrc" / "cuda" / "linear" / "mma").glob("tiles*.cuh"))
 TABLE = ROOT / "csrc" / "cuda" / "linear" / "dispatch.h"
 
 
@@ -38,7 +38,7 @@ def test_it_draws(tmp_path):
 
 
 def test_what_it_says_is_in_the_code():
-    code, table = KERNEL.read_text(), TABLE.read_text()
+    code, table = "".join(path.read_text() for path in KERNEL), TABLE.read_text()
     drawn = Path(design_picture.__file__).read_text()
     # The kernel with 128 columns: with 256 all warps decode in every step.
     assert f'{{"tiles128", Family::kTiles, 128, 128, {design_picture.STAGES}, kAnyRows' in table
@@ -48,7 +48,7 @@ def test_what_it_says_is_in_the_code():
         "kUnits * kTeams == kThreads",
         "kUnits = kColumns * kDepth / kBlock;",
         "team == (step + 1) % Traits::kTeams",
-        "ask(step + 1 + Traits::kTeams < steps)",
+        "fetch_constant(step + 1 + Traits::kTeams < steps)",
         "T weights[2][",
         "step + Traits::kStages - 1 < steps",
     ):
