@@ -1,15 +1,15 @@
-// The NF4 number format: the one place where its levels, nibble order and block sizes are written.
+// The NF4 number format: the only place where its levels, nibble order and block sizes are written down.
 #pragma once
 
 #include <cstdint>
 
 namespace qlk {
 
-// Weights per block; one absmax each (Dettmers et al. 2023, arXiv 2305.14314, section 3).
+// Weights in a block, which share one absmax (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 constexpr int kBlock = 64;
-// Blocks per group of the second quantization; one nested_absmax each.
+// Blocks in a group of the second quantization, which share one nested_absmax.
 constexpr int kNestedBlock = 256;
-// The code of 0.0: what a block of zeros holds throughout.
+// The code of 0.0. A block of zeros consists of it.
 constexpr int kZeroCode = 7;
 
 // The 16 levels, float32, ascending (ibid., appendix E).
@@ -32,7 +32,7 @@ constexpr float kLevels[16] = {
     1.0f,
 };
 
-// Element i of the flat weight: the even one of a pair sits in the high nibble.
+// The code of element i of the flat weight: even elements are in the high nibble.
 static inline int code_at(const uint8_t* packed, int64_t i) {
     const int byte = packed[i >> 1];
     return (i & 1) ? (byte & 15) : (byte >> 4);

@@ -1,8 +1,8 @@
 // Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), for dropout masks.
 //
-// Element i of a row-major [M, K] tensor takes word i % 4 of the block whose counter is i / 4 and whose key is
-// the seed; it is dropped when that word is below p * 2^32. A mask therefore never has to be stored, and is the
-// same on every backend, thread count and tile shape.
+// Element i of a row-major [M, K] tensor takes word i % 4 of the block whose counter is i / 4 and whose key is the
+// seed. It is dropped if that word is below p * 2^32. So masks need not be stored, and are the same for every backend,
+// thread count and tile shape.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ constexpr uint32_t kPhiloxMul1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxKey1 = 0xBB67AE85u;
 
-// Words [4 * count] of the blocks first, first + 1, ..., first + count - 1. Written as one loop over blocks with
-// ten fixed rounds inside, which compilers turn into vector code.
+// Fills words [4 * count] from blocks first to first + count - 1. One loop over blocks with ten fixed rounds inside,
+// which compilers turn into vector code.
 QLK_HOST_DEVICE static inline void philox_blocks(uint64_t seed, uint64_t first, int count, uint32_t* words) {
     for (int i = 0; i < count; ++i) {
         const uint64_t counter = first + static_cast<uint64_t>(i);

@@ -48,7 +48,7 @@ SHARED = {
     "narrow_kernel": ("cuda/linear/narrow.cuh", "size_t{0}"),
     "product_kernel": ("cuda/linear/simt/product.cuh", "sizeof(ProductTraits::Shared)"),
     "optimizer_step_kernel": ("cuda/optimizer/optimizer.cuh", "sizeof(OptimizerShared<<second>>)"),
-    "optimizer_norm_kernel": ("cuda/optimizer/optimizer.cuh", "sizeof(OptimizerNormShared)"),
+    "optimizer_norm_kernel": ("cuda/optimizer/norm.cuh", "sizeof(OptimizerNormShared)"),
     "absmax_sums_kernel": ("cuda/quantize/quantize_absmax.cuh", "size_t{0}"),
 }
 

@@ -1,16 +1,16 @@
-// What an instruction set provides: one table of functions, filled by its isa_<name>.cpp.
+// An instruction set's kernels: one table of functions, filled by its isa_<name>.cpp.
 #pragma once
 
 #include "kernels.h"
 
 namespace qlk::cpu {
 
-// out[i] = code[j], j the number of midpoints[j] * scale below value[i], for up to 256 values. midpoints: 255
-// ascending, padded to 256 with +infinity. A table's nearest entry, exactly (thresholds.h).
+// out[i] = code[j], where j is how many of midpoints[] * scale lie below value[i]; up to 256 values. midpoints: 255,
+// ascending, padded to 256 with +infinity. Gives a table's nearest entry, exactly (thresholds.h).
 using NearestCodes = void (*)(const double* midpoints, const uint8_t* code, float scale, const float* value, int count,
                               uint8_t* out);
 
-// What a chunk of an optimizer's step needs of its group, rounded once to float32.
+// A group's scalars for an optimizer's step, rounded once to float32.
 struct StepScalars {
     float decay;  // 1 - lr * weight_decay
     float beta1, beta2;
@@ -18,8 +18,8 @@ struct StepScalars {
     float rate;          // AdamW: lr / (1 - beta1^step); Lion: lr
     float root;          // sqrt(1 - beta2^step)
     float eps;
-    float coefficient;  // of the gradients
-    bool scales;        // whether it is anything but 1
+    float coefficient;  // multiplies the gradients
+    bool scales;        // coefficient is not 1
 };
 
 struct Kernels {

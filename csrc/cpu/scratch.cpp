@@ -49,9 +49,9 @@ void prefer_huge_pages(void* data, size_t bytes, bool collapse) {
     const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
     if (first >= last) return;
     void* const start = reinterpret_cast<void*>(first);
-    // A hint: where it is refused, the memory is as good as before.
+    // A hint: if it is refused, the memory works as before.
     if (madvise(start, last - first, MADV_HUGEPAGE) != 0 || !collapse) return;
-    constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1: pages that are there already become huge ones now
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1: turns existing pages into huge ones, now
     (void)madvise(start, last - first, kCollapse);
 #else
     (void)data, (void)bytes, (void)collapse;

@@ -1,4 +1,4 @@
-// Scratch memory: one arena for each calling thread, grown when needed and kept, so that a call in a loop pays for
+// Scratch memory: one arena for each calling thread. It grows when needed and is kept, so that calls in a loop pay for
 // fresh pages only once.
 #pragma once
 
@@ -7,23 +7,22 @@
 
 namespace qlk::cpu {
 
-// What one thread may use (the contract that a full-precision copy of a weight never exists rests on it).
+// What one thread may use, bytes. The promise that a full-precision copy of a weight never exists rests on it.
 constexpr size_t kScratchPerThread = 8u << 20;
 
-// At least `bytes` bytes, aligned to 64; valid until this thread asks again. `threads` share it: for the record of
-// the peak. Throws std::bad_alloc.
+// At least `bytes` bytes, aligned to 64, valid until this thread asks again. threads: how many share it, for the
+// recorded peak. Throws std::bad_alloc.
 char* scratch(size_t bytes, int threads);
 
 constexpr size_t kHugePage = 2u << 20;
 
-// Asks the system to back the whole huge pages within [data, data + bytes) by such. A weight that is streamed once a
-// call misses the TLB on every page, and on virtual machines a miss costs as much as reading the page: 4 KB pages held
-// one thread to 14-29 GB/s where 2 MB pages gave over 60. With `collapse` pages that are there already become huge ones
-// now.
+// Asks the system for huge pages within [data, data + bytes). A weight that is streamed once a call misses the TLB on
+// every page, and on virtual machines a miss costs as much as reading the page: 4 KB pages held one thread to 14-29
+// GB/s where 2 MB pages gave over 60. collapse: also turn existing pages into huge ones, now.
 void prefer_huge_pages(void* data, size_t bytes, bool collapse);
 
-// In an unnamed namespace, because each instruction set compiles its own copy.
-// Hands out aligned pieces of a scratch area; with base null it only counts.
+// Hands out aligned pieces of a scratch area; with a null base it only counts. In an unnamed namespace, because each
+// instruction set compiles its own copy.
 namespace {
 class Carver {
   public:
@@ -41,7 +40,7 @@ class Carver {
     size_t used_ = 0;
 };
 
-// Whether so many bytes are within what `threads` may use together.
+// Whether `bytes` are within what `threads` may use together.
 inline bool scratch_suffices(size_t bytes, int threads) { return bytes <= kScratchPerThread * threads; }
 }  // namespace
 

@@ -1,5 +1,5 @@
-// Vector primitives and number conversions for one instruction set. Every file that includes this is compiled once
-// for each set, so all of it lives in that set's namespace: nothing here may be shared between them by the linker.
+// Vector primitives and number conversions for one instruction set. Files that include this are compiled once for each
+// set, so everything lives in that set's namespace: the linker must not share anything here between sets.
 #pragma once
 
 #include <cstdint>

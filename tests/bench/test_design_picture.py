@@ -10,7 +10,7 @@ from bench.readme import design_picture
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-KERNEL = ROOT / "csrc" / "cuda" / "linear" / "mma" / "tiles.cuh"
+KERNEL = sorted((ROOT / "csrc" / "cuda" / "linear" / "mma").glob("tiles*.cuh"))
 TABLE = ROOT / "csrc" / "cuda" / "linear" / "dispatch.h"
 
 
@@ -36,7 +36,7 @@ def test_it_draws(tmp_path):
 
 
 def test_what_it_says_is_in_the_code():
-    code, table = KERNEL.read_text(), TABLE.read_text()
+    code, table = "".join(path.read_text() for path in KERNEL), TABLE.read_text()
     drawn = Path(design_picture.__file__).read_text()
     # The kernel with 128 columns: with 256 all warps decode in every step.
     assert f'{{"tiles128", Family::kTiles, 128, 128, {design_picture.STAGES}, kAnyRows' in table
@@ -46,7 +46,7 @@ def test_what_it_says_is_in_the_code():
         "kUnits * kTeams == kThreads",
         "kUnits = kColumns * kDepth / kBlock;",
         "team == (step + 1) % Traits::kTeams",
-        "ask(step + 1 + Traits::kTeams < steps)",
+        "fetch_constant(step + 1 + Traits::kTeams < steps)",
         "T weights[2][",
         "step + Traits::kStages - 1 < steps",
     ):

@@ -752,8 +752,8 @@ def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(monk
 
     found = counted(call)
     assert found["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
-    shared = {place: t for place, t in found["shared"].items() if place.startswith("tiles.cuh")}
-    memory = {place: t for place, t in found["global"].items() if place.startswith("tiles.cuh")}
+    shared = {place: t for place, t in found["shared"].items() if place.startswith("tiles")}
+    memory = {place: t for place, t in found["global"].items() if place.startswith("tiles")}
     assert shared
     assert memory
     for place, t in shared.items():

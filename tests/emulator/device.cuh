@@ -310,10 +310,10 @@ T& shared_memory(emu::Site s = emu::Site::here()) {
     return *reinterpret_cast<T*>(emu::shared_bytes());
 }
 template <class T>
-T& shared_memory_anew(emu::Site s = emu::Site::here()) {
+T& opaque_shared_memory(emu::Site s = emu::Site::here()) {
     return shared_memory<T>(s);
 }
-inline unsigned anew(unsigned value) { return value; }
+inline unsigned opaque(unsigned value) { return value; }
 
 [[noreturn]] inline void trap(emu::Site s = emu::Site::here()) { emu::fail(s, "a trap"); }
 

@@ -36,6 +36,11 @@ QUANTIZATION = tuple(
     ("tests/ops/test_quantize.py", f"emulated and {words}")
     for words in ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "test")
 )
+_OPTIMIZER = (("tests/optim/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),)
+_TILES = (
+    ("tests/cuda/test_cuda.py", "emulated and tensor_cores"),
+    ("tests/cuda/test_cuda.py", "pipeline or emulated"),
+)
 TESTS = {
     "adapters": (
         ("tests/cuda/test_cuda_low_rank.py", "dx_with"),
@@ -53,11 +58,10 @@ TESTS = {
         ("tests/optim/test_paging.py", words)
         for words in ("page_out_and or page_out_comes", "budget_is_kept and options0", "copies_do")
     ),
-    "optimizer": (("tests/optim/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
-    "tiles": (
-        ("tests/cuda/test_cuda.py", "emulated and tensor_cores"),
-        ("tests/cuda/test_cuda.py", "pipeline or emulated"),
-    ),
+    "norm": _OPTIMIZER,
+    "optimizer": _OPTIMIZER,
+    "tiles_finish": _TILES,
+    "tiles_pipeline": _TILES,
     "product": (
         ("tests/ops/test_ops.py", "emulated and test_forward_and_dx_within_the_contract"),
         ("tests/ops/test_ops.py", "emulated"),

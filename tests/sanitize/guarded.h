@@ -1,7 +1,7 @@
-// Memory in which an access beyond the end (or before the beginning) is a fault.
+// Memory in which an access past the end (or before the beginning) is a fault.
 //
 // AddressSanitizer does not see what masked vector loads, gathers and AMX tile loads touch; the MMU does. A buffer has
-// exactly the bytes asked for, and one of its ends touches a page that may not be accessed.
+// exactly the bytes asked for, and one of its ends touches a page without access rights.
 #pragma once
 
 #include <sys/mman.h>
@@ -28,7 +28,7 @@ class Guarded {
         first_ = static_cast<uint8_t*>(all) + page_;
         if (room_ > 0) protect(PROT_READ | PROT_WRITE);
         data_ = guard == Guard::kAfter ? first_ + (room_ - bytes) : first_;
-        // What the page's granularity leaves over is watched for writes.
+        // The rest of the pages is filled with a pattern, to detect writes.
         std::memset(first_, kUnused, static_cast<size_t>(data_ - first_));
         std::memset(data_, fill, bytes);
         std::memset(data_ + bytes, kUnused, static_cast<size_t>(first_ + room_ - (data_ + bytes)));
@@ -44,7 +44,7 @@ class Guarded {
         if (first_) munmap(first_ - page_, room_ + 2 * page_);
     }
 
-    // A copy of an input, which from now on may only be read.
+    // A read-only copy of an input.
     static Guarded input(const std::vector<uint8_t>& content, Guard guard) {
         Guarded copy(content.size(), guard, 0);
         if (!content.empty()) {
@@ -61,7 +61,7 @@ class Guarded {
     uint8_t* data() const { return data_; }
     size_t bytes() const { return bytes_; }
 
-    // Whether the rest of the pages is as it was.
+    // Whether the rest of the pages is unchanged.
     bool rest_untouched() const {
         for (const uint8_t* at = first_; at < first_ + room_; ++at) {
             if (at == data_) at += bytes_;

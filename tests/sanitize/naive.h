@@ -1,4 +1,4 @@
-// What the kernels should compute, in the most direct way: float64 loops over the decoded weight.
+// What the kernels should compute, written as directly as possible: float64 loops over the decoded weight.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 #include "kernels.h"
 #include "philox.h"
 
-// The loops below touch only vectors of their own; instrumented, they would take most of the time.
+// The loops below only touch their own vectors. With instrumentation they would take most of the time.
 #define NAIVE __attribute__((no_sanitize("address", "undefined")))
 
 // Deterministic numbers (splitmix64, Steele et al. 2014).
@@ -49,7 +49,7 @@ NAIVE inline double round_to(qlk::DType dtype, double x) {
     return std::fabs(rounded) > largest ? std::copysign(INFINITY, x) : rounded;
 }
 
-// A value of the dtype to its bytes, and back.
+// Writes a value's bytes, and reads them back.
 NAIVE inline void store(qlk::DType dtype, double value, uint8_t* at) {
     const float single = static_cast<float>(value);
     uint32_t bits;
@@ -96,7 +96,7 @@ NAIVE inline double load(qlk::DType dtype, const uint8_t* at) {
     return single;
 }
 
-// A matrix of one dtype: its bytes, and what they mean.
+// A random matrix of one dtype: its bytes, and its values.
 struct Matrix {
     std::vector<uint8_t> bytes;
     std::vector<double> value;
@@ -122,7 +122,7 @@ struct Weight {
     int64_t n, k, blocks;
     bool double_quant;
     std::vector<uint8_t> packed, absmax_code;
-    std::vector<float> absmax;  // plain, or what the pieces below decode to
+    std::vector<float> absmax;  // plain, or decoded from the pieces below
     std::vector<float> nested_absmax, nested_table;
     float nested_offset = 0;
 
@@ -133,7 +133,7 @@ struct Weight {
           double_quant(nested),
           packed((n * k + 1) / 2),
           absmax(blocks) {
-        // An odd count leaves half a byte that no one may look at: it is random, too.
+        // An odd count leaves half a byte that must not be read: it is random too.
         for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random.bits());
         if (!double_quant) {
             for (float& value : absmax) value = constant(random);
@@ -150,7 +150,7 @@ struct Weight {
         }
     }
 
-    // The decoded element i, as dtype.
+    // Element i, decoded and rounded to dtype.
     NAIVE double at(qlk::DType dtype, int64_t i) const {
         const int code = i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15;
         const float product = qlk::kLevels[code] * absmax[i / 64];
@@ -164,8 +164,8 @@ struct Weight {
     }
 
   private:
-    // Mostly near one; some of a kind that special paths are for: zero, constants so small that a bf16 or float32
-    // product is subnormal, negative ones (a double-quantized constant can decode to one).
+    // Mostly near one. Some need special paths: zero; so small that a bf16 or float32 product is subnormal; negative (a
+    // double-quantized constant can decode to that).
     static float constant(Random& random) {
         const double size = 1.0 + 0.75 * random.uniform();
         switch (random.bits() % 32) {
@@ -178,12 +178,12 @@ struct Weight {
     }
 };
 
-// Exact values of a result, and how far from each a kernel may be.
+// Exact values of a result, and how far a kernel may be from each.
 struct Expected {
     std::vector<double> value, tolerance;
 };
 
-// float32 accumulation: a few units per sqrt(length) terms, relative to the sum of the terms' sizes.
+// Tolerance for float32 accumulation: a few units per sqrt(length) terms, relative to the sum of the terms' sizes.
 constexpr double kAccumulation = 0x1p-20;
 
 // sum over p of a[i * a_row + p * a_step] * b[j * b_row + p * b_step] for all i and j, with the sums of sizes.
@@ -209,7 +209,7 @@ NAIVE inline Product product(int64_t rows, int64_t columns, int64_t depth, const
     return out;
 }
 
-// Everything linear_forward and linear_backward read, and what they should write.
+// All inputs of linear_forward and linear_backward, and what they should write.
 struct Linear {
     qlk::DType dtype;
     int64_t m, r;
@@ -264,8 +264,8 @@ struct Linear {
             const double shift = bias.empty() ? 0.0 : bias[i % n];
             const double value = xw.sum[i] + ub.sum[i] + shift;
             // u is rounded to the dtype on the way.
-            const double on_the_way = through(xa, scale, i / n, b, i % n * r, 1);
-            expect(y, value, xw.size[i] + ub.size[i] + std::fabs(shift) + on_the_way,
+            const double low_rank_error = through(xa, scale, i / n, b, i % n * r, 1);
+            expect(y, value, xw.size[i] + ub.size[i] + std::fabs(shift) + low_rank_error,
                    eps * (std::fabs(value) + ub.size[i]));
         }
 
@@ -278,23 +278,23 @@ struct Linear {
         for (int64_t i = 0; i < m * k; ++i) {
             const double low_rank = kept[i] ? va.sum[i] : 0.0, low_rank_size = kept[i] ? va.size[i] : 0.0;
             const double value = dyw.sum[i] + low_rank;
-            const double on_the_way = kept[i] ? through(dyb, scale, i / k, a, i % k, k) : 0.0;
-            expect(dx, value, dyw.size[i] + low_rank_size + on_the_way, eps * (std::fabs(value) + low_rank_size));
+            const double low_rank_error = kept[i] ? through(dyb, scale, i / k, a, i % k, k) : 0.0;
+            expect(dx, value, dyw.size[i] + low_rank_size + low_rank_error, eps * (std::fabs(value) + low_rank_size));
         }
         const Product vx = product(r, k, m, v.data(), 1, r, masked.data(), 1, k);
         for (int64_t i = 0; i < r * k; ++i) {
-            double on_the_way = 0;
+            double low_rank_error = 0;
             for (int64_t row = 0; row < m; ++row) {
-                on_the_way += scale * dyb.size[row * r + i / k] * std::fabs(masked[row * k + i % k]);
+                low_rank_error += scale * dyb.size[row * r + i / k] * std::fabs(masked[row * k + i % k]);
             }
-            expect(da, vx.sum[i], vx.size[i] + on_the_way, eps * vx.size[i]);
+            expect(da, vx.sum[i], vx.size[i] + low_rank_error, eps * vx.size[i]);
         }
         const Product dyu = product(n, r, m, dy.value.data(), 1, n, u_in.value.data(), 1, r);
         for (int64_t i = 0; i < n * r; ++i) expect(db, dyu.sum[i], dyu.size[i], 0);
     }
 
   private:
-    // Sizes that pass through the low-rank step of one row: its float32 sums have an error of their own.
+    // Sizes that pass through one row's low-rank step, whose float32 sums have an error of their own.
     NAIVE double through(const Product& inner, double scale, int64_t row, const Matrix& outer, int64_t first,
                          int64_t step) const {
         double size = 0;
@@ -303,7 +303,7 @@ struct Linear {
         return size;
     }
 
-    // The last term: numbers below float16's normal range have an absolute error.
+    // The last term is for numbers below float16's normal range, which have an absolute error.
     static void expect(Expected& out, double value, double size, double rounding) {
         out.value.push_back(value);
         out.tolerance.push_back(kAccumulation * size + 1.01 * rounding + 0x1p-24);

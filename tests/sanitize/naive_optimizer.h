@@ -1,5 +1,5 @@
-// A step of an optimizer on one tensor as float32 loops, one rounding an operation: what the kernels should give to the
-// bit. States of 8 bits are looked up among all entries.
+// An optimizer's step on one tensor as float32 loops, one rounding for each operation: the kernels have to give the
+// same bits. 8-bit states are looked up among all entries.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include "naive.h"
 #include "optimizer.h"
 
-// States of 8 bits.
+// 8-bit states.
 struct Codes {
     std::vector<uint8_t> code;
     std::vector<float> absmax;
@@ -24,8 +24,8 @@ struct Codes {
     }
 };
 
-// The entry nearest to x in [0, 1] among the non-negative ones, from zero's on; of two equally near the smaller one.
-// What lies between two entries is compared with the midpoint as float32 has it.
+// The non-negative entry nearest to x in [0, 1], counted from zero; of two equally near ones the smaller. Between two
+// entries, x is compared with their midpoint rounded to float32.
 NAIVE inline int nearest_entry(const float* entries, int count, float x) {
     int best = 0;
     for (int i = 1; i < count; ++i) {
@@ -63,7 +63,7 @@ struct OptimizerCase {
     qlk::DType dtype;
     int64_t count;
     bool narrow, with_master;
-    float scale;  // that the gradients are divided by; 0: none
+    float scale;  // divides the gradients; 0: none
     uint32_t done;
     qlk::OptimizerGroup group;
 
@@ -71,7 +71,7 @@ struct OptimizerCase {
     std::vector<float> master, first, second;
     Codes first_codes, second_codes;
 
-    // What should be there after the step.
+    // Expected after the step.
     double sum_of_squares = 0;
     std::vector<uint8_t> param_after;
     std::vector<float> master_after, first_after, second_after;
@@ -92,11 +92,11 @@ struct OptimizerCase {
         grad.resize(count * width);
         std::vector<float> p(count), g(count);
         for (int64_t i = 0; i < count; ++i) {
-            // Parameters that the master copy rounds to, and some that somebody else has written.
+            // Parameters that the master copy rounds to, and some that something else has written.
             const float exact = static_cast<float>(random.uniform());
             if (with_master) master.push_back(exact);
             p[i] = static_cast<float>(round_to(dtype, i % 11 == 5 ? random.uniform() : exact));
-            // Gradients of all sizes, zeros, and numbers whose squares are beyond float32.
+            // Gradients of all sizes, zeros, and numbers whose squares overflow float32.
             const double size = std::pow(10.0, 3 * random.uniform() - 1) * random.uniform();
             const bool huge = dtype == qlk::DType::kFloat32 && i % 97 == 13;
             g[i] = i % 17 == 3 ? 0.0f : static_cast<float>(huge ? 3e38 * random.uniform() : round_to(dtype, size));
@@ -110,7 +110,7 @@ struct OptimizerCase {
                 first_codes.code.push_back(static_cast<uint8_t>(random.bits()));
                 second_codes.code.push_back(static_cast<uint8_t>(random.bits()));
                 if (i % qlk::kStateBlock) continue;
-                // A block of zeros is the second one.
+                // The second block is zeros.
                 const bool zeros = i / qlk::kStateBlock == 1;
                 first_codes.absmax.push_back(zeros ? 0.0f : static_cast<float>(1.5 + random.uniform()));
                 second_codes.absmax.push_back(zeros ? 0.0f : static_cast<float>(1.5 + random.uniform()));

@@ -1,4 +1,4 @@
-// Picks the instruction set at run time, once for every call.
+// Picks the instruction set at run time, at every call.
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -43,7 +43,7 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// CPUID leaf 7, asked directly: compilers older than the instructions have no name for them.
+// CPUID leaf 7, queried directly: compilers older than the instructions have no names for them.
 bool cpuid7(unsigned subleaf, char reg, int bit) {
     unsigned a = 7, b = 0, c = subleaf, d = 0;
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
@@ -56,7 +56,7 @@ bool has_avx512_bf16() { return has_avx512() && cpuid7(1, 'a', 5); }
 
 #if defined(QLK_HAVE_AMX)
 bool has_amx() {
-    // CPUID.7.0:EDX bits 24 (AMX-TILE) and 22 (AMX-BF16); then Linux must grant the tile state, feature 18
+    // CPUID.7.0:EDX bits 24 (AMX-TILE) and 22 (AMX-BF16); then Linux has to grant the tile state, feature 18
     // (Documentation/arch/x86/xstate.rst).
     constexpr int kRequestPermission = 0x1023;
     constexpr int kTileData = 18;
@@ -121,8 +121,8 @@ const Kernels& select() {
              all.names(false) + "; available on this machine: " + all.names(true));
 }
 
-// Threads worth waking for so many units of work, of which a thread does about `per_thread` in the time that waking
-// takes (a few microseconds; much more when other processes want the cores).
+// How many threads are worth waking for `work` units of work, when a thread does about `per_thread` in the time that
+// waking it takes (a few microseconds; much more when other processes want the cores).
 int worthwhile(int threads, int64_t work, int64_t per_thread) {
     const int64_t most = work / per_thread + 1;
     return most < threads ? static_cast<int>(most) : threads;
@@ -130,13 +130,13 @@ int worthwhile(int threads, int64_t work, int64_t per_thread) {
 
 int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// A large result usually is memory that was never touched: in huge pages it takes 512 times fewer page faults, which in
-// 4 KB pages cost ten times as much as writing 32 MiB of decoded weights does.
+// A large result is usually fresh memory. Huge pages take 512 times fewer page faults; with 4 KB pages the faults cost
+// ten times as much as writing 32 MiB of decoded weights.
 void fresh_output(void* data, int64_t bytes) {
     if (bytes >= static_cast<int64_t>(2 * kHugePage)) prefer_huge_pages(data, bytes, false);
 }
 
-// Products of a layer with m rows: weights to decode, and multiplications at about 16 a decoded weight's time.
+// For a layer's products with m rows: decoding a weight takes as long as about 16 multiplications.
 int linear_threads(int threads, const WeightView& w, int64_t m) {
     return worthwhile(threads, w.n * w.k / 16 * (16 + m), 1 << 17);
 }

@@ -1,10 +1,11 @@
-// The table of kernels of one instruction set; included once by each isa_<name>.cpp.
+// The table of one instruction set's kernels. Each isa_<name>.cpp includes it once.
 #pragma once
 
 #include "cpu/isa.h"
+#include "cpu/linear/backward.h"
 #include "cpu/linear/engine_f32.h"
 #include "cpu/linear/few_rows_f32.h"
-#include "cpu/linear/linear.h"
+#include "cpu/linear/forward.h"
 #include "cpu/optimizer/optimizer.h"
 #include "cpu/quantize/dequantize.h"
 #include "cpu/quantize/nearest.h"

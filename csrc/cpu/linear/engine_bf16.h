@@ -1,10 +1,16 @@
-// The bf16 engine: products of bf16 pairs into float32, by AMX tiles (TDPBF16PS) or by AVX-512 (VDPBF16PS).
+// The bf16 engine: products of bf16 pairs into float32.
 //
-// Both use the layouts that TDPBF16PS asks for, in units of 32 reduction steps:
-//   A: [step / 32][32 i][32 p]: two tiles of 16 rows x 64 bytes;
-//   B: [step / 32][2][16 pairs of p][16 j][2]: two tiles, 16 columns each ("VNNI").
-// Decoded rows of W are rows of A as they come in the forward pass. In the backward pass two rows of W, interleaved
-// before the lookup, give rows of B, again as they come. No product needs a transposed copy of W.
+// Formula: C += A B, by AMX tiles (TDPBF16PS) or by AVX-512 (VDPBF16PS)
+//
+// Layout, as TDPBF16PS wants it, in units of 32 steps of the reduction:
+//     A   [step / 32][32 i][32 p]: two tiles of 16 rows x 64 bytes
+//     B   [step / 32][2][16 pairs of p][16 j][2]: two tiles of 16 columns ("VNNI")
+//
+// Registers: AMX holds C in four tiles, A in two, B in two. AVX-512 holds 8 rows of C by 16 or 32 columns.
+//
+// Why: no product needs a transposed copy of W. Forward, decoded rows of W are rows of A as they are. Backward, two
+// rows of W
+//     interleaved before the lookup give rows of B.
 #pragma once
 
 #include "cpu/linear/engine_f32.h"
@@ -16,10 +22,11 @@ namespace qlk::cpu::QLK_ISA {
 struct EngineBf16 {
     using T = bf16;
     using Elem = uint16_t;
+    // Names, arguments and layouts are those of EngineF32, unless something else is said here.
     static bool special(const float* absmax, int64_t count) { return has_tiny(absmax, count); }
-    static constexpr int64_t kUnit = 32 * kEdge;  // elements of 32 steps of A or B
-    // Reduction steps between two visits to C: a panel of W is 16 KB forward, 32 KB backward. Longer ones lose the
-    // first level of cache to the other operand: 512 steps were 14% slower at 512 rows, 128 steps 14% (AMX, one core).
+    static constexpr int64_t kUnit = 32 * kEdge;  // elements in 32 steps of A or B
+    // Steps between two visits to C: a panel of W is 16 KB forward, 32 KB backward. Longer ones push the other operand
+    // out of the first-level cache: 512 steps were 14% slower at 512 rows, 128 steps 14% too (AMX, one core).
     static constexpr int64_t kDepthForward = 256;
     static constexpr int64_t kDepthBackward = 128;
     static constexpr int64_t kPanelLd = 0;
@@ -160,7 +167,7 @@ struct EngineBf16 {
         }
     }
 
-    // The columns of a backward panel are in the order of lookup128 within each 64: back to W's.
+    // From the order of lookup128, in which a backward panel's columns are within each 64, back to W's.
     static void unpack_row(const float* c, int64_t stride, int row, float* out) {
         for (int g = 0; g < kPanel / kBlock; ++g) {
             const float* const first = c + 2 * g * stride + row * kEdge;
@@ -212,7 +219,7 @@ struct EngineBf16 {
     }
 
   private:
-    // Tiles 0-3: C; 4, 5: A; 6, 7: B. Two by two, each loaded tile serves two products of 16 cycles.
+    // Tiles 0 to 3 are C, 4 and 5 A, 6 and 7 B. Two by two, each loaded tile serves two products of 16 cycles.
     template <int kI, int kJ>
     static QLK_INLINE void tiles(const Elem* a, const Elem* b, int64_t depth, float* c, bool accumulate) {
         constexpr int kStride = kEdge * sizeof(float);
@@ -292,7 +299,7 @@ struct EngineBf16 {
         return panel + tile / 2 * pad_plain(depth) * kEdge + p / 32 * kUnit + tile % 2 * kUnit / 2 + p % 32 / 2 * 32;
     }
 
-    // Two rows of up to 128 columns, to pairs in the order of lookup128.
+    // Interleaves two rows of up to 128 columns to pairs, in the order of lookup128.
     static QLK_INLINE void interleave(const Elem* one, int one_count, const Elem* two, int two_count, int64_t depth,
                                       int64_t p, Elem* dst) {
         const __m512i ramp = _mm512_set_epi16(60, 60, 56, 56, 52, 52, 48, 48, 44, 44, 40, 40, 36, 36, 32, 32, 28, 28,
@@ -312,7 +319,7 @@ struct EngineBf16 {
         }
     }
 
-    // Any run of up to 128 elements of the flat weight, zeros after it.
+    // Decodes any run of up to 128 elements of the flat weight, zeros after it.
     static void decode_slowly(const WeightView& w, int64_t begin, int64_t count, Elem* line) {
         float values[128] = {0};
         decode_flat<bf16>(w, begin, begin + count, values);

@@ -1,8 +1,13 @@
-// The float32 engine: panels are decoded and packed to float32, products are FMAs. It serves float32 and float16
-// activations on every instruction set, and bfloat16 where there is no bf16 arithmetic.
+// The float32 engine: panels are decoded and packed to float32, products are FMAs.
 //
-// An engine multiplies blocks C[32 i][32 j] (row-major float32) += A[i][p] * B[p][j]. What it is free to choose is the
-// packed layout of A and B; linear.h drives it. Here A is row-major [32][lda] and B is [p][ldb].
+// Formula: C[32 i][32 j] += A[i][p] * B[p][j], row-major float32
+//
+// Layout: A [32][lda], B [p][ldb]. An engine is free to choose these; forward.h and backward.h drive it.
+//
+// Registers: 8 rows of C (AVX-512) or 4 by two vectors.
+//
+// Why: it serves float32 and float16 activations on every instruction set, and bfloat16 where there is no bf16
+// arithmetic.
 #pragma once
 
 #include "cpu/quantize/decode.h"
@@ -10,26 +15,28 @@
 namespace qlk::cpu::QLK_ISA {
 
 constexpr int kEdge = 32;    // rows and columns of a block of C
-constexpr int kPanel = 128;  // columns of a panel of W in the backward pass: one cache line of codes
+constexpr int kPanel = 128;  // columns of a panel of W in backward: one cache line of codes
 
+// Type: of the activations.
 template <class Type>
 struct EngineF32 {
     using T = Type;
     using Elem = float;
-    // Whether these constants need the engine's careful path; what decode_a and decode_b are told.
+    // Whether these constants need the engine's careful path. Passed on to decode_a and decode_b.
     static bool special(const float*, int64_t) { return false; }
-    // Reduction steps between two visits to C: 32 rows of 256 floats are 32 KB.
+    // Steps between two visits to C: 32 rows of 256 floats are 32 KB.
     static constexpr int64_t kDepthForward = 256;
     static constexpr int64_t kDepthBackward = 64;
 
+    // Called by each thread before and after its products.
     static void begin_thread() {}
     static void end_thread() {}
 
-    // Lengths of a packed reduction dimension: W's own order, and a plain one.
+    // Padded length of a packed reduction dimension, in W's order or in plain order.
     static int64_t pad_weight(int64_t k) { return k; }
     static int64_t pad_plain(int64_t r) { return r; }
 
-    // Where reduction step p of a packed A begins, and where column block jb of a backward panel does.
+    // Start of step p in a packed A, and of column block jb in a backward panel.
     static const float* a_at(const float* a, int64_t p) { return a + p; }
     static const float* panel_block(const float* panel, int64_t, int jb) { return panel + jb * kEdge; }
     static constexpr int64_t kPanelLd = kPanel;
@@ -55,7 +62,7 @@ struct EngineF32 {
         }
     }
 
-    // A from rows [row, row + rows) of W, columns [k, k + depth); absmax: [rows][absmax_ld], from k's block on.
+    // A from rows [row, row + rows) of W, columns [k, k + depth); absmax: [rows][absmax_ld], starting at k's block.
     static void decode_a(const WeightView& w, const float* absmax, int64_t absmax_ld, int64_t row, int rows, int64_t k,
                          int64_t depth, bool, float* dst, int64_t lda) {
         for (int i = 0; i < kEdge; ++i) {
@@ -97,7 +104,7 @@ struct EngineF32 {
         }
     }
 
-    // B from rows [row, row + depth) of W, columns [k, k + columns); absmax: [depth][absmax_ld], from k's block on.
+    // B from rows [row, row + depth) of W, columns [k, k + columns); absmax: [depth][absmax_ld], starting at k's block.
     static void decode_b(const WeightView& w, const float* absmax, int64_t absmax_ld, int64_t row, int64_t depth,
                          int64_t k, int columns, bool, float* dst) {
         for (int64_t p = 0; p < depth; ++p) {
@@ -112,7 +119,7 @@ struct EngineF32 {
         }
     }
 
-    // Row m of the four blocks of a backward panel, in the order of W's columns. c: block 0; stride: to the next one.
+    // One row of a backward panel's four blocks, in the order of W's columns. c: block 0; stride: to the next block.
     static void unpack_row(const float* c, int64_t stride, int row, float* out) {
         for (int jb = 0; jb < kPanel / kEdge; ++jb) {
             std::memcpy(out + jb * kEdge, c + jb * stride + row * kEdge, kEdge * sizeof(float));
@@ -126,10 +133,9 @@ struct EngineF32 {
         }
     }
 
-    // A single chain of additions over all of K would gather many times the rounding error of a tuned library's
-    // product. So runs of 16 steps are summed by themselves, then the runs of a panel, and panels in C. The first panel
-    // may be all there is: its runs are of 8 steps, and of 64 steps go to C. (A chain of n additions adds n / 2 to the
-    // square of the error, in units of one rounding of the result: that makes 4 + 4 + 2 for 256 steps.)
+    // c = A B, or c += A B. Runs of 16 steps are summed by themselves, then the runs of a panel, then panels in C. The
+    // first panel may be the only one: its runs have 8 steps, and 64 steps at a time go to C. docs/design/notes-cpu.md,
+    // "Rounding in float32", has the errors.
     static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int i_tiles,
                          int j_tiles, bool accumulate) {
         alignas(64) float part[kEdge * kEdge];
@@ -156,8 +162,8 @@ struct EngineF32 {
         }
     }
 
-    // c = A B over `depth` steps. Not inlined: within deeper loops GCC gives up on keeping the sums in registers, which
-    // is 3 times as slow.
+    // c = A B over `depth` steps. Not inlined: inside deeper loops GCC no longer keeps the sums in registers, which is
+    // 3 times as slow.
     template <int64_t kRun>
     static __attribute__((noinline)) void block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
                                                 float* c, int i_tiles, int j_tiles) {
@@ -173,7 +179,7 @@ struct EngineF32 {
         }
     }
 
-    // absmax: from k's block on.
+    // Decodes `count` columns of a row, from column k. absmax: starting at k's block.
     static QLK_INLINE void decode_row(const WeightView& w, const float* absmax, int64_t row, int64_t k, int64_t count,
                                       float* out) {
         float table[16];
@@ -184,6 +190,7 @@ struct EngineF32 {
         }
     }
 
+    // kRows x kVecs vectors of C. kRun: steps in a run.
     template <int64_t kRun, int kRows, int kVecs>
     static QLK_INLINE void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c) {
         for (int64_t first = 0; first < depth; first += kRun) {

@@ -1,8 +1,16 @@
-// linear_forward for one to sixteen rows of bf16 (two, where there is AMX): every weight is used as soon as it is
-// decoded, so that the packed bytes of W are read once and nothing of W is ever stored.
+// linear_forward for 1 to 16 rows of bf16 (1 and 2 where there is AMX).
 //
-// Each product reads a vector of x. So that those come from the first level of cache, a block of rows of W goes along K
-// in parts for which all rows of x fit there; the sums of a part are added to those of the parts before.
+// Formula: y = x W^T + u B^T + bias;  u = scaling * x A^T
+//
+// Layout: 32 rows of W walk K together, in parts for which all rows of x fit into the first-level cache. x is packed in
+// the
+//     order of lookup128.
+//
+// Registers: one to four vectors of sums for each row of x.
+//
+// Why: every weight is used as soon as it is decoded, so the packed bytes of W are read once and nothing of W is
+// stored.
+//     docs/design/notes-cpu.md, "Few rows", has the figures.
 #pragma once
 
 #include <omp.h>
@@ -13,26 +21,26 @@
 
 namespace qlk::cpu::QLK_ISA {
 
-// How far ahead of their use codes are fetched. From 1 KB on it makes one row 1.2 to 1.8 times as fast (weights in the
-// last level of cache or in memory); a page is best, and what is fetched beyond a weight's end is ignored.
+// How far ahead codes are prefetched. From 1 KB on it makes one row 1.2 to 1.8 times as fast (weights in the last-level
+// cache or in memory); a page is best. Prefetching past a weight's end does nothing.
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int kBatchBlocks = 128;  // block constants decoded at a time
-constexpr int kTogether = 32;      // rows of W that go along K together
+constexpr int kTogether = 32;      // rows of W that walk K together
 
-// Bytes of x in a part of K: two thirds of the first level of cache, where the system says how large that is. Of 48 KiB
-// (Zen 5) 32 are 7% to 10% faster than 24 at 8 to 12 rows.
+// Bytes of x in a part of K: two thirds of the first-level cache, if the system reports its size. With 48 KiB (Zen 5),
+// 32 are 7% to 10% faster than 24 at 8 to 12 rows.
 inline int64_t part_bytes() {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
-    static const int64_t said = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    static const int64_t reported = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #else
-    constexpr int64_t said = 0;
+    constexpr int64_t reported = 0;
 #endif
-    return (said >= 16 * 1024 ? said : 32 * 1024) * 2 / 3;
+    return (reported >= 16 * 1024 ? reported : 32 * 1024) * 2 / 3;
 }
 
 QLK_INLINE __m512 dot_step(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// The sums of 16 vectors.
+// The sums of the lanes of 16 vectors.
 QLK_INLINE __m512 sums16(const __m512 (&v)[16]) {
     __m512 two[8], four[4];
     for (int i = 0; i < 8; ++i) {
@@ -50,9 +58,8 @@ QLK_INLINE __m512 sums16(const __m512 (&v)[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-// out[m] += W[row] . x[m] for kM rows of x, which are in the order of lookup128, 32 of each row after the other:
-// [K / 32][kM][32], so that all are a fixed distance away. Of K the blocks from `begin` to `end`, an even number of
-// them or up to the last.
+// out[m] += W[row] . x[m] for kM rows of x, over blocks begin to end of K: an even number of them, or up to the last. x
+// is in the order of lookup128, [K / 32][kM][32], so that all rows are a fixed distance away.
 template <int kM>
 QLK_INLINE void row_products(const WeightView& w, int64_t row, const uint16_t* x, int64_t begin, int64_t end,
                              float* out) {
@@ -70,7 +77,7 @@ QLK_INLINE void row_products(const WeightView& w, int64_t row, const uint16_t* x
         decode_absmax(w, row * blocks + first, count, absmax);
         const bool tiny = has_tiny(absmax, count);
         const auto step = [&](const Words4& words, int64_t k) {
-        // In the registers of the sums only if all is unrolled, which gcc does not do by itself for 16 rows.
+        // The sums stay in registers only if all is unrolled, which GCC does not do by itself for 16 rows.
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 16
@@ -111,10 +118,10 @@ QLK_INLINE float dot_bf16(const bf16* a, const bf16* b, int64_t count) {
     return vsum(sum);
 }
 
-// Elements of a row of x as it is packed.
+// Elements of a packed row of x.
 QLK_INLINE int64_t padded(int64_t k) { return (k + 127) / 128 * 128; }
 
-// kM: p.m, or more, of which the last are zeros.
+// kM: rows of x, p.m or one more, which is zeros.
 template <int kM>
 inline void few_rows_run(const LinearForwardParams& p) {
     const WeightView& w = p.weight;
@@ -132,8 +139,8 @@ inline void few_rows_run(const LinearForwardParams& p) {
     const bf16* const b = static_cast<const bf16*>(p.lora_b);
     bf16* const u = static_cast<bf16*>(p.u);
     bf16* const y = static_cast<bf16*>(p.y);
-    // Rows in a piece of work: long runs, because the start of each is read cold, a page before prefetching has caught
-    // up (runs of 32 cost a tenth at 4096 rows), but four for each thread. Multiples of 32 fill whole cache lines of y.
+    // Rows in a piece of work. Long runs, because each starts cold, a page before prefetching has caught up (runs of 32
+    // cost a tenth at 4096 rows), but four for each thread. Multiples of 32 fill whole cache lines of y.
     const int64_t share = w.n / (4 * p.threads) / 32 * 32;
     const int64_t run = share < 32 ? 32 : (share > 512 ? 512 : share);
     const int64_t blocks = w.k / kBlock;
@@ -172,7 +179,7 @@ inline void few_rows_run(const LinearForwardParams& p) {
     }
 }
 
-// False when the case is not for this path.
+// Returns false, without doing anything, if this path doesn't take the case.
 inline bool few_rows_forward(const LinearForwardParams& p) {
     if (p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
     if (!scratch_suffices((p.m + p.m % 2) * padded(p.weight.k) * sizeof(uint16_t), p.threads)) return false;

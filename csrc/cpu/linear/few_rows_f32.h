@@ -1,6 +1,14 @@
-// linear_forward for one to four rows by float32 arithmetic: every weight is used as soon as it is decoded. Serves the
-// types and instruction sets that engine_f32.h serves. Sums run over 64 / kWidth vectors of lanes at once, so that
-// their rounding errors stay as small as a dot product's in a tuned library.
+// linear_forward for 1 to 4 rows by float32 arithmetic, for the types and instruction sets that engine_f32.h serves.
+//
+// Formula: y = x W^T + u B^T + bias;  u = scaling * x A^T
+//
+// Layout: a thread takes rows of W, and decodes a block of 64 weights at a time. x is float32 in scratch.
+//
+// Registers: up to four vectors of sums for each row of x.
+//
+// Why: every weight is used as soon as it is decoded. Several vectors of sums keep rounding errors as small as those of
+// a
+//     tuned library's dot product.
 #pragma once
 
 #include <omp.h>
@@ -50,6 +58,7 @@ inline void dense_products(const T* row, const float* x, int64_t k, float* out) 
     for (int m = 0; m < kM; ++m) out[m] = total(sum[m]);
 }
 
+// kM: rows of x.
 template <class T, int kM>
 inline bool few_rows_f32_run(const LinearForwardParams& p) {
     const WeightView& w = p.weight;
@@ -109,7 +118,7 @@ inline bool few_rows_f32_run(const LinearForwardParams& p) {
     return true;
 }
 
-// False when the case is not for this path.
+// Returns false, without doing anything, if this path doesn't take the case.
 template <class T>
 inline bool few_rows_f32(const LinearForwardParams& p) {
     if (p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;

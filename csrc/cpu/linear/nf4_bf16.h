@@ -1,14 +1,14 @@
-// Decoding NF4 straight to bf16 vectors, 128 weights from one 64-byte vector of codes.
+// Decodes NF4 straight to bf16 vectors, 128 weights from one 64-byte vector of codes.
 //
-// Two blocks share a vector: their tables round_to_bf16(level * absmax) fill the two halves of one register, and VPERMW
-// looks 32 weights up at once, bit 4 of each index choosing the half. A 16-bit word holds four codes, so the four
-// lookups give the weights in the order
+// Formula: round_to_bf16(level * absmax)
 //
-//     vector j, word l  <->  element 4 l + (j ^ 1)
+// Layout: vector j, word l  <->  element 4 l + (j ^ 1). What meets W is packed in the same order, by functions in this
+// file.
 //
-// (the low byte's low nibble is the second element of its pair). A sum doesn't care in which order its terms come,
-// as long as the other factor is packed in the same one: pack what meets W with the functions here. Per 128 weights:
-// 3 shifts, 2 VPTERNLOG, 4 VPERMW, 2 multiplies, 1 conversion, 2 broadcasts from memory.
+// Registers: the tables of two blocks in one register; VPERMW looks up 32 weights at once.
+//
+// Why: 128 weights take 3 shifts, 2 VPTERNLOG, 4 VPERMW, 2 multiplications, 1 conversion and 2 broadcasts from memory.
+//     docs/design/notes-cpu.md, "The order of a lookup", explains the order.
 #pragma once
 
 #include "cpu/quantize/dequantize.h"
@@ -19,8 +19,8 @@ struct Words4 {
     __m512i v[4];
 };
 
-// Whether a block among these has bf16 values that may be subnormal, which VCVTNE2PS2BF16 flushes: its constant is
-// below 2^-120, and not zero. Asked once for many blocks: asked for each, it cost a tenth of the decoding.
+// Whether any of these blocks may have subnormal bf16 values, which VCVTNE2PS2BF16 flushes: a constant below 2^-120,
+// and not zero. Asked once for many blocks: asked for each, it cost a tenth of the decoding.
 QLK_INLINE bool has_tiny(const float* absmax, int64_t count) {
     __mmask16 found = 0;
     for (int64_t i = 0; i < count; i += 16) {
@@ -34,7 +34,7 @@ QLK_INLINE bool has_tiny(const float* absmax, int64_t count) {
     return found != 0;
 }
 
-// The tables of two blocks, in the low and the high half; tiny: has_tiny() of them, or of more.
+// The tables of two blocks, in the low and the high half. tiny: has_tiny() of these blocks or more.
 QLK_INLINE __m512i table_pair(const float* first, const float* second, bool tiny) {
     if (__builtin_expect(tiny, 0)) {
         return _mm512_inserti64x4(_mm512_castsi256_si512(block_table_bf16(*first)), block_table_bf16(*second), 1);
@@ -45,11 +45,11 @@ QLK_INLINE __m512i table_pair(const float* first, const float* second, bool tiny
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// 128 codes, 32 words of four; half: 16 in both bytes of the words that belong to the table's high half, else 0.
+// Looks 128 codes up, 32 words of four. half: 16 in both bytes of words that belong to the table's high half, else 0.
 QLK_INLINE Words4 lookup128(__m512i codes, __m512i table, __m512i half) {
     const __m512i nibbles = _mm512_set1_epi16(0x0f0f);
     constexpr int kAndOr = 0xea;  // (a & b) | c
-    // VPERMW looks at the lowest five bits of a word and no others: each word here is two indices, one in each byte.
+    // VPERMW only looks at a word's lowest five bits, so each word here holds two indices, one in each byte.
     Words4 out;
     out.v[0] = _mm512_ternarylogic_epi32(codes, nibbles, half, kAndOr);
     out.v[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), nibbles, half, kAndOr);
@@ -59,20 +59,20 @@ QLK_INLINE Words4 lookup128(__m512i codes, __m512i table, __m512i half) {
     return out;
 }
 
-// Words 16 to 31 belong to the second block.
+// half for lookup128 when words 16 to 31 belong to the second block.
 QLK_INLINE __m512i half_by_block() { return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1); }
 
-// Odd words belong to the second row.
+// half for lookup128 when odd words belong to the second row.
 QLK_INLINE __m512i half_by_parity() { return _mm512_set1_epi32(0x10100000); }
 
-// Up to 32 words, zeros beyond.
+// Loads up to 32 words, zeros past `count`.
 QLK_INLINE __m512i load_words(const void* src, int64_t count) {
     if (count >= 32) return _mm512_loadu_si512(src);
     if (count <= 0) return _mm512_setzero_si512();
     return _mm512_maskz_loadu_epi16((1u << count) - 1, src);
 }
 
-// Up to 128 elements in their natural order, to the order of lookup128.
+// Up to 128 elements, from their natural order to the order of lookup128.
 QLK_INLINE Words4 weight_order(const uint16_t* src, int64_t count) {
     const __m512i a = load_words(src, count), b = load_words(src + 32, count - 32);
     const __m512i c = load_words(src + 64, count - 64), d = load_words(src + 96, count - 96);

@@ -1,4 +1,10 @@
-// The end of the forward pass: C blocks are [32 n][32 m], y is [m][n].
+// The end of the forward pass: adds the bias, rounds and transposes a block of C into y.
+//
+// Formula: y[m][n] = round_to_T(c[n][m] + bias[n])
+//
+// Layout: C [32 n][32 m], y [m][n].
+//
+// Registers: 16 x 16 floats, transposed in AVX-512 registers.
 #pragma once
 
 #include "cpu/linear/engine_f32.h"
@@ -36,7 +42,7 @@ QLK_INLINE void transpose16(__m512 r[16]) {
 }
 #endif
 
-// y[m][n] = round_to_T(c[n][m] + bias[n]) for up to 32 x 32 elements; ld is y's row length.
+// For up to 32 x 32 elements. c: [32 n][32 m]; bias: [n] or null; ld: elements in a row of y.
 template <class T>
 inline void store_transposed(const float* c, const float* bias, int n_rows, int m_rows, T* y, int64_t ld) {
 #if defined(__AVX512F__)

@@ -1,10 +1,14 @@
-// linear_forward for up to 32 rows of bf16 on AMX: W is read once, in order, 16 rows at a time, and C stays in tiles.
+// linear_forward for up to 32 rows of bf16 on AMX (few_rows.h takes 1 and 2).
 //
-// At so few rows decoding is what takes the time, so everything else must hide behind it. While the vector units decode
-// 16 rows x 128 columns of W (2048 weights) into one half of an 8 KB buffer, the tile unit multiplies the other half: 4
-// products of 16 cycles. Four accumulators keep those products independent (one
-// takes 52 cycles to finish). For one and two rows few_rows.h is faster: VDPBF16PS costs
-// the vector ports 2 cycles for 32 weights and row, storing and reloading tiles about 4 whatever the rows.
+// Formula: y = x W^T + u B^T + bias;  u = scaling * x A^T
+//
+// Layout: 16 rows of W at a time, in chunks of 128 columns: four tiles of 16 x 32. x is packed as tiles of B.
+//
+// Registers: C stays in four accumulator tiles over all of K.
+//
+// Why: decoding takes the time, so the rest hides behind it. The vector units decode into one half of an 8 KB buffer
+// while the
+//     tile unit multiplies the other half. docs/design/notes-cpu.md, "Streaming with AMX", has the cycles.
 #pragma once
 
 #include <omp.h>
@@ -15,9 +19,9 @@
 
 namespace qlk::cpu::QLK_ISA {
 
-constexpr int64_t kStreamRows = 32;     // rows of x at most
+constexpr int64_t kStreamRows = 32;     // most rows of x
 constexpr int64_t kTileElements = 512;  // 16 x 32 bf16
-// The products run this many chunks behind the decoding; buffers go round.
+// Products run kLag chunks behind the decoding; buffers are used in turn.
 constexpr int64_t kLag = 1, kBuffers = 2;
 
 class Stream {
@@ -25,7 +29,7 @@ class Stream {
     explicit Stream(const LinearForwardParams& params)
         : p(params), w(params.weight), chunks((w.k + 127) / 128), r_tiles((p.r + 31) / 32), wide(p.m > 16) {}
 
-    // False, and nothing done, when x in its packed form is too large for scratch memory.
+    // Returns false, without doing anything, if packed x is too large for scratch memory.
     bool run() {
         Carver shared(nullptr), each(nullptr);
         carve_shared(shared);
@@ -84,8 +88,8 @@ class Stream {
     _tile_loadd(b_tile, b, 64);                \
     _tile_dpbf16ps(c, a_tile, b_tile)
 
-    // The four tiles of a chunk of 128 columns against x. Each tile of W has an accumulator of its own, or (wide) two
-    // tiles share a pair of them.
+    // Multiplies the four tiles of a chunk of 128 columns by x. Each tile of W has its own accumulator; with more than
+    // 16 rows of x (wide), two tiles share a pair.
     QLK_INLINE void multiply_chunk(const uint16_t* a, const uint16_t* b) const {
         constexpr int64_t kA = kTileElements, kB = EngineBf16::kUnit;
         if (wide) {
@@ -153,7 +157,7 @@ class Stream {
         }
     }
 
-    // u = scaling * x A^T, 16 ranks at a time, and packed for the last steps of the main sum.
+    // u = scaling * x A^T, 16 ranks at a time, stored and packed for the last steps of the main sum.
     void low_rank(const Thread& mine) const {
         bf16* const u = static_cast<bf16*>(p.u);
 #pragma omp for schedule(dynamic)
@@ -178,7 +182,7 @@ class Stream {
         EngineBf16::pack_b_rows(u, p.r, static_cast<int>(p.m), p.r, u_packed, false);
     }
 
-    // Rows [n, n + 16) of W.
+    // Columns [n, n + 16) of y: as many rows of W.
     void rows16(const Thread& mine, int64_t n) const {
         const int rows = static_cast<int>(std_min(16, w.n - n));
         const int64_t row_blocks = w.k / kBlock, row_bytes = w.k / 2;
@@ -188,8 +192,8 @@ class Stream {
         const __m512i half = half_by_block();
         if (rows < 16) std::memset(mine.a, 0, kBuffers * 4 * kTileElements * sizeof(uint16_t));
         clear();
-        // The codes of a row are loaded one chunk before they are decoded. The decoded rows go to every line of a page,
-        // so that each load meets a store in flight with the same low 12 bits of address, and waits for it.
+        // Codes are loaded one chunk before they are decoded. Decoded rows go to every line of a page, so a later load
+        // would meet a store in flight with the same low 12 bits of address, and wait for it.
         const auto load = [&](int i, int64_t c) {
             return load_words(codes + i * row_bytes + c * 64, i < rows ? (w.k - c * 128) / 4 : 0);
         };
@@ -199,14 +203,14 @@ class Stream {
         for (int64_t c = 0; c < chunks; ++c) {
             uint16_t* const out = buffer(mine, c);
             const uint8_t* const next = codes + (c + 1) * 64;
-            // Whether the next chunk of every row can be loaded without a mask; this chunk then is whole as well.
+            // If the next chunk of every row can be loaded without a mask, this chunk is whole too.
             if (rows == 16 && w.k - c * 128 >= 256) {
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; ++i) {
                     const float* const scale = mine.absmax + i * row_blocks + 2 * c;
                     const __m512i now = ahead[i];
                     ahead[i] = _mm512_loadu_si512(next + i * row_bytes);
-                    // The next 16 rows, one line for each line used here; a prefetch beyond the end does nothing.
+                    // Prefetch the next 16 rows, a line for each line used here. Past the end it does nothing.
                     _mm_prefetch(reinterpret_cast<const char*>(codes + 16 * row_bytes + (c * 16 + i) * 64),
                                  _MM_HINT_T1);
                     store_row(out + i * 32, lookup128(now, table_pair(scale, scale + 1, tiny), half));
@@ -243,7 +247,7 @@ class Stream {
     uint16_t* u_packed = nullptr;  // [r_tiles][two tiles]
 };
 
-// False when the case is not for this path.
+// Returns false, without doing anything, if this path doesn't take the case.
 inline bool stream_forward(const LinearForwardParams& p) {
     if (p.m == 0 || p.m > kStreamRows || p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
     return Stream(p).run();

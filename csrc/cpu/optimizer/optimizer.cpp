@@ -1,4 +1,5 @@
-// What all instruction sets share of an optimizer's step: the norm, the scalars of each tensor, the loop over chunks.
+// The parts of an optimizer's step that all instruction sets share: the norm, each tensor's scalars, the loop over
+// chunks.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -8,7 +9,7 @@
 namespace qlk::cpu {
 namespace {
 
-// base^exponent by squaring: multiplications alone, so that a device forms the same bits.
+// base^exponent by squaring. Only multiplications, so that a device gets the same bits.
 double power(double base, uint32_t exponent) {
     double result = 1;
     for (; exponent; exponent >>= 1) {
@@ -18,6 +19,7 @@ double power(double base, uint32_t exponent) {
     return result;
 }
 
+// steps: taken so far.
 StepScalars scalars_of(const OptimizerParams& a, const OptimizerGroup& group, float steps) {
     const uint32_t step = static_cast<uint32_t>(steps) + 1;
     StepScalars s;
@@ -90,7 +92,7 @@ void optimizer_step(const OptimizerParams& a, const double* sum_of_squares, cons
         last = chunk.tensor;
         if (a.tensors[last].grad) scalars[last] = scalars_of(a, a.groups[chunk.group], a.steps[last]);
     }
-    // In long runs of neighbours, so that a thread reads on where its last chunk ended.
+    // Static: long runs of neighbours, so that a thread reads on where its last chunk ended.
 #pragma omp parallel for num_threads(a.threads) schedule(static)
     for (int64_t i = 0; i < a.all_chunks; ++i) {
         const OptimizerChunk& chunk = a.chunks[i];

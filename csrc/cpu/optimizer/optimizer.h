@@ -1,6 +1,12 @@
-// A step of AdamW or Lion on one chunk: states of 32 or 8 bits, parameters of any type, with or without a float32
-// master copy. Every operation is rounded once, in the order of torch.optim's scalar formulas, so that the bits are the
-// same on every instruction set; loops over 256 elements without branches are what compilers vectorize well.
+// A step of AdamW or Lion on one chunk.
+//
+// Formula: adamw() and lion() below, in the order of torch.optim's scalar formulas, every operation rounded once
+//
+// Layout: blocks of 256 elements; states of 32 or 8 bits; parameters of any type, with or without a float32 master copy
+//
+// Registers: none by hand; loops over 256 elements without branches vectorize well
+//
+// Why: rounding every operation once gives the same bits on every instruction set, and on a device.
 #pragma once
 
 #include <cmath>
@@ -21,7 +27,7 @@ QLK_INLINE void adamw(const StepScalars& s, int count, const float* __restrict g
         v[i] = v[i] * beta2 + rest2 * g[i] * g[i];
         p[i] = p[i] * decay + rate * m[i] / (std::sqrt(v[i]) / root + eps);
     };
-    // torch's lerp starts from the nearer end.
+    // As torch's lerp, which starts from the nearer end.
     if (rest1 < 0.5f) {
         for (int i = 0; i < count; ++i) {
             m[i] = m[i] + rest1 * (g[i] - m[i]);
@@ -37,13 +43,13 @@ QLK_INLINE void adamw(const StepScalars& s, int count, const float* __restrict g
 }
 
 // Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): param = param * (1 - lr * weight_decay) - lr * sign(beta1 * m
-// + (1 - beta1) * g); m = beta2 * m + (1 - beta2) * g. The sign of NaN is NaN here, so that it shows.
+// + (1 - beta1) * g); m = beta2 * m + (1 - beta2) * g. Here the sign of NaN is NaN, so that it shows.
 QLK_INLINE void lion(const StepScalars& s, int count, const float* __restrict g, float* __restrict p,
                      float* __restrict m) {
     const float decay = s.decay, beta1 = s.beta1, rest1 = s.rest1, beta2 = s.beta2, rest2 = s.rest2, rate = -s.rate;
     for (int i = 0; i < count; ++i) {
         const float u = m[i] * beta1 + rest1 * g[i];
-        // Zero and NaN are their own sign; compared as integers, which can be done many at a time whatever the set.
+        // Zero and NaN are their own sign. Compared as integers, which vectorizes on every instruction set.
         const uint32_t bits = bits_of(u);
         const uint32_t sign = (bits & 0x7fffffffu) - 1 < 0x7f800000u ? (bits & 0x80000000u) | 0x3f800000u : bits;
         p[i] = p[i] * decay + rate * float_of(sign);
@@ -53,7 +59,7 @@ QLK_INLINE void lion(const StepScalars& s, int count, const float* __restrict g,
 
 // ------------------------------------------------------------------------------------------------- 8-bit states
 
-// Four bytes for each entry, for gathers; a map's start[] and midpoint[] as in csrc/optimizer.h.
+// A map's start[] (csrc/optimizer.h) with four bytes for each entry, for gathers.
 struct Search {
     alignas(64) int32_t start[DynamicMap::kKeys + 15];
     explicit Search(const DynamicMap& map) {
@@ -65,6 +71,7 @@ inline const Search& search_of(bool is_signed) {
     return is_signed ? with : without;
 }
 
+// out = value[code] * absmax, for one block.
 QLK_INLINE void decode_states(const DynamicMap& map, const uint8_t* code, float absmax, int count, float* out) {
     int i = 0;
 #if defined(__AVX512F__)
@@ -83,7 +90,7 @@ QLK_INLINE void decode_states(const DynamicMap& map, const uint8_t* code, float 
     for (; i < count; ++i) out[i] = map.value[code[i]] * absmax;
 }
 
-// How many of the map's midpoints each of `count` magnitudes is above, by the search that csrc/optimizer.h describes.
+// For each of `count` magnitudes, how many of the map's midpoints lie below it; csrc/optimizer.h describes the search.
 QLK_INLINE void ranks_of(const DynamicMap& map, const Search& search, const float* magnitude, int count,
                          int32_t* rank) {
     constexpr int kLowest = static_cast<int>(DynamicMap::kLowest), kLast = DynamicMap::kKeys - 1;
@@ -123,11 +130,11 @@ QLK_INLINE void ranks_of(const DynamicMap& map, const Search& search, const floa
     }
 }
 
-// The codes of up to 256 values, and their constant: the largest magnitude, no larger than float32 has. NaN counts as
-// zero, so that one spoils its own parameter and not those beside it.
+// Encodes up to 256 values and returns their constant: the largest magnitude, at most the largest float32. NaN is
+// encoded as zero, so that it spoils its own parameter and not those beside it. kSigned: first moments.
 template <bool kSigned>
 inline float encode_states(const DynamicMap& map, const float* value, int count, uint8_t* code) {
-    // As integers, whose order is that of non-negative floats: compilers compare those many at a time whatever the set.
+    // As integers, which have the order of non-negative floats and vectorize on every instruction set.
     constexpr uint32_t kInfinity = 0x7f800000u, kMost = kInfinity - 1;
     alignas(64) uint32_t size[kStateBlock];
     uint32_t most = 0;
@@ -153,7 +160,7 @@ inline float encode_states(const DynamicMap& map, const float* value, int count,
             code[i] = static_cast<uint8_t>(bits_of(value[i]) >> 31 ? zero - below : zero + rank[i]);
         }
     } else {
-        // A second moment that has become zero under a first one that has not would let the parameter jump.
+        // Never zero for a value that isn't: under a first moment that is not zero it would let the parameter jump.
         for (int i = 0; i < count; ++i) {
             const int32_t least = size[i] ? 1 : 0;
             code[i] = static_cast<uint8_t>(rank[i] > least ? rank[i] : least);
@@ -164,6 +171,7 @@ inline float encode_states(const DynamicMap& map, const float* value, int count,
 
 // --------------------------------------------------------------------------------------------------------- a chunk
 
+// T: type of parameter and gradient.
 template <class T>
 inline void step_typed(const OptimizerParams& a, const OptimizerChunk& chunk, const StepScalars& s) {
     const OptimizerTensor& tensor = a.tensors[chunk.tensor];
@@ -196,7 +204,8 @@ inline void step_typed(const OptimizerParams& a, const OptimizerChunk& chunk, co
         }
         if constexpr (!std::is_same_v<T, float>) {
             if (master) {
-                // What somebody else has written to the parameter since counts.
+                // If the parameter no longer is the rounded master copy, something else has written it, and that
+                // counts.
                 alignas(64) T rounded[kStateBlock];
                 p = master + at;
                 from_float(p, rounded, count);
@@ -244,8 +253,8 @@ static void quantize_states(const float* values, uint8_t* code, float* absmax, i
     }
 }
 
-// In float64, where the square of no finite float32 overflows, and where it is exact. Sixteen sums side by side, then
-// one after the other.
+// In float64, where the square of a finite float32 is exact and cannot overflow. Sixteen sums side by side, then added
+// in a fixed order.
 template <class T>
 inline double sum_of_squares_typed(const T* values, int64_t count) {
     typedef double Lanes __attribute__((vector_size(64)));

@@ -1,17 +1,22 @@
-// Decoding NF4 to float32, by blocks of 64.
+// Decodes NF4 to float32, by blocks of 64.
 //
-// A block has one constant, so it holds at most 16 distinct values: its table round_to_T(level * absmax) is formed
-// once, and every weight is then one lookup. The rounding to the target type happens in the table.
+// Formula: round_to_T(level * absmax), as float32
+//
+// Registers: the block's table of 16 values; AVX-512 and AVX2 look it up by permutes.
+//
+// Why: a block has one constant, so at most 16 different values. They are computed and rounded once, and a weight is
+// one
+//     look-up.
 #pragma once
 
 #include "cpu/simd.h"
 
 namespace qlk::cpu::QLK_ISA {
 
-// Stands for the constant of a block that isn't there: its weights decode to zeros.
+// The constant of a block that doesn't exist: its weights decode to zeros.
 constexpr float kNoBlock = 0.0f;
 
-// The constants of blocks [first, first + count).
+// Decodes the constants of blocks [first, first + count).
 QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count, float* out) {
     if (w.absmax) {
         std::memcpy(out, w.absmax + first, count * sizeof(float));
@@ -37,6 +42,7 @@ QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count,
     }
 }
 
+// The 16 values of a block, rounded through T. table: [16].
 template <class T>
 QLK_INLINE void block_table(float absmax, float* table) {
     float exact[16];
@@ -77,7 +83,7 @@ QLK_INLINE void lookup_block(const uint8_t* codes, const float* table, float* ou
 #endif
 }
 
-// Elements [begin, end) of the flat weight, rounded through T, as float32. Any begin and end.
+// Elements [begin, end) of the flat weight, rounded through T, as float32. begin and end are arbitrary.
 template <class T>
 inline void decode_flat(const WeightView& w, int64_t begin, int64_t end, float* out) {
     constexpr int kBatch = 16;  // blocks whose constants are decoded together

@@ -1,4 +1,10 @@
-// NF4 to a dense row range: out = round_to_dtype(level * absmax), in one pass.
+// Dequantizes a range of rows, in one pass.
+//
+// Formula: out = round_to_T(level * absmax)
+//
+// Layout: a task takes 256 blocks, 16384 weights. Blocks that the range cuts are decoded element by element.
+//
+// Registers: a block's table; bf16 with AVX-512 BF16 looks up 32 weights at once by VPERMW.
 #pragma once
 
 #include "cpu/quantize/decode.h"
@@ -6,7 +12,7 @@
 namespace qlk::cpu::QLK_ISA {
 
 #if defined(__AVX512BF16__)
-// The bf16 table of a block in the low half, exact also where VCVTNEPS2BF16 would flush: below 2^-126.
+// The bf16 table of a block. Also exact below 2^-126, where VCVTNEPS2BF16 would flush.
 QLK_INLINE __m256i block_table_bf16(float absmax) {
     const float magnitude = absmax < 0 ? -absmax : absmax;
     if (__builtin_expect(magnitude < 0x1p-120f, 0)) {
@@ -17,7 +23,7 @@ QLK_INLINE __m256i block_table_bf16(float absmax) {
     return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(kLevels), _mm512_set1_ps(absmax)));
 }
 
-// Two blocks of 64 make one cache line of codes and four of output.
+// Dequantizes whole blocks. Two blocks are one cache line of codes and four of output.
 QLK_INLINE void dequantize_blocks(const uint8_t* codes, const float* absmax, int64_t blocks, bf16* out) {
     const __m512i mask = _mm512_set1_epi32(0x000f000f);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -60,7 +66,7 @@ inline void dequantize_impl(const DequantizeParams& p) {
         const int64_t block = first + batch * kBatch;
         int64_t from = block * kBlock, to = from + kBatch * kBlock;
         if (to > end) to = end;
-        // A range may start or end inside a block: those two blocks go element by element.
+        // A range may start or end inside a block: these two blocks are decoded element by element.
         int64_t whole = (from < begin ? from + kBlock : from);
         const int64_t whole_end = to / kBlock * kBlock;
         float values[kBlock];

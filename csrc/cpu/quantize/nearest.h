@@ -1,4 +1,8 @@
-// The search of quantize_absmax: the nearest of 256 table entries, by eight halvings.
+// The search of quantize_absmax: the nearest of 256 table entries.
+//
+// Formula: code[number of midpoints * scale that are below the value], exactly (thresholds.h)
+//
+// Layout: eight halvings; AVX-512 searches for 16 values at once by gathers.
 #pragma once
 
 #include "cpu/isa.h"
@@ -7,6 +11,7 @@
 
 namespace qlk::cpu::QLK_ISA {
 
+// isa.h says what the arguments are.
 static void nearest_codes(const double* midpoints, const uint8_t* code, float scale, const float* value, int count,
                           uint8_t* out) {
     alignas(64) float threshold[kNestedBlock];

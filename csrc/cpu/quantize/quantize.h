@@ -1,5 +1,11 @@
-// NF4 quantization: absmax and codes of blocks of 64. Loops over 64 elements are what compilers vectorize well; the
-// search among the levels is written out for AVX-512.
+// Quantizes a weight to NF4.
+//
+// Formula: absmax[b] = max |w| over block b of 64;  code = the level nearest to w / absmax, a tie to the lower
+//
+// Layout: a task takes a block. AVX-512 searches among the levels in four steps, for 16 weights at once.
+//
+// Why: loops over 64 elements vectorize well. Thresholds are exact (thresholds.h), so all instruction sets give the
+// same codes.
 #pragma once
 
 #include "cpu/quantize/thresholds.h"
@@ -7,7 +13,7 @@
 
 namespace qlk::cpu::QLK_ISA {
 
-// Midpoints between neighbouring levels, exact in float64; the last is never reached.
+// Midpoints between neighbouring levels, exact in float64. The last is never reached.
 struct Midpoints {
     double value[16];
     constexpr Midpoints() : value() {
@@ -18,7 +24,7 @@ struct Midpoints {
 };
 constexpr Midpoints kMidpoints;
 
-// The codes of a block: how many of the 15 thresholds (thresholds.h) each weight is above.
+// The codes of a block of 64: for each weight, how many of the 15 thresholds (thresholds.h) lie below it.
 QLK_INLINE void block_codes(const float* w, float absmax, uint8_t* code) {
     if (absmax == 0) {
         std::memset(code, kZeroCode, kBlock);
@@ -30,7 +36,7 @@ QLK_INLINE void block_codes(const float* w, float absmax, uint8_t* code) {
     const __m256 low = _mm512_cvt_roundpd_ps(_mm512_mul_pd(_mm512_loadu_pd(kMidpoints.value), scale), kDown);
     const __m256 high = _mm512_cvt_roundpd_ps(_mm512_mul_pd(_mm512_loadu_pd(kMidpoints.value + 8), scale), kDown);
     const __m512 threshold = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-    // A search in four steps: is w above threshold [7], then [found + 3], [found + 1], [found].
+    // Four steps: is w above threshold [7], then [found + 3], [found + 1], [found]?
     const __m512 middle = _mm512_permutexvar_ps(_mm512_set1_epi32(7), threshold);
     const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512 by3 = _mm512_permutexvar_ps(_mm512_add_epi32(ramp, _mm512_set1_epi32(3)), threshold);
@@ -56,6 +62,7 @@ QLK_INLINE void block_codes(const float* w, float absmax, uint8_t* code) {
 #endif
 }
 
+// Returns the index of the first weight that is not finite, or -1.
 template <class T>
 inline int64_t quantize_impl(const QuantizeParams& p) {
     const T* const weight = static_cast<const T*>(p.weight);
@@ -69,7 +76,7 @@ inline int64_t quantize_impl(const QuantizeParams& p) {
         alignas(64) float w[kBlock] = {0};
         to_float(weight + begin, w, count);
 
-        // The order of non-negative floats is that of their bits, and infinity and NaN come last.
+        // Non-negative floats have the order of their bits; infinity and NaN come last.
         uint32_t largest = 0;
         for (int i = 0; i < kBlock; ++i) {
             const uint32_t bits = bits_of(w[i]) & 0x7fffffffu;
@@ -88,7 +95,7 @@ inline int64_t quantize_impl(const QuantizeParams& p) {
         if (count == kBlock) {
             for (int i = 0; i < kBlock / 2; ++i) packed[i] = static_cast<uint8_t>(code[2 * i] << 4 | code[2 * i + 1]);
         } else {
-            // The second half of a last odd byte is the code of zero.
+            // If the count is odd, the last byte's second half is the code of zero.
             for (int i = 0; i < (count + 1) / 2; ++i) {
                 const int second = 2 * i + 1 < count ? code[2 * i + 1] : kZeroCode;
                 packed[i] = static_cast<uint8_t>(code[2 * i] << 4 | second);

@@ -1,5 +1,5 @@
-// The second quantization: block constants to 8 bits, in groups of 256. About N*K/64 elements: plain C++ serves, but
-// for the search in the table, which isa.h's nearest_codes does.
+// The second quantization: block constants to 8 bits, in groups of 256. There are about N*K/64 elements, so plain C++
+// is fast enough, except for the search in the table, which isa.h's nearest_codes does.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,7 +12,7 @@
 namespace qlk::cpu {
 namespace {
 
-// The sum of up to 256 float64 values as a fixed tree (halving strides), so that every backend can form the same bits.
+// The sum of up to 256 float64 values as a fixed tree (halving strides), so that every backend gets the same bits.
 double tree_sum(const double* values, int64_t count) {
     double s[kNestedBlock] = {0};
     std::copy(values, values + count, s);
@@ -22,7 +22,7 @@ double tree_sum(const double* values, int64_t count) {
     return s[0];
 }
 
-// Sums by trees of 256, then trees of the sums, until one is left.
+// The mean, by trees of 256, then trees of their sums, until one is left.
 float mean(const float* values, int64_t count, int threads) {
     std::vector<double> sums((count + kNestedBlock - 1) / kNestedBlock);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -43,7 +43,7 @@ float mean(const float* values, int64_t count, int threads) {
     return static_cast<float>(sums[0] / static_cast<double>(count));
 }
 
-// The table's distinct values, ascending, with the lowest code of each, and the exact midpoints between neighbours.
+// The table's distinct values, ascending, each with its lowest code, and the exact midpoints between neighbours.
 struct SortedTable {
     int size = 0;
     uint8_t code[256];

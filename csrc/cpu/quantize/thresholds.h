@@ -1,8 +1,8 @@
 // Exact nearest-level comparisons in float32.
 //
-// x is nearer to the upper of two levels when x > m * absmax, with m their midpoint. m * absmax is exact in float64 (25
-// bits times 24), and for a float32 x the comparison is the same against the largest float32 that is not above it:
-// no division, no rounding that could pick a neighbour, and a tie goes to the lower level.
+// x is nearer to the upper of two levels when x > m * absmax, where m is their midpoint. m * absmax is exact in float64
+// (25 bits times 24 bits). For a float32 x, comparing with the largest float32 not above it gives the same answer. So
+// there is no division, and no rounding that could pick a neighbour; a tie goes to the lower level.
 #pragma once
 
 #include <cstdint>

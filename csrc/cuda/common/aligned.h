@@ -1,4 +1,4 @@
-// Checks of addresses before a launch: a kernel that meets a misaligned one ends the whole context.
+// Checks of addresses before a launch: a kernel that meets a misaligned one destroys the whole context.
 #pragma once
 
 #include "error.h"
@@ -8,7 +8,7 @@ namespace qlk::cuda {
 
 inline bool lies_on(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
-// For each address: null, or a multiple of the elements' size.
+// Throws unless each address is null or a multiple of `bytes`.
 template <class... Addresses>
 void require_aligned(size_t bytes, const char* what, const Addresses*... addresses) {
     QLK_CHECK((lies_on(addresses, bytes) && ...),

@@ -1,4 +1,4 @@
-// What a layer adds to each column of its result: float32 numbers, or such as the result has, or nothing.
+// A layer's bias: float32, or in the result's type, or none.
 #pragma once
 
 #include <device.cuh>
@@ -8,7 +8,7 @@ namespace qlk::cuda {
 template <class T>
 struct Bias {
     const float* wide;  // [n] or null
-    const T* narrow;    // in its place, or null
+    const T* narrow;    // [n], used instead, or null
 
     QLK_DEVICE bool any() const { return wide || narrow; }
     QLK_DEVICE float at(int64_t column) const {

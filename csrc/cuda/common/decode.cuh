@@ -1,10 +1,15 @@
-// 64 codes to 64 numbers of a 16-bit type, in registers: the register path of the products on tensor cores.
+// Decodes a block's 64 codes to a 16-bit type in registers, for products on tensor cores.
 //
-// A block has one constant, so at most 16 numbers, each round_to_T(level * absmax), exactly what dequantize gives. A
-// thread forms them once for its block, and splits them into the plane of their low bytes and that of their high bytes,
-// 16 bytes each: four registers. PRMT looks four codes up among 8 bytes; two of them and a LOP3 that picks by the
-// code's top bit make one of 16. For 8 codes: 3 to prepare, 2 masks, 8 look-ups, 4 choices, 4 to put the bytes
-// together: 21, or 2.6 a weight, and 32 / 64 = 0.5 more for the tables.
+// Formula: round_to_T(level[code] * absmax), exactly what dequantize gives
+//
+// Registers: a block has one constant, so at most 16 different numbers. A thread computes them once for its block and
+// keeps
+//     their low bytes in four registers, their high bytes in four more.
+//
+// Why: PRMT looks four codes up among 8 bytes; two PRMT and a LOP3 that picks by the codes' top bits look them up
+// among 16.
+//     8 codes take 3 instructions to prepare, 2 masks, 8 look-ups, 4 choices and 4 to put the bytes together: 21,
+//     or 2.6 a weight, and the tables 32 / 64 = 0.5 more.
 #pragma once
 
 #include <ptx.cuh>
@@ -13,7 +18,7 @@
 
 namespace qlk::cuda {
 
-// Two results in one register, the first in the low half.
+// Two results in one register, the first in the low half, each rounded to T.
 template <class T>
 QLK_DEVICE uint32_t pack_pair(float first, float second);
 template <>
@@ -25,8 +30,8 @@ QLK_DEVICE uint32_t pack_pair<fp16>(float first, float second) {
     return cvt_fp16x2(first, second);
 }
 
-// Elements at .. at + 3 of a row of a matrix [rows, r], zeros beyond it; `aligned`: rows lie on 8 bytes. The matrix may
-// have been written since this kernel began.
+// Elements at to at + 3 of a row of a matrix [rows, r], zeros outside. inside: the row exists. aligned: rows are 8-byte
+// aligned. The matrix may have been written since this kernel began.
 template <class T>
 QLK_DEVICE uint2 load_four(const T* matrix, int64_t r, bool inside, int64_t row, int64_t at, bool aligned) {
     if (!inside) return make_uint2(0, 0);
@@ -38,9 +43,10 @@ QLK_DEVICE uint2 load_four(const T* matrix, int64_t r, bool inside, int64_t row,
     return make_uint2(pack_pair<T>(e[0], e[1]), pack_pair<T>(e[2], e[3]));
 }
 
+// The 16 numbers of a block. T: bf16 or fp16.
 template <class T>
 struct BlockTable {
-    uint32_t low[4], high[4];  // the bytes of entries 0 to 15
+    uint32_t low[4], high[4];  // low and high bytes of entries 0 to 15
 
     QLK_DEVICE void fill(const float* levels, float absmax) {
 #pragma unroll
@@ -53,8 +59,8 @@ struct BlockTable {
         }
     }
 
-    // Four numbers; their codes are the nibbles 1, 0, 3, 2 of `codes` without their top bits, which are in `top` as
-    // bytes of ones.
+    // Four numbers, for nibbles 1, 0, 3, 2 of `codes`, whose top bits are cleared. top: a byte of ones for each code
+    // whose top bit was set.
     QLK_DEVICE void look_up(uint32_t codes, uint32_t top, uint32_t& first, uint32_t& second) const {
         const uint32_t l = lop3<0xca>(top, prmt(low[2], low[3], codes), prmt(low[0], low[1], codes));
         const uint32_t h = lop3<0xca>(top, prmt(high[2], high[3], codes), prmt(high[0], high[1], codes));
@@ -64,7 +70,7 @@ struct BlockTable {
 
     // Eight numbers from four bytes of codes in their natural order: the high nibble of a byte comes first.
     QLK_DEVICE uint4 decode(uint32_t codes) const {
-        // A selector's top bit would ask PRMT for signs, which the masks do ask for: of each nibble's top bit.
+        // A selector's top bit makes PRMT replicate a sign. The look-ups must not do that; the masks do, on purpose.
         const uint32_t selector = codes & 0x77777777u, shifted = codes << 4;
         uint4 out;
         look_up(selector, prmt(codes, shifted, 0x9d8c), out.x, out.y);

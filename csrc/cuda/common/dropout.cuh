@@ -1,4 +1,4 @@
-// Whether dropout keeps an element: the mask of csrc/philox.h, one element at a time.
+// Whether dropout keeps an element, by the mask of csrc/philox.h.
 #pragma once
 
 #include <device.cuh>
@@ -9,9 +9,9 @@ namespace qlk::cuda {
 
 struct Dropout {
     const int64_t* seed;  // [1], on the device; null: everything is kept
-    uint32_t threshold;
+    uint32_t threshold;   // dropout_threshold(p)
 
-    // Element i of the row-major tensor. Four neighbours have one counter; a caller with more of them asks for all.
+    // Element i of the row-major tensor. Four neighbours share a counter: for several of them use the functions below.
     QLK_DEVICE bool keeps(int64_t i) const {
         if (!seed) return true;
         uint32_t words[4];
@@ -22,8 +22,8 @@ struct Dropout {
     }
 };
 
-// Of four neighbours, elements 4 * block and on, the first in the lowest bit. Called and not inlined: for kernels whose
-// outputs are all in registers, where it would come 32 times.
+// A bit for each of elements 4 * block to 4 * block + 3, the first the lowest. Not inlined: kernels whose outputs are
+// all in registers would have 32 copies.
 QLK_DEVICE_CALL uint32_t dropout_keeps_4(uint64_t seed, uint32_t threshold, int64_t block) {
     uint32_t words[4], keep = 0;
     philox_blocks(seed, static_cast<uint64_t>(block), 1, words);
@@ -32,7 +32,7 @@ QLK_DEVICE_CALL uint32_t dropout_keeps_4(uint64_t seed, uint32_t threshold, int6
     return keep;
 }
 
-// For elements i to i + 7, the first in the lowest bit; each counter's words are computed once.
+// A bit for each of elements i to i + 7, the first the lowest. Computes each counter's words once.
 QLK_DEVICE_CALL uint32_t dropout_keeps_8(uint64_t seed, uint32_t threshold, int64_t i) {
     const int before = static_cast<int>(i % 4);
     uint32_t keep = 0;

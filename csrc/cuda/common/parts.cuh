@@ -1,11 +1,18 @@
-// Sums of parts that blocks have left in scratch, always in the order of the parts: the same inputs give the same bits.
+// Adds parts of sums that blocks have left in scratch, always in the order of the parts: the same inputs give the same
+// bits.
+//
+// Formula: down = scale * sum of its parts; gradient = sum of its parts, plus what it held with `add`
+//
+// Layout of adapter_sum_kernel: four neighbours of v or of a gradient a thread, eight parts under way.
+//
+// Shared memory: none.
 #pragma once
 
 #include "cuda/common/decode.cuh"
 
 namespace qlk::cuda {
 
-// all += the sum of `count` parts, in their order.
+// all += `count` parts, in their order. stride: from one part to the next, in float4.
 QLK_DEVICE void add_parts(float4& all, const float4* parts, int count, int64_t stride) {
     constexpr int kUnderWay = 8;
 #pragma unroll 1
@@ -26,7 +33,7 @@ QLK_DEVICE void add_parts(float4& all, const float4* parts, int count, int64_t s
     }
 }
 
-// scale * all to four neighbours, of which `left` are there.
+// Stores scale * all to four neighbours, of which `left` exist. aligned: `to` is aligned for all four.
 template <class T>
 QLK_DEVICE void store_four(T* to, const float4& all, float scale, int64_t left, bool aligned) {
     const float value[4] = {scale * all.x, scale * all.y, scale * all.z, scale * all.w};
@@ -45,7 +52,7 @@ QLK_DEVICE void store_four(T* to, const float4& all, float scale, int64_t left, 
     }
 }
 
-// `aligned`: on 8 bytes, and an even number is left.
+// Stores two neighbours, of which `left` exist. aligned: `to` is 8-byte aligned and `left` is even.
 QLK_DEVICE void store_two(float* to, float first, float second, int64_t left, bool aligned) {
     if (aligned) {
         if (left > 0) store_global(reinterpret_cast<float2*>(to), make_float2(first, second));
@@ -55,25 +62,26 @@ QLK_DEVICE void store_two(float* to, float first, float second, int64_t left, bo
     }
 }
 
+// Sizes and strides are in elements. Zero strides: no such sum.
 template <class T>
 struct AdapterSumArguments {
     const float* down_parts;  // [down_splits][down_stride]
     int64_t down_stride, down_count;
     int down_splits;
     float scale;
-    T* down;                      // [down_count]: scale times the sum
-    bool down_aligned;            // lies on 8 bytes
+    T* down;                      // [down_count]
+    bool down_aligned;            // down is 8-byte aligned
     const float* gradient_parts;  // [gradient_splits][gradient_stride]
     int64_t gradient_stride, gradient_count;
     int gradient_splits;
     float* gradient;        // [gradient_count]
-    bool gradient_aligned;  // lies on 16 bytes
-    bool add;               // to what is in `gradient`
+    bool gradient_aligned;  // gradient is 16-byte aligned
+    bool add;               // add to what `gradient` holds
 };
 
 constexpr int kAdapterSumThreads = 256;
 
-// Four neighbours of v or of a gradient a thread.
+// Grid: a thread for each four elements of both.
 template <class T>
 __global__ void __launch_bounds__(kAdapterSumThreads, 1)
     adapter_sum_kernel(const __grid_constant__ AdapterSumArguments<T> a) {

@@ -1,4 +1,4 @@
-// The sum that every backend forms in the same order: float64, 256 values at a time, as a tree of halving strides
+// The sum that every backend computes in the same order: float64, 256 values at a time, as a tree of halving strides
 // (csrc/cpu/quantize/quantize_absmax.cpp).
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace qlk::cuda {
 
-// The tree sum of 256 values, by a warp: lane i brings the values i, i + 32, …, i + 224, and zeros where there are
-// fewer. Lane 0 has the result.
+// The tree sum of 256 values in a warp: lane i brings values i, i + 32, …, i + 224, with zeros past the end. Lane 0
+// gets the result.
 QLK_DEVICE double tree_sum(double (&value)[kNestedBlock / 32]) {
     constexpr int kCount = kNestedBlock / 32;
 #pragma unroll

@@ -1,9 +1,9 @@
-// Blocks that share a tile, each with a part of the depth: the one that comes last adds the sums of all, in the order
-// of the parts whoever it is, so that the same inputs give the same bits.
+// Blocks that share a tile, each with a part of the depth. The last to arrive adds the sums of all, always in the order
+// of the parts, so that the same inputs give the same bits.
 //
-// Nobody waits, so it does not matter which blocks run together. Tickets need no zeros to begin with: each has the
-// launch's own number in its upper bits, and what else it holds counts as nobody having come. The last one takes the
-// number away again: a captured graph replays its launches with the same one.
+// No block waits, so it does not matter which blocks run together. Tickets need not start as zeros: a ticket has the
+// launch's own number in its upper bits, and any other content means that no block has arrived. The last block clears
+// the number, because a captured graph replays its launches with the same one.
 #pragma once
 
 #include <device.cuh>
@@ -13,18 +13,19 @@ namespace qlk::cuda {
 struct Splits {
     float4* partial;             // [parts][sums / 4][threads]
     unsigned long long* ticket;  // [tiles]
-    unsigned long long launch;   // its lowest byte is 0
-    int count;                   // of the blocks that share `tiles`, at most 255
+    unsigned long long launch;   // the launch's number; its lowest byte is 0
+    int count;                   // blocks that share `tiles`, at most 255
     int tiles = 1;               // that they share
-    int whole = 0;  // tiles that come first, each of which one block has alone; add_splits does not see them
+    int whole = 0;               // tiles that come first, with a block each; add_splits doesn't count them
 };
 
-// Whether this block comes last of those that bring `parts` of a tile; then it sees what the others gave to
-// store_exchanged before they came here. All threads of the block come. `word`: of shared memory, for this alone.
+// Whether this block is the last of `parts` to arrive at a tile. If so, it sees what the others stored by
+// store_exchanged before they arrived. All threads of the block call it. word: in shared memory, not used for anything
+// else meanwhile.
 QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int parts, int* word) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();  // for all threads of the block, whose stores the barrier put before this
+        __threadfence();  // for the stores of all threads of the block, which the barrier has ordered before
         unsigned long long seen = load_exchanged(splits.ticket + tile), before;
         do {
             before = seen;
@@ -39,9 +40,9 @@ QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int parts, int* w
     return load_shared(word) != 0;
 }
 
-// Every thread of the block brings its sums, of part `part` of `parts` of a tile. In the block that comes last they
-// become those of all, and the result is true; the others are done with the tile. `place`: where a part lies among all
-// parts. `word`: of shared memory, for this alone.
+// Every thread of the block brings its sums for part `part` of `parts` of a tile. In the last block to arrive they
+// become the sums of all parts, and the result is true; the other blocks are done with the tile. place(i): index of
+// part i among all parts in scratch. word: as in comes_last.
 template <int kThreads, int kSums, class Place>
 QLK_DEVICE bool add_parts_of(const Splits& splits, int64_t tile, int part, int parts, Place place, float (&sum)[kSums],
                              int* word) {
@@ -71,27 +72,26 @@ QLK_DEVICE bool add_parts_of(const Splits& splits, int64_t tile, int part, int p
     return true;
 }
 
-// Of blocks that share a single tile.
+// add_parts_of for blocks that share a single tile.
 template <int kThreads, int kSums>
 QLK_DEVICE bool add_splits(const Splits& splits, int64_t tile, int split, float (&sum)[kSums], int* word) {
     const auto place = [&](int which) { return tile * splits.count + which; };
     return add_parts_of<kThreads>(splits, tile, split, splits.count, place, sum, word);
 }
 
-// A block's part of the depth of the tiles that `count` blocks share, as if they were one after the other: cut
-// anywhere, so that all blocks have the same to do, however many tiles there are ("Stream-K", Osama et al., arXiv
-// 2301.03598). Tiles are numbered from the first of those that this block shares; a step is one of `steps` along a
-// tile's depth.
+// How `count` blocks share some tiles: the tiles' depths are put one after another and cut anywhere, so that all blocks
+// have equal work however many tiles there are ("Stream-K", Osama et al., arXiv 2301.03598). Tiles are numbered from
+// the first that this block shares. A step is one of `steps` along a tile's depth.
 struct Share {
     const Splits& splits;
     unsigned steps;
 
     QLK_DEVICE unsigned count() const { return static_cast<unsigned>(splits.count); }
     QLK_DEVICE unsigned self() const { return blockIdx.x % count(); }
-    // The planner sees to it that these products have 32 bits.
+    // The planner makes sure that these products fit into 32 bits.
     QLK_DEVICE unsigned all() const { return steps * static_cast<unsigned>(splits.tiles); }
     QLK_DEVICE unsigned begin_of(unsigned block) const { return all() * block / count(); }
-    // Whose a step is: the last block's that begins at it or before.
+    // The block that has a step: the last one that begins at or before it.
     QLK_DEVICE unsigned owner(unsigned step) const { return ((step + 1) * count() - 1) / all(); }
 
     QLK_DEVICE unsigned first_tile() const { return begin_of(self()) / steps; }
@@ -99,13 +99,13 @@ struct Share {
     // This block's part of a tile's steps.
     QLK_DEVICE unsigned from(unsigned tile) const { return max(begin_of(self()), tile * steps) - tile * steps; }
     QLK_DEVICE unsigned to(unsigned tile) const { return min(begin_of(self() + 1), (tile + 1) * steps) - tile * steps; }
-    // A tile's number among all.
+    // A tile's number among all tiles.
     QLK_DEVICE unsigned number(unsigned tile) const {
         return blockIdx.x / count() * static_cast<unsigned>(splits.tiles) + tile;
     }
 
-    // As add_splits, of one of these tiles. A block shares at most two with others: that in which it begins, whose part
-    // has the block's number among all parts, and that in which it ends, whose part lies behind all of those.
+    // add_parts_of for one of these tiles. A block shares at most two tiles with others. Its part of the tile in which
+    // it begins is stored under the block's number; its part of the tile in which it ends comes after all of those.
     template <int kThreads, int kSums>
     QLK_DEVICE bool add(unsigned tile, float (&sum)[kSums], int* word) const {
         const unsigned first = owner(tile * steps), last = owner((tile + 1) * steps - 1);

@@ -1,4 +1,4 @@
-// The numbers by which launches tell their tickets apart (splits.cuh).
+// Numbers that tell one launch's tickets from another's (splits.cuh).
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 
 namespace qlk::cuda {
 
-// Another one at each call of the process; its lowest byte is 0.
+// A different number at each call; its lowest byte is 0.
 inline unsigned long long next_launch() {
     static std::atomic<unsigned long long> number{[] {
         std::random_device source;

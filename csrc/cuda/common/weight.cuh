@@ -1,4 +1,4 @@
-// A quantized weight as kernels see it, and the decoding of its block constants.
+// A quantized weight as kernels see it, and how its block constants are decoded.
 #pragma once
 
 #include <device.cuh>
@@ -7,15 +7,15 @@ namespace qlk::cuda {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// The pieces of a WeightView that decoding needs, by value in the launch's parameters, with the levels beside them:
-// kernels take the levels from there, once, into a register of each lane or into shared memory.
+// The parts of a WeightView that decoding needs, passed by value among a launch's parameters, together with the levels:
+// kernels read these once, into a register of each lane or into shared memory.
 struct DeviceWeight {
-    const uint8_t* packed;
-    const float* absmax;         // null when the constants are double-quantized
-    const uint8_t* absmax_code;  // null when they are not
-    const float* nested_absmax;
-    const float* nested_table;
-    const float* nested_offset;
+    const uint8_t* packed;       // [ceil(n * k / 2)], the first of a pair in the high nibble
+    const float* absmax;         // [blocks]; null when the constants are double-quantized
+    const uint8_t* absmax_code;  // [blocks]; null when they are not, as are the next three
+    const float* nested_absmax;  // [ceil(blocks / 256)]
+    const float* nested_table;   // [256]
+    const float* nested_offset;  // [1]
     float levels[16];
 
     static DeviceWeight of(const WeightView& view) {
@@ -26,7 +26,7 @@ struct DeviceWeight {
     }
 };
 
-// The constant of a block: a rounded multiply, then a rounded add, never fused, as on every backend.
+// A block's constant: a rounded multiply, then a rounded add, never fused, as on every backend.
 QLK_DEVICE float decode_absmax(const DeviceWeight& w, int64_t block) {
     if (w.absmax) return load_global(w.absmax + block);
     const float entry = load_global(w.nested_table + load_global(w.absmax_code + block));

@@ -1,6 +1,6 @@
-// What the kernels know of CUDA: the only file here that includes its headers. Kernels are written against this file
-// and ptx.cuh, both included with angle brackets; the emulator (tests/emulator) puts files of the same names before
-// them on the include path.
+// What kernels see of CUDA; the only file here that includes its headers, besides ptx_sm90.cuh. Kernels are written
+// against this file and ptx.cuh, included with angle brackets: the emulator (tests/emulator) has files of the same
+// names, which come first on its include path.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,8 +14,8 @@
 #include "error.h"
 #include "kernels.h"
 
-// Throws with file, line and expression when a CUDA call fails. The error is taken out of the runtime's memory, so
-// that the next call starts clean.
+// Throws with file, line and expression when a CUDA call fails. Clears the runtime's error, so that the next call
+// starts clean.
 #define QLK_CUDA(expression)                                                                                \
     do {                                                                                                    \
         const cudaError_t qlk_status = (expression);                                                        \
@@ -64,14 +64,14 @@ QLK_DEVICE fp16 from_bits<fp16>(uint16_t bits) {
     return __ushort_as_half(bits);
 }
 
-// The architecture that is compiled for, 90 for sm_90; of the host's part, 0.
+// The architecture being compiled for, 90 for sm_90; 0 in host code.
 #if defined(__CUDA_ARCH__)
 constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 #else
 constexpr int kArchitecture = 0;
 #endif
 
-// The block's dynamic shared memory: the only kind that kernels here use, laid out by a struct.
+// The block's dynamic shared memory, laid out by a struct. Kernels here use no other kind.
 extern "C" __shared__ __align__(128) unsigned char qlk_shared_bytes[];
 template <class T>
 QLK_DEVICE T& shared_memory() {
@@ -79,18 +79,18 @@ QLK_DEVICE T& shared_memory() {
     return *reinterpret_cast<T*>(qlk_shared_bytes);
 }
 
-// The same, within a loop that would otherwise have its address computed before it, into a register of every thread:
-// there each access of a computed place costs an addition, where a uniform register comes for nothing.
+// The same, for use in a loop. The compiler would otherwise compute the address before the loop, into a register of
+// every thread, and each access at a computed offset would cost an addition; from a uniform register it costs nothing.
 template <class T>
-QLK_DEVICE T& shared_memory_anew() {
+QLK_DEVICE T& opaque_shared_memory() {
     unsigned address;
     asm volatile("mov.u32 %0, qlk_shared_bytes;" : "=r"(address));
     return *reinterpret_cast<T*>(__cvta_shared_to_generic(address));
 }
 
-// A value of which the compiler does not know that it is the old one: what is made of it is made where it is needed,
-// and not kept from before.
-QLK_DEVICE unsigned anew(unsigned value) {
+// The same value, hidden from the optimizer: what is computed from it is computed where it is needed, not kept in
+// registers from before.
+QLK_DEVICE unsigned opaque(unsigned value) {
     asm volatile("" : "+r"(value));
     return value;
 }
@@ -116,13 +116,13 @@ QLK_DEVICE void store_global(T* address, T value) {
     *address = value;
 }
 
-// Of memory that the launch writes to, too: __ldg's path may hold what was there before.
+// For memory that the launch itself writes: __ldg's path may hold older contents.
 template <class T>
 QLK_DEVICE T load_changing(const T* address) {
     return *address;
 }
 
-// What blocks tell each other within a launch: past L1, where an older value may lie.
+// What blocks exchange within a launch. Past L1, which may hold an older value.
 template <class T>
 QLK_DEVICE T load_exchanged(const T* address) {
     return __ldcg(address);
@@ -132,7 +132,7 @@ QLK_DEVICE void store_exchanged(T* address, T value) {
     __stcg(address, value);
 }
 
-// Makes a device current while it lives, and the one before it again afterwards.
+// Makes a device current for its lifetime, then restores the previous one.
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device) {
@@ -152,7 +152,7 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
-// An attribute of a device, asked for once.
+// An attribute of a device, queried once.
 template <cudaDeviceAttr kAttribute>
 int device_attribute(int device) {
     static std::atomic<int> known[64] = {};
@@ -166,8 +166,8 @@ int device_attribute(int device) {
 
 inline int multiprocessors(int device) { return device_attribute<cudaDevAttrMultiProcessorCount>(device); }
 
-// The architecture whose instructions a kernel has on a device, 80 for compute_80: not the card's own, where the driver
-// has compiled it from PTX of an older one. Asked for once: it costs a microsecond.
+// The architecture that a kernel was compiled for, 80 for compute_80. That is not the card's own if the driver compiled
+// it from PTX of an older one. Queried once: it costs a microsecond.
 template <class Params>
 int compiled_for(void (*kernel)(Params), int device) {
     static std::atomic<int> known[64] = {};
@@ -180,14 +180,14 @@ int compiled_for(void (*kernel)(Params), int device) {
     return attributes.ptxVersion;
 }
 
-// The most shared memory that a block may ask for.
+// The most shared memory that a block may ask for, bytes.
 inline size_t shared_limit(int device) {
     return static_cast<size_t>(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device));
 }
 
-// Lets a kernel have more than 48 KiB of shared memory on the current device: all there is, and not as much as a launch
-// needs, for it belongs to the kernel, and another thread may be about to launch it with more. Once for each, which
-// saves half a microsecond a launch; two kernels that share a slot take turns in forgetting it.
+// Lets a kernel have more than 48 KiB of shared memory on the current device. It asks for all there is, not for what
+// one launch needs: the setting belongs to the kernel, and another thread may be about to launch it with more. Set once
+// for each kernel, which saves half a microsecond a launch; two kernels that share a slot evict each other.
 inline void allow_all_shared(const void* kernel, int device) {
     static std::atomic<const void*> known[64][64] = {};
     const size_t at = reinterpret_cast<uintptr_t>(kernel) / 16 * 0x9e3779b1u % (size_t{1} << 32) >> 26;
@@ -198,7 +198,7 @@ inline void allow_all_shared(const void* kernel, int device) {
     if (slot) slot->store(kernel, std::memory_order_release);
 }
 
-// Whether the driver lets launches begin early, in graphs, too: since CUDA 12.4.
+// Whether the driver supports early launches, in graphs too: since CUDA 12.4.
 inline bool early_launches() {
     static const bool able = [] {
         int version = 0;
@@ -208,13 +208,13 @@ inline bool early_launches() {
     return able;
 }
 
-// Where a launch begins. kEarly: perhaps while the one before it in the stream, which was launched as kFollowed, still
-// runs (programmatic dependent launch); each of its threads calls griddep_wait before it writes to global memory, reads
-// what the one before writes, or ends.
+// When a launch may start (programmatic dependent launch). kEarly: possibly while the previous launch in the stream, a
+// kFollowed one, is still running. Each thread of a kEarly launch has to call griddep_wait before it writes to global
+// memory, reads what the previous launch writes, or ends.
 enum class Start { kInOrder, kFollowed, kEarly };
 
-// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(params) and throws when it cannot start. threads must be
-// what the kernel's __launch_bounds__ say.
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(params); throws when it cannot start. threads must match
+// the kernel's __launch_bounds__.
 template <class Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
             const Params& params, Start start = Start::kInOrder) {

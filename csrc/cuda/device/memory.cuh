@@ -1,12 +1,12 @@
-// What CUDA has for memory and streams, as far as paging needs it. The emulator (tests/emulator) has a twin of this
-// file, which knows on which side each page lies.
+// The parts of CUDA's memory and streams that paging needs. The emulator (tests/emulator) has a twin of this file,
+// which tracks whether each page is on the device or on the host.
 #pragma once
 
 #include <device.cuh>
 
 namespace qlk::cuda {
 
-// Whether the device and the host may use managed memory at the same time, with pages that move one by one. Not so on
+// Whether device and host can use managed memory at the same time, with pages that move one by one. They cannot on
 // Windows, under WSL and on some laptops.
 inline bool pages_managed(int device) {
     int concurrent = 0;
@@ -32,7 +32,7 @@ inline void* allocate_device(size_t bytes, int device) {
     QLK_CUDA(cudaMalloc(&memory, bytes));
     return memory;
 }
-// Of destructors: errors have nobody to go to. All wait for the device.
+// For destructors, so errors are dropped. All of these wait for the device.
 inline void free_managed(void* memory) { (void)cudaFree(memory); }
 inline void free_device(void* memory) { (void)cudaFree(memory); }
 inline void free_pinned(void* memory) { (void)cudaFreeHost(memory); }
@@ -44,7 +44,7 @@ inline size_t free_memory(int device) {
     return free;
 }
 
-// Moves pages of managed memory, in the stream's order.
+// Moves pages of managed memory, in stream order.
 inline void prefetch(const void* memory, size_t bytes, bool to_device, const Stream& stream) {
 #if CUDART_VERSION >= 13000
     cudaMemLocation where = {};
@@ -57,7 +57,7 @@ inline void prefetch(const void* memory, size_t bytes, bool to_device, const Str
 #endif
 }
 
-// Pages that should stay on the device, and leave it last.
+// Marks pages that should stay on the device, and leave it last.
 inline void prefer_device(const void* memory, size_t bytes, int device) {
 #if CUDART_VERSION >= 13000
     cudaMemLocation where = {};
@@ -84,7 +84,7 @@ inline bool capturing(const Stream& stream) {
     return status != cudaStreamCaptureStatusNone;
 }
 
-// A stream beside the caller's.
+// A stream besides the caller's.
 class SideStream {
   public:
     explicit SideStream(int device) : device_(device) {
@@ -101,7 +101,7 @@ class SideStream {
     cudaStream_t handle_ = nullptr;
 };
 
-// A point in a stream. Before it has been recorded, nobody waits for it.
+// A point in a stream. Until it has been recorded, waiting for it does nothing.
 class Event {
   public:
     explicit Event(int device) {
@@ -112,7 +112,7 @@ class Event {
     Event(const Event&) = delete;
     Event& operator=(const Event&) = delete;
     void record(const Stream& stream) { QLK_CUDA(cudaEventRecord(handle_, static_cast<cudaStream_t>(stream.handle))); }
-    // What comes in the stream from now on waits for what has come before the last record.
+    // Later work in the stream waits for everything before the last record.
     void hold(const Stream& stream) {
         QLK_CUDA(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream.handle), handle_, 0));
     }

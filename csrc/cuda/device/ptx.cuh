@@ -1,13 +1,12 @@
-// Every PTX instruction that the kernels use by name, each as one function. tests/emulator/ptx.cuh holds a twin of
-// each, and tests/emulator/test_conformance.py runs both on the same operands, bit for bit. Sections are those of the
-// PTX ISA.
+// Every PTX instruction that kernels use, each as one function. tests/emulator/ptx.cuh has a twin of each, and
+// tests/emulator/test_conformance.py runs both on the same operands, bit for bit. Sections are those of the PTX ISA.
 #pragma once
 
 #include <device.cuh>
 
 namespace qlk::cuda {
 
-// 16 bytes that nobody writes while the kernel runs and that are read once: past L1, and the L2 line whole
+// Loads 16 bytes that are read once and not written while the kernel runs: past L1, whole L2 lines
 // (ld.global.nc, 9.7.9.8; cache and prefetch hints, 9.7.9.2).
 QLK_DEVICE uint4 ld_global_once_16(const void* address) {
     uint4 v;
@@ -17,7 +16,7 @@ QLK_DEVICE uint4 ld_global_once_16(const void* address) {
     return v;
 }
 
-// 16 bytes (st.global, 9.7.9.11).
+// Stores 16 bytes (st.global, 9.7.9.11).
 QLK_DEVICE void st_global_16(void* address, uint4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  :
@@ -26,7 +25,7 @@ QLK_DEVICE void st_global_16(void* address, uint4 v) {
 }
 
 // Copies 16 bytes to shared memory without waiting, `valid` of them from global memory and zeros for the rest
-// (cp.async.cg, 9.7.9.25.3.1): past L1. sm_80 and later; before, a plain copy with the same result.
+// (cp.async.cg, 9.7.9.25.3.1): past L1. From sm_80 on; below, a plain copy with the same result.
 QLK_DEVICE void cp_async_16(void* shared, const void* global, uint32_t valid = 16) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -54,7 +53,7 @@ QLK_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most kPending of this thread's newest groups are under way (cp.async.wait_group, 9.7.9.25.3.3).
+// Waits until at most kPending of this thread's newest groups are pending (cp.async.wait_group, 9.7.9.25.3.3).
 template <int kPending>
 QLK_DEVICE void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -62,23 +61,23 @@ QLK_DEVICE void cp_async_wait() {
 #endif
 }
 
-// A barrier of `threads` threads, a multiple of 32, among the 16 of the block (barrier.cta.sync, 9.7.13.1).
+// Waits at one of the block's 16 barriers for `threads` threads, a multiple of 32 (barrier.cta.sync, 9.7.13.1).
 QLK_DEVICE void bar_sync(int id, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// Counts as arrived there, and goes on (barrier.cta.arrive).
+// Arrives there without waiting (barrier.cta.arrive).
 QLK_DEVICE void bar_arrive(int id, int threads) {
     asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Waits until the launch before this one in its stream has ended, and all that it wrote is to be seen
-// (griddepcontrol.wait, 9.7.13.13). Where this one was not launched early, and before sm_90, that is so from the start.
+// Waits until the previous launch in the stream has ended and all its writes are visible
+// (griddepcontrol.wait, 9.7.13.13). If this launch was not an early one, or below sm_90, that holds from the start.
 QLK_DEVICE void griddep_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// When all blocks have come here or ended, the next launch may start, if it is one that may be early
+// Once all blocks have called this or ended, the next launch may start, if it is an early one
 // (griddepcontrol.launch_dependents).
 QLK_DEVICE void griddep_launch() {
 #if __CUDA_ARCH__ >= 900
@@ -86,8 +85,8 @@ QLK_DEVICE void griddep_launch() {
 #endif
 }
 
-// Four bytes out of the eight of {high, low}, picked by the four low nibbles of the selector; a selector nibble's top
-// bit replicates the byte's sign (prmt, 9.7.8.7).
+// Four of the eight bytes of {high, low}, picked by the selector's four low nibbles; a nibble's top bit replicates the
+// byte's sign (prmt, 9.7.8.7).
 QLK_DEVICE uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
@@ -109,15 +108,15 @@ QLK_DEVICE uint32_t cvt_bf16x2(float low, float high) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// {to_fp16(high), to_fp16(low)}, round to nearest even; beyond the largest float16 infinity.
+// {to_fp16(high), to_fp16(low)}, round to nearest even; infinity beyond the largest float16.
 QLK_DEVICE uint32_t cvt_fp16x2(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Four 8 x 8 matrices of 16-bit elements: lane i gives the address of row i % 8 of matrix i / 8, 16 bytes; of each
-// matrix it gets row lane / 4, elements 2 * (lane % 4) and the next (ldmatrix, 9.7.14.5.15). kTransposed: of its
-// transpose.
+// Loads four 8 x 8 matrices of 16-bit elements (ldmatrix, 9.7.14.5.15). Lane i passes the address of row i % 8 of
+// matrix i / 8, 16 bytes. From each matrix, or its transpose with kTransposed, a lane gets row lane / 4, elements 2 *
+// (lane % 4) and the next.
 template <bool kTransposed>
 QLK_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -135,8 +134,10 @@ QLK_DEVICE void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
 }
 
 // d[16, 8] += a[16, 16] b[16, 8], sums in float32 (mma, 9.7.14.5.8 for the fragments). With g = lane / 4, t = lane % 4:
-// a holds rows g and g + 8 at columns 2t, then both at 2t + 8; b column g at rows 2t, then 2t + 8; d rows g (two), g +
-// 8 (two) at columns 2t, 2t + 1. bf16 from sm_80 on; fp16 on sm_75 as two products of half the depth.
+//   a: rows g and g + 8 at columns 2t, then both at 2t + 8;
+//   b: column g at rows 2t, then 2t + 8;
+//   d: row g (two), row g + 8 (two) at columns 2t, 2t + 1.
+// bf16 from sm_80 on; fp16 on sm_75 as two products of half the depth.
 template <class T>
 QLK_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>

@@ -1,5 +1,5 @@
-// PTX that came with sm_90, and of sm_90a's own: copies that mbarriers count, clusters, products of warpgroups. No
-// kernel of this package uses them yet; the emulator has a twin of each (tests/emulator/ptx_sm90.cuh), and
+// PTX from sm_90 on, and sm_90a's own: copies counted by mbarriers, clusters, warpgroup products. No kernel of this
+// package uses them yet. The emulator has a twin of each (tests/emulator/ptx_sm90.cuh), and
 // tests/emulator/test_conformance_sm90.py runs both on the same operands. Sections are those of the PTX ISA.
 #pragma once
 
@@ -13,21 +13,21 @@ QLK_DEVICE uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// How 16 bytes of shared memory change places: bits 4 and up of an address by bits 7 and up, 1, 2 or 3 of them
-// (5.5.7). The pattern repeats every 256, 512 or 1024 bytes.
+// How 16-byte pieces of shared memory are swizzled: bits 4 and up of an address are XORed with bits 7 and up, 1, 2 or 3
+// of them (5.5.7). The pattern repeats every 256, 512 or 1024 bytes.
 enum class Swizzle { kNone, k32, k64, k128 };
 
 // ------------------------------------------------------------------------------------------------------- matrices
 
-// An 8 x 8 matrix of 16-bit elements, of which each lane has row lane / 4, elements 2 * (lane % 4) and the next: the
-// same of its transpose (movmatrix, 9.7.14.5.17). sm_75 and later.
+// Transposes an 8 x 8 matrix of 16-bit elements in registers: a lane has row lane / 4, elements 2 * (lane % 4) and the
+// next (movmatrix, 9.7.14.5.17). From sm_75 on.
 QLK_DEVICE uint32_t movmatrix_transposed(uint32_t a) {
     uint32_t d;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
     return d;
 }
 
-// ldmatrix_x4 the other way: lane i gives the address of row i % 8 of matrix i / 8 (stmatrix, 9.7.14.5.16).
+// The reverse of ldmatrix_x4: lane i passes the address of row i % 8 of matrix i / 8 (stmatrix, 9.7.14.5.16).
 template <bool kTransposed>
 QLK_DEVICE void stmatrix_x4(void* row, const uint32_t (&a)[4]) {
     if constexpr (kTransposed) {
@@ -45,7 +45,7 @@ QLK_DEVICE void stmatrix_x4(void* row, const uint32_t (&a)[4]) {
 
 // ------------------------------------------------------------------------------------------------------ mbarriers
 
-// In shared memory (9.7.13.15). A phase ends when `arrivals` have come and so have all bytes that were to be expected.
+// Lies in shared memory (9.7.13.15). A phase ends after `arrivals` arrivals, once all expected bytes have come too.
 struct alignas(8) MBarrier {
     uint64_t opaque;
 };
@@ -53,23 +53,23 @@ struct alignas(8) MBarrier {
 QLK_DEVICE void mbarrier_init(MBarrier& b, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals) : "memory");
 }
-// Before the memory is used for something else.
+// Has to be called before the memory is used for something else.
 QLK_DEVICE void mbarrier_invalidate(MBarrier& b) {
     asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(&b)) : "memory");
 }
-// With release: who waits for the phase sees what this thread has done.
+// With release: a thread that waits for the phase sees what this thread did before.
 QLK_DEVICE void mbarrier_arrive(MBarrier& b) {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0];}" ::"r"(shared_address(&b))
                  : "memory");
 }
-// Arrives, and first has the phase wait for so many bytes more.
+// Arrives, after making the phase wait for that many more bytes.
 QLK_DEVICE void mbarrier_arrive_expect(MBarrier& b, uint32_t bytes) {
     asm volatile(
         "{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}" ::"r"(shared_address(&b)),
         "r"(bytes)
         : "memory");
 }
-// At the mbarrier that another block of the cluster has at the same place.
+// Arrives at another block's mbarrier, at the same offset of its shared memory. rank: the block's, in the cluster.
 QLK_DEVICE void mbarrier_arrive_at(MBarrier& b, unsigned rank) {
     asm volatile(
         "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
@@ -77,7 +77,7 @@ QLK_DEVICE void mbarrier_arrive_at(MBarrier& b, unsigned rank) {
         "r"(rank)
         : "memory");
 }
-// Whether the phase of that parity has ended, 0 for the first: it is the one under way or the one before it.
+// Whether the phase with that parity has ended (0 for the first phase). It is the current phase or the one before.
 QLK_DEVICE bool mbarrier_test(MBarrier& b, uint32_t parity) {
     uint32_t done;
     asm volatile(
@@ -91,26 +91,27 @@ QLK_DEVICE void mbarrier_wait(MBarrier& b, uint32_t parity) {
     while (!mbarrier_test(b, parity)) {
     }
 }
-// By the thread that has initialised them, before a barrier: copies and other blocks may use them then (9.7.13.4).
+// Called by the thread that initialised mbarriers, before a barrier; then copies and other blocks may use them
+// (9.7.13.4).
 QLK_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// By each thread that has written to shared memory what bulk copies or wgmma are to read, before a barrier.
+// Called before a barrier by each thread that wrote to shared memory what bulk copies or wgmma will read.
 QLK_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------------- bulk copies
 
-// A matrix of 16-bit elements in global memory, and the boxes of it that are copied. In parameters of a kernel, which
-// are __grid_constant__.
+// Describes a matrix of 16-bit elements in global memory, and the boxes of it that are copied. Passed in a kernel's
+// __grid_constant__ parameters.
 struct TensorMap {
     CUtensorMap map;
 };
 
-// Throws where the driver refuses: memory and rows at multiples of 16 bytes, a box of at most 256 x 256, whose rows are
-// as wide as what it is swizzled by.
+// Memory and row_bytes are multiples of 16; a box is at most 256 x 256, its rows as wide as the swizzle's span. Throws
+// when the driver refuses.
 template <class T>
 TensorMap make_tensor_map(T* memory, uint64_t rows, uint64_t columns, uint64_t row_bytes, uint32_t box_rows,
                           uint32_t box_columns, Swizzle swizzle) {
     static_assert(sizeof(T) == 2);
-    // By its name, so that there is no driver to link with.
+    // Looked up by name, so that the extension does not link with the driver.
     void* encode = nullptr;
     cudaDriverEntryPointQueryResult found;
     QLK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
@@ -128,8 +129,8 @@ TensorMap make_tensor_map(T* memory, uint64_t rows, uint64_t columns, uint64_t r
     return map;
 }
 
-// The box at that row and column, zeros where it lies outside, row after row at a multiple of 128 bytes; the mbarrier
-// is told of all its bytes (cp.async.bulk.tensor, 9.7.9.27.1.2). Of one thread.
+// Loads the box at that row and column, row after row, to an address that is a multiple of 128; zeros outside the
+// matrix. The mbarrier counts all its bytes (cp.async.bulk.tensor, 9.7.9.27.1.2). Called by one thread.
 QLK_DEVICE void tensor_load(void* shared, const TensorMap& map, int column, int row, MBarrier& b) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -137,7 +138,8 @@ QLK_DEVICE void tensor_load(void* shared, const TensorMap& map, int column, int 
         "l"(&map), "r"(column), "r"(row), "r"(shared_address(&b))
         : "memory");
 }
-// To the same place in each block of the cluster whose rank has its bit set, whose own mbarrier at that place is told.
+// The same, to the same offset in each block of the cluster whose rank has its bit set in `blocks`. Each block's own
+// mbarrier counts the bytes.
 QLK_DEVICE void tensor_load_multicast(void* shared, const TensorMap& map, int column, int row, MBarrier& b,
                                       uint16_t blocks) {
     asm volatile(
@@ -146,14 +148,14 @@ QLK_DEVICE void tensor_load_multicast(void* shared, const TensorMap& map, int co
         "l"(&map), "r"(column), "r"(row), "r"(shared_address(&b)), "h"(blocks)
         : "memory");
 }
-// A multiple of 16 bytes, both places too (9.7.9.25.4.1).
+// bytes and both addresses are multiples of 16 (9.7.9.25.4.1).
 QLK_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, MBarrier& b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(shared)),
                  "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(&b))
                  : "memory");
 }
-// The other way, in groups of this thread; what lies outside of the tensor is left.
+// Stores, in this thread's groups. What lies outside the tensor is not written.
 QLK_DEVICE void tensor_store(const TensorMap& map, int column, int row, const void* shared) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column),
                  "r"(row), "r"(shared_address(shared))
@@ -165,8 +167,8 @@ QLK_DEVICE void bulk_store(void* global, const void* shared, uint32_t bytes) {
                  : "memory");
 }
 QLK_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's newest groups are under way; or only until the others have read shared
-// memory, which they must have before the block ends (9.7.9.25.6).
+// Waits until at most kPending of this thread's newest groups are pending; bulk_wait_read only until the others have
+// read shared memory, which has to happen before the block ends (9.7.9.25.6).
 template <int kPending>
 QLK_DEVICE void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
@@ -183,12 +185,12 @@ QLK_DEVICE unsigned cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-// All threads of the cluster's blocks: who waits sees what the others have done before they arrived (9.7.13.3). A
-// block must not end while others use its shared memory.
+// The barrier of all threads of a cluster: a thread that waits sees what the others did before they arrived (9.7.13.3).
+// A block must not end while others use its shared memory.
 QLK_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 QLK_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 QLK_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// Where another block of the cluster has what lies at `shared` in this one (mapa, 9.7.9.23).
+// The address in another block's shared memory that corresponds to `shared` in this one (mapa, 9.7.9.23).
 template <class T>
 QLK_DEVICE T* cluster_map(T* shared, unsigned rank) {
     uint64_t there;
@@ -196,7 +198,7 @@ QLK_DEVICE T* cluster_map(T* shared, unsigned rank) {
     return reinterpret_cast<T*>(there);
 }
 
-// launch() with clusters of that many blocks, 8 at most.
+// launch() with clusters of up to 8 blocks.
 template <class Params>
 void launch_clusters(void (*kernel)(Params), unsigned cluster, int64_t blocks, int threads, size_t shared_bytes,
                      Stream stream, const Params& params) {
@@ -224,7 +226,7 @@ QLK_DEVICE bool elect_one() {
     return elected != 0;
 }
 
-// All warps of a warpgroup: each thread has so many registers from now on (setmaxnreg, 9.7.19.5).
+// Sets the registers of each thread from here on. Called by all warps of a warpgroup (setmaxnreg, 9.7.19.5).
 template <int kRegisters>
 QLK_DEVICE void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -234,28 +236,30 @@ QLK_DEVICE void setmaxnreg_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Where a matrix of 16-bit elements lies in shared memory, distances in bytes, multiples of 16 (9.7.15.5.1.2). Rows of
-// 8 elements are whole; eight of them, along K, or M or N where it is transposed, are next to each other or, swizzled,
-// as far apart as the span of 32, 64 or 128 bytes. Plain, `stride` leads to the next eight rows and `leading` to the
-// next 8 of K, or, transposed, of K too. Swizzled: `stride` to the next eight rows; transposed, to the next eight of K,
-// `leading` to the next span.
+// Describes a matrix of 16-bit elements in shared memory; distances in bytes, multiples of 16 (9.7.15.5.1.2). Rows of 8
+// elements are contiguous. Eight of them, along K, or along M or N if it is transposed, follow each other directly, or
+// at the swizzle's span of 32, 64 or 128 bytes.
+//   plain:               stride leads to the next eight rows, leading to the next 8 of K, transposed or not;
+//   swizzled:            stride leads to the next eight rows;
+//   swizzled transposed: stride leads to the next eight of K, leading to the next span.
 QLK_DEVICE uint64_t wgmma_descriptor(const void* shared, uint32_t leading, uint32_t stride, Swizzle swizzle) {
     const uint64_t way = (4u - static_cast<uint32_t>(swizzle)) % 4u;  // 128 bytes are 1, 32 are 3
     return static_cast<uint64_t>(shared_address(shared) >> 4 & 0x3fff) | static_cast<uint64_t>(leading >> 4) << 16 |
            static_cast<uint64_t>(stride >> 4) << 32 | way << 62;
 }
 
-// Before the first product, and between a use of registers by the threads and by a product, but for the sums of one
-// after the other (9.7.15.7.1).
+// Needed before the first product, and between a thread's and a product's use of the same registers. Not needed between
+// products that add to the same sums (9.7.15.7.1).
 QLK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 QLK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most kPending of the newest groups are under way: before, their registers must not be used.
+// Waits until at most kPending of the newest groups are pending. Until then their registers must not be used.
 template <int kPending>
 QLK_DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// After a wait, before sums that it was for are used: the compiler sees that they change here, and reads none earlier.
+// Called after a wait, before the sums are used: tells the compiler that they change here, so it doesn't read them
+// earlier.
 template <int kCount>
 QLK_DEVICE void wgmma_settle(float (&d)[kCount]) {
 #pragma unroll
@@ -284,7 +288,7 @@ QLK_DEVICE void wgmma_settle(float (&d)[kCount]) {
 #define QLK_PN64 QLK_P0
 #define QLK_PN128 QLK_P0 ", " QLK_P1
 #define QLK_PN256 QLK_P0 ", " QLK_P1 ", " QLK_P2 ", " QLK_P3
-// With the numbers of the operands that follow the sums.
+// p0 and on: numbers of the operands that follow the sums.
 #define QLK_WGMMA_SS(n, type, p0, p1, p2, p3, p4)                                                                  \
     asm volatile("{.reg .pred p; setp.ne.b32 p, %" #p2 ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
                  "." type " {" QLK_PN##n "}, %" #p0 ", %" #p1 ", p, 1, 1, %" #p3 ", %" #p4 ";}"                    \
@@ -300,9 +304,9 @@ QLK_DEVICE void wgmma_settle(float (&d)[kCount]) {
                    "n"(static_cast<int>(kTransposedB))                                                                \
                  : "memory")
 
-// d[64, N] = a[64, 16] b[16, N], plus d where it accumulates; all warps of a warpgroup (9.7.15.5.2). With w the warp of
-// it, g = lane / 4, t = lane % 4: d[v] is row 16 w + g, or 8 more where v & 2, column 8 * (v / 4) + 2 t + v % 2. Both
-// from shared memory, by descriptors; transposed: M or N is what lies together, not K.
+// d[64, N] = a[64, 16] b[16, N], plus d with `accumulate`. Called by all warps of a warpgroup (9.7.15.5.2). With w the
+// warp in it, g = lane / 4, t = lane % 4: d[v] is row 16 w + g, plus 8 if v & 2, column 8 * (v / 4) + 2 t + v % 2. Both
+// operands are in shared memory, given by descriptors; transposed: contiguous along M or N, not along K.
 template <class T, int kColumns, bool kTransposedA, bool kTransposedB>
 QLK_DEVICE void wgmma_ss(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
     static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256, "a list of registers has to be written for it");
@@ -320,7 +324,7 @@ QLK_DEVICE void wgmma_ss(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool 
     __trap();  // launchers do not ask for it
 #endif
 }
-// The same with a in registers, for each warp as mma_16x8x16 has it.
+// The same with a in registers; each warp has it as mma_16x8x16 does.
 template <class T, int kColumns, bool kTransposedB>
 QLK_DEVICE void wgmma_rs(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256, "a list of registers has to be written for it");

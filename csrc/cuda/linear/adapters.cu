@@ -15,10 +15,11 @@ constexpr int64_t kRows = 128, kColumns = 64;  // of a tile
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t four(int64_t count) { return parts_of(count, 4) * 4; }
 
-// Ranks that a block takes, the stages of its copies, blocks on a multiprocessor by their registers, shared memory.
+// What a block of one instantiation takes.
 struct Shape {
-    int rank, stages, blocks;
-    size_t shared;
+    int rank, stages;  // ranks at a time, stages of copies
+    int blocks;        // on a multiprocessor, by their registers
+    size_t shared;     // bytes
 };
 
 template <class Traits>
@@ -31,13 +32,13 @@ Card card_of(int device) {
     return Card::of(compiled_for(adapter_sum_kernel<T>, device), multiprocessors(device), shared_limit(device));
 }
 
-// Whether it can run blocks of that shape.
+// Whether a card can run blocks of that shape.
 template <class T>
 bool takes(const Card& card, const Shape& shape) {
     return card.architecture >= (std::is_same_v<T, bf16> ? 80 : 75) && shape.shared <= card.shared_bytes;
 }
 
-// 32 of r at a time where there are more than 16 and a block may have the room, up to 96 KiB.
+// 32 ranks at a time where there are more than 16 and a block may have up to 96 KiB of shared memory.
 template <class T, bool kDown, bool kGradient>
 using Narrow = AdapterTraits<T, 16, 3, kDown, kGradient, true>;
 template <class T, bool kDown, bool kGradient>
@@ -58,7 +59,7 @@ struct DownPlan {
     int64_t ticket_bytes, bytes;
 };
 
-// The columns are split until all multiprocessors have blocks, of at least two steps each.
+// Splits the columns until all multiprocessors have blocks, each with at least two steps.
 DownPlan down_plan(int64_t m, int64_t c, int64_t r, const Shape& shape, const Card& card) {
     DownPlan plan{};
     plan.row_tiles = parts_of(m, kRows);
@@ -74,14 +75,14 @@ DownPlan down_plan(int64_t m, int64_t c, int64_t r, const Shape& shape, const Ca
 }
 
 struct GradientPlan {
-    int64_t rows;  // that a launch takes; 0: there is no way within the scratch
+    int64_t rows;  // in a launch; 0: it doesn't fit into the scratch
     int across, rank_tiles, column_splits, row_splits;
-    int64_t down_bytes, bytes;  // of the parts of v, and of all
+    int64_t down_bytes, bytes;  // of scratch: the parts of v, and everything
 };
 
-// Splitting the columns costs a copy of v for each part, splitting the rows a copy of the gradient. Of what fits into
-// the scratch, that which takes the fewest steps: of a block, 16 KiB each; for the copies, as many as would read so
-// much; and 8 for a launch. More launches are looked at as long as that helps.
+// Splitting the columns costs a copy of v for each part, splitting the rows a copy of the gradient. Picks what takes
+// the fewest steps among the plans that fit into the scratch. A step is 16 KiB of a block's reading; copies count as
+// the steps that would read as much; a launch counts 8. More launches are tried as long as they help.
 GradientPlan gradient_plan(int64_t m, int64_t c, int64_t r, bool down, const Shape& shape, const Card& card) {
     constexpr int64_t kLaunch = 8, kStep = kRows * kColumns * 2;
     GradientPlan best{};
@@ -97,12 +98,12 @@ GradientPlan gradient_plan(int64_t m, int64_t c, int64_t r, bool down, const Sha
             if (down_bytes > kMostScratch) break;
             int64_t row_splits = std::min(blocks / (column_splits * rank_tiles), row_tiles);
             row_splits = std::max<int64_t>(std::min(row_splits, (kMostScratch - down_bytes) / gradient_bytes), 1);
-            // adapter_gradient_kernel's condition, where a third tile of rows takes the place of the first.
+            // adapter_gradient_kernel's condition once a third tile of rows takes the place of the first.
             const int64_t tiles_each = parts_of(row_tiles, row_splits);
             if (tiles_each > 2 && across < shape.stages - 1) break;
             const int64_t bytes = down_bytes + (row_splits > 1 ? row_splits * gradient_bytes : 0);
             const int64_t rounds = parts_of(column_splits * rank_tiles * row_splits, blocks);
-            // The parts are written and read; so is the gradient, by every launch after the first.
+            // Parts are written and read; so is the gradient, by every launch after the first.
             const int64_t again = (launches - 1) * 2 * gradient_bytes;
             const int64_t cost =
                 launches * ((rounds * tiles_each * across + kLaunch) * kStep + 2 * bytes / blocks) + again / blocks;
@@ -133,7 +134,7 @@ void down_launch(AdapterArguments<T> a, const Card& card, void* scratch, const S
            shape.shared, stream, a, start);
 }
 
-// u or v alone, if the card can.
+// Launches u or v alone, if the card can run it.
 template <class T, bool kTransposed>
 bool down(AdapterArguments<T> a, void* scratch, const Stream& stream, Start start) {
     const Card card = card_of<T>(stream.device);
@@ -210,7 +211,7 @@ bool gradient_launch(AdapterArguments<T> a, const Card& card, void* scratch, con
     return true;
 }
 
-// A gradient, and with kDown v, if the card can.
+// Launches a gradient, and v too with kDown, if the card can run it.
 template <class T, bool kDown>
 bool gradient(AdapterArguments<T> a, void* scratch, const Stream& stream, Start start) {
     const Card card = card_of<T>(stream.device);

@@ -1,23 +1,32 @@
-// The low-rank products of the layer on tensor cores, for 16-bit types:
+// The layer's low-rank products on tensor cores, for 16-bit types.
 //
-//     u = scale * mask(x) A^T     v = scale * dy B                 down, [m, r]
-//     dA = v^T mask(x)            dB = dy^T u                      gradients, [r, k] and [n, r]
+// Formula:
+//     down        u = scale * mask(x) A^T     v = scale * dy B       [m, r]
+//     gradients   dA = v^T mask(x)            dB = dy^T u            [r, k] and [n, r]
+//     x and dy are `big` here, [m, c]
 //
-// What costs is to read x and dy, here `big`, [m, c]; the adapters come from L2. A block reads tiles of 128 rows x 64
-// columns by cp.async, kStages deep, and uses a tile for whatever is wanted of it: its product with a slice of the
-// adapter (rows of u or v, each warp 16 of them), and its transpose's with rows of u or v (columns of dA or dB, each
-// warp 16 of them and half of r). Ranks beyond kRank go to neighbouring blocks, which find big in L2.
+// Layout:
+//     tile      128 rows x 64 columns of big, kStages of them under way by cp.async
+//     ranks     kRank a block; further ranks go to neighbouring blocks, which find big in L2
+//     down      a warp makes 16 rows of u or v
+//     gradient  a warp makes 16 columns, by half of the ranks
 //
-// adapter_down_kernel makes u or v alone: a block takes 128 rows and a part of the columns, and the last one of those
-// that share rows adds up. adapter_gradient_kernel makes a gradient, and v with it when it reads dy: a block takes a
-// part of the rows and up to 512 columns; its part of the gradient stays in registers, its part of v goes to scratch
-// after each tile of rows, and adapter_sum_kernel (parts.cuh) adds the parts of either in their order.
+// Kernels:
+//     adapter_down_kernel       u or v alone. A block takes 128 rows and a part of the columns; the last block to
+//     finish
+//                               some rows adds up their parts
+//     adapter_gradient_kernel   a gradient, and v with it when big is dy. A block takes a part of the rows and up to
+//     512
+//                               columns. Its part of the gradient stays in registers; its part of v goes to scratch
+//                               after each tile of rows
+//     adapter_sum_kernel        (parts.cuh) adds these parts, in their order
 //
-// Dropout: each thread clears what it has itself copied, before the barrier that shows it to the others. So the random
-// numbers are computed once for each element, four at a time, whatever the fragments look like.
+// Shared memory: kStages * (16384 + 128 * kRank) + 512 * kRank bytes; less without a down product or a gradient.
+//     16-byte pieces are swizzled by row: neither ldmatrix nor any store has a bank conflict.
 //
-// Shared memory: kStages * (16384 + 128 * kRank) + 512 * kRank bytes; without a down product or a gradient less.
-// 16-byte pieces are swizzled by row: neither ldmatrix nor any store has a bank conflict.
+// Why: reading big is what costs, so a tile serves both products; the adapters come from L2. For dropout each thread
+//     clears what it copied itself, before the barrier that shows it to the others: random numbers are computed once
+//     for each element, whatever the fragments look like.
 #pragma once
 
 #include <ptx.cuh>
@@ -29,41 +38,48 @@
 
 namespace qlk::cuda {
 
+// Matrices are row-major. Sizes and strides are in elements. A field that names a kernel is used by that one alone.
 template <class T>
 struct AdapterArguments {
-    const T* big;      // [m, c]: x or dy
-    const T* adapter;  // down: lora_a [r, c], or with kTransposed lora_b [c, r]
-    const T* low;      // gradients: u or v, [m, r]
-    int64_t m, c, r;
-    Dropout dropout;          // of big
-    int64_t dropout_first;    // the number of big's first element in the tensor that the mask is of
-    bool big_aligned;         // its rows lie on 16 bytes; otherwise they are read element by element
-    bool adapter_aligned;     // likewise
-    bool low_aligned;         // likewise
-    int rank_tiles;           // of kRank, in the grid
-    float scale;              // adapter_down_kernel
+    const T* big;             // [m, c]: x or dy
+    const T* adapter;         // down: lora_a [r, c], or with kTransposed lora_b [c, r]
+    const T* low;             // gradients: u or v, [m, r]
+    int64_t m, c, r;          // rows of x; columns of big, k or n; rank
+    Dropout dropout;          // mask on big
+    int64_t dropout_first;    // index of big's first element in the tensor that the mask belongs to
+    bool big_aligned;         // rows of big are 16-byte aligned; otherwise they are read element by element
+    bool adapter_aligned;     // the same for adapter
+    bool low_aligned;         // the same for low
+    int rank_tiles;           // slices of kRank ranks in the grid
+    float scale;              // adapter_down_kernel: scaling / (1 - p)
     T* down;                  // adapter_down_kernel: [m, r]
-    bool down_aligned;        // its rows lie on 8 bytes
-    Splits splits;            // adapter_down_kernel: of the columns
-    float* down_parts;        // adapter_gradient_kernel: [splits of the columns][down_stride], of [m, r]
+    bool down_aligned;        // rows of down are 8-byte aligned
+    Splits splits;            // adapter_down_kernel: blocks that share rows, each with a part of the columns
+    float* down_parts;        // adapter_gradient_kernel: parts of v, [splits of the columns][down_stride]
     int64_t down_stride;      // a multiple of 4
-    float* gradient;          // [splits of the rows][gradient_stride], of dB [c, r] or dA [r, c]
+    float* gradient;          // [splits of the rows][gradient_stride]: parts of dB [c, r] or dA [r, c]
     int64_t gradient_stride;  // a multiple of 4
-    bool gradient_by_rank;    // dA
-    bool gradient_paired;     // dB: its rows lie on 8 bytes
-    bool add;                 // to what is in `gradient`
-    int row_splits;           // adapter_gradient_kernel
-    int across;               // adapter_gradient_kernel: tiles of 64 columns that a block has
+    bool gradient_by_rank;    // the gradient is dA
+    bool gradient_paired;     // dB: its rows are 8-byte aligned
+    bool add;                 // add to what `gradient` holds
+    int row_splits;           // adapter_gradient_kernel: blocks that share columns, each with a part of the rows
+    int across;               // adapter_gradient_kernel: tiles of 64 columns of a block, up to kAcross
 };
 
+// T: bf16 or fp16.
+// kRank_: ranks of a block, 16 or 32.
+// kStages_: tiles of big in shared memory or on their way there.
+// kDown_: u or v is computed.
+// kGradient_: dA or dB is computed.
+// kTransposed_: the adapter is lora_b [c, r], not lora_a [r, c].
 template <class T, int kRank_, int kStages_, bool kDown_, bool kGradient_, bool kTransposed_>
 struct AdapterTraits {
     static constexpr int kRank = kRank_, kStages = kStages_;
     static constexpr bool kDown = kDown_, kGradient = kGradient_, kTransposed = kTransposed_;
     static constexpr int kThreads = 256;
     static constexpr int kRows = 128, kColumns = 64;
-    static constexpr int kAcross = kGradient ? 8 : 1;  // the most tiles across a block: 2 * kRank registers
-    static constexpr int kBlocks = kGradient && kRank == 32 ? 1 : 2;  // on a multiprocessor, by their registers
+    static constexpr int kAcross = kGradient ? 8 : 1;  // most tiles across a block; its sums take 2 * kRank registers
+    static constexpr int kBlocks = kGradient && kRank == 32 ? 1 : 2;  // blocks on a multiprocessor, by their registers
     static_assert(sizeof(T) == 2);
     static_assert(kRank == 16 || kRank == 32);
     static_assert(kRows == kThreads / 32 * 16, "down: 16 rows a warp");
@@ -72,32 +88,33 @@ struct AdapterTraits {
     struct Loop {
         T big[kStages][kRows * kColumns];
         T adapter[kStages][kDown ? kColumns * kRank : 8];
-        T low[2][kGradient ? kRows * kRank : 8];  // of this tile of rows and of the next
+        T low[2][kGradient ? kRows * kRank : 8];  // for this tile of rows and the next
     };
     struct Shared {
         union {
             Loop loop;
             float sums[kRows * kRank];
         };
-        int word;
+        int word;  // comes_last's
     };
 };
 
-// Where a 16-byte piece lies, in elements: rows of kWidth of them share 128 bytes, and those that ldmatrix reads
-// together, eight one below the other, are in different groups of banks.
+// Offset, in elements, of a 16-byte piece in rows of kWidth elements. Eight pieces one below the other, which ldmatrix
+// reads together, lie in different groups of banks.
 template <int kWidth>
 QLK_DEVICE int piece_at(int row, int piece) {
     constexpr int kPieces = kWidth / 8;
     return row * kWidth + (piece ^ (row / (8 / kPieces) % kPieces)) * 8;
 }
 
-// Likewise of 4 sums: written as pairs, four rows together, and read in order.
+// Offset of 4 sums in rows of kRank. They are written as pairs, four rows together, and read in order: no bank
+// conflicts either way.
 template <int kRank>
 QLK_DEVICE int sums_at(int row, int quad) {
     return row * kRank + (quad ^ (kRank == 16 ? row & 2 : (row & 3) * 2)) * 4;
 }
 
-// Eight elements one by one, zeros after the first `inside`. Called and not inlined: it is the slow way.
+// Copies eight elements one by one, zeros after the first `inside`. Not inlined: it is the slow way.
 QLK_DEVICE_CALL void copy_elements(uint16_t* to, const uint16_t* from, int inside) {
     uint32_t word[8];
 #pragma unroll
@@ -106,7 +123,8 @@ QLK_DEVICE_CALL void copy_elements(uint16_t* to, const uint16_t* from, int insid
                                                           word[4] | word[5] << 16, word[6] | word[7] << 16));
 }
 
-// A piece of a row, zeros where it is not inside: row or column. `matrix` is an address that may be named.
+// Copies a 16-byte piece of a row: matrix[at] and on, zeros outside. row_inside: the row exists. columns_left: elements
+// up to the row's end. aligned: the piece is 16-byte aligned.
 template <class T>
 QLK_DEVICE void copy_piece(T* to, const T* matrix, int64_t at, bool row_inside, int64_t columns_left, bool aligned) {
     const bool inside = row_inside && columns_left > 0;
@@ -120,7 +138,7 @@ QLK_DEVICE void copy_piece(T* to, const T* matrix, int64_t at, bool row_inside, 
     }
 }
 
-// f(i) for i from 0 to kCount - 1, dealt out to the threads.
+// Calls f(i) for i from 0 to kCount - 1, dealt out to the threads. self: this thread.
 template <int kCount, int kThreads, class F>
 QLK_DEVICE void each_of(int self, F f) {
 #pragma unroll
@@ -129,6 +147,7 @@ QLK_DEVICE void each_of(int self, F f) {
     }
 }
 
+// One thread's state and work. Traits: AdapterTraits.
 template <class T, class Traits>
 struct Adapter {
     static constexpr int kRank = Traits::kRank, kRows = Traits::kRows, kColumns = Traits::kColumns;
@@ -138,10 +157,11 @@ struct Adapter {
 
     const AdapterArguments<T>& a;
     typename Traits::Loop& shared;
-    int64_t first_rank;
-    uint64_t seed;
-    int self, lane, warp;
+    int64_t first_rank;    // of the block's kRank
+    uint64_t seed;         // of dropout
+    int self, lane, warp;  // thread in the block, lane in the warp, warp in the block
 
+    // Starts the copies of a tile of big to a stage.
     QLK_DEVICE void copy_big(int stage, int64_t first_row, int64_t first_column) {
         const int64_t column = first_column + self % 8 * 8;
         each_of<kRows * 8, kThreads>(self, [&](int i) {
@@ -151,6 +171,7 @@ struct Adapter {
         });
     }
 
+    // Starts the copies of the adapter for 64 columns of big to a stage.
     QLK_DEVICE void copy_adapter(int stage, int64_t first_column) {
         constexpr int kPieces = Traits::kTransposed ? kRank / 8 : kColumns / 8;
         each_of<kColumns * kRank / 8, kThreads>(self, [&](int i) {
@@ -168,6 +189,7 @@ struct Adapter {
         });
     }
 
+    // Starts the copies of u or v for a tile of rows.
     QLK_DEVICE void copy_low(int buffer, int64_t first_row) {
         constexpr int kPieces = kRank / 8;
         each_of<kRows * kPieces, kThreads>(self, [&](int i) {
@@ -178,7 +200,7 @@ struct Adapter {
         });
     }
 
-    // Dropout on the pieces that this thread has copied.
+    // Dropout on the pieces of big that this thread has copied itself.
     QLK_DEVICE void mask(int stage, int64_t first_row, int64_t first_column) {
         if (!a.dropout.seed) return;
 #pragma unroll 1
@@ -194,7 +216,7 @@ struct Adapter {
         }
     }
 
-    // sum += big * adapter of one stage.
+    // sum += big * adapter, from one stage.
     QLK_DEVICE void multiply_down(int stage, Down& sum) {
         const int low = lane % 8, middle = lane / 8 % 2, high = lane / 16;
 #pragma unroll
@@ -219,7 +241,7 @@ struct Adapter {
         }
     }
 
-    // sum += big^T * low of one stage.
+    // sum += big^T * low, from one stage.
     QLK_DEVICE void multiply_gradient(int stage, int buffer, Gradient& sum) {
         const int columns = warp % 4 * 2, ranks = warp / 4 * (kRank / 16);  // in pieces
 #pragma unroll
@@ -232,7 +254,7 @@ struct Adapter {
             }
 #pragma unroll
             for (int j = 0; j < kRank / 16; ++j) {
-                uint32_t right[4];  // the four eighths of the depth
+                uint32_t right[4];  // four parts of 8 of the depth
                 ldmatrix_x4<true>(right, &shared.low[buffer][piece_at<kRank>(depth + lane, ranks + j)]);
                 mma_16x8x16<T>(sum[j], left[0], right[0], right[1]);
                 mma_16x8x16<T>(sum[j], left[1], right[2], right[3]);
@@ -254,7 +276,7 @@ QLK_DEVICE Adapter<T, Traits> adapter_of(const AdapterArguments<T>& a, typename 
             static_cast<int>(threadIdx.x / 32)};
 }
 
-// u or v: a grid of tiles of rows, then splits of the columns, then tiles of ranks.
+// Computes u or v. Grid: tiles of rows, splits of the columns, slices of ranks, the last the fastest.
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     adapter_down_kernel(const __grid_constant__ AdapterArguments<T> a) {
@@ -292,7 +314,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     }
 
     // From fragments to rows, four neighbours a thread.
-    __syncthreads();  // nobody reads the operands any more, whose place the sums take
+    __syncthreads();  // all reads of the operands are done; the sums take their place
 #pragma unroll
     for (int j = 0; j < kRank / 8; ++j) {
         const int quad = j * 2 + lane % 4 / 2;
@@ -332,7 +354,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     });
 }
 
-// dA or dB, with v when it is wanted: a grid of splits of the rows, then of the columns, then tiles of ranks.
+// Computes dA or dB, and v too with kDown. Grid: splits of the columns, splits of the rows, slices of ranks, the last
+// the fastest.
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     adapter_gradient_kernel(const __grid_constant__ AdapterArguments<T> a) {
@@ -351,8 +374,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     const int begin = static_cast<int>(tiles * row_split / a.row_splits);
     const int end = static_cast<int>(tiles * (row_split + 1) / a.row_splits);
     const auto row_of = [](int tile) { return static_cast<int64_t>(tile) * kRows; };
-    // What is copied next. u or v of a tile of rows comes with its first tile of columns; it takes the place of the
-    // last but one, which has been read when a block has kStages - 1 tiles across.
+    // The tile that is copied next. u or v comes with the first tile of its rows. It takes the place of the tile of
+    // rows before the last, which has been read if a block has at least kStages - 1 tiles across.
     int copied_tile = begin, copied_across = 0;
     const auto copy = [&](int stage) {
         if (copied_tile < end) {
@@ -381,7 +404,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         __syncthreads();
         copy(stage == 0 ? kStages - 1 : stage - 1);
         if constexpr (Traits::kDown) adapter.multiply_down(stage, down);
-        // Each has its own registers, and so its own code; the rest of the loop is there once.
+        // Each tile across has its own registers and so its own code. The rest of the loop exists once.
 #pragma unroll
         for (int part = 0; part < Traits::kAcross; ++part) {
             if (part == across) adapter.multiply_gradient(stage, tile % 2, gradient[part]);

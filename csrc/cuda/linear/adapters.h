@@ -1,4 +1,4 @@
-// The layer's low-rank products, launched: on tensor cores where the card and the type have them (adapters.cuh).
+// Launches the layer's low-rank products on tensor cores, where the card and the type have them (adapters.cuh).
 #pragma once
 
 #include "cuda/common/dropout.cuh"
@@ -6,9 +6,9 @@
 
 namespace qlk::cuda {
 
-// Each returns whether it has launched what computes the product; if not, all of it is the caller's. `scratch` has
-// adapter_scratch bytes. T: float, for which that is never so, bf16 or fp16. `start`: kFollowed, or kInOrder, of the
-// launch that makes u or v, if it is the last.
+// Each returns whether it has launched the product. If not, the caller has to compute all of it. scratch:
+// adapter_scratch bytes. T: bf16 or fp16; for float the answer is always no. start: kFollowed or kInOrder, for the
+// launch that makes u or v, if it is the last one.
 
 // u [m, r] = scale * mask(x [m, k]) lora_a [r, k]^T
 template <class T>
@@ -25,7 +25,7 @@ template <class T>
 bool adapter_down_gradient(const T* x, const T* v, float* da, int64_t m, int64_t k, int64_t r, const Dropout& dropout,
                            void* scratch, const Stream& stream);
 
-// Bytes that any of them needs: adapter_down, or with `backward` both others.
+// Bytes of scratch that these need: adapter_down, or the other two with `backward`.
 int64_t adapter_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool backward, int device);
 
 }  // namespace qlk::cuda

@@ -8,8 +8,8 @@
 
 namespace qlk::cuda {
 
-// Whether a kernel on tensor cores, of type T and with so much shared memory at least, can run on the architecture that
-// is compiled for. Launchers ask for no others (dispatch.h, adapters.cu): what is compiled of these is a trap.
+// Whether a tensor-core kernel of type T with at least kShared bytes of shared memory can run on the architecture being
+// compiled for. Launchers ask for no others (dispatch.h, adapters.cu), so the others are compiled as a trap.
 template <class T, size_t kShared>
 constexpr bool kRuns = kArchitecture == 0 ||
                        (kArchitecture >= (std::is_same_v<T, bf16> ? 80 : 75) && kShared <= most_shared(kArchitecture));

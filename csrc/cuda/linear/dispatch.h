@@ -1,5 +1,5 @@
-// Which kernel multiplies: one table, by architecture, type, M, N and K. `qlora-kernels info --dispatch N K` prints
-// what it gives; QLORA_KERNELS_CUDA_KERNEL names a row and forces it. Plain C++: a build without CUDA knows the table
+// Which kernel runs a product: one table, by architecture, type, M, N and K. `qlora-kernels info --dispatch N K` prints
+// its choices; QLORA_KERNELS_CUDA_KERNEL names a row and forces it. Plain C++, so a build without CUDA has the table
 // too.
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace qlk::cuda {
 
 // The most shared memory that a block may have on an architecture, 90 for sm_90 (CUDA C++ Programming Guide, "Technical
-// Specifications per Compute Capability"). A kernel that needs more is left without code there (compiled.cuh).
+// Specifications per Compute Capability"). A kernel that needs more has no code there (compiled.cuh).
 constexpr size_t most_shared(int architecture) {
     return architecture < 80                                                   ? 64 * 1024
            : architecture == 80 || architecture == 87                          ? 163 * 1024
@@ -21,13 +21,13 @@ constexpr size_t most_shared(int architecture) {
                                                                                : 99 * 1024;
 }
 
-// What the choice needs to know of a card.
+// What the choice depends on in a card.
 struct Card {
-    int architecture;  // whose instructions the kernels have: 90 for sm_90
+    int architecture;  // the kernels were compiled for: 90 for sm_90
     int multiprocessors;
-    size_t shared_bytes;  // that a block may have
+    size_t shared_bytes;  // most that a block may have
 
-    // Code that the driver has compiled from an older architecture's PTX lacks what did not fit there.
+    // Code that the driver compiles from an older architecture's PTX lacks the kernels that did not fit there.
     static Card of(int architecture, int multiprocessors, size_t shared_bytes) {
         return {architecture, multiprocessors, std::min(shared_bytes, most_shared(architecture))};
     }
@@ -38,35 +38,35 @@ struct Problem {
     int64_t m, n, k;
     DType dtype;
     bool backward;
-    bool weight_aligned;  // its codes lie on 16 bytes
-    bool left_aligned;    // the rows of x, or dy, do
+    bool weight_aligned;  // its codes are 16-byte aligned
+    bool left_aligned;    // so are the rows of x, or dy
 
     int64_t columns() const { return backward ? k : n; }
     int64_t depth() const { return backward ? n : k; }
 };
 
 enum class Family {
-    kFew,     // rows8.cuh: up to 8 rows of x; codes looked up in shared memory, the products on tensor cores
-    kMiddle,  // rows64.cuh: up to 64 rows, 16 with 99 KiB of shared memory; the same, with x in pieces
+    kFew,     // rows8.cuh: up to 8 rows of x; codes looked up in shared memory, products on tensor cores
+    kMiddle,  // rows64.cuh: the same for up to 64 rows (16 with 99 KiB of shared memory), x in pieces
     kTiles,   // tiles.cuh: a tile of rows x columns for each block
-    kFloats,  // product.cuh: float32 units, for whatever the others do not take
+    kFloats,  // product.cuh: float32 units, for whatever the others don't take
 };
 
 struct Row {
     const char* name;
     Family family;
     int rows, columns;           // of a tile
-    int stages;                  // of copies under way
-    int64_t most;                // rows of x it is meant for
-    int least_bf16, least_fp16;  // architectures
-    bool full;                   // only where its tiles, which are not shared, fill the card
+    int stages;                  // steps whose copies are under way
+    int64_t most;                // rows of x up to which it is chosen
+    int least_bf16, least_fp16;  // oldest architectures
+    bool full;                   // chosen only where its tiles, which are not shared, fill the card
 };
 
 constexpr int64_t kAnyRows = INT64_MAX;
 
 // The first row that can take the problem runs.
 constexpr Row kDispatch[] = {
-    // It takes 8 rows, too, but every warp reads all of x for 8 rows of W, and the next one for 64.
+    // It takes 8 rows too, but there every warp reads all of x for each 8 rows of W, and the next kernel for each 64.
     {"few", Family::kFew, 8, 8, 4, 4, 80, 80, false},
     {"middle8", Family::kMiddle, 8, 128, 2, 8, 80, 80, false},
     {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80, false},
@@ -77,7 +77,7 @@ constexpr Row kDispatch[] = {
     {"tiles64", Family::kTiles, 64, 128, 4, 64, 80, 75, false},
     {"tiles128wide", Family::kTiles, 128, 256, 4, kAnyRows, 80, 75, true},
     {"tiles128", Family::kTiles, 128, 128, 4, kAnyRows, 80, 75, false},
-    // Three stages fit the 99 KiB of sm_86, sm_89 and sm_120; 32 rows the 64 KiB of sm_75.
+    // Three stages fit the 99 KiB of sm_86, sm_89 and sm_120; 32 rows fit the 64 KiB of sm_75.
     {"tiles128x3", Family::kTiles, 128, 128, 3, kAnyRows, 80, 75, false},
     {"tiles32any", Family::kTiles, 32, 128, 4, kAnyRows, 80, 75, false},
     {"floats", Family::kFloats, 64, 64, 1, kAnyRows, 0, 0, false},
@@ -86,22 +86,23 @@ constexpr Row kDispatch[] = {
 constexpr int kTileDepth = 64;
 constexpr int64_t kMostScratch = 16 << 20;
 
-// Shared memory of a block of tiles.cuh: the stages of both operands, and two of decoded weights.
+// Shared memory of a block of tiles.cuh: the stages of both operands, and two buffers of decoded weights.
 constexpr size_t tiles_shared(int rows, int columns, int stages) {
     return static_cast<size_t>(stages) * (rows * 128 + columns * 32) + 2 * columns * 128;
 }
 
-// Of rows8.cuh: two levels for each byte, 32 times; the table of constants; x, its rows by 128 columns; partial sums,
-// twice.
+// Of rows8.cuh: two levels for each byte, for 32 lanes; the table of constants; x, its rows padded to 128 columns; two
+// groups' partial sums.
 constexpr int kFewWarps = 16;
 constexpr size_t few_shared(int64_t m, int64_t k) {
     return 65536 + 1024 + static_cast<size_t>((k + 127) / 128 * 256 * m) +
            static_cast<size_t>(2 * kFewWarps * 12 * 4 * m);
 }
 
-// Of rows64.cuh: the same table; two stages of x and of constants, or four parts of as many of the sums as fit there.
+// Of rows64.cuh: the same table; two stages of x and of constants, or the sums of four slices, as many rows at a time
+// as fit there.
 constexpr int kMiddleDepth = 4 * kBlock;
-constexpr int64_t kMiddleLongest = int64_t{1} << 27;  // eight rows of x lie within 32 bits of bytes
+constexpr int64_t kMiddleLongest = int64_t{1} << 27;  // eight rows of x stay within 2^32 bytes
 constexpr int middle_rows_at_once(int rows) { return rows > 8 ? rows / 2 : rows; }
 constexpr size_t middle_shared(int rows) {
     return 65536 +
@@ -111,10 +112,10 @@ constexpr size_t middle_shared(int rows) {
 struct Plan {
     Row row;
     int splits;       // blocks that share tiles, each with a part of the depth
-    int64_t shared;   // how many tiles these share: one, or all, whose depths are then cut as one
-    int64_t tiles;    // of rows8.cuh groups of `row_tiles` times 8 rows of W
-    int64_t whole;    // of these tiles, that a block has alone while others are shared
-    int row_tiles;    // rows8.cuh alone
+    int64_t shared;   // tiles that these share: one; or all, whose depths are then cut as one
+    int64_t tiles;    // in all; for rows8.cuh, groups of row_tiles times 8 rows of W
+    int64_t whole;    // how many tiles have a block of their own while others are shared
+    int row_tiles;    // rows8.cuh only: tiles of 8 rows of W in a group
     int64_t scratch;  // bytes
 
     int64_t blocks() const { return whole + (tiles - whole) / shared * splits; }
@@ -123,7 +124,7 @@ struct Plan {
 constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t ticket_bytes(int64_t tiles) { return over(tiles, 2) * 16; }
 
-// Why a kernel cannot take a problem, or null.
+// Why a kernel cannot take a problem, or null if it can.
 inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
     if (row.family == Family::kFloats) return nullptr;
     if (p.dtype == DType::kFloat32) return "float32 has no tensor cores here";
@@ -149,11 +150,12 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
     return shared > card.shared_bytes ? "its stages do not fit into shared memory" : nullptr;
 }
 
+// How a row of the table would run a problem.
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     Plan plan{row, 1, 1, 0, 0, 1, 0};
     const int64_t sms = card.multiprocessors;
     if (row.family == Family::kFew) {
-        // Of 4, 2 and 1 tiles of 8 rows that a block takes at a time, the most that keeps all cards' parts even.
+        // 4, 2 or 1 tiles of 8 rows at a time: the most that keeps the blocks' shares even.
         const int64_t all = over(p.n, 8);
         int64_t best = INT64_MAX;
         for (const int tiles : {4, 2, 1}) {
@@ -177,10 +179,10 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         plan.splits = splits, plan.whole = whole, plan.shared = shared, plan.scratch = bytes;
         return true;
     };
-    // In steps. Beginning a tile and ending it takes as long as 256 of depth: by reasoning, no card has been asked.
+    // In steps. Starting and ending a tile takes as long as 256 of depth: reasoned, not measured on a card.
     const int64_t begin = 256 / step, room = sms * (row.rows <= 32 && !middle ? 2 : 1);
-    // Tiles that do not fill the card, of the last round, are shared by as many blocks as are soonest done, which have
-    // a depth of at least 512 each.
+    // Tiles of a last round that doesn't fill the card are shared, by the number of blocks that finishes first. Each
+    // block has a depth of at least 512.
     const int64_t rest = plan.tiles % room, whole = plan.tiles - rest;
     int64_t least = rest > 0 ? steps + begin : 0;
     for (int splits = 2; rest > 0 && splits <= 16 && steps / splits * step >= 512; ++splits) {
@@ -188,7 +190,7 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         if (time < least && !(middle && whole > 0) && take(splits, whole, 1, rest * splits)) least = time;
     }
     if (middle) {
-        // Or all tiles as one, cut evenly.
+        // Or all tiles' depths as one, cut evenly.
         const int64_t all = plan.tiles * steps,
                       blocks = std::clamp<int64_t>(all * step / 512, 1, std::min(sms, int64_t{255}));
         const int64_t apart = whole / room * (steps + begin) + least;
@@ -200,13 +202,13 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     return plan;
 }
 
-// Whether the last round of tiles, or few rounds, leave at most an eighth of the card idle.
+// Whether the tiles' rounds leave at most an eighth of the card idle.
 inline bool fills(const Plan& plan, const Card& card) {
     const int64_t places = over(plan.tiles, card.multiprocessors) * card.multiprocessors;
     return plan.tiles > 0 && 8 * (places - plan.tiles) <= places;
 }
 
-// By the table alone.
+// The table's choice.
 inline Plan chosen(const Problem& p, const Card& card) {
     for (const Row& row : kDispatch) {
         if (p.m > row.most || refusal(row, p, card)) continue;
@@ -216,7 +218,8 @@ inline Plan chosen(const Problem& p, const Card& card) {
     QLK_CHECK(false, "no kernel takes the problem");
 }
 
-// Throws when QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot take the problem.
+// The table's choice, or what QLORA_KERNELS_CUDA_KERNEL forces. Throws when that names no kernel, or one that cannot
+// take the problem.
 inline Plan plan(const Problem& p, const Card& card) {
     const char* const forced = std::getenv("QLORA_KERNELS_CUDA_KERNEL");
     if (forced && *forced) {

@@ -23,12 +23,13 @@ void product_launch(const Product& p, const Stream& stream) {
     launch(product_kernel<Product>, blocks, Traits::kThreads, sizeof(Traits::Shared), stream, p);
 }
 
-// Room for [r, k] or [n, r] that is float32 where x is not, or that backward makes for an adapter which is not.
+// Bytes for a converted adapter or gradient, [r, k] or [n, r]: forward, where the adapter is float32 and x is not;
+// backward also for the float32 gradient of a 16-bit adapter.
 int64_t converted_bytes(int64_t count, DType dtype, bool wide, bool backward) {
     return dtype == DType::kFloat32 ? 0 : over(count * (wide ? 2 : backward ? 4 : 0), 128) * 128;
 }
 
-// Such room for both adapters, in front of the kernels' scratch.
+// Room for both adapters, in front of the kernels' scratch.
 struct Converted {
     void *a, *b, *scratch;
 
@@ -42,7 +43,7 @@ struct Converted {
     }
 };
 
-// Two conversions in one launch, none where `from` is null.
+// Two conversions in one launch; null `from`: none.
 template <class T>
 void narrow(const float* from, void* to, int64_t count, const float* from_2, void* to_2, int64_t count_2,
             const Stream& stream) {
@@ -66,7 +67,7 @@ Card card(int device) {
                     multiprocessors(device), shared_limit(device));
 }
 
-// Tickets first: what they lie on is a multiple of 16, too.
+// Tickets come first; their size is a multiple of 16, so the sums behind them are aligned.
 Splits splits_of(const Plan& plan, void* scratch) {
     if (plan.splits == 1) return {nullptr, nullptr, 0, 1};
     QLK_CHECK(scratch != nullptr, "blocks that share a tile need scratch");
@@ -112,7 +113,7 @@ void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& st
     launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start);
 }
 
-// How the product is computed; notes where its operand lies.
+// How the product is computed. Also sets the operands' alignment in `a`.
 template <bool kBackward, class T>
 Plan plan_of(GemmArguments<T>& a, const Card& here) {
     constexpr DType dtype = std::is_same_v<T, bf16>   ? DType::kBFloat16
@@ -123,15 +124,15 @@ Plan plan_of(GemmArguments<T>& a, const Card& here) {
     return plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16), a.left_aligned}, here);
 }
 
-// Whether the product may begin before what makes its low-rank part has ended: where it is a kernel that waits for it.
-// QLORA_KERNELS_CUDA_EARLY=0 forbids it.
+// Whether the product may start while its low-rank part is still being computed: its kernel has to wait for that
+// itself. QLORA_KERNELS_CUDA_EARLY=0 forbids it.
 bool may_be_early(const Plan& p, const Card& here) {
     const char* const allowed = std::getenv("QLORA_KERNELS_CUDA_EARLY");
     return p.row.family != Family::kFloats && here.architecture >= 90 && (!allowed || std::string(allowed) != "0") &&
            early_launches();
 }
 
-// Whether a kernel on tensor cores takes it; then it is launched.
+// Launches a tensor-core kernel if one takes the product; returns whether it did.
 template <bool kBackward, class T>
 bool gemm(GemmArguments<T> a, const Plan& p, const Card& here, void* scratch, const Stream& stream, Start start) {
     if (p.row.family == Family::kFloats) return false;
@@ -144,22 +145,34 @@ bool gemm(GemmArguments<T> a, const Plan& p, const Card& here, void* scratch, co
         a.splits = splits_of(p, scratch);
         if (p.row.family == Family::kMiddle) {
             if constexpr (!kBackward) {
-                if (p.row.rows == 8) return middle_launch<T, 8>(a, p, stream, start), true;
-                if (p.row.rows == 16) return middle_launch<T, 16>(a, p, stream, start), true;
-                if (p.row.rows == 32) return middle_launch<T, 32>(a, p, stream, start), true;
-                if (p.row.rows == 64) return middle_launch<T, 64>(a, p, stream, start), true;
+                switch (p.row.rows) {
+                    case 8: middle_launch<T, 8>(a, p, stream, start); return true;
+                    case 16: middle_launch<T, 16>(a, p, stream, start); return true;
+                    case 32: middle_launch<T, 32>(a, p, stream, start); return true;
+                    case 64: middle_launch<T, 64>(a, p, stream, start); return true;
+                }
             }
             QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
         }
         const auto is = [&](int rows, int columns, int stages) {
             return p.row.rows == rows && p.row.columns == columns && p.row.stages == stages;
         };
-        if (is(16, 128, 4)) return gemm_launch<T, kBackward, 16, 128, 1, 4>(a, p, stream, start), true;
-        if (is(32, 128, 4)) return gemm_launch<T, kBackward, 32, 128, 1, 4>(a, p, stream, start), true;
-        if (is(64, 128, 4)) return gemm_launch<T, kBackward, 64, 128, 2, 4>(a, p, stream, start), true;
-        if (is(128, 128, 4)) return gemm_launch<T, kBackward, 128, 128, 2, 4>(a, p, stream, start), true;
-        if (is(128, 128, 3)) return gemm_launch<T, kBackward, 128, 128, 2, 3>(a, p, stream, start), true;
-        if (is(128, 256, 4)) return gemm_launch<T, kBackward, 128, 256, 2, 4>(a, p, stream, start), true;
+        if (is(16, 128, 4)) {
+            gemm_launch<T, kBackward, 16, 128, 1, 4>(a, p, stream, start);
+        } else if (is(32, 128, 4)) {
+            gemm_launch<T, kBackward, 32, 128, 1, 4>(a, p, stream, start);
+        } else if (is(64, 128, 4)) {
+            gemm_launch<T, kBackward, 64, 128, 2, 4>(a, p, stream, start);
+        } else if (is(128, 128, 4)) {
+            gemm_launch<T, kBackward, 128, 128, 2, 4>(a, p, stream, start);
+        } else if (is(128, 128, 3)) {
+            gemm_launch<T, kBackward, 128, 128, 2, 3>(a, p, stream, start);
+        } else if (is(128, 256, 4)) {
+            gemm_launch<T, kBackward, 128, 256, 2, 4>(a, p, stream, start);
+        } else {
+            QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
+        }
+        return true;
     }
     QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
 }
@@ -295,13 +308,13 @@ void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v
     QLK_CHECK(false, "linear_backward of dtype code " + std::to_string(static_cast<int>(p.dtype)));
 }
 
-// The kernels of a pass come one after another and share their room.
+// The kernels of a pass run one after another and share their scratch.
 int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool wide_a, bool wide_b, bool backward,
                        int device) {
     const Card here = card(device);
     const int64_t converted =
         converted_bytes(r * k, dtype, wide_a, backward) + converted_bytes(r * n, dtype, wide_b, backward);
-    // Whether x lies on 16 bytes is not known yet.
+    // Whether x is 16-byte aligned is not known yet.
     return converted + std::max({plan({m, n, k, dtype, backward, true, true}, here).scratch,
                                  chosen({m, n, k, dtype, backward, true, false}, here).scratch,
                                  adapter_scratch(m, n, k, r, dtype, backward, device)});

@@ -1,23 +1,30 @@
-// Adapters in another type than x: float32 ones are rounded for the products, and gradients, which are summed in
-// float32, for adapters that are not. Two tensors a launch, whichever of them needs it: to the nearest, ties to even,
-// as a cast rounds. Casts by torch, one for each tensor, would cost the host two launches and two allocations more.
+// Casts between float32 adapters or gradients and x's 16-bit type.
 //
-// Why not where adapters are read: the kernels copy them asynchronously, which cannot convert, so that all of them
-// would need a second way to load; and many blocks would convert the same elements, whereas this launch reads the
-// adapters once, some hundred KiB that are then in L2. By reasoning; no card has been asked.
+// Formula: to[i] = round_to_T(from[i]), to nearest, ties to even, as a cast by torch rounds.
+//
+// Layout: up to two tensors a launch, four neighbours a thread. Casts by torch, one for each tensor, would cost the
+// host
+//     two launches and two allocations more.
+//
+// Shared memory: none.
+//
+// Why a launch of its own: the kernels copy adapters asynchronously, which cannot convert, so each would need a second
+//     way to load; and many blocks would convert the same elements. This launch reads the adapters once, a few hundred
+//     KiB that are then in L2. Reasoned, not measured on a card.
 #pragma once
 
 #include "cuda/common/decode.cuh"
 
 namespace qlk::cuda {
 
+// T: bf16 or fp16.
 template <class T>
 struct NarrowArguments {
     struct Span {
         const float* from;  // [count]
         T* to;              // [count]
-        int64_t count;
-        bool aligned;  // from lies on 16 bytes, to on 8
+        int64_t count;      // elements
+        bool aligned;       // from is 16-byte aligned, to 8-byte
     };
     Span first, second;
 };
@@ -25,6 +32,7 @@ struct NarrowArguments {
 constexpr int kNarrowThreads = 256;
 
 // Four neighbours a thread, of the first tensor or else of the second.
+// Grid: a thread for each four elements of either.
 template <class T>
 __global__ void __launch_bounds__(kNarrowThreads, 1) narrow_kernel(const __grid_constant__ NarrowArguments<T> a) {
     int64_t at = (static_cast<int64_t>(blockIdx.x) * kNarrowThreads + threadIdx.x) * 4;

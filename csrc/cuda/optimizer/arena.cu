@@ -9,10 +9,10 @@
 namespace qlk::cuda {
 namespace {
 
-// So little left over that the driver may have sent pages away by itself.
+// With less free memory than this, the driver may have evicted pages by itself.
 constexpr size_t kScarce = size_t{256} << 20;
-// Steps between two looks at what is left: one takes longer than a launch, and to ask again for pages that are still
-// here does, too.
+// Steps between two looks at free memory: a look takes longer than a launch, and so does prefetching pages that are
+// already here.
 constexpr int kLook = 16;
 
 }  // namespace
@@ -36,7 +36,7 @@ Arena::Arena(int64_t bytes, int64_t header, int64_t staging, int device)
             states_ -= header;
         } else {
             header_ = states_ = static_cast<unsigned char*>(allocate_managed(static_cast<size_t>(bytes), device));
-            // By the host, so that the pages begin there: the device may have no room for them.
+            // The host clears them, so that the pages start there: the device may have no room for them.
             std::memset(states_ + header, 0, static_cast<size_t>(bytes - header));
             prefer_device(header_, static_cast<size_t>(header), device);
             prefetch(header_, static_cast<size_t>(header), true, in_->get());
@@ -58,7 +58,7 @@ Arena::~Arena() {
 }
 
 void Arena::release() {
-    // Whatever there is: the constructor may have got no further.
+    // Frees what exists: the constructor may have failed halfway.
     if (states_ == header_) {
         if (states_) free_managed(states_);
     } else {
@@ -77,7 +77,7 @@ void Arena::plan(std::vector<Stretch> stretches) {
     resident_ = header_bytes_;
 }
 
-// Without the header, which is always here.
+// Bytes in intervals, without the header, which is always on the device.
 int64_t Arena::bytes_of(const Intervals& intervals) const {
     int64_t sum = 0;
     for (const auto& [first, end] : intervals) sum += std::max(end, header_bytes_) - std::max(first, header_bytes_);
@@ -114,7 +114,7 @@ void Arena::leave(size_t i, const Stream& stream) {
         }
     }
     resident_ -= bytes_of(intervals);
-    // Without an interval of its own, too: the last page of one stretch may be the next one's first.
+    // Also when none of its intervals leaves: its last page may be the next stretch's first.
     here_[i] = s.stays;
 }
 
@@ -129,7 +129,7 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
         if (measure) optimizer_norm(params, main);
         return optimizer_step(params, maps, stretches_[0].begin, stretches_[0].end, measure, true, main);
     }
-    // The driver may have sent away what should be here, when the card's memory was needed.
+    // The driver may have evicted what should be here when memory ran short.
     if (!staging_ && here_[0] && ++looks_ % kLook == 0 && free_memory(device_) < kScarce) {
         resident_ -= bytes_of(stretches_[0].arrive);
         here_[0] = false;
@@ -140,7 +140,7 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
         coming_ = false;
         return optimizer_step(params, maps, stretches_[0].begin, stretches_[0].end, measure, true, main);
     }
-    // What has left in the last step is on the host.
+    // Wait until what left in the last step is on the host.
     left_[kEvents - 1]->hold(in_->get());
     arrive(0);
     arrived_[0]->record(in_->get());
@@ -148,14 +148,14 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
     for (size_t i = 0; i < count; ++i) {
         const size_t now = i % (kEvents - 1), next = (i + 1) % (kEvents - 1);
         if (i + 1 < count) {
-            // The one before the last has left: no more than three are here, and its place is free.
+            // Wait until the stretch before the last has left: then at most three are here, and its place is free.
             if (i >= 2) left_[(i - 2) % (kEvents - 1)]->hold(in_->get());
             arrive(i + 1);
             arrived_[next]->record(in_->get());
         }
         arrived_[now]->hold(main);
         optimizer_step(params, maps, stretches_[i].begin, stretches_[i].end, measure, i + 1 == count, main);
-        broken_ = true;  // until everything is done
+        broken_ = true;  // until everything has been launched
         done_[now]->record(main);
         done_[now]->hold(out_->get());
         leave(i, out_->get());
@@ -167,7 +167,7 @@ void Arena::step(const OptimizerParams& params, const DynamicMap* maps, bool mea
 
 void Arena::page_in() {
     const DeviceGuard guard(device_);
-    // What passes through need not come now, and what does not stay would only be sent back.
+    // Only a stretch that stays is worth bringing in now: others would be sent back.
     if (here_[0] || !stretches_[0].stays) return;
     left_[kEvents - 1]->hold(in_->get());
     arrive(0);

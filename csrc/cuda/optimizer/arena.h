@@ -1,8 +1,8 @@
-// An optimizer's states, in memory that is paged between the device and the host, and a step that goes through them.
+// An optimizer's states in memory that is paged between device and host, and the step that goes through them.
 //
-// `header` bytes come first: what every launch needs, and stays on the device. Then the states, cut into stretches that
-// qlora_kernels/arena.py plans. A step keeps three of those on the device that do not stay there: one is worked on, the
-// next comes, the last one goes, on streams of their own.
+// The first `header` bytes are what every launch needs; they stay on the device. Then come the states, cut into
+// stretches that qlora_kernels/optim/arena plans. Of the stretches that don't stay on the device a step keeps three
+// there: one is being worked on, the next is arriving, the last is leaving, on streams of their own.
 #pragma once
 
 #include <array>
@@ -17,50 +17,50 @@ namespace qlk::cuda {
 class SideStream;
 class Event;
 
-// Whether managed memory can be used by device and host together: otherwise an arena needs staging memory. Bytes that
-// the device has left.
+// Whether device and host can use managed memory at the same time. Otherwise an arena needs staging memory.
 bool can_page(int device);
+// Free memory on the device, bytes.
 int64_t free_bytes(int device);
 
-// Bytes from the arena's begin, first and end.
+// Offsets of first byte and end, from the arena's start.
 using Intervals = std::vector<std::pair<int64_t, int64_t>>;
 
 struct Stretch {
-    int64_t begin, end;  // of its chunks
-    Intervals arrive;    // pages that it needs and that are not there yet
-    Intervals leave;     // pages that none of the later ones needs
-    // Without managed pages: where each interval goes, bytes from the staging memory's begin; `arrive` comes back.
+    int64_t begin, end;  // chunks
+    Intervals arrive;    // pages that it needs and earlier stretches didn't bring
+    Intervals leave;     // pages that no later stretch needs
+    // Without managed memory: offset of each `arrive` interval in the staging memory; the same intervals go back.
     std::vector<int64_t> staged;
-    bool stays;  // it never leaves; the first one at most
+    bool stays;  // never leaves the device; only the first stretch can
 };
 
 class Arena {
   public:
-    // All zeros, the states on the host. `staging`: bytes of device memory for stretches; 0: managed memory.
+    // All zeros, the states on the host. staging: bytes of device memory for stretches, or 0 to use managed memory.
     Arena(int64_t bytes, int64_t header, int64_t staging, int device);
     ~Arena();
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
     unsigned char* header() const { return header_; }
-    // Where offset 0 would be, were the states behind the header.
+    // Add an offset from the arena's start to this to get a state's address, in managed or in pinned host memory.
     unsigned char* states() const { return states_; }
-    // What kernels add a chunk's planes to.
+    // What kernels add a chunk's plane offsets to.
     unsigned char* base() const { return staging_ ? staging_ : states_; }
 
     void plan(std::vector<Stretch> stretches);
-    // `measure`: launches optimizer_norm before. States of other kinds than those of `maps` need none.
+    // measure: launch optimizer_norm first. maps: for 8-bit states; otherwise null.
     void step(const OptimizerParams& params, const DynamicMap* maps, bool measure, const Stream& stream);
 
-    // In the background: the next step waits for it.
+    // Starts to bring the states back; the next step waits for them.
     void page_in();
-    // After what the stream has to do with them.
+    // Sends the states to the host, after the stream's work on them.
     void page_out(const Stream& stream);
-    // Waits until nothing is under way: the host may then use the states, and their pages count as being there.
+    // Waits until nothing is under way. Then the host may use the states, and their pages count as being on the host.
     void to_host(const Stream& stream);
     void wait();
     int64_t resident_bytes() const { return resident_; }
-    // Whether a step threw when some stretches had been launched and some had not: no other should follow.
+    // Whether a step threw after launching only some of its stretches. No step should follow then.
     bool broken() const { return broken_; }
 
   private:
@@ -74,9 +74,9 @@ class Arena {
     unsigned char *header_ = nullptr, *states_ = nullptr, *staging_ = nullptr;
     std::vector<Stretch> stretches_;
     std::vector<bool> here_;
-    bool coming_ = false;  // the first stretch, and no step has waited for it
+    bool coming_ = false;  // the first stretch is arriving, and no step has waited for it yet
     bool broken_ = false;
-    unsigned looks_ = 0;  // steps in which the first stretch was here
+    unsigned looks_ = 0;  // steps that found the first stretch on the device
     int64_t resident_ = 0;
     std::unique_ptr<SideStream> in_, out_;
     static constexpr size_t kEvents = 4;

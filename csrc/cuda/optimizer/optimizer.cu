@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/common/aligned.h"
+#include "cuda/optimizer/norm.cuh"
 #include "cuda/optimizer/optimizer.cuh"
 #include "cuda/optimizer/optimizer_launch.h"
 

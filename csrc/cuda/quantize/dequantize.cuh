@@ -1,12 +1,18 @@
-// out[i] = round_to_T(level[code[i]] * absmax[i / 64]) for a range of the flat weight, in one launch.
+// Dequantizes a range of the flat weight, in one launch.
 //
-// A warp takes 1024 weights: 16 bytes of codes and so 32 weights a lane come with one load, pass through 512 bytes of
-// shared memory, and leave as 16-byte stores of which each covers 512 neighbouring bytes. (Stored by the lane that
-// loaded them, they would be 64 bytes apart: twice the requests to L2.) The 16 levels sit in the lanes, and a shuffle
-// looks one up: as many a clock as shared memory would give, and nothing to fill first. At 2.5 bytes of traffic a
-// weight, an H200's memory takes 7 weights per clock and SM; shuffles pass 32.
+// Formula: out[i] = round_to_T(level[code[i]] * absmax[i / 64])
 //
-// Shared memory: 512 bytes a warp, 4 KiB a block.
+// Layout:
+//     warp   1024 weights
+//     lane   one load of 16 bytes, 32 codes; stores of 16 bytes, of which a warp's cover 512 neighbouring bytes
+//     level  lane i holds level i % 16; a shuffle looks it up
+//
+// Shared memory: 512 bytes a warp, 4 KiB a block. Codes pass through it from the lane that loads them to the lane that
+//     stores them.
+//
+// Why: stored by the lane that loaded them, results would be 64 bytes apart, twice the requests to L2. Shuffles are as
+// fast
+//     as shared memory and need no table. docs/design/notes-cuda.md, "Dequantizing", has the rates.
 #pragma once
 
 #include "cuda/common/decode.cuh"
@@ -15,18 +21,18 @@ namespace qlk::cuda {
 
 struct DequantizeArguments {
     DeviceWeight weight;
-    void* out;      // of T, out[0] is weight `begin`
-    int64_t begin;  // of the flat weight
-    int64_t end;
+    void* out;           // [end - begin] of T
+    int64_t begin, end;  // elements of the flat weight
 };
 
+// T: type of the result.
 template <class T>
 struct DequantizeTraits {
     static constexpr int kThreads = 256;
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kTile = 32 * 32;                               // weights of a warp
     static constexpr int kPerStore = 16 / static_cast<int>(sizeof(T));  // weights in 16 bytes of output
-    static constexpr int kStep = 32 * kPerStore;                        // weights a warp stores at a time
+    static constexpr int kStep = 32 * kPerStore;                        // weights that a warp stores at a time
     static constexpr int kSteps = kTile / kStep;
     static_assert(kBlock % kPerStore == 0, "what a lane stores at a time has one constant");
     static_assert(kTile / kBlock <= 32, "a lane for each constant of a tile");
@@ -36,7 +42,8 @@ struct DequantizeTraits {
     };
 };
 
-// 16 bytes of output from 8 (16-bit types) or 4 (float32) codes in the low bits of `codes`, first byte lowest.
+// 16 bytes of output from the 8 codes (16-bit types) or 4 codes (float32) in the low bits of `codes`, first byte
+// lowest. lane_level: level[lane % 16]. absmax: their block's constant.
 template <class T>
 QLK_DEVICE uint4 decode_16_bytes(uint32_t codes, float lane_level, float absmax) {
     constexpr int kCount = DequantizeTraits<T>::kPerStore;
@@ -56,7 +63,7 @@ QLK_DEVICE uint4 decode_16_bytes(uint32_t codes, float lane_level, float absmax)
     }
 }
 
-// Weights [first, end), at most a tile of them, one at a time.
+// Weights [first, end), at most a tile of them, one at a time. The slow way, for edges and unaligned ranges.
 template <class T>
 QLK_DEVICE void dequantize_singly(const DequantizeArguments& a, int64_t first, float lane_level) {
     const int lane = static_cast<int>(threadIdx.x % 32);
@@ -71,7 +78,7 @@ QLK_DEVICE void dequantize_singly(const DequantizeArguments& a, int64_t first, f
     }
 }
 
-// kAligned: `begin` is a multiple of 64, packed and out lie on 16 bytes.
+// Grid: a warp for each kTile weights. kAligned: begin is a multiple of 64, and packed and out are 16-byte aligned.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(DequantizeTraits<T>::kThreads)
     dequantize_kernel(const __grid_constant__ DequantizeArguments a) {
@@ -82,13 +89,13 @@ __global__ void __launch_bounds__(DequantizeTraits<T>::kThreads)
     if (first >= a.end) return;
     if (!kAligned || a.end - first < Traits::kTile) return dequantize_singly<T>(a, first, lane_level);
 
-    // Lane b decodes the constant of block b of the tile, while the codes are under way.
+    // Lane b decodes the constant of the tile's block b while the codes are under way.
     auto& codes = shared_memory<typename Traits::Shared>().codes[warp];
     const uint4 loaded = ld_global_once_16(a.weight.packed + first / 2 + lane * 16);
     const float lane_absmax = decode_absmax(a.weight, first / kBlock + lane % (Traits::kTile / kBlock));
     store_shared(&codes[lane], loaded);
     __syncwarp();
-    // As many codes as one 16-byte store takes: 4 bytes of them for 16-bit types, 2 bytes for float32.
+    // The codes for one 16-byte store: 4 bytes for 16-bit types, 2 bytes for float32.
     using Codes = std::conditional_t<sizeof(T) == 4, uint16_t, uint32_t>;
     const Codes* const mine = reinterpret_cast<const Codes*>(codes) + lane;
     T* const out = static_cast<T*>(a.out) + (first - a.begin) + lane * Traits::kPerStore;

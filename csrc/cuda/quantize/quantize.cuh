@@ -1,16 +1,19 @@
-// absmax[b] = max |w| over block b of 64; code[i] = the level nearest to w[i] / absmax, a tie to the lower; and the sum
-// of the constants of each 256 blocks, from which quantize_absmax forms their mean.
+// Quantizes a weight to NF4, with the sums that double quantization needs.
 //
-// A thread block takes 256 blocks of weights, 16384 of them; a warp takes 32. A lane loads 16 bytes, so 8 (16-bit
-// types) or 16 (float32) neighbouring lanes hold a block and find its constant with shuffles.
+// Formula:
+//     absmax[b] = max |w| over block b of 64
+//     code[i] = the level nearest to w[i] / absmax, a tie to the lower
+//     sums[g] = the sum of absmax over 256 blocks, from which quantize_absmax forms the mean
 //
-// The nearest level, exactly: w is nearer to the upper of two levels when w > t, t = round_down(midpoint * absmax)
-// with the product exact in float64 (csrc/cpu/quantize/thresholds.h). Of the 15 thresholds one is compared with: w /
-// absmax, however rounded, falls into one of 64 buckets of [-1, 1], and no bucket, widened by more than the rounding,
-// holds two midpoints (they are 0.08 apart, a bucket is 0.03 wide). So a weight costs two look-ups, not a search in
-// four steps that wait for each other.
+// Layout: a thread block takes 256 blocks of weights, 16384; a warp takes 32 of them. A lane loads 16 bytes, so 8 lanes
+//     (16-bit types) or 16 (float32) share a block and find its constant by shuffles.
 //
-// Shared memory: 1024 bytes of constants, 64 of buckets, and a warp's thresholds, 384 bytes each.
+// Shared memory: 1024 bytes of constants, 64 of buckets, and 384 bytes of thresholds for each warp.
+//
+// Why: the nearest level is exact. w is nearer to the upper of two levels when w > t, with t = round_down(midpoint *
+// absmax)
+//     exact in float64 (csrc/cpu/quantize/thresholds.h). One of 64 buckets says which of the 15 thresholds to compare
+//     with, so a weight costs two look-ups: docs/design/notes-cuda.md, "Quantizing".
 #pragma once
 
 #include <ptx.cuh>
@@ -20,40 +23,41 @@
 namespace qlk::cuda {
 
 struct QuantizeArguments {
-    const void* weight;  // of T
-    uint8_t* packed;
-    float* absmax;
-    double* sums;  // or null
-    int64_t count;
-    bool aligned;          // weight lies on 16 bytes, packed on 4
+    const void* weight;    // [count] of T
+    uint8_t* packed;       // [ceil(count / 2)]
+    float* absmax;         // [blocks of 64]
+    double* sums;          // [groups of 256 blocks], or null
+    int64_t count;         // elements of the flat weight
+    bool aligned;          // weight is 16-byte aligned, packed 4-byte
     double midpoints[16];  // between neighbouring levels; the last is infinite
 };
 
-constexpr int kBuckets = 64;
+constexpr int kBuckets = 64;  // of [-1, 1]
 
+// T: type of the weight.
 template <class T>
 struct QuantizeTraits {
     static constexpr int kThreads = 256;
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kPerLane = 16 / static_cast<int>(sizeof(T));  // weights in one load
-    static constexpr int kLanes = kBlock / kPerLane;                   // that hold a block
-    static constexpr int kUnit = 32 * kPerLane;                        // weights of a warp at a time
+    static constexpr int kLanes = kBlock / kPerLane;                   // that share a block
+    static constexpr int kUnit = 32 * kPerLane;                        // weights that a warp takes at a time
     static constexpr int kUnitBlocks = kUnit / kBlock;
     static constexpr int kGroup = kBlock * kNestedBlock;    // weights of a thread block
     static constexpr int kUnits = kGroup / kWarps / kUnit;  // of a warp, one after the other
-    static constexpr int kThresholds = 16 / kLanes;         // formed by each lane
-    // The 4 rows of 16-bit types begin 24 banks apart: their 32 lanes store to 32 different banks.
+    static constexpr int kThresholds = 16 / kLanes;         // that a lane computes
+    // With 16-bit types 4 rows start 24 banks apart, so 32 lanes store to 32 different banks.
     static constexpr int kRow = kUnitBlocks == 4 ? 24 : 16;
-    static_assert(kLanes <= 16 && 16 % kLanes == 0, "the lanes of a block form its 16 thresholds");
+    static_assert(kLanes <= 16 && 16 % kLanes == 0, "the lanes of a block compute its 16 thresholds");
 
     struct Shared {
         float absmax[kNestedBlock];
-        uint8_t bucket[kBuckets];  // how many midpoints are below it; bytes, so that 16 banks hold them all
+        uint8_t bucket[kBuckets];  // midpoints below it; bytes, so that 16 banks hold them all
         float threshold[kWarps][kUnitBlocks][kRow];
     };
 };
 
-// What a lane holds: weights [first, first + kPerLane) as float32, zeros from `count` on.
+// Loads a lane's weights [first, first + kPerLane) as float32, zeros past `count`.
 template <class T>
 QLK_DEVICE void load_weights(const QuantizeArguments& a, int64_t first, float (&value)[QuantizeTraits<T>::kPerLane]) {
     constexpr int kCount = QuantizeTraits<T>::kPerLane;
@@ -76,6 +80,7 @@ QLK_DEVICE void load_weights(const QuantizeArguments& a, int64_t first, float (&
     }
 }
 
+// Grid: a block for each kGroup weights.
 template <class T>
 __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
     quantize_kernel(const __grid_constant__ QuantizeArguments a) {
@@ -83,13 +88,13 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
     constexpr int kPerLane = Traits::kPerLane;
     auto& shared = shared_memory<typename Traits::Shared>();
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const int part = lane % Traits::kLanes;        // of its block
-    const int unit_block = lane / Traits::kLanes;  // of the warp's unit
+    const int part = lane % Traits::kLanes;        // which part of its block this lane has
+    const int unit_block = lane / Traits::kLanes;  // its block in the warp's unit
     const int64_t group = blockIdx.x;
     const int64_t warp_first = group * Traits::kGroup + warp * (Traits::kGroup / Traits::kWarps);
 
     if (threadIdx.x < kBuckets) {
-        // The widening, 1e-5, is far above what w / absmax is rounded by.
+        // Widened by 1e-5, far more than the rounding of w / absmax.
         const double edge = -1.0 + static_cast<int>(threadIdx.x) / (kBuckets / 2.0) - 1e-5;
         uint8_t below = 0;
         for (int i = 0; i < 15; ++i) below += a.midpoints[i] < edge ? 1 : 0;
@@ -104,10 +109,10 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
         float value[kPerLane];
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) value[i] = next[i];
-        // The next unit is under way while this one is worked on.
+        // The next unit is under way while this one is processed.
         if (unit + 1 < Traits::kUnits) load_weights<T>(a, first + Traits::kUnit, next);
 
-        // The order of non-negative floats is that of their bits, and infinity and NaN come last.
+        // Non-negative floats have the order of their bits; infinity and NaN come last.
         uint32_t largest = 0;
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) largest = max(largest, __float_as_uint(value[i]) & 0x7fffffffu);
@@ -117,7 +122,7 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
         }
         const bool finite = largest < 0x7f800000u;
         const float absmax = __uint_as_float(finite ? largest : 0x7fc00000u);
-        const int block = (warp * Traits::kUnits + unit) * Traits::kUnitBlocks + unit_block;  // of the group
+        const int block = (warp * Traits::kUnits + unit) * Traits::kUnitBlocks + unit_block;  // in the group
         const bool exists = group * kNestedBlock + block < (a.count + kBlock - 1) / kBlock;
         if (part == 0) {
             store_shared(&shared.absmax[block], exists ? absmax : 0.0f);
@@ -133,23 +138,23 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
         }
         __syncwarp();
 
-        // Constants too small to have a reciprocal are scaled up first, and their weights with them.
+        // Constants too small for a reciprocal are scaled up first, and their weights with them.
         const float scale = absmax < 0x1p-100f ? 0x1p100f : 1.0f;
         const float reciprocal = 1.0f / __fmul_rn(absmax, scale);
         uint32_t codes = 0;
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
             const float ratio = __fmul_rn(__fmul_rn(value[i], scale), reciprocal);
-            // NaN (from a constant of 0, or one that is not finite) goes to bucket 0; what it gives is not used.
+            // NaN, from a constant that is 0 or not finite, goes to bucket 0; its result is not used.
             const float place = fminf(fmaxf((ratio + 1.0f) * (kBuckets / 2), 0.0f), kBuckets - 1.0f);
             const uint32_t below = load_shared(&shared.bucket[static_cast<int>(place)]);
             uint32_t code = below + (value[i] > load_shared(&threshold[below]) ? 1 : 0);
             if (absmax == 0.0f || !finite) code = kZeroCode;
-            // The first of a pair goes to the high nibble; beyond the end, the code of zero.
+            // The first of a pair goes to the high nibble. Past the end: the code of zero.
             if (first + i >= a.count) code = kZeroCode;
             codes |= code << (i / 2 * 8 + (i % 2 ? 0 : 4));
         }
-        __syncwarp();  // all have read the thresholds before the next unit's are written
+        __syncwarp();  // all thresholds are read before the next unit's are written
 
         if (a.aligned && first + kPerLane <= a.count) {
             if constexpr (kPerLane == 8) {

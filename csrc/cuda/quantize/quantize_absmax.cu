@@ -17,7 +17,7 @@ void quantize_absmax(const QuantizeAbsmaxParams& p, double* sums, bool summed, c
     if (!summed) {
         launch(absmax_sums_kernel, (groups + Traits::kWarps - 1) / Traits::kWarps, Traits::kThreads, 0, stream, a);
     }
-    // Two blocks on each multiprocessor: each forms the mean and sorts the table, so more would only do that again.
+    // Two blocks on each multiprocessor. Each computes the mean and sorts the table, so more would only repeat that.
     const int64_t blocks = std::min<int64_t>(groups, 2 * multiprocessors(stream.device));
     launch(quantize_absmax_kernel, blocks, Traits::kThreads, sizeof(Traits::Shared), stream, a);
 }

@@ -1,12 +1,19 @@
-// The second quantization: offset = mean(absmax); in groups of 256 blocks nested_absmax = max |absmax - offset| and
-// code = the entry of a 256-entry table nearest to (absmax - offset) / nested_absmax.
+// The second quantization: block constants to 8 bits.
 //
-// One persistent launch. The mean is a tree over the sums of the groups, and every thread block forms it for itself
-// from those (8 KB for 4096 x 4096, from L2), so that no block waits for another. Likewise each sorts the table, by
-// counting. Then a thread block takes group after group; a thread searches for one constant, in eight halvings of 256
-// thresholds that are exact as in quantize.cuh.
+// Formula:
+//     offset = mean(absmax)
+//     in groups of 256 blocks: nested_absmax = max |absmax - offset|
+//     code = the entry of a 256-entry table nearest to (absmax - offset) / nested_absmax
+//
+// Layout: one persistent launch. A thread block takes group after group, a thread one constant, for which it searches
+// 256
+//     thresholds in eight halvings; they are exact, as in quantize.cuh.
 //
 // Shared memory: 5 KiB of table and thresholds, 32 KiB of sums.
+//
+// Why: every block computes the mean for itself, as a tree over the groups' sums (8 KB for 4096 x 4096, from L2), and
+// sorts
+//     the table for itself, so no block waits for another.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
@@ -27,22 +34,22 @@ struct QuantizeAbsmaxArguments {
 struct QuantizeAbsmaxTraits {
     static constexpr int kThreads = kNestedBlock;
     static constexpr int kWarps = kThreads / 32;
-    // Sums of 256 sums: enough for 2^34 weights.
+    // Sums of 256 groups' sums: enough for 2^34 weights.
     static constexpr int kMaxPartial = 4096;
     static constexpr int64_t kMaxGroups = static_cast<int64_t>(kMaxPartial) * kNestedBlock;
 
     struct Shared {
-        float value[kNestedBlock];  // the table as given, then sorted
-        float sorted[kNestedBlock];
-        uint32_t code[kNestedBlock];  // of each sorted entry: the lowest of equal ones
-        float threshold[kNestedBlock];
-        uint32_t largest[kWarps];
-        double partial[kMaxPartial];                 // sums of 256 sums,
-        double further[kMaxPartial / kNestedBlock];  // and of those
+        float value[kNestedBlock];                   // the table as given
+        float sorted[kNestedBlock];                  // the table, ascending
+        uint32_t code[kNestedBlock];                 // of each sorted entry; the lowest one of equal entries
+        float threshold[kNestedBlock];               // for the current group
+        uint32_t largest[kWarps];                    // each warp's largest difference, as bits
+        double partial[kMaxPartial];                 // sums of 256 groups' sums
+        double further[kMaxPartial / kNestedBlock];  // sums of 256 of those
     };
 };
 
-// sums[g] of each group of 256, where quantize() has not formed them: a warp for each.
+// Computes sums[g] for each group of 256, where quantize() hasn't. Grid: a warp for each group.
 __global__ void __launch_bounds__(QuantizeAbsmaxTraits::kThreads)
     absmax_sums_kernel(const __grid_constant__ QuantizeAbsmaxArguments a) {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -85,19 +92,19 @@ QLK_DEVICE double sum_of_sums(const QuantizeAbsmaxArguments& a, QuantizeAbsmaxTr
     return load_shared(from);
 }
 
-// An integer that is larger for a larger float32.
+// An integer with the order of float32 values.
 QLK_DEVICE uint32_t ordered(float value) {
     const uint32_t bits = __float_as_uint(value);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Puts the table in order, and with it the lowest code of each value.
+// Sorts the table by counting, and keeps the lowest code of each value.
 QLK_DEVICE void sort_table(const QuantizeAbsmaxArguments& a, QuantizeAbsmaxTraits::Shared& shared) {
     const int self = static_cast<int>(threadIdx.x);
     const float value = load_global(a.table + self) + 0.0f;  // -0 becomes +0
     store_shared(&shared.value[self], value);
     __syncthreads();
-    // Compared as integers in the same order: with NaN too, which nothing here refuses, the ranks are all different.
+    // Compared as integers, so that all ranks differ even with NaN, which nothing here refuses.
     const uint32_t key = ordered(value);
     int rank = 0, lowest = self;
     for (int i = kNestedBlock - 1; i >= 0; --i) {
@@ -110,13 +117,15 @@ QLK_DEVICE void sort_table(const QuantizeAbsmaxArguments& a, QuantizeAbsmaxTrait
     __syncthreads();
 }
 
+// Grid: any number of blocks; each takes every gridDim.x-th group.
 __global__ void __launch_bounds__(QuantizeAbsmaxTraits::kThreads)
     quantize_absmax_kernel(const __grid_constant__ QuantizeAbsmaxArguments a) {
     auto& shared = shared_memory<QuantizeAbsmaxTraits::Shared>();
     const int self = static_cast<int>(threadIdx.x), lane = self % 32, warp = self / 32;
 
     sort_table(a, shared);
-    // The midpoint of two float32 is exact in float64. Between equal entries it is their value: all have one code.
+    // The midpoint of two float32 numbers is exact in float64. Between equal entries it is their value: both have one
+    // code.
     const double midpoint = self + 1 < kNestedBlock ? (static_cast<double>(load_shared(&shared.sorted[self])) +
                                                        static_cast<double>(load_shared(&shared.sorted[self + 1]))) /
                                                           2
@@ -131,7 +140,7 @@ __global__ void __launch_bounds__(QuantizeAbsmaxTraits::kThreads)
 #pragma unroll
         for (int stride = 16; stride > 0; stride /= 2) bits = max(bits, __shfl_xor_sync(kAllLanes, bits, stride));
         if (lane == 0) store_shared(&shared.largest[warp], bits);
-        __syncthreads();  // also: the search among the last group's thresholds has ended
+        __syncthreads();  // also: all searches in the last group's thresholds are done
         for (int i = 0; i < QuantizeAbsmaxTraits::kWarps; ++i) bits = max(bits, load_shared(&shared.largest[i]));
         const float largest = __uint_as_float(bits);
         store_shared(&shared.threshold[self], __double2float_rd(__dmul_rn(midpoint, static_cast<double>(largest))));
@@ -139,7 +148,7 @@ __global__ void __launch_bounds__(QuantizeAbsmaxTraits::kThreads)
 
         int position = 0;
         if (largest == 0.0f) {
-            // All constants are the mean: the entry nearest to zero.
+            // All constants equal the mean: take the entry nearest to zero.
             for (int i = 1; i < kNestedBlock; ++i) {
                 if (fabsf(load_shared(&shared.sorted[i])) < fabsf(load_shared(&shared.sorted[position]))) position = i;
             }

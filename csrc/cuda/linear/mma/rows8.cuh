@@ -1,28 +1,27 @@
-// y = u B^T + x W^T + bias for up to 8 rows of x; for up to 4, where reading W is what takes time, nothing is faster.
+// The forward product on tensor cores for up to 8 rows of x. Up to 4 rows, reading W is what takes the time, and this
+// kernel is the fastest.
 //
-// A block holds x whole, in shared memory, and takes groups of 1, 2 or 4 times 8 rows of W. Its 16 warps share a group:
-// a warp has 8 rows and every so many chunks of 128 columns. Of a chunk a lane has 32 codes, 16 bytes, of one row; they
-// are the right operand of eight products of 16 x 8 x 16, in the order in which they lie: the order of the depth is
-// free as long as x comes in the same one, and x is laid out so once. The sums of the warps that share rows are added
-// in the order of the warps, by shared memory, one barrier a group.
+// Formula: y = u B^T + x W^T + bias
 //
-// Decoding goes by a table of the two levels of each byte, once for each lane, so that 32 lanes with 32 bytes have no
-// bank conflict. For two weights: a PRMT makes the address out of the byte and the lane, a load of 64 bits, two
-// multiplications by the block's constant, one conversion: 5, or 2.5 issue slots a weight, against 3.1 of decode.cuh,
-// and a quarter of its integer instructions; shared memory gives 32 weights a clock. Weights are rounded as dequantize
-// rounds them, which no table of finished pairs could have: its entries would have to be those of the block's constant.
+// Layout:
+//     block    16 warps; takes groups of 1, 2 or 4 times 8 rows of W, one group after the other
+//     warp     8 rows of W, and every slices-th chunk of 128 columns
+//     lane     32 codes of a chunk, 16 bytes of one row: the right operand of eight products of 16 x 8 x 16, in the
+//     order
+//              in which they lie in memory. x is laid out once in the same order
+//     ahead    kAhead chunks of codes under way in registers, across groups
+//     sums     warps that share rows add theirs in the order of the warps, one barrier a group
 //
-// What a lane reads of W is asked for kAhead chunks ahead, into registers, across the groups. Beyond K it reads the
-// last block of the row again, and takes it for zeros, which meet zeros in x; beyond the last row of W or of x another
-// row, whose sums are not stored. That spares the main loop its predicates.
+// Shared memory: 64 KiB of level pairs for each byte and lane, 1 KiB for the table of constants, all of x, and the
+//     partial sums of two groups: few_shared(m, k) bytes.
 //
-// 8 rows of x leave half of a product's 16 without use. Four registers of x, pairs 0 to 3 of a row, would have to be
-// spread over rows g and g + 8 with zeros between; instead all four go in as they are, once with pairs 0 and 2 of W,
-// whose sum is in row g, and once with pairs 1 and 3, whose sum is in row g + 8. What the other halves compute means
-// nothing.
+// Edges: past K a lane reads the row's last block again and takes it for zeros, which meet zeros in x. Past the last
+// row
+//     of W or x it reads another row, whose sums are not stored. So the main loop needs no predicates.
 //
-// Of the constants of its blocks a request reads two bytes from each of eight rows: as many sectors as rows. 16 chunks
-// share such a sector, so that it comes from L1.
+// Why: the table takes 2.5 issue slots a weight. docs/design/notes-cuda.md, "Up to 8 rows", has the count, and how 8
+// rows
+//     use a product made for 16.
 #pragma once
 
 #include "cuda/common/bias.cuh"
@@ -32,69 +31,73 @@
 
 namespace qlk::cuda {
 
+// Matrices are row-major. Sizes are in elements.
 template <class T>
 struct FewArguments {
-    DeviceWeight weight;
+    DeviceWeight weight;  // W [n, k]
     int64_t n, k;
     const T* x;         // [m, k]
     const T* low_left;  // u [m, r]
     const T* lora_b;    // [n, r]
-    Bias<T> bias;
-    T* y;  // [m, n]
-    int64_t r;
-    int m;
-    int row_tiles;     // of a group
-    bool x_aligned;    // its rows lie on 16 bytes
-    bool low_aligned;  // those of u and lora_b lie on 8
+    Bias<T> bias;       // [n]
+    T* y;               // [m, n]
+    int64_t r;          // rank of the adapter, 0 for none
+    int m;              // rows of x, up to 8
+    int row_tiles;      // 1, 2 or 4: tiles of 8 rows of W in a group
+    bool x_aligned;     // rows of x are 16-byte aligned
+    bool low_aligned;   // rows of u and lora_b are 8-byte aligned
 };
 
 struct FewTraits {
     static constexpr int kWarps = kFewWarps, kThreads = kWarps * 32;
-    static constexpr int kAhead = 4;
-    static constexpr int kChunk = 128;
+    static constexpr int kAhead = 4;    // chunks whose codes are under way
+    static constexpr int kChunk = 128;  // columns of W, two blocks
 
-    // Behind it: x, and the partial sums of two groups.
+    // x and the partial sums of two groups follow it.
     struct Shared {
-        float2 pairs[256][32];
-        float constants[kNestedBlock];
+        float2 pairs[256][32];          // the two levels of each byte, a copy for each lane
+        float constants[kNestedBlock];  // the table of double-quantized constants
     };
     static constexpr size_t kLeastShared = few_shared(1, kBlock);
     static_assert(kThreads == 2 * 256, "two threads fill an entry of the table");
 };
 
-// kNested: the constants are double-quantized.
+// One thread's state and work. T: bf16 or fp16. kNested: the constants are double-quantized.
 template <class T, bool kNested>
 struct Few {
     using Traits = FewTraits;
 
     const FewArguments<T>& a;
     typename Traits::Shared& shared;
-    uint4* x;     // [chunks][m][4 pieces][4]
-    float* sums;  // [2][slices][m][sums_pitch]
-    int sums_pitch;
-    int self, lane, warp;
-    int slices, slice, tile;  // the warps of a group: which chunks this one has, which 8 rows
-    int chunks;
-    float offset;  // of the constants
+    uint4* x;              // [chunks][m][4 pieces][4 quarters]
+    float* sums;           // [2][slices][m][sums_pitch]
+    int sums_pitch;        // float32 numbers
+    int self, lane, warp;  // thread in the block, lane in the warp, warp in the block
+    int slices, slice;     // warps that share 8 rows of W; this warp has every slices-th chunk
+    int tile;              // which 8 rows of the group
+    int chunks;            // in a row of W
+    float offset;          // mean of the constants, when they are double-quantized
 
+    // Half a block on its way.
     struct Codes {
         uint4 codes;
-        uint32_t constant;  // the code of the block's constant, or its bits
-        float nested;
+        uint32_t constant;  // code of the block's constant; without double quantization, its bits
+        float nested;       // nested_absmax of the constant's group
     };
 
-    // Where this lane reads next: a block of W, by the number of its row's first and its own in the row.
+    // The block of W that this lane reads next: the index of its row's first block, and its own index in the row.
     struct Cursor {
         uint32_t first, in_row;
     };
 
+    // The cursor at this lane's first block of a group.
     QLK_DEVICE Cursor begin(int64_t group) const {
         const int64_t row = (group * a.row_tiles + tile) * 8 + lane / 4;
         const uint32_t blocks = static_cast<uint32_t>(a.k / kBlock);
         return {row < a.n ? static_cast<uint32_t>(row) * blocks : 0, static_cast<uint32_t>(slice * 2 + lane % 4 / 2)};
     }
 
-    // This lane's codes of a chunk, half a block.
+    // Loads this lane's codes of a chunk, half a block, and moves the cursor on.
     QLK_DEVICE Codes fetch(Cursor& at) const {
         const uint32_t last = static_cast<uint32_t>(a.k / kBlock) - 1;
         const uint32_t block = at.first + (at.in_row < last ? at.in_row : last);
@@ -116,23 +119,23 @@ struct Few {
         return __fadd_rn(__fmul_rn(load_shared(shared.constants + c.constant), c.nested), offset);
     }
 
-    // Where x has a 16-byte piece of a row, 8 of the 32 elements of a quarter of a chunk. Odd rows have pieces 0 and 1,
-    // and 2 and 3, the other way round: two rows read at once lie in different banks.
-    QLK_DEVICE static int x_place(int row, int piece, int quarter) {
+    // Slot of a 16-byte piece of x: 8 of the 32 elements in a quarter of a chunk. Odd rows swap pieces 0 and 1, and 2
+    // and 3, so that two rows read at once lie in different banks.
+    QLK_DEVICE static int x_slot(int row, int piece, int quarter) {
         return (row * 4 + (piece ^ (row & 1))) * 4 + quarter;
     }
 
-    // Two weights of a byte of `codes`.
+    // The two weights of byte kByte of `codes`. lane_bytes: 8 * lane.
     template <int kByte>
     QLK_DEVICE uint32_t pair(uint32_t codes, uint32_t lane_bytes, float absmax) const {
-        // {0, 0, the byte, 8 times the lane}: where the table has the byte's levels for this lane.
+        // {0, 0, byte, 8 * lane}: offset of the byte's levels in this lane's copy of the table.
         const uint32_t at = prmt(codes, lane_bytes, 0x5504 | kByte << 4);
         const float2 levels =
             load_shared(reinterpret_cast<const float2*>(reinterpret_cast<const unsigned char*>(shared.pairs) + at));
         return pack_pair<T>(__fmul_rn(levels.x, absmax), __fmul_rn(levels.y, absmax));
     }
 
-    // mine: what this lane reads of x for the chunk, by even and by odd pieces.
+    // sum += x W^T for this lane's part of a chunk. even, odd: where it reads x, for even and for odd pieces.
     QLK_DEVICE void multiply(const Codes& c, const uint4* even, const uint4* odd, float absmax,
                              float (&sum)[2][4]) const {
         const uint32_t words[4] = {c.codes.x, c.codes.y, c.codes.z, c.codes.w};
@@ -142,14 +145,14 @@ struct Few {
             const uint32_t pairs[4] = {
                 pair<0>(words[piece], lane_bytes, absmax), pair<1>(words[piece], lane_bytes, absmax),
                 pair<2>(words[piece], lane_bytes, absmax), pair<3>(words[piece], lane_bytes, absmax)};
-            // Two chains of sums: one product waits for the last but one.
+            // Two chains of sums: a product waits for the one before the last, not for the last.
             const uint4 row = load_shared((piece % 2 ? odd : even) + piece * 4);
             mma_16x8x16<T>(sum[0], {row.x, row.y, row.z, row.w}, pairs[0], pairs[2]);
             mma_16x8x16<T>(sum[1], {row.x, row.y, row.z, row.w}, pairs[1], pairs[3]);
         }
     }
 
-    // u B^T: 16 of r at a time, the warps of a tile in turn. Row g + 8 is nobody's.
+    // Adds u B^T, 16 of r at a time; the warps of a tile take turns. Rows g + 8 are unused.
     QLK_DEVICE void low_rank(int64_t group, float (&sum)[4]) const {
         const int64_t row = (group * a.row_tiles + tile) * 8 + lane / 4;
 #pragma unroll 1
@@ -161,14 +164,14 @@ struct Few {
         }
     }
 
-    // The tables, and x in the order of the products.
+    // Fills the tables, and lays out x in the order of the products.
     QLK_DEVICE void prepare() {
         const int byte = self / 2;
         const float2 levels = make_float2(a.weight.levels[byte >> 4], a.weight.levels[byte & 15]);
         const float4 twice = make_float4(levels.x, levels.y, levels.x, levels.y);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            // Neighbouring lanes begin at different banks.
+            // Neighbouring lanes start at different banks.
             store_shared(reinterpret_cast<float4*>(&shared.pairs[byte][self % 2 * 16]) + (i + lane) % 8, twice);
         }
         if (kNested && self < kNestedBlock) {
@@ -177,12 +180,12 @@ struct Few {
 #pragma unroll 1
         for (int i = self; i < chunks * a.m * 16; i += Traits::kThreads) {
             const int quarter = i % 4, piece = i / 4 % 4, row = i / 16 % a.m, chunk = i / 16 / a.m;
-            store_shared(x + chunk * a.m * 16 + x_place(row, piece, quarter), x_from(row, chunk, piece, quarter));
+            store_shared(x + chunk * a.m * 16 + x_slot(row, piece, quarter), load_x(row, chunk, piece, quarter));
         }
     }
 
-    // Eight elements of x; zeros beyond it.
-    QLK_DEVICE uint4 x_from(int row, int chunk, int piece, int quarter) const {
+    // Eight elements of x, zeros past K.
+    QLK_DEVICE uint4 load_x(int row, int chunk, int piece, int quarter) const {
         const int64_t column = static_cast<int64_t>(chunk) * Traits::kChunk + quarter * 32 + piece * 8;
         if (column >= a.k) return make_uint4(0, 0, 0, 0);
         const T* const from = a.x + row * a.k + column;
@@ -194,6 +197,7 @@ struct Few {
                           pack_pair<T>(e[6], e[7]));
     }
 
+    // Adds the sums of the warps that share rows, and stores the group's outputs. buffer: 0 or 1, in turn.
     QLK_DEVICE void finish(int64_t group, int buffer, const float (&sum)[2][4]) {
         float* const mine = sums + buffer * slices * a.m * sums_pitch;
         const int row = lane / 4;
@@ -201,7 +205,7 @@ struct Few {
         if (row < a.m) {
             store_shared(reinterpret_cast<float2*>(to), make_float2(sum[0][0] + sum[1][2], sum[0][1] + sum[1][3]));
         }
-        // The other buffer serves the next group: who is late here still reads this one.
+        // The next group uses the other buffer, so late threads can still read this one.
         __syncthreads();
         const int wide = a.row_tiles * 8;
         for (int i = self; i < wide * a.m; i += Traits::kThreads) {
@@ -213,16 +217,17 @@ struct Few {
         }
     }
 
+    // All groups of this block.
     QLK_DEVICE void run() {
         const int64_t groups = (a.n + a.row_tiles * 8 - 1) / (a.row_tiles * 8);
-        const int mine = (chunks - slice + slices - 1) / slices;  // chunks of this warp in a group; 0 if there are few
+        const int mine = (chunks - slice + slices - 1) / slices;  // this warp's chunks in a group, perhaps none
         const int x_chunk = a.m * 16;
         const int row = lane / 4 < a.m ? lane / 4 : a.m - 1;
         const uint4* const x_first = x + slice * x_chunk;
-        const uint4* const first_even = x_first + x_place(row, 0, lane % 4);
-        const uint4* const first_odd = x_first + x_place(row, 1, lane % 4) - 4;
-        // Where this lane's half of the last chunk lies beyond K. What it reads for it has to become zeros: a weight
-        // that rounds to infinity would make NaN of the zeros in x.
+        const uint4* const first_even = x_first + x_slot(row, 0, lane % 4);
+        const uint4* const first_odd = x_first + x_slot(row, 1, lane % 4) - 4;
+        // Where this lane's half of the last chunk lies past K, if it does. Its weights have to become zeros: one that
+        // rounds to infinity would turn the zeros in x into NaN.
         const int beyond = a.k % Traits::kChunk != 0 && lane % 4 >= 2 ? (chunks - 1 - slice) * x_chunk : -1;
         int64_t group = blockIdx.x;
         Cursor at = begin(group);
@@ -237,7 +242,7 @@ struct Few {
             int x_at = 0;
 #pragma unroll 1
             for (int first = 0; first < mine; first += Traits::kAhead) {
-                // Behind the last of this group come the first of the next.
+                // After this group's last chunks come the next group's first.
                 if (first + Traits::kAhead >= mine) at = begin(next_group);
 #pragma unroll
                 for (int i = 0; i < Traits::kAhead; ++i) {
@@ -249,7 +254,7 @@ struct Few {
                     x_at += slices * x_chunk;
                 }
             }
-            if (group == blockIdx.x) griddep_wait();  // for u, made by the launch before, which may still run
+            if (group == blockIdx.x) griddep_wait();  // for u: the launch that makes it may still be running
             low_rank(group, sum[0]);
             finish(group, buffer, sum);
             group = next_group;
@@ -257,6 +262,7 @@ struct Few {
     }
 };
 
+// Grid: as many blocks as multiprocessors, or as groups when there are fewer. Dynamic shared memory: few_shared(m, k).
 template <class T, bool kNested>
 __global__ void __launch_bounds__(FewTraits::kThreads, 1) few_kernel(const __grid_constant__ FewArguments<T> a) {
     if constexpr (!kRuns<T, FewTraits::kLeastShared>) return trap();
@@ -265,19 +271,20 @@ __global__ void __launch_bounds__(FewTraits::kThreads, 1) few_kernel(const __gri
     const int slices = FewTraits::kWarps / a.row_tiles;
     const int chunks = static_cast<int>((a.k + FewTraits::kChunk - 1) / FewTraits::kChunk);
     uint4* const x = reinterpret_cast<uint4*>(&shared + 1);
-    Few<T, kNested> few{a,
-                        shared,
-                        x,
-                        reinterpret_cast<float*>(x + chunks * a.m * 16),
-                        a.row_tiles == 1 ? 8 : a.row_tiles * 8 + 8,  // rows of a warp's sums in different banks
-                        self,
-                        self % 32,
-                        warp,
-                        slices,
-                        warp / a.row_tiles,
-                        warp % a.row_tiles,
-                        chunks,
-                        kNested ? load_global(a.weight.nested_offset) : 0.0f};
+    Few<T, kNested> few{
+        a,
+        shared,
+        x,
+        reinterpret_cast<float*>(x + chunks * a.m * 16),
+        a.row_tiles == 1 ? 8 : a.row_tiles * 8 + 8,  // puts the rows of a warp's sums in different banks
+        self,
+        self % 32,
+        warp,
+        slices,
+        warp / a.row_tiles,
+        warp % a.row_tiles,
+        chunks,
+        kNested ? load_global(a.weight.nested_offset) : 0.0f};
     few.run();
 }
 

@@ -1,10 +1,11 @@
-// The products of the layer, element by element, for product.cuh:
+// The layer's products for product.cuh, element by element.
 //
+// Formula:
 //     u = scale * mask(x) A^T        y = u B^T + x W^T + bias
 //     v = scale * dy B               dx = mask(v A) + dy W        da = v^T mask(x)        db = dy^T u
+//     scale = scaling / (1 - p). u and v are rounded to T, as on the CPU.
 //
-// with scale = scaling / (1 - p). u and v are rounded to T, as on the CPU. The low-rank part of y and dx comes first,
-// so that the mask of dx can be applied to it before the rest is added.
+// Why the low-rank part of y and dx comes first: the mask of dx can be applied to it before the rest is added.
 #pragma once
 
 #include "cuda/common/bias.cuh"
@@ -27,21 +28,22 @@ QLK_DEVICE float element(const T* matrix, int64_t i) {
     return to_float(load_global(matrix + i));
 }
 
-// What all products have unless they say otherwise: one part, the second.
+// Defaults of all products: one part, the second, with neighbours along the depth.
 struct OnePart {
     static constexpr bool kLeftDepthFirst = true;
     static constexpr bool kRightDepthFirst = true;
-    int64_t rows, columns;
-    int64_t depth[2];
+    int64_t rows, columns;  // of the result
+    int64_t depth[2];       // of the low-rank part (0: none), and of the main part
 
     QLK_DEVICE float between(int64_t, int64_t, float sum) const { return sum; }
 };
 
+// y [m, n]. depth: r, k.
 template <class T>
 struct ForwardProduct : OnePart {
-    DeviceWeight weight;
-    const T *x, *u, *lora_b;
-    Bias<T> bias;
+    DeviceWeight weight;      // [n, k]
+    const T *x, *u, *lora_b;  // [m, k], [m, r], [n, r]
+    Bias<T> bias;             // [n]
     T* y;
 
     QLK_DEVICE float left(int part, int64_t i, int64_t d) const {
@@ -55,12 +57,13 @@ struct ForwardProduct : OnePart {
     }
 };
 
+// dx [m, k]. depth: r, n.
 template <class T>
 struct InputGradientProduct : OnePart {
     static constexpr bool kRightDepthFirst = false;
-    DeviceWeight weight;
-    const T *dy, *v, *lora_a;
-    Dropout dropout;
+    DeviceWeight weight;       // [n, k]
+    const T *dy, *v, *lora_a;  // [m, n], [m, r], [r, k]
+    Dropout dropout;           // of v A
     T* dx;
 
     QLK_DEVICE float left(int part, int64_t i, int64_t d) const {
@@ -77,12 +80,12 @@ struct InputGradientProduct : OnePart {
     }
 };
 
-// u
+// u [m, r]. depth: 0, k.
 template <class T>
 struct DownProduct : OnePart {
-    const T *x, *lora_a;
-    Dropout dropout;
-    float scale;
+    const T *x, *lora_a;  // [m, k], [r, k]
+    Dropout dropout;      // of x
+    float scale;          // scaling / (1 - p)
     T* u;
 
     QLK_DEVICE float left(int, int64_t i, int64_t d) const {
@@ -95,12 +98,12 @@ struct DownProduct : OnePart {
     }
 };
 
-// v
+// v [m, r]. depth: 0, n.
 template <class T>
 struct UpGradientProduct : OnePart {
     static constexpr bool kRightDepthFirst = false;
-    const T *dy, *lora_b;
-    float scale;
+    const T *dy, *lora_b;  // [m, n], [n, r]
+    float scale;           // scaling / (1 - p)
     T* v;
 
     QLK_DEVICE float left(int, int64_t i, int64_t d) const { return element(dy, i * depth[1] + d); }
@@ -110,13 +113,13 @@ struct UpGradientProduct : OnePart {
     }
 };
 
-// da [r, k] and db [n, r]: left^T right over the rows of x.
+// da [r, k] or db [n, r]: left^T right over the rows of x. depth: 0, m.
 template <class T>
 struct AdapterGradientProduct : OnePart {
     static constexpr bool kLeftDepthFirst = false;
     static constexpr bool kRightDepthFirst = false;
     const T *left_matrix, *right_matrix;  // [m, rows] and [m, columns]
-    Dropout dropout;                      // of the right one
+    Dropout dropout;                      // of right_matrix
     float* gradient;
 
     QLK_DEVICE float left(int, int64_t i, int64_t d) const { return element(left_matrix, d * rows + i); }

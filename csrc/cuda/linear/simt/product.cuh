@@ -1,10 +1,16 @@
-// out[rows, columns] = sum over depth of left[i, d] * right[d, j], on the float32 units: for float32 tensors, and for
-// all that has no tensor-core kernel. What left and right are, a product says element by element (layer_products.cuh).
+// Products on the float32 units: for float32 tensors, and for whatever no tensor-core kernel takes.
 //
-// A thread block makes 64 x 64 outputs, each thread 4 x 4. Sums go in three levels, of 8 products, of 32, and of all,
-// so that the rounding error grows with the square root of depth / 32 and not of depth.
+// Formula: out[i, j] = sum over d of left[i, d] * right[d, j]; what left and right are, a product says element by
+// element
+//     (layer_products.cuh)
 //
-// Shared memory: two panels of 32 x 64 float32 with 4 more in each row, 17 KiB.
+// Layout: a block makes 64 x 64 outputs, each thread 4 x 4, in panels of 32 of the depth.
+//
+// Shared memory: two panels of 32 x 64 float32, padded by 4 in each row: 17 KiB.
+//
+// Why three levels of sums, of 8 products, of 32 and of all: the rounding error grows with the square root of depth /
+// 32,
+//     not of depth.
 #pragma once
 
 #include <device.cuh>
@@ -13,11 +19,11 @@ namespace qlk::cuda {
 
 struct ProductTraits {
     static constexpr int kThreads = 256;
-    static constexpr int kTile = 64;          // outputs, both ways
-    static constexpr int kDepth = 32;         // of a panel
+    static constexpr int kTile = 64;          // outputs of a block, in both directions
+    static constexpr int kDepth = 32;         // depth of a panel
     static constexpr int kRun = 8;            // products in the innermost sum
-    static constexpr int kEach = 4;           // outputs of a thread, both ways
-    static constexpr int kPitch = kTile + 4;  // keeps rows on 16 bytes, and their stores off each other's banks
+    static constexpr int kEach = 4;           // outputs of a thread, in both directions
+    static constexpr int kPitch = kTile + 4;  // keeps rows 16-byte aligned, and their stores in different banks
     static_assert(kTile / kEach * (kTile / kEach) == kThreads);
 
     struct Shared {
@@ -36,8 +42,10 @@ QLK_DEVICE void add(Outputs& to, const Outputs& what) {
     }
 }
 
-// Product: rows, columns, and for each of two parts, the first optional, a depth and the elements left(part, i, d) and
-// right(part, d, j); between(i, j, sum) after the first part; store(i, j, sum).
+// Product says what is multiplied: rows and columns of the result; for each of two parts, the first optional,
+// depth[part] and the elements left(part, i, d) and right(part, d, j); between(i, j, sum), applied after the first
+// part; store(i, j, sum). k<Left|Right>DepthFirst: the operand's neighbours in memory are neighbours along the depth.
+// Grid: a block for each 64 x 64 outputs.
 template <class Product>
 __global__ void __launch_bounds__(ProductTraits::kThreads, 1) product_kernel(const __grid_constant__ Product p) {
     using Traits = ProductTraits;
@@ -54,7 +62,7 @@ __global__ void __launch_bounds__(ProductTraits::kThreads, 1) product_kernel(con
         const int64_t depth = p.depth[part];
         for (int64_t first = 0; first < depth; first += kDepth) {
             // Neighbouring threads take neighbours in memory, whichever way the operand lies there.
-#pragma unroll 1  // unrolled, the addresses of all rounds would be kept, and spilled
+#pragma unroll 1  // unrolled, the addresses of all rounds would be kept and spilled
             for (int i = self; i < kDepth * kTile; i += Traits::kThreads) {
                 const int across = i % kTile, along = i / kTile;
                 const int l_tile = Product::kLeftDepthFirst ? i / kDepth : across;
