@@ -76,10 +76,14 @@ def pytest_report_header(config):
     return None
 
 
+def for_a_card(config):
+    return torch.cuda.is_available() or "gpu" in config.option.markexpr
+
+
 def pytest_xdist_auto_num_workers(config):
-    """Of -n auto: a worker for each core, up to eight, but none for a few tests or where a card is, which is one."""
+    """Of -n auto: one for each core, up to eight; none for a few tests, or for a card, which they would share."""
     few = any("::" in argument for argument in config.args)
-    if few or config.option.usepdb or config.option.collectonly or torch.cuda.is_available():
+    if few or config.option.usepdb or config.option.collectonly or for_a_card(config):
         return 0
     return min(len(os.sched_getaffinity(0)), 8)
 
@@ -91,7 +95,7 @@ def pytest_collection_modifyitems(config, items):
     Tests of a card are left out, not skipped, where none is and none was asked for with -m gpu.
     """
     quick.leave_out(items, pytest.mark.slow, quick.day())
-    if torch.cuda.is_available() or "gpu" in config.option.markexpr:
+    if for_a_card(config):
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]

@@ -35,6 +35,8 @@ TEST_FILES = (
     "tests/emulator/test_conformance_sm90.py",
     "tests/ops/test_quantize.py",
     "tests/cuda/test_cuda.py",
+    "tests/cuda/test_cuda_few_rows.py",
+    "tests/cuda/test_cuda_tiles.py",
     "tests/cuda/test_cuda_launches.py",
     "tests/cuda/test_cuda_adapters.py",
     "tests/ops/test_ops.py",

@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 from contract import make_weight, relative_error
-from emulated import counters, emulated, module
-from engines import ORDERS, engine_named
+from emulated import counted, counters, emulated, module
+from engines import ORDERS
 
 from qlora_kernels import ops
 from qlora_kernels.ops.backends import reference
@@ -20,12 +20,6 @@ ROWS = (1, 7, 16, 17, 63, 64, 65, 129)
 SHAPES = ((24, 64), (128, 192), (77, 51), (90, 132), (584, 640))
 RANKS = (1, 8, 16, 17, 64, 130)
 SEED = -123456789012345
-
-
-@pytest.fixture(params=[*(f"emulated-{order}" for order in ORDERS), pytest.param("cuda", marks=pytest.mark.gpu)])
-def cuda_engine(request):
-    with engine_named(request.param):
-        yield request.param
 
 
 class Layer:
@@ -135,6 +129,7 @@ def test_the_bits_do_not_depend_on_the_order(r, shared, multiprocessors):
     assert relative_error(results[0][3], layer.dy.double().T @ layer.u.double()) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors", [2, 64])
 def test_rows_that_take_more_than_one_launch(multiprocessors):
     # Copies of v in scratch would exceed 16 MiB; the gradient of the second launch adds to the first one's, in place or
@@ -166,20 +161,13 @@ def test_which_kernel_runs(dtype, architecture, tiled):
         assert ("mma" in counters()["instructions"]) == tiled
 
 
-def traffic(call, **options) -> dict:
-    with emulated(**options):
-        module().reset_counters()
-        call()
-        return counters()
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("r", [16, 32])
 @pytest.mark.parametrize("backward", [False, True])
 def test_whole_sectors_without_bank_conflicts(backward, r, dropout):
     m, n, k = 256, 256, 512
     layer = Layer(m, n, k, r, dropout)
-    found = traffic(layer.backward if backward else layer.forward, multiprocessors=4)
+    found = counted(layer.backward if backward else layer.forward, multiprocessors=4)
     files = ("adapters.cuh", "parts.cuh", "dropout.cuh")
     shared = {place: t for place, t in found["shared"].items() if place.startswith(files)}
     memory = {place: t for place, t in found["global"].items() if place.startswith(files)}
@@ -197,7 +185,7 @@ def test_x_and_dy_are_read_once(r):
     layer = Layer(m, n, k, r)
 
     def copied(call):
-        places = traffic(call)["global"].items()
+        places = counted(call)["global"].items()
         return max(t["bytes"] for place, t in places if place.startswith("adapters.cuh") and place.endswith("load"))
 
     # Each tile of 128 rows brings the adapter along; each block, which has several tiles across, its rows of u or v.
@@ -211,10 +199,10 @@ def test_launches():
     few, many = Layer(5, 64, 1024, 16), Layer(300, 64, 1024, 16)
     # The first one rounds the adapters, which are float32.
     # u; both of its gradients and the sum of the parts of v, and dA.
-    assert traffic(few.forward, multiprocessors=8)["launches"] == 1 + 1 + 1
-    assert traffic(few.backward, multiprocessors=8)["launches"] == 1 + 2 + 1
+    assert counted(few.forward, multiprocessors=8)["launches"] == 1 + 1 + 1
+    assert counted(few.backward, multiprocessors=8)["launches"] == 1 + 2 + 1
     # dA in parts, too.
-    assert traffic(many.backward, multiprocessors=64)["launches"] == 1 + 2 + 2
+    assert counted(many.backward, multiprocessors=64)["launches"] == 1 + 2 + 2
 
 
 def test_scratch_is_at_most_16_mib():
@@ -232,7 +220,7 @@ def test_scratch_is_at_most_16_mib():
 def test_few_rows_spread_over_the_card():
     layer = Layer(3, 1024, 1024, 16)
     for call in (layer.forward, layer.backward):
-        assert traffic(call, multiprocessors=64)["blocks"] > 16
+        assert counted(call, multiprocessors=64)["blocks"] > 16
 
 
 def test_a_gradient_that_lies_on_no_8_bytes():
@@ -294,7 +282,7 @@ def test_a_launch_converts_both_adapters(adapter, before, after):
     layer.A, layer.B = layer.A.to(adapter), layer.B.to(adapter)
 
     def launches(call, *needs) -> int:
-        return traffic(lambda: call(*needs), multiprocessors=1)["launches"]
+        return counted(lambda: call(*needs), multiprocessors=1)["launches"]
 
     assert launches(layer.forward) == before + 2, "u and y"
     assert launches(layer.backward, True, True, True) == before + 4 + after, "v with dB, the sum of v, dx, dA"

@@ -35,6 +35,7 @@ def backward(dy, weight, k, x, u, A, B, dropout=0.0, seed=None):
     return ops.linear_backward(dy, *weight.pieces, k, x, u, A, B, 0.5, dropout, seed, True, True, True)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("kernel", [*FORWARD, *TILES])
@@ -51,6 +52,7 @@ def test_y_with_an_adapter_has_the_error_of_one_dense_product(monkeypatch, kerne
     assert_within_contract(y, F.linear(*both), exact, f"{kernel}, r = {r}, {dtype}")
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("kernel", TILES)

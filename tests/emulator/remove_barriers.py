@@ -38,8 +38,8 @@ QUANTIZATION = tuple(
 )
 _OPTIMIZER = (("tests/optim/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),)
 _TILES = (
-    ("tests/cuda/test_cuda.py", "emulated and tensor_cores"),
-    ("tests/cuda/test_cuda.py", "pipeline or emulated"),
+    ("tests/cuda/test_cuda_tiles.py", "emulated and tensor_cores"),
+    ("tests/cuda/test_cuda_tiles.py", "pipeline or emulated"),
 )
 TESTS = {
     "adapters": (
@@ -48,12 +48,12 @@ TESTS = {
         ("tests/cuda/test_cuda_adapters.py", "test_every_rank or test_the_bits"),
     ),
     "parts": (("tests/cuda/test_cuda_low_rank.py", "dx_with"),),
-    "rows8": (("tests/cuda/test_cuda.py", "emulated and test_few_rows"),),
+    "rows8": (("tests/cuda/test_cuda_few_rows.py", "emulated and test_few_rows"),),
     "rows64": (
-        ("tests/cuda/test_cuda.py", "cut_anywhere"),
-        ("tests/cuda/test_cuda.py", "emulated and test_middle_rows"),
+        ("tests/cuda/test_cuda_few_rows.py", "cut_anywhere"),
+        ("tests/cuda/test_cuda_few_rows.py", "emulated and test_middle_rows"),
     ),
-    "splits": (("tests/cuda/test_cuda.py", "blocks_that_share_a_tile"),),
+    "splits": (("tests/cuda/test_cuda_tiles.py", "blocks_that_share_a_tile"),),
     "arena": tuple(
         ("tests/optim/test_paging.py", words)
         for words in ("page_out_and or page_out_comes", "budget_is_kept and options0", "copies_do")

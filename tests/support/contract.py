@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional as F
 
 from qlora_kernels import quantize
 
@@ -24,15 +25,15 @@ def worst_tile_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """The largest error of any 64 x 64 tile, relative to the root mean square of the whole."""
     error = (actual.double() - exact).square()
     rows, columns = exact.shape
-    padded = exact.new_zeros((rows + 63) // 64 * 64, (columns + 63) // 64 * 64, dtype=torch.float64)
-    count = padded.clone()
-    padded[:rows, :columns] = error
-    count[:rows, :columns] = 1
+    padded = F.pad(error, (0, -columns % 64, 0, -rows % 64))
+    sums = padded.view(padded.shape[0] // 64, 64, padded.shape[1] // 64, 64).sum((1, 3))
 
-    def tiles(t):
-        return t.view(t.shape[0] // 64, 64, t.shape[1] // 64, 64).sum((1, 3))
+    def sizes(count: int) -> torch.Tensor:
+        """Of the tiles along one side: the last may be cut."""
+        return error.new_tensor([min(64, count - begin) for begin in range(0, count, 64)])
 
-    return (tiles(padded) / tiles(count)).max().sqrt().item() / exact.square().mean().sqrt().item()
+    worst = (sums / torch.outer(sizes(rows), sizes(columns))).max()
+    return worst.sqrt().item() / exact.square().mean().sqrt().item()
 
 
 def assert_within_contract(actual: torch.Tensor, dense: torch.Tensor, exact: torch.Tensor, case: str) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -122,3 +123,16 @@ def paging() -> dict:
 def counters() -> dict:
     """What has been counted since reset_counters()."""
     return json.loads(module().counters())
+
+
+def counted(call: Callable[[], object], **options) -> dict:
+    """What a call on the emulator with these options counts."""
+    with emulated(**options):
+        module().reset_counters()
+        call()
+        return counters()
+
+
+def lines(traffic: dict, file: str, kind: str) -> dict:
+    """Of counted traffic, that of one file's loads or stores, by place."""
+    return {place: t for place, t in traffic.items() if place.startswith(f"{file}:") and place.endswith(kind)}

@@ -1,0 +1,188 @@
+"""The products of up to 8 and up to 64 rows (csrc/cuda/linear/mma/rows8.cuh, rows64.cuh): results, blocks that share
+a tile, memory traffic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import assert_within_contract, make_weight, relative_error
+from emulated import counted, counters, emulated, lines, module
+from engines import ORDERS
+
+from qlora_kernels import ops
+from qlora_kernels.native import extension
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "double_quant"),
+    [
+        (8, torch.bfloat16, True),
+        (8, torch.float16, False),
+        (77, torch.bfloat16, False),
+        (77, torch.float16, True),
+        (256, torch.bfloat16, True),
+    ],
+)
+def test_few_rows(cuda_engine, monkeypatch, n, dtype, double_quant):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "few")  # more rows than the table would give it
+    # Groups of 4, 2 and 1 tiles of 8 rows of W; chunks of which a warp has none, one and several; x that lies on no 16
+    # bytes; a rank that is no multiple of 4.
+    for k, m, r, shift in (
+        (64, 1, 0, 0),
+        (192, 3, 16, 1),
+        (640, 8, 6, 0),
+        (2368, 2, 0, 3),
+        (4224, 5, 20, 0),
+        (320, 7, 5, 1),
+    ):
+        weight = make_weight(n, k, dtype=dtype, double_quant=double_quant)
+        x = torch.randn(m * k + shift).to(dtype)[shift:].view(m, k)
+        A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
+        bias = torch.randn(n)
+        y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
+        dense = weight.dequantize(dtype)
+        exact = x.double() @ dense.double().T + bias.double()
+        if r:
+            assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+        else:
+            assert_within_contract(y, (x.float() @ dense.float().T + bias).to(dtype), exact, f"N={n} K={k} M={m}")
+
+
+#: N, K, M, rank, and elements by which x lies off 16 bytes. Columns: less than a tile, odd, several tiles. Of K, four
+#: warps take 64 each: some have none, or none in the last step. Rows: one tile of 8, 16, 32, 64, all of it and less.
+MIDDLE = (
+    (8, 64, 9, 0, 0),
+    (40, 576, 5, 0, 0),
+    (136, 320, 8, 9, 0),
+    (77, 192, 16, 17, 0),
+    (130, 320, 17, 8, 3),
+    (128, 512, 32, 0, 0),
+    (72, 832, 33, 70, 0),
+    (201, 576, 64, 5, 0),
+    (264, 256, 40, 16, 1),
+)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("case", MIDDLE)
+def test_middle_rows(cuda_engine, case, double_quant):
+    n, k, m, r, shift = case
+    for dtype in (torch.bfloat16, torch.float16):
+        weight = make_weight(n, k, dtype=dtype, double_quant=double_quant)
+        x = torch.randn(m * k + shift).to(dtype)[shift:].view(m, k)
+        A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
+        bias = torch.randn(n)
+        y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
+        dense = weight.dequantize(dtype)
+        exact = x.double() @ dense.double().T + bias.double()
+        if r:
+            assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+        else:
+            assert_within_contract(y, (x.float() @ dense.float().T + bias).to(dtype), exact, f"{case} {dtype}")
+
+
+@pytest.mark.parametrize("kernel", ["middle8", "middle16", "middle32", "middle64"])
+def test_middle_rows_in_several_tiles(cuda_engine, monkeypatch, kernel):
+    # More rows than the table would give it; two tiles across, of which the second has one column.
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
+    n, k, m = 129, 448, 70
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16)
+    x = torch.randn(m, k).bfloat16()
+    y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+    assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, kernel)
+
+
+def test_middle_rows_whenever_copies_land(monkeypatch):
+    n, k = 136, 1088
+    weight = make_weight(n, k)
+    exact = weight.dequantize(torch.bfloat16).double()
+    for m in (7, 12, 30, 64):
+        x, results = torch.randn(m, k).bfloat16(), []
+        for order, landing in zip(ORDERS, ("earliest", "latest", "random")):
+            with emulated(order, landing, seed=3, multiprocessors=4):
+                results.append(ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)[0])
+        assert relative_error(results[0], x.double() @ exact.T) < 4e-3
+        assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+@pytest.mark.parametrize("m", [8, 16, 32, 64])
+def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
+    n, k = 256, 1024
+    weight = make_weight(n, k)
+    x = torch.randn(m, k).bfloat16()
+    found = counted(
+        lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None), multiprocessors=2
+    )
+    assert found["launches"] == 1
+    assert found["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
+    memory = {place: t for place, t in found["global"].items() if place.startswith("rows64.cuh")}
+    loads = lines(found["global"], "rows64.cuh", "load").values()
+    assert [t["bytes"] for t in loads if t["bytes"] == 256 * t["requests"]] == [n * k // 2], "codes, once"
+    # Of eight rows 32 bytes each; x, 512 bytes of a row; results, 256 bytes of a row.
+    for t in memory.values():
+        if t["bytes"] >= 256 * t["requests"]:
+            assert t["actual"] == t["minimum"], "sectors"
+    # Constants: a byte for each 64 weights and an entry of the table for each, and a float32 for 256 of them; each
+    # thread of two blocks reads the offset.
+    rest = sum(t["bytes"] for t in memory.values() if t["bytes"] < 256 * t["requests"])
+    assert rest == n * k // 64 * 9 + 2 * 256 * 4
+    shared = {place: t for place, t in found["shared"].items() if place.startswith("rows64.cuh")}
+    pairs = max(shared.values(), key=lambda t: t["bytes"])
+    assert pairs["requests"] == n * k // 2 // 32 * 7 // 8, "one row of eight is decoded in registers"
+    for place, t in shared.items():
+        assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
+
+
+#: M, N, K, multiprocessors, and where the steps of all tiles are cut: at 6, 12 and 18 of 5 times 5; at 12 of 3 times 8,
+#: so that a block has a tile and a half; at 6 and 13 of 2 times 10; at 8, 16 .. of 2 times 21, three blocks to a tile.
+CUT_ANYWHERE = ((16, 640, 1088, 4), (64, 300, 2048, 2), (31, 256, 2560, 3), (5, 136, 5376, 5))
+
+
+@pytest.mark.share(2)
+@pytest.mark.parametrize("case", CUT_ANYWHERE)
+def test_middle_rows_of_tiles_that_are_cut_anywhere(case):
+    m, n, k, multiprocessors = case
+    tiles = -(-n // 128)
+    plan = extension.native().dispatch(m, n, k, 1, False, 90, multiprocessors, 227 * 1024)
+    assert (plan["splits"], plan["shared_tiles"], plan["tiles"]) == (multiprocessors, tiles, tiles)
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16)
+    x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
+    bias, found = torch.randn(n), []
+    for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
+        with emulated(order, landing, seed=5, multiprocessors=multiprocessors, resident_blocks=resident):
+            module().reset_counters()
+            y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+            assert counters()["instructions"]["fence"] > 0
+            found.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
+    y, with_low_rank, u = found[0]
+    exact = x.double() @ dense.double().T
+    assert_within_contract(y, x @ dense.T, exact, f"{case}")
+    assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "few")
+    n, k, m = 256, 2048, 8
+    weight = make_weight(n, k)
+    x = torch.randn(m, k).bfloat16()
+    found = counted(lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None))
+    assert found["launches"] == 1
+    memory = lines(found["global"], "rows8.cuh", "load") | lines(found["global"], "rows8.cuh", "store")
+    codes = max(memory.values(), key=lambda t: t["bytes"])
+    # After its last group every lane asks four times for what is not there, and gets something else.
+    assert codes["bytes"] == n * k // 2 + 2 * 512 * 4 * 16
+    wide = {place: t for place, t in memory.items() if t["bytes"] == 512 * t["requests"]}
+    assert len(wide) == 2, "codes and x"
+    assert all(t["actual"] == t["minimum"] for t in wide.values())
+    shared = lines(found["shared"], "rows8.cuh", "load")
+    pairs = max(shared.values(), key=lambda t: t["requests"])
+    assert pairs["requests"] == n * k // 2 // 32
+    x_loads = max((t for t in shared.values() if t is not pairs), key=lambda t: t["bytes"])
+    for t in (pairs, x_loads, *lines(found["shared"], "rows8.cuh", "store").values()):
+        assert t["actual"] == t["minimum"], "bank conflicts"
+    # Of random codes: 16 of the 256 entries for each request.
+    constants = next(t for t in shared.values() if t["bytes"] == pairs["bytes"] // 16 // 4 * 2)
+    assert constants["actual"] < 1.5 * constants["minimum"]
