@@ -45,7 +45,7 @@ TEST_FILES = (
     "tests/optim/test_optim_state.py",
     "tests/optim/test_optim_changes.py",
     "tests/optim/test_optim_torch.py",
-    "tests/finetune/test_finetune_gpu.py",
+    "tests/finetune/test_run_gpu.py",
 )
 #: By itself, after all others: it looks at how much of the card is free.
 LAST_TEST_FILE = "tests/optim/test_paging_gpu.py"

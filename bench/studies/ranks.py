@@ -167,7 +167,7 @@ class _Run:
         if os.path.isdir(folder):
             self.note(f"the tiny base is in {folder}")
         else:
-            tiny.pretrain(self.shared, self._trainer(self.shared), folder, self.source.dtype, self.note)
+            tiny.pretrain(self.shared, self._trainer(self.shared), folder, self.note)
         model = self.source.load()
         dense_loss = None if base else self._loss(model, "the 16-bit base")
         report = quantize(model, replace(self.shared, rank=self.options.ranks[0], target_modules=TARGETS[0]))

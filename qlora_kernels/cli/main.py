@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..bench.options import add_arguments as add_bench_arguments
 from ..console.cores import restart_if_cores_are_busy
 from ..errors import InputError, missing_extra, sentence
-from ..finetune.options import add_arguments, from_arguments
+from ..finetune.arguments import add_arguments, from_arguments
 from ..native.build_info import version
 from .info import run_info
 from .quantize import run_quantize
@@ -132,10 +132,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _finetune(namespace: argparse.Namespace, arguments: list[str]) -> int:
-    options = from_arguments(namespace)
+    settings = from_arguments(namespace).resolve()
     from ..finetune.run import finetune
 
-    return finetune(options, arguments[1:])
+    return finetune(settings, arguments[1:])
 
 
 def _bench(namespace: argparse.Namespace, arguments: list[str]) -> int:

@@ -1,8 +1,7 @@
-"""The checkpoint of a run: one file, written aside, synced and renamed; a kill leaves the old one or the new one."""
+"""The checkpoint of a run: one file, replaced atomically, so that a kill leaves the old one or the new one."""
 
 from __future__ import annotations
 
-import glob
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import InputError, sentence
-from ..models.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from ..storage.digest import digest
 from ..storage.formats import save_torch
-from .options import Options
+from .options import Settings
 
 NAME = "checkpoint.pt"
 _FORMAT = "qlora_kernels.finetune/2"
@@ -24,11 +22,11 @@ class Checkpoint:
     """Where a run stands.
 
     Attributes:
-        options: the options that decide its numbers, resolved.
+        options: the settings that decide its numbers.
         identity: digests of the data and the base model.
         phase: the phase in progress or just finished.
-        step: optimizer steps done in it; its data position follows from that.
-        total: the steps it has in all.
+        step: optimizer steps done in it, from which the position in the data follows.
+        total: its number of steps.
         losses: training loss of each step done.
         tensors: trainable tensors by name.
         optimizer: the optimizer's state_dict.
@@ -63,16 +61,6 @@ def save(checkpoint: Checkpoint, out: str) -> None:
     save_torch({"format": _FORMAT, "sha256": digest(value), **value}, path_in(out))
 
 
-def sweep(out: str) -> None:
-    """Removes what a kill in the middle of a write left beside the checkpoint and the run's other files."""
-    adapter = os.path.join(out, "adapter")
-    places = [(out, name) for name in (NAME, "metrics.json", "loss.png")]
-    places += [(adapter, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    for folder, name in places:
-        for part in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.part")):
-            os.unlink(part)
-
-
 def load(out: str) -> Checkpoint:
     """Reads ``out/checkpoint.pt``.
 
@@ -95,13 +83,13 @@ def load(out: str) -> Checkpoint:
     return Checkpoint(**value)
 
 
-def check_same_run(checkpoint: Checkpoint, options: Options, identity: dict[str, str]) -> None:
-    """Refuses to go on with other options, data or model than the run began with.
+def check_same_run(checkpoint: Checkpoint, settings: Settings, identity: dict[str, str]) -> None:
+    """Refuses to resume with other settings, data or model than the run began with.
 
     Raises:
-        InputError: with what differs.
+        InputError: naming the differences.
     """
-    differences = options.differences(checkpoint.options)
+    differences = settings.differences(checkpoint.options)
     differences += [
         f"the {name} differs" for name, digest in identity.items() if checkpoint.identity.get(name, digest) != digest
     ]
@@ -110,10 +98,10 @@ def check_same_run(checkpoint: Checkpoint, options: Options, identity: dict[str,
 
 
 def restore_tensors(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Copies the saved trainable tensors into a model's parameters, after checking that every one fits.
+    """Copies the saved tensors into a model's parameters, after checking that each fits.
 
     Raises:
-        InputError: when the checkpoint is of another model.
+        InputError: when they are another model's.
     """
     saved = checkpoint.tensors
     odd = sorted(set(saved) ^ set(parameters))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import math
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from torch import nn
 from ..console.signals import Interrupted, StopSignal
 from ..errors import InputError
 from ..interop.transformers.skeleton import cast_parameters, recompute_activations
-from ..models.adapter_files import CONFIG_NAME, WEIGHTS_NAME, save_adapter
+from ..models.adapter_files import save_adapter
 from ..models.adapters import disable_adapters
-from ..storage.atomic_folder import new_folder, sweep_folders
+from ..storage.atomic_folder import sweep_folders
 from ..storage.formats import save_json
 from . import checkpoint as ckpt
 from . import tiny
@@ -30,19 +30,20 @@ from .data import load_data
 from .dense_lora import add_lora
 from .evaluate import generate, held_out_loss
 from .memory import PeakMemory
-from .options import Options
+from .options import Settings
+from .outputs import Outputs
 from .plot import plot_losses
 from .report import TITLES, conclusions, machine, recovery, sizes, table, versions
 from .source import Source, digest, quantize
 from .train import Phase, Trained, Trainer, trainable
 
 
-def finetune(options: Options, arguments: list[str]) -> int:
+def finetune(settings: Settings, arguments: list[str]) -> int:
     """Carries a run through.
 
     Args:
-        options: resolved.
-        arguments: what the command was called with, to say how to go on.
+        settings: of the run.
+        arguments: what the command was called with, for the message that says how to resume.
 
     Returns:
         The exit code: 0, or 128 + signal when one ended the run.
@@ -50,20 +51,38 @@ def finetune(options: Options, arguments: list[str]) -> int:
     Raises:
         InputError: for input that cannot be used; nothing is left half changed.
     """
+    _check_single_process(os.environ)
     with StopSignal() as stop:
         try:
-            _Run(options, stop).go()
+            _Run(settings, stop).go()
             return 0
         except Interrupted as interrupted:
-            signum = interrupted.signum
-            print(f"\n{_farewell(options, interrupted, arguments)}", file=sys.stderr)
-            return 128 + signum
+            print(f"\n{_farewell(settings.out, interrupted, arguments)}", file=sys.stderr)
+            return 128 + interrupted.signum
 
 
-def _farewell(options: Options, interrupted: Interrupted, arguments: list[str]) -> str:
+def _check_single_process(environment: Mapping[str, str]) -> None:
+    """Refuses to be one of several processes that torchrun and its like start.
+
+    They would all do the same run and write into the same folder.
+
+    Raises:
+        InputError: naming the variable that shows it.
+    """
+    # One process alone is fine. Where the number is not given, a rank means that there may be others.
+    names = ("WORLD_SIZE",) if "WORLD_SIZE" in environment else ("RANK", "LOCAL_RANK")
+    for name in names:
+        if name in environment and (name, environment[name]) != ("WORLD_SIZE", "1"):
+            raise InputError(
+                f"finetune runs in one process, but {name}={environment[name]} is set, as torchrun does for several; "
+                "start it without torchrun"
+            )
+
+
+def _farewell(out: str, interrupted: Interrupted, arguments: list[str]) -> str:
     name = signal.Signals(interrupted.signum).name
     command = shlex.join(["qlora-kernels", "finetune", *(a for a in arguments if a != "--resume"), "--resume"])
-    path = ckpt.path_in(options.out)
+    path = ckpt.path_in(out)
     if interrupted.note:
         return f"{name}: stopped after {interrupted.note}; saved in {path}. To go on:\n  {command}"
     if os.path.isfile(path):
@@ -74,78 +93,83 @@ def _farewell(options: Options, interrupted: Interrupted, arguments: list[str]) 
 class _Run:
     """The state of a run between its phases."""
 
-    def __init__(self, options: Options, stop: StopSignal) -> None:
-        self.options, self.stop = options, stop
+    def __init__(self, settings: Settings, stop: StopSignal) -> None:
+        self.settings, self.stop = settings, stop
+        self.outputs = Outputs(settings.out)
         self.began = time.perf_counter()
 
     def note(self, text: str) -> None:
-        if not self.options.quiet:
+        if not self.settings.quiet:
             from tqdm import tqdm
 
             tqdm.write(text)
 
     def go(self) -> None:
-        options = self.options
         for package in ("transformers", "safetensors", "tqdm", "matplotlib"):  # rather now than after the training
             importlib.import_module(package)
-        resumed = ckpt.load(options.out) if options.resume else None
-        self.source = Source(options)
-        if options.compare and self.source.four_bit:
-            raise InputError("--compare needs the 16-bit weights, but the model's are 4-bit already")
-        self.data = load_data(
-            options.data, self.source.encode, self.source.end, options.seq_len, options.held_out, options.seed
-        )
-        self.source.check()
-        if options.steps is None:
-            per_step = options.batch_size * options.grad_accum
-            options.steps = max(math.ceil(options.epochs * len(self.data.train) / per_step), 1)
-        self.identity = {"data": str(self.data.summary["sha256"]), "activation type": str(self.source.dtype)}
+        resumed = ckpt.load(self.settings.out) if self.settings.resume else None
+        self._prepare()
         if resumed is not None:
-            ckpt.check_same_run(resumed, options, self.identity)
-        _check_targets(options.out, self.source.folder if options.is_tiny else None)
-        adapter = os.path.join(options.out, "adapter")
-        with contextlib.ExitStack() as stack:
-            for folder in (options.out, options.cache or options.out, adapter if os.path.isdir(adapter) else None):
-                if folder is not None:
-                    stack.enter_context(_writable(folder))
+            ckpt.check_same_run(resumed, self.settings, self.identity)
+        settings = self.settings
+        self.outputs.check_unobstructed(self.source.folder if settings.is_tiny else None)
+        with self.outputs.writable(settings.cache):
             self._phases(resumed)
 
+    def _prepare(self) -> None:
+        """Finds the model and the data, and checks that they can be used. From here on the settings are complete."""
+        settings = self.settings
+        self.source = Source(settings)
+        if settings.compare and self.source.four_bit:
+            raise InputError("--compare needs the 16-bit weights, but the model's are 4-bit already")
+        self.data = load_data(
+            settings.data, self.source.encode, self.source.end, settings.seq_len, settings.held_out, settings.seed
+        )
+        self.source.check()
+        self.identity = {"data": str(self.data.summary["sha256"]), "activation type": str(self.source.dtype)}
+        self.settings = replace(settings, double_quant=self.source.double_quant).for_data(len(self.data.train))
+
     def _phases(self, resumed: ckpt.Checkpoint | None) -> None:
-        options = self.options
+        settings = self.settings
         self.results: dict[str, Any] = {} if resumed is None else resumed.results
-        ckpt.sweep(options.out)
-        if options.is_tiny:
-            sweep_folders(os.path.dirname(self.source.folder), "tiny-base-[0-9a-f]+")
-        self.trainer = Trainer(options, self.identity, self.stop, self.results, resumed)
-        if resumed is None and os.path.exists(ckpt.path_in(options.out)):
-            self.note(f"starting afresh; --resume would go on from the checkpoint that is in {options.out}")
-        if options.is_tiny and not os.path.isdir(self.source.folder):
-            tiny.pretrain(options, self.trainer, self.source.folder, self.source.dtype, self.note)
-        elif options.is_tiny:
-            self.note(f"the tiny base is in {self.source.folder}")
-        with PeakMemory(options.device) as libraries:
+        self.outputs.sweep()
+        self.trainer = Trainer(settings, self.identity, self.stop, self.results, resumed)
+        if resumed is None and os.path.exists(self.outputs.checkpoint):
+            self.note(f"starting from the beginning; --resume would use the checkpoint in {settings.out}")
+        if settings.is_tiny:
+            self._pretrain()
+        with PeakMemory(settings.device) as libraries:
             pass
         model = self.source.load()
         self.identity["base model"] = digest(model)
         if resumed is not None:
-            ckpt.check_same_run(resumed, options, self.identity)
+            ckpt.check_same_run(resumed, settings, self.identity)
         if not self.source.four_bit and "base16" not in self.results:
             self.results["base16"] = self._evaluated(model, TITLES["base16"])
-        model = self._qlora(model)
+        self._qlora(model)
         del model
-        if options.compare:
+        if settings.compare:
             self._compare()
         self._report(libraries)
 
-    def _qlora(self, model: nn.Module) -> nn.Module:
+    def _pretrain(self) -> None:
+        """Makes the tiny base, unless an earlier run left it."""
+        folder = self.source.folder
+        sweep_folders(os.path.dirname(folder), "tiny-base-[0-9a-f]+")
+        if os.path.isdir(folder):
+            self.note(f"the tiny base is in {folder}")
+        else:
+            tiny.pretrain(self.settings, self.trainer, folder, self.note)
+
+    def _qlora(self, model: nn.Module) -> None:
         """Quantizes the base, trains its adapters and writes them."""
-        options = self.options
+        settings = self.settings
         began = time.perf_counter()
-        report = quantize(model, options)
+        report = quantize(model, settings)
         self.size = sizes(model, report)
         self.adapted = report.adapted
         if "qlora" in self.results:
-            return model
+            return
         self.note(str(report))
         if "nf4" not in self.results:
             seconds = time.perf_counter() - began
@@ -153,19 +177,17 @@ class _Run:
                 self.results["nf4"] = self._evaluated(model, TITLES["nf4"])
                 self.results["nf4"]["sample"] = self._sample(model)
             self.results["nf4"]["quantize_seconds"] = seconds
-        self.results["qlora"] = self._trained(model, "qlora", TITLES["qlora"], options.lr)
+        self.results["qlora"] = self._trained(model, "qlora", TITLES["qlora"], settings.lr)
         self.results["qlora"]["sample"] = self._sample(model)
         with self.stop.deferred():
-            folder = os.path.join(options.out, "adapter")
-            save_adapter(model, folder, base_model_name_or_path=_base_name(self.source.folder))
+            save_adapter(model, self.outputs.adapter, base_model_name_or_path=_base_name(self.source.folder))
             self._phase_done()
         self.stop.check()
-        return model
 
     def _compare(self) -> None:
         """LoRA on the dense 16-bit base, and full fine-tuning, on the same data in the same order."""
-        options = self.options
-        rates = {"lora16": options.lr, "full": options.full_lr}
+        settings = self.settings
+        rates = {"lora16": settings.lr, "full": settings.full_lr}
         for key, rate in rates.items():
             title = TITLES[key]
             if key in self.results:
@@ -177,11 +199,11 @@ class _Run:
                 add_lora(
                     model,
                     self.adapted,
-                    options.rank,
-                    options.alpha,
-                    options.lora_dropout,
-                    options.rslora,
-                    options.seed,
+                    settings.rank,
+                    settings.alpha,
+                    settings.lora_dropout,
+                    settings.rslora,
+                    settings.seed,
                 )
             else:
                 # Mixed precision: masters in float32, products in the type of the activations.
@@ -196,8 +218,8 @@ class _Run:
     def _trained(
         self, model: nn.Module, key: str, title: str, lr: float, autocast: torch.dtype | None = None
     ) -> dict[str, Any]:
-        options = self.options
-        if options.gradient_checkpointing:
+        settings = self.settings
+        if settings.gradient_checkpointing:
             recompute_activations(model, True)
         phase = Phase(
             name=key,
@@ -205,17 +227,17 @@ class _Run:
             model=model,
             data=self.data.train,
             lr=lr,
-            # What is compared had the same number of steps.
-            steps=options.steps if key == "qlora" else self.results["qlora"]["steps"],
-            seconds=options.train_seconds if key == "qlora" else None,
-            batch_size=options.batch_size,
-            grad_accum=options.grad_accum,
-            warmup=options.warmup,
+            # The others get as many steps as qlora had.
+            steps=settings.steps if key == "qlora" else self.results["qlora"]["steps"],
+            seconds=settings.train_seconds if key == "qlora" else None,
+            batch_size=settings.batch_size,
+            grad_accum=settings.grad_accum,
+            warmup=settings.warmup,
             autocast=autocast,
         )
-        with PeakMemory(options.device) as memory:
+        with PeakMemory(settings.device) as memory:
             trained: Trained = self.trainer.run(phase, self.note)
-        if options.gradient_checkpointing:
+        if settings.gradient_checkpointing:
             recompute_activations(model, False)
         if autocast is not None:
             cast_parameters(model, self.source.dtype)  # deployed, and so evaluated, in 16 bits
@@ -231,26 +253,33 @@ class _Run:
         }
 
     def _loss(self, model: nn.Module, title: str) -> float:
-        o = self.options
-        title = f"evaluating {title}"
-        return held_out_loss(model, self.data.held_out, o.batch_size, o.eval_tokens, o.device, title, o.quiet)
+        settings = self.settings
+        return held_out_loss(
+            model,
+            self.data.held_out,
+            settings.batch_size,
+            settings.eval_tokens,
+            settings.device,
+            f"evaluating {title}",
+            settings.quiet,
+        )
 
     def _evaluated(self, model: nn.Module, title: str) -> dict[str, Any]:
         began = time.perf_counter()
-        with PeakMemory(self.options.device) as memory:
+        with PeakMemory(self.settings.device) as memory:
             loss = self._loss(model, title)
         return {"loss": loss, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
     def _sample(self, model: nn.Module) -> str:
-        options = self.options
-        ids = generate(model, self.data.prompt, options.sample_tokens, options.seed, options.device)
+        settings = self.settings
+        ids = generate(model, self.data.prompt, settings.sample_tokens, settings.seed, settings.device)
         return self.source.decode(ids)
 
     def _phase_done(self) -> None:
         """A checkpoint between phases: results alone."""
         ckpt.save(
             ckpt.Checkpoint(
-                options=self.options.decisive(),
+                options=self.settings.decisive(),
                 identity=self.identity,
                 phase="between",
                 step=0,
@@ -262,15 +291,14 @@ class _Run:
                 seconds=0.0,
                 results=self.results,
             ),
-            self.options.out,
+            self.settings.out,
         )
 
     def _report(self, libraries: PeakMemory) -> None:
-        options, results = self.options, self.results
-        path = {name: os.path.join(options.out, name) for name in ("metrics.json", "loss.png", "adapter")}
+        settings, outputs, results = self.settings, self.outputs, self.results
         share = recovery(results)
         metrics = {
-            "options": vars(options),
+            "options": asdict(settings),
             "versions": versions(),
             "machine": machine(),
             "model": self.source.folder,
@@ -283,48 +311,21 @@ class _Run:
             "seconds_this_call": time.perf_counter() - self.began,
         }
         with self.stop.deferred():
-            name = os.path.basename(os.path.normpath(options.model))
-            plot_losses(results, path["loss.png"], f"QLoRA on {name}: loss")
-            save_json(metrics, path["metrics.json"])
+            name = os.path.basename(os.path.normpath(settings.model))
+            plot_losses(results, outputs.plot, f"QLoRA on {name}: loss")
+            save_json(metrics, outputs.metrics)
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(ckpt.path_in(options.out))
-        if options.sample_tokens and not options.quiet:
+                os.unlink(outputs.checkpoint)
+        if settings.sample_tokens and not settings.quiet:
             print("\nprompt (held-out):\n" + _indent(self.source.decode(self.data.prompt)))
-            print("\nthe NF4 base goes on:\n" + _indent(results["nf4"]["sample"]))
-            print("\nNF4 + LoRA goes on:\n" + _indent(results["qlora"]["sample"]))
+            print("\nthe NF4 base continues:\n" + _indent(results["nf4"]["sample"]))
+            print("\nNF4 + LoRA continues:\n" + _indent(results["qlora"]["sample"]))
         print("\n" + table(results, self.size) + "\n")
         method = results["qlora"]["memory_method"]
         for line in conclusions(results, libraries.start, method):
             print(line)
-        print(f"Written: {', '.join(path.values())}. Took {metrics['seconds_this_call']:.0f} s.")
-
-
-def _check_targets(out: str, base: str | None) -> None:
-    """Finds now, not after the training, that something lies where a file or folder of the run has to go.
-
-    Raises:
-        InputError: naming it.
-    """
-    adapter = os.path.join(out, "adapter")
-    for folder in (adapter, base):
-        if folder is not None and os.path.lexists(folder) and not os.path.isdir(folder):
-            raise InputError(f"{folder} cannot be written: it should be a folder, and is a file")
-    files = [os.path.join(out, name) for name in ("metrics.json", "loss.png", ckpt.NAME)]
-    files += [os.path.join(adapter, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    for file in files:
-        if os.path.isdir(file):
-            raise InputError(f"{file} cannot be written: it should be a file, and is a folder")
-
-
-@contextlib.contextmanager
-def _writable(folder: str) -> Iterator[None]:
-    """The folder made and checked; see :func:`qlora_kernels.folders.new_folder`."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(new_folder(folder))
-        except OSError as error:
-            raise InputError(f"the output folder {folder} cannot be written: {error.strerror}") from None
-        yield
+        written = ", ".join((outputs.metrics, outputs.plot, outputs.adapter))
+        print(f"Written: {written}. Took {metrics['seconds_this_call']:.0f} s.")
 
 
 def _base_name(model: str) -> str:

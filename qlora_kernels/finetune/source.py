@@ -1,11 +1,9 @@
-"""Base models: the tiny one, a Hugging Face folder or id, or a folder that is 4-bit already."""
+"""Base models: the tiny one, a Hugging Face folder or id, or a 4-bit folder."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,52 +13,42 @@ from ..console.quiet import quiet_transformers
 from ..errors import InputError, readable, sentence
 from ..interop.transformers.folder import METHOD, read_config
 from ..interop.transformers.skeleton import cast_parameters, dtype_argument, skeleton, skipped
+from ..layers.adapters.config import AdapterConfig
 from ..models.quantize import QuantizeReport, quantize_model
-from ..models.targets import qlora_layers
+from ..models.targets import plan, qlora_layers
 from ..ops import backends
 from . import tiny
 from .dense_lora import share_initial_values
-from .options import Options
-
-
-def compute_dtype(options: Options) -> torch.dtype:
-    """The type of activations: bfloat16 where there are instructions for it, since elsewhere float32 is faster."""
-    if options.compute != "auto":
-        return getattr(torch, options.compute)
-    if options.device.startswith("cuda"):
-        return torch.bfloat16
-    flags: set[str] = set()
-    with contextlib.suppress(OSError):
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    return torch.bfloat16 if flags & {"avx512_bf16", "amx_bf16", "bf16"} else torch.float32
+from .options import Settings
 
 
 class Source:
-    """Where the base comes from, and how to load it afresh.
+    """Where the base comes from, and how to load a fresh copy of it.
 
     Attributes:
-        folder: what transformers loads: a folder or an id; for the tiny model it exists after pretraining.
+        folder: what transformers loads: a folder or an id; for the tiny model, the folder that pretraining writes.
         four_bit: whether it is a folder that ``qlora-kernels quantize`` wrote.
+        double_quant: whether the run's 4-bit weights are double-quantized; a 4-bit folder decides that itself.
         dtype: the type of activations.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        _check_device(options.device)
-        self.dtype = compute_dtype(options)
-        self.folder = tiny.cache_folder(options, self.dtype) if options.is_tiny else options.model
-        settings = {} if options.is_tiny else _quantization(options.model)
-        self.four_bit = settings.get("quant_method") == METHOD
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        _check_device(settings.device)
+        self.dtype = settings.activation_dtype
+        self.folder = tiny.cache_folder(settings) if settings.is_tiny else settings.model
+        quantization = {} if settings.is_tiny else _quantization(settings.model)
+        self.four_bit = quantization.get("quant_method") == METHOD
+        self.double_quant = settings.double_quant
         if self.four_bit:
-            nested = bool(settings.get("double_quant", True))
-            if nested and not options.double_quant:
+            self.double_quant = bool(quantization.get("double_quant", True))
+            if self.double_quant and not settings.double_quant:
                 raise InputError(
-                    f"--no-double-quant comes too late: {options.model} is 4-bit and double-quantized already; give "
+                    f"--no-double-quant comes too late: {settings.model} is 4-bit and double-quantized already; give "
                     "it to 'qlora-kernels quantize' instead, with the dense model"
                 )
-            options.double_quant = nested  # for metrics.json
-        self._config = None if options.is_tiny else _load_config(options.model)
-        self._tokenizer = None if options.is_tiny else _load_tokenizer(options.model)
+        self._config = None if settings.is_tiny else _load_config(settings.model)
+        self._tokenizer = None if settings.is_tiny else _load_tokenizer(settings.model)
 
     @property
     def end(self) -> int | None:
@@ -83,13 +71,16 @@ class Source:
         Raises:
             InputError: naming what does not fit.
         """
-        config = tiny.config(self.options) if self._config is None else self._config
-        with readable(f"--model {self.options.model}"):
+        config = tiny.config(self.settings) if self._config is None else self._config
+        with readable(f"--model {self.settings.model}"):
             model = skeleton(config)
         longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and self.options.seq_len > longest:
-            raise InputError(f"--seq-len {self.options.seq_len} is more than the {longest} tokens that the model takes")
-        quantize(model, self.options)
+        if longest is not None and self.settings.seq_len > longest:
+            raise InputError(
+                f"--seq-len {self.settings.seq_len} is more than the {longest} tokens that the model takes"
+            )
+        with readable(_CANNOT_QUANTIZE):
+            plan(model, adapter_config(self.settings), self.settings.target_names(), skipped(model))
 
     def load(self) -> nn.Module:
         """A dense model with 16-bit weights, ready for activations of ``dtype``; or a 4-bit one with fresh adapters.
@@ -99,26 +90,12 @@ class Source:
         """
         from transformers import AutoModelForCausalLM
 
-        name = self.options.model if not self.options.is_tiny else self.folder
+        name = self.folder
         if self.four_bit:
-            from ..interop.transformers.load import load_quantized
-
-            with readable(f"--model {name}"):
-                model = load_quantized(
-                    name,
-                    rank=self.options.rank,
-                    alpha=self.options.alpha,
-                    dropout=self.options.lora_dropout,
-                    rslora=self.options.rslora,
-                    target_modules=self.options.targets(),
-                    adapter_dtype=torch.float32,
-                    dtype=self.dtype,
-                    device=self.options.device,
-                )
-            return model.eval()
+            return self._load_quantized().eval()
         with readable(f"--model {name}"), quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
-                self.folder, output_loading_info=True, **dtype_argument(torch.bfloat16)
+                name, output_loading_info=True, **dtype_argument(torch.bfloat16)
             )
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -127,36 +104,58 @@ class Source:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise InputError(f"--model {name}: {key} holds NaN or infinity; only finite weights can be used")
         # In float32 the values stay those of the 16-bit weights.
-        return cast_parameters(model, self.dtype).to(self.options.device).eval()
+        return cast_parameters(model, self.dtype).to(self.settings.device).eval()
+
+    def _load_quantized(self) -> nn.Module:
+        from ..interop.transformers.load import load_quantized
+
+        settings = self.settings
+        with readable(f"--model {self.folder}"):
+            return load_quantized(
+                self.folder,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                dropout=settings.lora_dropout,
+                rslora=settings.rslora,
+                target_modules=settings.target_names(),
+                adapter_dtype=torch.float32,
+                dtype=self.dtype,
+                device=settings.device,
+            )
 
 
-def quantize(model: nn.Module, options: Options) -> QuantizeReport:
-    """Quantizes in place, unless the model is 4-bit; adapters in float32, with the 16-bit baseline's initial values.
+_CANNOT_QUANTIZE = "cannot quantize the model"
+
+
+def adapter_config(settings: Settings) -> AdapterConfig:
+    """The configuration of every adapter of the run."""
+    return AdapterConfig(settings.rank, settings.alpha, settings.lora_dropout, settings.rslora)
+
+
+def quantize(model: nn.Module, settings: Settings) -> QuantizeReport:
+    """Quantizes in place, unless the model is 4-bit. Adapters are float32, with the 16-bit baseline's initial values.
 
     Raises:
         InputError: for target modules that match nothing, a rank larger than a layer, non-finite weights.
     """
-    if any(True for _ in qlora_layers(model)):
-        report = _already_quantized(model)
-    else:
-        report = _quantize(model, options)
+    already = any(True for _ in qlora_layers(model))
+    report = _already_quantized(model) if already else _quantize(model, settings)
     layers = dict(qlora_layers(model))
-    if not any(tensor.is_meta for tensor in model.parameters()):
-        share_initial_values({name: layers[name] for name in report.adapted}, options.seed)
+    share_initial_values({name: layers[name] for name in report.adapted}, settings.seed)
     return report
 
 
-def _quantize(model: nn.Module, options: Options) -> QuantizeReport:
-    with readable("cannot quantize the model"):
+def _quantize(model: nn.Module, settings: Settings) -> QuantizeReport:
+    with readable(_CANNOT_QUANTIZE):
         return quantize_model(
             model,
-            rank=options.rank,
-            alpha=options.alpha,
-            dropout=options.lora_dropout,
-            rslora=options.rslora,
-            target_modules=options.targets(),
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.lora_dropout,
+            rslora=settings.rslora,
+            target_modules=settings.target_names(),
             skip=skipped(model),
-            double_quant=options.double_quant,
+            double_quant=settings.double_quant,
             adapter_dtype=torch.float32,
             progress=False,
         )
@@ -177,7 +176,7 @@ def _already_quantized(model: nn.Module) -> QuantizeReport:
 
 
 def digest(model: nn.Module) -> str:
-    """A digest of a base's names, shapes and a sample of its values, to recognise it by; adapters do not count."""
+    """A digest to recognise a base by: of names, shapes and a sample of the values, without adapters."""
     result = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if ".lora_A." in name or ".lora_B." in name:
@@ -218,11 +217,10 @@ def _check_device(device: str) -> None:
 
 
 def _quantization(model: str) -> dict[str, Any]:
-    """What a folder's config says of its quantization; nothing for an id.
+    """The quantization_config of a folder's config.json; empty for an id.
 
     Raises:
-        InputError: when ``model`` looks like a folder and is none (rather than an id that is unknown), or holds no
-            model.
+        InputError: when ``model`` looks like a path rather than an id but is not a folder, or holds no model.
     """
     if os.path.isdir(model):
         return read_config(model, "--model ").get("quantization_config") or {}

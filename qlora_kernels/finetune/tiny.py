@@ -18,13 +18,12 @@ from ..errors import InputError
 from ..storage.atomic_folder import write_folder_atomically
 from ..storage.formats import save_json
 from .data import Windows
-from .options import Options
+from .options import Settings
 from .train import Phase, Trainer
 
 END = 256  # id of <|endoftext|>; ids below it are bytes
 _VOCABULARY = 272  # 257, and up to a multiple of 16 for the matrix units
 _BATCH_SIZE = 8
-_LR = 1e-3  # AdamW's, by trial: of 7e-4, 1e-3 and 1.5e-3 the lowest loss after 900 steps of 8 sequences of 128 bytes
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings", "__pycache__"}
 _LEAST_BYTES = 500_000
 
@@ -51,16 +50,16 @@ def tokenizer():
     )
 
 
-def config(options: Options):
+def config(settings: Settings):
     """The model's shape: about 3.4 million parameters by default, every layer's K a multiple of 64."""
     from transformers import LlamaConfig
 
-    hidden = options.tiny_hidden
+    hidden = settings.tiny_hidden
     return LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=hidden,
         intermediate_size=round(hidden * 2.75 / 64) * 64,
-        num_hidden_layers=options.tiny_layers,
+        num_hidden_layers=settings.tiny_layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
         max_position_embeddings=2048,
@@ -73,7 +72,7 @@ def config(options: Options):
 
 
 def pretraining_text(seed: int) -> torch.Tensor:
-    """uint8-valued tokens (int32) of the standard library's sources, in an order that the seed decides.
+    """The standard library's sources as byte tokens (int32), in an order that the seed decides.
 
     Raises:
         InputError: when this Python came without its sources.
@@ -85,11 +84,11 @@ def pretraining_text(seed: int) -> torch.Tensor:
         names += [os.path.join(folder, name) for name in files if name.endswith(".py")]
     names.sort()
     random.Random(seed).shuffle(names)
-    parts = []
+    pieces = []
     for name in names:
         with open(name, "rb") as file:
-            parts += [np.frombuffer(file.read(), dtype=np.uint8).astype(np.int32), np.array([END], dtype=np.int32)]
-    tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
+            pieces += [np.frombuffer(file.read(), dtype=np.uint8).astype(np.int32), np.array([END], dtype=np.int32)]
+    tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
     if len(tokens) < _LEAST_BYTES:
         raise InputError(
             f"this Python has only {len(tokens)} bytes of library sources in {root}, too little to pretrain the tiny "
@@ -98,50 +97,49 @@ def pretraining_text(seed: int) -> torch.Tensor:
     return torch.from_numpy(tokens)
 
 
-def cache_folder(options: Options, compute: torch.dtype) -> str:
-    """Where the pretrained model of these options lies, or will."""
+def cache_folder(settings: Settings) -> str:
+    """The folder of the model that these settings pretrain, whether it exists yet or not."""
     key = {
         "format": 1,
-        "hidden": options.tiny_hidden,
-        "layers": options.tiny_layers,
-        "seq_len": options.tiny_seq_len,
-        "steps": options.pretrain_steps,
+        "hidden": settings.tiny_hidden,
+        "layers": settings.tiny_layers,
+        "seq_len": settings.tiny_seq_len,
+        "steps": settings.pretrain_steps,
         "batch_size": _BATCH_SIZE,
-        "optim": options.optim,
-        "lr": options.usual_lr(_LR),
-        "seed": options.seed,
-        "compute": str(compute),
+        "optim": settings.optim,
+        "lr": settings.pretraining_lr,
+        "seed": settings.seed,
+        "compute": str(settings.pretraining_dtype),
         "python": sys.version,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return os.path.join(options.cache or options.out, f"tiny-base-{digest}")
+    return os.path.join(settings.cache or settings.out, f"tiny-base-{digest}")
 
 
-def pretrain(
-    options: Options, trainer: Trainer, folder: str, compute: torch.dtype, note: Callable[[str], None]
-) -> None:
+def pretrain(settings: Settings, trainer: Trainer, folder: str, note: Callable[[str], None]) -> None:
     """Trains the tiny model from scratch and writes it to ``folder``, a Hugging Face folder in bfloat16.
 
-    Runs that share a cache and begin together each train one; all go on from the one that is written first.
+    Runs that share a cache and start together each pretrain a model; all continue from the one that is written first.
     """
     from transformers import LlamaForCausalLM
 
-    torch.manual_seed(options.seed)
-    model = LlamaForCausalLM(config(options)).to(options.device)
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(config(settings)).to(settings.device)
     count = sum(p.numel() for p in model.parameters())
-    text = pretraining_text(options.seed)
+    text = pretraining_text(settings.seed)
     size = f"{count / 1e6:.1f} M parameters on {len(text) / 1e6:.1f} MB of library sources"
     note(f"pretraining a byte-level model of {size}")
+    dtype = settings.pretraining_dtype
     phase = Phase(
         name="pretrain",
         title="pretraining",
         model=model,
-        data=Windows(text, options.tiny_seq_len, options.seed),
-        lr=options.usual_lr(_LR),
-        steps=options.pretrain_steps,
+        data=Windows(text, settings.tiny_seq_len, settings.seed),
+        lr=settings.pretraining_lr,
+        steps=settings.pretrain_steps,
         batch_size=_BATCH_SIZE,
-        autocast=compute if compute != torch.float32 else None,
-        seconds=options.pretrain_seconds,
+        autocast=dtype if dtype != torch.float32 else None,
+        seconds=settings.pretrain_seconds,
     )
     trained = trainer.run(phase, note)
     losses = trained.losses[-20:]
@@ -159,6 +157,6 @@ def pretrain(
         try:
             write_folder_atomically(folder, write)
         except FileExistsError:
-            # Folders appear whole or not at all, so what is there now is a base that can be used.
-            note(f"another run has put its tiny base in {folder} meanwhile; this one goes on from that")
+            # Folders appear whole or not at all, so the base that is there now can be used.
+            note(f"another run has written the tiny base in {folder}; this one uses it")
     trainer.stop.check()

@@ -18,10 +18,10 @@ from ..errors import InputError, sentence
 from ..optim.algorithms import PagedAdamW, PagedLion
 from . import checkpoint as ckpt
 from .data import IGNORED, Batch, Pairs, Windows
-from .options import Options
+from .options import Settings
 
 _LEAST_STEPS = 24  # in a phase with a time limit, however slow the machine
-_REFIT_EVERY = 12  # steps after which the number of steps is fitted to the time limit anew
+_REFIT_EVERY = 12  # steps after which the number of steps is fitted to the time limit again
 
 
 @dataclass
@@ -30,14 +30,14 @@ class Phase:
 
     Attributes:
         name: for checkpoints, e.g. "qlora".
-        title: for people.
+        title: for messages and bars.
         model: called with input_ids; its output has logits.
         data: what to train on.
         lr: peak learning rate.
         steps: optimizer steps.
         batch_size, grad_accum: sequences a forward pass, forward passes a step.
         autocast: run the forward pass under autocast to this type (for float32 masters), or None.
-        seconds: do fewer steps than ``steps`` when it would take longer than this; None is no limit.
+        seconds: do fewer than ``steps`` steps when they would take longer than this; None is no limit.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Phase:
 
 @dataclass
 class Trained:
-    """What came of a phase: training loss of each step, time, and the steps done."""
+    """The outcome of a phase: training loss of each step, time, and the steps done."""
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -63,25 +63,25 @@ class Trained:
     tokens_per_second: float = 0.0
 
 
-def make_optimizer(parameters: list[nn.Parameter], lr: float, options: Options) -> torch.optim.Optimizer:
-    """The one place that chooses the optimizer. A paged one clips the gradients within its step."""
-    common = {"lr": lr, "weight_decay": options.weight_decay, "betas": (0.9, 0.99)}
-    if options.optim == "adamw":
+def make_optimizer(parameters: list[nn.Parameter], lr: float, settings: Settings) -> torch.optim.Optimizer:
+    """Makes the optimizer of a phase. A paged one clips the gradients within its step."""
+    common = {"lr": lr, "weight_decay": settings.weight_decay, "betas": (0.9, 0.99)}
+    if settings.optim == "adamw":
         return torch.optim.AdamW(parameters, **common, fused=True)
-    kind = PagedLion if options.optim == "paged_lion" else PagedAdamW
+    kind = PagedLion if settings.optim == "paged_lion" else PagedAdamW
     return kind(
         parameters,
         **common,
-        state_bits=8 if options.optim == "paged_adamw_8bit" else 32,
-        max_grad_norm=options.max_grad_norm if 0 < options.max_grad_norm < math.inf else None,
-        page_budget=options.page_budget,
-        page_file=options.page_file,
+        state_bits=8 if settings.optim == "paged_adamw_8bit" else 32,
+        max_grad_norm=settings.max_grad_norm if 0 < settings.max_grad_norm < math.inf else None,
+        page_budget=settings.page_budget,
+        page_file=settings.page_file,
     )
 
 
 @contextlib.contextmanager
 def _arena() -> Iterator[None]:
-    """Where a paged optimizer makes its arena: that there is no room for it, or too small a budget, in one sentence."""
+    """A paged optimizer makes its arena in here: no room for it, or too small a budget, becomes one sentence."""
     try:
         yield
     except (MemoryError, ValueError) as error:
@@ -120,7 +120,7 @@ def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _fitting(phase: Phase, trained: Trained, total: int) -> int:
-    """How many steps to do in all: the phase's, or as many as fit its time limit at the average pace so far."""
+    """How many steps to do in all: the phase's, or as many as fit its time limit at the pace so far."""
     if phase.seconds is None or trained.steps % _REFIT_EVERY:
         return total
     fitting = int(trained.steps * phase.seconds / trained.seconds)
@@ -137,22 +137,22 @@ class Trainer:
     """Runs phases, keeps checkpoints.
 
     Args:
-        options: of the run.
+        settings: of the run.
         identity: digests that a checkpoint records.
-        stop: where signals arrive.
-        results: results of finished phases, which a checkpoint records too.
+        stop: receives signals.
+        results: of finished phases, for checkpoints.
         resumed: the checkpoint to go on from, or None.
     """
 
     def __init__(
         self,
-        options: Options,
+        settings: Settings,
         identity: dict[str, str],
         stop: StopSignal,
         results: dict,
         resumed: ckpt.Checkpoint | None = None,
     ) -> None:
-        self.options, self.identity, self.stop, self.results = options, identity, stop, results
+        self.settings, self.identity, self.stop, self.results = settings, identity, stop, results
         self.resumed = resumed
 
     def run(self, phase: Phase, note: Callable[[str], None] = print) -> Trained:
@@ -162,10 +162,10 @@ class Trainer:
             Interrupted: by a signal, after a checkpoint was written.
             InputError: when the loss is no longer finite, or the checkpoint is of another model.
         """
-        options, device = self.options, self.options.device
+        settings, device = self.settings, self.settings.device
         parameters = trainable(phase.model)
-        optimizer = make_optimizer(list(parameters.values()), phase.lr, options)
-        torch.manual_seed(options.seed)
+        optimizer = make_optimizer(list(parameters.values()), phase.lr, settings)
+        torch.manual_seed(settings.seed)
         trained, total = Trained(), phase.steps
         if self.resumed is not None and self.resumed.phase == phase.name:
             saved = self.resumed
@@ -187,14 +187,14 @@ class Trainer:
                 trained.seconds = earlier + time.perf_counter() - began
                 total = _fitting(phase, trained, total)
                 trained.tokens_per_second = tokens / (trained.seconds - earlier)
-                if options.save_every and trained.steps % options.save_every == 0:
+                if settings.save_every and trained.steps % settings.save_every == 0:
                     self._save(phase, trained, total, parameters, optimizer)
                     saved_at = trained.steps
                 progress.total = total
                 progress.update(1)
                 speed = f"{trained.tokens_per_second:,.0f} tokens/s"
                 progress.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
-            # At the end too: what follows (evaluation, the adapter's files) may be interrupted or killed.
+            # At the end too: evaluation or the adapter's files may yet be interrupted or killed.
             if trained.steps > saved_at:
                 self._save(phase, trained, total, parameters, optimizer)
         if self.stop.signum is not None:
@@ -209,26 +209,26 @@ class Trainer:
         self, phase: Phase, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], step: int, total: int
     ) -> tuple[float, int]:
         """One optimizer step; returns the mean loss of its tokens and how many tokens went through the model."""
-        options = self.options
-        rate = learning_rate(step, total, phase.lr, phase.warmup, options.schedule)
+        settings = self.settings
+        rate = learning_rate(step, total, phase.lr, phase.warmup, settings.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batches = [
-            phase.data.batch(step * phase.grad_accum + i, phase.batch_size).to(options.device)
+            phase.data.batch(step * phase.grad_accum + i, phase.batch_size).to(settings.device)
             for i in range(phase.grad_accum)
         ]
         # Every counted token weighs the same, however the step is cut into forward passes.
         counted = max(sum(batch.counted for batch in batches), 1)
         total_loss = 0.0
         for batch in batches:
-            with _autocast(phase, options.device):
+            with _autocast(phase, settings.device):
                 loss = batch_loss(phase.model, batch) / counted
             loss.backward()
             total_loss += loss.item()
         if not math.isfinite(total_loss):
             raise InputError(f"the loss became {total_loss} at step {step + 1} of {phase.title}; try a smaller --lr")
-        if options.max_grad_norm and options.optim == "adamw":
-            torch.nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm, foreach=True)
+        if settings.max_grad_norm and settings.optim == "adamw":
+            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm, foreach=True)
         with _arena():
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -237,7 +237,7 @@ class Trainer:
     def _save(self, phase: Phase, trained: Trained, total: int, parameters, optimizer) -> None:
         ckpt.save(
             ckpt.Checkpoint(
-                options=self.options.decisive(),
+                options=self.settings.decisive(),
                 identity=self.identity,
                 phase=phase.name,
                 step=trained.steps,
@@ -245,12 +245,12 @@ class Trainer:
                 losses=trained.losses,
                 tensors={name: parameter.detach() for name, parameter in parameters.items()},
                 optimizer=optimizer.state_dict(),
-                rng=ckpt.rng_state(self.options.device),
+                rng=ckpt.rng_state(self.settings.device),
                 seconds=trained.seconds,
                 results=self.results,
             ),
-            self.options.out,
+            self.settings.out,
         )
 
     def _bar(self, phase: Phase, total: int, done: int):
-        return bar(show=not self.options.quiet, total=total, initial=done, desc=phase.title, unit="step")
+        return bar(show=not self.settings.quiet, total=total, initial=done, desc=phase.title, unit="step")

@@ -1,7 +1,8 @@
-"""Runs of the fine-tuning command that take seconds: its options, its fixtures, and what it wrote."""
+"""Runs of the fine-tuning command that take a moment: its options, its fixtures, and what it wrote."""
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -10,25 +11,34 @@ import torch
 pytest.importorskip("transformers")
 
 from qlora_kernels.cli.main import main
+from qlora_kernels.finetune import run as run_module
 
 SMALL = [
     *("--tiny-hidden", "64", "--tiny-layers", "1", "--tiny-seq-len", "32", "--pretrain-steps", "6"),
     *("--steps", "6", "--seq-len", "32", "--batch-size", "2", "--rank", "4"),
-    *("--eval-tokens", "512", "--sample-tokens", "8", "--save-every", "2", "--quiet"),
+    *("--eval-tokens", "512", "--sample-tokens", "8", "--save-every", "4", "--quiet"),
 ]
 
 
 @pytest.fixture(scope="session", name="cache")
 def cache_fixture(tmp_path_factory):
-    """A folder that keeps the pretrained base between tests."""
-    return str(tmp_path_factory.mktemp("cache"))
+    """A folder that keeps the pretrained base between tests.
+
+    What is imported by then is no garbage: the collections of each run, which look at all of it, need not.
+    """
+    gc.collect()
+    gc.freeze()
+    yield str(tmp_path_factory.mktemp("cache"))
+    gc.unfreeze()
 
 
 @pytest.fixture(name="run")
-def run_fixture(tmp_path, cache):
-    """Runs the command in this process; returns its exit code."""
+def run_fixture(tmp_path, cache, monkeypatch):
+    """Runs the command in this process, without its plot unless ``plot``; returns its exit code."""
+    draw = run_module.plot_losses
 
-    def call(*more, out="out", small=SMALL, cached=True):
+    def call(*more, out="out", small=SMALL, cached=True, plot=False):
+        monkeypatch.setattr(run_module, "plot_losses", draw if plot else lambda *_: None)
         where = ["--cache", cache] if cached else []
         return main(["finetune", *small, *where, "--out", str(tmp_path / out), *more])
 
