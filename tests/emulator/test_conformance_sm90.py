@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from conformance_module import conformance_module
 from emulated import ROOT, emulated, module
 from fragments import U32, fragment
+
+from bench.emulator import conformance_module
 
 KERNELS = module().wide_kernels()
 ROWS, BOX_ROWS, STEPS = 70, 24, 5
