@@ -217,16 +217,9 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     limit = 0.9 * seconds  # the rest is to look at it
     programs = [Program("build", command, folder / "build.log", limit, {"QLORA_KERNELS_CUDA_ARCHS": "native"})]
-    # What the tests build when they find none.
-    path = [str(ROOT), str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    for name, module, function in (
-        ("emulator", "emulated", "module"),
-        ("conformance", "conformance_module", "conformance_module"),
-    ):
-        command = [sys.executable, "-c", f"import {module}; {module}.{function}()"]
-        programs.append(
-            Program(name, command, folder / f"build_{name}.log", limit, {"PYTHONPATH": os.pathsep.join(path)})
-        )
+    for name in ("emulator", "conformance"):
+        command = [sys.executable, "-m", "bench.emulator", name]
+        programs.append(Program(name, command, folder / f"build_{name}.log", limit))
     all_ended = execute_all(programs, seconds, len(programs))
     for name in ("emulator", "conformance"):
         # Without it, tests fail and say so: no reason to stop here.

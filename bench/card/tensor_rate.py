@@ -19,19 +19,12 @@ from typing import Any
 
 import torch
 
-from qlora_kernels.bench.timing.machine import ROOT, describe_commit
+from bench.emulator import conformance_module
+from qlora_kernels.bench.timing.machine import describe_commit
 from qlora_kernels.storage.formats import save_json
 
 #: Thread blocks for each SM: mma.sync's are of 8 warps, two of which share an SM's four parts.
 BLOCKS = 2
-
-
-def kernels() -> Any:
-    """The kernels for conformance on the card, built when they are not there (tests/conformance_module.py)."""
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
-    from conformance_module import conformance_module
-
-    return conformance_module()
 
 
 def operands(device: str) -> torch.Tensor:
@@ -94,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: there is nothing to measure", file=sys.stderr)
         return 2
-    found = measure(kernels(), max(3, int(options.seconds / 0.3)))
+    found = measure(conformance_module(), max(3, int(options.seconds / 0.3)))
     for name, rate in found["rates"].items():
         print(f"{name}: {rate['tflops']:.0f} TFLOP/s ({rate['least']:.0f} to {rate['most']:.0f}) on {found['device']}")
     if options.out:

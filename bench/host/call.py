@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench import emulator
 from qlora_kernels import QLinear
-from qlora_kernels.bench.timing.machine import ROOT, describe_commit, describe_machine, describe_versions
+from qlora_kernels.bench.timing.machine import describe_commit, describe_machine, describe_versions
 from qlora_kernels.ops import backends
 from qlora_kernels.storage.formats import save_json
 
@@ -83,20 +84,12 @@ def keep_memory() -> None:
         mallopt(mmap_threshold, 1 << 25)
 
 
-def emulator() -> Any:
-    """The emulator's module, whose launches are but counted from now on."""
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
-    import emulated
-
-    emulated.module().configure(executes=False, multiprocessors=MULTIPROCESSORS)
-    return emulated.module()
-
-
 def cases(repeats: int, number: int) -> Iterator[dict[str, Any]]:
     """The measurements: the least of `repeats` means over `number` calls each, for what disturbs them only adds, and so
     few calls are done before another process has its turn."""
     layers = {adapter: layer_of(adapter) for adapter in ADAPTERS}
-    module = emulator()
+    module = emulator.module()
+    module.configure(executes=False, multiprocessors=MULTIPROCESSORS)
     with contextlib.ExitStack() as stack:
         stack.callback(module.configure)
         stack.enter_context(backends.forced(NoLaunches(module)))

@@ -111,7 +111,7 @@ def test_ptx_goes_along_where_asked_for(tmp_path):
 def test_the_kernels_for_conformance_on_a_card_build(tmp_path):
     """What the gpu tests build there; its errors are exceptions here, too."""
     cuda_wheel.tool("nvcc")
-    from emulated import build, load
+    from bench.emulator import build, load
 
     module = load(build(tmp_path, "_conformance", QLK_CONFORMANCE="ON", QLK_CUDA_ARCHS="90a"), "_conformance")
     assert {"prmt", "shuffles", "async_copies"} <= set(module.conformance_kernels())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance_module import conformance_module
 from contract import make_weight, relative_error
 
+from bench.emulator import conformance_module
 from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize
 from qlora_kernels.native import extension
 from qlora_kernels.ops import backends

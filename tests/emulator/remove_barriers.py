@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+sys.path.insert(0, str(ROOT))
 
 #: Statements that order something: calls of these, alone on their line or before a comment.
 ORDERING = re.compile(
@@ -144,8 +144,9 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, help="of csrc/cuda; all by default")
     parser.add_argument("--changed-since", metavar="COMMIT", help="only files that differ from that commit")
     options = parser.parse_args()
-    from emulated import build
     from tqdm import tqdm
+
+    from bench.emulator import build
 
     files = [f.resolve().relative_to(ROOT) for f in options.files]
     files = files or sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").rglob("*.cu*"))

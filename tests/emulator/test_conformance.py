@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from conformance_module import conformance_module
 from emulated import ROOT, emulated, module
 from fragments import U32
+
+from bench.emulator import conformance_module
 
 # float32 bit patterns: zeros, infinities, NaN, subnormals and the smallest normal, the largest; then, of float16, the
 # largest, the last that rounds to it, the first that does not, the least subnormal, half of it, the least normal.

@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from conformance_module import conformance_module
 from emulated import ROOT, emulated, module
 from fragments import U32, fragment
+
+from bench.emulator import conformance_module
 
 #: The kernels of conformance_sm90.cu. A copied tensor's name ends with the swizzle of its boxes, a product's with its
 #: columns, the layout of its operands in shared memory and those that are transposed.

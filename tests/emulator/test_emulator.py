@@ -182,8 +182,8 @@ def test_faults_are_errors_with_their_place(name, order):
 
 @pytest.mark.skipif(VARIANT != "sanitized", reason="needs the emulator under AddressSanitizer")
 def test_reading_beyond_a_buffer_is_found():
-    code = "import emulated; emulated.module().run_sample('read beyond the input', list(range(64)), 64)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests" / "support", capture_output=True, text=True)
+    code = "from bench.emulator import module; module().run_sample('read beyond the input', list(range(64)), 64)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
 

@@ -3,66 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import functools
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import torch
 
+from bench.emulator import ROOT, VARIANT, build, load, module
 from qlora_kernels.ops import backends
 from qlora_kernels.optim.engines import cuda
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-#: "sanitized" builds it under AddressSanitizer and UBSan; python itself then needs libasan in LD_PRELOAD.
-VARIANT = os.environ.get("QLORA_KERNELS_EMULATOR", "ON")
-
-
-def build(folder: Path, target: str = "_emulated", root: Path = ROOT, **definitions: str) -> Path:
-    """Configures and builds one of CMakeLists.txt's modules, and gives the built file. One process at a time.
-
-    Raises:
-        RuntimeError: with the compiler's output when it does not build.
-    """
-    import pybind11
-
-    folder.mkdir(parents=True, exist_ok=True)
-    configure = [
-        *("cmake", "-S", str(root / "csrc"), "-B", str(folder), "-G", "Ninja"),
-        *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
-        *(f"-D{name}={value}" for name, value in definitions.items()),
-    ]
-    # The preloaded sanitizer is meant for python alone.
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", str(folder)]):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"'{' '.join(command[:2])}' failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    return next(folder.glob(f"{target}.*.so"))
-
-
-def load(path: Path, name: str = "_emulated") -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@functools.lru_cache(maxsize=1)
-def module() -> ModuleType:
-    """The emulator's module; QLORA_KERNELS_EMULATOR_MODULE names one that is built already."""
-    if "QLORA_KERNELS_EMULATOR_MODULE" in os.environ:
-        return load(Path(os.environ["QLORA_KERNELS_EMULATOR_MODULE"]))
-    suffix = f"{VARIANT.lower()}-{sys.implementation.cache_tag}"
-    return load(build(ROOT / "build" / f"emulator-{suffix}", QLK_EMULATOR=VARIANT))
+__all__ = ["ROOT", "VARIANT", "Emulated", "build", "counters", "emulated", "load", "module", "paging"]
 
 
 class Emulated(backends.CUDA):
