@@ -25,6 +25,7 @@ from qlora_kernels.bench.common import OURS, WrongResult, relative_error
 from qlora_kernels.bench.contenders import BNB, DENSE, EQUAL_COPY
 from qlora_kernels.bench.cuda_timing import Card, Timed
 from qlora_kernels.bench.limits import find_contender
+from qlora_kernels.ops import LoraTerm
 from qlora_kernels.ops import linear as fused
 from qlora_kernels.storage.formats import save_json
 
@@ -212,8 +213,8 @@ class LinearBench(Bench):
         u = (SCALING * x.double() @ A.double().T).bfloat16() if adapter else None
 
         def call(weight: NF4Weight) -> tuple[Tensor, ...]:
-            rest = (x if adapter else None, u, A, B, SCALING, 0.0, None, True, adapter, adapter)
-            found = fused.backward(dy, weight.operand(), *rest)
+            lora = LoraTerm(A, B, SCALING) if adapter else None
+            found = fused.backward(dy, weight.operand(), x if adapter else None, u, lora, (True, adapter, adapter))
             return found if adapter else found[:1]
 
         def exact() -> tuple[Tensor, ...]:

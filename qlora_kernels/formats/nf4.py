@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .. import ops
 from ..errors import require
 from ..native import extension
-from ..ops.backends import capturing, reference
+from ..ops.backends import backend_for, reference
 from ..ops.weight import same_pieces
 
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -50,7 +50,7 @@ class NF4Weight:
     dtype: torch.dtype = torch.float32
 
     @property
-    def pieces(self) -> tuple[torch.Tensor | None, ...]:
+    def pieces(self) -> ops.Pieces:
         """The five tensors (None where there is no double quantization), as the operations take them."""
         return (self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.nested_table)
 
@@ -59,10 +59,10 @@ class NF4Weight:
         kept = self.__dict__.get("_operand")
         if kept is not None and (kept.n, kept.k) == self.shape and same_pieces(kept.pieces, self.pieces):
             return kept
-        made = ops.Operand(self.pieces, *self.shape)
+        operand = ops.Operand(self.pieces, *self.shape)
         if not torch.compiler.is_compiling():
-            self.__dict__["_operand"] = made
-        return made
+            self.__dict__["_operand"] = operand
+        return operand
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_operand"}
@@ -315,7 +315,7 @@ def quantize(
     if double_quant:
         if nested_table is None:
             nested_table = default_nested_table(weight.device)
-        elif isinstance(nested_table, torch.Tensor) and not capturing(nested_table):
+        elif isinstance(nested_table, torch.Tensor) and not backend_for(nested_table).capturing(nested_table.device):
             finite = nested_table.is_meta or bool(nested_table.isfinite().all())
             require(finite, ValueError, "nested_table holds a value that is not finite")
         packed, absmax, nested_absmax, nested_offset = ops.quantize_nested(weight, nested_table, name)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ..errors import peft_names, require
 from ..formats.nf4 import NF4Weight, check_range, meta_weight, quantize
+from ..ops import LoraTerm
 from . import state_dict as loading
 from .adapters.config import AdapterConfig
 from .adapters.named import Adapters, init_adapter
-from .functional import linear_of
+from .functional import linear_on
 from .merging import MergeReport, merge, to_linear, unmerge
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -210,18 +211,16 @@ class QLinear(Adapters, nn.Linear):
             bias = _fit(bias, dtype)
         name, weight = self._active, self._operand()
         if name is None or self._disabled or self._merged is not None:
-            return linear_of(x, weight, bias)
+            return linear_on(x, weight, bias)
         config = self._adapters[name]
-        lora_A, lora_B = modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
-        return linear_of(
-            x,
-            weight,
-            bias,
-            _fit(self.lora_A[name] if lora_A is None else lora_A, dtype),
-            _fit(self.lora_B[name] if lora_B is None else lora_B, dtype),
+        A, B = modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
+        lora = LoraTerm(
+            _fit(self.lora_A[name] if A is None else A, dtype),
+            _fit(self.lora_B[name] if B is None else B, dtype),
             config.scaling,
             config.dropout if self.training else 0.0,
         )
+        return linear_on(x, weight, bias, lora)
 
     # ------------------------------------------------------------------------------------------------- merging
 
