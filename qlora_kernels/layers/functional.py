@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import ops
 from ..formats.nf4 import NF4Weight
@@ -33,7 +32,7 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("qlora_kernels.linear has no second derivative: its gradients cannot be differentiated")
 
 
-_refuse_second_derivative: Any = _NoSecondDerivative.apply
+_refuse_second_derivative = cast(Any, _NoSecondDerivative).apply
 
 
 def _gradients(
@@ -116,7 +115,7 @@ class _Linear(torch.autograd.Function):
 
 
 #: _Linear.apply less what Function.apply does before it in Python, which takes as long as half of its work.
-_apply: Any = super(torch.autograd.Function, _Linear).apply
+_apply = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
 class _TracedLinear(torch.autograd.Function):
@@ -184,7 +183,9 @@ def _backward(ctx: Any, dy: Tensor, _du: Tensor) -> tuple[Any, ...]:
     return dx, *([None] * 6), dbias, dA, dB, None, None, None
 
 
-torch.library.register_autograd("qlora_kernels::linear_forward", _backward, setup_context=_setup_context, lib=library)
+cast(Any, torch.library).register_autograd(
+    "qlora_kernels::linear_forward", _backward, setup_context=_setup_context, lib=library
+)
 
 
 def linear(
@@ -241,7 +242,7 @@ def linear_on(x: Tensor, weight: ops.Operand, bias: Tensor | None = None, lora: 
     compiling = torch.compiler.is_compiling()
     if compiling or dispatcher.is_any_autocast_enabled():
         x, bias, lora = _autocast(x, bias, lora)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+    if dispatcher.has_tangent(x):
         raise RuntimeError("qlora_kernels.linear has no forward-mode derivative; use reverse mode (backward)")
     n, k = weight.n, weight.k
     if x.dim() == 0 or x.shape[-1] != k:
@@ -257,9 +258,9 @@ def linear_on(x: Tensor, weight: ops.Operand, bias: Tensor | None = None, lora: 
     if not wanted:
         return fused.forward(x.contiguous(), weight, bias, lora, False)[0]
     if compiling:
-        A, B, scaling, dropout, seed = NO_LORA if lora is None else lora
+        lora_A, lora_B, scaling, dropout, seed = NO_LORA if lora is None else lora
         rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
-        y: Any = _TracedLinear.apply(rows, bias, A, B, n, scaling, dropout, seed, *weight.pieces)
+        y = cast(Any, _TracedLinear).apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
     # torch's own error speaks of setup_context, which means nothing to the caller. The question costs 60 ns.
     if dispatcher.innermost_transform() is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,7 +49,7 @@ def seen() -> Card | None:
     """The first GPU of this machine."""
     if not torch.cuda.is_available():
         return None
-    found = torch.cuda.get_device_properties(0)
+    found = cast(Any, torch.cuda).get_device_properties(0)
     return Card(
         found.name,
         10 * found.major + found.minor,
@@ -75,10 +75,12 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
     )
 
 
-def ranges(card: Card, n: int, k: int, dtype: torch.dtype, backward: bool) -> list[tuple[int, int | None, dict]]:
+def ranges(
+    card: Card, n: int, k: int, dtype: torch.dtype, backward: bool
+) -> list[tuple[int, int | None, dict[str, Any]]]:
     """From which M to which (None: any more) which kernel runs, with how many blocks a tile. Up to a round of tiles for
     all multiprocessors the number of blocks counts; beyond it only the last round's differ, and are not told apart."""
-    found: list[tuple[int, int | None, dict]] = []
+    found: list[tuple[int, int | None, dict[str, Any]]] = []
     # With eight rounds of tiles the widest fill the card whatever N and K are.
     for m in range(1, 8 * 128 * card.multiprocessors + 2):
         if m > 256 and m % 128 != 1:  # no tile has more rows: the same number of them

@@ -1,18 +1,23 @@
 """What is asked of torch's own dispatcher, by names that torch does not promise to keep."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-_C: Any = torch._C
+_C = cast(Any, torch._C)
 _is_compiling = torch.compiler.is_compiling
 _len_torch_dispatch_stack = _C._len_torch_dispatch_stack
 _len_torch_function_stack = _C._len_torch_function_stack
 _get_tracing_state = _C._get_tracing_state
-_profiler_enabled: Any = torch.autograd._profiler_enabled
+_profiler_enabled = cast(Any, torch.autograd)._profiler_enabled
 
 #: The innermost transform of torch.func, or None.
 innermost_transform: Any = _C._functorch.peek_interpreter_stack
@@ -20,8 +25,23 @@ innermost_transform: Any = _C._functorch.peek_interpreter_stack
 unwrap_if_dead: Any = _C._functorch.unwrap_if_dead
 #: Whether autocast is on for any device.
 is_any_autocast_enabled: Any = _C._is_any_autocast_enabled
+#: Arguments of Tensor.to: (device, dtype, non_blocking, memory format).
+parse_to: Any = _C._nn._parse_to
+#: The address of a CUDA device's current stream, by its ordinal; None in builds of torch without CUDA.
+raw_stream_of: Callable[[int], int] | None = getattr(_C, "_cuda_getCurrentRawStream", None)
 #: A context in which operations skip their autograd layer.
 below_autograd: Any = _C._AutoDispatchBelowAutograd
+
+
+def has_mode() -> bool:
+    """Whether a mode such as FakeTensorMode sees every operation."""
+    return _get_current_dispatch_mode() is not None
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether a tensor takes part in forward-mode differentiation."""
+    forward_mode = cast(Any, forward_ad)
+    return forward_mode._current_level >= 0 and forward_mode.unpack_dual(x).tangent is not None
 
 
 #: Types of tensors that do not want to see operations.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
 # Any: torch declares the types of Library's methods only in part.
-library: Any = torch.library.Library("qlora_kernels", "DEF")
+library = cast(Any, torch.library.Library("qlora_kernels", "DEF"))
 
 #: The pieces of a quantized weight, as a schema names them.
 WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? nested_table"
@@ -28,5 +28,4 @@ def define(schema: str, function: Callable[..., Any]) -> Any:
 
 def fake(name: str) -> Callable[[_Function], _Function]:
     """Decorates the function that gives an operation's result without computing it: shapes, dtypes and device."""
-    register: Any = torch.library.register_fake
-    return register(f"qlora_kernels::{name}", lib=library)
+    return cast(Any, torch.library).register_fake(f"qlora_kernels::{name}", lib=library)

@@ -58,7 +58,7 @@ def check_finite(weight: Tensor, constants: Tensor, name: str) -> None:
     if not constants.isfinite().all():
         bad = (~weight.isfinite()).nonzero()
         require(len(bad) > 0, ValueError, f"{name} is too near the largest float32 for its constants to be averaged")
-        raise backends.non_finite(weight, tuple(bad[0].tolist()), name)
+        raise backends.non_finite(weight, tuple(int(index) for index in bad[0]), name)
 
 
 def _check_quantize_absmax(absmax: Tensor, nested_table: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _forced: Backend | None = None
 
 
 @contextlib.contextmanager
-def forced(backend: Backend | None) -> Iterator[None]:
+def forced(backend: Backend | None) -> Generator[None, None, None]:
     """Within it one backend serves all tensors but float64 ones, whatever their device; None lets the device decide.
 
     Tests put the emulator here.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...native.extension import DTYPE_CODES
+from .. import dispatcher
 from ..lora import LoraTerm
 from ..weight import Operand
 from .pointers import pointer
@@ -21,11 +22,6 @@ class _Exposed:
         kind = {torch.float32: "<f4", torch.uint8: "|u1", torch.int64: "<i8"}[dtype]
         self._owner = owner
         self.__cuda_array_interface__ = {"shape": (count,), "typestr": kind, "data": (address, False), "version": 3}
-
-
-#: The address of a device's current stream, by its ordinal: what torch.cuda.current_stream() wraps in an object, which
-#: takes longer than a launch. Builds of torch without CUDA lack it.
-_stream_of: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class CUDA:
@@ -49,9 +45,10 @@ class CUDA:
     @staticmethod
     def queue(device: torch.device) -> tuple[int, int]:
         """The device's ordinal and the address of the caller's stream there."""
-        if _stream_of is None:
+        # What torch.cuda.current_stream() wraps in an object, which takes longer than a launch.
+        if dispatcher.raw_stream_of is None:
             return device.index, torch.cuda.current_stream(device).cuda_stream
-        return device.index, _stream_of(device.index)
+        return device.index, dispatcher.raw_stream_of(device.index)
 
     # ------------------------------------------------------------------------------------- for a paged optimizer
 

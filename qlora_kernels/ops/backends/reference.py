@@ -72,7 +72,7 @@ def dropout_mask(
     """bool [m, k], True where kept: element i takes word i % 4 of Philox block i / 4, kept when >= p * 2^32."""
     if dropout == 0.0 or m * k == 0:
         return torch.ones(m, k, dtype=torch.bool, device=device)
-    value = int(seed) & 0xFFFFFFFFFFFFFFFF
+    value = int(0 if seed is None else seed) & 0xFFFFFFFFFFFFFFFF
     words = philox(value, torch.arange((m * k + 3) // 4, device=device)).flatten()[: m * k]
     return (words >= min(int(dropout * 2**32), 2**32 - 1)).view(m, k)
 
@@ -105,7 +105,7 @@ def linear_forward(
     if bias is not None:
         y = y + bias.to(x.dtype)
     if lora is not None:
-        masked = rows * dropout_mask(*rows.shape, lora.dropout, lora.seed, x.device)
+        masked = rows * dropout_mask(len(rows), weight.k, lora.dropout, lora.seed, x.device)
         u = lora.scaling / (1 - lora.dropout) * (masked @ lora.A.to(x.dtype).T)
         y = y + u @ lora.B.to(x.dtype).T
     return y.view(*x.shape[:-1], weight.n), u
