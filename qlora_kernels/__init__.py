@@ -45,8 +45,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> str:
     # It names the CUDA architectures inside, which the extension knows: loaded when asked for, not at import.
     if name == "__version__":
         return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names alone, for completion; subpackages can be imported all the same."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -29,6 +29,7 @@ from qlora_kernels.bench.case import OURS, WrongResult, relative_error
 from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY
 from qlora_kernels.bench.report.ratios import find_contender
 from qlora_kernels.bench.timing.cuda_timing import Card, Timed
+from qlora_kernels.ops import LoraTerm
 from qlora_kernels.ops import linear as fused
 from qlora_kernels.storage.formats import save_json
 
@@ -211,8 +212,8 @@ class LinearBench(Bench):
         u = (SCALING * x.double() @ A.double().T).bfloat16() if adapter else None
 
         def call(weight: NF4Weight) -> tuple[Tensor, ...]:
-            rest = (x if adapter else None, u, A, B, SCALING, 0.0, None, True, adapter, adapter)
-            found = fused.backward(dy, weight.operand(), *rest)
+            lora = LoraTerm(A, B, SCALING) if adapter else None
+            found = fused.backward(dy, weight.operand(), x if adapter else None, u, lora, (True, adapter, adapter))
             return found if adapter else found[:1]
 
         def exact() -> tuple[Tensor, ...]:

@@ -8,92 +8,138 @@
 #include "cuda/optimizer/arena.h"
 #include "cuda/optimizer/optimizer_launch.h"
 
-// Of lora_A (0) or lora_B (1), and of its gradient: bits of `wide` say so where x is not float32 itself.
-static bool is_wide(int wide, int which, int dtype) {
-    return dtype == static_cast<int>(qlk::DType::kFloat32) || (wide >> which & 1) != 0;
+static qlk::cuda::Stream stream_of(Fields& f) {
+    const int device = static_cast<int>(f.integer("device"));
+    return {device, f.pointer<void>("stream")};
+}
+
+static void quantize(const py::dict& given) {
+    Fields f(given);
+    const qlk::QuantizeParams params = {
+        f.pointer<const void>("weight"),
+        f.pointer<uint8_t>("packed"),
+        f.pointer<float>("absmax"),
+        f.integer("count"),
+        f.dtype("dtype"),
+        0,
+    };
+    auto* sums = f.pointer<double>("sums");
+    const qlk::cuda::Stream stream = stream_of(f);
+    f.end();
+    py::gil_scoped_release released;
+    qlk::cuda::quantize(params, sums, stream);
+}
+
+static void quantize_absmax(const py::dict& given) {
+    Fields f(given);
+    const qlk::QuantizeAbsmaxParams params = {
+        f.pointer<const float>("absmax"),
+        f.pointer<const float>("table"),
+        f.pointer<uint8_t>("code"),
+        f.pointer<float>("nested_absmax"),
+        f.pointer<float>("offset"),
+        f.integer("count"),
+        0,
+    };
+    auto* sums = f.pointer<double>("sums");
+    const bool summed = f.flag("summed");
+    const qlk::cuda::Stream stream = stream_of(f);
+    f.end();
+    py::gil_scoped_release released;
+    qlk::cuda::quantize_absmax(params, sums, summed, stream);
+}
+
+static void dequantize(const py::dict& given) {
+    Fields f(given);
+    const qlk::DequantizeParams params = {
+        f.weight("weight"), f.pointer<void>("out"), f.integer("row_begin"), f.integer("row_end"), f.dtype("dtype"), 0,
+    };
+    const qlk::cuda::Stream stream = stream_of(f);
+    f.end();
+    py::gil_scoped_release released;
+    qlk::cuda::dequantize(params, stream);
+}
+
+static void linear_forward(const py::dict& given) {
+    Fields f(given);
+    const qlk::LinearForwardParams params = {
+        f.weight("weight"),
+        f.pointer<const void>("x"),
+        f.pointer<const void>("lora_a"),
+        f.pointer<const void>("lora_b"),
+        f.pointer<const float>("bias"),
+        f.pointer<void>("y"),
+        f.pointer<void>("u"),
+        f.integer("m"),
+        f.integer("r"),
+        static_cast<float>(f.number("scaling")),
+        f.number("dropout"),
+        0,
+        f.dtype("dtype"),
+        0,
+        f.pointer<const void>("narrow_bias"),
+        f.flag("wide_a"),
+        f.flag("wide_b"),
+    };
+    const auto* seed = f.pointer<const int64_t>("seed");
+    auto* scratch = f.pointer<void>("scratch");
+    const qlk::cuda::Stream stream = stream_of(f);
+    f.end();
+    py::gil_scoped_release released;
+    qlk::cuda::linear_forward(params, seed, scratch, stream);
+}
+
+static void linear_backward(const py::dict& given) {
+    Fields f(given);
+    const qlk::LinearBackwardParams params = {
+        f.weight("weight"),
+        f.pointer<const void>("dy"),
+        f.pointer<const void>("x"),
+        f.pointer<const void>("u"),
+        f.pointer<const void>("lora_a"),
+        f.pointer<const void>("lora_b"),
+        f.pointer<void>("dx"),
+        f.pointer<float>("da"),
+        f.pointer<float>("db"),
+        f.integer("m"),
+        f.integer("r"),
+        static_cast<float>(f.number("scaling")),
+        f.number("dropout"),
+        0,
+        f.dtype("dtype"),
+        0,
+        f.flag("wide_a"),
+        f.flag("wide_b"),
+        f.pointer<void>("narrow_da"),
+        f.pointer<void>("narrow_db"),
+    };
+    const auto* seed = f.pointer<const int64_t>("seed");
+    auto* v = f.pointer<void>("v");
+    auto* scratch = f.pointer<void>("scratch");
+    const qlk::cuda::Stream stream = stream_of(f);
+    f.end();
+    py::gil_scoped_release released;
+    qlk::cuda::linear_backward(params, seed, v, scratch, stream);
 }
 
 void bind_cuda(py::module_ m) {
     using Released = py::call_guard<py::gil_scoped_release>;
-    m.def(
-        "quantize",
-        [](Address weight, Address packed, Address absmax, Address sums, int64_t count, int dtype, int device,
-           Address stream) {
-            qlk::cuda::quantize(
-                {at<const void>(weight), at<uint8_t>(packed), at<float>(absmax), count, dtype_of(dtype), 0},
-                at<double>(sums), {device, at<void>(stream)});
-        },
-        Released());
-    m.def(
-        "quantize_absmax",
-        [](Address absmax, Address table, Address code, Address nested_absmax, Address offset, int64_t count,
-           Address sums, bool summed, int device, Address stream) {
-            qlk::cuda::quantize_absmax({at<const float>(absmax), at<const float>(table), at<uint8_t>(code),
-                                        at<float>(nested_absmax), at<float>(offset), count, 0},
-                                       at<double>(sums), summed, {device, at<void>(stream)});
-        },
-        Released());
-    m.def(
-        "dequantize",
-        [](const Weight& weight, Address out, int64_t row_begin, int64_t row_end, int dtype, int device,
-           Address stream) {
-            qlk::cuda::dequantize({weight_view(weight), at<void>(out), row_begin, row_end, dtype_of(dtype), 0},
-                                  {device, at<void>(stream)});
-        },
-        Released());
-    m.def(
-        "linear_forward",
-        [](const Weight& weight, Address x, Address lora_a, Address lora_b, Address bias, Address narrow_bias,
-           Address y, Address u, int64_t rows, int64_t r, float scaling, double dropout, Address seed, Address scratch,
-           int dtype, int wide, int device, Address stream) {
-            qlk::cuda::linear_forward(
-                {weight_view(weight), at<const void>(x), at<const void>(lora_a), at<const void>(lora_b),
-                 at<const float>(bias), at<void>(y), at<void>(u), rows, r, scaling, dropout, 0, dtype_of(dtype), 0,
-                 at<const void>(narrow_bias), is_wide(wide, 0, dtype), is_wide(wide, 1, dtype)},
-                at<const int64_t>(seed), at<void>(scratch), {device, at<void>(stream)});
-        },
-        Released());
-    m.def(
-        "linear_backward",
-        [](const Weight& weight, Address dy, Address x, Address u, Address lora_a, Address lora_b, Address dx,
-           Address da, Address db, Address v, int64_t rows, int64_t r, float scaling, double dropout, Address seed,
-           Address scratch, int dtype, int wide, int device, Address stream) {
-            const bool wide_a = is_wide(wide, 0, dtype), wide_b = is_wide(wide, 1, dtype);
-            qlk::cuda::linear_backward({weight_view(weight),
-                                        at<const void>(dy),
-                                        at<const void>(x),
-                                        at<const void>(u),
-                                        at<const void>(lora_a),
-                                        at<const void>(lora_b),
-                                        at<void>(dx),
-                                        at<float>(wide_a ? da : 0),
-                                        at<float>(wide_b ? db : 0),
-                                        rows,
-                                        r,
-                                        scaling,
-                                        dropout,
-                                        0,
-                                        dtype_of(dtype),
-                                        0,
-                                        wide_a,
-                                        wide_b,
-                                        at<void>(wide_a ? 0 : da),
-                                        at<void>(wide_b ? 0 : db)},
-                                       at<const int64_t>(seed), at<void>(v), at<void>(scratch),
-                                       {device, at<void>(stream)});
-        },
-        Released());
-    m.def("linear_scratch",
-          [](int64_t rows, int64_t n, int64_t k, int64_t r, int dtype, int wide, bool backward, int device) {
-              return qlk::cuda::linear_scratch(rows, n, k, r, dtype_of(dtype), is_wide(wide, 0, dtype),
-                                               is_wide(wide, 1, dtype), backward, device);
-          });
+    if (!py::hasattr(m, "Weight")) bind_weight(m);
+    m.def("quantize", &quantize);
+    m.def("quantize_absmax", &quantize_absmax);
+    m.def("dequantize", &dequantize);
+    m.def("linear_forward", &linear_forward);
+    m.def("linear_backward", &linear_backward);
+    m.def("linear_scratch", [](int64_t m, int64_t n, int64_t k, int64_t r, int dtype, bool wide_a, bool wide_b,
+                               bool backward, int device) {
+        return qlk::cuda::linear_scratch(m, n, k, r, dtype_of(dtype), wide_a, wide_b, backward, device);
+    });
 
     // begin, end, arrive, leave, staged, stays: see csrc/cuda/optimizer/arena.h.
     using Plan = std::vector<
         std::tuple<int64_t, int64_t, qlk::cuda::Intervals, qlk::cuda::Intervals, std::vector<int64_t>, bool>>;
     using qlk::cuda::Arena;
-    py::class_<Arena>(m, "Arena")
+    py::class_<Arena>(m, "Arena", py::module_local())
         .def(py::init<int64_t, int64_t, int64_t, int>(), py::arg("bytes"), py::arg("header"), py::arg("staging"),
              py::arg("device"), Released())
         .def_property_readonly("header", [](const Arena& a) { return reinterpret_cast<Address>(a.header()); })
@@ -110,13 +156,12 @@ void bind_cuda(py::module_ m) {
                 a.plan(std::move(stretches));
             },
             Released())
-        .def(
-            "step",
-            [](Arena& a, const Optimizer& optimizer, Address maps, bool measure, int device, Address stream) {
-                a.step(optimizer_params(optimizer, 0), at<const qlk::DynamicMap>(maps), measure,
-                       {device, at<void>(stream)});
-            },
-            Released())
+        .def("step",
+             [](Arena& a, const py::dict& optimizer, Address maps, bool measure, int device, Address stream) {
+                 const qlk::OptimizerParams params = optimizer_params(optimizer, 0);
+                 py::gil_scoped_release released;
+                 a.step(params, at<const qlk::DynamicMap>(maps), measure, {device, at<void>(stream)});
+             })
         .def("page_in", &Arena::page_in, Released())
         .def(
             "page_out", [](Arena& a, int device, Address stream) { a.page_out({device, at<void>(stream)}); },

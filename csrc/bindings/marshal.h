@@ -1,33 +1,23 @@
-// What the pybind11 files have in common: addresses as integers, a weight as a tuple.
+// What the pybind11 files have in common: params structs, read from dicts.
+//
+// An operation is called with one dict, whose keys are the names of its struct's fields in their order (kernels.h).
+// That costs the host less than as many arguments, and a field that is missing, or at another's place, is an error.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <string>
-#include <tuple>
 
 #include "error.h"
 #include "kernels.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
-// packed, absmax, absmax_code, nested_absmax, nested_table, nested_offset, n, k
-using Weight = std::tuple<Address, Address, Address, Address, Address, Address, int64_t, int64_t>;
 
 template <class T>
 T* at(Address address) {
     return reinterpret_cast<T*>(address);
-}
-
-inline qlk::WeightView weight_view(const Weight& w) {
-    return {at<const uint8_t>(std::get<0>(w)),
-            at<const float>(std::get<1>(w)),
-            at<const uint8_t>(std::get<2>(w)),
-            at<const float>(std::get<3>(w)),
-            at<const float>(std::get<4>(w)),
-            at<const float>(std::get<5>(w)),
-            std::get<6>(w),
-            std::get<7>(w)};
 }
 
 inline qlk::DType dtype_of(int code) {
@@ -35,28 +25,108 @@ inline qlk::DType dtype_of(int code) {
     return static_cast<qlk::DType>(code);
 }
 
-// algorithm, state_bits, chunks, all_chunks, tensors, tensor_count, groups, control, steps, partial, header, states,
-// grad_scale, found_inf, max_grad_norm, skip_nonfinite
-using Optimizer = std::tuple<int, int, Address, int64_t, Address, int64_t, Address, Address, Address, Address, Address,
-                             Address, Address, Address, double, bool>;
+// The values of a dict, one after another.
+class Fields {
+  public:
+    explicit Fields(const py::dict& given) : dict_(given.ptr()) {}
 
-inline qlk::OptimizerParams optimizer_params(const Optimizer& o, int threads) {
-    QLK_CHECK(std::get<0>(o) == 0 || std::get<0>(o) == 1, "unknown optimizer " + std::to_string(std::get<0>(o)));
-    return {static_cast<qlk::Algorithm>(std::get<0>(o)),
-            std::get<1>(o),
-            at<const qlk::OptimizerChunk>(std::get<2>(o)),
-            std::get<3>(o),
-            at<const qlk::OptimizerTensor>(std::get<4>(o)),
-            std::get<5>(o),
-            at<const qlk::OptimizerGroup>(std::get<6>(o)),
-            at<qlk::OptimizerControl>(std::get<7>(o)),
-            at<float>(std::get<8>(o)),
-            at<double>(std::get<9>(o)),
-            at<unsigned char>(std::get<10>(o)),
-            at<unsigned char>(std::get<11>(o)),
-            at<const float>(std::get<12>(o)),
-            at<const float>(std::get<13>(o)),
-            std::get<14>(o),
-            std::get<15>(o),
-            threads};
+    template <class T>
+    T* pointer(const char* name) {
+        const unsigned long long address = PyLong_AsUnsignedLongLong(next(name));
+        if (address == static_cast<unsigned long long>(-1) && PyErr_Occurred()) throw py::error_already_set();
+        return at<T>(static_cast<Address>(address));
+    }
+    int64_t integer(const char* name) {
+        const long long value = PyLong_AsLongLong(next(name));
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+    // Any integer, modulo 2^64.
+    uint64_t bits(const char* name) {
+        const unsigned long long value = PyLong_AsUnsignedLongLongMask(next(name));
+        if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+    double number(const char* name) {
+        const double value = PyFloat_AsDouble(next(name));
+        if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+    bool flag(const char* name) {
+        const int value = PyObject_IsTrue(next(name));
+        if (value < 0) throw py::error_already_set();
+        return value == 1;
+    }
+    qlk::DType dtype(const char* name) { return dtype_of(static_cast<int>(integer(name))); }
+    // A Weight of this extension.
+    qlk::WeightView weight(const char* name) { return py::handle(next(name)).cast<const qlk::WeightView&>(); }
+
+    // Throws when there is another value.
+    void end() {
+        PyObject *key, *value;
+        QLK_CHECK(PyDict_Next(dict_, &position_, &key, &value) == 0, "there is no field '" + text(key) + "'");
+    }
+
+  private:
+    PyObject* next(const char* name) {
+        PyObject *key, *value;
+        QLK_CHECK(PyDict_Next(dict_, &position_, &key, &value) != 0,
+                  "the field '" + std::string(name) + "' is missing");
+        const char* found = PyUnicode_AsUTF8(key);
+        if (found == nullptr) throw py::error_already_set();
+        QLK_CHECK(std::strcmp(found, name) == 0,
+                  "the field '" + std::string(name) + "' is missing, or '" + text(key) + "' comes before it");
+        return value;
+    }
+    static std::string text(PyObject* key) { return py::str(key).cast<std::string>(); }
+
+    PyObject* dict_;
+    Py_ssize_t position_ = 0;
+};
+
+// The class Weight: a WeightView, made once for a weight and kept while its tensors stay where they are.
+// module_local: the emulator's module has one of its own.
+inline void bind_weight(py::module_& m) {
+    py::class_<qlk::WeightView>(m, "Weight", py::module_local()).def(py::init([](const py::dict& given) {
+        Fields f(given);
+        const qlk::WeightView weight = {
+            f.pointer<const uint8_t>("packed"),
+            f.pointer<const float>("absmax"),
+            f.pointer<const uint8_t>("absmax_code"),
+            f.pointer<const float>("nested_absmax"),
+            f.pointer<const float>("nested_table"),
+            f.pointer<const float>("nested_offset"),
+            f.integer("n"),
+            f.integer("k"),
+        };
+        f.end();
+        return weight;
+    }));
+}
+
+inline qlk::OptimizerParams optimizer_params(const py::dict& given, int threads) {
+    Fields f(given);
+    const int64_t algorithm = f.integer("algorithm");
+    QLK_CHECK(algorithm == 0 || algorithm == 1, "unknown optimizer " + std::to_string(algorithm));
+    const qlk::OptimizerParams params = {
+        static_cast<qlk::Algorithm>(algorithm),
+        static_cast<int>(f.integer("state_bits")),
+        f.pointer<const qlk::OptimizerChunk>("chunks"),
+        f.integer("all_chunks"),
+        f.pointer<const qlk::OptimizerTensor>("tensors"),
+        f.integer("tensor_count"),
+        f.pointer<const qlk::OptimizerGroup>("groups"),
+        f.pointer<qlk::OptimizerControl>("control"),
+        f.pointer<float>("steps"),
+        f.pointer<double>("partial"),
+        f.pointer<unsigned char>("header"),
+        f.pointer<unsigned char>("states"),
+        f.pointer<const float>("grad_scale"),
+        f.pointer<const float>("found_inf"),
+        f.number("max_grad_norm"),
+        f.flag("skip_nonfinite"),
+        threads,
+    };
+    f.end();
+    return params;
 }

@@ -1,4 +1,4 @@
-// The extension _C: ints and floats in, one params struct out, one call. The GIL is released around each.
+// The extension _C: each operation reads its params struct from a dict, releases the GIL and makes one call.
 #include "bindings/marshal.h"
 
 #include <pybind11/stl.h>
@@ -12,61 +12,103 @@
 #endif
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Native kernels of qlora_kernels; called through qlora_kernels.backends.";
+    m.doc() = "Native kernels of qlora_kernels; called through qlora_kernels.ops.backends.";
     m.attr("__version__") = QLK_VERSION;
     using Released = py::call_guard<py::gil_scoped_release>;
 
-    m.def(
-        "quantize",
-        [](Address weight, Address packed, Address absmax, int64_t count, int dtype, int threads) {
-            return qlk::cpu::quantize(
-                {at<const void>(weight), at<uint8_t>(packed), at<float>(absmax), count, dtype_of(dtype), threads});
-        },
-        Released());
-    m.def(
-        "quantize_absmax",
-        [](Address absmax, Address table, Address code, Address nested_absmax, Address offset, int64_t count,
-           int threads) {
-            qlk::cpu::quantize_absmax({at<const float>(absmax), at<const float>(table), at<uint8_t>(code),
-                                       at<float>(nested_absmax), at<float>(offset), count, threads});
-        },
-        Released());
-    m.def(
-        "dequantize",
-        [](const Weight& weight, Address out, int64_t row_begin, int64_t row_end, int dtype, int threads) {
-            qlk::cpu::dequantize({weight_view(weight), at<void>(out), row_begin, row_end, dtype_of(dtype), threads});
-        },
-        Released());
-    m.def(
-        "linear_forward",
-        [](const Weight& weight, Address x, Address lora_a, Address lora_b, Address bias, Address y, Address u,
-           int64_t rows, int64_t r, float scaling, double dropout, uint64_t seed, int dtype, int threads) {
-            qlk::cpu::linear_forward({weight_view(weight), at<const void>(x), at<const void>(lora_a),
-                                      at<const void>(lora_b), at<const float>(bias), at<void>(y), at<void>(u), rows, r,
-                                      scaling, dropout, seed, dtype_of(dtype), threads});
-        },
-        Released());
-    m.def(
-        "linear_backward",
-        [](const Weight& weight, Address dy, Address x, Address u, Address lora_a, Address lora_b, Address dx,
-           Address da, Address db, int64_t rows, int64_t r, float scaling, double dropout, uint64_t seed, int dtype,
-           int threads) {
-            qlk::cpu::linear_backward({weight_view(weight), at<const void>(dy), at<const void>(x), at<const void>(u),
-                                       at<const void>(lora_a), at<const void>(lora_b), at<void>(dx), at<float>(da),
-                                       at<float>(db), rows, r, scaling, dropout, seed, dtype_of(dtype), threads});
-        },
-        Released());
+    bind_weight(m);
+    m.def("quantize", [](const py::dict& given) {
+        Fields f(given);
+        const qlk::QuantizeParams params = {
+            f.pointer<const void>("weight"),
+            f.pointer<uint8_t>("packed"),
+            f.pointer<float>("absmax"),
+            f.integer("count"),
+            f.dtype("dtype"),
+            static_cast<int>(f.integer("threads")),
+        };
+        f.end();
+        py::gil_scoped_release released;
+        return qlk::cpu::quantize(params);
+    });
+    m.def("quantize_absmax", [](const py::dict& given) {
+        Fields f(given);
+        const qlk::QuantizeAbsmaxParams params = {
+            f.pointer<const float>("absmax"),       f.pointer<const float>("table"), f.pointer<uint8_t>("code"),
+            f.pointer<float>("nested_absmax"),      f.pointer<float>("offset"),      f.integer("count"),
+            static_cast<int>(f.integer("threads")),
+        };
+        f.end();
+        py::gil_scoped_release released;
+        qlk::cpu::quantize_absmax(params);
+    });
+    m.def("dequantize", [](const py::dict& given) {
+        Fields f(given);
+        const qlk::DequantizeParams params = {
+            f.weight("weight"),   f.pointer<void>("out"), f.integer("row_begin"),
+            f.integer("row_end"), f.dtype("dtype"),       static_cast<int>(f.integer("threads")),
+        };
+        f.end();
+        py::gil_scoped_release released;
+        qlk::cpu::dequantize(params);
+    });
+    m.def("linear_forward", [](const py::dict& given) {
+        Fields f(given);
+        const qlk::LinearForwardParams params = {
+            f.weight("weight"),
+            f.pointer<const void>("x"),
+            f.pointer<const void>("lora_a"),
+            f.pointer<const void>("lora_b"),
+            f.pointer<const float>("bias"),
+            f.pointer<void>("y"),
+            f.pointer<void>("u"),
+            f.integer("m"),
+            f.integer("r"),
+            static_cast<float>(f.number("scaling")),
+            f.number("dropout"),
+            f.bits("seed"),
+            f.dtype("dtype"),
+            static_cast<int>(f.integer("threads")),
+        };
+        f.end();
+        py::gil_scoped_release released;
+        qlk::cpu::linear_forward(params);
+    });
+    m.def("linear_backward", [](const py::dict& given) {
+        Fields f(given);
+        const qlk::LinearBackwardParams params = {
+            f.weight("weight"),
+            f.pointer<const void>("dy"),
+            f.pointer<const void>("x"),
+            f.pointer<const void>("u"),
+            f.pointer<const void>("lora_a"),
+            f.pointer<const void>("lora_b"),
+            f.pointer<void>("dx"),
+            f.pointer<float>("da"),
+            f.pointer<float>("db"),
+            f.integer("m"),
+            f.integer("r"),
+            static_cast<float>(f.number("scaling")),
+            f.number("dropout"),
+            f.bits("seed"),
+            f.dtype("dtype"),
+            static_cast<int>(f.integer("threads")),
+        };
+        f.end();
+        py::gil_scoped_release released;
+        qlk::cpu::linear_backward(params);
+    });
 
-    m.def(
-        "optimizer_step",
-        [](const Optimizer& optimizer, int threads, Address sum_of_squares) {
-            qlk::cpu::optimizer_step(optimizer_params(optimizer, threads), at<const double>(sum_of_squares));
-        },
-        Released());
-    m.def(
-        "optimizer_sums",
-        [](const Optimizer& optimizer, int threads) { qlk::cpu::optimizer_sums(optimizer_params(optimizer, threads)); },
-        Released());
+    m.def("optimizer_step", [](const py::dict& optimizer, int threads, Address sum_of_squares) {
+        const qlk::OptimizerParams params = optimizer_params(optimizer, threads);
+        py::gil_scoped_release released;
+        qlk::cpu::optimizer_step(params, at<const double>(sum_of_squares));
+    });
+    m.def("optimizer_sums", [](const py::dict& optimizer, int threads) {
+        const qlk::OptimizerParams params = optimizer_params(optimizer, threads);
+        py::gil_scoped_release released;
+        qlk::cpu::optimizer_sums(params);
+    });
     m.def(
         "quantize_states",
         [](Address values, Address code, Address absmax, int64_t count, bool is_signed) {
@@ -128,6 +170,8 @@ PYBIND11_MODULE(_C, m) {
         },
         "Which CUDA kernel multiplies, on a card of these figures (csrc/cuda/linear/dispatch.h).");
 #ifdef QLK_CUDA_ARCHS
-    bind_cuda(m.def_submodule("cuda", "The same operations on CUDA devices."));
+    auto cuda = m.def_submodule("cuda", "The same operations on CUDA devices.");
+    cuda.attr("Weight") = m.attr("Weight");
+    bind_cuda(cuda);
 #endif
 }

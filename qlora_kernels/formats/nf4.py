@@ -1,19 +1,23 @@
 """NF4 weights: quantize, dequantize, and the five plain tensors that hold one."""
 
+# Users' arguments are checked whatever their annotations say.
+# pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import ops
 from ..errors import require
 from ..native import extension
-from ..ops.backends import capturing, reference
+from ..ops import dispatcher
+from ..ops.backends import backend_for, reference
 from ..ops.weight import same_pieces
 
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -50,7 +54,7 @@ class NF4Weight:
     dtype: torch.dtype = torch.float32
 
     @property
-    def pieces(self) -> tuple[torch.Tensor | None, ...]:
+    def pieces(self) -> ops.Pieces:
         """The five tensors (None where there is no double quantization), as the operations take them."""
         return (self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.nested_table)
 
@@ -59,12 +63,12 @@ class NF4Weight:
         kept = self.__dict__.get("_operand")
         if kept is not None and (kept.n, kept.k) == self.shape and same_pieces(kept.pieces, self.pieces):
             return kept
-        made = ops.Operand(self.pieces, *self.shape)
+        operand = ops.Operand(self.pieces, *self.shape)
         if not torch.compiler.is_compiling():
-            self.__dict__["_operand"] = made
-        return made
+            self.__dict__["_operand"] = operand
+        return operand
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_operand"}
 
     @property
@@ -121,7 +125,9 @@ class NF4Weight:
         return self
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """A torch function was given the weight: an error in a sentence.
 
         torch.nn's own fast paths (TransformerEncoderLayer in eval mode) look for this method, and where they find it
@@ -196,12 +202,12 @@ class NF4Weight:
         ops.dequantize_out(*self.pieces, rows, columns, row_begin, end, out)
         return out
 
-    def to(self, *args, **kwargs) -> NF4Weight:
+    def to(self, *args: Any, **kwargs: Any) -> NF4Weight:
         """A copy on another device (``.to(device)``), with another default dtype (``.to(dtype)``), or both.
 
         The codes and constants never change.
         """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = dispatcher.parse_to(*args, **kwargs)
         moved = {
             name: None if piece is None else piece.to(device=device, non_blocking=non_blocking)
             for name, piece in zip(PIECES, self.pieces, strict=True)
@@ -230,19 +236,28 @@ class NF4Weight:
         shape = state[prefix + "shape"]
         if shape.dtype != torch.int64 or shape.numel() != 2:
             raise ValueError(f"'{prefix}shape' should be int64 [2], found {shape.dtype} {list(shape.shape)}")
-        pieces = {name: state.get(prefix + name) for name in PIECES}
-        weight = cls(shape=torch.Size(shape.tolist()), dtype=dtype, **pieces)
+        n, k = (int(size) for size in shape)
+        nested_absmax, nested_offset, nested_table = (state.get(prefix + name) for name in PIECES[2:])
+        weight = cls(
+            state[prefix + "packed"],
+            state[prefix + "absmax"],
+            nested_absmax,
+            nested_offset,
+            nested_table,
+            torch.Size((n, k)),
+            dtype,
+        )
         ops.check_weight(*weight.pieces, *weight.shape)
         return weight
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, whole or not at all."""
         from ..storage.formats import save_safetensors
 
         save_safetensors(self.state_dict(), path, metadata={"format": "qlora_kernels.nf4", "dtype": str(self.dtype)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> NF4Weight:
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> NF4Weight:
         """Reads what :meth:`save` wrote.
 
         Raises:
@@ -315,7 +330,7 @@ def quantize(
     if double_quant:
         if nested_table is None:
             nested_table = default_nested_table(weight.device)
-        elif isinstance(nested_table, torch.Tensor) and not capturing(nested_table):
+        elif isinstance(nested_table, torch.Tensor) and not backend_for(nested_table).capturing(nested_table.device):
             finite = nested_table.is_meta or bool(nested_table.isfinite().all())
             require(finite, ValueError, "nested_table holds a value that is not finite")
         packed, absmax, nested_absmax, nested_offset = ops.quantize_nested(weight, nested_table, name)
@@ -341,7 +356,7 @@ def default_nested_table(device: str | torch.device = "cpu") -> Tensor:
     """
     device = torch.device(device)
     # Under a mode such as FakeTensorMode a tensor is something else, and nothing to keep.
-    plain = _get_current_dispatch_mode() is None
+    plain = not dispatcher.has_mode()
     if plain and device.type == "cuda" and device.index is None:  # the current one, another at the next call perhaps
         device = torch.device("cuda", torch.cuda.current_device())
     if plain and device in _tables:
@@ -362,7 +377,7 @@ def check_range(weight: NF4Weight, name: str) -> None:
     Raises:
         ValueError: naming the weight.
     """
-    if not weight.double_quant or weight.is_meta:
+    if weight.nested_absmax is None or weight.nested_offset is None or weight.is_meta:
         return
     limit = torch.finfo(weight.dtype).max
     # No constant exceeds this sum, and computing it reads only 1/16384 as many numbers as the weight has.
@@ -382,7 +397,8 @@ def meta_weight(n: int, k: int, double_quant: bool) -> NF4Weight:
     shape = torch.Size((n, k))
     if not double_quant:
         return NF4Weight(packed, torch.empty(blocks, dtype=torch.float32, device="meta"), None, None, None, shape)
-    nested = [
+    codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
+    nested_absmax, nested_offset, nested_table = (
         torch.empty(size, dtype=torch.float32, device="meta") for size in (-(-blocks // NESTED_BLOCK_SIZE), 1, 256)
-    ]
-    return NF4Weight(packed, torch.empty(blocks, dtype=torch.uint8, device="meta"), *nested, shape)
+    )
+    return NF4Weight(packed, codes, nested_absmax, nested_offset, nested_table, shape)

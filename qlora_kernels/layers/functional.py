@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import ops
 from ..formats.nf4 import NF4Weight
+from ..ops import LoraTerm, dispatcher
 from ..ops import linear as fused
 from ..ops.library import library
+from ..ops.lora import NO_LORA, make_term
+
+#: Whether x, bias, A and B want a gradient.
+_Needs = tuple[bool, bool, bool, bool]
+#: Their gradients, None where not wanted.
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     """Hands a gradient on, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx, dy, gradient):
+    def forward(ctx: Any, dy: Tensor, gradient: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("qlora_kernels.linear has no second derivative: its gradients cannot be differentiated")
 
 
-def _gradients(dy, *arguments) -> tuple[Tensor | None, ...]:
-    """The gradients of x, bias, lora_A and lora_B, None where not wanted."""
+_refuse_second_derivative = cast(Any, _NoSecondDerivative).apply
+
+
+def _gradients(
+    dy: Tensor,
+    weight: ops.Operand,
+    x: Tensor | None,
+    u: Tensor | None,
+    lora: LoraTerm | None,
+    needs: _Needs,
+    bias_dtype: torch.dtype | None,
+) -> _Gradients:
+    """The gradients of x, bias, A and B."""
     if not torch.is_grad_enabled():
-        return _compute_gradients(dy, *arguments)
+        return _compute_gradients(dy, weight, x, u, lora, needs, bias_dtype)
     with torch.no_grad():
-        gradients = _compute_gradients(dy, *arguments)
+        gradients = _compute_gradients(dy, weight, x, u, lora, needs, bias_dtype)
     if dy.requires_grad:
-        return tuple(None if g is None else _NoSecondDerivative.apply(dy, g) for g in gradients)
+        dx, dbias, dA, dB = (None if g is None else _refuse_second_derivative(dy, g) for g in gradients)
+        return dx, dbias, dA, dB
     return gradients
 
 
 def _compute_gradients(
-    dy, weight, x, u, lora_A, lora_B, scaling, dropout, seed, needs, bias_dtype
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor,
+    weight: ops.Operand,
+    x: Tensor | None,
+    u: Tensor | None,
+    lora: LoraTerm | None,
+    needs: _Needs,
+    bias_dtype: torch.dtype | None,
+) -> _Gradients:
     need_dx, need_dbias, need_dA, need_dB = needs
     dy = dy.contiguous()
     dx = dbias = dA = dB = None
@@ -45,7 +71,7 @@ def _compute_gradients(
         rows = dy if dy.dim() == 2 else dy.reshape(-1, weight.n)
         dbias = rows.sum(0, dtype=torch.float32 if dy.dtype != torch.float64 else None).to(bias_dtype)
     if need_dx or need_dA or need_dB:
-        dx, dA, dB = fused.backward(dy, weight, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB)
+        dx, dA, dB = fused.backward(dy, weight, x, u, lora, (need_dx, need_dA, need_dB))
     return dx, dbias, dA, dB
 
 
@@ -53,21 +79,30 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + bias + scaling * (dropout(x) A^T) B^T for x [..., K], with gradients for x, bias, A and B.
 
     The weight comes as an ops.Operand: as arguments and as saved tensors its pieces would double what a call costs.
-    That they have not been written to since is checked here.
+    That they have not been written to since is checked here. A and B come beside their term, for autograd to see them.
     """
 
     @staticmethod
-    def forward(ctx, x, bias, lora_A, lora_B, weight, scaling, dropout, seed):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        weight: ops.Operand,
+        lora: LoraTerm | None,
+    ) -> Tensor:
         x = x.contiguous()
-        needs = ctx.needs_input_grad[:4]
-        y, u = fused.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, needs[3])
+        needs: _Needs = ctx.needs_input_grad[:4]
+        y, u = fused.forward(x, weight, bias, lora, needs[3])
+        _, _, scaling, dropout, seed = NO_LORA if lora is None else lora
         ctx.save_for_backward(x if needs[2] else None, u if needs[3] else None, lora_A, lora_B, seed)
         bias_dtype = None if bias is None else bias.dtype
         ctx.rest = (weight, weight.versions(), scaling, dropout, needs, bias_dtype)
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, u, lora_A, lora_B, seed = ctx.saved_tensors
         weight, versions, scaling, dropout, needs, bias_dtype = ctx.rest
         if versions != weight.versions():
@@ -75,54 +110,82 @@ class _Linear(torch.autograd.Function):
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 "a piece of the quantized weight, since the forward pass"
             )
-        gradients = _gradients(dy, weight, x, u, lora_A, lora_B, scaling, dropout, seed, needs, bias_dtype)
-        return *gradients, None, None, None, None
+        lora = None if lora_A is None else LoraTerm(lora_A, lora_B, scaling, dropout, seed)
+        return *_gradients(gradients[0], weight, x, u, lora, needs, bias_dtype), None, None
 
 
 #: _Linear.apply less what Function.apply does before it in Python, which takes as long as half of its work.
-_apply = super(torch.autograd.Function, _Linear).apply
+_apply = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
-class _PlainLinear(torch.autograd.Function):
-    """The same of x [M, K], for torch.compile: tensors alone come and are saved."""
+class _TracedLinear(torch.autograd.Function):
+    """The same of x [M, K], for torch.compile: only tensors come and are saved."""
 
     @staticmethod
-    def forward(ctx, x, bias, lora_A, lora_B, n, scaling, dropout, seed, *pieces):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        n: int,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
+        *pieces: Tensor | None,
+    ) -> Tensor:
         y, u = ops.linear_forward(x, *pieces, n, bias, lora_A, lora_B, scaling, dropout, seed)
         _save(ctx, x, u, bias, lora_A, lora_B, ctx.needs_input_grad[:4], n, scaling, dropout, seed, pieces)
         return y
 
     @staticmethod
-    def backward(ctx, dy):
-        return *_saved_gradients(ctx, dy), *([None] * 9)
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return *_saved_gradients(ctx, gradients[0]), *([None] * 9)
 
 
-def _save(ctx, x, u, bias, lora_A, lora_B, needs, n, scaling, dropout, seed, pieces) -> None:
-    """Keeps what _saved_gradients needs; needs: whether x, bias, lora_A and lora_B want a gradient."""
+def _save(
+    ctx: Any,
+    x: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    needs: _Needs,
+    n: int,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    pieces: tuple[Tensor | None, ...],
+) -> None:
+    """Keeps what _saved_gradients needs."""
     ctx.save_for_backward(x if needs[2] else None, u if needs[3] else None, lora_A, lora_B, seed, *pieces)
     ctx.n, ctx.k, ctx.scaling, ctx.dropout, ctx.needs = n, x.shape[1], scaling, dropout, needs
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _saved_gradients(ctx, dy) -> tuple[Tensor | None, ...]:
+def _saved_gradients(ctx: Any, dy: Tensor) -> _Gradients:
     x, u, lora_A, lora_B, seed, *pieces = ctx.saved_tensors
     weight = ops.Operand(tuple(pieces), ctx.n, ctx.k)
-    return _gradients(dy, weight, x, u, lora_A, lora_B, ctx.scaling, ctx.dropout, seed, ctx.needs, ctx.bias_dtype)
+    lora = None if lora_A is None else LoraTerm(lora_A, lora_B, ctx.scaling, ctx.dropout, seed)
+    return _gradients(dy, weight, x, u, lora, ctx.needs, ctx.bias_dtype)
 
 
 # The bare operation is differentiable too, for those who call torch.ops.qlora_kernels.linear_forward.
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *pieces, n, bias, lora_A, lora_B, scaling, dropout, seed = inputs
-    needs = tuple(ctx.needs_input_grad[i] for i in (0, 7, 8, 9))
-    _save(ctx, x, output[1], bias, lora_A, lora_B, needs, n, scaling, dropout, seed, pieces)
+    dx, dbias, dA, dB = (ctx.needs_input_grad[i] for i in (0, 7, 8, 9))
+    needs = (dx, dbias, dA, dB)
+    _save(ctx, x, output[1], bias, lora_A, lora_B, needs, n, scaling, dropout, seed, tuple(pieces))
 
 
-def _backward(ctx, dy, _du):
+def _backward(ctx: Any, dy: Tensor, _du: Tensor) -> tuple[Any, ...]:
     dx, dbias, dA, dB = _saved_gradients(ctx, dy)
     return dx, *([None] * 6), dbias, dA, dB, None, None, None
 
 
-torch.library.register_autograd("qlora_kernels::linear_forward", _backward, setup_context=_setup_context, lib=library)
+cast(Any, torch.library).register_autograd(
+    "qlora_kernels::linear_forward", _backward, setup_context=_setup_context, lib=library
+)
 
 
 def linear(
@@ -150,7 +213,7 @@ def linear(
         weight: the quantized weight [N, K], on x's device.
         bias: [N], of x's dtype or float32.
         lora_A: [r, K], of x's dtype or float32, or None.
-        lora_B: [N, r], likewise.
+        lora_B: [N, r], of the same types.
         scaling: the factor s of the low-rank term, alpha / r or alpha / sqrt(r).
         dropout: probability in [0, 1) of dropping an element of x on the low-rank path.
         seed: int64 tensor with one element that determines the dropout mask (Philox 4x32-10), on x's device or on the
@@ -167,63 +230,55 @@ def linear(
     not come along, and the child waits for them forever, as in torch's own operations. Processes that the start method
     "spawn" made can, and forked ones (a DataLoader's workers, say) that do not call it are fine.
     """
-    if not isinstance(weight, NF4Weight):
+    if not isinstance(weight, NF4Weight):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"weight should be an NF4Weight, as quantize() gives, found {type(weight).__name__}")
-    return linear_of(x, weight.operand(), bias, lora_A, lora_B, scaling, dropout, seed)
+    if lora_A is None and lora_B is None and 0.0 < dropout < 1.0:
+        dropout = 0.0  # nothing to drop, and no seed to ask for
+    return linear_on(x, weight.operand(), bias, make_term(lora_A, lora_B, scaling, dropout, seed))
 
 
-def linear_of(
-    x: Tensor,
-    weight: ops.Operand,
-    bias: Tensor | None = None,
-    lora_A: Tensor | None = None,
-    lora_B: Tensor | None = None,
-    scaling: float = 1.0,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """:func:`linear` of a weight as the products take it."""
+def linear_on(x: Tensor, weight: ops.Operand, bias: Tensor | None = None, lora: LoraTerm | None = None) -> Tensor:
+    """:func:`linear` on a weight and with a term as the products take them."""
     compiling = torch.compiler.is_compiling()
-    if compiling or torch._C._is_any_autocast_enabled():
-        x, bias, lora_A, lora_B = _autocast(x, bias, lora_A, lora_B)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+    if compiling or dispatcher.is_any_autocast_enabled():
+        x, bias, lora = _autocast(x, bias, lora)
+    if dispatcher.has_tangent(x):
         raise RuntimeError("qlora_kernels.linear has no forward-mode derivative; use reverse mode (backward)")
     n, k = weight.n, weight.k
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x should be [..., {k}] for a weight [{n}, {k}], found {list(x.shape)}")
-    if lora_A is None and lora_B is None and 0.0 < dropout < 1.0:
-        dropout = 0.0  # nothing to drop, and no seed to ask for
-    if dropout > 0.0 and seed is None:
+    if lora is not None and lora.dropout > 0.0 and lora.seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+        lora = lora._replace(seed=seed)
     wanted = torch.is_grad_enabled() and (
         x.requires_grad
-        or (lora_A is not None and lora_A.requires_grad)
-        or (lora_B is not None and lora_B.requires_grad)
+        or (lora is not None and (lora.A.requires_grad or lora.B.requires_grad))
         or (bias is not None and bias.requires_grad)
     )
     if not wanted:
-        return fused.forward(x.contiguous(), weight, bias, lora_A, lora_B, scaling, dropout, seed, False)[0]
+        return fused.forward(x.contiguous(), weight, bias, lora, False)[0]
     if compiling:
+        lora_A, lora_B, scaling, dropout, seed = NO_LORA if lora is None else lora
         rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
-        y = _PlainLinear.apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)
+        y = cast(Any, _TracedLinear).apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
-    # torch's own error speaks of setup_context, which is nothing to the caller. The question costs 60 ns.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # torch's own error speaks of setup_context, which means nothing to the caller. The question costs 60 ns.
+    if dispatcher.innermost_transform() is not None:
         raise RuntimeError(
             "qlora_kernels.linear has no gradients under the transforms of torch.func (grad, vjp, jacrev, vmap, "
             "functionalize); use backward() or torch.autograd.grad, and vmap under torch.no_grad()"
         )
-    return _apply(
-        _unwrapped(x), _unwrapped(bias), _unwrapped(lora_A), _unwrapped(lora_B), weight, scaling, dropout, seed
-    )
+    unwrap = dispatcher.unwrap_if_dead  # as Function.apply does it
+    bias = bias if bias is None else unwrap(bias)
+    if lora is None:
+        return _apply(unwrap(x), bias, None, None, weight, None)
+    A, B = unwrap(lora.A), unwrap(lora.B)
+    if A is not lora.A or B is not lora.B:
+        lora = lora._replace(A=A, B=B)
+    return _apply(unwrap(x), bias, A, B, weight, lora)
 
 
-def _unwrapped(tensor: Tensor | None) -> Tensor | None:
-    """A tensor that has outlived a transform of torch.func, without its wrapper; as Function.apply does it."""
-    return tensor if tensor is None else torch._C._functorch.unwrap_if_dead(tensor)
-
-
-def _autocast(x, bias, lora_A, lora_B) -> tuple[Tensor | None, ...]:
+def _autocast(x: Tensor, bias: Tensor | None, lora: LoraTerm | None) -> tuple[Tensor, Tensor | None, LoraTerm | None]:
     """The operands as autocast has them for x's device, where it is on."""
     device = x.device.type
     # The meta device has no autocast to ask about.
@@ -233,11 +288,15 @@ def _autocast(x, bias, lora_A, lora_B) -> tuple[Tensor | None, ...]:
         or not x.is_floating_point()
         or x.dtype == torch.float64
     ):
-        return x, bias, lora_A, lora_B
+        return x, bias, lora
     dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), _cast(bias, dtype), _cast(lora_A, dtype), _cast(lora_B, dtype)
+    if bias is not None:
+        bias = _cast(bias, dtype)
+    if lora is not None:
+        lora = lora._replace(A=_cast(lora.A, dtype), B=_cast(lora.B, dtype))
+    return x.to(dtype), bias, lora
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """To autocast's dtype, unless it is float32, which the kernels take as it is and cast inside."""
-    return tensor if tensor is None or tensor.dtype == torch.float32 else tensor.to(dtype)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """To autocast's dtype, unless it is float32, which the kernels take and cast inside."""
+    return tensor if tensor.dtype == torch.float32 else tensor.to(dtype)

@@ -1,5 +1,8 @@
 """Folding an adapter into a 4-bit base and taking it out again, a panel of rows at a time."""
 
+# Works on a layer's inside, which is not for users.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import math
@@ -113,7 +116,8 @@ def _requantize(layer: Adapters, before: NF4Weight, name: str) -> NF4Weight:
     if not before.double_quant:
         return NF4Weight(packed, absmax, None, None, None, before.shape, before.dtype)
     table = before.nested_table
-    return NF4Weight(packed, *ops.quantize_absmax(absmax, table), table, before.shape, before.dtype)
+    codes, nested_absmax, nested_offset = ops.quantize_absmax(absmax, table)
+    return NF4Weight(packed, codes, nested_absmax, nested_offset, table, before.shape, before.dtype)
 
 
 def _weight_error(layer: Adapters, before: NF4Weight, after: NF4Weight, name: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,8 @@ class PackedLayer(nn.Module):
 
     def _pieces(self) -> ops.Pieces:
         # Read past nn.Module.__getattr__, whose searches would cost as much as the rest of a call.
-        parameters, buffers = self._parameters, self._buffers
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
         absmax = parameters.get("weight_absmax")
         return (
             parameters["weight_packed"],
@@ -118,7 +119,7 @@ class PackedLayer(nn.Module):
             return (moved if moved.dtype == torch.uint8 else data.to(moved.device)).view(tensor.dtype)
 
         dtype = fn(torch.empty(0, dtype=self._dtype, device=self.weight_packed.device)).dtype
-        super()._apply(apply, recurse)
+        cast(Any, super())._apply(apply, recurse)
         self._forget_operand()
         if dtype != self._dtype and dtype.is_floating_point:
             self._dtype = dtype

@@ -1,24 +1,30 @@
 """QLinear: a linear layer on a frozen 4-bit weight with named low-rank adapters, in place of nn.Linear."""
 
+# Users' arguments are checked whatever their annotations say.
+# pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import peft_names, require
 from ..formats.nf4 import NF4Weight, check_range, meta_weight, quantize
+from ..ops import LoraTerm
 from . import state_dict as loading
 from .adapters.config import AdapterConfig
 from .adapters.named import Adapters, init_adapter
-from .functional import linear_of
+from .functional import linear_on
 from .merging import MergeReport, merge, to_linear, unmerge
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class QLinear(Adapters, nn.Linear):
+# nn.Linear's weight is a tensor, and its forward calls x "input".
+class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """y = x W^T + bias + scaling * (dropout(x) A^T) B^T with W in 4-bit NormalFloat, frozen.
 
     Passes for an nn.Linear (``isinstance``, ``in_features``, ``out_features``, ``bias``), but has no dense weight:
@@ -165,7 +171,7 @@ class QLinear(Adapters, nn.Linear):
         dtype = weight.dtype if dtype is None else dtype
         copy = None if bias is None else bias.detach().to(dtype=dtype, device=weight.device, copy=True)
         layer._set_up(weight, copy, AdapterConfig(rank, alpha, dropout, rslora), dtype, adapter_dtype)
-        if bias is not None:
+        if bias is not None and layer.bias is not None:
             layer.bias.requires_grad_(bias.requires_grad)
         return layer
 
@@ -187,41 +193,49 @@ class QLinear(Adapters, nn.Linear):
         for name in self._adapters:
             init_adapter(self.lora_A[name], self.lora_B[name])
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         assign = local_metadata.get("assign_to_params_buffers", False)
         problems = loading.problems(self, state_dict, prefix, assign)
         if problems:
-            errors.extend(problems)
+            error_msgs.extend(problems)
             loading.keep(self, state_dict, prefix)
             return
         if assign:
             loading.make_contiguous(state_dict, prefix)
         loading.match_merged_state(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        cast(Any, super())._load_from_state_dict(state_dict, prefix, *rest)
 
     # ------------------------------------------------------------------------------------------------- the product
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[..., K] -> [..., N] in x's dtype, or autocast's, as nn.Linear; bias and adapters may have another dtype."""
         # Read past __getattr__ where nothing has taken a parameter's place: its searches cost as much as the rest.
-        parameters, modules, dtype = self._parameters, self._modules, x.dtype
+        parameters, modules, dtype = self._parameters, self.__dict__["_modules"], x.dtype
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         if bias is not None:
             bias = _fit(bias, dtype)
         name, weight = self._active, self._operand()
         if name is None or self._disabled or self._merged is not None:
-            return linear_of(x, weight, bias)
+            return linear_on(x, weight, bias)
         config = self._adapters[name]
-        lora_A, lora_B = modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
-        return linear_of(
-            x,
-            weight,
-            bias,
-            _fit(self.lora_A[name] if lora_A is None else lora_A, dtype),
-            _fit(self.lora_B[name] if lora_B is None else lora_B, dtype),
+        A, B = modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
+        lora = LoraTerm(
+            _fit(self.lora_A[name] if A is None else A, dtype),
+            _fit(self.lora_B[name] if B is None else B, dtype),
             config.scaling,
             config.dropout if self.training else 0.0,
         )
+        return linear_on(x, weight, bias, lora)
 
     # ------------------------------------------------------------------------------------------------- merging
 

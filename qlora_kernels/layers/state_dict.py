@@ -1,13 +1,19 @@
 """What QLinear checks in a state dict before any of it is copied: torch casts silently, packed data must not be."""
 
+# Works on a layer's inside, which is not for users.
+# pyright: reportPrivateUsage=false
+# Users' arguments are checked whatever their annotations say.
+# pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..formats.nf4 import PIECES, NF4Weight
+from ..formats.nf4 import PIECES
 from .adapters.named import Adapters
 
 
@@ -60,8 +66,11 @@ def match_merged_state(layer: Adapters, state: Mapping[str, Tensor], prefix: str
         layer._set_merged(None)
         return
     weight, name = layer.weight, _merged_name(code)
-    room = [None if piece is None else torch.empty_like(piece) for piece in weight.pieces]
-    layer._set_pieces("unmerged", NF4Weight(*room, weight.shape))
+    room = {
+        key: None if piece is None else torch.empty_like(piece)
+        for key, piece in zip(PIECES, weight.pieces, strict=True)
+    }
+    layer._set_pieces("unmerged", replace(weight, **room))
     layer._set_merged(None)
     layer.set_adapter(name)
     layer._set_merged(name)
@@ -71,14 +80,14 @@ def _merged_name(code: Tensor) -> str | None:
     if code.dtype != torch.uint8 or code.dim() != 1 or code.is_meta:
         return None
     try:
-        return bytes(code.tolist()).decode()
+        return bytes(int(byte) for byte in code).decode()
     except UnicodeDecodeError:
         return None
 
 
 def _trained(layer: Adapters) -> dict[str, Tensor]:
     """Bias and adapters by their names in the state dict."""
-    own = {} if layer.bias is None else {"bias": layer.bias}
+    own: dict[str, Tensor] = {} if layer.bias is None else {"bias": layer.bias}
     for part in ("lora_A", "lora_B"):
         own |= {f"{part}.{name}": matrix for name, matrix in getattr(layer, part).items()}
     return own
@@ -87,7 +96,7 @@ def _trained(layer: Adapters) -> dict[str, Tensor]:
 def _check_tensors(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: bool) -> list[str]:
     """That everything is a tensor, and one with data where it is to be copied."""
     names = [f"{kind}_{name}" for kind in ("weight", "unmerged") for name in PIECES]
-    found = []
+    found: list[str] = []
     for key in (prefix + name for name in (*names, "merged_adapter", *_trained(layer))):
         if key not in state:
             continue
@@ -99,7 +108,7 @@ def _check_tensors(layer: Adapters, state: Mapping[str, Tensor], prefix: str, as
 
 
 def _check_trained(layer: Adapters, state: Mapping[str, Tensor], prefix: str) -> list[str]:
-    found = []
+    found: list[str] = []
     for name, own in _trained(layer).items():
         tensor = state.get(prefix + name)
         if tensor is None:
@@ -126,7 +135,7 @@ def _check_pieces(layer: Adapters, state: Mapping[str, Tensor], prefix: str, req
         return [
             f"an incomplete 4-bit weight: no {keys} (a layer with double_quant={own['nested_absmax'] is not None})."
         ]
-    found = []
+    found: list[str] = []
     for name in present:
         tensor, piece = state[prefix + name], own[name]
         if piece is None:

@@ -56,8 +56,10 @@ def for_card(major: int, minor: int) -> str:
 
 def parts(architecture: str) -> tuple[int, str, bool]:
     """Number, suffix and whether PTX is included: ``(120, "", True)`` for "120+PTX"."""
-    number, suffix, ptx = _ONE.fullmatch(architecture).groups()
-    return int(number), suffix, bool(ptx)
+    match = _ONE.fullmatch(architecture)
+    if match is None:
+        raise ValueError(f"'{architecture}' is not a CUDA architecture")
+    return int(match[1]), match[2], bool(match[3])
 
 
 def names(built: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,7 +49,7 @@ def seen() -> Card | None:
     """The first GPU on this machine, or None."""
     if not torch.cuda.is_available():
         return None
-    found = torch.cuda.get_device_properties(0)
+    found = cast(Any, torch.cuda).get_device_properties(0)
     return Card(
         found.name,
         10 * found.major + found.minor,
@@ -76,13 +76,15 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
     )
 
 
-def ranges(card: Card, n: int, k: int, dtype: torch.dtype, backward: bool) -> list[tuple[int, int | None, dict]]:
+def ranges(
+    card: Card, n: int, k: int, dtype: torch.dtype, backward: bool
+) -> list[tuple[int, int | None, dict[str, Any]]]:
     """(first M, last M, plan) for each range of M that one kernel covers; the last range has no end (None).
 
     Plans differ by their blocks per tile only until the tiles fill all SMs once: beyond that only the last wave
     differs, and those plans count as one.
     """
-    found: list[tuple[int, int | None, dict]] = []
+    found: list[tuple[int, int | None, dict[str, Any]]] = []
     # Eight waves of the widest tiles fill the card, whatever N and K are.
     for m in range(1, 8 * 128 * card.multiprocessors + 2):
         if m > 256 and m % 128 != 1:  # no tile has more than 128 rows: the number of tiles stays the same

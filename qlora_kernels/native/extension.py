@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -12,7 +12,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @functools.lru_cache(maxsize=1)
-def native() -> ModuleType:
+def native() -> Any:
     """The extension. torch is imported before it, so that both share torch's OpenMP runtime.
 
     Raises:

@@ -9,10 +9,12 @@ is checked here once: below there are only pointers and sizes. A quantized weigh
 
 from .dequantize import dequantize, dequantize_out
 from .linear import linear_backward, linear_forward
+from .lora import LoraTerm
 from .quantize import check_finite, quantize, quantize_absmax, quantize_nested
 from .weight import Operand, Pieces, check_weight
 
 __all__ = [
+    "LoraTerm",
     "Operand",
     "Pieces",
     "check_finite",

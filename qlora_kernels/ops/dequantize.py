@@ -8,29 +8,39 @@ from torch import Tensor
 from ..errors import require
 from . import backends
 from .library import LINEAR_DTYPES, WEIGHT, define, fake
-from .weight import check_weight
+from .weight import Operand, check_weight
 
 
-def _check_dequantize(pieces, n, k, dtype, row_begin, row_end) -> None:
-    check_weight(*pieces, n, k)
+def _check_dequantize(weight: Operand, dtype: torch.dtype, row_begin: int, row_end: int) -> None:
+    """Checks everything but the weight."""
     require(
         dtype in LINEAR_DTYPES,
         TypeError,
         f"a weight dequantizes to float32, bfloat16, float16 or float64, not to {dtype}",
     )
     require(
-        0 <= row_begin <= row_end <= n,
+        0 <= row_begin <= row_end <= weight.n,
         ValueError,
-        f"rows [{row_begin}, {row_end}) are not within a weight of {n} rows",
+        f"rows [{row_begin}, {row_end}) are not within a weight of {weight.n} rows",
     )
 
 
 def _dequantize(
-    packed, absmax, nested_absmax, nested_offset, nested_table, n: int, k: int, dtype, row_begin: int, row_end: int
-):
-    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
-    _check_dequantize(pieces, n, k, dtype, row_begin, row_end)
-    return backends.backend_for(packed).dequantize(pieces, n, k, dtype, row_begin, row_end)
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_table: Tensor | None,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    row_begin: int,
+    row_end: int,
+) -> Tensor:
+    weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), n, k)
+    weight.check()
+    _check_dequantize(weight, dtype, row_begin, row_end)
+    return backends.backend_for(packed).dequantize(weight, dtype, row_begin, row_end)
 
 
 dequantize = define(
@@ -40,42 +50,65 @@ dequantize = define(
 
 
 @fake("dequantize")
-def _dequantize_fake(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, dtype, row_begin, row_end):
-    _check_dequantize((packed, absmax, nested_absmax, nested_offset, nested_table), n, k, dtype, row_begin, row_end)
+def _dequantize_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_table: Tensor | None,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    row_begin: int,
+    row_end: int,
+) -> Tensor:
+    weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), n, k)
+    check_weight(*weight.pieces, n, k)
+    _check_dequantize(weight, dtype, row_begin, row_end)
     return packed.new_empty((row_end - row_begin, k), dtype=dtype)
 
 
-def _check_dequantize_out(pieces, n, k, row_begin, row_end, out) -> None:
-    _check_dequantize(pieces, n, k, out.dtype, row_begin, row_end)
-    shape = [row_end - row_begin, k]
+def _check_dequantize_out(weight: Operand, row_begin: int, row_end: int, out: Tensor) -> None:
+    """Checks everything but the weight."""
+    _check_dequantize(weight, out.dtype, row_begin, row_end)
+    shape = [row_end - row_begin, weight.k]
     require(list(out.shape) == shape, ValueError, f"out should be {shape}, found {list(out.shape)}")
-    device = pieces[0].device
-    require(out.device == device, ValueError, f"out is on {out.device}, but the weight on {device}")
+    require(out.device == weight.device, ValueError, f"out is on {out.device}, but the weight on {weight.device}")
     require(out.is_contiguous(), ValueError, "out should be contiguous")
     require(
         not out.requires_grad,
         RuntimeError,
-        "out asks for a gradient, which a dequantized weight has none of; give out.detach()",
+        "out asks for a gradient, which a dequantized weight does not have; give out.detach()",
     )
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def _address_range(tensor: Tensor) -> tuple[int, int]:
     """First address, and one past the last, of a contiguous tensor."""
     begin = tensor.data_ptr()
     return begin, begin + tensor.numel() * tensor.element_size()
 
 
 def _dequantize_out(
-    packed, absmax, nested_absmax, nested_offset, nested_table, n: int, k: int, row_begin: int, row_end: int, out
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_table: Tensor | None,
+    n: int,
+    k: int,
+    row_begin: int,
+    row_end: int,
+    out: Tensor,
 ) -> None:
-    pieces = (packed, absmax, nested_absmax, nested_offset, nested_table)
-    _check_dequantize_out(pieces, n, k, row_begin, row_end, out)
-    begin, end = _span(out)
-    for piece in pieces:
+    weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), n, k)
+    weight.check()
+    _check_dequantize_out(weight, row_begin, row_end, out)
+    begin, end = _address_range(out)
+    for piece in weight.pieces:
         if piece is not None:
-            first, last = _span(piece)
+            first, last = _address_range(piece)
             require(end <= first or last <= begin, ValueError, "out shares memory with the weight that it is to hold")
-    backends.backend_for(packed).dequantize_out(pieces, n, k, row_begin, row_end, out)
+    backends.backend_for(packed).dequantize_out(weight, row_begin, row_end, out)
     # What torch's own operations do: backward then refuses a tensor that it saved and that has changed since.
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
@@ -88,5 +121,18 @@ dequantize_out = define(
 
 
 @fake("dequantize_out")
-def _dequantize_out_fake(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, row_begin, row_end, out):
-    _check_dequantize_out((packed, absmax, nested_absmax, nested_offset, nested_table), n, k, row_begin, row_end, out)
+def _dequantize_out_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_table: Tensor | None,
+    n: int,
+    k: int,
+    row_begin: int,
+    row_end: int,
+    out: Tensor,
+) -> None:
+    weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), n, k)
+    check_weight(*weight.pieces, n, k)
+    _check_dequantize_out(weight, row_begin, row_end, out)

@@ -20,7 +20,7 @@ def _check_quantize(weight: Tensor) -> None:
     require(weight.is_contiguous(), ValueError, "weight should be contiguous")
 
 
-def _quantize(weight: Tensor, name: str = "weight"):
+def _quantize(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     _check_quantize(weight)
     return backends.backend_for(weight).quantize(weight, name)
 
@@ -32,7 +32,7 @@ quantize = define(
 
 
 @fake("quantize")
-def _quantize_fake(weight, name="weight"):
+def _quantize_fake(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     _check_quantize(weight)
     count = weight.numel()
     return (
@@ -52,14 +52,13 @@ def check_finite(weight: Tensor, constants: Tensor, name: str) -> None:
         constants: float32, any number of them that are NaN when a block was not finite.
         name: what to call the weight.
     """
-    if backends.backend_for(constants).refuses_non_finite:
-        return
-    if backends.capturing(constants):
+    backend = backends.backend_for(constants)
+    if backend.refuses_non_finite or backend.capturing(constants.device):
         return
     if not constants.isfinite().all():
         bad = (~weight.isfinite()).nonzero()
         require(len(bad) > 0, ValueError, f"{name} is too near the largest float32 for its constants to be averaged")
-        raise backends.non_finite(weight, tuple(bad[0].tolist()), name)
+        raise backends.non_finite(weight, tuple(int(index) for index in bad[0]), name)
 
 
 def _check_quantize_absmax(absmax: Tensor, nested_table: Tensor) -> None:
@@ -77,7 +76,7 @@ def _check_quantize_absmax(absmax: Tensor, nested_table: Tensor) -> None:
     )
 
 
-def _quantize_absmax(absmax: Tensor, nested_table: Tensor):
+def _quantize_absmax(absmax: Tensor, nested_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_quantize_absmax(absmax, nested_table)
     return backends.backend_for(absmax).quantize_absmax(absmax, nested_table)
 
@@ -89,7 +88,7 @@ quantize_absmax = define(
 
 
 @fake("quantize_absmax")
-def _quantize_absmax_fake(absmax, nested_table):
+def _quantize_absmax_fake(absmax: Tensor, nested_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_quantize_absmax(absmax, nested_table)
     count = absmax.numel()
     return (
@@ -104,7 +103,9 @@ def _check_quantize_nested(weight: Tensor, nested_table: Tensor) -> None:
     _check_quantize_absmax(weight.new_empty(0, dtype=torch.float32), nested_table)
 
 
-def _quantize_nested(weight: Tensor, nested_table: Tensor, name: str = "weight"):
+def _quantize_nested(
+    weight: Tensor, nested_table: Tensor, name: str = "weight"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_quantize_nested(weight, nested_table)
     return backends.backend_for(weight).quantize_nested(weight, nested_table, name)
 
@@ -117,7 +118,9 @@ quantize_nested = define(
 
 
 @fake("quantize_nested")
-def _quantize_nested_fake(weight, nested_table, name="weight"):
+def _quantize_nested_fake(
+    weight: Tensor, nested_table: Tensor, name: str = "weight"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_quantize_nested(weight, nested_table)
     packed, absmax = _quantize_fake(weight, name)
     return packed, *_quantize_absmax_fake(absmax, nested_table)

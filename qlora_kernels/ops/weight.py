@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import require
-from . import backends
+from .dispatcher import are_plain
 
 #: packed, absmax, nested_absmax, nested_offset and nested_table; the last three None without double quantization.
 Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -36,7 +38,15 @@ def check_weight(
         _explain_weight(packed, absmax, nested_absmax, nested_offset, nested_table, n, k)
 
 
-def _weight_fits(packed, absmax, nested_absmax, nested_offset, nested_table, n, k) -> bool:
+def _weight_fits(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_table: Tensor | None,
+    n: int,
+    k: int,
+) -> bool:
     """Whether all is well; on every call, so it builds no messages."""
     blocks = _blocks(n, k)
     device = packed.device
@@ -67,15 +77,22 @@ def _weight_fits(packed, absmax, nested_absmax, nested_offset, nested_table, n, 
     )
 
 
-def _explain_weight(packed, absmax, nested_absmax, nested_offset, nested_table, n, k) -> None:
+def _explain_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    nested_table: Tensor | None,
+    n: int,
+    k: int,
+) -> None:
     """Raises the error for the first thing that is wrong."""
     require(n > 0 and k > 0, ValueError, f"a quantized weight needs N > 0 and K > 0, found [{n}, {k}]")
     blocks = _blocks(n, k)
-    nested = (nested_absmax, nested_offset, nested_table)
     expected = [("packed", packed, torch.uint8, (n * k + 1) // 2)]
-    if any(piece is None for piece in nested):
+    if nested_absmax is None or nested_offset is None or nested_table is None:
         require(
-            all(piece is None for piece in nested),
+            nested_absmax is nested_offset is nested_table is None,
             ValueError,
             "nested_absmax, nested_offset and nested_table come together: all three, or none",
         )
@@ -101,7 +118,7 @@ def _explain_weight(packed, absmax, nested_absmax, nested_offset, nested_table, 
             raise RuntimeError(f"an NF4 weight is frozen and has no gradient, but {name} asks for one")
 
 
-def same_pieces(left: tuple[Tensor | None, ...], right: tuple[Tensor | None, ...]) -> bool:
+def same_pieces(left: Pieces, right: Pieces) -> bool:
     """Whether these are the same tensors: objects, not values."""
     return (
         left[0] is right[0]
@@ -113,53 +130,96 @@ def same_pieces(left: tuple[Tensor | None, ...], right: tuple[Tensor | None, ...
 
 
 class Operand:
-    """A weight [n, k] as the products take it: its five pieces, and what is known of them.
+    """A weight [n, k] as the operations and their backends take it: its five pieces, and what is known of them.
 
-    Checking the pieces takes as long as launching a kernel, and they hardly ever change. So what a check has found is
-    kept for as long as they lie where they lay, with as many elements: an exchange of their data (``.data = ...``, a
-    move to another device, a freed storage) is seen by that, and checked anew.
+    Checking the pieces takes as long as launching a kernel, and they hardly ever change. So a check holds for as long
+    as they lie at the same addresses with as many elements, and so does the struct that the kernels are given. An
+    exchange of their data (``.data = ...``, a move to another device, a freed storage) shows in the addresses.
+
+    Attributes:
+        pieces: see :data:`Pieces`.
+        n: rows of the weight.
+        k: its columns.
     """
 
-    def __init__(self, pieces: tuple[Tensor | None, ...], n: int, k: int) -> None:
-        self.pieces, self.n, self.k = pieces, n, k
-        self._view: tuple | None = None
-        self._sizes: tuple[int, int] | None = None
-        self._plain = False
-        self.device: torch.device | None = None  # once view() has been asked
+    __slots__ = ("_checked", "_is_plain", "_native", "device", "k", "n", "pieces")
 
-    def view(self) -> tuple:
-        """The weight as the kernels take it, checked.
+    def __init__(self, pieces: Pieces, n: int, k: int) -> None:
+        self.pieces, self.n, self.k = pieces, n, k
+        #: Where the pieces lie.
+        self.device = pieces[0].device
+        # The addresses, then the elements of packed and absmax, that a check has found to be right.
+        self._checked: tuple[int, ...] | None = None
+        # The struct for the kernels, its class, and what of _checked it was made from.
+        self._native: tuple[Any, Any, tuple[int, ...]] | None = None
+        self._is_plain = False
+
+    def check(self) -> None:
+        """Checks the pieces, unless they are where they were when they were last checked.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :func:`check_weight` does.
         """
         packed, absmax, nested_absmax, nested_offset, nested_table = self.pieces
-        if self._view is not None:
-            view = backends.view_of(self.pieces, self.n, self.k)
-            if view == self._view and (packed.numel(), absmax.numel()) == self._sizes:
-                # Bytes cannot ask for a gradient.
-                if nested_absmax is None:
-                    if not absmax.requires_grad:
-                        return view
-                elif not (nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad):
-                    return view
+        # Bytes cannot ask for a gradient.
+        if nested_absmax is None or nested_offset is None or nested_table is None:
+            found = (packed.data_ptr(), absmax.data_ptr(), packed.numel(), absmax.numel())
+            if found == self._checked and not absmax.requires_grad:
+                return
+        else:
+            found = (
+                packed.data_ptr(),
+                absmax.data_ptr(),
+                nested_absmax.data_ptr(),
+                nested_offset.data_ptr(),
+                nested_table.data_ptr(),
+                packed.numel(),
+                absmax.numel(),
+            )
+            if found == self._checked and not (
+                nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad
+            ):
+                return
         check_weight(*self.pieces, self.n, self.k)
-        view = backends.view_of(self.pieces, self.n, self.k)
-        # The view last: another thread that finds it finds the others.
-        self._sizes, self.device = (packed.numel(), absmax.numel()), packed.device
-        self._view = view
-        return view
+        self.device = packed.device
+        self._checked = found
+
+    def native(self, kind: Any) -> Any:
+        """The weight as the kernels take it: an extension's class Weight, made again when a check has found another
+        place."""
+        checked, kept = self._checked, self._native
+        if kept is not None and kept[2] is checked and kept[1] is kind:
+            return kept[0]
+        if checked is None:
+            self.check()
+            return self.native(kind)
+        packed, absmax, *nested = checked[:-2]
+        nested_absmax, nested_offset, nested_table = nested or (0, 0, 0)
+        made = kind(
+            {
+                "packed": packed,
+                "absmax": 0 if nested else absmax,
+                "absmax_code": absmax if nested else 0,
+                "nested_absmax": nested_absmax,
+                "nested_table": nested_table,
+                "nested_offset": nested_offset,
+                "n": self.n,
+                "k": self.k,
+            }
+        )
+        self._native = (made, kind, checked)
+        return made
 
     def is_plain(self) -> bool:
-        """Whether the pieces are tensors of no other kind, which may want to see operations."""
-        self._plain = self._plain or PLAIN.issuperset(map(type, self.pieces))
-        return self._plain
+        """Whether the pieces are ordinary tensors; those of other kinds may want to see operations."""
+        self._is_plain = self._is_plain or are_plain(self.pieces)
+        return self._is_plain
 
     def versions(self) -> tuple[int, ...] | None:
-        """Numbers that change when a piece's elements do; None of tensors made in inference mode, which count none."""
+        """Numbers that change when a piece's elements do; None for tensors made in inference mode, which have none."""
         packed, absmax, nested_absmax, nested_offset, nested_table = self.pieces
         try:
-            if nested_absmax is None:
+            if nested_absmax is None or nested_offset is None or nested_table is None:
                 return packed._version, absmax._version
             return (
                 packed._version,
@@ -170,6 +230,3 @@ class Operand:
             )
         except RuntimeError:
             return None
-
-
-PLAIN = {Tensor, torch.nn.Parameter, type(None)}

@@ -14,7 +14,7 @@ from .atomic_file import write_atomically
 from .safetensors_stream import read, read_header
 
 
-def save_json(value: Any, path: str | os.PathLike) -> None:
+def save_json(value: Any, path: str | os.PathLike[str]) -> None:
     """Writes JSON, indented, whole or not at all."""
     text = json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
 
@@ -25,7 +25,7 @@ def save_json(value: Any, path: str | os.PathLike) -> None:
     write_atomically(path, write)
 
 
-def load_json(path: str | os.PathLike) -> dict[str, Any]:
+def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -52,7 +52,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def save_safetensors(
-    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
 ) -> None:
     """Writes a safetensors file, whole or not at all."""
     try:
@@ -63,12 +63,12 @@ def save_safetensors(
     write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
 
 
-def save_torch(value: Any, path: str | os.PathLike) -> None:
+def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
     """``torch.save``, whole or not at all."""
     write_atomically(path, lambda temporary: torch.save(value, temporary))
 
 
-def load_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file, on the CPU.
 
     Raises:

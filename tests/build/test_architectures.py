@@ -160,7 +160,7 @@ def test_a_card_that_is_served_gets_the_kernels(h100):
     h100("80;90a")
     backend = backends.backend_for(SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=torch.device("cuda:0")))
     assert isinstance(backend, backends.CUDA)
-    assert backend._kernels == "the kernels"
+    assert backend.kernels == "the kernels"
 
 
 def test_this_build_without_kernels_refuses_any_card(monkeypatch):

@@ -62,7 +62,8 @@ def has_driver() -> bool:
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs code with the unpacked wheel in place of the package under test."""
-    env = {**os.environ, "PYTHONPATH": str(cuda_wheel.unpacked()), **environment}
+    path = f"{cuda_wheel.unpacked()}{os.pathsep}{ROOT / 'tests' / 'support'}"
+    env = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, cwd="/")
 
 
@@ -176,14 +177,15 @@ def test_the_driver_is_reached_only_by_a_cuda_call(tmp_path):
     done = python(
         """
 import os, torch, qlora_kernels as q
-from qlora_kernels import backends
+from cuda_calls import call_kernels
+from qlora_kernels.native.extension import native
 weight = q.quantize(torch.ones(2, 64))
 weight.dequantize(torch.bfloat16)
 q.linear(torch.ones(1, 64), weight)
-assert backends.native().build_info()["cuda_archs"] and q.__version__
+assert native().build_info()["cuda_archs"] and q.__version__
 print(os.path.exists(os.environ["FAKE_DRIVER_MARK"]))
 try:
-    backends.native().cuda.quantize(0, 0, 0, 0, 64, 0, 0, 0)
+    call_kernels(native().cuda, "quantize", count=64)
 except RuntimeError:
     pass
 print(os.path.exists(os.environ["FAKE_DRIVER_MARK"]))
@@ -199,10 +201,11 @@ def test_without_a_driver_a_cuda_call_is_an_exception_and_the_process_lives_on(e
     done = python(
         """
 import torch, qlora_kernels as q
-from qlora_kernels import backends
+from cuda_calls import call_kernels
+from qlora_kernels.native.extension import native
 for _ in range(2):
     try:
-        backends.native().cuda.quantize(0, 0, 0, 0, 64, 0, 0, 0)
+        call_kernels(native().cuda, "quantize", count=64)
     except RuntimeError as error:
         print(error)
 print(q.quantize(torch.ones(2, 64)).dequantize().sum().item())

@@ -5,9 +5,12 @@ What needs no card runs on the emulator; the rest is marked gpu.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from contract import make_weight, relative_error
+from cuda_calls import call_kernels, weight_of
 from emulated import counted, emulated, lines, module
 from engines import forced, on_the_cpu
 
@@ -126,27 +129,30 @@ def test_a_launch_that_fails_is_an_exception_and_the_next_one_works():
 
 def test_errors_of_the_launchers_say_where(cuda_engine):
     kernels = extension.native().cuda if cuda_engine == "cuda" else module()
-    queue = (0, 0)
     with pytest.raises(
         RuntimeError, match=r"csrc/cuda/common/aligned\.h:\d+: the weight to quantize .*of 4.*failed: \(lies_on"
     ):
-        kernels.quantize(2, 0, 0, 0, 64, 0, *queue)
+        call_kernels(kernels, "quantize", weight=2, count=64)
     with pytest.raises(RuntimeError, match=r"csrc/cuda/common/aligned\.h:\d+: the result of dequantize .*multiple"):
-        kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 1, 0, *queue)
+        call_kernels(kernels, "dequantize", weight=weight_of(kernels, n=1, k=64), out=2, row_end=1)
     with pytest.raises(RuntimeError, match=r"aligned\.h:\d+: the constants of a weight should lie on a multiple of 4"):
-        kernels.dequantize((0, 2, 0, 0, 0, 0, 1, 64), 0, 0, 1, 0, *queue)
+        call_kernels(kernels, "dequantize", weight=weight_of(kernels, absmax=2, n=1, k=64), row_end=1)
     with pytest.raises(RuntimeError, match="x, u, y, lora_A and lora_B should lie on a multiple of 2 bytes"):
-        kernels.linear_forward((0, 0, 0, 0, 0, 0, 1, 64), 1, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 1, 0, *queue)
+        call_kernels(kernels, "linear_forward", weight=weight_of(kernels, n=1, k=64), x=1, m=1, scaling=1.0, dtype=1)
     with pytest.raises(RuntimeError, match="dy, x, u, dx, lora_A and lora_B should lie on a multiple of 4 bytes"):
-        kernels.linear_backward(
-            (0, 0, 0, 0, 0, 0, 1, 64), 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1.0, 0.0, 0, 0, 0, 0, *queue
-        )
+        call_kernels(kernels, "linear_backward", weight=weight_of(kernels, n=1, k=64), dy=2, m=1, scaling=1.0)
     with pytest.raises(RuntimeError, match="unknown dtype code 7"):
-        kernels.dequantize((0, 0, 0, 0, 0, 0, 1, 64), 0, 0, 1, 7, *queue)
+        call_kernels(kernels, "dequantize", weight=weight_of(kernels, n=1, k=64), row_end=1, dtype=7)
     with pytest.raises(RuntimeError, match=r"quantize_absmax\.cu:\d+: there are no constants"):
-        kernels.quantize_absmax(0, 0, 0, 0, 0, 0, 0, False, *queue)
+        call_kernels(kernels, "quantize_absmax")
     with pytest.raises(RuntimeError, match=r"more than 2\^34"):
-        kernels.quantize_absmax(0, 0, 0, 0, 0, 2**30, 0, False, *queue)
+        call_kernels(kernels, "quantize_absmax", count=2**30)
+    with pytest.raises(RuntimeError, match="the field 'out' is missing, or 'row_begin' comes before it"):
+        kernels.dequantize({"weight": weight_of(kernels, n=1, k=64), "row_begin": 0})
+    with pytest.raises(RuntimeError, match="the field 'out' is missing"):
+        kernels.dequantize({"weight": weight_of(kernels, n=1, k=64)})
+    with pytest.raises(RuntimeError, match="there is no field 'more'"):
+        weight_of(SimpleNamespace(Weight=lambda fields: kernels.Weight({**fields, "more": 1})))
 
 
 def test_a_weight_that_is_not_finite_decodes_to_nan_and_no_neighbour_does(cuda_engine):
@@ -254,20 +260,18 @@ def test_scratch_holds_what_it_held_before():
     x = torch.randn(20, 1024).bfloat16()
     with emulated(multiprocessors=4):
         kernels = module()
-        size = kernels.linear_scratch(20, 128, 1024, 0, 1, 0, False, 0)
+        size = kernels.linear_scratch(20, 128, 1024, 0, 1, False, False, False, 0)
         assert 0 < size <= 2**24
         scratch, results = torch.zeros(size // 8, dtype=torch.int64), []
-        packed, absmax, nested_absmax, offset, table = (p.data_ptr() for p in weight.pieces)
+        native = weight.operand().native(kernels.Weight)
         for _ in range(3):
             y = torch.full((20, 128), torch.nan, dtype=torch.bfloat16)
-            pieces = (packed, 0, absmax, nested_absmax, table, offset, 128, 1024)
-            kernels.linear_forward(
-                pieces, x.data_ptr(), 0, 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, scratch.data_ptr(), 1, 0, 0, 0
-            )
+            fields = {"weight": native, "x": x.data_ptr(), "y": y.data_ptr(), "m": 20, "scaling": 1.0, "dtype": 1}
+            call_kernels(kernels, "linear_forward", **fields, scratch=scratch.data_ptr())
             results.append(y)
             assert scratch[0] == 0, "the last block takes the launch's number away"
         with pytest.raises(RuntimeError, match="need scratch"):
-            kernels.linear_forward(pieces, x.data_ptr(), 0, 0, 0, 0, y.data_ptr(), 0, 20, 0, 1.0, 0.0, 0, 0, 1, 0, 0, 0)
+            call_kernels(kernels, "linear_forward", **fields)
     assert all(torch.equal(results[0], y) for y in results[1:])
 
 

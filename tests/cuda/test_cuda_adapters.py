@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from contract import make_weight, relative_error
+from cuda_calls import call_kernels
 from emulated import counted, counters, emulated, module
 from engines import ORDERS
 
@@ -212,9 +213,9 @@ def test_scratch_is_at_most_16_mib():
                 # Copies of float32 adapters in 2 bytes, or sums in 4 of gradients that are not float32.
                 sizes = [(2 if wide >> i & 1 else 4 * backward) * r * side for i, side in enumerate((k, n))]
                 converted = sum(-(-size // 128) * 128 for size in sizes)
-                found = module().linear_scratch(m, n, k, r, 1, wide, backward, 0)
+                found = module().linear_scratch(m, n, k, r, 1, wide & 1 > 0, wide & 2 > 0, backward, 0)
                 assert converted <= found <= converted + 16 * 2**20
-            assert module().linear_scratch(m, n, k, r, 0, 0, True, 0) <= 16 * 2**20
+            assert module().linear_scratch(m, n, k, r, 0, True, True, True, 0) <= 16 * 2**20
 
 
 def test_few_rows_spread_over_the_card():
@@ -226,19 +227,30 @@ def test_few_rows_spread_over_the_card():
 def test_a_gradient_that_lies_on_no_8_bytes():
     layer = Layer(64, 64, 64, 8)
     with emulated(architecture=90):
-        pieces = tuple(p.data_ptr() for p in layer.weight.pieces)
-        packed, absmax, nested_absmax, offset, table = pieces
-        weight = (packed, 0, absmax, nested_absmax, table, offset, 64, 64)
+        weight = layer.weight.operand().native(module().Weight)
         for shift in (0, 1):
             room = torch.full((64 * 8 + 2,), torch.nan)
             db = room[shift:]
-            bytes_needed = module().linear_scratch(64, 64, 64, 8, 1, 3, True, 0)
+            bytes_needed = module().linear_scratch(64, 64, 64, 8, 1, True, True, True, 0)
             scratch = torch.empty(max(bytes_needed, 16), dtype=torch.uint8)
             A, B = layer.A.float(), layer.B.float()
-            module().linear_backward(
-                weight, layer.dy.data_ptr(), 0, layer.u.data_ptr(), A.data_ptr(), B.data_ptr(), 0, 0, db.data_ptr(),
-                0, 64, 8, 1.0, 0.0, 0, scratch.data_ptr(), 1, 3, 0, 0,
-            )  # fmt: skip
+            call_kernels(
+                module(),
+                "linear_backward",
+                weight=weight,
+                dy=layer.dy.data_ptr(),
+                u=layer.u.data_ptr(),
+                lora_a=A.data_ptr(),
+                lora_b=B.data_ptr(),
+                db=db.data_ptr(),
+                m=64,
+                r=8,
+                scaling=1.0,
+                dtype=1,
+                wide_a=True,
+                wide_b=True,
+                scratch=scratch.data_ptr(),
+            )
             found = room[shift : shift + 64 * 8].view(64, 8)
             assert relative_error(found, layer.dy.double().T @ layer.u.double()) < 1e-6
 

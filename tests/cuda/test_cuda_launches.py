@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import make_weight, relative_error
+from cuda_calls import call_kernels
 
 from bench.emulator import conformance_module
 from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize
 from qlora_kernels.native import extension
-from qlora_kernels.ops import backends
-from qlora_kernels.ops import linear as fused
+from qlora_kernels.ops import backends, dispatcher
 
 #: Clocks for which the card is kept busy: some 50 ms.
 BUSY = 100_000_000
@@ -103,7 +103,8 @@ def test_a_device_that_is_not_there_is_an_exception_and_the_next_call_works():
     weight = torch.randn(8, 64, device="cuda")
     kernels = extension.native().cuda
     with pytest.raises(RuntimeError, match=r"device\.cuh:\d+: cudaErrorInvalidDevice.*failed: cudaSetDevice"):
-        kernels.quantize(weight.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 512, 0, 999, 0)
+        address = weight.data_ptr()
+        call_kernels(kernels, "quantize", weight=address, packed=address, absmax=address, count=512, device=999)
     assert torch.equal(quantize(weight).dequantize().cpu(), quantize(weight.cpu()).dequantize())
 
 
@@ -141,13 +142,13 @@ def step(weight, leaves, dy):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_layer_past_the_dispatcher(monkeypatch, dtype):
-    weight, seen, right = make_weight(72, 128), [], fused._nobody_watches
+    weight, seen, right = make_weight(72, 128), [], dispatcher.is_idle
 
     def watched(*arguments):
         seen.append(right(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(fused, "_nobody_watches", watched)
+    monkeypatch.setattr(dispatcher, "is_idle", watched)
     for m in (3, 20, 70):
         found = step(weight.to("cuda"), *operands(m, 72, 128, 8, dtype))
         expected = step(weight, *operands(m, 72, 128, 8, dtype, "cpu"))

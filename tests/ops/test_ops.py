@@ -182,10 +182,9 @@ def test_rows_beyond_one_superblock(engine):
         seed = torch.tensor([3])
         y, u = forward(x, weight, None, A, B, 0.5, 0.2, seed)
         dx, dA, dB = backward(dy, weight, x, u, A, B, 0.5, 0.2, seed)
-        y64, u64 = reference.linear_forward(x.double(), weight.pieces, 64, None, A.double(), B.double(), 0.5, 0.2, seed)
-        grads = reference.linear_backward(
-            dy.double(), weight.pieces, 128, x.double(), u64, A.double(), B.double(), 0.5, 0.2, seed, True, True, True
-        )
+        lora = ops.LoraTerm(A.double(), B.double(), 0.5, 0.2, seed)
+        y64, u64 = reference.linear_forward(x.double(), weight.operand(), None, lora, True)
+        grads = reference.linear_backward(dy.double(), weight.operand(), x.double(), u64, lora, (True, True, True))
         for name, found, wanted in zip(("y", "dx", "dA", "dB"), (y, dx, dA, dB), (y64, *grads), strict=True):
             assert relative_error(found, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5), (engine, name)
 

@@ -212,9 +212,6 @@ def test_the_table_of_cuda_is_that_of_the_current_card(monkeypatch):
 
 
 def test_whether_a_graph_is_captured_is_asked_of_the_tensors_card(monkeypatch):
-    class OnSecondCard:
-        is_cuda, device = True, torch.device("cuda", 1)
-
     current = [torch.device("cuda", 0)]
 
     @contextlib.contextmanager
@@ -225,9 +222,11 @@ def test_whether_a_graph_is_captured_is_asked_of_the_tensors_card(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1].index == 1)
-    assert backends.capturing(OnSecondCard())
-    assert len(current) == 1
-    assert not backends.capturing(torch.zeros(1))
+    for backend in (backends.CUDA(None), reference):
+        assert backend.capturing(torch.device("cuda", 1))
+        assert not backend.capturing(torch.device("cuda", 0))
+        assert len(current) == 1
+    assert not any(backend.capturing(torch.device("cpu")) for backend in (backends.CPU(), reference))
 
 
 def test_a_table_that_is_not_finite_is_refused():

@@ -30,7 +30,7 @@ class Emulated(backends.CUDA):
         return Emulated._empty(sizes, dtype or tensor.dtype, "cpu")
 
     @staticmethod
-    def _queue(device):
+    def queue(device):
         return 0, 0
 
     def capturing(self, device):

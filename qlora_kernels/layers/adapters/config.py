@@ -1,5 +1,8 @@
 """What a low-rank adapter is apart from its two matrices."""
 
+# Users' arguments are checked whatever their annotations say.
+# pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 import math

@@ -1,10 +1,13 @@
 """Named low-rank adapters: what they are apart from their matrices, and a layer's keeping of several."""
 
+# Users' arguments are checked whatever their annotations say.
+# pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -84,9 +87,9 @@ class Adapters(PackedLayer):
 
     def _add_adapter(self, name: str, config: AdapterConfig, dtype: torch.dtype | None = None) -> None:
         self._check_name(name)
-        options = self._adapter_options(name) | ({"dtype": dtype} if dtype else {})
-        A = torch.empty(config.rank, self.in_features, **options)
-        B = torch.empty(self.out_features, config.rank, **options)
+        dtype, device = dtype or self._adapter_dtype or self._dtype, self.weight_packed.device
+        A = torch.empty(config.rank, self.in_features, dtype=dtype, device=device)
+        B = torch.empty(self.out_features, config.rank, dtype=dtype, device=device)
         init_adapter(A, B)
         self._put_adapter(name, config, A, B)
 
@@ -144,7 +147,7 @@ class Adapters(PackedLayer):
             self._active = None
 
     @contextlib.contextmanager
-    def disable_adapters(self) -> Iterator[None]:
+    def disable_adapters(self) -> Generator[None, None, None]:
         """Within it the layer is its base alone. May be nested.
 
         Raises:

@@ -2,7 +2,8 @@
 
 from .choose import backend_for, cuda, forced, forced_backend
 from .cpu import CPU
-from .cuda import CUDA, capturing
-from .pointers import non_finite, view_of
+from .cuda import CUDA
+from .pointers import non_finite
+from .protocol import Backend
 
-__all__ = ["CPU", "CUDA", "backend_for", "capturing", "cuda", "forced", "forced_backend", "non_finite", "view_of"]
+__all__ = ["CPU", "CUDA", "Backend", "backend_for", "cuda", "forced", "forced_backend", "non_finite"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,15 @@ from ...native.extension import native
 from . import reference
 from .cpu import CPU
 from .cuda import CUDA
+from .protocol import Backend
 
-_forced = None
+_CPU: Backend = CPU()
+_REFERENCE: Backend = reference
+_forced: Backend | None = None
 
 
 @contextlib.contextmanager
-def forced(backend) -> Iterator[None]:
+def forced(backend: Backend | None) -> Generator[None, None, None]:
     """Within it one backend serves all tensors but float64 ones, whatever their device; None lets the device decide.
 
     Tests put the emulator here.
@@ -32,22 +36,22 @@ def forced(backend) -> Iterator[None]:
         _forced = before
 
 
-def forced_backend():
+def forced_backend() -> Any:
     """The backend that :func:`forced` has put in force, or None."""
     return _forced
 
 
-def backend_for(tensor: Tensor):
+def backend_for(tensor: Tensor) -> Backend:
     """The backend that serves a tensor: by its device, and float64 by the reference in plain torch.
 
     Raises:
         RuntimeError: for a device that this build has no kernels for.
     """
     if tensor.dtype == torch.float64:
-        return reference
+        return _REFERENCE
     if _forced is not None:
         return _forced
-    return cuda(tensor.device) if tensor.is_cuda else CPU
+    return cuda(tensor.device) if tensor.is_cuda else _CPU
 
 
 @functools.cache

@@ -6,72 +6,80 @@ import torch
 from torch import Tensor
 
 from ...native.extension import DTYPE_CODES, native
-from .pointers import as_dtype, non_finite, pointer, view_of, zero_gradient
-
-
-def _seed(seed: Tensor | None, dropout: float) -> int:
-    # Without adapters there is nothing to drop, and need be no seed.
-    return seed.item() & 0xFFFFFFFFFFFFFFFF if dropout > 0.0 and seed is not None else 0
+from ..lora import LoraTerm
+from ..weight import Operand
+from .pointers import as_dtype, non_finite, pointer
 
 
 class CPU:
-    """The C++ kernels."""
+    """The C++ kernels, on as many threads as torch has."""
 
-    #: Whether quantize() itself refuses weights that are not finite.
     refuses_non_finite = True
+    is_host = True
 
-    @staticmethod
-    def quantize(weight: Tensor, name: str):
+    def capturing(self, device: torch.device) -> bool:
+        return False
+
+    # ------------------------------------------------------------------------------------------------- quantization
+
+    def quantize(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
         count = weight.numel()
         packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
         absmax = torch.empty((count + 63) // 64, dtype=torch.float32)
-        bad = native().quantize(
-            weight.data_ptr(),
-            packed.data_ptr(),
-            absmax.data_ptr(),
-            count,
-            DTYPE_CODES[weight.dtype],
-            torch.get_num_threads(),
+        first_bad = native().quantize(
+            {
+                "weight": weight.data_ptr(),
+                "packed": packed.data_ptr(),
+                "absmax": absmax.data_ptr(),
+                "count": count,
+                "dtype": DTYPE_CODES[weight.dtype],
+                "threads": torch.get_num_threads(),
+            }
         )
-        if bad >= 0:
-            raise non_finite(weight, divmod(bad, weight.shape[1]), name)
+        if first_bad >= 0:
+            raise non_finite(weight, divmod(first_bad, weight.shape[1]), name)
         return packed, absmax
 
-    @staticmethod
-    def quantize_nested(weight: Tensor, nested_table: Tensor, name: str):
-        packed, absmax = CPU.quantize(weight, name)
-        return packed, *CPU.quantize_absmax(absmax, nested_table)
+    def quantize_nested(self, weight: Tensor, nested_table: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        packed, absmax = self.quantize(weight, name)
+        return packed, *self.quantize_absmax(absmax, nested_table)
 
-    @staticmethod
-    def quantize_absmax(absmax: Tensor, nested_table: Tensor):
+    def quantize_absmax(self, absmax: Tensor, nested_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = absmax.numel()
         code = torch.empty(count, dtype=torch.uint8)
         nested_absmax = torch.empty((count + 255) // 256, dtype=torch.float32)
         offset = torch.empty(1, dtype=torch.float32)
         native().quantize_absmax(
-            absmax.data_ptr(),
-            nested_table.data_ptr(),
-            code.data_ptr(),
-            nested_absmax.data_ptr(),
-            offset.data_ptr(),
-            count,
-            torch.get_num_threads(),
+            {
+                "absmax": absmax.data_ptr(),
+                "table": nested_table.data_ptr(),
+                "code": code.data_ptr(),
+                "nested_absmax": nested_absmax.data_ptr(),
+                "offset": offset.data_ptr(),
+                "count": count,
+                "threads": torch.get_num_threads(),
+            }
         )
         return code, nested_absmax, offset
 
-    @staticmethod
-    def dequantize(pieces, n: int, k: int, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
-        out = torch.empty((row_end - row_begin, k), dtype=dtype)
-        CPU.dequantize_out(pieces, n, k, row_begin, row_end, out)
+    def dequantize(self, weight: Operand, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
+        out = torch.empty((row_end - row_begin, weight.k), dtype=dtype)
+        self.dequantize_out(weight, row_begin, row_end, out)
         return out
 
-    @staticmethod
-    def dequantize_out(pieces, n: int, k: int, row_begin: int, row_end: int, out: Tensor) -> None:
+    def dequantize_out(self, weight: Operand, row_begin: int, row_end: int, out: Tensor) -> None:
         if out.dtype == torch.float64:
-            out.copy_(CPU.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
+            out.copy_(self.dequantize(weight, torch.float32, row_begin, row_end))
             return
         native().dequantize(
-            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, DTYPE_CODES[out.dtype], torch.get_num_threads()
+            {
+                "weight": weight.native(native().Weight),
+                "out": out.data_ptr(),
+                "row_begin": row_begin,
+                "row_end": row_end,
+                "dtype": DTYPE_CODES[out.dtype],
+                "threads": torch.get_num_threads(),
+            }
         )
 
     @staticmethod
@@ -83,61 +91,90 @@ class CPU:
         native().quantize_states(values.data_ptr(), code.data_ptr(), absmax.data_ptr(), count, is_signed)
         return code, absmax
 
-    # x [..., K] and dy [..., N] are contiguous; r is the adapters' rank, 0 without.
+    # ------------------------------------------------------------------------------------------------- the product
 
-    @staticmethod
-    def linear_forward(x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, keep_u):
-        n, k = view[6:]
-        m = x.numel() // k
-        y = x.new_empty(*x.shape[:-1], n)
+    def linear_forward(
+        self, x: Tensor, weight: Operand, bias: Tensor | None, lora: LoraTerm | None, keep_u: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        m, r = x.numel() // weight.k, 0 if lora is None else lora.A.shape[0]
+        y = x.new_empty(*x.shape[:-1], weight.n)
         u = x.new_empty(m, r) if r else None
         if m == 0:
             return y, u
-        lora_A, lora_B, bias = as_dtype(lora_A, x.dtype), as_dtype(lora_B, x.dtype), as_dtype(bias, torch.float32)
-        native().linear_forward(
-            view,
-            x.data_ptr(),
-            pointer(lora_A),
-            pointer(lora_B),
-            pointer(bias),
-            y.data_ptr(),
-            pointer(u),
-            m,
-            r,
-            scaling,
-            dropout,
-            _seed(seed, dropout),
-            DTYPE_CODES[x.dtype],
-            torch.get_num_threads(),
+        A, B, scaling, dropout, seed = _low_rank(lora, x.dtype)
+        bias = as_dtype(bias, torch.float32)
+        extension = native()
+        extension.linear_forward(
+            {
+                "weight": weight.native(extension.Weight),
+                "x": x.data_ptr(),
+                "lora_a": pointer(A),
+                "lora_b": pointer(B),
+                "bias": pointer(bias),
+                "y": y.data_ptr(),
+                "u": pointer(u),
+                "m": m,
+                "r": r,
+                "scaling": scaling,
+                "dropout": dropout,
+                "seed": seed,
+                "dtype": DTYPE_CODES[x.dtype],
+                "threads": torch.get_num_threads(),
+            }
         )
         return y, u
 
-    @staticmethod
-    def linear_backward(dy, view, r, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-        n, k = view[6:]
-        m = dy.numel() // n
+    def linear_backward(
+        self,
+        dy: Tensor,
+        weight: Operand,
+        x: Tensor | None,
+        u: Tensor | None,
+        lora: LoraTerm | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        need_dx, need_dA, need_dB = needs
+        n, k = weight.n, weight.k
+        m, r = dy.numel() // n, 0 if lora is None else lora.A.shape[0]
         dx = dy.new_empty(*dy.shape[:-1], k) if need_dx else None
         dA = dy.new_empty(r, k, dtype=torch.float32) if need_dA else None
         dB = dy.new_empty(n, r, dtype=torch.float32) if need_dB else None
-        if m == 0:
-            return dx, zero_gradient(dA, lora_A), zero_gradient(dB, lora_B)
-        A, B = as_dtype(lora_A, dy.dtype), as_dtype(lora_B, dy.dtype)
-        native().linear_backward(
-            view,
-            dy.data_ptr(),
-            x.data_ptr() if need_dA else 0,
-            u.data_ptr() if need_dB else 0,
-            pointer(A),
-            pointer(B),
-            pointer(dx),
-            pointer(dA),
-            pointer(dB),
-            m,
-            r,
-            scaling,
-            dropout,
-            _seed(seed, dropout),
-            DTYPE_CODES[dy.dtype],
-            torch.get_num_threads(),
-        )
-        return dx, dA.to(lora_A.dtype) if need_dA else None, dB.to(lora_B.dtype) if need_dB else None
+        if m > 0:
+            A, B, scaling, dropout, seed = _low_rank(lora, dy.dtype)
+            extension = native()
+            extension.linear_backward(
+                {
+                    "weight": weight.native(extension.Weight),
+                    "dy": dy.data_ptr(),
+                    "x": pointer(x) if need_dA else 0,
+                    "u": pointer(u) if need_dB else 0,
+                    "lora_a": pointer(A),
+                    "lora_b": pointer(B),
+                    "dx": pointer(dx),
+                    "da": pointer(dA),
+                    "db": pointer(dB),
+                    "m": m,
+                    "r": r,
+                    "scaling": scaling,
+                    "dropout": dropout,
+                    "seed": seed,
+                    "dtype": DTYPE_CODES[dy.dtype],
+                    "threads": torch.get_num_threads(),
+                }
+            )
+        else:
+            for gradient in (dA, dB):
+                if gradient is not None:
+                    gradient.zero_()
+        if lora is None:
+            return dx, None, None
+        return dx, None if dA is None else dA.to(lora.A.dtype), None if dB is None else dB.to(lora.B.dtype)
+
+
+def _low_rank(lora: LoraTerm | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, float, float, int]:
+    """A and B in the dtype of the product, scaling, dropout, and the seed as a number."""
+    if lora is None:
+        return None, None, 1.0, 0.0, 0
+    A, B, scaling, dropout, seed = lora
+    key = 0 if seed is None or dropout == 0.0 else int(seed.item())
+    return as_dtype(A, dtype), as_dtype(B, dtype), scaling, dropout, key

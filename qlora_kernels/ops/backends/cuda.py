@@ -2,56 +2,55 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...native.extension import DTYPE_CODES
-from .pointers import pointer, view_of
-
-
-def capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured on the tensor's device, where nothing can be read back."""
-    if not tensor.is_cuda:
-        return False
-    with torch.cuda.device(tensor.device):
-        return torch.cuda.is_current_stream_capturing()
+from .. import dispatcher
+from ..lora import LoraTerm
+from ..weight import Operand
+from .pointers import pointer
 
 
 class _Exposed:
     """Device memory as torch.as_tensor takes it (__cuda_array_interface__, version 3)."""
 
-    def __init__(self, owner, address: int, count: int, dtype: torch.dtype):
+    def __init__(self, owner: object, address: int, count: int, dtype: torch.dtype):
         kind = {torch.float32: "<f4", torch.uint8: "|u1", torch.int64: "<i8"}[dtype]
         self._owner = owner
         self.__cuda_array_interface__ = {"shape": (count,), "typestr": kind, "data": (address, False), "version": 3}
 
 
-#: The address of a device's current stream, by its ordinal: what torch.cuda.current_stream() wraps in an object, which
-#: takes longer than a launch. Builds of torch without CUDA lack it.
-_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
 class CUDA:
-    """The CUDA kernels, on the tensors' device and the caller's current stream there. Nothing waits for the device."""
+    """The CUDA kernels, on the tensors' device and the caller's current stream there. Nothing waits for the device.
 
-    # To know of a bad weight, the host would have to wait: its blocks get constants that are NaN.
+    Attributes:
+        kernels: the module of the operations that take device pointers.
+    """
+
+    # The host would have to wait to learn of a bad weight: its blocks get constants that are NaN instead.
     refuses_non_finite = False
+    is_host = False
 
-    def __init__(self, kernels: ModuleType):
-        self._kernels = self.kernels = kernels
-
-    # What a paged optimizer needs (cuda_engine.py).
-
-    def queue(self, device: torch.device) -> tuple[int, int]:
-        """The device's ordinal and the address of the caller's stream there."""
-        return self._queue(device)
+    def __init__(self, kernels: Any):
+        self.kernels = kernels
 
     def capturing(self, device: torch.device) -> bool:
-        """Whether the caller's stream is being captured into a CUDA graph."""
         with torch.cuda.device(device):
             return torch.cuda.is_current_stream_capturing()
+
+    @staticmethod
+    def queue(device: torch.device) -> tuple[int, int]:
+        """The device's ordinal and the address of the caller's stream there."""
+        # What torch.cuda.current_stream() wraps in an object, which takes longer than a launch.
+        if dispatcher.raw_stream_of is None:
+            return device.index, torch.cuda.current_stream(device).cuda_stream
+        return device.index, dispatcher.raw_stream_of(device.index)
+
+    # ------------------------------------------------------------------------------------- for a paged optimizer
 
     def pin(self, table: Tensor) -> Tensor:
         """A copy in memory that the device can read by itself."""
@@ -65,183 +64,232 @@ class CUDA:
         """Waits for all that the device has been given to do."""
         torch.cuda.synchronize(device)
 
-    def expose(self, owner, address: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def expose(self, owner: object, address: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Device memory as a tensor that keeps its owner alive."""
         return torch.as_tensor(_Exposed(owner, address, count, dtype), device=device)
 
+    # ------------------------------------------------------------------------------------- new tensors
+
     @staticmethod
-    def _empty(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _empty(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    @staticmethod
-    def _queue(device: torch.device) -> tuple[int, int]:
-        if _stream_of is None:
-            return device.index, torch.cuda.current_stream(device).cuda_stream
-        return device.index, _stream_of(device.index)
+    #: Where the layer's tensors come from: (a tensor of the same type and device, the sizes).
+    _like: Callable[..., Tensor] = staticmethod(Tensor.new_empty)
 
-    def _quantize(self, weight: Tensor, sums: Tensor | None):
+    def _scratch(self, x: Tensor, size: int) -> Tensor | None:
+        """So many bytes that the layer's kernels need for a while; what is in them does not matter."""
+        return self._like(x, -(-size // x.element_size())) if size else None
+
+    def _sums(self, blocks: int, device: torch.device) -> Tensor:
+        """Scratch for the sum of each 256 constants."""
+        return self._empty((blocks + 255) // 256, torch.float64, device)
+
+    # ------------------------------------------------------------------------------------- quantization
+
+    def _quantize(self, weight: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         count, device = weight.numel(), weight.device
         packed = self._empty((count + 1) // 2, torch.uint8, device)
         absmax = self._empty((count + 63) // 64, torch.float32, device)
-        self._kernels.quantize(
-            weight.data_ptr(),
-            packed.data_ptr(),
-            absmax.data_ptr(),
-            pointer(sums),
-            count,
-            DTYPE_CODES[weight.dtype],
-            *self._queue(device),
+        ordinal, stream = self.queue(device)
+        self.kernels.quantize(
+            {
+                "weight": weight.data_ptr(),
+                "packed": packed.data_ptr(),
+                "absmax": absmax.data_ptr(),
+                "count": count,
+                "dtype": DTYPE_CODES[weight.dtype],
+                "sums": pointer(sums),
+                "device": ordinal,
+                "stream": stream,
+            }
         )
         return packed, absmax
 
-    def _quantize_absmax(self, absmax: Tensor, nested_table: Tensor, sums: Tensor, summed: bool):
+    def _quantize_absmax(
+        self, absmax: Tensor, nested_table: Tensor, sums: Tensor, summed: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         count, device = absmax.numel(), absmax.device
         code = self._empty(count, torch.uint8, device)
         nested_absmax = self._empty((count + 255) // 256, torch.float32, device)
         offset = self._empty(1, torch.float32, device)
         if count == 0:
             return code, nested_absmax, offset.zero_()
-        self._kernels.quantize_absmax(
-            absmax.data_ptr(),
-            nested_table.data_ptr(),
-            code.data_ptr(),
-            nested_absmax.data_ptr(),
-            offset.data_ptr(),
-            count,
-            sums.data_ptr(),
-            summed,
-            *self._queue(device),
+        ordinal, stream = self.queue(device)
+        self.kernels.quantize_absmax(
+            {
+                "absmax": absmax.data_ptr(),
+                "table": nested_table.data_ptr(),
+                "code": code.data_ptr(),
+                "nested_absmax": nested_absmax.data_ptr(),
+                "offset": offset.data_ptr(),
+                "count": count,
+                "sums": sums.data_ptr(),
+                "summed": summed,
+                "device": ordinal,
+                "stream": stream,
+            }
         )
         return code, nested_absmax, offset
 
-    def _sums(self, blocks: int, device: torch.device) -> Tensor:
-        """Scratch for the sum of each 256 constants."""
-        return self._empty((blocks + 255) // 256, torch.float64, device)
-
-    #: Where the layer's tensors come from: (a tensor of the same type and device, the sizes).
-    _like = staticmethod(Tensor.new_empty)
-
-    def _scratch(self, x: Tensor, size: int) -> Tensor | None:
-        """So many bytes that the layer's kernels need for a while; what is in them does not matter."""
-        return self._like(x, -(-size // x.element_size())) if size else None
-
-    def quantize(self, weight: Tensor, name: str):
+    def quantize(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return self._quantize(weight, None)
 
-    def quantize_absmax(self, absmax: Tensor, nested_table: Tensor):
+    def quantize_absmax(self, absmax: Tensor, nested_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._quantize_absmax(absmax, nested_table, self._sums(absmax.numel(), absmax.device), False)
 
-    def quantize_nested(self, weight: Tensor, nested_table: Tensor, name: str):
+    def quantize_nested(self, weight: Tensor, nested_table: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Two launches: the first leaves the sums that the second needs.
         sums = self._sums((weight.numel() + 63) // 64, weight.device)
         packed, absmax = self._quantize(weight, sums)
         return packed, *self._quantize_absmax(absmax, nested_table, sums, True)
 
-    def dequantize(self, pieces, n: int, k: int, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
-        out = self._empty((row_end - row_begin, k), dtype, pieces[0].device)
-        self.dequantize_out(pieces, n, k, row_begin, row_end, out)
+    def dequantize(self, weight: Operand, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
+        out = self._empty((row_end - row_begin, weight.k), dtype, weight.device)
+        self.dequantize_out(weight, row_begin, row_end, out)
         return out
 
-    def dequantize_out(self, pieces, n: int, k: int, row_begin: int, row_end: int, out: Tensor) -> None:
+    def dequantize_out(self, weight: Operand, row_begin: int, row_end: int, out: Tensor) -> None:
         if out.dtype == torch.float64:
-            out.copy_(self.dequantize(pieces, n, k, torch.float32, row_begin, row_end))
+            out.copy_(self.dequantize(weight, torch.float32, row_begin, row_end))
             return
-        self._kernels.dequantize(
-            view_of(pieces, n, k), out.data_ptr(), row_begin, row_end, DTYPE_CODES[out.dtype], *self._queue(out.device)
+        ordinal, stream = self.queue(out.device)
+        self.kernels.dequantize(
+            {
+                "weight": weight.native(self.kernels.Weight),
+                "out": out.data_ptr(),
+                "row_begin": row_begin,
+                "row_end": row_end,
+                "dtype": DTYPE_CODES[out.dtype],
+                "device": ordinal,
+                "stream": stream,
+            }
         )
 
-    def linear_forward(self, x, view, r, bias, lora_A, lora_B, scaling, dropout, seed, keep_u):
-        n, k = view[6:]
+    # ------------------------------------------------------------------------------------- the product
+
+    def linear_forward(
+        self, x: Tensor, weight: Operand, bias: Tensor | None, lora: LoraTerm | None, keep_u: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        n, k = weight.n, weight.k
         m = x.numel() // k
         y = self._like(x, m, n) if x.dim() == 2 else self._like(x, *x.shape[:-1], n)
+        code = DTYPE_CODES[x.dtype]
+        r, A, B, scaling, dropout, seed, wide_a, wide_b = _low_rank(lora, x)
         u = self._like(x, m, r) if r and (keep_u or m == 0) else None
         if m == 0:
             return y, u
-        code, queue = DTYPE_CODES[x.dtype], self._queue(x.device)
-        wide = _wide(lora_A, lora_B) if r else 0
-        size = self._kernels.linear_scratch(m, n, k, r, code, wide, False, queue[0])
-        # A u that nobody keeps lies behind the scratch: an allocation less.
-        behind = (size + 15) // 16 * 16 if r and u is None else 0
-        scratch = self._scratch(x, behind + m * r * x.element_size() if r and u is None else size)
-        room = pointer(scratch)
-        # The kernels read a bias as it is, in float32 or in x's dtype.
+        ordinal, stream = self.queue(x.device)
+        size = self.kernels.linear_scratch(m, n, k, r, code, wide_a, wide_b, False, ordinal)
+        # A u that nothing keeps lies behind the scratch, which saves an allocation.
+        u_behind = r > 0 and u is None
+        behind = (size + 15) // 16 * 16 if u_behind else 0
+        scratch = self._scratch(x, behind + m * r * x.element_size() if u_behind else size)
+        base = pointer(scratch)
+        # The kernels read a bias in either type, float32 or x's.
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         narrow = bias is not None and bias.dtype != torch.float32
-        if r:
-            lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-        seed = _seed_on(x.device, seed, dropout)
-        self._kernels.linear_forward(
-            view,
-            x.data_ptr(),
-            pointer(lora_A),
-            pointer(lora_B),
-            0 if narrow else pointer(bias),
-            pointer(bias) if narrow else 0,
-            y.data_ptr(),
-            room + behind if r and u is None else pointer(u),
-            m,
-            r,
-            scaling,
-            dropout,
-            pointer(seed),
-            room,
-            code,
-            wide,
-            *queue,
+        self.kernels.linear_forward(
+            {
+                "weight": weight.native(self.kernels.Weight),
+                "x": x.data_ptr(),
+                "lora_a": pointer(A),
+                "lora_b": pointer(B),
+                "bias": 0 if narrow else pointer(bias),
+                "y": y.data_ptr(),
+                "u": base + behind if u_behind else pointer(u),
+                "m": m,
+                "r": r,
+                "scaling": scaling,
+                "dropout": dropout,
+                "dtype": code,
+                "narrow_bias": pointer(bias) if narrow else 0,
+                "wide_a": wide_a,
+                "wide_b": wide_b,
+                "seed": pointer(seed),
+                "scratch": base,
+                "device": ordinal,
+                "stream": stream,
+            }
         )
         return y, u
 
-    def linear_backward(self, dy, view, r, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-        n, k = view[6:]
+    def linear_backward(
+        self,
+        dy: Tensor,
+        weight: Operand,
+        x: Tensor | None,
+        u: Tensor | None,
+        lora: LoraTerm | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        need_dx, need_dA, need_dB = needs
+        n, k = weight.n, weight.k
         m = dy.numel() // n
         dx = None
         if need_dx:
             dx = self._like(dy, m, k) if dy.dim() == 2 else self._like(dy, *dy.shape[:-1], k)
+        code = DTYPE_CODES[dy.dtype]
+        r, A, B, scaling, dropout, seed, wide_a, wide_b = _low_rank(lora, dy)
         # In the adapters' types: the kernels round what they have summed in float32.
-        dA = self._like(lora_A, r, k) if need_dA else None
-        dB = self._like(lora_B, n, r) if need_dB else None
+        dA = self._like(A, r, k) if need_dA else None
+        dB = self._like(B, n, r) if need_dB else None
         if m == 0:
-            return dx, dA.zero_() if need_dA else None, dB.zero_() if need_dB else None
-        code, queue = DTYPE_CODES[dy.dtype], self._queue(dy.device)
-        wide = _wide(lora_A, lora_B) if r else 0
-        size = self._kernels.linear_scratch(m, n, k, r, code, wide, True, queue[0])
+            return dx, None if dA is None else dA.zero_(), None if dB is None else dB.zero_()
+        ordinal, stream = self.queue(dy.device)
+        size = self.kernels.linear_scratch(m, n, k, r, code, wide_a, wide_b, True, ordinal)
         # v lies behind the scratch.
         need_v = r > 0 and (need_dx or need_dA)
         behind = (size + 15) // 16 * 16
         scratch = self._scratch(dy, behind + m * r * dy.element_size() if need_v else size)
-        room = pointer(scratch)
-        if r:
-            lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-        seed = _seed_on(dy.device, seed, dropout)
-        self._kernels.linear_backward(
-            view,
-            dy.data_ptr(),
-            x.data_ptr() if need_dA else 0,
-            u.data_ptr() if need_dB else 0,
-            pointer(lora_A),
-            pointer(lora_B),
-            pointer(dx),
-            pointer(dA),
-            pointer(dB),
-            room + behind if need_v else 0,
-            m,
-            r,
-            scaling,
-            dropout,
-            pointer(seed),
-            room,
-            code,
-            wide,
-            *queue,
+        base, dA_address, dB_address = pointer(scratch), pointer(dA), pointer(dB)
+        self.kernels.linear_backward(
+            {
+                "weight": weight.native(self.kernels.Weight),
+                "dy": dy.data_ptr(),
+                "x": pointer(x) if need_dA else 0,
+                "u": pointer(u) if need_dB else 0,
+                "lora_a": pointer(A),
+                "lora_b": pointer(B),
+                "dx": pointer(dx),
+                "da": dA_address if wide_a else 0,
+                "db": dB_address if wide_b else 0,
+                "m": m,
+                "r": r,
+                "scaling": scaling,
+                "dropout": dropout,
+                "dtype": code,
+                "wide_a": wide_a,
+                "wide_b": wide_b,
+                "narrow_da": 0 if wide_a else dA_address,
+                "narrow_db": 0 if wide_b else dB_address,
+                "seed": pointer(seed),
+                "v": base + behind if need_v else 0,
+                "scratch": base,
+                "device": ordinal,
+                "stream": stream,
+            }
         )
         return dx, dA, dB
 
 
-def _wide(lora_A: Tensor, lora_B: Tensor) -> int:
-    """Which of the adapters are float32, as the CUDA kernels are told: bits 0 and 1."""
-    return (lora_A.dtype is torch.float32) | (lora_B.dtype is torch.float32) << 1
-
-
-def _seed_on(device: torch.device, seed: Tensor | None, dropout: float) -> Tensor | None:
-    """The seed where the kernels read it; nothing without dropout."""
-    return seed.to(device, non_blocking=True) if dropout > 0.0 and seed is not None else None
+def _low_rank(
+    lora: LoraTerm | None, x: Tensor
+) -> tuple[int, Tensor | None, Tensor | None, float, float, Tensor | None, bool, bool]:
+    """r, A and B, scaling, dropout, the seed where the kernels read it, and which of A and B are float32."""
+    if lora is None:
+        wide = x.dtype is torch.float32
+        return 0, None, None, 1.0, 0.0, None, wide, wide
+    A, B, scaling, dropout, seed = lora
+    if seed is not None:
+        seed = seed.to(x.device, non_blocking=True) if dropout > 0.0 else None
+    return (
+        A.shape[0],
+        A.contiguous(),
+        B.contiguous(),
+        scaling,
+        dropout,
+        seed,
+        A.dtype is torch.float32,
+        B.dtype is torch.float32,
+    )

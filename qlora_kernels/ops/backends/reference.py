@@ -1,6 +1,6 @@
 """The operations in plain torch: what float64 runs on, what the tests compare with, and what the docs mean.
 
-Slow, and it does form the dense weight. The functions have the signatures of the backends in backends.py.
+Slow, and it does form the dense weight. The module is a backend like the others (protocol.py), on any device.
 """
 
 from __future__ import annotations
@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 from ...native import extension
+from ..lora import LoraTerm
+from ..weight import Operand, Pieces
+
+refuses_non_finite = True
+is_host = True
+
+
+def capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def levels() -> Tensor:
@@ -16,15 +28,15 @@ def levels() -> Tensor:
     return torch.tensor(extension.native().nf4_levels(), dtype=torch.float32)
 
 
-def decode_absmax(pieces: tuple[Tensor | None, ...]) -> Tensor:
+def decode_absmax(pieces: Pieces) -> Tensor:
     """The float32 constants [blocks]: table[code] * nested_absmax + offset, a rounded multiply, then a rounded add."""
     _, absmax, nested_absmax, nested_offset, nested_table = pieces
-    if nested_absmax is None:
+    if nested_absmax is None or nested_offset is None or nested_table is None:
         return absmax
     return nested_table[absmax.long()] * nested_absmax.repeat_interleave(256)[: absmax.numel()] + nested_offset
 
 
-def decode(pieces: tuple[Tensor | None, ...], n: int, k: int, dtype: torch.dtype) -> Tensor:
+def decode(pieces: Pieces, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """The dense weight [n, k]: round_to_dtype(float32(level) * float32(absmax))."""
     packed = pieces[0]
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: n * k].long()
@@ -60,43 +72,63 @@ def dropout_mask(
     """bool [m, k], True where kept: element i takes word i % 4 of Philox block i / 4, kept when >= p * 2^32."""
     if dropout == 0.0 or m * k == 0:
         return torch.ones(m, k, dtype=torch.bool, device=device)
-    value = int(seed) & 0xFFFFFFFFFFFFFFFF
+    value = int(0 if seed is None else seed) & 0xFFFFFFFFFFFFFFFF
     words = philox(value, torch.arange((m * k + 3) // 4, device=device)).flatten()[: m * k]
     return (words >= min(int(dropout * 2**32), 2**32 - 1)).view(m, k)
 
 
-def quantize(weight: Tensor, name: str):
+def quantize(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     raise TypeError(f"{name} should be float32, bfloat16 or float16, found {weight.dtype}")
 
 
-def dequantize(pieces, n: int, k: int, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
-    return decode(pieces, n, k, dtype)[row_begin:row_end].contiguous()
+def quantize_absmax(absmax: Tensor, nested_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    raise TypeError(f"absmax should be float32, found {absmax.dtype}")
 
 
-def linear_forward(x, pieces, n, bias, lora_A, lora_B, scaling, dropout, seed):
-    m, k = x.shape
-    y = x @ decode(pieces, n, k, x.dtype).T
+def quantize_nested(weight: Tensor, nested_table: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raise TypeError(f"{name} should be float32, bfloat16 or float16, found {weight.dtype}")
+
+
+def dequantize(weight: Operand, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
+    return decode(weight.pieces, weight.n, weight.k, dtype)[row_begin:row_end].contiguous()
+
+
+def dequantize_out(weight: Operand, row_begin: int, row_end: int, out: Tensor) -> None:
+    out.copy_(dequantize(weight, out.dtype, row_begin, row_end))
+
+
+def linear_forward(
+    x: Tensor, weight: Operand, bias: Tensor | None, lora: LoraTerm | None, keep_u: bool
+) -> tuple[Tensor, Tensor | None]:
+    rows = x.reshape(-1, weight.k)
+    y, u = rows @ decode(weight.pieces, weight.n, weight.k, x.dtype).T, None
     if bias is not None:
         y = y + bias.to(x.dtype)
-    if lora_A is None:
-        return y, x.new_empty(m, 0)
-    masked = x * dropout_mask(m, k, dropout, seed, x.device)
-    u = scaling / (1 - dropout) * (masked @ lora_A.to(x.dtype).T)
-    return y + u @ lora_B.to(x.dtype).T, u
+    if lora is not None:
+        masked = rows * dropout_mask(len(rows), weight.k, lora.dropout, lora.seed, x.device)
+        u = lora.scaling / (1 - lora.dropout) * (masked @ lora.A.to(x.dtype).T)
+        y = y + u @ lora.B.to(x.dtype).T
+    return y.view(*x.shape[:-1], weight.n), u
 
 
-def linear_backward(dy, pieces, k, x, u, lora_A, lora_B, scaling, dropout, seed, need_dx, need_dA, need_dB):
-    m, n = dy.shape
-    dx = dA = dB = dy.new_empty(0)
-    mask = dropout_mask(m, k, dropout, seed, dy.device)
-    if lora_A is not None:
-        v = scaling / (1 - dropout) * (dy @ lora_B.to(dy.dtype))
-    if need_dx:
-        dx = dy @ decode(pieces, n, k, dy.dtype)
-        if lora_A is not None:
-            dx = dx + mask * (v @ lora_A.to(dy.dtype))
-    if need_dA:
-        dA = (v.T @ (x * mask)).to(lora_A.dtype)
-    if need_dB:
-        dB = (dy.T @ u).to(lora_B.dtype)
-    return dx, dA, dB
+def linear_backward(
+    dy: Tensor,
+    weight: Operand,
+    x: Tensor | None,
+    u: Tensor | None,
+    lora: LoraTerm | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rows = dy.reshape(-1, weight.n)
+    dx = rows @ decode(weight.pieces, weight.n, weight.k, dy.dtype) if needs[0] else None
+    dA = dB = None
+    if lora is not None:
+        mask = dropout_mask(len(rows), weight.k, lora.dropout, lora.seed, dy.device)
+        v = lora.scaling / (1 - lora.dropout) * (rows @ lora.B.to(dy.dtype))
+        if dx is not None:
+            dx = dx + mask * (v @ lora.A.to(dy.dtype))
+        if needs[1] and x is not None:
+            dA = (v.T @ (x.reshape(-1, weight.k) * mask)).to(lora.A.dtype)
+        if needs[2] and u is not None:
+            dB = (rows.T @ u).to(lora.B.dtype)
+    return None if dx is None else dx.view(*dy.shape[:-1], weight.k), dA, dB

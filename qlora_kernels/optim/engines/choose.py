@@ -21,7 +21,7 @@ def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[s
         ValueError: when the page budget is too small for any step.
     """
     backend = backends.backend_for(parameter)
-    if backend is backends.CPU:
+    if backend.is_host:
         return HostEngine(layout, algorithm, settings)
     from .cuda import CudaEngine
 
@@ -30,9 +30,8 @@ def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[s
 
 def refuse_in_capture(parameter: torch.Tensor) -> None:
     """Raises while a CUDA graph is being captured: no memory can be had then, and nothing read from the device."""
-    backend = backends.backend_for(parameter)
     require(
-        backend is backends.CPU or not backend.capturing(parameter.device),
+        not backends.backend_for(parameter).capturing(parameter.device),
         RuntimeError,
         "a CUDA graph can capture a step only when all states are on the device and stay there, and there are none "
         "yet, or not for these parameters: take a step before",
@@ -42,7 +41,7 @@ def refuse_in_capture(parameter: torch.Tensor) -> None:
 def refuse_sums_of_shards(parameter: torch.Tensor) -> None:
     """Raises where nothing can be sent between the norm and the step, which are launched together there."""
     require(
-        backends.backend_for(parameter) is backends.CPU,
+        backends.backend_for(parameter).is_host,
         NotImplementedError,
         "max_grad_norm and skip_nonfinite of parameters that are shards work on the CPU only; on a CUDA device leave "
         "them out, and call torch.nn.utils.clip_grad_norm_ before the step",

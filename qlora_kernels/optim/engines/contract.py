@@ -31,24 +31,26 @@ class Engine(Protocol):
     def resident_bytes(self) -> int: ...
 
 
-def operands(layout: Layout, algorithm: int, settings: dict[str, Any], where: dict[str, int]) -> tuple:
-    """OptimizerParams for the extension; ``where`` has the addresses."""
+def operands(
+    layout: Layout, algorithm: int, settings: dict[str, Any], where: dict[str, int]
+) -> dict[str, int | float | bool]:
+    """OptimizerParams for the extension, field by field in their order; ``where`` has the addresses."""
     base = where["arena"]
-    return (
-        algorithm,
-        settings["state_bits"],
-        where["chunks"],
-        layout.chunk_count,
-        where["tensors"],
-        len(layout.slots),
-        where["groups"],
-        base + layout.control,
-        base + layout.steps,
-        base + layout.partial,
-        base,
-        where.get("states", base),
-        where["grad_scale"],
-        where["found_inf"],
-        settings["max_grad_norm"] or 0.0,
-        settings["skip_nonfinite"],
-    )
+    return {
+        "algorithm": algorithm,
+        "state_bits": settings["state_bits"],
+        "chunks": where["chunks"],
+        "all_chunks": layout.chunk_count,
+        "tensors": where["tensors"],
+        "tensor_count": len(layout.slots),
+        "groups": where["groups"],
+        "control": base + layout.control,
+        "steps": base + layout.steps,
+        "partial": base + layout.partial,
+        "header": base,
+        "states": where.get("states", base),
+        "grad_scale": where["grad_scale"],
+        "found_inf": where["found_inf"],
+        "max_grad_norm": settings["max_grad_norm"] or 0.0,
+        "skip_nonfinite": settings["skip_nonfinite"],
+    }
