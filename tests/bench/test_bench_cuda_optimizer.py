@@ -21,7 +21,7 @@ from bench import predict
 from qlora_kernels import PagedAdamW
 from qlora_kernels.bench.common import OURS
 from qlora_kernels.ops import backends
-from qlora_kernels.optim.arena import layout
+from qlora_kernels.optim.arena import layout, schedule
 
 #: 80,000 parameters; with pages of 4096 bytes, most of a budget of 95% stays.
 SHAPES = bench_optimizer.llama_adapters(layers=1, hidden=480, inner=512, rank=10)
@@ -30,7 +30,7 @@ PAGE = 4096
 
 def small(patch) -> bench_optimizer.OptimizerBench:
     patch.setattr(layout, "PAGE", PAGE)
-    patch.setattr(layout, "LEAST_STRETCH", 1 << 14)
+    patch.setattr(schedule, "LEAST_STRETCH", 1 << 14)
     for name, few in (("LOOP", 1), ("MIN_ROUNDS", 2)):
         patch.setattr(bench_optimizer, name, few)
     return bench_optimizer.OptimizerBench(SteadyCard(l2_bytes=0), "cpu", SHAPES, share=0.95)

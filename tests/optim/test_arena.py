@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_kernels.optim.arena import host, schedule
+from qlora_kernels.optim.arena import host, memory, schedule
 from qlora_kernels.optim.arena import layout as arena_layout
 from qlora_kernels.optim.arena.layout import (
     CHUNK,
@@ -227,39 +227,39 @@ def test_an_arena_is_zeros_at_first_and_views_share_it(tmp_path, in_file):
 
 
 def test_what_the_system_does_not_have_is_not_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(host, "memory_left", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "memory_left", lambda: 1 << 20)
     monkeypatch.setattr(mmap, "MAP_ANONYMOUS", "not asked for")
     with pytest.raises(MemoryError, match=r"need 1048577 bytes \(0.00 GiB\) of memory.*1048576 bytes are left"):
         host.HostArena((1 << 20) + 1)
     monkeypatch.undo()
     for left in (1 << 20, None):
-        monkeypatch.setattr(host, "memory_left", lambda left=left: left)
+        monkeypatch.setattr(memory, "memory_left", lambda left=left: left)
         assert host.HostArena(1 << 20).nbytes == 1 << 20
-    monkeypatch.setattr(host, "memory_left", lambda: 0)
+    monkeypatch.setattr(memory, "memory_left", lambda: 0)
     assert host.HostArena(1 << 20, tmp_path).nbytes == 1 << 20, "a file needs none"
 
 
 def test_what_the_system_has_left(tmp_path, monkeypatch):
-    left = host.memory_left()
+    left = memory.memory_left()
     with open("/proc/meminfo") as file:
         total = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
     assert 0 < left <= total["MemTotal"] + total["SwapTotal"]
     (tmp_path / "a" / "b").mkdir(parents=True)
     for path, text in (("", "max"), ("a", "5000000\n"), ("a/b", "7000000\n")):
         (tmp_path / path / "memory.max").write_text(text)
-    assert host.cgroup_limits(str(tmp_path), "/a/b", "memory.max") == [5_000_000, 7_000_000]
-    assert host.cgroup_limits(str(tmp_path), "/", "memory.max") == []
-    assert host.cgroup_limits(str(tmp_path), "/elsewhere/a", "memory.max") == []
-    monkeypatch.setattr(host, "cgroup_limits", lambda *_: [12345])
-    assert host.memory_left() == 12345
+    assert memory.cgroup_limits(str(tmp_path), "/a/b", "memory.max") == [5_000_000, 7_000_000]
+    assert memory.cgroup_limits(str(tmp_path), "/", "memory.max") == []
+    assert memory.cgroup_limits(str(tmp_path), "/elsewhere/a", "memory.max") == []
+    monkeypatch.setattr(memory, "cgroup_limits", lambda *_: [12345])
+    assert memory.memory_left() == 12345
 
 
 @pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("page_file", [None, "/folder"])
 def test_advice_is_not_what_is_done_already(state_bits, page_file):
-    text = str(host.no_memory(3 << 30, "of memory", "why", state_bits, page_file))
+    text = str(memory.out_of_memory(3 << 30, "of memory", "why", state_bits, page_file))
     assert text.startswith(
-        "the optimizer's states need 3221225472 bytes (3.00 GiB) of memory, which cannot be had (why)"
+        "the optimizer's states need 3221225472 bytes (3.00 GiB) of memory, which cannot be allocated (why)"
     )
     assert ("state_bits=8" in text) == (state_bits == 32)
     assert ("page_file=FOLDER" in text) == (page_file is None)

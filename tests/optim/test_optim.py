@@ -116,7 +116,7 @@ def test_16_bit_parameters(engine, dtype, master):
 def test_8_bit_states(engine, kind, dtype):
     params = parameters(dtype)
     ours = kind(params, lr=1e-2, state_bits=8)
-    names = [name for name, _, _ in kind._moments]
+    names = [moment.name for moment in ours._algorithm.moments]
     tables = {n: extension.native().dynamic_map(n == "exp_avg") for n in names}
     moments = [{n: np.zeros(p.numel(), np.float32) for n in names} for p in params]
     values = [reference.to_numpy(p).reshape(-1) for p in params]

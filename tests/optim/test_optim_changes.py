@@ -13,7 +13,7 @@ from optimizer_runs import KINDS, bits, refused
 from torch import nn
 
 from qlora_kernels import PagedAdamW
-from qlora_kernels.optim import paged
+from qlora_kernels.optim import binding
 
 
 @pytest.fixture(params=KINDS)
@@ -143,7 +143,7 @@ def test_a_load_that_finds_no_memory_changes_nothing(place, make, monkeypatch):
         raise MemoryError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("qlora_kernels.optim.engines.choose.of", full)
+        patch.setattr("qlora_kernels.optim.engines.choose.engine_for", full)
         with refused(optimizer, MemoryError, "full"):
             optimizer.load_state_dict(saved)
     optimizer.load_state_dict(saved)
@@ -157,13 +157,13 @@ def test_a_load_that_fails_midway_is_not_gone_on_from(place, make, monkeypatch, 
     step(optimizer, params)
     before, lr = [bits(p) for p in params], optimizer.param_groups[0]["lr"]
 
-    def fail(entry, views, p, original=paged.convert):
+    def fail(views, entry, p, original=binding.fill_states):
         if p is params[1]:
             raise OSError("a page of the loaded file cannot be read")
-        original(entry, views, p)
+        original(views, entry, p)
 
     with monkeypatch.context() as patch:
-        patch.setattr(paged, "convert", fail)
+        patch.setattr(binding, "fill_states", fail)
         with pytest.raises(OSError, match="cannot be read"):
             optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == lr
@@ -181,7 +181,7 @@ def test_what_is_not_in_an_arena_is_not_looked_at(place):
     made = optimizer._engine.arena
     for view in (made.view, made.host_view):
         for offset, count in ((-1, 1), (optimizer.arena_bytes - 4, 2), (optimizer.arena_bytes, 1)):
-            with pytest.raises(ValueError, match=r"offset|in an arena"):
+            with pytest.raises(ValueError, match=r"offset|outside an arena"):
                 view(offset, count, torch.float32)
         assert view(optimizer.arena_bytes - 4, 1, torch.float32).numel() == 1
 
@@ -220,7 +220,7 @@ def test_states_that_are_exchanged_count(place, make, key, how):
 def test_another_default_device_is_not_that_of_states(place, make, tmp_path, elsewhere):
     """Of "cpu" the states on a card are elsewhere; of "meta", whose tensors have no memory, all are."""
     params, source = stepped(make, torch.randn(700), torch.empty(0, 3))
-    options = {"max_grad_norm": 1.0, "state_bits": 40 - source._settings["state_bits"]}
+    options = {"max_grad_norm": 1.0, "state_bits": 40 - source._options.state_bits}
     twins, expected = stepped(make, *[p.detach() for p in params], **options)
     expected.load_state_dict(copy.deepcopy(source.state_dict()))
     for p in twins:

@@ -113,7 +113,7 @@ def test_what_was_sent_to_the_file_comes_back(tmp_path, state_bits):
 def test_folders_that_are_none(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("nowhere", "file"):
-        with pytest.raises(NotADirectoryError, match=f"page_file should be a folder; .*{name} is none"):
+        with pytest.raises(NotADirectoryError, match=f"page_file should be a folder; .*{name} is not one"):
             PagedAdamW(net().parameters(), page_file=tmp_path / name)
 
 
@@ -155,7 +155,7 @@ def test_a_full_disk(tmp_path, monkeypatch, make, how, when):
         else:
             stack.enter_context(limited(resource.RLIMIT_FSIZE, 4096))
         reason = "No space left" if how == "no space" else "File too large"
-        narrower = "state_bits=8 takes a quarter of it, and " if optimizer._settings["state_bits"] == 32 else ""
+        narrower = "state_bits=8 takes a quarter of it, and " if optimizer._options.state_bits == 32 else ""
         message = rf"need \d+ bytes .* in a file in {tmp_path}.*{reason}[^;]*; {narrower}page_file can be"
         with refused(optimizer, MemoryError, message):
             action()

@@ -51,7 +51,7 @@ def test_settings_out_of_range(kind):
         *[({"state_bits": b}, "state_bits should be 32 or 8") for b in (16, 0, None, "8", 8.0, np.int64(16))],
         *[({"max_grad_norm": norm}, "max_grad_norm should be") for norm in (0, -1, float("nan"), float("inf"), "1")],
         *[({"page_budget": budget}, "page_budget should be") for budget in (0, -1, 1.5, True, "1")],
-        ({"page_file": ""}, "page_file should be a folder; '' names none"),
+        ({"page_file": ""}, "page_file should be a folder, found ''"),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -70,8 +70,8 @@ def test_options_that_are_no_yes_or_no(name):
 def test_options_in_numpy_numbers():
     model, optimizer = trained(PagedAdamW, state_bits=np.int64(8), page_budget=np.int32(1 << 20))
     assert "exp_avg_code" in optimizer.state[model.scale]
-    copied = copy.deepcopy(optimizer)._settings
-    assert (type(copied["state_bits"]), type(copied["page_budget"])) == (int, int)
+    copied = copy.deepcopy(optimizer)._options
+    assert (type(copied.state_bits), type(copied.page_budget)) == (int, int)
 
 
 NOT_FINITE = (float("nan"), float("inf"), torch.tensor(float("nan")), None, "much", torch.ones(2))

@@ -157,7 +157,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, where):
     for bad in (tmp_path, lambda: 1, range(3), np.ones(3), {"deep": [tmp_path]}):
         holder["tag"] = bad
         what = "group 0" if where == "group" else "the state of parameter 0"
-        with pytest.raises(ValueError, match=f"^'tag' of {what} holds what load.. would refuse"):
+        with pytest.raises(ValueError, match=f"^'tag' of {what} holds a value that load.. would refuse"):
             optimizer.save(tmp_path / "file")
     del holder["tag"]
     for name, bad in (("lr", float("nan")), ("weight_decay", -1), ("betas", (0.9, 1.0)), ("amsgrad", True)):
@@ -210,7 +210,7 @@ def test_from_32_bits_to_8_and_back(kind):
     back = kind(model.parameters())
     back.load_state_dict(through_a_file(narrow))
     for p in model.parameters():
-        for name in ("exp_avg", "exp_avg_sq")[: len(kind._moments)]:
+        for name in ("exp_avg", "exp_avg_sq")[: len(narrow._algorithm.moments)]:
             code, absmax = backends.CPU.quantize_states(wide.state[p][name].cpu().reshape(-1), name == "exp_avg")
             assert bits(narrow.state[p][f"{name}_code"].reshape(-1)) == bits(code)
             assert bits(narrow.state[p][f"{name}_absmax"]) == bits(absmax)
@@ -417,7 +417,7 @@ def test_files_that_cannot_be_loaded(tmp_path, make):
     whole = (tmp_path / "whole").read_bytes()
     for name, content in (("empty", b""), ("half", whole[: len(whole) // 2]), ("text", b"hello " * 99)):
         (tmp_path / name).write_bytes(content)
-        with refused(optimizer, ValueError, f"{name} is not a whole optimizer file"):
+        with refused(optimizer, ValueError, f"{name} is not a complete optimizer file"):
             optimizer.load(tmp_path / name)
     torch.save({"state": {}, "param_groups": []}, tmp_path / "other")
     torch.save([1, 2], tmp_path / "list")
@@ -429,7 +429,7 @@ def test_files_that_cannot_be_loaded(tmp_path, make):
     with refused(optimizer, IsADirectoryError, "directory"):
         optimizer.load(tmp_path)
     other = (PagedLion if isinstance(optimizer, PagedAdamW) else PagedAdamW)(net().parameters())
-    with refused(other, ValueError, f"is of {type(optimizer).__name__}, not of {type(other).__name__}"):
+    with refused(other, ValueError, f"was saved by {type(optimizer).__name__}, not by {type(other).__name__}"):
         other.load(tmp_path / "whole")
 
 
@@ -457,7 +457,7 @@ def test_a_file_with_one_bit_changed_is_refused(tmp_path, make):
     largest = max((t for entry in ours.state.values() for t in entry.values()), key=torch.Tensor.numel)
     at = good.index(largest.cpu().numpy().tobytes()) + 100
     path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
-    with refused(ours, ValueError, "does not have the digest"):
+    with refused(ours, ValueError, "its digest is not the one"):
         ours.load(path)
 
 
@@ -472,9 +472,18 @@ def of_another_shape(saved, key):
 
 #: What is wrong, done to a state dict of AdamW's with 32 or 8 bits, and what the sentence says.
 DAMAGES = {
-    "shape": (lambda s: of_another_shape(s, 5), r"another model: 'exp_avg.*' of parameter 5 is \[41, 8\] there"),
-    "groups": (lambda s: s["param_groups"].append({"params": []}), "another model: 2 parameter groups there, 1 here"),
-    "params": (lambda s: s["param_groups"][0]["params"].pop(), "another model: group 0 has 7 parameters there, 8 here"),
+    "shape": (
+        lambda s: of_another_shape(s, 5),
+        r"another model: 'exp_avg.*' of parameter 5 is \[41, 8\], the parameter",
+    ),
+    "groups": (
+        lambda s: s["param_groups"].append({"params": []}),
+        "another model: it has 2 parameter groups, this optimizer 1",
+    ),
+    "params": (
+        lambda s: s["param_groups"][0]["params"].pop(),
+        "another model: its group 0 has 7 parameters, this optimizer's 8",
+    ),
     "no moment": (lambda s: [s["state"][7].pop(k) for k in list(s["state"][7]) if "_sq" in k], "another optimizer"),
     "amsgrad": (lambda s: s["param_groups"][0].update(amsgrad=True), "amsgrad=True"),
     "maximize": (lambda s: s["param_groups"][0].update(maximize=True), "maximize=True"),
@@ -484,7 +493,7 @@ DAMAGES = {
     "endless": (lambda s: s["state"][7].update(step=float("inf")), "parameter 7 has no step count"),
     "text": (lambda s: s["state"][7].update(step="three"), "parameter 7 has no step count"),
     "master": (lambda s: s["state"][7].update(master=torch.zeros(1, 1)), "'master' of parameter 7"),
-    "nothing": (lambda s: s.pop("state"), "a state dict with 'state' and 'param_groups'"),
+    "nothing": (lambda s: s.pop("state"), "a state dict should have 'state' and 'param_groups'"),
     "empty group": (lambda s: s.update(param_groups=[{}]), "'params' of group 0 of the state dict should be a list"),
     "no keys": (lambda s: s["param_groups"][0].update(params=None), "'params' of group 0 of the state dict should be"),
     "odd keys": (lambda s: s["param_groups"][0].update(params=[[1]]), "'params' of group 0 of the state dict should"),

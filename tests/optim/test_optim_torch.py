@@ -746,7 +746,7 @@ def test_a_parameter_of_another_size_in_the_same_place():
         p.grad = None
         p.data = torch.randn(size)
         p.grad = torch.ones(size)
-        with refused(optimizer, ValueError, rf"'exp_avg' of parameter 0 is \[1000\] there and \[{size}\] here"):
+        with refused(optimizer, ValueError, rf"'exp_avg' of parameter 0 is \[1000\], the parameter \[{size}\]"):
             optimizer.step()
     p.data = old  # the gradient is still that of the larger one
     with refused(optimizer, RuntimeError, r"gradient of parameter 0, .* has another shape, \[3000\]"):

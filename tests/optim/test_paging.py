@@ -289,7 +289,7 @@ def test_a_captured_step_needs_everything_on_the_device():
         paged = PagedAdamW(small, page_budget=least(PagedAdamW, parameters()))
         saved = PagedAdamW(params).state_dict()
         with capture():
-            with refused(ours, RuntimeError, "there are none yet, .* take a step before"):
+            with refused(ours, RuntimeError, "have yet to be allocated: take a step before"):
                 steps(ours, params, 1)
             ours.load_state_dict(saved)
         steps(ours, params, 1)
@@ -302,7 +302,7 @@ def test_a_captured_step_needs_everything_on_the_device():
                 lambda: ours.add_param_group({"params": [late]}),
                 lambda: PagedAdamW(params).step(),
             ):
-                with refused(ours, RuntimeError, "not for these parameters: take a step before"), read_nothing():
+                with refused(ours, RuntimeError, "have yet to be allocated: take a step before"), read_nothing():
                     action()
             steps(ours, params, 1, 1)
         # A graph copies its settings from memory that the host can change.
@@ -342,7 +342,7 @@ def broken(**options):
     ours = PagedAdamW(params, page_budget=least(PagedAdamW, parameters()), **options)
     steps(ours, params, 2)
     saved, values = copy.deepcopy(ours.state_dict()), [p.detach().clone() for p in params]
-    native, plan = ours._engine.arena.native, schedule.stretches(ours._engine.layout, ours._settings["page_budget"])
+    native, plan = ours._engine.arena.native, schedule.stretches(ours._engine.layout, ours._options.page_budget)
     native.wait()
     native.plan([(s.begin, s.end, s.arrive if s is not plan[-1] else (), (), (), s.stays) for s in plan])
     with pytest.raises(RuntimeError, match="of managed memory, which is on the host"):
@@ -399,7 +399,7 @@ def test_a_step_that_fails_before_anything_is_launched_breaks_nothing(landing):
     steps(ours, params, 2)
     before = everything(ours, params)
     native = ours._engine.arena.native
-    plan = schedule.stretches(ours._engine.layout, ours._settings["page_budget"])
+    plan = schedule.stretches(ours._engine.layout, ours._options.page_budget)
     native.wait()
     native.plan([(s.begin, s.end, s.arrive if s is not plan[0] else (), (), (), s.stays) for s in plan])
     with pytest.raises(RuntimeError, match="of managed memory, which is on the host"):

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from qlora_kernels.ops import backends
-from qlora_kernels.optim.engines import cuda
+from qlora_kernels.optim.arena import cuda
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: "sanitized" builds it under AddressSanitizer and UBSan; python itself then needs libasan in LD_PRELOAD.

@@ -400,10 +400,14 @@ def what_cannot_be_done_is_said(rank, folder):
     assert not Path(f"{folder}/never.pt").exists()
     refused(ValueError, "full_tensor() makes it an ordinary one", lambda: a.load_state_dict(b.state_dict()))
     term = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
-    refused(TypeError, "only parameters that are sharded or replicated", lambda: PagedAdamW([term]))
+    refused(TypeError, "only sharded or replicated parameters", lambda: PagedAdamW([term]))
     saved = copy.deepcopy(a.state_dict())
     saved["state"][0]["exp_avg"] = torch.ones(7, 6)
-    refused(ValueError, "'exp_avg' of parameter 0 is [7, 6] there and [7, 5] here", lambda: b.load_state_dict(saved))
+    refused(
+        ValueError,
+        "'exp_avg' of parameter 0 is [7, 6], the parameter [7, 5]",
+        lambda: b.load_state_dict(saved),
+    )
     # A gradient that every process has whole is cut; one of a part of the shape is not taken for all of it.
     give(whole, cut, 1)
     a.step()
