@@ -50,10 +50,10 @@ TESTS = {
     ),
     "splits": (("tests/cuda/test_cuda.py", "blocks_that_share_a_tile"),),
     "arena": tuple(
-        ("tests/optim/test_paging.py", words)
-        for words in ("page_out_and or page_out_comes", "budget_is_kept and options0", "copies_do")
+        ("tests/optim/engines/test_paging.py", words)
+        for words in ("page_out_and or page_out_comes", "budget_is_kept and case0", "copies_do")
     ),
-    "optimizer": (("tests/optim/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
+    "optimizer": (("tests/optim/test_algorithms.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),),
     "tiles": (
         ("tests/cuda/test_cuda.py", "emulated and tensor_cores"),
         ("tests/cuda/test_cuda.py", "pipeline or emulated"),

@@ -7,16 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from optimizer_runs import KINDS, bits, loss_of, net, refused, states, train, trained, values
+from optimizer_runs import bits, loss_of, make_fixture, net, refused, states, train, trained, values  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion
-
-
-@pytest.fixture(params=KINDS)
-def make(request):
-    return KINDS[request.param]
-
 
 BAD_GROUPS = [
     *[({"lr": lr}, "lr should be a finite number at least 0") for lr in (-1, -1e-9, float("nan"), float("inf"))],
@@ -246,28 +240,3 @@ def test_tensors_without_memory_of_their_own_are_refused(what):
         p.grad = Wrapper(torch.ones(4))
     with pytest.raises(TypeError, match="no memory of its own"):
         ours.step()
-
-
-@pytest.mark.parametrize(
-    "bad", [torch.ones(1, device="meta"), torch.ones(1).to_sparse(), torch.ones(1, dtype=torch.cfloat)]
-)
-def test_constants_that_are_no_numbers_change_nothing(bad):
-    p = nn.Parameter(torch.ones(4))
-    p.grad = torch.ones(4)
-    ours = PagedAdamW([p], state_bits=8)
-    ours.step()
-    saved = copy.deepcopy(ours.state_dict())
-    saved["param_groups"][0]["lr"] = 7.0
-    saved["state"][0]["exp_avg_code"].zero_()
-    saved["state"][0]["exp_avg_absmax"] = bad
-    with refused(ours, ValueError, "dense tensor of real numbers"):
-        ours.load_state_dict(saved)
-
-
-def test_what_others_left_in_the_state_is_not_for_torch():
-    p, frozen = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4), requires_grad=False)
-    p.grad = torch.ones(4)
-    ours = PagedAdamW([p, frozen])
-    ours.step()
-    assert ours.state[frozen] == {}
-    assert set(ours.torch_state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}

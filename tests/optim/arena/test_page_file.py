@@ -8,22 +8,15 @@ import gc
 import os
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 
 import pytest
 import torch
-from optimizer_runs import KINDS, assert_same, bits, limited, loss_of, net, refused, states, train, trained
+from optimizer_runs import assert_same, bits, limited, loss_of, make_fixture, net, refused, states, train, trained  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW
 from qlora_kernels.optim.arena import host
-
-
-@pytest.fixture(params=KINDS)
-def make(request):
-    return KINDS[request.param]
 
 
 def mapped(folder, process="self") -> int:
@@ -55,24 +48,26 @@ def test_the_file_goes_with_the_optimizer(tmp_path, make):
 
 
 def test_the_file_goes_with_a_process_that_is_killed(tmp_path):
-    code = """
-import sys, torch
-from qlora_kernels import PagedAdamW
-p = torch.nn.Parameter(torch.ones(1000))
-optimizer = PagedAdamW([p], page_file=sys.argv[1])
-p.grad = torch.ones(1000)
-optimizer.step()
-print("stepped", flush=True)
-sys.stdin.read()
-"""
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with child:
-        assert child.stdout.readline() == "stepped\n"
-        assert mapped(tmp_path, child.pid) == 1
-        child.kill()
-    assert child.returncode == -signal.SIGKILL
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            p = nn.Parameter(torch.ones(1000))
+            optimizer = PagedAdamW([p], page_file=tmp_path)
+            p.grad = torch.ones(1000)
+            optimizer.step()
+            os.write(writing, b"stepped")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        assert pipe.read(7) == b"stepped"
+        assert mapped(tmp_path, child) == 1
+        os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert os.listdir(tmp_path) == []
 
 
