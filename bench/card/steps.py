@@ -41,14 +41,17 @@ TEST_FILES = (
     "tests/cuda/test_cuda_adapters.py",
     "tests/ops/test_ops.py",
     "tests/cuda/test_cuda_large.py",
-    "tests/optim/test_optim.py",
-    "tests/optim/test_optim_state.py",
-    "tests/optim/test_optim_changes.py",
-    "tests/optim/test_optim_torch.py",
+    "tests/optim/test_algorithms.py",
+    "tests/optim/test_state_dict.py",
+    "tests/optim/test_state_files.py",
+    "tests/optim/test_convert.py",
+    "tests/optim/test_binding.py",
+    "tests/optim/test_changes.py",
+    "tests/optim/test_frameworks.py",
     "tests/finetune/test_run_gpu.py",
 )
 #: By itself, after all others: it looks at how much of the card is free.
-LAST_TEST_FILE = "tests/optim/test_paging_gpu.py"
+LAST_TEST_FILE = "tests/optim/engines/test_paging_gpu.py"
 
 
 class StepFailed(Exception):

@@ -1,10 +1,10 @@
-"""What goes into a paged optimizer: parameters, gradients and settings are checked, states of any form converted."""
+"""What a paged optimizer refuses: settings, parameters, gradients, state dicts."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -13,25 +13,41 @@ from torch import Tensor
 
 from ..errors import require
 from .arena.layout import STATE_BLOCK
-from .shards import check_placements, is_shard, part
+from .schema import Moment
+from .shards import check_placements, is_shard, local_part
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: A learning rate this far below 0 counts as 0: it is what rounding leaves where LinearLR ends at 0.
+#: A learning rate this little below 0 counts as 0: rounding leaves that where LinearLR ends at 0.
 LR_ROUNDING = 1e-12
 
 
-def require_number(name: str, value: Any, good: Callable[[float], bool], what: str) -> None:
+def require_number(name: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    require(number and good(value), ValueError, f"{name} should be a finite number {what}, found {value!r}")
+    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    require(finite and in_range(value), ValueError, f"{name} should be a finite number {expected}, found {value!r}")
+
+
+def check_settings(group: Mapping[str, Any], optimizer: str, where: str = "") -> None:
+    """Refuses settings of a parameter group that are out of range; ``optimizer`` is the class's name."""
+    require_number(f"lr{where}", group["lr"], lambda x: x >= -LR_ROUNDING, "at least 0")
+    require_number(f"weight_decay{where}", group["weight_decay"], lambda x: x >= 0, "at least 0")
+    betas = group["betas"]
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    require(pair, ValueError, f"betas{where} should be two numbers, found {betas!r}")
+    for i, beta in enumerate(betas):
+        require_number(f"betas[{i}]{where}", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    if "eps" in group:
+        require_number(f"eps{where}", group["eps"], lambda x: x >= 0, "at least 0")
+    for name in ("amsgrad", "maximize"):
+        require(not group.get(name), ValueError, f"{name}=True{where} is not supported by {optimizer}")
 
 
 def check_parameter(p: Tensor, what: str) -> None:
     if is_shard(p):
         check_placements(p, what)
-        p = part(p)
-    if hasattr(type(p), "__tensor_flatten__"):  # which torch asks of tensors that stand for others
+        p = local_part(p)
+    if hasattr(type(p), "__tensor_flatten__"):  # torch requires it of wrappers around other tensors
         raise no_memory_of_its_own(what, p)
     require(p.layout is torch.strided, TypeError, f"{what} is {p.layout}; only dense parameters can be optimized")
     require(
@@ -39,7 +55,7 @@ def check_parameter(p: Tensor, what: str) -> None:
         TypeError,
         f"{what} is {p.dtype}; only float32, bfloat16 and float16 parameters can be optimized",
     )
-    # Without holes or overlaps: then the elements, in the order of memory, are one flat array.
+    # Without holes or overlaps, the elements in the order of memory are one flat array.
     require(
         p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride(),
         TypeError,
@@ -48,105 +64,124 @@ def check_parameter(p: Tensor, what: str) -> None:
     )
 
 
+def one_device(params: Sequence[Tensor], advice: str = "") -> str:
+    """The device that all parameters are on, or "" if there are none."""
+    devices = sorted({str(p.device) for p in params})
+    found = ", ".join(devices)
+    require(len(devices) <= 1, ValueError, f"all parameters should be on one device, found {found}{advice}")
+    return devices[0] if devices else ""
+
+
 def no_memory_of_its_own(what: str, tensor: Tensor) -> Exception:
     return TypeError(
-        f"{what}, a {type(tensor).__name__} of shape {list(tensor.shape)}, has no memory of its own: what stands for "
-        "other tensors (quantized ones, say) and what was freed cannot be optimized here; torch.optim.AdamW can"
+        f"{what}, a {type(tensor).__name__} of shape {list(tensor.shape)}, has no memory of its own: wrappers around "
+        "other tensors (quantized ones, say) and freed tensors cannot be optimized here; torch.optim.AdamW can do it"
     )
 
 
 def bad_gradient(index: int, p: Tensor, grad: Tensor) -> Exception:
     what = f"the gradient of parameter {index}, of shape {list(p.shape)},"
     if grad.layout is not torch.strided:
-        return RuntimeError(f"{what} is sparse ({grad.layout}); only dense gradients can be used")
+        return RuntimeError(f"{what} is sparse ({grad.layout}); only dense gradients are supported")
     if grad.shape != p.shape:
-        return RuntimeError(f"{what} has another shape, {list(grad.shape)}; zero_grad() lets go of it")
+        return RuntimeError(f"{what} has another shape, {list(grad.shape)}; zero_grad() drops it")
     if grad.device != p.device:
         return RuntimeError(f"{what} is on {grad.device}, the parameter on {p.device}")
     return RuntimeError(f"{what} is {grad.dtype}, the parameter {p.dtype}; both should have the same dtype")
 
 
-def check_form(state_dict: Any) -> None:
-    """Whether it is built like a state dict of torch.optim."""
-    good = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
-    require(good, ValueError, "a state dict with 'state' and 'param_groups' is expected")
-    groups, saved = state_dict["param_groups"], state_dict["state"]
-    good = isinstance(groups, (list, tuple)) and all(isinstance(group, Mapping) for group in groups)
-    require(good, ValueError, "'param_groups' of the state dict should be a list of dicts")
+# --------------------------------------------------------------------------------------------------- state dicts
+
+
+def check_structure(state_dict: Any) -> None:
+    """Refuses anything that is not structured like a state dict of torch.optim."""
+    complete = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
+    require(complete, ValueError, "a state dict should have 'state' and 'param_groups'")
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    all_dicts = isinstance(groups, (list, tuple)) and all(isinstance(group, Mapping) for group in groups)
+    require(all_dicts, ValueError, "'param_groups' of the state dict should be a list of dicts")
     for i, group in enumerate(groups):
         keys = group.get("params")
-        good = isinstance(keys, (list, tuple)) and all(isinstance(key, (int, str)) for key in keys)
-        require(good, ValueError, f"'params' of group {i} of the state dict should be a list of numbers or names")
-    found = type(saved).__name__
-    require(isinstance(saved, Mapping), ValueError, f"'state' of the state dict should be a dict, found {found}")
+        all_keys = isinstance(keys, (list, tuple)) and all(isinstance(key, (int, str)) for key in keys)
+        require(all_keys, ValueError, f"'params' of group {i} of the state dict should be a list of numbers or names")
+    found = type(states).__name__
+    require(isinstance(states, Mapping), ValueError, f"'state' of the state dict should be a dict, found {found}")
 
 
-def _loads(value: Any) -> bool:
-    """Whether torch.load takes what torch.save makes of it."""
+def _torch_load_accepts(value: Any) -> bool:
+    """Whether torch.load reads back, with weights_only, what torch.save makes of a value."""
     file = io.BytesIO()
     try:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # whatever an object does that is to be written or read
+    except Exception:  # an object's own code for pickling may raise anything
         return False
     return True
 
 
 def check_loadable(state_dict: Mapping[str, Any]) -> None:
-    """Whether torch.load takes everything in a state dict but the tensors of its states, which it does."""
-    parts = {f"group {i}": group for i, group in enumerate(state_dict["param_groups"])}
+    """Refuses a state dict that torch.load would not read back. Its tensors are left out, because those load."""
+    holders = {f"group {i}": group for i, group in enumerate(state_dict["param_groups"])}
     for key, entry in state_dict["state"].items():
-        parts[f"the state of parameter {key}"] = {k: v for k, v in entry.items() if type(v) is not Tensor}
-    if not _loads(list(parts.values())):
-        bad = [f"{name!r} of {where}" for where, part in parts.items() for name, v in part.items() if not _loads(v)]
+        holders[f"the state of parameter {key}"] = {k: v for k, v in entry.items() if type(v) is not Tensor}
+    if not _torch_load_accepts(list(holders.values())):
+        bad = [
+            f"{name!r} of {where}"
+            for where, holder in holders.items()
+            for name, value in holder.items()
+            if not _torch_load_accepts(value)
+        ]
         found = ", ".join(bad) or "a group or a state"
-        raise ValueError(f"{found} holds what load() would refuse; it takes numbers, text, tensors, lists and dicts")
+        raise ValueError(
+            f"{found} holds a value that load() would refuse; it takes numbers, text, tensors, lists and dicts"
+        )
 
 
-def check_entry(entry: Mapping[str, Any], moments, p: Tensor, what: str, who: str) -> None:
-    """Whether a parameter's states, from wherever, can become its states here."""
+def check_entry(entry: Mapping[str, Any], moments: Sequence[Moment], p: Tensor, what: str, optimizer: str) -> None:
+    """Refuses a parameter's states if they cannot become states of ``optimizer`` (a class's name)."""
     found = type(entry).__name__
     require(isinstance(entry, Mapping), ValueError, f"the state of {what} should be a dict, found {found}")
-    for name, _, _ in moments:
-        check_moment(entry, name, p, what, who)
+    for moment in moments:
+        _check_moment(entry, moment.name, p, what, optimizer)
     steps = entry.get("step")
     steps = steps.item() if isinstance(steps, Tensor) and steps.numel() == 1 and not steps.is_meta else steps
-    good = isinstance(steps, Real) and math.isfinite(steps) and steps >= 0
-    require(good, ValueError, f"{what} has no step count among its states, found {steps!r}")
+    is_count = isinstance(steps, Real) and math.isfinite(steps) and steps >= 0
+    require(is_count, ValueError, f"{what} has no step count among its states, found {steps!r}")
     if "master" in entry:
-        check_shape(entry["master"], p, f"'master' of {what}")
+        _check_shape(entry["master"], p, f"'master' of {what}")
 
 
-def check_shape(value: Any, p: Tensor, what: str) -> None:
-    good = isinstance(value, Tensor) and value.shape == p.shape
+def _check_shape(value: Any, p: Tensor, what: str) -> None:
+    fits = isinstance(value, Tensor) and value.shape == p.shape
     found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    require(good, ValueError, f"the states are of another model: {what} is {found} there and {list(p.shape)} here")
+    require(
+        fits,
+        ValueError,
+        f"the states belong to another model: {what} is {found}, the parameter {list(p.shape)}",
+    )
     real = value.layout is torch.strided and not value.is_meta and not value.is_complex()
     require(real, ValueError, f"{what} should be a dense tensor of real numbers")
     if is_shard(value):
-        good = is_shard(p) and value.device_mesh == p.device_mesh
+        same_mesh = is_shard(p) and value.device_mesh == p.device_mesh
         here = f"on {p.device_mesh}" if is_shard(p) else "an ordinary tensor"
         require(
-            good,
+            same_mesh,
             ValueError,
             f"{what} is a DTensor on {value.device_mesh}, the parameter {here}; full_tensor() makes it an ordinary one",
         )
 
 
-def check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, who: str) -> None:
+def _check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, optimizer: str) -> None:
     if f"{name}_code" in entry:
-        if is_shard(p) and getattr(entry[f"{name}_code"], "shape", None) == part(p).shape:
-            p = part(p)
-        check_shape(entry[f"{name}_code"], p, f"'{name}_code' of {what}")
+        if is_shard(p) and getattr(entry[f"{name}_code"], "shape", None) == local_part(p).shape:
+            p = local_part(p)
+        _check_shape(entry[f"{name}_code"], p, f"'{name}_code' of {what}")
         absmax, blocks = entry.get(f"{name}_absmax"), -(-p.numel() // STATE_BLOCK)
-        good = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
-        require(good, ValueError, f"'{name}_absmax' of {what} should have {blocks} constants, and its codes be uint8")
+        fits = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
+        require(fits, ValueError, f"'{name}_absmax' of {what} should have {blocks} constants, and its codes be uint8")
         real = absmax.layout is torch.strided and not absmax.is_meta and absmax.is_floating_point()
         require(real, ValueError, f"'{name}_absmax' of {what} should be a dense tensor of real numbers")
         return
-    require(name in entry, ValueError, f"the states are of another optimizer: {who} needs '{name}' of {what}")
-    check_shape(entry[name], p, f"'{name}' of {what}")
-
-
-# -------------------------------------------------------------------------------------------- states of other forms
+    require(name in entry, ValueError, f"the states belong to another optimizer: {optimizer} needs '{name}' of {what}")
+    _check_shape(entry[name], p, f"'{name}' of {what}")

@@ -100,7 +100,7 @@ PASSING = '<testsuite><testcase name="a"/><testcase name="b"><skipped message="w
 
 def test_every_file_with_tests_of_a_card_is_run():
     files = {*steps.TEST_FILES, steps.LAST_TEST_FILE}
-    marks = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\b(?:cuda_)?engine\b", re.MULTILINE)
+    marks = re.compile(r"mark\.gpu\b|\bdevice_fixture\b|^def test_\w+\([^)]*\b(?:cuda_)?engine\b", re.MULTILINE)
     marked = {
         str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if marks.search(path.read_text())
     }

@@ -36,7 +36,7 @@ QUANTIZATION = tuple(
     ("tests/ops/test_quantize.py", f"emulated and {words}")
     for words in ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "test")
 )
-_OPTIMIZER = (("tests/optim/test_optim.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),)
+_OPTIMIZER = (("tests/optim/test_algorithms.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),)
 _TILES = (
     ("tests/cuda/test_cuda_tiles.py", "emulated and tensor_cores"),
     ("tests/cuda/test_cuda_tiles.py", "pipeline or emulated"),
@@ -55,8 +55,8 @@ TESTS = {
     ),
     "splits": (("tests/cuda/test_cuda_tiles.py", "blocks_that_share_a_tile"),),
     "arena": tuple(
-        ("tests/optim/test_paging.py", words)
-        for words in ("page_out_and or page_out_comes", "budget_is_kept and options0", "copies_do")
+        ("tests/optim/engines/test_paging.py", words)
+        for words in ("page_out_and or page_out_comes", "budget_is_kept and case0", "copies_do")
     ),
     "norm": _OPTIMIZER,
     "optimizer": _OPTIMIZER,

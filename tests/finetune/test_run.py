@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -206,13 +207,13 @@ def test_the_optimizer_that_was_asked_for(name, tmp_path):
     [group] = made.param_groups
     assert (group["lr"], group["weight_decay"], group["betas"]) == (0.125, 0.25, (0.9, 0.99))
     if name != "adamw":
-        assert made._settings == {
+        assert dataclasses.asdict(made._options) == {
             **{"state_bits": 8 if name.endswith("8bit") else 32, "max_grad_norm": 0.5, **limits},
             **{"master_weights": False, "skip_nonfinite": False},
         }
         for unlimited in (0.0, math.inf):
             settings = replace(options, max_grad_norm=unlimited)
-            assert make_optimizer([torch.nn.Parameter(torch.ones(3))], 1.0, settings)._settings["max_grad_norm"] is None
+            assert make_optimizer([torch.nn.Parameter(torch.ones(3))], 1.0, settings)._options.max_grad_norm is None
 
 
 def test_lion_takes_a_lower_learning_rate_unless_one_is_given():
@@ -273,7 +274,7 @@ def test_no_room_for_the_states_is_one_sentence(run, tmp_path, monkeypatch, caps
     monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert run("--page-file", str(tmp_path)) == 2
     error = capsys.readouterr().err
-    assert f"in a file in {tmp_path}, which cannot be had" in error
+    assert f"in a file in {tmp_path}, which cannot be allocated" in error
     assert error.count("\n") == 1
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bench.emulator import ROOT, VARIANT, build, load, module
 from qlora_kernels.ops import backends
-from qlora_kernels.optim.engines import cuda
+from qlora_kernels.optim.arena import cuda
 
 __all__ = ["ROOT", "VARIANT", "Emulated", "build", "counters", "emulated", "load", "module", "paging"]
 

@@ -1,9 +1,10 @@
-"""Small trainings with paged optimizers, and everything that an optimizer knows, to be compared bit for bit."""
+"""Small trainings with paged optimizers, and what they leave behind, to be compared bit for bit."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
+import sys
 
 import pytest
 import torch
@@ -35,8 +36,21 @@ class Net(nn.Module):
         return self.down(self.norm(self.up(x)).tanh()) * self.scale + self.none.sum()
 
 
-#: Where net() puts its parameters. Tests that a card runs, too, set it.
+#: The device of net()'s parameters, which device_fixture sets.
 device = "cpu"
+
+
+@pytest.fixture(params=KINDS, name="make")
+def make_fixture(request):
+    """Makes an optimizer of each kind in turn."""
+    return KINDS[request.param]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], name="device")
+def device_fixture(request, monkeypatch):
+    """The models' device: a test with this fixture also runs on a card, if there is one."""
+    monkeypatch.setattr(sys.modules[__name__], "device", request.param)
+    return request.param
 
 
 def net(seed: int = 0, dtype: torch.dtype = torch.float32, **more) -> Net:
@@ -99,6 +113,12 @@ def refused(optimizer, error, match):
         yield
     after = states(optimizer), values(optimizer), groups(optimizer), optimizer.skipped_steps, optimizer.grad_norm
     assert after == before
+
+
+def assert_close(a: nn.Module, b: nn.Module) -> None:
+    """Parameters equal but for the rounding of a few steps."""
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_same(a, b) -> None:

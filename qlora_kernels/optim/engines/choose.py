@@ -1,48 +1,46 @@
-"""Runs a paged optimizer's steps on one kind of device: tables to raw pointers, and pages to and fro."""
+"""Which engine a parameter's device needs, and what no engine there can do."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 from ...errors import require
 from ...ops import backends
 from ..arena.layout import Layout
+from ..options import Options
 from .contract import Engine
+from .cuda import CudaEngine
 from .host import HostEngine
 
 
-def of(parameter: torch.Tensor, layout: Layout, algorithm: int, settings: dict[str, Any]) -> Engine:
-    """The engine for parameters like this one, its arena filled with zeros.
+def engine_for(parameter: torch.Tensor, layout: Layout, algorithm: int, options: Options) -> Engine:
+    """An engine for parameters like this one. Its arena holds zeros.
 
     Raises:
-        MemoryError: when there is no memory for the arena.
-        ValueError: when the page budget is too small for any step.
+        MemoryError: if there is not enough memory for the arena.
+        ValueError: if the page budget is too small for any step.
     """
     backend = backends.backend_for(parameter)
     if backend.is_host:
-        return HostEngine(layout, algorithm, settings)
-    from .cuda import CudaEngine
-
-    return CudaEngine(backend, parameter.device, layout, algorithm, settings)
+        return HostEngine(layout, algorithm, options)
+    return CudaEngine(backend, parameter.device, layout, algorithm, options)
 
 
 def refuse_in_capture(parameter: torch.Tensor) -> None:
-    """Raises while a CUDA graph is being captured: no memory can be had then, and nothing read from the device."""
+    """Raises during a CUDA graph's capture, when memory cannot be allocated and the device cannot be read."""
     require(
         not backends.backend_for(parameter).capturing(parameter.device),
         RuntimeError,
-        "a CUDA graph can capture a step only when all states are on the device and stay there, and there are none "
-        "yet, or not for these parameters: take a step before",
+        "a CUDA graph can capture a step only if all states are on the device and stay there, and states for these "
+        "parameters have yet to be allocated: take a step before the capture",
     )
 
 
 def refuse_sums_of_shards(parameter: torch.Tensor) -> None:
-    """Raises where nothing can be sent between the norm and the step, which are launched together there."""
+    """Raises on CUDA, which launches norm and step together, so that processes cannot add up norms between them."""
     require(
         backends.backend_for(parameter).is_host,
         NotImplementedError,
-        "max_grad_norm and skip_nonfinite of parameters that are shards work on the CPU only; on a CUDA device leave "
-        "them out, and call torch.nn.utils.clip_grad_norm_ before the step",
+        "max_grad_norm and skip_nonfinite work for sharded parameters on the CPU only; on a CUDA device leave them "
+        "out and call torch.nn.utils.clip_grad_norm_ before the step",
     )

@@ -8,22 +8,15 @@ import gc
 import os
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 
 import pytest
 import torch
-from optimizer_runs import KINDS, assert_same, bits, limited, loss_of, net, refused, states, train, trained
+from optimizer_runs import assert_same, bits, limited, loss_of, make_fixture, net, refused, states, train, trained  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW
 from qlora_kernels.optim.arena import host
-
-
-@pytest.fixture(params=KINDS)
-def make(request):
-    return KINDS[request.param]
 
 
 def mapped(folder, process="self") -> int:
@@ -55,24 +48,26 @@ def test_the_file_goes_with_the_optimizer(tmp_path, make):
 
 
 def test_the_file_goes_with_a_process_that_is_killed(tmp_path):
-    code = """
-import sys, torch
-from qlora_kernels import PagedAdamW
-p = torch.nn.Parameter(torch.ones(1000))
-optimizer = PagedAdamW([p], page_file=sys.argv[1])
-p.grad = torch.ones(1000)
-optimizer.step()
-print("stepped", flush=True)
-sys.stdin.read()
-"""
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with child:
-        assert child.stdout.readline() == "stepped\n"
-        assert mapped(tmp_path, child.pid) == 1
-        child.kill()
-    assert child.returncode == -signal.SIGKILL
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            p = nn.Parameter(torch.ones(1000))
+            optimizer = PagedAdamW([p], page_file=tmp_path)
+            p.grad = torch.ones(1000)
+            optimizer.step()
+            os.write(writing, b"stepped")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        assert pipe.read(7) == b"stepped"
+        assert mapped(tmp_path, child) == 1
+        os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert os.listdir(tmp_path) == []
 
 
@@ -113,7 +108,7 @@ def test_what_was_sent_to_the_file_comes_back(tmp_path, state_bits):
 def test_folders_that_are_none(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("nowhere", "file"):
-        with pytest.raises(NotADirectoryError, match=f"page_file should be a folder; .*{name} is none"):
+        with pytest.raises(NotADirectoryError, match=f"page_file should be a folder; .*{name} is not one"):
             PagedAdamW(net().parameters(), page_file=tmp_path / name)
 
 
@@ -155,7 +150,7 @@ def test_a_full_disk(tmp_path, monkeypatch, make, how, when):
         else:
             stack.enter_context(limited(resource.RLIMIT_FSIZE, 4096))
         reason = "No space left" if how == "no space" else "File too large"
-        narrower = "state_bits=8 takes a quarter of it, and " if optimizer._settings["state_bits"] == 32 else ""
+        narrower = "state_bits=8 takes a quarter of it, and " if optimizer._options.state_bits == 32 else ""
         message = rf"need \d+ bytes .* in a file in {tmp_path}.*{reason}[^;]*; {narrower}page_file can be"
         with refused(optimizer, MemoryError, message):
             action()

@@ -1,4 +1,4 @@
-"""Paged optimizers of parameters that are shards, DTensors as FSDP2 has; shard_runs.py is what two processes do."""
+"""Paged optimizers of sharded parameters (DTensors, as in FSDP2); two processes run what shard_runs.py has."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_shards_that_are_offloaded_stay_on_the_host(alone):
     b.load_state_dict(copy.deepcopy(a.state_dict()))
     for step in range(2):
         whole.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
-        cut.grad = shards.shared(whole.grad.clone(), cut)
+        cut.grad = shards.as_dtensor(whole.grad.clone(), cut)
         a.step()
         b.step()
         assert bits(whole) == bits(cut._local_tensor)

@@ -1,0 +1,172 @@
+"""An engine, bound to the parameters and state tensors that its arena was made for."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checks import bad_gradient, no_memory_of_its_own
+from .convert import fill_states, local_entry
+from .engines.contract import Engine
+from .schema import StateSchema
+from .shards import is_shard, local_address, local_gradient, local_part, sum_over_processes
+
+
+def split_parameters(
+    param_groups: Sequence[Mapping[str, Any]], has_states: Callable[[Tensor], bool]
+) -> tuple[list[Tensor], list[int], list[Tensor]]:
+    """Parameters that belong into an arena, the index of each one's group, and the frozen rest.
+
+    A frozen parameter keeps its place if it has states, or a gradient that is about to give it some.
+    """
+    params, group_indices, frozen = [], [], []
+    for index, group in enumerate(param_groups):
+        for p in group["params"]:
+            if p.requires_grad or p.grad is not None or has_states(p):
+                params.append(p)
+                group_indices.append(index)
+            else:
+                frozen.append(p)
+    return params, group_indices, frozen
+
+
+def _geometry(p: Tensor) -> tuple:
+    return p.numel(), p.dtype, p.shape, p.stride()
+
+
+def _same_objects(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+class Binding:
+    """An engine with the parameters that its arena was made for, and their states as tensors over it.
+
+    Attributes:
+        params: the parameters with a place in the arena, in its order.
+        frozen: the optimizer's other parameters.
+        states: for each of ``params``, its states as users see them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        schema: StateSchema,
+        param_groups: Sequence[Mapping[str, Any]],
+        params: list[Tensor],
+        frozen: list[Tensor],
+    ):
+        self.engine, self.params, self.frozen = engine, params, frozen
+        self._schema = schema
+        self._sharded = any(map(is_shard, params))
+        self._groups = [list(group["params"]) for group in param_groups]
+        self._locations = [(local_address(p), *_geometry(local_part(p))) for p in params]
+        view_at, layout = engine.arena.view, engine.layout
+        self.states = {p: schema.exposed(schema.views(view_at, layout, i, p), p) for i, p in enumerate(params)}
+        self._entries = list(self.states.values())
+        self._entries_with_master = [entry for entry in self._entries if "master" in entry]
+        self._common_states = operator.itemgetter(*schema.common_names)
+        self._tensors = list(self._state_tensors())
+        self._addresses = [local_address(t) for t in self._tensors]
+
+    def _state_tensors(self) -> Iterable[Tensor]:
+        masters = map(operator.itemgetter("master"), self._entries_with_master)
+        return chain(*map(self._common_states, self._entries), masters)
+
+    def fill(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Fills the arena from states in any form, through the host, so that no page has to move to the device."""
+        engine = self.engine
+        engine.arena.to_host()
+        engine.broken = "a load"  # in case it fails midway
+        with torch.no_grad():
+            for i, p in enumerate(self.params):
+                views = self._schema.views(engine.arena.host_view, engine.layout, i, p)
+                fill_states(views, local_entry(states.get(p) or {}, p), local_part(p))
+        engine.broken = ""
+
+    def covers(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+        """Whether the arena still holds all that the optimizer has.
+
+        It does not if a parameter that was frozen has a gradient now, or if someone wrote to the groups or to
+        ``optimizer.state``, which torch lets anyone do.
+        """
+        if self.engine.shared_with_parent or len(param_groups) != len(self._groups):
+            return False
+        try:
+            same = (
+                all(_same_objects(group["params"], params) for group, params in zip(param_groups, self._groups))
+                and len(state) >= len(self._entries)
+                and all(map(operator.is_, state.values(), self._entries))
+                and all(map(operator.is_, self._state_tensors(), self._tensors))
+                # t.data = … leaves the tensor the same.
+                and list(map(local_address if self._sharded else Tensor.data_ptr, self._tensors)) == self._addresses
+            )
+        except KeyError:
+            return False
+        return same and not any(p.grad is not None for p in self.frozen)
+
+    def parameters_changed(self) -> bool:
+        """Whether a parameter has another dtype, shape, order in memory or device than when the arena was made."""
+        return any(
+            _geometry(p) != location[1:] or p.device != self.engine.device
+            for p, location in zip(map(local_part, self.params), self._locations)
+        )
+
+    def tensor_table(self) -> tuple[np.ndarray, list[Tensor]] | None:
+        """OptimizerTensor[tensors], and copies of gradients to keep until the step.
+
+        Gradients are copied if they lie in memory in another order than their parameters. None if a parameter has
+        another dtype, shape, order in memory or device than when the arena was made.
+        """
+        addresses: list[int] = []
+        copies = []
+        strided, on_cuda = torch.strided, self.engine.device.type == "cuda"
+        for i, (whole, (known, count, dtype, shape, strides)) in enumerate(zip(self.params, self._locations)):
+            p = local_part(whole) if self._sharded else whole
+            address = p.data_ptr()
+            if address != known or p.numel() != count or p.stride() != strides or p.dtype is not dtype:
+                if _geometry(p) != self._locations[i][1:] or p.device != self.engine.device:
+                    return None
+                self._locations[i] = (address, count, dtype, shape, strides)
+            grad = whole.grad
+            if grad is None:
+                addresses += (address, 0)
+                continue
+            if p is not whole:
+                grad, moved = local_gradient(grad, whole, i)
+                copies += moved
+            usable = grad.dtype is dtype and grad.layout is strided and grad.is_cuda == on_cuda and grad.shape == shape
+            if not usable or grad.stride() != strides or grad.is_neg():
+                if _geometry(p) != self._locations[i][1:]:  # another parameter at the address of the last one
+                    return None
+                if not usable:
+                    raise bad_gradient(i, p, grad)
+                grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
+                copies.append(grad)
+            grad_address = grad.data_ptr()
+            if count and not (address and grad_address):
+                raise no_memory_of_its_own(f"parameter {i} or its gradient", p if not address else grad)
+            addresses += (address, grad_address or 1)  # an empty gradient's address is 0, which would mean none
+        return np.array(addresses, dtype=np.int64), copies
+
+    def step(
+        self,
+        tensors: np.ndarray,
+        groups: np.ndarray,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        needs_norm: bool,
+    ) -> None:
+        """Runs the kernels, and counts the step as a change that torch.autograd notices."""
+        total = self._sum_over_processes if self._sharded and needs_norm else None
+        self.engine.step(tensors, groups, grad_scale, found_inf, total)
+        # As torch's own operations do: backward refuses a tensor that it saved and that has changed since.
+        torch.autograd.graph.increment_version([p for p in self.params if p.grad is not None and not p.is_inference()])
+
+    def _sum_over_processes(self, sums: np.ndarray) -> float:
+        return sum_over_processes(sums, self.engine.layout.chunks.view(np.int32)[:, 0], self.params)
