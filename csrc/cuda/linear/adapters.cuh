@@ -13,11 +13,9 @@
 //
 // Kernels:
 //     adapter_down_kernel       u or v alone. A block takes 128 rows and a part of the columns; the last block to
-//     finish
-//                               some rows adds up their parts
+//                               finish some rows adds up their parts
 //     adapter_gradient_kernel   a gradient, and v with it when big is dy. A block takes a part of the rows and up to
-//     512
-//                               columns. Its part of the gradient stays in registers; its part of v goes to scratch
+//                               512 columns. Its part of the gradient stays in registers; its part of v goes to scratch
 //                               after each tile of rows
 //     adapter_sum_kernel        (parts.cuh) adds these parts, in their order
 //

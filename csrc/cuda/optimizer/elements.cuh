@@ -1,8 +1,7 @@
 // What the optimizer's kernels share: arguments, the rules for one element, and rows of elements in 16-byte accesses.
 //
 // Formula: AdamW and Lion as in torch.optim, every operation rounded once; csrc/cpu/optimizer/optimizer.h gives the
-// same
-//     bits.
+//     same bits.
 #pragma once
 
 #include <cstring>

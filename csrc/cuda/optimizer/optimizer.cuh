@@ -10,9 +10,8 @@
 // Shared memory: 64 bytes; with 8-bit states both dynamic maps, 7.1 KiB.
 //
 // Why: with 32-bit states a step only moves memory, 28 bytes a float32 parameter. docs/design/notes-cuda.md, "The
-// optimizer's
-//     step", has the arithmetic. Step counts are in the arena: the last block to finish raises them, when all others
-//     have read theirs. So a captured graph counts too, and a skipped step does not.
+//     optimizer's step", has the arithmetic. Step counts are in the arena: the last block to finish raises them, when
+//     all others have read theirs. So a captured graph counts too, and a skipped step does not.
 #pragma once
 
 #include "cuda/optimizer/elements.cuh"
