@@ -169,7 +169,7 @@ def test_whole_sectors_without_bank_conflicts(backward, r, dropout):
     m, n, k = 256, 256, 512
     layer = Layer(m, n, k, r, dropout)
     found = counted(layer.backward if backward else layer.forward, multiprocessors=4)
-    files = ("adapters.cuh", "parts.cuh", "dropout.cuh")
+    files = ("adapters.cuh", "adapters_tile.cuh", "parts.cuh", "dropout.cuh")
     shared = {place: t for place, t in found["shared"].items() if place.startswith(files)}
     memory = {place: t for place, t in found["global"].items() if place.startswith(files)}
     assert shared
@@ -187,7 +187,7 @@ def test_x_and_dy_are_read_once(r):
 
     def copied(call):
         places = counted(call)["global"].items()
-        return max(t["bytes"] for place, t in places if place.startswith("adapters.cuh") and place.endswith("load"))
+        return max(t["bytes"] for place, t in places if place.startswith("adapters") and place.endswith("load"))
 
     # Each tile of 128 rows brings the adapter along; each block, which has several tiles across, its rows of u or v.
     tiles = m // 128

@@ -1,4 +1,4 @@
-// What the emulator's module and the card's have in common: the kernels of conformance.cu, and those of sm_90.
+// Shared by the emulator's module and the card's: the kernels of conformance.cu and conformance_sm90.cu.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,7 @@ namespace qlk::conformance {
 inline const uint32_t* given(uintptr_t address) { return reinterpret_cast<const uint32_t*>(address); }
 inline cuda::Stream stream_of(int device, uintptr_t stream) { return {device, reinterpret_cast<void*>(stream)}; }
 
-// `names` of kernels with their words in and out, and `run` for one of them.
+// Binds `names`, which returns the kernels' names with their words in and out, and `run`, which runs one of them.
 template <class Kernels>
 void bind_kernels(pybind11::module_& m, const char* names, const char* run, Kernels kernels) {
     m.def(names, [kernels] {
@@ -42,7 +42,7 @@ inline void bind_conformance(pybind11::module_& m) {
     bind_rate(m, "launch_rate", &launch_rate);
 }
 
-// Of a card: where it is compiled for sm_90a.
+// On a card only if it is compiled for sm_90a.
 inline void bind_sm90(pybind11::module_& m) {
     bind_kernels(m, "wide_kernels", "run_wide", &wide_kernels);
     m.attr("WIDE_RATE_FLOP") = kWideRateFlop;

@@ -1,10 +1,9 @@
-// Threads, barriers and warps of one block.
+// One block: its threads, barriers and warps.
 #include "block.h"
 
 #include <algorithm>
 #include <cstdlib>
 
-#include "managed.h"
 #include "wgmma.h"
 
 namespace emu {
@@ -17,19 +16,19 @@ std::string text(Dim3 d) {
     return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
 }
 
-std::string place(Site site) {
-    const char* slash = std::strrchr(site.file, '/');
-    return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
-}
-
 std::vector<std::unique_ptr<Thread>>& spare_threads() {
     static thread_local std::vector<std::unique_ptr<Thread>> all;
     return all;
 }
 
-bool coin() { return running->block->device.random() & 1; }
-
 }  // namespace
+
+std::string place(Site site) {
+    const char* slash = std::strrchr(site.file, '/');
+    return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+bool coin() { return running->block->device.random() & 1; }
 
 Block* holder(const void* address) {
     Block& own = *this_thread().block;
@@ -201,7 +200,7 @@ void Block::run(Thread& thread) {
     }
     check_all_waited(thread);
     if (races) races->ended(thread.racer);
-    // A barrier of all threads waits only for those that still run.
+    // A barrier of all threads only waits for those that still run.
     if (cluster->arrived > 0 && cluster->arrived >= cluster->live) cluster->complete_phase();
     for (Barrier& barrier : barriers) {
         if (barrier.open_to_all && barrier.arrived > 0 && barrier.arrived >= live) complete(barrier);
@@ -225,7 +224,7 @@ bool Block::all_spin_to_ready() {
     return any;
 }
 
-// Unwinds what still runs, so that the fibers can be used again.
+// Unwinds threads that still run, so that their fibers can be reused.
 void Block::cancel() {
     for (auto& thread : threads) {
         if (!thread->started || thread->state == Thread::kDone) continue;
@@ -253,7 +252,7 @@ void Block::finish_requests() {
     for (Warp& warp : warps) {
         for (uint32_t slot = 0; slot < warp.requests.size(); ++slot) {
             for (const Request& request : warp.requests[slot].open) {
-                // Whole ones have been counted.
+                // Complete requests have been counted already.
                 if (request.lanes != 0 && request.lanes != 0xffffffffu) finish(slot, request);
             }
         }
@@ -298,8 +297,8 @@ void Block::arrive(int id, int count, bool wait, bool predicate, Site site) {
     if (count % 32 != 0) fail(site, "a barrier of " + std::to_string(count) + " threads: not a multiple of 32");
     Barrier& barrier = barriers[id];
     if (barrier.arrived > 0 && (barrier.expected != count || barrier.open_to_all != (count == 0))) {
-        fail(site, "barrier " + std::to_string(id) + " is asked for " + std::to_string(count) +
-                       " threads, and was asked for " + std::to_string(barrier.expected) + " by one that waits in it");
+        fail(site, "barrier " + std::to_string(id) + " for " + std::to_string(count) +
+                       " threads, while a thread waits there for " + std::to_string(barrier.expected));
     }
     Thread& self = this_thread();
     barrier.expected = count;
@@ -310,7 +309,7 @@ void Block::arrive(int id, int count, bool wait, bool predicate, Site site) {
     if (barrier.arrived >= (count == 0 ? live : count)) {
         if (races && count != 0 && wait) races->acquire(self.racer, barrier.clock);
         complete(barrier);
-        // Whoever came last may go on at once, or the others first.
+        // The last to arrive may go on at once, or the others may run first.
         if (device.options.order == Order::kRandom && coin()) self.pause(Thread::kReady, "a barrier", site);
         return;
     }
@@ -339,6 +338,43 @@ int barrier_count(bool predicate, Site site) {
 
 // -------------------------------------------------------------------------------------------------------- warps
 
+namespace {
+
+// The open meeting of a mask's lanes, or a new one. Fails if some of the lanes are in a different operation.
+Meeting* find_meeting(Warp& warp, const char* operation, uint32_t mask, size_t input_bytes, Site site) {
+    for (auto& m : warp.meetings) {
+        if (m->done || !(m->mask & mask)) continue;
+        if (m->mask != mask || std::strcmp(m->operation, operation) != 0 || m->input_bytes != input_bytes) {
+            fail(site, std::string(operation) + ", while other lanes of its mask are in " + m->operation +
+                           ", or have another mask");
+        }
+        return m.get();
+    }
+    if (warp.spare.empty()) warp.spare.push_back(std::make_unique<Meeting>());
+    warp.meetings.push_back(std::move(warp.spare.back()));
+    warp.spare.pop_back();
+    Meeting* const meeting = warp.meetings.back().get();
+    meeting->operation = operation;
+    meeting->mask = mask;
+    meeting->arrived = meeting->left = 0;
+    meeting->done = false;
+    meeting->input_bytes = input_bytes;
+    return meeting;
+}
+
+// Makes a meeting that all lanes have left available for reuse.
+void recycle(Warp& warp, const Meeting* meeting) {
+    for (auto& m : warp.meetings) {
+        if (m.get() != meeting) continue;
+        warp.spare.push_back(std::move(m));
+        std::swap(m, warp.meetings.back());
+        warp.meetings.pop_back();
+        return;
+    }
+}
+
+}  // namespace
+
 void warp_meet(const char* operation, uint32_t mask, const void* input, size_t input_bytes, void* output,
                size_t output_bytes, const std::function<void(uint32_t, LaneData&, LaneData&)>& whole, Site site,
                bool orders_memory) {
@@ -355,27 +391,7 @@ void warp_meet(const char* operation, uint32_t mask, const void* input, size_t i
         }
     }
     Warp& warp = block.warps[self.linear / 32];
-    Meeting* meeting = nullptr;
-    for (auto& m : warp.meetings) {
-        if (m->done || !(m->mask & mask)) continue;
-        if (m->mask != mask || std::strcmp(m->operation, operation) != 0 || m->input_bytes != input_bytes) {
-            fail(site, std::string(operation) + ", while other lanes of its mask are in " + m->operation +
-                           ", or have another mask");
-        }
-        meeting = m.get();
-    }
-    if (!meeting) {
-        if (warp.spare.empty()) warp.spare.push_back(std::make_unique<Meeting>());
-        warp.meetings.push_back(std::move(warp.spare.back()));
-        warp.spare.pop_back();
-        meeting = warp.meetings.back().get();
-        meeting->operation = operation;
-        meeting->mask = mask;
-        meeting->arrived = meeting->left = 0;
-        meeting->done = false;
-        meeting->input_bytes = input_bytes;
-        meeting->output_bytes = output_bytes;
-    }
+    Meeting* const meeting = find_meeting(warp, operation, mask, input_bytes, site);
     if (input_bytes) std::memcpy(meeting->in[lane], input, input_bytes);
     meeting->arrived |= 1u << lane;
     if (meeting->arrived == mask) {
@@ -398,181 +414,7 @@ void warp_meet(const char* operation, uint32_t mask, const void* input, size_t i
     }
     if (output_bytes) std::memcpy(output, meeting->out[lane], output_bytes);
     meeting->left |= 1u << lane;
-    if (meeting->left == mask) {
-        for (auto& m : warp.meetings) {
-            if (m.get() != meeting) continue;
-            warp.spare.push_back(std::move(m));
-            std::swap(m, warp.meetings.back());
-            warp.meetings.pop_back();
-            break;
-        }
-    }
-}
-
-// ------------------------------------------------------------------------------------------------------- memory
-
-void access(Space space, Kind kind, const void* address, size_t bytes, Site site) {
-    Thread& self = this_thread();
-    Block& block = *self.block;
-    if (block.device.options.order == Order::kRandom && block.device.random() % 8 == 0) {
-        self.pause(Thread::kReady, "an access", site);
-    }
-    const auto at = reinterpret_cast<uintptr_t>(address);
-    if (at % bytes != 0) {
-        fail(site, "an access of " + std::to_string(bytes) + " bytes at an address that is no multiple of them");
-    }
-    const auto* byte = static_cast<const unsigned char*>(address);
-    Block* const inside = holder(byte);
-    if (space == Space::kShared && (!inside || !inside->holds(byte + bytes - 1))) {
-        fail(site, "a shared access of " + std::to_string(bytes) + " bytes at offset " +
-                       std::to_string(byte - block.shared) + " of " + std::to_string(block.shared_size));
-    }
-    if (inside && inside != &block && inside->live == 0) fail(site, "shared memory of a block that has ended");
-    if (inside && !inside->mbarriers.empty()) {
-        const auto next = inside->mbarriers.upper_bound(static_cast<size_t>(byte + bytes - 1 - inside->shared));
-        if (next != inside->mbarriers.begin() &&
-            std::prev(next)->first + 8 > static_cast<size_t>(byte - inside->shared)) {
-            fail(site, "an access to an mbarrier object that is no operation of mbarriers");
-        }
-    }
-    if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
-    if (any_managed && space == Space::kGlobal) touch(address, bytes, site);
-    if ((block.device.early || block.device.overtaken) && space == Space::kGlobal) {
-        block.device.check_overtaking(self, kind, address, bytes, site);
-    }
-    if (kind == Kind::kStore) ++block.device.progress;
-    const uint32_t number = site_number(site);
-    if (inside && inside != &block && block.races) {
-        block.races->visit(static_cast<int>(inside->rank), self.racer, number);
-    }
-    if (inside && block.races) block.races->access(self.racer, kind, inside->offset_in_cluster(byte), bytes, number);
-    collect(self, space, kind, address, bytes, number);
-}
-
-void changed() { ++this_thread().block->device.progress; }
-
-void observed() {
-    Thread& self = this_thread();
-    Device& device = self.block->device;
-    ++device.publications;
-    for (const uintptr_t address : self.exchange.fenced) {
-        auto& [store, readers] = device.exchanged[address];
-        if (store.block == self.block->number) store.published = device.publications;
-        const auto reader = readers.find(self.block->number);
-        if (reader != readers.end()) reader->second = device.publications;
-    }
-    self.exchange.fenced.clear();
-    self.exchange.observed = device.publications;
-}
-
-void exchange(Kind kind, const void* address, Site site) {
-    Thread& self = this_thread();
-    Block& block = *self.block;
-    auto& [store, readers] = block.device.exchanged[reinterpret_cast<uintptr_t>(address)];
-    const uint64_t taken_up = std::max(self.exchange.taken_up, block.exchange.taken_up);
-    self.exchange.unpublished.push_back(reinterpret_cast<uintptr_t>(address));
-    if (kind == Kind::kStore) {
-        for (const auto& [reader, published] : readers) {
-            if (reader == block.number || (published && published <= taken_up)) continue;
-            fail(site, "stores to what block " + std::to_string(reader) + " has read" +
-                           (published ? ", and has not taken that up with a fence" : ", which no fence has published"));
-        }
-        readers.clear();
-        store = {block.number, self.linear, site, 0};
-        return;
-    }
-    readers[block.number] = 0;
-    if (store.block == Device::Store::kNone || store.block == block.number) return;
-    if (store.published && store.published <= taken_up) return;
-    fail(site, "reads what thread " + std::to_string(store.thread) + " of block " + std::to_string(store.block) +
-                   " stored at " + place(store.site) +
-                   (store.published ? ", and has not taken it up with a fence" : ", which no fence has published"));
-}
-
-void fence(Site site) {
-    count("fence", site);
-    Thread& self = this_thread();
-    Block& block = *self.block;
-    for (auto* stores : {&self.exchange.unpublished, &block.exchange.unpublished}) {
-        self.exchange.fenced.insert(self.exchange.fenced.end(), stores->begin(), stores->end());
-        stores->clear();
-    }
-    self.exchange.taken_up = self.exchange.observed;
-}
-
-void Copy::land() {
-    if (landed) return;
-    landed = true;
-    std::memcpy(to, from, valid);
-    std::memset(static_cast<unsigned char*>(to) + valid, 0, bytes - valid);
-}
-
-void copy_async(void* shared, const void* global, size_t bytes, size_t valid, Site site) {
-    count("cp.async", site);
-    if (bytes != 4 && bytes != 8 && bytes != 16) fail(site, "cp.async copies 4, 8 or 16 bytes");
-    if (valid > bytes) fail(site, "cp.async of more source bytes than it copies");
-    access(Space::kShared, Kind::kStore, shared, bytes, site);
-    if (valid > 0) access(Space::kGlobal, Kind::kLoad, global, bytes, site);
-    Thread& self = this_thread();
-    Copy copy{shared, global, bytes, valid, false};
-    const Landing landing = self.block->device.options.landing;
-    if (landing == Landing::kEarliest || (landing == Landing::kRandom && coin())) copy.land();
-    self.open.push_back(copy);
-}
-
-void copy_commit(Site site) {
-    count("cp.async.commit_group", site);
-    Thread& self = this_thread();
-    self.groups.push_back(std::move(self.open));
-    self.open.clear();
-}
-
-void copy_wait(int pending, Site site) {
-    count("cp.async.wait_group", site);
-    Thread& self = this_thread();
-    while (static_cast<int>(self.groups.size()) > pending) {
-        for (Copy& copy : self.groups.front()) {
-            copy.land();
-            // To others, the copy is a write at the wait, not only where it was issued.
-            if (Races* races = self.block->races) {
-                races->access(self.racer, Kind::kStore, self.block->offset_in_cluster(copy.to), copy.bytes,
-                              site_number(site));
-            }
-        }
-        self.groups.pop_front();
-    }
-}
-
-void Device::check_overtaking(const Thread& thread, Kind kind, const void* address, size_t bytes, Site site) {
-    const auto first = reinterpret_cast<uintptr_t>(address) / 16;
-    const auto last = (reinterpret_cast<uintptr_t>(address) + bytes - 1) / 16;
-    if (early && !thread.waited) {
-        if (kind != Kind::kLoad) fail(site, "writes to global memory before griddepcontrol.wait");
-        for (uintptr_t at = first; at <= last; ++at) {
-            early->read.emplace(at, site_number(site));
-            if (early->written.count(at)) fail(site, "reads what the launch before writes, before griddepcontrol.wait");
-        }
-    }
-    if (!overtaken || kind == Kind::kLoad) return;
-    for (uintptr_t at = first; at <= last; ++at) {
-        overtaken->written.insert(at);
-        const auto found = overtaken->read.find(at);
-        if (found == overtaken->read.end()) continue;
-        fail(site, "writes what the next launch has read at " + place(site_of(found->second)) +
-                       ", before griddepcontrol.wait");
-    }
-}
-
-void grid_launch(Site site) {
-    count("griddepcontrol", site);
-    this_thread().let_next = true;
-}
-
-void grid_wait(Site site) {
-    count("griddepcontrol", site);
-    Thread& self = this_thread();
-    self.waited = true;
-    self.block->device.run_the_one_before();
+    if (meeting->left == mask) recycle(warp, meeting);
 }
 
 void spin(Site site) { this_thread().pause(Thread::kSpinning, "a loop that waits for memory", site); }

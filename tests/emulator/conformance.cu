@@ -12,7 +12,7 @@ QLK_DEVICE int lane() { return static_cast<int>(threadIdx.x); }
 QLK_DEVICE uint32_t bits(float value) { return __float_as_uint(value); }
 QLK_DEVICE float real(uint32_t value) { return __uint_as_float(value); }
 
-// Each operation: from the words of a lane to the words of a lane, executed by the whole warp.
+// Each operation maps a lane's words to a lane's words, and is executed by the whole warp.
 struct Prmt {
     static constexpr int kIn = 3, kOut = 1;
     QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) { out[0] = prmt(in[0], in[1], in[2] & 0xffff); }
@@ -71,7 +71,7 @@ struct Votes {
         out[0] = __ballot_sync(kAll, static_cast<int>(in[0] & 1));
         out[1] = static_cast<uint32_t>(__any_sync(kAll, (in[0] & 63) == 0));
         out[2] = static_cast<uint32_t>(__all_sync(kAll, (in[0] & 1023) != 0));
-        // Half of the warp by itself.
+        // Half of the warp on its own.
         out[3] = lane() < 16 ? __ballot_sync(0xffffu, static_cast<int>(in[0] & 2)) : 7;
     }
 };
@@ -108,7 +108,7 @@ struct Mma {
         for (int i = 0; i < 4; ++i) out[i] = bits(d[i]);
     }
 };
-// Three groups of copies, the last shorter; the values come from the lane beside.
+// Three groups of copies, the last one shorter; values come from the neighbouring lane.
 struct AsyncCopies {
     static constexpr int kIn = 12, kOut = 12;
     struct Shared {
@@ -143,7 +143,7 @@ Kernel kernel(const char* name) {
             }};
 }
 
-// Eight chains of products, which do not wait for each other.
+// Eight independent chains of products.
 __global__ void __launch_bounds__(kRateWarps * 32) rate_kernel(const __grid_constant__ RateArguments r) {
     const uint4 v = ld_global_once_16(r.in + 4 * (threadIdx.x % 32));
     const uint32_t a[4] = {v.x, v.y, v.z, v.w};

@@ -1,4 +1,4 @@
-// Small kernels that show what one instruction does: run on the emulator, and on a card, with the same operands.
+// Small kernels that show what one instruction does. They run on the emulator and on a card with the same operands.
 #pragma once
 
 #include <string>
@@ -22,11 +22,10 @@ struct Kernel {
 
 const std::vector<Kernel>& kernels();
 
-// As many products on tensor cores as they can take, for bench/card/tensor_rate.py: of each of `blocks`, kRateWarps warps
-// multiply `turns` times with operands that are not zeros. out [blocks, kRateWarps, 32] has each lane's sum of all its
-// sums.
+// Keeps the tensor cores busy, for the bench of their rate: kRateWarps warps in each of `blocks` multiply `turns`
+// times, with operands that are not zeros. out [blocks, kRateWarps, 32]: the total of each lane's sums.
 struct RateArguments {
-    const uint32_t* in;  // [32, 4]: the left operand of a lane
+    const uint32_t* in;  // [32, 4]: each lane's left operand
     float* out;
     int turns;
 };
@@ -34,7 +33,7 @@ constexpr int kRateWarps = 8;
 constexpr double kRateFlop = 8 * 2.0 * 16 * 8 * 16;  // of a warp in a turn
 void launch_rate(const RateArguments& arguments, int blocks, const cuda::Stream& stream);
 
-// Launches a block of threads that do nothing: with too many of them, or too much shared memory, to see a launch fail.
+// Launches a block of idle threads: too many of them, or too much shared memory, to see a launch fail.
 void launch_idle(int threads, size_t shared_bytes, const cuda::Stream& stream);
 
 }  // namespace qlk::conformance

@@ -1,4 +1,4 @@
-// The kernels of conformance.cu as nvcc compiles them, for a card.
+// The kernels of conformance.cu, compiled by nvcc for a card.
 #include "bind_conformance.h"
 
 PYBIND11_MODULE(_conformance, m) {

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(32) movmatrix_kernel(const __grid_constant__ A
     a.out[thread()] = movmatrix_transposed(load_global(a.in + thread()));
 }
 
-// Where each lane's four registers come to lie, plain and transposed.
+// Where each lane's four registers end up, plain and transposed.
 __global__ void __launch_bounds__(32) stmatrix_kernel(const __grid_constant__ Arguments a) {
     auto* const rows = &shared_memory<uint4>();
     const uint4 v = ld_global_once_16(a.in + 4 * thread());
@@ -32,7 +32,7 @@ struct Copied {
     MBarrier arrived;
 };
 
-// In two copies that one mbarrier counts, the second half first; out again in two groups.
+// In by two copies that one mbarrier counts, the second half first; out again in two groups.
 __global__ void __launch_bounds__(32) bulk_kernel(const __grid_constant__ Arguments a) {
     auto& s = sm90::aligned_shared<Copied>();
     if (thread() == 0) {
@@ -128,11 +128,11 @@ WideKernel tensor_kernel(const char* name) {
 
 // ------------------------------------------------------------------------------------------------------- products
 
-// How the kernels here lay out a matrix of [rows, 16]; distances as descriptors want them.
+// How the kernels here lay out a matrix [rows, 16]; distances as in descriptors.
 template <Swizzle kWay, bool kTransposed, int kRowsOf>
 struct Place {
     static constexpr int kBytes = kWay == Swizzle::kNone ? 16 : 2 * kSpan<kWay>;
-    // Beyond the first 32 bytes of a span, where there are more.
+    // After the first 32 bytes of a span, if it has more.
     static constexpr int kStart = !kTransposed && kBytes > 32 ? 32 : 0;
     static constexpr int kLeading =
         kWay != Swizzle::kNone ? (kTransposed ? 16 * kBytes : 16) : (kTransposed ? kRowsOf / 8 * 128 : 128);
@@ -159,8 +159,8 @@ struct Matrices {
     unsigned char b[256 * 128];
 };
 
-// a[64, 16], b[N, 16], then float32 sums as threads have them, [128][N / 2]; out the sums with the product twice, and
-// the product alone.
+// In: a[64, 16], b[N, 16], then float32 sums as threads hold them, [128][N / 2]. Out: the sums plus twice the product,
+// and the product alone.
 template <class T, int kColumns, Swizzle kWay, bool kTransposedA, bool kTransposedB, bool kRegisters>
 __global__ void __launch_bounds__(128) wgmma_kernel(const __grid_constant__ Arguments arguments) {
     using A = Place<kWay, kTransposedA, 64>;
@@ -223,7 +223,7 @@ WideKernel product(const char* name) {
 // ---------------------------------------------------------------------------------------------------------- rates
 
 struct RateShared {
-    uint4 a[2][64 * 8], b[256 * 8];  // rows of 128 bytes; whatever the order, they are numbers
+    uint4 a[2][64 * 8], b[256 * 8];  // rows of 128 bytes; any order will do
 };
 
 __global__ void __launch_bounds__(256, 1) wide_rate_kernel(const __grid_constant__ RateArguments r) {
@@ -300,7 +300,7 @@ const std::vector<WideKernel>& wide_kernels() {
         tensor_kernel<k32, true>("tensor store 32"),
         tensor_kernel<k64, true>("tensor store 64"),
         tensor_kernel<k128, true>("tensor store 128"),
-        // By how the shared memory is swizzled, and which of both are transposed.
+        // By the swizzle of shared memory, and which operands are transposed.
         product<bf16, 64, kPlain, false, false>("wgmma bf16 64 plain"),
         product<bf16, 64, kPlain, true, false>("wgmma bf16 64 plain a"),
         product<bf16, 64, kPlain, false, true>("wgmma bf16 64 plain b"),

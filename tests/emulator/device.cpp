@@ -1,4 +1,4 @@
-// Launches: which blocks are on the device, and when it is stuck.
+// Launches: which blocks are on the device, and how a deadlock is found.
 #include <algorithm>
 #include <numeric>
 
@@ -53,7 +53,7 @@ void Device::land_one() {
     copy->land();
 }
 
-// The blocks of a cluster leave together, so that an access to one that has ended is found.
+// A cluster's blocks leave together, so that an access to one that has ended can be detected.
 void Device::end(Block& block) {
     block.finish_requests();
     for (const auto& copy : under_way) {
@@ -80,6 +80,24 @@ void Device::end(Block& block) {
         resident_.end());
 }
 
+// No thread can run: lets those that spin look again. Throws if there are none, or if nothing changes any more.
+void Device::wake_spinning(uint64_t blocks_to_start) {
+    bool any = false;
+    for (auto& one : resident_) any |= one->all_spin_to_ready();
+    // Threads that only spin, round after round, wait for something that no thread is left to do.
+    idle_ = progress == progress_at_last_spin_ ? idle_ + 1 : 0;
+    progress_at_last_spin_ = progress;
+    if (any && idle_ <= 1000) return;
+    std::string message = "deadlock: ";
+    for (auto& one : resident_) message += one->who_waits_for_what() + ". ";
+    if (blocks_to_start > 0) {
+        message += std::to_string(blocks_to_start) +
+                   " blocks have not started (options().resident_blocks = " + std::to_string(options.resident_blocks) +
+                   ").";
+    }
+    throw Error(message);
+}
+
 void Device::run() {
     const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z, clusters = blocks / cluster_size;
     const size_t resident = std::max<size_t>(options.resident_blocks, cluster_size);
@@ -89,8 +107,7 @@ void Device::run() {
         std::iota(shuffled.begin(), shuffled.end(), 0);
         std::shuffle(shuffled.begin(), shuffled.end(), random);
     }
-    uint64_t next = 0, progress_at_last_spin = ~0ull;
-    int idle = 0;
+    uint64_t next = 0;
     try {
         while (next < clusters || !resident_.empty()) {
             while (next < clusters && resident_.size() + cluster_size <= resident) {
@@ -118,21 +135,7 @@ void Device::run() {
                 continue;
             }
             if (!thread) {
-                bool any = false;
-                for (auto& one : resident_) any |= one->all_spin_to_ready();
-                // Threads that only spin, round after round, wait for something that nobody is left to do.
-                idle = progress == progress_at_last_spin ? idle + 1 : 0;
-                progress_at_last_spin = progress;
-                if (!any || idle > 1000) {
-                    std::string message = "deadlock: ";
-                    for (auto& one : resident_) message += one->who_waits_for_what() + ". ";
-                    if (next < clusters) {
-                        message += std::to_string(blocks - next * cluster_size) +
-                                   " blocks have not started (options().resident_blocks = " +
-                                   std::to_string(options.resident_blocks) + ").";
-                    }
-                    throw Error(message);
-                }
+                wake_spinning(blocks - next * cluster_size);
                 continue;
             }
             block->run(*thread);
@@ -147,7 +150,7 @@ void Device::run() {
 
 namespace {
 
-// A launch that the next one may overtake.
+// A kFollowed launch that is held back.
 std::function<void(Overtaking&)>& held() {
     static thread_local std::function<void(Overtaking&)> one;
     return one;

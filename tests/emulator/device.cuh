@@ -1,5 +1,5 @@
-// CUDA as kernels see it, on the emulator: this file stands in for csrc/cuda/device/device.cuh. The first half is
-// general (CUDA's own spellings), the second the helpers of that file under the same names.
+// CUDA as kernels see it on the emulator; stands in for csrc/cuda/device/device.cuh. The first half is general, with
+// CUDA's own names; the second half has that file's helpers under the same names.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +56,7 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu, emu::Site s = emu::Site::her
 }
 
 namespace emu {
-// from(lane) is the lane to read, or -1 for the lane's own value. A lane outside of the mask gives garbage.
+// from(lane) is the lane to read, or -1 for the lane's own value. Reading a lane outside the mask gives garbage.
 template <class T, class F>
 T shuffle(const char* name, uint32_t mask, T value, F from, Site s) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
@@ -260,7 +260,7 @@ inline Half round_half(float value) {
     const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
     const float units = std::ldexp(magnitude, 10 - exponent);         // exact: a power of two
     const auto whole = static_cast<uint32_t>(std::nearbyint(units));  // the default rounding is to nearest even
-    // A carry out of the fraction runs into the exponent, as it should.
+    // A carry out of the fraction goes into the exponent, as it should.
     const uint32_t biased = magnitude < 0x1p-14f ? 0 : static_cast<uint32_t>(exponent + 14) << 10;
     return {static_cast<uint16_t>(sign | (biased + whole))};
 }
@@ -299,7 +299,7 @@ T from_bits(uint16_t bits) {
     return {bits};
 }
 
-constexpr int kArchitecture = 0;  // every kernel has its code
+constexpr int kArchitecture = 0;  // every kernel has code
 
 template <class T>
 T& shared_memory(emu::Site s = emu::Site::here()) {

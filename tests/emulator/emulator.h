@@ -1,6 +1,6 @@
-// A CUDA device for machines without one: runs a kernel's blocks as fibers, adversarially, and counts what it does.
+// A CUDA device for machines without one: runs a kernel's threads as fibers, adversarially, and counts what they do.
 //
-// See README.md beside this file for what is emulated and what is not. device.cuh and ptx.cuh are what kernels see.
+// README.md beside this file says what is emulated and what is not. Kernels see device.cuh and ptx.cuh.
 #pragma once
 
 #include <array>
@@ -14,12 +14,12 @@
 
 namespace emu {
 
-// A kernel did what CUDA leaves undefined or refuses; the message names thread, place and rule.
+// A kernel did something that CUDA leaves undefined or refuses. The message names thread, line and rule.
 struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// A line of a kernel. The default argument of each function that kernels call.
+// A line of a kernel: the default argument of every function that kernels call.
 struct Site {
     const char* file;
     int line;
@@ -32,51 +32,51 @@ struct Dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
 
-// Which runnable thread goes next: the lowest, the highest, or any, with changes at every access too.
+// Which runnable thread goes next: the lowest, the highest, or a random one, switching at accesses too.
 enum class Order { kForward, kReverse, kRandom };
-// When asynchronous copies land: at once, at the last moment that the waits permit, or anywhere between.
+// When asynchronous copies land: at once, at the last moment that the waits permit, or anywhere in between.
 enum class Landing { kEarliest, kLatest, kRandom };
 
 struct Options {
     Order order = Order::kForward;
     Landing landing = Landing::kLatest;
     uint64_t seed = 0;
-    // Blocks that are on the device at a time. More than one for kernels whose blocks wait for each other.
+    // Blocks on the device at a time. More than one for kernels whose blocks wait for each other.
     int resident_blocks = 1;
-    // Whether accesses to shared memory that nothing orders are errors, or only do what the order makes of them.
+    // Whether unordered accesses to shared memory are errors. If not, they just happen in the order of execution.
     bool find_races = true;
-    // What cudaDevAttrMultiProcessorCount says: few, so that loops over a persistent grid run more than once.
+    // cudaDevAttrMultiProcessorCount. Few, so that loops of persistent grids run more than once.
     int multiprocessors = 2;
-    int architecture = 90;  // that kernels count as compiled for: 90 for sm_90
-    // Shared memory a block may have (227 KiB on sm_90, 64 KiB on sm_75).
+    int architecture = 90;  // that kernels are taken to be compiled for: 90 for sm_90
+    // Most shared memory of a block (227 KiB on sm_90, 64 KiB on sm_75).
     size_t max_shared_bytes = 227 * 1024;
-    // Of managed.h: whether there is such memory, its pages, the most that can be had at once, whether a kernel may use
-    // a page that is on the host, and what the card has left.
+    // For managed.h: whether there is managed memory, the size of its pages, the largest allocation, whether a kernel's
+    // access to a page on the host is an error, and the card's free memory.
     bool managed = true;
     size_t page_bytes = 65536;
     size_t managed_limit = size_t{1} << 40;
     bool forbid_faults = false;
     size_t free_bytes = size_t{64} << 30;
-    bool capturing = false;      // what the caller's stream says when asked
-    bool early_launches = true;  // whether a launch may begin before the one before it has ended
-    bool executes = true;        // or are launches only counted? Then what is left is what the host does
+    bool capturing = false;      // the caller's stream is being captured
+    bool early_launches = true;  // a launch may start before the previous one has ended
+    bool executes = true;        // false: launches are only counted, and what remains is the host's work
 };
 
-// The options of the launches to come, of this thread of the process.
+// Options for later launches of this host thread.
 Options& options();
 
 // How one line of a kernel used memory, over all its warps.
 struct Traffic {
     uint64_t requests = 0;  // warp-wide instructions
-    uint64_t bytes = 0;     // asked for by all lanes
+    uint64_t bytes = 0;     // requested by all lanes
     uint64_t actual = 0;    // shared: passes through the 32 banks; global: 32-byte sectors touched
-    uint64_t minimum = 0;   // the fewest that these bytes could have taken
+    uint64_t minimum = 0;   // the fewest possible for these bytes
 };
 
 struct Counters {
     uint64_t launches = 0, blocks = 0;
-    uint64_t early = 0;                             // launches that began before the one before them had ended
-    std::map<std::string, uint64_t> instructions;   // by class, one for each thread that executes it
+    uint64_t early = 0;                             // launches that started before the previous one had ended
+    std::map<std::string, uint64_t> instructions;   // by class, once for each thread that executes it
     std::map<std::string, Traffic> shared, global;  // by "file:line kind"
     std::string json() const;
 };
@@ -85,17 +85,17 @@ struct Counters {
 Counters counters();
 void reset_counters();
 
-// Where a launch begins. kFollowed: it is held back until the next one, which may begin before it has ended. kEarly:
-// such a one; the other runs when a thread calls grid_wait, or, in random order, perhaps before all of it. kInOrder
-// runs at once, after what was held back.
+// When a launch runs. kFollowed: held back until the next launch, which may be kEarly. kEarly: starts first; the launch
+// held back runs when a thread calls grid_wait, or, in random order, perhaps before. kInOrder: at once, after the
+// launch held back.
 enum class Start { kInOrder, kFollowed, kEarly };
 
-// Runs body() once for each thread of each block. Throws Error, after all fibers have been unwound. With kFollowed a
-// copy of body() is run later: what it refers to has to be there then. `cluster` blocks that follow each other along x
-// run at the same time.
+// Runs body() once for each thread of each block. Throws Error after unwinding all fibers. With kFollowed a copy of
+// body() runs later, so what it refers to has to live until then. cluster: so many consecutive blocks along x run at
+// the same time.
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body,
             Start start = Start::kInOrder, unsigned cluster = 1);
-// Forgets what is held back.
+// Forgets a launch that is held back.
 void forget_held();
 
 // ---------------------------------------------------------------- for device.cuh and ptx.cuh
@@ -120,42 +120,42 @@ enum class Kind { kLoad, kStore, kAtomic };
 // Checks an access of the running thread (alignment; shared addresses against the block's memory), counts it, and in
 // random order lets another thread run first.
 void access(Space space, Kind kind, const void* address, size_t bytes, Site site);
-// An atomic operation changed memory: whoever spins has something new to look at.
+// An atomic operation changed memory, so spinning threads have to look again.
 void changed();
-// An atomic operation of the running thread: it publishes what a fence has put before it, and what other blocks have
-// published is the thread's to take up, with a fence.
+// An atomic operation of the running thread. It publishes what a fence has ordered before it, and lets the thread take
+// up, with a fence, what other blocks have published.
 void observed();
-// An access to global memory by which blocks tell each other something. A load of what another block stored throws
-// unless a fence and an atomic operation of that block came between, and then those of the reader, the fence last. So
-// does a store to what another block has loaded.
+// An access to global memory by which blocks exchange something. A load of another block's store throws unless that
+// block's fence and atomic operation came in between, and then an atomic operation and a fence of the reader. The same
+// goes for a store to what another block has loaded.
 void exchange(Kind kind, const void* address, Site site);
-// __threadfence: what the thread has stored, or has met in a barrier of the block, comes before its next atomic
-// operation, and what its last one observed is taken up.
+// __threadfence: orders the thread's stores, and those it learned of at a barrier of the block, before its next atomic
+// operation, and takes up what its last one observed.
 void fence(Site site);
-// Counts an instruction of a class, once for each thread.
+// Counts an instruction by class, once for each thread.
 void count(const char* instruction, Site site);
 
-// barrier.cta.sync id, threads: waits until that many threads have arrived (0: all of the block that still run).
+// barrier.cta.sync id, threads: waits until that many threads have arrived (0: all threads of the block still running).
 void barrier(int id, int threads, Site site);
 // barrier.cta.arrive: the same without waiting.
 void barrier_arrive(int id, int threads, Site site);
-// All threads of the block, as __syncthreads_count: how many gave true.
+// __syncthreads_count: how many threads of the block passed true.
 int barrier_count(bool predicate, Site site);
 
-// An asynchronous copy of the running thread; zeros beyond `valid` bytes of the `bytes`.
+// An asynchronous copy of the running thread, zeros after the first `valid` bytes.
 void copy_async(void* shared, const void* global, size_t bytes, size_t valid, Site site);
 void copy_commit(Site site);
 // Waits until at most `pending` of the newest groups are under way.
 void copy_wait(int pending, Site site);
 
-// griddepcontrol.launch_dependents: as far as this thread goes, the next launch may begin. Each thread of a launch that
-// the next one may overtake calls this; else it throws, for the next one would begin no earlier.
+// griddepcontrol.launch_dependents: this thread lets the next launch start. Each thread of a kFollowed launch has to
+// call it; otherwise the launch throws, because the next one would not start any earlier.
 void grid_launch(Site site);
-// griddepcontrol.wait: what the launch before this one has written is there. Where that one may have been overtaken,
-// each thread calls this before it writes to global memory, reads what the other writes, or ends; else it throws.
+// griddepcontrol.wait: afterwards the previous launch's writes are visible. Each thread of a kEarly launch has to call
+// it before it writes to global memory, reads what the previous launch writes, or ends; otherwise the launch throws.
 void grid_wait(Site site);
 
-// Lets other threads run; for a loop that waits for memory to change.
+// Lets other threads run. For a loop that waits for memory to change.
 void spin(Site site);
 
 // ------------------------------------------------------------------------------------------- of sm_90 and later
@@ -163,20 +163,20 @@ void spin(Site site);
 // mbarrier.init, .inval. An object belongs to the block in whose shared memory it lies.
 void mbarrier_init(void* mbarrier, uint32_t arrivals, Site site);
 void mbarrier_invalidate(void* mbarrier, Site site);
-// mbarrier.expect_tx of `bytes`, then mbarrier.arrive, the former where bytes are not 0. Of any block of the cluster.
+// mbarrier.expect_tx for `bytes` unless 0, then mbarrier.arrive. For an mbarrier of any block of the cluster.
 void mbarrier_arrive(void* mbarrier, uint32_t arrivals, uint32_t bytes, Site site);
-// mbarrier.test_wait.parity, and a loop of try_wait.parity until it is so.
+// mbarrier.test_wait.parity, and a loop of try_wait.parity until it is true.
 bool mbarrier_test(void* mbarrier, uint32_t parity, Site site);
 void mbarrier_wait(void* mbarrier, uint32_t parity, Site site);
-// fence.mbarrier_init, and fence.proxy.async, which also does what the former does.
+// fence.mbarrier_init, and fence.proxy.async, which includes it.
 void mbarrier_fence(Site site);
 void proxy_fence(Site site);
 
-// How 16 bytes of shared memory change places: bits 4 and up of an address by bits 7 and up.
+// How 16-byte pieces of shared memory are swizzled: address bits 4 and up are XORed with bits 7 and up.
 enum class Swizzle { kNone, k32, k64, k128 };
 size_t swizzled(Swizzle swizzle, size_t address);
 
-// A plain matrix in global memory of which boxes are copied, as cuTensorMapEncodeTiled describes one of rank 2.
+// A matrix in global memory whose boxes are copied: a tensor map of rank 2, as cuTensorMapEncodeTiled makes it.
 struct Tensor {
     unsigned char* memory;
     size_t element;    // bytes
@@ -185,18 +185,18 @@ struct Tensor {
     uint32_t box[2];   // columns, rows
     Swizzle swizzle;
 };
-// Throws invalid_argument where the driver would refuse.
+// Throws std::invalid_argument where the driver would refuse.
 void check(const Tensor& tensor);
 
-// cp.async.bulk.shared::cluster.global, .tensor.2d and plain; what lies outside of the tensor is 0. `blocks`, a bit for
-// each rank in the cluster, of whom each gets a copy and has its own mbarrier told; 0: this block alone.
+// cp.async.bulk.shared::cluster.global, .tensor.2d and plain; zeros outside the tensor. blocks: a bit for each rank in
+// the cluster; each of these blocks gets a copy, counted by its own mbarrier. 0: this block only.
 void tensor_load(void* shared, const Tensor& tensor, int column, int row, void* mbarrier, uint32_t blocks, Site site);
 void bulk_load(void* shared, const void* global, size_t bytes, void* mbarrier, uint32_t blocks, Site site);
 // cp.async.bulk.global.shared::cta, in groups of the running thread.
 void tensor_store(const Tensor& tensor, int column, int row, const void* shared, Site site);
 void bulk_store(void* global, const void* shared, size_t bytes, Site site);
 void bulk_commit(Site site);
-// Until at most `pending` of the newest groups still read shared memory; or, not only that, still write.
+// Waits until at most `pending` of the newest groups are still reading shared memory (only_read) or still writing.
 void bulk_wait(int pending, bool only_read, Site site);
 
 unsigned cluster_rank();
@@ -204,7 +204,7 @@ unsigned cluster_size();
 // barrier.cluster.arrive, with .release or .relaxed, and barrier.cluster.wait.acquire.
 void cluster_arrive(bool release, Site site);
 void cluster_wait(Site site);
-// mapa: where another block has what lies at `shared` in this one.
+// mapa: the address in another block's shared memory that corresponds to `shared` in this one.
 void* cluster_map(const void* shared, unsigned rank, Site site);
 
 // wgmma.mma_async.m64nNk16 of 16-bit elements with sums in float32, for the warp of the running thread.
@@ -212,21 +212,21 @@ struct Product {
     int columns;                      // N
     bool transposed_a, transposed_b;  // MN-major in shared memory
     bool accumulate;
-    const uint32_t* fragment;  // A in registers, of each lane; or null
+    const uint32_t* fragment;  // each lane's A in registers, or null
     uint64_t a, b;             // matrix descriptors
-    float* sums;               // N / 2 of each lane
+    float* sums;               // each lane's N / 2 sums
     float (*widen)(uint16_t);
 };
 void wgmma(const Product& product, Site site);
 void wgmma_fence(Site site);
-// setmaxnreg, to more or fewer registers: of all warps of a warpgroup, each time the same.
+// setmaxnreg.inc or .dec. All warps of a warpgroup have to ask for the same.
 void set_registers(int registers, bool more, Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int pending, Site site);
 // A matrix descriptor; distances in bytes.
 uint64_t wgmma_descriptor(const void* shared, size_t leading, size_t stride, Swizzle swizzle, Site site);
 
-// Whole-warp operations. Each lane of the mask brings `bytes` of input; when the last has come, `whole` computes all
+// Whole-warp operations. Each lane of the mask brings its input; when the last one arrives, `whole` computes all
 // outputs from all inputs, both [32] with a stride of kLaneBytes. Only __syncwarp orders the lanes' memory accesses.
 constexpr size_t kLaneBytes = 256;
 using LaneData = unsigned char[32][kLaneBytes];

@@ -18,9 +18,8 @@
 #endif
 
 #if defined(__x86_64__)
-// void emu_switch(void** save, void* load): the callee-saved registers go to the stack, the stack pointers change
-// places, and the other side's registers come back. About ten times as fast as swapcontext, which asks the kernel for
-// the signal mask each time.
+// void emu_switch(void** save, void* load): pushes the callee-saved registers, switches stack pointers and pops the
+// other side's registers. About ten times as fast as swapcontext, which asks the kernel for the signal mask each time.
 asm(R"(
 .text
 .globl emu_switch
@@ -48,7 +47,7 @@ extern "C" void emu_switch(void** save, void* load);
 
 namespace emu {
 namespace {
-// Sanitizers' frames are several times as large. Pages that are never touched cost nothing.
+// Under sanitizers frames are several times as large. Pages that are never touched cost nothing.
 constexpr size_t kStack = EMU_ASAN ? 512 * 1024 : 128 * 1024;
 }  // namespace
 
@@ -93,7 +92,7 @@ void Fiber::leave() {
 #endif
 }
 
-// The first frame of the stack. It never ends: a finished job leaves, and the next one starts in the same frame.
+// The first frame of the stack. It never returns: when a job is done it leaves, and the next one starts in this frame.
 void Fiber::entry(Fiber* self) {
 #if EMU_ASAN
     __sanitizer_finish_switch_fiber(nullptr, &self->caller_bottom_, &self->caller_size_);

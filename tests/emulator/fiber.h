@@ -1,4 +1,4 @@
-// Fibers: functions with stacks of their own, switched by hand on one thread of the processor.
+// Fibers: functions with their own stacks, switched by hand on one host thread.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace emu {
 
-// A stack that runs one job after another. resume() goes on with the job until it calls Fiber::leave() or returns.
+// A stack that runs one job after another. resume() continues the job until it calls leave() or returns.
 class Fiber {
   public:
     Fiber();
@@ -14,10 +14,10 @@ class Fiber {
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
 
-    // The next resume() starts job(argument). It must not let an exception out.
+    // The next resume() starts job(argument). The job must not throw.
     void start(void (*job)(void*), void* argument);
     void resume();
-    // From within a job: back to whoever resumed.
+    // Called by the job: returns to the caller of resume().
     void leave();
 
   private:
@@ -30,9 +30,9 @@ class Fiber {
     void* argument_ = nullptr;
     unsigned char* stack_ = nullptr;  // mmapped, the lowest page unreadable
     size_t size_ = 0;
-    void* job_context_ = nullptr;  // where each side goes on: a stack pointer, or a ucontext_t
+    void* job_context_ = nullptr;  // where each side continues: a stack pointer or a ucontext_t
     void* caller_context_ = nullptr;
-    // AddressSanitizer has to be told of each change of stack.
+    // AddressSanitizer has to be told about each change of stacks.
     void* job_fake_stack_ = nullptr;
     void* caller_fake_stack_ = nullptr;
     const void* caller_bottom_ = nullptr;

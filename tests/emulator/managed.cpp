@@ -14,7 +14,7 @@ namespace emu {
 struct Queue {
     std::deque<std::function<void()>> operations;
     uint64_t done = 0;
-    uint64_t launches = 0;  // of the caller's stream that it has waited for
+    uint64_t launches = 0;  // in the caller's stream that it has waited for
 };
 
 namespace {
@@ -23,16 +23,16 @@ struct Range {
     size_t bytes, page_bytes;
     bool managed;
     std::vector<bool> on_device;
-    std::vector<uint64_t> used;  // by which launch last
+    std::vector<uint64_t> used;  // the last launch that used each page
 
     Range(size_t size, size_t page, bool moves)
         : bytes(size), page_bytes(page), managed(moves), on_device(size / page, !moves), used(size / page, 0) {}
 };
 
 thread_local uint64_t launches = 0;
-thread_local const Queue* running = nullptr;  // whose operation it is; null: the caller's stream
+thread_local const Queue* running = nullptr;  // the queue whose operation is running; null: the caller's stream
 
-// By the address of their first byte, which lies on a page.
+// By the address of their first byte, which is page-aligned.
 std::map<uintptr_t, Range>& ranges() {
     static thread_local std::map<uintptr_t, Range> all;
     return all;
@@ -72,7 +72,7 @@ void run_until(Queue* queue, uint64_t position) {
         try {
             operation();
         } catch (...) {
-            // What was to come after it is not done any more, as after an error on a card.
+            // Later operations are dropped, as after an error on a card.
             queue->done += queue->operations.size();
             queue->operations.clear();
             running = before;
@@ -95,7 +95,7 @@ void* allocate(size_t bytes, bool managed) {
 
 void release(void* memory) {
     const auto found = ranges().find(reinterpret_cast<uintptr_t>(memory));
-    if (found == ranges().end()) throw Error("what is freed was not allocated here");
+    if (found == ranges().end()) throw Error("memory is freed that was not allocated here");
     const Range& range = found->second;
     if (range.managed) counts().resident -= std::count(range.on_device.begin(), range.on_device.end(), true);
     ranges().erase(found);
@@ -103,7 +103,7 @@ void release(void* memory) {
     std::free(memory);
 }
 
-// What a side stream does to memory comes after the kernels that have used it.
+// Throws unless a side stream's operation comes after the kernels that have used the pages.
 void after_kernels(const Range& range, size_t first, size_t end) {
     if (!running) return;
     for (size_t page = first; page < end; ++page) {

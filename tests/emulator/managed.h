@@ -1,10 +1,10 @@
-// Managed memory, streams beside the caller's and events, for tests of what is paged when.
+// Managed memory, side streams and events, for tests of what is paged when.
 //
-// A page is on the device or on the host. A kernel's access to one that is on the host is a fault, as on a card: it
-// moves the page and is counted, or, where options().forbid_faults says so, is an error. What is put into a side stream
-// happens as early or as late as the waits permit: options().landing. The caller's stream does everything at once; so
-// that a side stream is not found to wait for a kernel by chance, what moves or overwrites memory that a kernel has
-// used is an error there unless an event after that kernel has been waited for.
+// A page is on the device or on the host. A kernel's access to a page on the host is a fault, as on a card: it moves
+// the page and is counted, or is an error with options().forbid_faults. Work in a side stream happens as early or as
+// late as the waits permit (options().landing). The caller's stream does everything at once. So that a side stream
+// cannot be right by chance, moving or overwriting memory that a kernel has used is an error there, unless an event
+// after that kernel has been waited for.
 #pragma once
 
 #include <cstddef>
@@ -26,33 +26,33 @@ struct Paging {
 Paging paging();
 void reset_paging();  // the counts; pages stay where they are
 
-// While the caller's stream is being captured no memory can be had; throws then.
+// Throws while the caller's stream is being captured: then no memory can be allocated.
 void refuse_in_capture();
 
 void* allocate_managed(size_t bytes);
 void free_managed(void* memory);
-// Plain memory of the device, of which only the use by kernels is known.
+// Plain device memory; only its use by kernels is tracked.
 void* allocate_device(size_t bytes);
 void free_device(void* memory);
 void copy(void* to, const void* from, size_t bytes);
 void note_launch();
 void prefetch(const void* memory, size_t bytes, bool to_device);
-// An access of a kernel; called only where there is managed memory.
+// A kernel's access. Only called if there is managed memory.
 void touch(const void* address, size_t bytes, Site site);
 extern thread_local bool any_managed;
 
-// A queue of operations. Null stands for the caller's stream, where everything happens at once.
+// A queue of operations. Null is the caller's stream, where everything happens at once.
 struct Queue;
 Queue* make_queue();
 void destroy_queue(Queue* queue);
 void enqueue(Queue* queue, std::function<void()> operation);
 void drain(Queue* queue);
 
-// The place of an event in a queue.
+// An event's position in a queue.
 struct Mark {
     Queue* queue = nullptr;
     uint64_t position = 0;
-    uint64_t launches = 0;  // of the caller's stream, which has no queue
+    uint64_t launches = 0;  // in the caller's stream, which has no queue
 };
 Mark mark(Queue* queue);
 void hold(Queue* queue, Mark until);

@@ -1,4 +1,5 @@
-// The twin of csrc/cuda/device/memory.cuh: managed memory whose pages have a side, and streams that dawdle.
+// Twin of csrc/cuda/device/memory.cuh: managed memory whose pages are on the device or on the host, and streams that
+// lag.
 #pragma once
 
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// The Python module _emulated: the kernels of csrc/cuda on the emulator, its options and counters, and kernels with
-// and without faults to test it by.
+// The Python module _emulated: the kernels of csrc/cuda on the emulator, its options and counters, and kernels with and
+// without faults that test it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

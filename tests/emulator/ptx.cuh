@@ -1,4 +1,4 @@
-// The twins of csrc/cuda/device/ptx.cuh: the same names, with the semantics of the PTX ISA in plain C++.
+// Twins of csrc/cuda/device/ptx.cuh: the same names, with the semantics of the PTX ISA in plain C++.
 #pragma once
 
 #include <device.cuh>
@@ -118,7 +118,7 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
                     for (int i = 0; i < 2; ++i) right[2 * t + e + i * 8][g] = half(in[lane].b[i], e);
                 }
             }
-            // How a card rounds within one product is not specified; here, once, at its end.
+            // How a card rounds within a product is not specified. Here it is once, at the end.
             for (int lane = 0; lane < 32; ++lane) {
                 for (int i = 0; i < 4; ++i) {
                     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;

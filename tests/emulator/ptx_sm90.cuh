@@ -1,4 +1,4 @@
-// The twins of csrc/cuda/device/ptx_sm90.cuh: the same names, with the semantics of the PTX ISA in plain C++.
+// Twins of csrc/cuda/device/ptx_sm90.cuh: the same names, with the semantics of the PTX ISA in plain C++.
 #pragma once
 
 #include <ptx.cuh>
@@ -7,7 +7,7 @@ namespace qlk::cuda {
 
 using emu::Swizzle;
 
-// Within the block's; a card's begins at a multiple of 1024, too.
+// Offset in the block's shared memory, which starts at a multiple of 1024, as on a card.
 inline uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - emu::shared_bytes());
 }
@@ -71,7 +71,7 @@ inline void mbarrier_arrive_at(MBarrier& b, unsigned rank, emu::Site s = emu::Si
 }
 inline bool mbarrier_test(MBarrier& b, uint32_t parity, emu::Site s = emu::Site::here()) {
     if (emu::mbarrier_test(&b, parity, s)) return true;
-    emu::spin(s);  // who asks in a loop lets others go on
+    emu::spin(s);  // a thread that asks in a loop lets others run
     return emu::mbarrier_test(&b, parity, s);
 }
 inline void mbarrier_wait(MBarrier& b, uint32_t parity, emu::Site s = emu::Site::here()) {
@@ -150,7 +150,7 @@ void launch_clusters(void (*kernel)(Params), unsigned cluster, int64_t blocks, i
 
 // ------------------------------------------------------------------------------------------------------ warpgroups
 
-// Which lane is not specified; the same one each time.
+// Which lane is not specified, but it is always the same.
 inline bool elect_one(emu::Site s = emu::Site::here()) {
     const emu::Options& o = emu::options();
     const unsigned leader = o.order == emu::Order::kForward   ? 0
@@ -165,7 +165,7 @@ inline bool elect_one(emu::Site s = emu::Site::here()) {
         s);
 }
 
-// Registers are not known here.
+// The emulator doesn't know registers; it only checks that a warpgroup agrees.
 template <int kRegisters>
 void setmaxnreg_inc(emu::Site s = emu::Site::here()) {
     static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
@@ -188,7 +188,7 @@ void wgmma_wait(emu::Site s = emu::Site::here()) {
     emu::wgmma_wait(kPending, s);
 }
 
-// Says nothing here: sums that are not there yet are NaN.
+// Not needed here: sums that are not complete are NaN.
 template <int kCount>
 void wgmma_settle(float (&)[kCount]) {}
 

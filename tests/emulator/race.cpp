@@ -13,18 +13,12 @@ std::vector<std::unique_ptr<T>>& spare() {
     return all;
 }
 
-std::string place(uint32_t site) {
-    const Site there = site_of(site);
-    const char* slash = std::strrchr(there.file, '/');
-    return std::string(slash ? slash + 1 : there.file) + ":" + std::to_string(there.line);
-}
-
 }  // namespace
 
 Races::Races(size_t shared_bytes, int threads, int blocks)
     : clocks_(threads),
       clock_epochs_(threads, 0),
-      of_block_(threads / blocks),
+      block_threads_(threads / blocks),
       width_(threads),
       starts_(threads, 0),
       fences_(threads),
@@ -52,7 +46,7 @@ Clock& Races::clock(int thread) {
     return c;
 }
 
-// Of what one thread knows to be complete, all do after they have met.
+// After all threads have met, all know what any of them has seen to be complete.
 void Races::forget_seen() {
     Clock most(width_, 0);
     for (size_t t = 0; t < clocks_.size(); ++t) {
@@ -67,7 +61,7 @@ void Races::forget_seen() {
 void Races::all_meet() {
     if (!operations_.empty()) forget_seen();
     ++shadow_->epoch;
-    // What agents are still at goes on.
+    // Agents' pending operations carry over.
     for (const Operation& o : operations_) {
         for (size_t at = o.offset / 4 * 4; at < o.offset + o.bytes; at += 4) {
             Word& w = word(at);
@@ -116,23 +110,25 @@ void Races::ended(int by) { ended_[by] = true; }
 void Races::visit(int block, int by, uint32_t time, uint32_t site) { visits_[{block, by}] = {time, site}; }
 
 void Races::check_visits(int block) {
-    for (const auto& [who_visits, when] : visits_) {
-        if (who_visits.first != block) continue;
+    for (const auto& [visit, when] : visits_) {
+        const auto [visited, visitor] = visit;
+        if (visited != block) continue;
         bool seen = false;
-        for (int t = block * of_block_; t < (block + 1) * of_block_; ++t)
-            seen |= clock(t)[who_visits.second] >= when.first;
+        for (int t = block * block_threads_; t < (block + 1) * block_threads_; ++t)
+            seen |= clock(t)[visitor] >= when.first;
         if (seen) continue;
-        throw Error(place(when.second) + ": " + who(who_visits.second) + " uses shared memory of block " +
+        throw Error(place(site_of(when.second)) + ": " + name_of(visitor) + " uses shared memory of block " +
                     std::to_string(block) + " of the cluster, and nothing orders that before the end of that block");
     }
 }
 
-std::string Races::who(int thread) const {
+std::string Races::name_of(int thread) const {
     const int threads = static_cast<int>(clocks_.size());
     if (thread >= threads) return "an asynchronous operation";
-    const std::string block =
-        threads == of_block_ ? "the block" : "block " + std::to_string(thread / of_block_) + " of the cluster";
-    return "thread " + std::to_string(thread % of_block_) + " of " + block;
+    const std::string block = threads == block_threads_
+                                  ? "the block"
+                                  : "block " + std::to_string(thread / block_threads_) + " of the cluster";
+    return "thread " + std::to_string(thread % block_threads_) + " of " + block;
 }
 
 void Races::check(const Records& records, const Record& by, int thread, const char* did, const char* does,
@@ -142,12 +138,12 @@ void Races::check(const Records& records, const Record& by, int thread, const ch
         if (clock(thread)[r.thread] >= r.time) continue;
         const std::string it = by.thread == thread ? "it" : "an asynchronous operation";
         fail(site_of(by.site), "a race: " + it + " " + does + " shared memory at offset " + std::to_string(offset) +
-                                   ", which " + who(r.thread) + " " + did + " at " + place(r.site) +
+                                   ", which " + name_of(r.thread) + " " + did + " at " + place(site_of(r.site)) +
                                    ", and nothing orders the two");
     }
 }
 
-// The newest record of a thread stands for its older ones.
+// A thread's newest record replaces its older ones.
 void Races::note(Records& records, const Record& record) {
     const uint64_t bit = 1ull << record.thread % 64;
     if (records.threads & bit) {
@@ -179,7 +175,7 @@ void Races::access_word(Word& word, const Record& by, int thread, Kind kind, siz
         return;
     }
     check(word.reads, by, thread, "read", does, offset);
-    // All that touched these bytes before is ordered before this: only what comes after it can race with it.
+    // All earlier accesses to these bytes are ordered before this one, so later ones need only be compared with it.
     const auto covered = [&](const Record& r) { return (r.bytes & ~by.bytes) == 0 && !by.atomic; };
     for (auto* list : {&word.reads.list, &word.writes.list}) {
         list->erase(std::remove_if(list->begin(), list->end(), covered), list->end());
@@ -217,7 +213,8 @@ void Races::access_by(int agent, uint32_t time, int thread, Kind kind, size_t of
                 continue;
             }
             fail(site_of(site), std::string("an asynchronous operation ") + (kind == Kind::kLoad ? "reads" : "writes") +
-                                    " shared memory at offset " + std::to_string(at) + ", which " + who(written.by) +
+                                    " shared memory at offset " + std::to_string(at) + ", which " +
+                                    name_of(written.by) +
                                     " wrote, and no fence.proxy.async of that thread comes between");
         }
         if (kind != Kind::kLoad) {

@@ -1,10 +1,10 @@
-"""Checks the check: with any one barrier, wait or fence removed from a kernel, a test on the emulator has to fail.
+"""Checks the check: if any one barrier, wait or fence is removed from a kernel, a test on the emulator has to fail.
 
     python tests/emulator/remove_barriers.py [--changed-since COMMIT] [FILE ...]
 
-The emulator is built once, from a copy of the sources in which each of them asks whether it is the one that is removed:
-an environment variable says which. Then the tests run for each until one fails. What survives is unnecessary (remove
-it) or a hole in the emulator (mend it); the exit code is then 1.
+The emulator is built once, from a copy of the sources in which each statement asks whether it is the one to leave out:
+an environment variable says which. Then, for each of them, tests run until one fails. A statement that survives is
+either unnecessary (remove it) or a hole in the emulator (close it); the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-#: Statements that order something: calls of these, alone on their line or before a comment.
+#: Statements that order something: calls of these, on a line of their own, perhaps before a comment.
 ORDERING = re.compile(
     r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+"
     r"|griddep_\w+)"
     r"(?:<[^;]*>)?\([^;]*\);"
-    # Of streams, in arena.cu.
+    # For streams, in arena.cu.
     r"|\w+\[[^\]]*\]->hold\([^;]*\);)"
 )
-#: The tests of each source, those first that are quickest to fail: a file, and what to select in it.
+#: Tests for each source, the quickest to fail first: a file, and what to select in it.
 QUANTIZATION = tuple(
     ("tests/ops/test_quantize.py", f"emulated and {words}")
     for words in ("test_every_engine_gives_the_same_bits", "test_double_quantization", "test_dequantize", "test")
@@ -89,9 +89,9 @@ def places(paths: list[Path]) -> list[Place]:
     return found
 
 
-#: Names the place that is removed, by its number.
+#: Holds the number of the place that is removed.
 VARIABLE = "QLORA_KERNELS_EMULATOR_REMOVED"
-#: For the copy of device.cuh, which all sources include.
+#: Appended to the copy of device.cuh, which all sources include.
 QUESTION = f"""
 #include <cstdlib>
 namespace emu {{
@@ -102,7 +102,7 @@ inline bool removed(int place) {{ return place == removed_place; }}
 
 
 def make_removable(found: list[Place], copy: Path) -> None:
-    """Has each statement in a copy of the sources, and none but those, ask whether it is removed."""
+    """Changes a copy of the sources so that each of these statements asks whether it is removed."""
     for number, place in enumerate(found):
         path = copy / place.path
         lines = path.read_text().splitlines(keepends=True)
@@ -115,7 +115,7 @@ def make_removable(found: list[Place], copy: Path) -> None:
 
 
 def failing_test(module: Path, tests=QUANTIZATION, removed: int = -1) -> str | None:
-    """The first test that fails with a module of the emulator and one place removed, or None."""
+    """The first test that fails on an emulator module with one place removed, or None."""
     environment = {**os.environ, "QLORA_KERNELS_EMULATOR_MODULE": str(module), "OMP_NUM_THREADS": "1"}
     environment[VARIABLE] = str(removed)
     for file, expression in tests:
@@ -141,7 +141,7 @@ def first_test(file: str, expression: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="of csrc/cuda; all by default")
+    parser.add_argument("files", nargs="*", type=Path, help="sources in csrc/cuda; all by default")
     parser.add_argument("--changed-since", metavar="COMMIT", help="only files that differ from that commit")
     options = parser.parse_args()
     from tqdm import tqdm
@@ -150,7 +150,7 @@ def main() -> int:
 
     files = [f.resolve().relative_to(ROOT) for f in options.files]
     files = files or sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").rglob("*.cu*"))
-    # These define such statements; they do not use them.
+    # These files define the statements; they do not use them.
     files = [f for f in files if f.parent != Path("csrc/cuda/device")]
     if options.changed_since:
         command = ["git", "diff", "--name-only", options.changed_since, "--", "csrc/cuda"]
@@ -165,7 +165,7 @@ def main() -> int:
         shutil.copytree(ROOT / "tests/emulator", copy / "tests/emulator")
         make_removable(found, copy)
         module = build(Path(folder, "build"), root=copy, QLK_EMULATOR="ON")
-        # One test of each kind: that all pass is for the test suite to say.
+        # One test of each kind has to pass; the test suite checks the rest.
         for file, expression in {TESTS.get(p.path.stem, QUANTIZATION)[0] for p in found}:
             if failing_test(module, [(first_test(file, expression), None)]):
                 print("a test fails before anything is removed")

@@ -13,14 +13,14 @@ constexpr uint32_t kAll = 0xffffffffu;
 struct Arguments {
     const uint32_t* in;
     uint32_t* out;
-    uint32_t* between;  // as large as the input; of two launches, what the first makes for the second
+    uint32_t* between;  // as large as the input: what the first of two launches makes for the second
 };
 
 int id() { return static_cast<int>(threadIdx.x); }
 int size() { return static_cast<int>(blockDim.x); }
 uint32_t* words() { return reinterpret_cast<uint32_t*>(shared_bytes()); }
 
-// out[i] = in[n - 1 - i] by way of shared memory.
+// out[i] = in[n - 1 - i] through shared memory.
 template <bool kBarrier>
 void reverse(Arguments a) {
     store_shared(words() + id(), load_global(a.in + id()));
@@ -28,8 +28,8 @@ void reverse(Arguments a) {
     store_global(a.out + id(), load_shared(words() + size() - 1 - id()));
 }
 
-// Four rounds through one buffer: each thread reads what its neighbour wrote. Without the second barrier of a round,
-// the buffer is overwritten while others still read.
+// Four rounds through one buffer: each thread reads what its neighbour wrote. Without a round's second barrier, the
+// buffer is overwritten while others still read.
 template <bool kBefore, bool kAfter>
 void rounds(Arguments a) {
     uint32_t value = load_global(a.in + id());
@@ -56,8 +56,8 @@ void warp_rounds(Arguments a) {
     store_global(a.out + id(), value);
 }
 
-// A ring of three stages of copies, two of them under way. kWait = 1 is right, 2 waits for one group too few. kAhead =
-// 2 fills the stage that was read a step ago; 3 fills the one that the others still read.
+// A ring of three stages of copies, two of them under way. kWait = 1 is right; 2 waits for one group too few. kAhead =
+// 2 fills the stage that was read a step ago; 3 fills the one that others are still reading.
 template <int kWait, int kAhead>
 void pipeline(Arguments a) {
     constexpr int kStages = 3, kSteps = 8;
@@ -115,7 +115,7 @@ void count_odd(Arguments a) {
     store_global(a.out + id(), static_cast<uint32_t>(odd));
 }
 
-// Threads beyond the first half leave; the rest go on meeting.
+// The second half of the threads leaves; the others go on meeting.
 void early_exit(Arguments a) {
     if (id() >= size() / 2) return;
     store_shared(words() + id(), load_global(a.in + id()));
@@ -177,7 +177,7 @@ void throws(Arguments) {
 }
 void read_beyond_the_input(Arguments a) { store_global(a.out + id(), load_global(a.in + id() + 1)); }
 
-// Lanes meet in a shuffle between the store and the load, but a shuffle makes no promise about memory.
+// Lanes meet in a shuffle between store and load, but a shuffle promises nothing about memory.
 void shuffle_for_a_barrier(Arguments a) {
     store_shared(words() + id(), load_global(a.in + id()));
     (void)__shfl_sync(kAll, 0u, 0);
@@ -190,7 +190,7 @@ void bytes_of_a_word(Arguments a) {
     if (id() < size() / 4) store_global(a.out + id(), load_shared(words() + id()));
 }
 
-// The block that comes last adds what all have left; the right pattern, and each of its parts missing.
+// The last block adds what all have left. The right pattern, and without each of its parts.
 template <bool kMeet, bool kPublish, bool kTakeUp>
 void last_block_adds(Arguments a) {
     uint32_t* const left = a.out + 2;  // [blocks][threads]
@@ -198,7 +198,7 @@ void last_block_adds(Arguments a) {
     if (kMeet) __syncthreads();
     if (id() == 0) {
         if (kPublish) __threadfence();
-        store_shared(words(), atomicAdd(a.out, 1u) + 2u == gridDim.x ? 1u : 0u);  // out begins as -1
+        store_shared(words(), atomicAdd(a.out, 1u) + 2u == gridDim.x ? 1u : 0u);  // out starts as -1
         if (kTakeUp) __threadfence();
     }
     __syncthreads();
@@ -208,14 +208,14 @@ void last_block_adds(Arguments a) {
     atomicAdd(a.out + 1, sum);
 }
 
-// The block that comes last overwrites what all have read; the right pattern, and each of its parts missing.
+// The last block overwrites what all have read. The right pattern, and without each of its parts.
 template <bool kPublish, bool kTakeUp>
 void last_block_overwrites(Arguments a) {
     store_global(a.out + 2 + blockIdx.x * size() + id(), load_exchanged(a.in + id()));
     __syncthreads();
     if (id() == 0) {
         if (kPublish) __threadfence();
-        store_shared(words(), atomicAdd(a.out, 1u) + 2u == gridDim.x ? 1u : 0u);  // out begins as -1
+        store_shared(words(), atomicAdd(a.out, 1u) + 2u == gridDim.x ? 1u : 0u);  // out starts as -1
         if (kTakeUp) __threadfence();
     }
     __syncthreads();
@@ -228,7 +228,7 @@ struct Sample {
     void (*before)(Arguments) = nullptr;  // a launch that this one may overtake
 };
 
-// The first of two launches: between[i] = 3 in[i], of all blocks.
+// The first of two launches: between[i] = 3 in[i], in all blocks.
 template <bool kLetsNext = true>
 void make_between(Arguments a) {
     const int i = static_cast<int>(blockIdx.x) * size() + id();
@@ -237,7 +237,7 @@ void make_between(Arguments a) {
 }
 
 enum class Fault { kNone, kNoWait, kReadsBefore, kWritesBefore, kOneWaits, kEnds };
-// The second: out[i] = in[i] + what the first has made of the element behind it.
+// The second: out[i] = in[i] + what the first made of the next element.
 template <Fault kFault>
 void early(Arguments a) {
     const int all = static_cast<int>(gridDim.x) * size(), i = static_cast<int>(blockIdx.x) * size() + id();

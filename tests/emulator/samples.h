@@ -1,4 +1,4 @@
-// Kernels that test the emulator itself: some right, most with one fault that it has to find.
+// Kernels that test the emulator itself: some are right, most have one fault that it has to find.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace emu {
 
-// So many words and no byte more, for AddressSanitizer: a vector may own more than it holds.
+// Exactly so many words, for AddressSanitizer: a vector may own more than it holds.
 class Exact {
   public:
     explicit Exact(size_t words) {
@@ -27,11 +27,11 @@ class Exact {
 };
 
 std::vector<std::string> samples();
-// Runs one on copies of the input, exactly as large, and gives its output; words that it did not write are 0xffffffff.
+// Runs one on exactly sized copies of the input and returns its output; words that it did not write are 0xffffffff.
 std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint32_t>& input, size_t output,
                                  int threads, int blocks);
-// Those of sm90_kernels.cuh: a product, input [2][64][K] of 16-bit elements, or a cluster, whole and each without one
-// of its parts. "product kFull" lacks that part. The tensors are of copies, exactly as large.
+// The kernels of sm90_kernels.cuh, complete and without one of their parts: a product, input [2][64][K] of 16-bit
+// elements, and a cluster. "product kFull" lacks that part. Tensors are exactly sized copies.
 std::vector<std::string> sm90_samples();
 std::vector<uint32_t> run_sm90_sample(const std::string& name, const std::vector<uint32_t>& input);
 

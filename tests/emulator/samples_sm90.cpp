@@ -1,10 +1,10 @@
-// The kernels of sm90_kernels.cuh with one part missing, and small ones with one fault each.
+// The kernels of sm90_kernels.cuh with one part missing, and small kernels with one fault each.
 #include <stdexcept>
 
 #include "samples.h"
 #include "sm90_kernels.cuh"
 
-// Not within emu, which has functions of the same names.
+// Not in emu, which has functions of the same names.
 namespace sm90 {
 namespace {
 
@@ -32,7 +32,7 @@ void cluster(const uint32_t* in, size_t, uint32_t* out) {
     launch_clusters(cluster_kernel<kMissing>, 2, 2, kClusterThreads, kClusterBytes, {}, p);
 }
 
-// A kernel of one warpgroup with the memory that it may want.
+// A kernel of one warpgroup, and memory for whatever it needs.
 struct Params {
     const uint32_t* in;
     uint32_t* out;
@@ -124,7 +124,7 @@ void copy_twice(const Params& p, Shared& s) {
     mbarrier_wait(s.barrier, 0);
     mbarrier_wait(s.other, 0);
 }
-// The threads meet, but nobody has waited for the copy.
+// The threads meet, but none has waited for the copy.
 void barrier_for_a_wait(const Params& p, Shared& s) {
     make(s, 1);
     if (id() == 0) {
@@ -135,7 +135,7 @@ void barrier_for_a_wait(const Params& p, Shared& s) {
     if (id() < 16) store_global(p.out + id(), load_shared(reinterpret_cast<uint32_t*>(s.a) + id()));
     mbarrier_wait(s.barrier, 0);
 }
-// A stage is given back by threads that do not meet, and one of them is too early.
+// Threads that do not meet give a stage back, and one of them is too early.
 void one_gives_back_early(const Params& p, Shared& s) {
     make(s, 128);
     auto* const words = reinterpret_cast<uint32_t*>(s.a);
@@ -222,7 +222,7 @@ void copy_over_a_copy(const Params& p, Shared& s) {
     for (int i = 0; i < 2; ++i) bulk_load(s.a, p.in + 16 * i, 64, s.barrier);
     mbarrier_wait(s.barrier, 0);
 }
-// The fence comes after what tells the others, by an mbarrier and by a named one.
+// The fence comes after the notification of the others, by an mbarrier and by a named barrier.
 void fence_after_arriving(const Params& p, Shared& s) {
     make(s, 128);
     if (id() < 16) store_shared(reinterpret_cast<uint32_t*>(s.a) + id(), 1u);
@@ -247,7 +247,7 @@ void fence_after_a_named_barrier(const Params& p, Shared& s) {
         bulk_wait<0>();
     }
 }
-// Of two threads that write halves of a word one does not execute the fence.
+// Two threads write halves of a word, and one of them does not execute the fence.
 void half_a_fence(const Params& p, Shared& s) {
     if (id() < 32) store_shared(&s.a[id()], uint16_t{1});
     if (id() % 2 == 1) fence_proxy_async();
@@ -257,7 +257,7 @@ void half_a_fence(const Params& p, Shared& s) {
     bulk_commit();
     bulk_wait<0>();
 }
-// Only a thread that has ended had waited for the copy.
+// The only thread that waited for the copy has ended.
 void who_knows_has_ended(const Params& p, Shared& s) {
     make(s, 1);
     if (id() == 100) {
@@ -278,7 +278,7 @@ void made_for_others(const Params&, Shared& s) {
     }
     if (id() < 64) bar_sync(1, 64);
     if (id() >= 64) {
-        for (int i = 0; i < 3; ++i) bar_sync(2, 32);  // later, but by nothing that orders
+        for (int i = 0; i < 3; ++i) bar_sync(2, 32);  // later, but nothing orders it
     }
     mbarrier_arrive(s.barrier);
 }

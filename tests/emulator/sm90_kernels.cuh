@@ -1,6 +1,6 @@
-// Two small kernels in the manner of sm_90: a product of matrices whose operands come by tensor copies, and blocks of a
-// cluster that share a copy and write to each other. They show what the emulator knows of these, and run on a card,
-// too. Each can have one of its parts left out (`kMissing`), for the emulator to find.
+// Two small sm_90 kernels: a matrix product whose operands come by tensor copies, and blocks of a cluster that share a
+// copy and read each other's shared memory. They show what the emulator supports, and run on a card too. Each can leave
+// out one of its parts (kMissing), for the emulator to find.
 #pragma once
 
 #include <ptx_sm90.cuh>
@@ -9,14 +9,14 @@ namespace sm90 {
 
 using namespace qlk::cuda;
 
-// Shared memory from the next multiple of 1024 bytes on, where patterns of swizzled places begin.
+// Shared memory from the next multiple of 1024 bytes, where swizzle patterns start.
 template <class T>
 QLK_DEVICE T& aligned_shared() {
     unsigned char* const bytes = &shared_memory<unsigned char>();
     return *reinterpret_cast<T*>(bytes + (0u - shared_address(bytes)) % 1024);
 }
 
-// d[64, 64] = a[64, K] b[64, K]^T: a warp that asks for copies, and a warpgroup that multiplies, with two stages.
+// d[64, 64] = a[64, K] b[64, K]^T. One warp issues copies, a warpgroup multiplies, with two stages.
 struct ProductParams {
     TensorMap a, b;  // boxes of 64 x 64
     float* d;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(const __grid_c
         if (!elect_one()) return;
         for (int step = 0; step < p.steps; ++step) {
             const int i = step % 2;
-            // The parity of the phase before the first: a stage that nobody has used is empty.
+            // The parity of the phase before the first: an unused stage is empty.
             if (kMissing != ProductPart::kEmpty) mbarrier_wait(s.empty[i], (step / 2 + 1) % 2);
             mbarrier_arrive_expect(s.full[i], kMissing == ProductPart::kFewerBytes ? 8192 : 2 * 8192);
             tensor_load(s.a[i], p.a, 64 * step, 0, s.full[i]);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(const __grid_c
             wgmma_ss<T, 64, false, false>(d, a, b, step + k > 0);
         }
         if (kMissing != ProductPart::kCommit) wgmma_commit();
-        // While one step is multiplied, the stage of the one before is given back.
+        // While one step is multiplied, the previous step's stage is released.
         if (kMissing != ProductPart::kWait) wgmma_wait<1>();
         if (kMissing != ProductPart::kRelease && step > 0) mbarrier_arrive(s.empty[1 - i]);
     }
@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(const __grid_c
     }
 }
 
-// Two blocks, in[2][threads][4] words: each copies its half to both. out[block][thread] is a sum of what the two halves
-// have for the thread, which each block reads in the other's shared memory.
+// Two blocks, in[2][threads][4] words. Each copies its half to both. out[block][thread] is a sum over the thread's
+// words in both halves, which each block reads from the other's shared memory.
 struct ClusterParams {
     const uint32_t* in;
     uint32_t* out;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_kernel(const __grid_c
         mbarrier_init(s.ready, kClusterThreads);
         fence_mbarrier_init();
     }
-    // What the fence says of the mbarriers is all that the others need to know.
+    // Relaxed: the others only have to see the mbarriers, which the fence announces.
     if (kMissing != ClusterPart::kFirstBarrier) {
         cluster_arrive_relaxed();
         cluster_wait();

@@ -161,7 +161,7 @@ FAULTS = {
     "early that writes before its wait": "writes to global memory before griddepcontrol.wait",
     "early of which one thread waits": "reads what the launch before writes, before",
     "shared access out of range": r"samples\.cpp:\d+: thread \(\d+, 0, 0\).* shared access of 4 bytes at offset 65536",
-    "misaligned access": "no multiple",
+    "misaligned access": "a misaligned access of",
     "barrier in a branch": r"deadlock: block \(0, 0, 0\); 64 threads in a barrier at samples.*; 64 threads in a",
     "lane that left": "has ended",
     "different operations": "while other lanes of its mask are in",

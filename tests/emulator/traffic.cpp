@@ -18,7 +18,7 @@ Sites& sites() {
     return all;
 }
 
-// What has been counted; names are put to it when somebody asks.
+// The counts. Names are added when they are asked for.
 struct Tally {
     uint64_t launches = 0, blocks = 0, early = 0;
     std::vector<std::pair<const char*, uint64_t>> instructions;  // by the address of the name
@@ -37,12 +37,12 @@ const char* base_name(const char* path) {
     return slash ? slash + 1 : path;
 }
 
-// Passes through the banks: 32 banks of 4 bytes. Lanes with 8 bytes go in two halves, with 16 bytes in four quarters
-// (the lanes of a phase are neighbours); within a phase, lanes that read the same word share it.
+// Passes through the 32 banks of 4 bytes. Lanes with 8 bytes go in two phases, lanes with 16 bytes in four, neighbours
+// together. Within a phase, lanes that read the same word share it.
 void count_banks(const Request& request, Traffic& traffic) {
     const int size = std::max<int>(4, *std::max_element(request.bytes, request.bytes + 32));
     const int lanes = std::max(1, 128 / size);
-    uintptr_t words[32][32];  // of each bank, the distinct ones: no phase has more than 32
+    uintptr_t words[32][32];  // distinct words of each bank; a phase has at most 32
     for (int first = 0; first < 32; first += lanes) {
         int many[32] = {}, distinct = 0;
         for (int i = first; i < first + lanes; ++i) {
@@ -59,7 +59,7 @@ void count_banks(const Request& request, Traffic& traffic) {
     }
 }
 
-// An access lies on a multiple of its size, of 32 bytes at most, and so in one sector.
+// An access is aligned to its size, at most 32 bytes, so it lies in one sector.
 void count_sectors(const Request& request, Traffic& traffic) {
     std::pair<uintptr_t, uintptr_t> ranges[32];
     int many = 0;
@@ -94,7 +94,7 @@ void append(std::string& out, const std::map<std::string, Traffic>& all) {
 }  // namespace
 
 uint32_t site_number(Site site) {
-    // A file's name is one literal for each file that includes it: its address serves as a key.
+    // A file name's literal has one address for each file that includes it, so the address can be a key.
     Sites& all = sites();
     const uint64_t key = reinterpret_cast<uintptr_t>(site.file) * 65536 + static_cast<uint64_t>(site.line);
     auto& [known, number] = all.recent[key * 0x9e3779b97f4a7c15ull >> 56];
@@ -147,7 +147,7 @@ void count(const char* instruction, Site) {
     all.emplace_back(instruction, 1);
 }
 
-// The n-th time that a lane comes to a line belongs to the same instruction as the n-th time of the other lanes.
+// A lane's n-th visit to a line belongs to the same instruction as the other lanes' n-th visits.
 void collect(Thread& thread, Space space, Kind kind, const void* address, size_t bytes, uint32_t site) {
     const uint32_t slot = site * 6 + static_cast<uint32_t>(space) * 3 + static_cast<uint32_t>(kind);
     if (thread.executions.size() <= slot) thread.executions.resize(slot + 1, 0);

@@ -9,8 +9,8 @@ namespace {
 
 constexpr size_t kDepth = 16;  // of a product: 16-bit elements
 
-// A matrix descriptor (PTX ISA, "Matrix Descriptor Format"): addresses and distances in units of 16 bytes, the base
-// offset, the way of swizzling.
+// A matrix descriptor (PTX ISA, "Matrix Descriptor Format"): addresses and distances in units of 16 bytes, base offset,
+// swizzle.
 struct Layout {
     size_t start, leading, stride;
     Swizzle swizzle;
@@ -23,7 +23,7 @@ struct Layout {
         return {bytes(0), bytes(16), bytes(32), ways[descriptor >> 62]};
     }
 
-    // Where element (row, k) lies; of B, row is its column. The canonical layouts of "Strides".
+    // Where element (row, k) lies; for B, row is its column. The canonical layouts in "Strides".
     size_t at(bool transposed, size_t row, size_t k) const {
         const size_t span = swizzle == Swizzle::k128 ? 128 : swizzle == Swizzle::k64 ? 64 : 32;
         size_t offset;
@@ -45,7 +45,7 @@ uint16_t element(const Block& block, size_t at) {
     return bits;
 }
 
-// Where the runs of 16 bytes of rows [first, first + rows) lie, matrices of 8 x 8 elements together.
+// Where the 16-byte runs of rows [first, first + rows) lie, by matrices of 8 x 8 elements.
 std::vector<size_t> runs(const Layout& layout, bool transposed, size_t first, size_t rows) {
     std::vector<size_t> all;
     for (size_t row = first; row < first + rows; row += 8) {
@@ -92,7 +92,7 @@ void WarpGroup::note_reads(int warp, const Asked& asked) {
                                      std::to_string(block.shared_size));
             }
         }
-        // Eight runs of a canonical layout lie across the banks, each way of swizzling.
+        // Eight runs of a canonical layout lie across the banks, whatever the swizzle.
         if (counted)
             count_bulk(Space::kShared, Kind::kLoad, 0, all.size() * 16, all.size() / 8, all.size() / 8, number);
         if (!block.races) return;
@@ -108,7 +108,7 @@ void WarpGroup::note_reads(int warp, const Asked& asked) {
     };
     const Product& p = asked.product;
     if (!p.fragment) one(p.a, p.transposed_a, static_cast<size_t>(16 * warp), 16, true);
-    // All four warps read all of B; a card's share it.
+    // All four warps read all of B; on a card they share it.
     one(p.b, p.transposed_b, 0, static_cast<size_t>(p.columns), warp == 0);
 }
 
@@ -118,13 +118,13 @@ void WarpGroup::ask(int warp, const Product (&lanes)[32], Site site) {
     if (p.columns % 8 != 0 || p.columns < 8 || p.columns > 256) fail(site, "wgmma of N = " + std::to_string(p.columns));
     for (const Product& other : lanes) {
         if (other.a != p.a || other.b != p.b || other.accumulate != p.accumulate) {
-            fail(site, "wgmma with another descriptor or predicate in another lane");
+            fail(site, "wgmma whose lanes have different descriptors or predicates");
         }
     }
     if (static_cast<size_t>((this_thread().linear / 128 + 1) * 128) > block.threads.size()) {
         fail(site, "wgmma of a warpgroup that lacks warps");
     }
-    // Whichever warp comes first says what it is that the four ask for.
+    // The first warp to arrive defines what the four ask for.
     while (products.size() <= own.asked - first) {
         products.emplace_back();
         products.back().product = p;
@@ -135,7 +135,7 @@ void WarpGroup::ask(int warp, const Product (&lanes)[32], Site site) {
     if (q.columns != p.columns || q.a != p.a || q.b != p.b || q.accumulate != p.accumulate ||
         q.transposed_a != p.transposed_a || q.transposed_b != p.transposed_b || q.widen != p.widen ||
         !q.fragment != !p.fragment) {
-        fail(site, "wgmma, while another warp of the warpgroup has asked for another one");
+        fail(site, "wgmma, while another warp of the warpgroup has asked for a different product");
     }
     const uint64_t number = own.asked;
     const auto [known, fresh] = own.pending.try_emplace(p.sums);
@@ -157,7 +157,7 @@ void WarpGroup::ask(int warp, const Product (&lanes)[32], Site site) {
     const Landing landing = block.device.options.landing;
     const bool now = landing == Landing::kEarliest || (landing == Landing::kRandom && block.device.random() & 1);
     if (sums.values.empty() && !(now && own.executed == number)) {
-        // NaN until they are there.
+        // NaN until the sums are complete.
         for (float* at : sums.at) {
             sums.values.insert(sums.values.end(), at, at + many);
             std::memset(at, 0xff, many * sizeof(float));
@@ -204,7 +204,7 @@ void WarpGroup::execute_one(int warp, const Asked& asked, Sums& sums) {
                 sum += static_cast<double>(left[row][k]) *
                        static_cast<double>(right[static_cast<size_t>(column) * kDepth + k]);
             }
-            d[v] = static_cast<float>(sum);  // one rounding; a card's is not specified
+            d[v] = static_cast<float>(sum);  // one rounding; a card's rounding is not specified
         }
     }
 }
@@ -221,7 +221,7 @@ void WarpGroup::execute(int warp, uint64_t until) {
     }
 }
 
-// Groups up to `group` are complete, and this warp knows.
+// Groups up to `group` are complete, and this warp has seen it.
 void WarpGroup::finish(int warp, uint32_t group, Site site) {
     Warp& own = warps[warp];
     if (group <= own.waited) return;
@@ -230,7 +230,7 @@ void WarpGroup::finish(int warp, uint32_t group, Site site) {
         if (warps[other].groups[group - 1] != until) {
             fail(site, "the warps of a warpgroup have put different products into one group of wgmma");
         }
-        // One product of all four, although each has its part of the registers.
+        // One product of all four warps, although each has its own part of the registers.
         execute(other, until);
     }
     for (auto entry = own.pending.begin(); entry != own.pending.end();) {

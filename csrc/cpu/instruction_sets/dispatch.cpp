@@ -117,7 +117,7 @@ const Kernels& select() {
         }
     }
     fail(__FILE__, __LINE__, "instruction set",
-         "QLORA_KERNELS_CPU_ISA=" + std::string(forced ? forced : "") + " is not to be had here; built in: " +
+         "QLORA_KERNELS_CPU_ISA=" + std::string(forced ? forced : "") + " is not available here; built in: " +
              all.names(false) + "; available on this machine: " + all.names(true));
 }
 

@@ -9,7 +9,7 @@
 //     task        some panels of dx, or 128 columns of da or db, for a superblock
 //
 // Scratch: shared, packed dy, v and a transpose; for each thread its blocks of C (at most 1 MiB), a panel and
-// constants.
+//     constants.
 //
 // Why: as in forward.h. da and db add up over superblocks, in their order.
 #pragma once

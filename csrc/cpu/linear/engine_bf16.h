@@ -9,8 +9,7 @@
 // Registers: AMX holds C in four tiles, A in two, B in two. AVX-512 holds 8 rows of C by 16 or 32 columns.
 //
 // Why: no product needs a transposed copy of W. Forward, decoded rows of W are rows of A as they are. Backward, two
-// rows of W
-//     interleaved before the lookup give rows of B.
+//     rows of W interleaved before the lookup give rows of B.
 #pragma once
 
 #include "cpu/linear/engine_f32.h"

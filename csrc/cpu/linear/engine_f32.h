@@ -7,7 +7,7 @@
 // Registers: 8 rows of C (AVX-512) or 4 by two vectors.
 //
 // Why: it serves float32 and float16 activations on every instruction set, and bfloat16 where there is no bf16
-// arithmetic.
+//     arithmetic.
 #pragma once
 
 #include "cpu/quantize/decode.h"

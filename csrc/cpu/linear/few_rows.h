@@ -3,14 +3,12 @@
 // Formula: y = x W^T + u B^T + bias;  u = scaling * x A^T
 //
 // Layout: 32 rows of W walk K together, in parts for which all rows of x fit into the first-level cache. x is packed in
-// the
-//     order of lookup128.
+//     the order of lookup128.
 //
 // Registers: one to four vectors of sums for each row of x.
 //
 // Why: every weight is used as soon as it is decoded, so the packed bytes of W are read once and nothing of W is
-// stored.
-//     docs/design/notes-cpu.md, "Few rows", has the figures.
+//     stored. docs/design/notes-cpu.md, "Few rows", has the figures.
 #pragma once
 
 #include <omp.h>

@@ -7,8 +7,7 @@
 // Registers: up to four vectors of sums for each row of x.
 //
 // Why: every weight is used as soon as it is decoded. Several vectors of sums keep rounding errors as small as those of
-// a
-//     tuned library's dot product.
+//     a tuned library's dot product.
 #pragma once
 
 #include <omp.h>

@@ -9,11 +9,10 @@
 //     task        n_block columns of y for a superblock
 //
 // Scratch: shared, packed x and u of a superblock; for each thread its blocks of C (at most 1 MiB), a panel and
-// constants.
+//     constants.
 //
 // Why: panels stay in the core's cache, and results don't depend on which thread runs a task. Where packed x would not
-// fit,
-//     each task packs its own, "piecewise": docs/design/notes-cpu.md, "Panels and superblocks".
+//     fit, each task packs its own, "piecewise": docs/design/notes-cpu.md, "Panels and superblocks".
 #pragma once
 
 #include <omp.h>

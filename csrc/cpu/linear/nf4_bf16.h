@@ -3,7 +3,7 @@
 // Formula: round_to_bf16(level * absmax)
 //
 // Layout: vector j, word l  <->  element 4 l + (j ^ 1). What meets W is packed in the same order, by functions in this
-// file.
+//     file.
 //
 // Registers: the tables of two blocks in one register; VPERMW looks up 32 weights at once.
 //

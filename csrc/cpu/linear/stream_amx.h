@@ -7,8 +7,7 @@
 // Registers: C stays in four accumulator tiles over all of K.
 //
 // Why: decoding takes the time, so the rest hides behind it. The vector units decode into one half of an 8 KB buffer
-// while the
-//     tile unit multiplies the other half. docs/design/notes-cpu.md, "Streaming with AMX", has the cycles.
+//     while the tile unit multiplies the other half. docs/design/notes-cpu.md, "Streaming with AMX", has the cycles.
 #pragma once
 
 #include <omp.h>

@@ -5,8 +5,7 @@
 // Registers: the block's table of 16 values; AVX-512 and AVX2 look it up by permutes.
 //
 // Why: a block has one constant, so at most 16 different values. They are computed and rounded once, and a weight is
-// one
-//     look-up.
+//     one look-up.
 #pragma once
 
 #include "cpu/simd.h"

@@ -5,7 +5,7 @@
 // Layout: a task takes a block. AVX-512 searches among the levels in four steps, for 16 weights at once.
 //
 // Why: loops over 64 elements vectorize well. Thresholds are exact (thresholds.h), so all instruction sets give the
-// same codes.
+//     same codes.
 #pragma once
 
 #include "cpu/quantize/thresholds.h"

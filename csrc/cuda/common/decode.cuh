@@ -3,12 +3,10 @@
 // Formula: round_to_T(level[code] * absmax), exactly what dequantize gives
 //
 // Registers: a block has one constant, so at most 16 different numbers. A thread computes them once for its block and
-// keeps
-//     their low bytes in four registers, their high bytes in four more.
+//     keeps their low bytes in four registers, their high bytes in four more.
 //
-// Why: PRMT looks four codes up among 8 bytes; two PRMT and a LOP3 that picks by the codes' top bits look them up
-// among 16.
-//     8 codes take 3 instructions to prepare, 2 masks, 8 look-ups, 4 choices and 4 to put the bytes together: 21,
+// Why: PRMT looks four codes up among 8 bytes; two PRMT and a LOP3 that picks by the codes' top bits look them up among
+//     16. 8 codes take 3 instructions to prepare, 2 masks, 8 look-ups, 4 choices and 4 to put the bytes together: 21,
 //     or 2.6 a weight, and the tables 32 / 64 = 0.5 more.
 #pragma once
 

@@ -3,8 +3,7 @@
 // Formula: to[i] = round_to_T(from[i]), to nearest, ties to even, as a cast by torch rounds.
 //
 // Layout: up to two tensors a launch, four neighbours a thread. Casts by torch, one for each tensor, would cost the
-// host
-//     two launches and two allocations more.
+//     host two launches and two allocations more.
 //
 // Shared memory: none.
 //

@@ -1,8 +1,7 @@
 // What the optimizer's kernels share: arguments, the rules for one element, and rows of elements in 16-byte accesses.
 //
 // Formula: AdamW and Lion as in torch.optim, every operation rounded once; csrc/cpu/optimizer/optimizer.h gives the
-// same
-//     bits.
+//     same bits.
 #pragma once
 
 #include <cstring>
@@ -161,7 +160,7 @@ QLK_DEVICE bool same_value_bits(T a, T b) {
 // Where a chunk's parameters, gradients and master copy are. T: type of parameter and gradient. kCount: elements a
 // thread takes at a time.
 template <class T, int kCount>
-struct Place {
+struct ChunkPointers {
     T* param;
     const T* grad;
     float* master;  // float32 copy of a 16-bit parameter, or null
@@ -206,8 +205,8 @@ struct Place {
 };
 
 template <class T, int kCount>
-QLK_DEVICE Place<T, kCount> place_of(const OptimizerArguments& a, const OptimizerChunk& chunk,
-                                     const OptimizerTensor& tensor) {
+QLK_DEVICE ChunkPointers<T, kCount> pointers_of(const OptimizerArguments& a, const OptimizerChunk& chunk,
+                                                const OptimizerTensor& tensor) {
     constexpr uintptr_t kMask = (sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) - 1;
     float* const master =
         chunk.plane[kMaster] == kNoPlane ? nullptr : reinterpret_cast<float*>(a.p.states + chunk.plane[kMaster]);

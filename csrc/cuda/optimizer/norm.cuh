@@ -1,8 +1,7 @@
 // What a step has to know about all gradients before it starts: their norm, and whether the step is skipped.
 //
 // Formula: sum_of_squares = sum of g * g in float64; norm = sqrt(sum_of_squares) * coefficient; coefficient = 1 /
-// grad_scale,
-//     times min(1, max_grad_norm / (norm + 1e-6)) where gradients are clipped.
+//     grad_scale, times min(1, max_grad_norm / (norm + 1e-6)) where gradients are clipped.
 //
 // Layout: a block for each chunk; the last block to finish adds the chunks' sums, always in the same order. Without a
 //     norm one block passes on what a gradient scaler says.

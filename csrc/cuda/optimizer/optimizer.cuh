@@ -10,9 +10,8 @@
 // Shared memory: 64 bytes; with 8-bit states both dynamic maps, 7.1 KiB.
 //
 // Why: with 32-bit states a step only moves memory, 28 bytes a float32 parameter. docs/design/notes-cuda.md, "The
-// optimizer's
-//     step", has the arithmetic. Step counts are in the arena: the last block to finish raises them, when all others
-//     have read theirs. So a captured graph counts too, and a skipped step does not.
+//     optimizer's step", has the arithmetic. Step counts are in the arena: the last block to finish raises them, when
+//     all others have read theirs. So a captured graph counts too, and a skipped step does not.
 #pragma once
 
 #include "cuda/optimizer/elements.cuh"
@@ -40,14 +39,14 @@ QLK_DEVICE void step_chunk_32(const OptimizerArguments& a, const OptimizerChunk&
                               const Scalars& s) {
     constexpr int kCount = 4;
     constexpr bool kSecondMoment = Rule::kSecondMoment;
-    const auto place = place_of<T, kCount>(a, chunk, tensor);
+    const auto pointers = pointers_of<T, kCount>(a, chunk, tensor);
     float* const m = reinterpret_cast<float*>(a.p.states + chunk.plane[kFirst]);
     float* const v = reinterpret_cast<float*>(a.p.states + (kSecondMoment ? chunk.plane[kSecond] : 0));
     for (int at = static_cast<int>(threadIdx.x) * kCount; at < chunk.count; at += kOptimizerThreads * kCount) {
         const int count = chunk.count - at;
         float g[kCount], p[kCount];
         alignas(16) float first[kCount], second[kCount] = {};
-        place.load(at, count, g, p);
+        pointers.load(at, count, g, p);
         load_row(m + at, count >= kCount, count, first);
         if constexpr (kSecondMoment) load_row(v + at, count >= kCount, count, second);
 #pragma unroll
@@ -58,7 +57,7 @@ QLK_DEVICE void step_chunk_32(const OptimizerArguments& a, const OptimizerChunk&
             first[i] = e.m;
             second[i] = e.v;
         }
-        place.store(at, count, p);
+        pointers.store(at, count, p);
         store_row(m + at, count >= kCount, count, first);
         if constexpr (kSecondMoment) store_row(v + at, count >= kCount, count, second);
     }
@@ -113,7 +112,7 @@ QLK_DEVICE void step_chunk_8(const OptimizerArguments& a, const OptimizerChunk& 
     constexpr bool kSecondMoment = Rule::kSecondMoment;
     static_assert(kCount * 32 == kStateBlock);
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const auto place = place_of<T, kCount>(a, chunk, tensor);
+    const auto pointers = pointers_of<T, kCount>(a, chunk, tensor);
     uint8_t* const m = a.p.states + chunk.plane[kFirst];
     uint8_t* const v = a.p.states + (kSecondMoment ? chunk.plane[kSecond] : 0);
     float* const m_absmax = reinterpret_cast<float*>(a.p.header + chunk.plane[kFirstAbsmax]);
@@ -123,7 +122,7 @@ QLK_DEVICE void step_chunk_8(const OptimizerArguments& a, const OptimizerChunk& 
         const int at = block * kStateBlock + lane * kCount, count = chunk.count - at;
         float g[kCount], p[kCount], first[kCount], second[kCount] = {};
         alignas(8) uint8_t code_m[kCount], code_v[kCount] = {};
-        place.load(at, count, g, p);
+        pointers.load(at, count, g, p);
         load_row(m + at, count >= kCount, count, code_m);
         const float scale_m = load_changing(m_absmax + block);
         float scale_v = 0.0f;
@@ -140,7 +139,7 @@ QLK_DEVICE void step_chunk_8(const OptimizerArguments& a, const OptimizerChunk& 
             first[i] = i < count ? e.m : 0.0f;
             second[i] = i < count ? e.v : 0.0f;
         }
-        place.store(at, count, p);
+        pointers.store(at, count, p);
         const float new_m = encode_states<true>(maps[0], first, code_m);
         store_row(m + at, count >= kCount, count, code_m);
         if (lane == 0) store_global(m_absmax + block, new_m);

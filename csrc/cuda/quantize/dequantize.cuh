@@ -11,8 +11,7 @@
 //     stores them.
 //
 // Why: stored by the lane that loaded them, results would be 64 bytes apart, twice the requests to L2. Shuffles are as
-// fast
-//     as shared memory and need no table. docs/design/notes-cuda.md, "Dequantizing", has the rates.
+//     fast as shared memory and need no table. docs/design/notes-cuda.md, "Dequantizing", has the rates.
 #pragma once
 
 #include "cuda/common/decode.cuh"

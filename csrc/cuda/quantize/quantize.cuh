@@ -11,9 +11,8 @@
 // Shared memory: 1024 bytes of constants, 64 of buckets, and 384 bytes of thresholds for each warp.
 //
 // Why: the nearest level is exact. w is nearer to the upper of two levels when w > t, with t = round_down(midpoint *
-// absmax)
-//     exact in float64 (csrc/cpu/quantize/thresholds.h). One of 64 buckets says which of the 15 thresholds to compare
-//     with, so a weight costs two look-ups: docs/design/notes-cuda.md, "Quantizing".
+//     absmax) exact in float64 (csrc/cpu/quantize/thresholds.h). One of 64 buckets says which of the 15 thresholds to
+//     compare with, so a weight costs two look-ups: docs/design/notes-cuda.md, "Quantizing".
 #pragma once
 
 #include <ptx.cuh>

@@ -6,14 +6,12 @@
 //     code = the entry of a 256-entry table nearest to (absmax - offset) / nested_absmax
 //
 // Layout: one persistent launch. A thread block takes group after group, a thread one constant, for which it searches
-// 256
-//     thresholds in eight halvings; they are exact, as in quantize.cuh.
+//     256 thresholds in eight halvings; they are exact, as in quantize.cuh.
 //
 // Shared memory: 5 KiB of table and thresholds, 32 KiB of sums.
 //
 // Why: every block computes the mean for itself, as a tree over the groups' sums (8 KB for 4096 x 4096, from L2), and
-// sorts
-//     the table for itself, so no block waits for another.
+//     sorts the table for itself, so no block waits for another.
 #pragma once
 
 #include "cuda/common/reduce.cuh"

@@ -8,18 +8,16 @@
 //     warps    8: 2 groups of 64 columns x 4 slices of 64 along K
 //     product  W is the left operand, 16 x 16, and x the right one, 16 x 8
 //     lane     with g = lane / 4 and t = lane % 4: decodes rows 8g to 8g + 7 of its group's 64 rows of W, two for each
-//     of
-//              four products, and of each row's block codes 16t to 16t + 15
+//              of four products, and of each row's block codes 16t to 16t + 15
 //     x        pieces of 16 bytes in the order p, t: piece (p, t) is depth 16t + 8p to 16t + 8p + 7. Odd rows swap p:
-//     no
-//              bank conflicts
+//              no bank conflicts
 //     ahead    codes of the next step in registers, its x in the other buffer by cp.async, its constants looked up
 //
-// Shared memory: 64 KiB of level pairs for each byte and lane, then 2 * (kRows * 512 + 2176) bytes of x and constants.
-//     The slices' sums take the place of these at the end.
+// Shared memory: 64 KiB of level pairs for each byte and lane, then 2 * (kRows * 512 + 2176) bytes of x and constants,
+//     or the slices' sums in the same place: middle_shared(kRows) bytes.
 //
-// Why: each weight is decoded by one lane, into the register that goes into its products. docs/design/notes-cuda.md,
-//     "5 to 64 rows", has the clocks, the order of the depth, and why one row in eight is decoded in registers.
+// Why: each weight is decoded by one lane, into the register that goes into its products. docs/design/notes-cuda.md, "5
+//     to 64 rows", has the clocks, the order of the depth, and why one row in eight is decoded in registers.
 #pragma once
 
 #include "cuda/common/decode.cuh"

@@ -1,5 +1,5 @@
-// The forward product on tensor cores for up to 8 rows of x. Up to 4 rows, reading W is what takes the time, and this
-// kernel is the fastest.
+// The forward product on tensor cores for up to 8 rows of x. The dispatch table picks it up to 4 rows, where reading W
+// takes the time.
 //
 // Formula: y = u B^T + x W^T + bias
 //
@@ -7,8 +7,7 @@
 //     block    16 warps; takes groups of 1, 2 or 4 times 8 rows of W, one group after the other
 //     warp     8 rows of W, and every slices-th chunk of 128 columns
 //     lane     32 codes of a chunk, 16 bytes of one row: the right operand of eight products of 16 x 8 x 16, in the
-//     order
-//              in which they lie in memory. x is laid out once in the same order
+//              order in which they lie in memory. x is laid out once in the same order
 //     ahead    kAhead chunks of codes under way in registers, across groups
 //     sums     warps that share rows add theirs in the order of the warps, one barrier a group
 //
@@ -16,12 +15,10 @@
 //     partial sums of two groups: few_shared(m, k) bytes.
 //
 // Edges: past K a lane reads the row's last block again and takes it for zeros, which meet zeros in x. Past the last
-// row
-//     of W or x it reads another row, whose sums are not stored. So the main loop needs no predicates.
+//     row of W or x it reads another row, whose sums are not stored. So the main loop needs no predicates.
 //
 // Why: the table takes 2.5 issue slots a weight. docs/design/notes-cuda.md, "Up to 8 rows", has the count, and how 8
-// rows
-//     use a product made for 16.
+//     rows use a product made for 16.
 #pragma once
 
 #include "cuda/common/bias.cuh"

@@ -8,8 +8,7 @@
 //     block    256 threads, kRows x kColumns outputs
 //     warps    kWarpsDown x kWarpsAcross, once for each of kSlices slices of a step's depth
 //     step     64 of depth and kColumns blocks of 64 weights: forward kColumns rows of W by 64 columns, backward 64
-//     rows
-//              by kColumns columns, which ldmatrix transposes
+//              rows by kColumns columns, which ldmatrix transposes
 //     thread   decodes a whole block of weights: with 128 columns on every other step, with 256 on every step
 //     stages   kStages steps of the left operand and of codes, copied by cp.async
 //
@@ -20,7 +19,7 @@
 //     backward first, so that dropout's mask lies on this part alone.
 //
 // Why: two slices, decoding in the main loop and one barrier a step are explained in docs/design/notes-cuda.md,
-// "Tiles".
+//     "Tiles".
 //
 // Files: tiles_layout.cuh (arguments, shape), tiles_pipeline.cuh (main loop), tiles_finish.cuh (low rank, results).
 #pragma once

@@ -135,7 +135,7 @@ QLK_DEVICE void Gemm<T, Traits>::add_slices(float4* room) {
     }
 }
 
-// Adds the bias, rounds, and writes the tile by way of shared memory, so that stores are 16 bytes wide.
+// Adds the bias, rounds, and writes the tile through shared memory, so that stores are 16 bytes wide.
 template <class T, class Traits>
 QLK_DEVICE void Gemm<T, Traits>::store(T* staged) {
     const int first = down() + slice() * kOwnTiles * 16;

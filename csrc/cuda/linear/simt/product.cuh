@@ -1,16 +1,14 @@
 // Products on the float32 units: for float32 tensors, and for whatever no tensor-core kernel takes.
 //
 // Formula: out[i, j] = sum over d of left[i, d] * right[d, j]; what left and right are, a product says element by
-// element
-//     (layer_products.cuh)
+//     element (layer_products.cuh)
 //
 // Layout: a block makes 64 x 64 outputs, each thread 4 x 4, in panels of 32 of the depth.
 //
 // Shared memory: two panels of 32 x 64 float32, padded by 4 in each row: 17 KiB.
 //
 // Why three levels of sums, of 8 products, of 32 and of all: the rounding error grows with the square root of depth /
-// 32,
-//     not of depth.
+//     32, not of depth.
 #pragma once
 
 #include <device.cuh>

@@ -1,81 +1,14 @@
-// mbarriers, bulk copies and clusters: what sm_90 brought for copies that run beside the threads.
+// Bulk and tensor copies, which run beside the threads and are counted by mbarriers or waited for in groups.
 #include <algorithm>
 
 #include "block.h"
 #include "managed.h"
+#include "mbarrier.h"
 
 namespace emu {
 namespace {
 
-constexpr uint32_t kMost = (1u << 20) - 1;  // of arrivals, and of bytes either way (PTX ISA, mbarrier, "Contents")
-
-struct Found {
-    Block& block;
-    MBarrier& barrier;
-};
-
-Found find(void* at, Site site) {
-    Block* const block = holder(at);
-    if (!block) fail(site, "an mbarrier operation outside of shared memory");
-    const auto found = block->mbarriers.find(static_cast<size_t>(static_cast<unsigned char*>(at) - block->shared));
-    if (found == block->mbarriers.end()) fail(site, "an mbarrier operation on what mbarrier.init has not made one");
-    if (block->live == 0) fail(site, "an mbarrier of a block that has ended");
-    return {*block, found->second};
-}
-
-// Operations on mbarriers exclude each other; what they do not exclude is that one is made or ends meanwhile.
-void use(const Found& found, void* at, Site site, bool visits = true) {
-    Thread& self = this_thread();
-    Races* const races = self.block->races;
-    if (races && visits && &found.block != self.block) {
-        races->visit(static_cast<int>(found.block.rank), self.racer, site_number(site));
-    }
-    if (races && !found.barrier.known) {
-        races->access(self.racer, Kind::kAtomic, found.block.offset_in_cluster(at), 8, site_number(site));
-    }
-}
-
-void wake_all(std::vector<Thread*>& waiting) {
-    for (Thread* thread : waiting) thread->block->wake(*thread);
-    waiting.clear();
-}
-
-// Of the copies that count on an mbarrier those that are still under way.
-bool copies_pending(const Block& block, const MBarrier& barrier) {
-    for (const auto& copy : block.device.under_way) {
-        if (copy->mbarrier == &barrier && copy->phase == barrier.phase) return true;
-    }
-    return false;
-}
-
-void maybe_complete(Block& block, MBarrier& barrier) {
-    if (barrier.pending != 0 || barrier.bytes != 0) return;
-    if (copies_pending(block, barrier)) {
-        throw Error(
-            "a phase of an mbarrier ends while a copy that tells it of its bytes is under way: it was told to "
-            "expect fewer");
-    }
-    ++block.device.progress;
-    if (block.races) {
-        if (barrier.agent >= 0) block.races->see(barrier.arriving, barrier.agent, barrier.phase + 1);
-        auto& complete = barrier.complete;
-        complete.resize(std::max(complete.size(), barrier.arriving.size()), 0);
-        for (size_t i = 0; i < barrier.arriving.size(); ++i) complete[i] = std::max(complete[i], barrier.arriving[i]);
-        barrier.arriving.clear();
-    }
-    ++barrier.phase;
-    barrier.pending = barrier.expected;
-    barrier.observed = false;
-    wake_all(barrier.waiting);
-}
-
-void check_bytes(int64_t bytes) {
-    if (bytes > int64_t{kMost} || bytes < -int64_t{kMost}) {
-        throw Error("an mbarrier that expects " + std::to_string(bytes) + " bytes: at most 2^20 - 1");
-    }
-}
-
-// 16 bytes of a copy: those of [skip, skip + bytes) come from or go to global memory; a load makes the others 0.
+// 16 bytes of a copy. Bytes [skip, skip + bytes) come from or go to global memory; a load clears the others.
 struct Piece {
     unsigned char* shared;
     unsigned char* global;
@@ -85,7 +18,7 @@ struct Piece {
 void check_shared(const Block& block, const void* shared, size_t bytes, size_t alignment, Site site) {
     const auto* byte = static_cast<const unsigned char*>(shared);
     if (reinterpret_cast<uintptr_t>(shared) % alignment != 0) {
-        fail(site, "a bulk copy at an address of shared memory that is no multiple of " + std::to_string(alignment));
+        fail(site, "a bulk copy at a shared address that is not a multiple of " + std::to_string(alignment));
     }
     if (bytes == 0 || !block.holds(byte) || !block.holds(byte + bytes - 1)) {
         fail(site, "a bulk copy of " + std::to_string(bytes) + " bytes at offset " +
@@ -114,7 +47,7 @@ void count_copy(const std::vector<Piece>& pieces, Kind global, Site site) {
     const size_t bytes = pieces.size() * 16;
     const Kind shared = global == Kind::kLoad ? Kind::kStore : Kind::kLoad;
     count_bulk(Space::kShared, shared, 0, bytes, (bytes + 127) / 128, (bytes + 127) / 128, number);
-    // Neighbours in global memory together.
+    // Neighbours in global memory count together.
     for (size_t i = 0; i < pieces.size();) {
         size_t many = 1;
         while (i + many < pieces.size() && pieces[i + many].global == pieces[i].global + 16 * many) ++many;
@@ -138,13 +71,13 @@ void load(void* shared, const std::vector<Piece>& pieces, void* mbarrier, uint32
     const std::ptrdiff_t at = static_cast<unsigned char*>(shared) - own.shared;
     const std::ptrdiff_t barrier_at = static_cast<unsigned char*>(mbarrier) - own.shared;
     if (!own.holds(shared) || !own.holds(mbarrier))
-        fail(site, "a bulk copy whose place or mbarrier is not this block's");
+        fail(site, "a bulk copy to an address or with an mbarrier of another block");
     for (Block* to : own.cluster->blocks) {
         if (blocks ? !(blocks >> to->rank & 1) : to != &own) continue;
         check_shared(*to, to->shared + at, bytes, alignment, site);
-        const Found found = find(to->shared + barrier_at, site);
+        const FoundBarrier found = find_barrier(to->shared + barrier_at, site);
         MBarrier* const barrier = &found.barrier;
-        if (!barrier->told) fail(site, "a copy whose mbarrier no fence has told the asynchronous proxy of");
+        if (!barrier->told) fail(site, "a copy whose mbarrier no fence has made visible to the asynchronous proxy");
         use(found, to->shared + barrier_at, site, false);
         if (own.races) {
             if (barrier->agent < 0) barrier->agent = own.races->agent();
@@ -198,16 +131,17 @@ void store(const void* shared, const std::vector<Piece>& pieces, size_t alignmen
             if (piece.bytes) std::memcpy(piece.global + piece.skip, held->data() + 16 * i + piece.skip, piece.bytes);
         }
     };
-    // Nothing but a wait makes it happen, or the end of the launch.
+    // Only a wait makes it happen, or the end of the launch.
     const Landing landing = own.device.options.landing;
     if (landing == Landing::kEarliest || (landing == Landing::kRandom && own.device.random() & 1)) copy->land();
     self.stores.open.push_back(copy);
 }
 
 std::vector<Piece> range(void* shared, const void* global, size_t bytes, Site site) {
-    if (bytes == 0 || bytes % 16 != 0) fail(site, "a bulk copy of " + std::to_string(bytes) + " bytes: not of 16 each");
+    if (bytes == 0 || bytes % 16 != 0)
+        fail(site, "a bulk copy of " + std::to_string(bytes) + " bytes: not a multiple of 16");
     if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-        fail(site, "a bulk copy at an address of global memory that is no multiple of 16");
+        fail(site, "a bulk copy at a global address that is not a multiple of 16");
     }
     std::vector<Piece> pieces;
     for (size_t at = 0; at < bytes; at += 16) {
@@ -225,7 +159,7 @@ std::vector<Piece> box(void* shared, const Tensor& t, int column, int row) {
     for (uint32_t i = 0; i < t.box[1]; ++i) {
         const int64_t y = int64_t{row} + i;
         for (int64_t j = 0; j < row_bytes; j += 16) {
-            const int64_t from = column * element + j;  // of the row
+            const int64_t from = column * element + j;  // offset in the row
             int64_t first = std::clamp<int64_t>(from, 0, end), last = std::clamp<int64_t>(from + 16, 0, end);
             if (y < 0 || y >= static_cast<int64_t>(t.size[1])) first = last = from;
             const size_t offset = static_cast<size_t>(static_cast<unsigned char*>(shared) - own.shared);
@@ -240,93 +174,6 @@ std::vector<Piece> box(void* shared, const Tensor& t, int column, int row) {
 }
 
 }  // namespace
-
-// ----------------------------------------------------------------------------------------------------- mbarriers
-
-void mbarrier_init(void* at, uint32_t arrivals, Site site) {
-    count("mbarrier", site);
-    Thread& self = this_thread();
-    Block& block = *self.block;
-    if (arrivals == 0 || arrivals > kMost) fail(site, "an mbarrier of " + std::to_string(arrivals) + " arrivals");
-    if (!block.holds(at)) fail(site, "mbarrier.init outside of the block's shared memory");
-    const auto offset = static_cast<size_t>(static_cast<unsigned char*>(at) - block.shared);
-    if (block.mbarriers.count(offset)) fail(site, "mbarrier.init of what is an mbarrier already");
-    access(Space::kShared, Kind::kStore, at, 8, site);
-    MBarrier& barrier = block.mbarriers[offset];
-    barrier.expected = barrier.pending = arrivals;
-    barrier.owner = self.linear;
-}
-
-void mbarrier_invalidate(void* at, Site site) {
-    count("mbarrier", site);
-    const Found found = find(at, site);
-    if (&found.block != this_thread().block) fail(site, "mbarrier.inval of another block's");
-    if (!found.barrier.waiting.empty()) fail(site, "mbarrier.inval while threads wait");
-    if (copies_pending(found.block, found.barrier)) fail(site, "mbarrier.inval while copies are under way");
-    found.block.mbarriers.erase(static_cast<size_t>(static_cast<unsigned char*>(at) - found.block.shared));
-    access(Space::kShared, Kind::kStore, at, 8, site);
-}
-
-void mbarrier_arrive(void* at, uint32_t arrivals, uint32_t bytes, Site site) {
-    count("mbarrier", site);
-    const Found found = find(at, site);
-    MBarrier& barrier = found.barrier;
-    Thread& self = this_thread();
-    use(found, at, site);
-    if (barrier.phase > 0 && !barrier.observed) {
-        fail(site, "arrives at an mbarrier although nobody has waited for the phase before to end");
-    }
-    barrier.bytes += bytes;
-    check_bytes(barrier.bytes);
-    if (arrivals == 0 || arrivals > barrier.pending) {
-        fail(site, std::to_string(arrivals) + " arrivals at an mbarrier that waits for " +
-                       std::to_string(barrier.pending) + " more");
-    }
-    barrier.pending -= arrivals;
-    if (self.block->races) self.block->races->release(self.racer, barrier.arriving);
-    maybe_complete(found.block, barrier);
-    if (self.block->device.options.order == Order::kRandom && self.block->device.random() & 1) {
-        self.pause(Thread::kReady, "an mbarrier", site);
-    }
-}
-
-bool mbarrier_test(void* at, uint32_t parity, Site site) {
-    count("mbarrier", site);
-    const Found found = find(at, site);
-    Thread& self = this_thread();
-    if (&found.block != self.block) fail(site, "waits for an mbarrier of another block");
-    if (parity > 1) fail(site, "a parity of " + std::to_string(parity));
-    use(found, at, site);
-    if ((found.barrier.phase & 1) == parity) return false;
-    found.barrier.observed = true;
-    if (self.block->races) self.block->races->acquire(self.racer, found.barrier.complete);
-    return true;
-}
-
-void mbarrier_wait(void* at, uint32_t parity, Site site) {
-    while (!mbarrier_test(at, parity, site)) {
-        Thread& self = this_thread();
-        find(at, site).barrier.waiting.push_back(&self);
-        self.pause(Thread::kWaiting, "an mbarrier", site);
-    }
-}
-
-void mbarrier_fence(Site site) {
-    count("fence", site);
-    const Thread& self = this_thread();
-    for (auto& [offset, barrier] : self.block->mbarriers) {
-        if (barrier.owner == self.linear) barrier.told = barrier.announced = true;
-    }
-}
-
-void proxy_fence(Site site) {
-    count("fence", site);
-    const Thread& self = this_thread();
-    for (auto& [offset, barrier] : self.block->mbarriers) barrier.told |= barrier.owner == self.linear;
-    if (self.block->races) self.block->races->fence(self.racer);
-}
-
-// --------------------------------------------------------------------------------------------------- bulk copies
 
 void Bulk::do_read() {
     if (!is_read && read) read();
@@ -350,19 +197,20 @@ size_t swizzled(Swizzle swizzle, size_t address) {
 void check(const Tensor& t) {
     const auto refuse = [](const std::string& why) { throw std::invalid_argument("a tensor map " + why); };
     const uint64_t row = t.box[0] * t.element;
-    if (reinterpret_cast<uintptr_t>(t.memory) % 16 != 0) refuse("of memory that is not aligned to 16 bytes");
+    if (reinterpret_cast<uintptr_t>(t.memory) % 16 != 0) refuse("for memory that is not aligned to 16 bytes");
     for (int i = 0; i < 2; ++i) {
-        if (t.size[i] == 0 || t.size[i] > uint64_t{1} << 32) refuse("of a size of 0, or beyond 2^32");
+        if (t.size[i] == 0 || t.size[i] > uint64_t{1} << 32) refuse("for a size of 0, or beyond 2^32");
         if (t.box[i] == 0 || t.box[i] > 256) refuse("with a box of " + std::to_string(t.box[i]));
     }
-    if (t.stride % 16 != 0 || t.stride >= uint64_t{1} << 40) refuse("with rows that are no multiple of 16 bytes apart");
-    if (row % 16 != 0) refuse("with a box whose rows are no multiple of 16 bytes");
+    if (t.stride % 16 != 0 || t.stride >= uint64_t{1} << 40)
+        refuse("with rows that are not a multiple of 16 bytes apart");
+    if (row % 16 != 0) refuse("with a box whose rows are not a multiple of 16 bytes");
     const uint64_t span[] = {row, 32, 64, 128};
     const uint64_t limit = span[static_cast<int>(t.swizzle)];
     if (row > limit)
         refuse("with a box of " + std::to_string(row) + " bytes a row, swizzled by " + std::to_string(limit));
-    // That is allowed, but nothing says where the next row begins.
-    if (row < limit) refuse("with a box that is narrower than what it is swizzled by: not emulated");
+    // The driver allows it, but nothing documents where the next row begins.
+    if (row < limit) refuse("with a box narrower than its swizzle: not emulated");
 }
 
 void tensor_load(void* shared, const Tensor& tensor, int column, int row, void* mbarrier, uint32_t blocks, Site site) {
@@ -399,55 +247,6 @@ void bulk_wait(int pending, bool only_read, Site site) {
     if (stores.committed <= static_cast<uint32_t>(pending)) return;
     stores.waited = std::max(stores.waited, stores.committed - static_cast<uint32_t>(pending));
     if (self.block->races && stores.agent >= 0) self.block->races->see(self.racer, stores.agent, stores.waited);
-}
-
-// ------------------------------------------------------------------------------------------------------ clusters
-
-unsigned cluster_rank() { return this_thread().block->rank; }
-unsigned cluster_size() { return static_cast<unsigned>(this_thread().block->cluster->blocks.size()); }
-
-void Cluster::complete_phase() {
-    ++blocks.front()->device.progress;
-    ++phase;
-    arrived = 0;
-    complete = std::move(arriving);
-    arriving.clear();
-    // What fence.mbarrier_init says is for the whole cluster, even if no more is released.
-    for (Block* block : blocks) {
-        for (auto& [offset, barrier] : block->mbarriers) barrier.known |= barrier.announced;
-    }
-    wake_all(waiting);
-}
-
-void cluster_arrive(bool release, Site site) {
-    count("barrier.cluster", site);
-    Thread& self = this_thread();
-    Cluster& cluster = *self.block->cluster;
-    if (self.in_cluster_barrier) fail(site, "arrives twice at the cluster's barrier");
-    self.in_cluster_barrier = true;
-    self.cluster_phase = cluster.phase;
-    if (release && cluster.races) cluster.races->release(self.racer, cluster.arriving);
-    if (++cluster.arrived >= cluster.live) cluster.complete_phase();
-}
-
-void cluster_wait(Site site) {
-    count("barrier.cluster", site);
-    Thread& self = this_thread();
-    Cluster& cluster = *self.block->cluster;
-    if (!self.in_cluster_barrier) fail(site, "waits at the cluster's barrier and has not arrived");
-    while (cluster.phase == self.cluster_phase) {
-        cluster.waiting.push_back(&self);
-        self.pause(Thread::kWaiting, "the cluster's barrier", site);
-    }
-    self.in_cluster_barrier = false;
-    if (cluster.races) cluster.races->acquire(self.racer, cluster.complete);
-}
-
-void* cluster_map(const void* shared, unsigned rank, Site site) {
-    Block& own = *this_thread().block;
-    if (rank >= own.cluster->blocks.size()) fail(site, "block " + std::to_string(rank) + " of a smaller cluster");
-    if (!own.holds(shared)) fail(site, "mapa of what is not in the block's shared memory");
-    return own.cluster->blocks[rank]->shared + (static_cast<const unsigned char*>(shared) - own.shared);
 }
 
 }  // namespace emu
