@@ -170,6 +170,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, where):
     optimizer.save(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_sets_are_saved_for_any_process(tmp_path):
     """Whose order depends on the process, as the hashes of text do."""
     code = """

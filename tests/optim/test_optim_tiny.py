@@ -25,6 +25,7 @@ def equal_steps(values: torch.Tensor) -> torch.Tensor:
     return rounded.flatten()[: values.numel()].view_as(values)
 
 
+@pytest.mark.slow
 def test_8_bits_train_the_tiny_models_adapters_as_well_as_32(run, tmp_path, monkeypatch):
     torch.set_num_threads(1)  # two that others interrupt wait for each other most of the time
     assert run("--optim", "adamw", "--steps", "1", small=[*TINY, *SIZES], cached=False, out="base") == 0

@@ -775,6 +775,7 @@ def test_a_parameter_moved_between_groups(make):
 # ------------------------------------------------------------------------------------------------------ convergence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PagedAdamW, PagedLion])
 def test_8_bits_learn_as_well_as_32(kind):
     # The next byte of Python's library from the eight before; wide enough for rows of several blocks.

@@ -92,6 +92,7 @@ CASES = [
 ]
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize(("kind", "options", "dtype"), CASES)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_budget_is_kept_and_every_page_comes_before_it_is_used(landing, kind, options, dtype, share):
@@ -253,6 +254,7 @@ def test_a_forbidden_access_is_an_error():
         assert paging()["faults"] > 0
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize(("kind", "options", "dtype"), CASES)
 @pytest.mark.parametrize("tight", [True, False])
 def test_without_managed_memory_copies_do_the_same(landing, kind, options, dtype, tight):
