@@ -80,6 +80,7 @@ def for_a_card(config):
     return torch.cuda.is_available() or "gpu" in config.option.markexpr
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers(config):
     """Of -n auto: one for each core, up to eight; none for a few tests, or for a card, which they would share."""
     few = any("::" in argument for argument in config.args)

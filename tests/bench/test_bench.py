@@ -450,6 +450,7 @@ def test_a_layer_that_forgets_its_adapter_is_not_timed(monkeypatch):
         assert begun.runners[0].failure.startswith("wrong result")
 
 
+@pytest.mark.share(2)
 def test_finetune_is_measured_by_its_command(monkeypatch):
     """Each run in a process of its own, tokens a second from its metrics; a run that fails says its last line."""
     from qlora_kernels.bench.operations import finetune
@@ -590,6 +591,7 @@ CARD_POINTS = (
 )
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("point", CARD_POINTS, ids=str)
 def test_a_cards_cases_on_the_emulator(point, monkeypatch):
     """The contenders that only a card has, this package's through the CUDA kernels."""

@@ -359,6 +359,7 @@ def test_more_seconds_are_more_rounds():
     assert rounds == [Settings.max_rounds, Settings.max_rounds, 10 * Settings.max_rounds]
 
 
+@pytest.mark.slow
 def test_a_whole_run_by_processes(tmp_path, capsys):
     """The command as it is: a process for each case, forked from one that knows the peers."""
     arguments = ["--operations", "dequantize,linear_forward", "--shapes", "64x128", "--rows", "2", "--ranks", "0"]

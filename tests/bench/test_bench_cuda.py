@@ -22,6 +22,7 @@ from qlora_kernels.native import dispatch
 # -------------------------------------------------------------------------------------------------------------- cases
 
 
+@pytest.mark.slow
 def test_the_cases_on_the_emulator(capsys):
     with emulated("random", seed=5):
         module().reset_counters()
@@ -284,6 +285,7 @@ def measured(bitsandbytes: bool) -> dict:
     return result
 
 
+@pytest.mark.share(2)
 def test_missing_bitsandbytes_leaves_empty_columns():
     result = measured(False)
     for case in result["cases"]:

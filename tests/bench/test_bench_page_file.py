@@ -33,6 +33,7 @@ def group_fixture(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_the_same_steps_in_memory_and_in_a_file(group, tmp_path, capsys):
     (tmp_path / "states").mkdir()
     where = ["--folder", str(tmp_path / "states"), "--out", str(tmp_path / "out.json")]
@@ -66,6 +67,7 @@ def test_the_same_steps_in_memory_and_in_a_file(group, tmp_path, capsys):
     assert "OTHER BITS" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_is_no_result(group):
     arguments = {"layers": 1, "width": 64, "steps": 1, "page_file": "/nowhere/at/all"}
     with pytest.raises(RuntimeError, match="the training ended with 1"):

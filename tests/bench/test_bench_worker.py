@@ -131,6 +131,7 @@ def left(tmp_path, monkeypatch) -> Path:
 _LOST = "ended its process with exit code 1: CUDA error: an illegal memory access was encountered"
 
 
+@pytest.mark.share(8)
 @pytest.mark.parametrize(
     ("fault", "settings", "why"),
     [
@@ -153,6 +154,7 @@ def test_who_takes_the_process_along_is_left_out_of_its_case(when, fault, settin
     assert not list(left.glob("qlora-bench-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begin", "why"), [(_end_of_nobody, "ended its process with exit code 3"), (_raising, "ValueError: nothing works")]
 )
@@ -166,6 +168,7 @@ def test_a_loss_without_anybody_at_work_is_the_cases(begin, why):
     assert why in table.terminal({**results.begin(TINY, "usual"), "cases": [case]})
 
 
+@pytest.mark.slow
 def test_each_case_has_a_process_of_its_own_on_a_cpu_and_not_on_a_card():
     with Worker(begin=_plain) as one:
         assert one.measure(POINT, TINY)["process"] != one.measure(POINT, TINY)["process"]
@@ -186,6 +189,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("end", ["too slow", "deadline", "Ctrl-C", "killed"])
 def test_nothing_stays_behind(end, left, tmp_path_factory):
     """Neither the process, nor its children, nor their files, however it ends."""
@@ -241,6 +245,7 @@ def test_a_deadline_is_one_for_all_requests():
         assert one.measure(POINT, TINY, without={BNB: "before"})["done"] == 2
 
 
+@pytest.mark.slow
 def test_who_hangs_before_a_deadline_is_named(monkeypatch):
     """Nobody has more than half of the time that is left."""
     monkeypatch.setattr(worker, "LEAST_SECONDS", 1.0)
@@ -284,6 +289,7 @@ def test_ctrl_c_while_the_server_starts(monkeypatch, left):
     assert not list(left.glob("qlora-bench-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_end_in_the_first_seconds_leaves_an_old_result(number, code, tmp_path):
     """While the server imports, before anything is measured: one line, and not a trace."""

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # ----------------------------------------------------------------------------------------------------- without a card
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("module_name", ["bench.card.check", "bench.card.kernels", "bench.card.quantize"])
 def test_without_a_card_one_sentence_and_nothing_done(tmp_path, module_name):
     command = [sys.executable, "-m", module_name, *([] if module_name.endswith("kernels") else ["--out", "made"])]

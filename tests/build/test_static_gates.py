@@ -84,6 +84,7 @@ def broken_loop(row: dict, budget: Budget) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ gates
 
 
+@pytest.mark.slow
 def test_every_kernel_of_every_architecture_is_within_its_budget(report):
     kernels = {row["kernel"] for row in report["kernels"]}
     without = sorted(kernel for kernel in kernels if budget_of(kernel) is None)
@@ -100,6 +101,7 @@ def test_every_kernel_of_every_architecture_is_within_its_budget(report):
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.slow
 def test_no_thread_that_stores_128_bits_stores_fewer_at_a_time(code):
     names = static.readable([one.symbol for one in code])
     checked = 0
@@ -111,6 +113,7 @@ def test_no_thread_that_stores_128_bits_stores_fewer_at_a_time(code):
     assert checked == 3 * len(cuda_wheel.built_for())
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_of_this_code(report):
     path = static.path_for(report["archs"])
     if cuda_wheel.built_for() != cuda_wheel.ARCHITECTURES and not path.exists():
@@ -131,6 +134,7 @@ def test_the_committed_table_is_of_this_code(report):
     assert not changed, "\n".join([advice, *changed])
 
 
+@pytest.mark.slow
 def test_readmes_wheel_has_all_architectures_below_30_mib_and_no_spills(report):
     """bench/results/wheel-all.json: not built here, but like what is built here."""
     kept = json.loads((static.FOLDER / "wheel-all.json").read_text())
@@ -346,6 +350,7 @@ def test_every_kernel_with_a_main_loop_has_a_budget_for_it():
         assert (budget.loop is not None) == (pattern.partition("<")[0] in static.LOOPS), pattern
 
 
+@pytest.mark.slow
 def test_a_kernel_compiled_with_too_few_registers_does_not_pass(tmp_path):
     """The whole way, from the compiler: quantize held to 24 registers spills, and the gate says so."""
     nvcc, _ = cuda_wheel.tool("nvcc"), cuda_wheel.tool("cuobjdump")

@@ -21,6 +21,10 @@ from qlora_kernels.version import BASE
 MIB = 2**20
 
 
+#: A wheel takes minutes to build.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def wheel() -> Path:
     return cuda_wheel.wheel()

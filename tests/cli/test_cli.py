@@ -134,6 +134,7 @@ def test_info_without_the_extension(capsys, monkeypatch):
     assert "pip install -e ." in capsys.readouterr().out
 
 
+@pytest.mark.share(2)
 def test_quantize_then_finetune(tmp_path, model, capsys):
     assert main(["quantize", model, str(tmp_path / "4bit"), "--quiet"]) == 0
     assert "7 linear layers in NF4" in capsys.readouterr().out

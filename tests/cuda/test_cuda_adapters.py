@@ -78,6 +78,7 @@ class Layer:
             assert error < bound, f"{case} {name}: {error:.2e}"
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("r", RANKS)
 def test_every_rank(cuda_engine, r, dropout):
@@ -86,6 +87,7 @@ def test_every_rank(cuda_engine, r, dropout):
         Layer(m, 136, 192, r, dropout).check(f"{cuda_engine} M={m} r={r} p={dropout}")
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(cuda_engine, shape, dtype):
@@ -114,6 +116,7 @@ def test_one_gradient_alone(cuda_engine, wanted):
     Layer(130, 136, 192, 20, 0.3).check(f"{cuda_engine} {wanted}", *wanted)
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize(("r", "shared"), [(16, 64), (40, 64), (40, 99), (40, 227)])
 @pytest.mark.parametrize("multiprocessors", [1, 40])
 def test_the_bits_do_not_depend_on_the_order(r, shared, multiprocessors):

@@ -35,7 +35,7 @@ def backward(dy, weight, k, x, u, A, B, dropout=0.0, seed=None):
     return ops.linear_backward(dy, *weight.pieces, k, x, u, A, B, 0.5, dropout, seed, True, True, True)
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("kernel", [*FORWARD, *TILES])
@@ -52,7 +52,7 @@ def test_y_with_an_adapter_has_the_error_of_one_dense_product(monkeypatch, kerne
     assert_within_contract(y, F.linear(*both), exact, f"{kernel}, r = {r}, {dtype}")
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("kernel", TILES)
@@ -158,6 +158,7 @@ def test_operands_of_the_adapter_move_whole_sectors_without_bank_conflicts(monke
 # ------------------------------------------------------------------------------------------------------ early launches
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("m", "k"), [(1, 192), (20, 192), (50, 1088), (129, 192)])
 def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, order, monkeypatch):

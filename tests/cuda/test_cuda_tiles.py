@@ -60,6 +60,7 @@ def test_every_kernel_keeps_the_contract_where_it_is_forced(cuda_engine, monkeyp
     assert_within_contract(dx, dy @ dense, dy.double() @ dense.double(), kernel + " dx")
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("r", [1, 8, 16, 17, 64, 130])
 def test_the_tensor_cores_kernels_with_adapters(cuda_engine, r, dropout):

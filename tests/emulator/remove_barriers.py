@@ -13,12 +13,19 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+# One thread each: a fork of a process that has had more would wait for threads that are not there.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -116,25 +123,57 @@ def make_removable(found: list[Place], copy: Path) -> None:
 
 def failing_test(module: Path, tests=QUANTIZATION, removed: int = -1) -> str | None:
     """The first test that fails on an emulator module with one place removed, or None."""
-    environment = {**os.environ, "QLORA_KERNELS_EMULATOR_MODULE": str(module), "OMP_NUM_THREADS": "1"}
-    environment[VARIABLE] = str(removed)
     for file, expression in tests:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
-        command += ["-k", expression] if expression else []
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        if done.returncode == 1:
-            failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.M)
+        code, output = pytest_in_a_child(module, removed, "-x", file, *(["-k", expression] if expression else []))
+        if code == 1:
+            failed = re.search(r"^FAILED \S+::(\S+)", output, re.M)
             return failed.group(1) if failed else "a test"
-        if done.returncode < 0:
-            return f"signal {-done.returncode}"
-        if done.returncode != 0:
-            raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        if code < 0:
+            return f"signal {-code}"
+        if code != 0:
+            raise RuntimeError(f"pytest ended with {code}:\n{output[-4000:]}")
     return None
+
+
+def pytest_in_a_child(module: Path, removed: int, *arguments: str) -> tuple[int, str]:
+    """pytest's exit code, or a signal's number below zero, and what it printed.
+
+    A fork of this process, which has imported torch: it would take longer than most of the tests.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os.environ.update({"QLORA_KERNELS_EMULATOR_MODULE": str(module), VARIABLE: str(removed)})
+            code = 3
+            try:
+                code = int(pytest.main(["-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", *arguments]))
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
+        status = waited(child)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read()
+
+
+def waited(child: int) -> int:
+    """The status with which a child ends; after ten minutes it is killed, and all it has started."""
+    end = time.monotonic() + 600
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise TimeoutError("tests took more than ten minutes")
 
 
 def first_test(file: str, expression: str) -> str:
     """The name of the first test that an expression selects."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", file, "-k", expression]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-m", "", file, "-k", expression]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return next(line for line in done.stdout.splitlines() if "::" in line)
 
@@ -144,6 +183,8 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, help="sources in csrc/cuda; all by default")
     parser.add_argument("--changed-since", metavar="COMMIT", help="only files that differ from that commit")
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
     from tqdm import tqdm
 
     from bench.emulator import build

@@ -49,6 +49,7 @@ def whole(tmp_path_factory, cache):
     return folder
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("phase", ["qlora", "lora16", "full"])
 def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(run, whole, tmp_path, monkeypatch, capsys, phase):
     with monkeypatch.context() as patch:
@@ -67,6 +68,7 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(run, whole, tmp_path, monke
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.share(5)
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_lion", "adamw"])
 def test_resume_with_every_optimizer(run, tmp_path, monkeypatch, name):
     options = ("--optim", name, "--weight-decay", "0.1")
@@ -123,6 +125,7 @@ def test_a_signal_between_steps_saves_them(run, tmp_path, monkeypatch, capsys):
     assert len(losses(tmp_path / "out")["qlora"]) == 6
 
 
+@pytest.mark.slow
 def test_sigterm_in_pretraining_saves_too(run, tmp_path, monkeypatch, cache):
     with monkeypatch.context() as patch:
         interrupt(patch, "pretrain", 3, signal.SIGTERM)
@@ -132,6 +135,7 @@ def test_sigterm_in_pretraining_saves_too(run, tmp_path, monkeypatch, cache):
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
 
 
+@pytest.mark.share(2)
 def test_resume_on_a_4_bit_folder(run, tmp_path, monkeypatch, hf_folder):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
@@ -186,6 +190,7 @@ def test_resume_notices_that_the_base_has_changed(run, tmp_path, monkeypatch, ca
     assert "the base model differs" in capsys.readouterr().err
 
 
+@pytest.mark.share(2)
 def test_resume_without_or_with_a_damaged_checkpoint(run, tmp_path, monkeypatch, capsys):
     assert run("--resume") == 2
     assert "no run was interrupted" in capsys.readouterr().err
@@ -210,6 +215,7 @@ def test_resume_without_or_with_a_damaged_checkpoint(run, tmp_path, monkeypatch,
     assert run("--resume") == 0
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_the_last_checkpoint_whole(run, tmp_path, cache):
     more = ("--steps", "40", "--save-every", "1")
     assert run(*more, out="whole") == 0

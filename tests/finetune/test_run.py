@@ -92,6 +92,7 @@ def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
     assert results["qlora"]["loss"] < results["nf4"]["loss"]
 
 
+@pytest.mark.slow
 def test_nf4_recovers_what_16_bit_lora_gains(run, tmp_path):
     """QLoRA's claim, on held-out text, with enough training for a gain far above what the seed changes."""
     small = [
@@ -137,6 +138,7 @@ def test_pretraining_happens_once(run, tmp_path, monkeypatch):
     assert losses(tmp_path / "out")["qlora"] == first["results"]["qlora"]["losses"]
 
 
+@pytest.mark.slow
 def test_the_first_of_two_runs_that_share_a_cache_writes_the_base(run, tmp_path, monkeypatch):
     assert run("--pretrain-steps", "3", "--cache", str(tmp_path / "a")) == 0
     original = Trainer.run
@@ -161,6 +163,7 @@ def test_the_first_of_two_runs_that_share_a_cache_writes_the_base(run, tmp_path,
     assert metrics(tmp_path / "third")["results"]["base16"]["loss"] == second
 
 
+@pytest.mark.slow
 def test_two_runs_at_the_same_time_with_one_cache(tmp_path):
     command = ["finetune", *SMALL, "--cache", str(tmp_path / "cache"), "--out"]
     logs = [tmp_path / "a.log", tmp_path / "b.log"]
@@ -224,6 +227,7 @@ def test_lion_takes_a_lower_learning_rate_unless_one_is_given():
         assert (given.lr, given.full_lr) == (0.5, 0.25)
 
 
+@pytest.mark.slow
 def test_paged_adamw_trains_as_torch_does(run, tmp_path):
     """Pretraining, too, and with every gradient clipped."""
     more = ("--compare", "--max-grad-norm", "0.05", "--weight-decay", "0.1", "--compute", "float32")
@@ -236,6 +240,7 @@ def test_paged_adamw_trains_as_torch_does(run, tmp_path):
         assert ours[key] != pytest.approx(free[key], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_lion"])
 def test_the_other_optimizers_learn(run, tmp_path, name):
     """Whatever text this Python's library makes: the adapters gain 0.02 to 0.03 in 160 steps."""

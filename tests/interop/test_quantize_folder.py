@@ -263,6 +263,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path, monkeypatch, capsys, signum):
     assert os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_is_swept_and_a_living_writers_folder_is_not(tmp_path):
     model = llama(tmp_path / "model")
     script = (

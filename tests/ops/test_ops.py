@@ -190,6 +190,7 @@ def test_rows_beyond_one_superblock(engine):
 
 
 # Whole blocks of 64, and rows that cut them and bytes.
+@pytest.mark.share(2)
 @pytest.mark.parametrize("long", [131072, 70001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sums_whose_packed_rows_exceed_the_scratch(isa, dtype, long):

@@ -71,6 +71,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("change", CHANGES)
 def test_states_loaded_after_a_parameter_has_changed_its_form(place, make, change):
     params, optimizer = stepped(make, torch.randn(12, 5, 3, 3), torch.randn(300), torch.randn(1000))

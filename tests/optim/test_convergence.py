@@ -13,6 +13,7 @@ from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.finetune import train as finetune_train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PagedAdamW, PagedLion])
 def test_8_bits_learn_as_well_as_32(kind):
     # Predicts a byte of the standard library from the eight before it; rows are wide enough for several blocks.
@@ -66,6 +67,7 @@ def equal_steps(values: torch.Tensor) -> torch.Tensor:
     return rounded.flatten()[: values.numel()].view_as(values)
 
 
+@pytest.mark.slow
 def test_8_bits_train_the_tiny_models_adapters_as_well_as_32(run, tmp_path, monkeypatch):
     torch.set_num_threads(1)  # on a busy machine, two threads mostly wait for each other
     assert run("--optim", "adamw", "--steps", "1", small=[*TINY, *SIZES], cached=False, out="base") == 0

@@ -47,6 +47,7 @@ def folder_fixture(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shard_runs.SCENARIOS)
 def test_two_processes(folder, name):
     outcomes = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]

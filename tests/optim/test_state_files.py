@@ -67,6 +67,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, where):
     optimizer.save(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_sets_are_saved_for_any_process(tmp_path):
     """The order of a set depends on the process, because hashes of text do."""
     words = {f"word {i}" for i in range(50)}

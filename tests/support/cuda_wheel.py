@@ -5,6 +5,7 @@ Where QLORA_KERNELS_REQUIRE_NVCC is set, as in CI, a missing tool is a failure; 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -43,6 +44,20 @@ def tool(name: str) -> str:
 def _built() -> Path:
     if given := os.environ.get("QLORA_KERNELS_WHEEL"):
         return Path(given)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    out, made_in = FOLDER / "out", FOLDER / "run"
+    # Workers of one run share the wheel that the first of them makes.
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if run is None or not made_in.is_file() or made_in.read_text() != run:
+            made_in.unlink(missing_ok=True)
+            _build(out)
+            made_in.write_text(run or "")
+    return next(out.glob("*.whl"))
+
+
+def _build(out: Path) -> None:
     # A copy, so that the tree's own build and metadata stay as they are; kept, so that only what changed is compiled.
     source = FOLDER / "source"
     for name in ("csrc", "qlora_kernels"):
@@ -50,13 +65,12 @@ def _built() -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, source)
-    shutil.rmtree(FOLDER / "out", ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation"]
     environment = {**os.environ, "QLORA_KERNELS_CUDA_ARCHS": ";".join(ARCHITECTURES)}
-    done = subprocess.run([*command, "-w", str(FOLDER / "out")], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "-w", str(out)], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the wheel does not build:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    return next((FOLDER / "out").glob("*.whl"))
 
 
 def built_for() -> tuple[str, ...]:

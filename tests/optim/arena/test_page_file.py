@@ -47,6 +47,7 @@ def test_the_file_goes_with_the_optimizer(tmp_path, make):
     assert mapped(tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_the_file_goes_with_a_process_that_is_killed(tmp_path):
     torch.set_num_threads(1)  # a forked child has none of its parent's threads
     reading, writing = os.pipe()

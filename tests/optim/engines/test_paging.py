@@ -38,6 +38,7 @@ def least_of(case: int) -> int:
     return least(kind, parameters(dtype), **options)
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"case{i}")
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_budget_is_kept_and_every_page_comes_before_it_is_used(landing, case, share):
@@ -60,6 +61,7 @@ def test_a_budget_is_kept_and_every_page_comes_before_it_is_used(landing, case, 
     assert ours.resident_bytes() <= budget
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"case{i}")
 @pytest.mark.parametrize("tight", [True, False])
 def test_without_managed_memory_copies_do_the_same(landing, case, tight):
