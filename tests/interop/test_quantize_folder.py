@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
+import forked
 import pytest
 import torch
 import transformers
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from qlora_kernels.cli.main import main
 from qlora_kernels.cli.quantize import parse_size
 from qlora_kernels.errors import InputError
+from qlora_kernels.finetune.memory import PeakMemory
 from qlora_kernels.interop.transformers import quantize_folder as quantizing
 from qlora_kernels.interop.transformers.load import load_quantized
 from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
@@ -100,27 +101,24 @@ def test_a_trunk_without_the_prefix_of_its_model(tmp_path):
     assert load_quantized(tmp_path / "out", rank=0)(torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
+def peak_over_the_start(small: str, large: str, out: str, result: str) -> None:
+    """Quantizes a folder and writes how far memory rose meanwhile."""
+    quantize_folder(small, out + "-small", progress=False)  # first calls
+    with PeakMemory() as memory:
+        quantize_folder(large, out, progress=False)
+    Path(result).write_text(str(memory.peak - memory.start if memory.peak else -1))
+
+
 def test_one_weight_in_memory_at_a_time(tmp_path):
-    """The peak over the start stays below a few weights of 8 MiB, while the model has 32 of them."""
-    script = """
-import sys, torch, transformers
-from transformers import LlamaConfig, LlamaForCausalLM
-from qlora_kernels.finetune.memory import PeakMemory
-from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
-small, large, out = sys.argv[1:]
-quantize_folder(small, out + "-small", progress=False)  # imports and first calls
-with PeakMemory() as memory:
-    quantize_folder(large, out, progress=False)
-print(memory.peak - memory.start if memory.peak else -1)
-"""
+    """The peak over the start stays below a few weights of 6 MiB, while the model has 20 of them."""
     small = llama(tmp_path / "small")
     config = transformers.LlamaConfig(
         vocab_size=64,
-        hidden_size=2048,
-        intermediate_size=2048,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=1,
         dtype="bfloat16",
     )
     with torch.device("meta"):
@@ -129,13 +127,15 @@ print(memory.peak - memory.start if memory.peak else -1)
     config.save_pretrained(tmp_path / "large")
     zeros = {key: torch.zeros(value.shape, dtype=torch.bfloat16) for key, value in state.items()}
     save_file(zeros, tmp_path / "large" / "model.safetensors", metadata={"format": "pt"})
-    assert sum(value.numel() * 2 for value in zeros.values()) > 220 << 20
-    command = [sys.executable, "-c", script, small, str(tmp_path / "large"), str(tmp_path / "out")]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    peak = int(output.split()[-1])
+    assert sum(value.numel() * 2 for value in zeros.values()) > 130 << 20
+    folders = [str(tmp_path / name) for name in ("large", "out", "result")]
+    process = forked.start(peak_over_the_start, small, *folders)
+    process.join()
+    assert process.exitcode == 0
+    peak = int((tmp_path / "result").read_text())
     if peak < 0:
         pytest.skip("no /proc here")
-    assert peak < 48 << 20
+    assert peak < 36 << 20
 
 
 def bad_model(tmp_path, kind: str) -> str:
@@ -263,17 +263,17 @@ def test_a_signal_leaves_nothing_behind(tmp_path, monkeypatch, capsys, signum):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def killed_at_the_first_tensor(model: str, out: str) -> None:
+    quantizing._write_tensor = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    quantize_folder(model, out, progress=False)
+
+
 def test_what_a_kill_left_is_swept_and_a_living_writers_folder_is_not(tmp_path):
     model = llama(tmp_path / "model")
-    script = (
-        "import os, signal, sys\n"
-        "from qlora_kernels.interop.transformers import quantize_folder as q\n"
-        "q._write_tensor = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "q.quantize_folder(sys.argv[1], sys.argv[2], progress=False)\n"
-    )
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", script, model, str(out)])
-    assert done.returncode == -signal.SIGKILL
+    process = forked.start(killed_at_the_first_tensor, model, str(out))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     others = [tmp_path / ".out.more.abcdefgh.part", tmp_path / ".out.part"]
     for other in others:
         other.mkdir()
