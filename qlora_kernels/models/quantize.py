@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..console.progress import bar
-from ..errors import explains_peft_names, listed, sentence
+from ..errors import listed, peft_names, sentence
 from ..layers.adapters.config import AdapterConfig
 from ..layers.qlinear import QLinear
 from ..ops import backends
@@ -68,7 +68,7 @@ class QuantizeReport:
         return "\n".join(lines)
 
 
-@explains_peft_names
+@peft_names
 def quantize_model(
     model: nn.Module,
     rank: int = 16,
