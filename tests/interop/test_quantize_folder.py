@@ -12,11 +12,9 @@ import forked
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qlora_kernels.cli.main import main
-from qlora_kernels.cli.quantize import parse_size
 from qlora_kernels.errors import InputError
 from qlora_kernels.finetune.memory import PeakMemory
 from qlora_kernels.interop.transformers import quantize_folder as quantizing
@@ -25,7 +23,6 @@ from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
 from qlora_kernels.interop.transformers.skeleton import dtype_argument, skipped
 from qlora_kernels.models.quantize import quantize_model
 from qlora_kernels.storage.atomic_folder import sweep_folders, write_folder_atomically
-from qlora_kernels.storage.safetensors_stream import Entry, Writer, read, read_header
 
 
 def llama(folder, dtype=torch.bfloat16, shard="5GB", **more) -> str:
@@ -228,31 +225,6 @@ def test_loading_a_damaged_folder(tmp_path, damage):
         load_quantized(tmp_path / "out")
 
 
-def test_stream_writer_writes_what_the_library_reads(tmp_path):
-    tensors = {
-        "odd bytes": torch.arange(7, dtype=torch.uint8),
-        "floats": torch.randn(3, 5),
-        "halves": torch.randn(3).half(),
-        "empty": torch.empty(0, 4),
-        "scalar": torch.tensor(3.5, dtype=torch.bfloat16),
-        "flags": torch.tensor([True, False, True]),
-    }
-    path = str(tmp_path / "file.safetensors")
-    with Writer(path, {name: Entry.like(tensor) for name, tensor in tensors.items()}) as writer:
-        for name in reversed(tensors):
-            writer.write(name, tensors[name])
-    with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == set(tensors)
-        for name, tensor in tensors.items():
-            found = file.get_tensor(name)
-            assert found.dtype == tensor.dtype
-            assert torch.equal(found, tensor)
-    for name, entry in read_header(path)[0].items():
-        assert torch.equal(read(entry), tensors[name])
-    with pytest.raises(ValueError, match="were not written"), Writer(path, {"a": Entry.like(torch.ones(1))}):
-        pass
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing_behind(tmp_path, monkeypatch, capsys, signum):
     model = llama(tmp_path / "model")
@@ -292,15 +264,6 @@ def test_what_a_kill_left_is_swept_and_a_living_writers_folder_is_not(tmp_path):
     assert not left.exists()
     assert all(other.exists() for other in others)
     assert (out / "file").exists()
-
-
-def test_sizes():
-    assert parse_size("2GB") == 2 * 10**9
-    assert parse_size("1.5 MiB") == 3 << 19
-    assert parse_size("1") == parse_size("0.001kB") == 1
-    for text in ("", "two", "-1GB", "0", "0.0GB", "3XB", "0.1", "0.9B", "0.0000001MiB", "1e3", "9" * 400):
-        with pytest.raises(InputError, match=r"max-shard-size .* such as 2GB, 500MB or 1\.5GiB"):
-            parse_size(text)
 
 
 @pytest.mark.parametrize("size", [0, -1, 0.1, float("nan")])
