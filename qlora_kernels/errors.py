@@ -4,22 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
-
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
-
-# PEFT's LoraConfig arguments, and what this package calls them.
-_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
-# Those without a counterpart, and what to do instead.
-_PEFT_ONLY = {
-    "modules_to_save": "to train other modules too, call requires_grad_(True) on them afterwards",
-    "exclude_modules": "name the layers that get adapters in target_modules",
-    "lora_bias": "adapters have no bias here",
-    "use_dora": "DoRA is not supported",
-}
 
 
 class InputError(Exception):
@@ -50,29 +36,6 @@ def listed(items: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
     return separator.join(items[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def peft_names(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Decorates a function that takes ``rank``, ``alpha``, ``dropout`` or ``rslora``, for callers who know PEFT.
-
-    ``r=8`` or ``lora_alpha=16`` raise a TypeError that says what the argument is called here, instead of Python's
-    "unexpected keyword argument". The signature that users see stays the function's own.
-    """
-    who = function.__qualname__.removesuffix(".__init__")
-    ours = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        foreign = [name for name in kwargs if name not in ours]
-        renamed = [f"'{name}' is called '{_PEFT_NAMES[name]}'" for name in foreign if _PEFT_NAMES.get(name) in ours]
-        if renamed:
-            raise TypeError(f"{who} does not take PEFT's names: {', '.join(renamed)} here")
-        for name in foreign:
-            if name in _PEFT_ONLY:
-                raise TypeError(f"{who} has no argument '{name}': {_PEFT_ONLY[name]}")
-        return function(*args, **kwargs)
-
-    return checked
-
-
 @contextlib.contextmanager
 def readable(what: str) -> Iterator[None]:
     """Turns whatever a library raises while reading the user's files into one sentence."""
@@ -82,3 +45,40 @@ def readable(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{what}: {sentence(error)}") from error
+
+
+#: What PEFT calls an adapter's settings, and what they are called here.
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+
+# Settings of PEFT that have no counterpart, and what to do instead.
+_PEFT_ONLY = {
+    "modules_to_save": "to train other modules too, call requires_grad_(True) on them afterwards",
+    "exclude_modules": "target_modules names the layers that get adapters",
+    "lora_bias": "adapters have no bias here",
+    "use_dora": "DoRA is not supported",
+}
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def peft_names(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorates a function that takes ``rank``, ``alpha``, ``dropout`` or ``rslora``, for callers who know PEFT.
+
+    ``r=8`` or ``lora_alpha=16`` raise a TypeError that says what the argument is called here, instead of Python's
+    "unexpected keyword argument". The signature that users see stays the function's own.
+    """
+    who = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        foreign = [name for name in kwargs if name in _PEFT_NAMES]
+        if foreign:
+            renamed = ", ".join(f"'{name}' is called '{_PEFT_NAMES[name]}'" for name in foreign)
+            raise TypeError(f"{who} does not take PEFT's names: {renamed} here")
+        for name in kwargs:
+            if name in _PEFT_ONLY:
+                raise TypeError(f"{who} does not take PEFT's '{name}': {_PEFT_ONLY[name]}")
+        return function(*args, **kwargs)
+
+    return checked

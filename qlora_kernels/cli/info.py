@@ -35,7 +35,7 @@ def _dispatch(namespace: argparse.Namespace) -> int:
     elif card is None:
         known = ", ".join(map(str, dispatch.CARDS))
         raise InputError(f"--arch {namespace.arch}: there are figures for {known}")
-    forced = os.environ.pop("QLORA_KERNELS_CUDA_KERNEL", None)  # the table is what runs without it
+    forced = os.environ.pop("QLORA_KERNELS_CUDA_KERNEL", None)  # the table shows what runs without it
     try:
         if namespace.json:
             table = [

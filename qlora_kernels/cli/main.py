@@ -48,11 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_forced() -> None:
-    """Finds at once that QLORA_KERNELS_CPU_ISA or QLORA_KERNELS_CUDA_KERNEL asks for what is not there; every call of a
-    kernel would.
+    """Checks QLORA_KERNELS_CPU_ISA and QLORA_KERNELS_CUDA_KERNEL now, rather than at the first call of a kernel.
 
     Raises:
-        InputError: naming the instruction sets, or the kernels, that can be had.
+        InputError: naming the instruction sets, or the kernels, that there are.
     """
     isa, kernel = (os.environ.get(f"QLORA_KERNELS_{name}") for name in ("CPU_ISA", "CUDA_KERNEL"))
     if not isa and not kernel:
@@ -61,17 +60,17 @@ def _check_forced() -> None:
 
     from ..native import dispatch, extension
 
-    with contextlib.suppress(ImportError):  # 'info' says that the extension is missing, and the others stop at it
+    with contextlib.suppress(ImportError):  # without the extension 'info' says so, and the others stop
         try:
             extension.native().build_info()
             if kernel:  # a case that every kernel can take
                 dispatch.choose(dispatch.CARDS[90], 1, 64, 64, torch.bfloat16, False)
         except RuntimeError as error:
-            raise InputError(_plain(error)) from None
+            raise InputError(_without_source(error)) from None
 
 
-def _plain(error: RuntimeError) -> str:
-    """The extension's sentence, without the place in the source and the expression that its errors carry."""
+def _without_source(error: RuntimeError) -> str:
+    """The extension's sentence, without the source line and the expression in it."""
     return re.sub(r"^\S+:\d+: | \(failed: .*\)$", "", sentence(error))
 
 
@@ -109,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="measure this package beside torch, bitsandbytes and PEFT",
-        description="Every operation beside its peers, in one run, each case in a process of its own: verified, then "
-        "timed in turns. Tables here, figures and plots in files.",
+        description="Every operation beside its peers in one run, each case in its own process: verified, then timed "
+        "in turns. Prints tables, and writes figures and plots to files.",
     )
     add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
@@ -122,10 +121,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         type=int,
         metavar=("N", "K"),
-        help="instead: which CUDA kernel multiplies with a weight [N, K], by rows of x",
+        help="print instead which CUDA kernel multiplies with a weight [N, K], by rows of x",
     )
     info.add_argument(
-        "--arch", type=int, metavar="NUMBER", help="with --dispatch: of another card than this machine's, such as 90"
+        "--arch",
+        type=int,
+        metavar="NUMBER",
+        help="with --dispatch: for another architecture than this machine's, such as 90",
     )
     info.set_defaults(run=run_info)
     return parser

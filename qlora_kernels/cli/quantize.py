@@ -14,7 +14,7 @@ from ..errors import InputError
 def run_quantize(namespace: argparse.Namespace, arguments: list[str]) -> int:
     from ..interop.transformers.quantize_folder import quantize_folder
 
-    with StopSignal():  # an exception for SIGTERM too, so that what was begun is removed
+    with StopSignal():  # SIGTERM becomes an exception too, so that the unfinished folder is removed
         try:
             report = quantize_folder(
                 namespace.model,

@@ -1,4 +1,4 @@
-"""Restarts the process with threads that sleep while they wait, where other programs keep the cores busy."""
+"""Restarts the process with threads that sleep while they wait, when other programs keep the cores busy."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 
 
 def restart_if_cores_are_busy() -> None:
-    """Where other programs want the cores, starts the process anew, under the same id, with threads that sleep.
+    """Restarts the process, under the same id, with threads that sleep, when other programs are using the cores.
 
-    OpenMP's threads spin while they wait for each other, which is best on free cores and ruinous on others: each of
-    the many short products of a small model then waits for a thread that is not running. Measured on two cores, a
-    training step of the tiny model takes 94 ms spinning and 150 ms sleeping; with one other busy process, 1366 ms and
-    166 ms. The runtime reads the setting when it is loaded, which importing torch has done by now. No result changes.
+    OpenMP's threads spin while they wait for each other. That is best on free cores and ruinous on busy ones: each of
+    a small model's many short products then waits for a thread that is not running. Measured on two cores, a training
+    step of the tiny model takes 94 ms spinning and 150 ms sleeping; with one other busy process, 1366 ms and 166 ms.
+    The runtime reads the setting when it is loaded, which importing torch has already done. Results do not change.
     """
     settings = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     if not sys.platform.startswith("linux") or any(name in os.environ for name in settings):
@@ -27,7 +27,7 @@ def restart_if_cores_are_busy() -> None:
 
 
 def free_cores() -> float:
-    """How many cores nobody used in the last moment; infinity where the system does not say."""
+    """How many cores were idle over the last 0.3 s; infinity where the system does not say."""
     samples = []
     for pause in (0.3, 0.0):
         try:
@@ -35,7 +35,7 @@ def free_cores() -> float:
                 times = [int(word) for word in file.readline().split()[1:9]]
         except (OSError, ValueError):
             return math.inf
-        samples.append((times[3] + times[4], sum(times)))  # idle and waiting for a disk; all
+        samples.append((times[3] + times[4], sum(times)))  # idle or waiting for a disk; all
         time.sleep(pause)
     (idle, total), (idle_after, total_after) = samples
     return (os.cpu_count() or 1) * (idle_after - idle) / max(total_after - total, 1)

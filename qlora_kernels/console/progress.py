@@ -10,16 +10,16 @@ from ..errors import missing_extra
 
 
 def bar(iterable: Iterable | None = None, *, show: bool = True, **more: Any) -> Any:
-    """A tqdm bar on stderr; in a log file, where every update is a line of its own, a slow one.
+    """A tqdm bar on stderr. In a log file, where each update is a line, it updates slowly.
 
     Args:
-        iterable: what to go through; without tqdm installed it comes back as it is. None for a bar that is updated by
+        iterable: what to iterate over; returned unchanged if tqdm is not installed. None for a bar that is updated by
             hand, which needs tqdm.
-        show: a bar that is not shown behaves the same otherwise.
-        more: as tqdm takes it.
+        show: a hidden bar behaves the same otherwise.
+        more: tqdm's other arguments.
 
     Raises:
-        ImportError: when tqdm is missed.
+        ImportError: when tqdm is needed and not installed.
     """
     try:
         from tqdm.auto import tqdm

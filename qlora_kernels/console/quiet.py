@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading and saving bars, and no report of missing keys: the caller checks for those itself."""
+    """No loading and saving bars, and no report of missing keys, which the caller checks for."""
     from transformers.utils import logging as their_logging
 
     logger, bars = logging.getLogger("transformers"), their_logging.is_progress_bar_enabled()

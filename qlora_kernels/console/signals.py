@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: let the work in progress come to a good end, then say so."""
+"""Ctrl-C and SIGTERM: finish the work in progress, then stop and say so."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop. Not an Exception, so that no handler of errors swallows it.
+    """A signal asked the run to stop. Not an Exception, so that error handlers do not swallow it.
 
     Attributes:
         signum: the signal.
-        note: what was saved, for the message to the user.
+        note: what was saved, for the message.
     """
 
     def __init__(self, signum: int, note: str = "") -> None:
@@ -26,10 +26,10 @@ class Interrupted(BaseException):
 
 
 class StopSignal:
-    """Catches SIGINT and SIGTERM while it is entered (in the main thread; elsewhere it does nothing).
+    """A context that catches SIGINT and SIGTERM, in the main thread; in others it does nothing.
 
-    Inside :meth:`deferred` a first signal only sets :attr:`signum`, for the training loop to see between steps;
-    a second one, or any outside it, raises :class:`Interrupted` at once.
+    Inside :meth:`deferred` a first signal only sets :attr:`signum`, which the training loop reads between steps; a
+    second one, or any signal outside it, raises :class:`Interrupted` at once.
     """
 
     def __init__(self) -> None:
@@ -54,13 +54,13 @@ class StopSignal:
         raise Interrupted(signum)
 
     def check(self) -> None:
-        """Raises :class:`Interrupted` when a signal came while it was deferred."""
+        """Raises :class:`Interrupted` if a signal arrived while deferred."""
         if self.signum is not None:
             raise Interrupted(self.signum)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Lets what it encloses come to a good end before a signal takes effect."""
+        """A context that completes before a signal takes effect."""
         self._deferring = True
         try:
             yield

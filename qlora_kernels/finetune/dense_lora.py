@@ -1,4 +1,4 @@
-"""The baseline: LoRA in plain torch on dense 16-bit layers, and the initial values that both kinds of adapter share."""
+"""The baseline: LoRA in plain torch on dense 16-bit layers, with the same initial values as the 4-bit run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def initial_A(name: str, rank: int, columns: int, seed: int) -> torch.Tensor:
-    """Kaiming-uniform float32 [r, K], the same for a layer's name and seed whatever the base is stored in."""
+    """Kaiming-uniform float32 [r, K]; depends on the layer's name and the seed, not on how the base is stored."""
     generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
     bound = math.sqrt(3) * math.sqrt(2 / (1 + 5)) / math.sqrt(columns)  # kaiming_uniform_ with a = sqrt(5), as PEFT
     return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
@@ -47,7 +47,7 @@ def add_lora(
 
 
 def share_initial_values(layers: dict[str, nn.Module], seed: int) -> None:
-    """Gives the adapters of QLinear layers the initial values that :func:`add_lora` gives."""
+    """Gives the adapters of QLinear layers the initial values that :func:`add_lora` uses."""
     with torch.no_grad():
         for name, layer in layers.items():
             adapter = layer.active_adapter

@@ -27,7 +27,7 @@ def held_out_loss(
 
 @torch.no_grad()
 def generate(model: nn.Module, prompt: list[int], length: int, seed: int, device: str) -> list[int]:
-    """Samples a continuation (temperature 0.7, the 40 likeliest tokens), the same for the same seed."""
+    """Samples a continuation (temperature 0.7, top 40 tokens); the same seed gives the same one."""
     if length < 1:
         return []
     model.eval()

@@ -25,7 +25,7 @@ def _status(key: str) -> int | None:
 
 
 def _trim() -> None:
-    """Gives what malloc holds but nobody uses back to the system, so that it doesn't count for the next phase."""
+    """Returns unused memory that malloc holds to the system, so that it does not count for the next phase."""
     gc.collect()
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
@@ -35,14 +35,14 @@ def _trim() -> None:
 class PeakMemory:
     """A context that measures the peak memory between its ends.
 
-    On Linux it resets the kernel's own high-water mark (``/proc/self/clear_refs``) and reads VmHWM at the end;
-    where that is not allowed a thread samples VmRSS. The figure is the whole process: interpreter, torch and the
-    other libraries (``start``, before the phase) as well as model and activations. On CUDA it is what torch's
-    allocator handed out on the device.
+    On Linux it resets the kernel's own high-water mark (``/proc/self/clear_refs``) and reads VmHWM at the end; where
+    that is not allowed, a thread samples VmRSS. The figure covers the whole process: interpreter, torch and the other
+    libraries (``start``, before the phase) as well as model and activations. On CUDA it is what torch's allocator has
+    handed out on the device.
 
     Attributes:
         start: bytes at the beginning, or None where unknown.
-        peak: bytes at most, likewise.
+        peak: most bytes in between, or None.
         method: how it was measured.
     """
 

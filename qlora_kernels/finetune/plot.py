@@ -11,7 +11,7 @@ _COLOURS = {"base16": "0.35", "nf4": "0.6", "qlora": "C0", "lora16": "C1", "full
 
 
 def plot_losses(results: dict[str, Any], path: str, title: str) -> None:
-    """Writes a PNG: training loss by step, smoothed over the raw, and held-out losses as horizontal lines."""
+    """Writes a PNG: training loss by step, raw and smoothed, and held-out losses as horizontal lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def plot_losses(results: dict[str, Any], path: str, title: str) -> None:
         if losses:
             steps = range(1, len(losses) + 1)
             axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-            # 16-bit LoRA runs so close to NF4 + LoRA that only a wide line shows on both sides of it.
+            # 16-bit LoRA is so close to NF4 + LoRA that only a wider line behind it shows.
             width, order = (4.0, 2.0) if key == "lora16" else (1.4, 3.0)
             axes.plot(steps, _smooth(losses), color=colour, linewidth=width, zorder=order, label=f"{label}, training")
         axes.axhline(

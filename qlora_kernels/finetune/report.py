@@ -15,7 +15,7 @@ from ..models.quantize import QuantizeReport
 from ..models.targets import qlora_layers
 from ..native.build_info import build_info, version
 
-#: The rows of the table in order: key of the result, what people call it.
+#: The rows of the table in order: key of the result, title.
 TITLES = {
     "base16": "16-bit base",
     "nf4": "NF4 base",
@@ -26,15 +26,15 @@ TITLES = {
 
 
 def sizes(model: nn.Module, report: QuantizeReport) -> dict[str, Any]:
-    """Bytes of a quantized model's base, against the same with every parameter in 16 bits.
+    """Bytes of a quantized model's base, and of the same base with every parameter in 16 bits.
 
-    Adapters are not counted; the 256-entry table that all layers have in common is counted once.
+    Adapters are not counted; the 256-entry table that all layers share is counted once.
     """
     layers = dict(qlora_layers(model))
     weights = sum(layer.weight.numel() for layer in layers.values())
     packed = sum(layer.weight.nbytes for layer in layers.values())
-    inner = tuple(f"{name}.{part}" for name in layers for part in ("weight_", "lora_A.", "lora_B."))
-    others = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inner))
+    counted = tuple(f"{name}.{prefix}" for name in layers for prefix in ("weight_", "lora_A.", "lora_B."))
+    others = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(counted))
     return {
         "quantized_layers": len(report.quantized),
         "adapted_layers": len(report.adapted),
@@ -49,7 +49,7 @@ def sizes(model: nn.Module, report: QuantizeReport) -> dict[str, Any]:
 
 
 def recovery(results: dict[str, Any]) -> float | None:
-    """How much of 16-bit LoRA's gain over the 16-bit base NF4 + LoRA reaches, both against that same base."""
+    """The share of 16-bit LoRA's gain that NF4 + LoRA reaches, both measured from the 16-bit base."""
     if "lora16" not in results or "base16" not in results:
         return None
     base = results["base16"]["loss"]
@@ -97,7 +97,7 @@ def table(results: dict[str, Any], size: dict[str, Any]) -> str:
 
 
 def conclusions(results: dict[str, Any], start: int | None, method: str) -> list[str]:
-    """What the table says, in sentences."""
+    """Sentences about the table."""
     lines = []
     before, after = results["nf4"]["loss"], results["qlora"]["loss"]
     lines.append(f"The adapters lower the held-out loss of the NF4 base by {before - after:.4f} nats per token.")

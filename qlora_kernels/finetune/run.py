@@ -105,7 +105,7 @@ class _Run:
             tqdm.write(text)
 
     def go(self) -> None:
-        for package in ("transformers", "safetensors", "tqdm", "matplotlib"):  # rather now than after the training
+        for package in ("transformers", "safetensors", "tqdm", "matplotlib"):  # to fail now, not after the training
             importlib.import_module(package)
         resumed = ckpt.load(self.settings.out) if self.settings.resume else None
         self._prepare()
@@ -329,7 +329,7 @@ class _Run:
 
 
 def _base_name(model: str) -> str:
-    """A folder as an absolute path, so that the adapter finds it from anywhere; an id as it is."""
+    """A folder as an absolute path, which the adapter finds from anywhere; an id unchanged."""
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 

@@ -34,7 +34,7 @@ def encode(text: str, document: bool = True) -> list[int]:
 
 
 def tokenizer():
-    """A Hugging Face tokenizer whose id of a byte is the byte, so that the model's folder is complete."""
+    """A Hugging Face tokenizer in which each byte is its own id; it makes the model's folder complete."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -167,14 +167,14 @@ def _is_names(value: Any) -> bool:
 
 def targets(name: str, config: Mapping[str, Any]) -> bool:
     """Whether PEFT would put this adapter on the layer; False where that depends on more than target_modules."""
-    targets = config.get("target_modules")
-    if not targets or targets == "all-linear" or config.get("layers_to_transform") or config.get("exclude_modules"):
+    patterns = config.get("target_modules")
+    if not patterns or patterns == "all-linear" or config.get("layers_to_transform") or config.get("exclude_modules"):
         return False
-    return matches(name, targets)
+    return matches(name, patterns)
 
 
 def value_for(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: a pattern is a regular expression for the end of the name, from any dot on."""
+    """The value for a layer. PEFT's rule: a pattern is a regular expression for the end of the name, from any dot."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: write aside, fsync, rename."""
+"""Files that are written whole or not at all: written under another name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -21,62 +21,60 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def make_beside(path: str, make: Callable[[str], None], whose: str = "") -> str:
-    """Calls ``make``, which creates a file or folder and fails if there is one, with a hidden name beside ``path``.
+def make_beside(path: str, make: Callable[[str], None], owner: str = "") -> str:
+    """Calls ``make``, which creates a file or folder and fails if it exists, with a hidden name beside ``path``.
 
-    tempfile would do the same, but keeps what it makes from everybody else; here the process's umask decides, as it
-    does for any new file. To ask for the umask one has to set it, which other threads would notice.
+    tempfile would do the same, but gives only the user access; here the process's umask decides, as for any new file.
+    Reading the umask means setting it, which other threads would notice.
 
     Returns:
-        ``.NAME.WHOSExxxxxxxx.part`` beside ``path``.
+        ``.NAME.OWNERxxxxxxxx.part`` beside ``path``.
     """
     folder, name = os.path.split(path)
     while True:
-        temporary = os.path.join(folder, f".{name}.{whose}{secrets.token_hex(4)}.part")
+        temporary = os.path.join(folder, f".{name}.{owner}{secrets.token_hex(4)}.part")
         with contextlib.suppress(FileExistsError):
             make(temporary)
             return temporary
 
 
 def _here() -> str:
-    """Six letters for this machine since it was started, or rather for those of its processes that can see each other.
+    """Six letters for this machine since it booted, or rather for those of its processes that can see each other.
 
-    Machines made from one image have one name, and a folder may be shared by them: the kernel draws a number as it
-    starts.
+    Machines made from one image have one host name and may share a folder, so the kernel's boot id goes in as well.
     """
-    known = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # no Linux
-        known += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text()]
-    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:6]
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux
+        facts += [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text()]
+    return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:6]
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # somebody else's
+    except OSError:  # alive, and another user's
         pass
     return True
 
 
 def _sweep_files(path: str) -> None:
-    """Removes what killed writers of ``path`` left beside it; what one left on another machine stays, or before this
-    one was last started."""
+    """Removes what killed writers of ``path`` left beside it, except from other machines or before the last boot."""
     folder, name = os.path.split(path)
     pattern = re.compile(rf"\.{re.escape(name)}\.{_here()}-(\d+)-[0-9a-f]{{8}}\.part")
     with contextlib.suppress(OSError):
-        for found in filter(None, map(pattern.fullmatch, os.listdir(folder))):
-            if not _lives(int(found[1])):
+        for match in filter(None, map(pattern.fullmatch, os.listdir(folder))):
+            if not _is_alive(int(match[1])):
                 with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, found[0]))
+                    os.unlink(os.path.join(folder, match[0]))
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Calls ``write(temporary_path)`` beside ``path``, syncs what it wrote, and renames it into place.
+    """Calls ``write(temporary_path)`` beside ``path``, syncs the file, and renames it into place.
 
-    A kill at any moment leaves the old file or the new one; an exception leaves the old one and no litter. What a
-    killed writer of the same ``path`` left is removed.
+    A kill at any moment leaves the old file or the new one; an exception leaves the old one and no litter. Leftovers
+    of killed writers of the same ``path`` are removed.
 
     Raises:
         OSError: when the folder does not exist or cannot be written.
@@ -90,7 +88,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, stat.S_IMODE(mode))  # safetensors puts another file there, that only its owner may read
+        os.chmod(temporary, stat.S_IMODE(mode))  # safetensors replaces the file by one that only its owner may read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written aside, synced, renamed."""
+"""Folders that appear whole or not at all: written under another name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .atomic_file import make_beside, sync_folder
 
 
 def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Calls ``write(temporary_folder)`` beside ``path``, syncs what it wrote, and renames it into place.
+    """Calls ``write(temporary_folder)`` beside ``path``, syncs its files, and renames it into place.
 
-    A kill leaves no ``path``; an exception leaves neither that nor the temporary folder. What a killed writer of the
-    same ``path`` left is removed.
+    A kill leaves no ``path``; an exception leaves neither that nor the temporary folder. Leftovers of killed writers of
+    the same ``path`` are removed.
 
     Raises:
-        FileExistsError: when ``path`` exists and is not an empty folder, now or when all is written.
+        FileExistsError: when ``path`` exists and is not an empty folder, at the start or at the end.
         OSError: when the folder that holds ``path`` does not exist or cannot be written.
     """
     path = os.path.abspath(os.fspath(path))
@@ -35,12 +35,12 @@ def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None
     lock = os.open(temporary, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a sweeper that looks at the new folder has it for a moment
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a sweeper that looks at the new folder holds it for a moment
         write(temporary)
         for folder, _, names in os.walk(temporary):
             for name in names:
                 with open(os.path.join(folder, name), "rb") as file:
-                    os.fchmod(file.fileno(), mode & 0o666)  # safetensors' are such that only their owner may read them
+                    os.fchmod(file.fileno(), mode & 0o666)  # safetensors lets only the owner read its files
                     os.fsync(file.fileno())
             sync_folder(folder)
         try:
@@ -48,7 +48,7 @@ def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            raise FileExistsError(error.errno, f"another program made {path} meanwhile") from None
+            raise FileExistsError(error.errno, f"another program has created {path}") from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -60,17 +60,17 @@ def write_folder_atomically(path: str | os.PathLike, write: Callable[[str], None
 def sweep_folders(parent: str, name: str) -> None:
     """Removes the temporary folders that killed writers left in ``parent``.
 
-    A writer holds a lock on its folder, and its death, however sudden, gives it up. Where the file system has no
-    locks, or the folder is too new for its writer to have locked it, nothing is removed.
+    A writer holds a lock on its folder, which ends with the process, however it ends. A folder stays where the file
+    system has no locks, or while it is so new that its writer may not have locked it yet.
 
     Args:
         parent: the folder to look in; need not exist.
-        name: regular expression of the names that they were to have.
+        name: regular expression for their final names.
     """
     pattern = re.compile(rf"\.{name}\.[a-z0-9_]{{8}}\.part")
     with contextlib.suppress(OSError):
-        for found in filter(pattern.fullmatch, os.listdir(parent)):
-            folder = os.path.join(parent, found)
+        for entry in filter(pattern.fullmatch, os.listdir(parent)):
+            folder = os.path.join(parent, entry)
             if os.path.islink(folder) or not os.path.isdir(folder):
                 continue
             with contextlib.suppress(OSError):
@@ -85,17 +85,17 @@ def sweep_folders(parent: str, name: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[str]:
-    """Makes a folder, with those above it, and checks that files can be written in it.
+    """A context that creates a folder, with its parents, and checks that files can be written in it.
 
-    When what it encloses raises, the folders it made are removed again as far as they are empty.
+    If the body raises, the folders it created are removed again, as far as they are empty.
 
     Raises:
-        OSError: when it cannot be made or written.
+        OSError: when it cannot be created or written.
     """
     path = os.path.abspath(os.fspath(path))
-    made, folder = [], path
+    created, folder = [], path
     while not os.path.lexists(folder):
-        made.append(folder)
+        created.append(folder)
         folder = os.path.dirname(folder)
     try:
         os.makedirs(path, exist_ok=True)
@@ -104,7 +104,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[str]:
         os.unlink(probe)
         yield path
     except BaseException:
-        for folder in made:
+        for folder in created:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
         raise

@@ -12,24 +12,24 @@ def digest(value: Any) -> str:
     """SHA-256 of everything in nested dicts and sequences, tensors byte for byte."""
     result = hashlib.sha256()
 
-    def add(part: Any) -> None:
-        if isinstance(part, torch.Tensor):
-            flat = part.detach().cpu().contiguous().flatten()
-            result.update(f"{part.dtype}{list(part.shape)}".encode())
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            result.update(f"{value.dtype}{list(value.shape)}".encode())
             result.update(flat.view(torch.uint8).numpy())
-        elif isinstance(part, dict):
-            result.update(f"{{{len(part)}".encode())
-            for key, inner in part.items():
+        elif isinstance(value, dict):
+            result.update(f"{{{len(value)}".encode())
+            for key, inner in value.items():
                 result.update(f"{key!r}:".encode(errors="surrogatepass"))
                 add(inner)
-        elif isinstance(part, (set, frozenset)):  # whose order is another in every process
-            add(sorted(map(repr, part)))
-        elif isinstance(part, (list, tuple)):
-            result.update(f"[{len(part)}".encode())
-            for inner in part:
+        elif isinstance(value, (set, frozenset)):  # their order differs from process to process
+            add(sorted(map(repr, value)))
+        elif isinstance(value, (list, tuple)):
+            result.update(f"[{len(value)}".encode())
+            for inner in value:
                 add(inner)
         else:
-            result.update(f"{part!r},".encode(errors="surrogatepass"))
+            result.update(f"{value!r},".encode(errors="surrogatepass"))
 
     add(value)
     return result.hexdigest()

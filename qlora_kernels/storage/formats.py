@@ -30,7 +30,7 @@ def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: when it cannot be read.
-        ValueError: when it holds something else.
+        ValueError: when it does not hold a JSON object.
     """
     with open(path, "rb") as file:
         return parse_json(file.read(), os.fspath(path))
@@ -40,7 +40,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     """A JSON object from its text.
 
     Raises:
-        ValueError: when it is something else; ``where`` begins the sentence.
+        ValueError: when it is not a JSON object; the sentence starts with ``where``.
     """
     try:
         value = json.loads(text)
@@ -59,8 +59,8 @@ def save_safetensors(
         from safetensors.torch import save_file
     except ImportError:
         raise missing_extra("safetensors", "finetune") from None
-    plain = {key: value.detach().contiguous() for key, value in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+    contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
 
 
 def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
@@ -73,7 +73,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is truncated, or not a safetensors file.
+        ValueError: when it is truncated or not a safetensors file.
     """
     entries, metadata = read_header(os.fspath(path))
     return {name: read(entry) for name, entry in entries.items()}, metadata

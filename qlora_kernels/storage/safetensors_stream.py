@@ -1,4 +1,4 @@
-"""safetensors files one tensor at a time, where the library's own writer wants all of them in memory.
+"""safetensors files one tensor at a time; the library's own writer needs all of them in memory.
 
 The format: the header's length as 8 bytes little-endian, the header as JSON (name -> dtype, shape, data_offsets from
 the end of the header), the data without gaps. https://github.com/huggingface/safetensors#format
@@ -45,7 +45,7 @@ class Entry:
         dtype: the format's name, e.g. "BF16".
         shape: its shape.
         nbytes: its size.
-        file: where it lies.
+        file: the file's path.
         begin: offset of its first byte in that file.
     """
 
@@ -61,7 +61,7 @@ class Entry:
 
 
 def read_header(path: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a file by name, none of them read, and its metadata.
+    """The tensors of a file by name, without their data, and its metadata.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -96,10 +96,10 @@ def read_header(path: str) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def read(entry: Entry) -> torch.Tensor:
-    """One tensor, in memory of its own (not a map of the file, which would stay resident).
+    """One tensor, in its own memory (not a map of the file, which would stay resident).
 
     Raises:
-        ValueError: when its type is unknown, or the file has become shorter.
+        ValueError: when its type is unknown, or the file is now shorter.
     """
     if entry.dtype not in DTYPES:
         raise ValueError(f"{entry.file} holds a tensor of the type {entry.dtype}, which cannot be read")
@@ -114,13 +114,13 @@ def read(entry: Entry) -> torch.Tensor:
 
 
 class Writer:
-    """Writes a file whose header is known beforehand; tensors come in any order.
+    """Writes a file whose contents are known beforehand; tensors may be written in any order.
 
-    Larger element types lie first, so that every tensor is aligned to its element, as the library's writer has it.
+    Larger element types come first, as from the library's writer, so that every tensor is aligned to its elements.
 
     Args:
         path: the file, created or replaced.
-        entries: what it will hold; of each only dtype, shape and nbytes count.
+        entries: what it will hold; only dtype, shape and nbytes of each matter.
     """
 
     def __init__(self, path: str, entries: Mapping[str, Entry]) -> None:
@@ -160,14 +160,14 @@ class Writer:
         self._file.seek(self._start + self._begin[name])
         with open(source.file, "rb") as file:
             file.seek(source.begin)
-            for part in _parts(source.nbytes):
-                self._file.write(file.read(part))
+            for size in _chunk_sizes(source.nbytes):
+                self._file.write(file.read(size))
 
     def close(self) -> None:
-        """Ends the file.
+        """Closes the file.
 
         Raises:
-            ValueError: when a tensor is still missing.
+            ValueError: when a tensor was not written.
         """
         self._file.close()
         if self._left:
@@ -183,7 +183,7 @@ class Writer:
             self._file.close()
 
 
-def _parts(size: int) -> Iterable[int]:
+def _chunk_sizes(size: int) -> Iterable[int]:
     while size > 0:
         yield min(size, _COPY_BYTES)
         size -= _COPY_BYTES

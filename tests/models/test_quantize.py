@@ -326,11 +326,11 @@ def test_arguments_of_another_type_are_refused(model, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"r": 8, "lora_alpha": 16}, "quantize_model .* 'r' is called 'rank', 'lora_alpha' is called 'alpha' here"),
-        ({"rank": 8, "lora_alpha": 16}, "'lora_alpha' is called 'alpha' here"),
-        ({"lora_dropout": 0.1}, "'lora_dropout' is called 'dropout' here"),
-        ({"use_rslora": True}, "'use_rslora' is called 'rslora' here"),
-        ({"modules_to_save": ["lm_head"]}, r"no argument 'modules_to_save': .* call requires_grad_\(True\)"),
+        ({"r": 8}, "quantize_model does not take PEFT's names: 'r' is called 'rank' here"),
+        ({"r": 8, "lora_alpha": 16}, "'r' is called 'rank', 'lora_alpha' is called 'alpha' here"),
+        ({"lora_dropout": 0.1, "use_rslora": True}, "'lora_dropout' is called 'dropout', 'use_rslora' .* 'rslora'"),
+        ({"modules_to_save": ["lm_head"]}, r"PEFT's 'modules_to_save': .* call requires_grad_\(True\)"),
+        ({"use_dora": True}, "DoRA is not supported"),
         ({"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
     ],
 )

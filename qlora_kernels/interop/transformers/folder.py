@@ -1,4 +1,4 @@
-"""A Hugging Face model's folder: its config, its safetensors files, and what else lies in it."""
+"""A Hugging Face model's folder: its config, its safetensors files, and the other files in it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ...errors import InputError
 from ...storage.formats import load_json
 from ...storage.safetensors_stream import Entry, read_header
 
-METHOD = "qlora_kernels"  # what a folder of ours says in its quantization_config
+METHOD = "qlora_kernels"  # quant_method in the quantization_config of a folder of ours
 INDEX = "model.safetensors.index.json"
-# Weights in other formats; what else lies in the folder (tokenizer, licence, chat template) is copied.
+# Files with weights. All others (tokenizer, licence, chat template) are copied.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
@@ -20,11 +20,11 @@ def read_config(folder: str, flag: str = "") -> dict[str, Any]:
     """config.json.
 
     Args:
-        folder: where it lies.
-        flag: what the sentence about it begins with.
+        folder: the model's folder.
+        flag: the beginning of an error's sentence.
 
     Raises:
-        InputError: when there is none, it is no JSON object, or says of its quantization what nobody can read.
+        InputError: when there is none, or it or its quantization_config is not a JSON object.
     """
     path = os.path.join(folder, "config.json")
     if not os.path.isdir(folder):
@@ -41,17 +41,17 @@ def read_config(folder: str, flag: str = "") -> dict[str, Any]:
 
 
 def read_entries(folder: str) -> dict[str, Entry]:
-    """All tensors of a folder's safetensors files, of which none is read.
+    """All tensors of a folder's safetensors files, without their data.
 
     Raises:
-        InputError: when there are no such files, one is missing or damaged.
+        InputError: when there are no safetensors files, or one is missing or damaged.
     """
     index = os.path.join(folder, INDEX)
     if os.path.isfile(index):
         try:
             names = sorted(set(load_json(index)["weight_map"].values()))
             if not all(isinstance(name, str) for name in names):
-                raise TypeError("names of files are strings")
+                raise TypeError("file names should be strings")
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index} is not an index of safetensors files") from None
     elif os.path.isfile(os.path.join(folder, "model.safetensors")):
@@ -71,7 +71,7 @@ def read_entries(folder: str) -> dict[str, Entry]:
 
 
 def copy_other_files(model: str, folder: str) -> None:
-    """Copies the files of a model that hold no weights and no subfolders."""
+    """Copies the files of a model's folder that hold no weights; not its subfolders."""
     for name in sorted(os.listdir(model)):
         path = os.path.join(model, name)
         if os.path.isfile(path) and not name.startswith(".") and not name.endswith(_WEIGHT_SUFFIXES):

@@ -1,4 +1,4 @@
-"""Models from 4-bit folders."""
+"""load_quantized: a model from a 4-bit folder."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def load_quantized(
 ) -> nn.Module:
     """A model from a folder that :func:`quantize_folder` wrote, with fresh adapters; everything else is frozen.
 
-    It is built without memory for its weights and then loaded, so no dense weight ever exists.
+    The model is built without memory for its weights and then loaded, so no dense weight ever exists.
 
     Args:
         folder: the folder.
         rank, alpha, dropout, rslora, target_modules, adapter_dtype: as for :func:`qlora_kernels.quantize_model`.
-        dtype: of the parts that are not 4-bit; by default the config's.
-        device: where to put it.
+        dtype: of everything that is not 4-bit; by default the config's.
+        device: where to put the model.
 
     Raises:
-        InputError: for a folder that is none of those, is damaged or incomplete.
+        InputError: for a folder that quantize_folder did not write, or that is damaged or incomplete.
         ValueError: for adapters that do not fit.
     """
     folder = os.fspath(folder)

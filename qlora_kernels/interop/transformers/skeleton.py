@@ -1,4 +1,4 @@
-"""Models of transformers without their weights: to know a model's layers, and to load into."""
+"""Models of transformers without memory for their weights: to look at their layers, or to load into."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The keyword for a model's dtype: transformers renamed ``torch_dtype`` to ``dtype`` in 4.56."""
     import transformers
 
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    version = tuple(int(number) for number in transformers.__version__.split(".")[:2])
     return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made within have their parameters on the meta device, but real buffers.
+    """A context in which modules are created with their parameters on the meta device, but with real buffers.
 
     Buffers that a checkpoint does not hold (the frequencies of rotary embeddings) are computed when a module is
-    made; on the meta device they would be lost.
+    created; on the meta device they would be lost.
     """
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        # A parameter that is on meta already may be a tied one: its identity matters.
+        # One that is already on meta may be tied to another: it must stay the same object.
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
@@ -61,7 +61,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
 
 def config_dtype(config: Any) -> torch.dtype:
     """The dtype that a config names, or float32."""
-    # Where there is the new name, asking for the old one prints a warning.
+    # Where the new name exists, reading the old one prints a warning.
     dtype = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
@@ -73,7 +73,7 @@ def skipped(model: nn.Module) -> list[str]:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts floating-point parameters, in place, and no buffers: rotary frequencies stay float32."""
+    """Casts floating-point parameters in place, but no buffers: rotary frequencies stay float32."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
@@ -91,9 +91,10 @@ def recompute_activations(model: nn.Module, enable: bool) -> None:
 
 
 def same_parameter(model: nn.Module, first: str, second: str) -> bool:
-    """Whether two names are one parameter."""
-    found = []
-    for key in (first, second):
+    """Whether two names stand for one parameter."""
+
+    def parameter(key: str) -> nn.Parameter | None:
         path, _, name = key.rpartition(".")
-        found.append(model.get_submodule(path)._parameters.get(name))
-    return found[0] is not None and found[0] is found[1]
+        return model.get_submodule(path)._parameters.get(name)
+
+    return parameter(first) is not None and parameter(first) is parameter(second)

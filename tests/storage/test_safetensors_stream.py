@@ -1,0 +1,42 @@
+"""safetensors files one tensor at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qlora_kernels.storage import formats, safetensors_stream
+from qlora_kernels.storage.safetensors_stream import Entry, Writer, read, read_header
+
+
+def test_a_safetensors_file_of_an_unknown_type(tmp_path, monkeypatch):
+    formats.save_safetensors({"a": torch.ones(3, dtype=torch.int16)}, tmp_path / "file")
+    monkeypatch.delitem(safetensors_stream.DTYPES, "I16")
+    with pytest.raises(ValueError, match="file holds a tensor of the type I16, which cannot be read"):
+        formats.load_safetensors(tmp_path / "file")
+
+
+def test_stream_writer_writes_what_the_library_reads(tmp_path):
+    tensors = {
+        "odd bytes": torch.arange(7, dtype=torch.uint8),
+        "floats": torch.randn(3, 5),
+        "halves": torch.randn(3).half(),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3.5, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False, True]),
+    }
+    path = str(tmp_path / "file.safetensors")
+    with Writer(path, {name: Entry.like(tensor) for name, tensor in tensors.items()}) as writer:
+        for name in reversed(tensors):
+            writer.write(name, tensors[name])
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            found = file.get_tensor(name)
+            assert found.dtype == tensor.dtype
+            assert torch.equal(found, tensor)
+    for name, entry in read_header(path)[0].items():
+        assert torch.equal(read(entry), tensors[name])
+    with pytest.raises(ValueError, match="were not written"), Writer(path, {"a": Entry.like(torch.ones(1))}):
+        pass
