@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from bench import text
+
 FOLDER = Path(__file__).resolve().parent.parent / "results"
 STATIC = FOLDER / "static-sm80-sm90a.json"
 OUT = FOLDER / "predicted.json"
@@ -283,8 +285,6 @@ _HEAD += ("predicted us", "binds", "of copy", "dense us", "dense / ours")
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Predictions of one card, direction and shape, to read."""
-    from bench.card.report import table as aligned
-
     one = rows[0]
     bounds = ("memory_us", "l2_us", "tensor_us", "shared_us", "issue_us", "latency_us")
     cells = [
@@ -303,7 +303,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     title = f"{one['card']}, {one['direction']}, N = {one['n']}, K = {one['k']}: {LABEL}"
-    return "\n".join([title, "", *aligned(_HEAD, cells, left=2), ""])
+    return "\n".join([title, "", *text.table(_HEAD, cells, left=2), ""])
 
 
 def to_json(rows: Sequence[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import qlora_kernels
 
 from ..case import OURS, Case, Contender, Ready, largest_error
 from ..contenders.models import plain_lora
-from ..contenders.names import BNB, DENSE, DEQUANTIZED, PEFT
+from ..contenders.names import BNB, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT
 from ..contenders.weights import Lab
 
 # Gradients pass through two products that are rounded to bf16.
@@ -37,7 +37,7 @@ def case(lab: Lab) -> Case:
     p = lab.point
     x = lab.rows(p.m, p.k).requires_grad_()
     dy = lab.rows(p.m, p.n, seed=3)
-    check = _checker(lab, x.detach(), dy)
+    check = _checker(lab, x.detach(), dy, adapter=bool(p.rank))
 
     def step(forward: Callable[[], Tensor], adapter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         y = forward()
@@ -87,18 +87,25 @@ def case(lab: Lab) -> Case:
         adapters = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
         return ready(lambda i: step(lambda: layers[i](x), adapters[i]), "bnb", len(layers))
 
+    def bare() -> Ready:
+        weights, exact = lab.ours, _checker(lab, x.detach(), dy, adapter=False)("ours")
+        total = 2 * lab.bytes_of("ours") + 2 * p.m * (p.n + p.k) * lab.dtype.itemsize
+        call = lambda i: step(lambda: qlora_kernels.linear(x, weights[i]), ())  # noqa: E731
+        return Ready(call, exact, LIMIT, total, len(weights))
+
     contenders = [
         Contender(OURS, ours),
         Contender(DENSE, dense),
         Contender(DEQUANTIZED, dequantized),
         Contender(PEFT, peft) if p.rank else Contender(BNB, bnb),
+        *([Contender(NO_ADAPTER, bare)] if p.rank and lab.cuda else []),
     ]
     # x W^T and dy W, each 2 M N K; and of the adapter forward, dx, dA and dB.
     flops = 4 * p.m * p.n * p.k + 6 * p.m * p.rank * (p.n + p.k)
     return Case("forward + backward", flops, contenders)
 
 
-def _checker(lab: Lab, x: Tensor, dy: Tensor) -> Callable[[str], Callable[[tuple[Tensor, ...]], float]]:
+def _checker(lab: Lab, x: Tensor, dy: Tensor, adapter: bool) -> Callable[[str], Callable[[tuple[Tensor, ...]], float]]:
     """The largest error of y, dx, dA and dB against the formulas in float64."""
     references: dict[str, tuple[Tensor, ...]] = {}
 
@@ -106,7 +113,7 @@ def _checker(lab: Lab, x: Tensor, dy: Tensor) -> Callable[[str], Callable[[tuple
         W = lab.exact(whose)
         x64, dy64 = x.double(), dy.double()
         y, dx = x64 @ W.T, dy64 @ W
-        if not lab.point.rank:
+        if not adapter:
             return y, dx
         A, B = (part.double() for part in lab.adapter)
         u = lab.scaling * x64 @ A.T

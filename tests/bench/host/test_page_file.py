@@ -11,7 +11,7 @@ import pytest
 
 from bench.host import page_file
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 SMALL = ["--layers", "3", "--width", "128", "--steps", "3", "--limit", "1.5"]
 
