@@ -98,7 +98,7 @@ def test_a_cards_cases_on_the_emulator(point):
     for one in case["contenders"]:
         assert "wrong result" not in one.get("failed", ""), one
         if "bitsandbytes" in one["name"] and "failed" in one:
-            assert one["failed"] == "not installed (bitsandbytes)" or "bitsandbytes" in one["failed"], one
+            assert "not installed" in one["failed"] or "NotImplementedError" in one["failed"], one
             continue
         assert "failed" not in one, one
         assert one["median_ms"] > 0
