@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from importlib.util import find_spec
 
 import pytest
@@ -239,7 +240,7 @@ def test_a_layer_that_forgets_its_adapter_is_not_timed(monkeypatch):
 
 
 def test_finetune_is_measured_by_its_command(monkeypatch):
-    """Each run in a process of its own, tokens a second from its metrics; a run that fails says its last line."""
+    """Each run in a process of its own, tokens per second from its metrics; a run that fails says its last line."""
     from qlora_kernels.bench.operations import finetune
 
     # A model whose steps take no time worth mentioning, and only two of them.
@@ -251,6 +252,8 @@ def test_finetune_is_measured_by_its_command(monkeypatch):
     for one in case["contenders"]:
         assert one["tokens_per_second"] == pytest.approx(1e3 * finetune.BATCH * finetune.TOKENS / one["median_ms"])
         assert one["peak_method"]
-    monkeypatch.setattr(finetune, "_ARGUMENTS", ("--rank", "0"))
+    last = "qlora-kernels finetune: --rank should be at least 1, found 0"
+    ended = subprocess.CompletedProcess([], 2, stdout="", stderr=f"first words\n{last}\n")
+    monkeypatch.setattr(finetune.subprocess, "run", lambda *_, **__: ended)
     with pytest.raises(RuntimeError, match="--rank should be at least 1"):
         measured(Point("finetune", rank=0))
