@@ -7,9 +7,8 @@ printed. Exit code 0: all steps passed. 1: not all. 2: no CUDA device, and nothi
 shown, and fails nothing.
 
 The 530 seconds: 10 for facts; 165 to build, with the emulator and the conformance kernels beside the extension; 120 for
-the tests, three files at a time; 92 for the sanitizer's four tools, at the same time; 8 for what tensor cores take; 50
-to time quantization and dequantization, 50 the layer, 35 the optimizers, each alone on the machine. What a step leaves,
-the next ones may use.
+the tests, three files at a time; 92 for the sanitizer's four tools, all at once; 8 for the rate of tensor cores; 135
+for `qlora-kernels bench --card`, alone on the machine. What a step leaves over, the next ones may use.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-SCHEMA = 2
+SCHEMA = 3
 #: Of DIR: where a step's files lie until it has ended, and what holds those of all steps that have.
 LOGS, PACKED = "gpu_check_logs", "logs.tar.gz"
 

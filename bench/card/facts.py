@@ -55,7 +55,7 @@ def cards_now() -> list[dict[str, str]] | str:
 def sources_digest() -> str:
     """A hash of the sources that decide the result: where there is no .git, it can be compared with a commit's."""
     digest = hashlib.sha256()
-    patterns = ("csrc/**/*", "qlora_kernels/**/*.py", "bench/*.py", "setup.py", "setup_cuda.py")
+    patterns = ("csrc/**/*", "qlora_kernels/**/*.py", "bench/**/*.py", "setup.py", "setup_cuda.py")
     files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
     for path in files:
         content = path.read_bytes()

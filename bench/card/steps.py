@@ -17,10 +17,13 @@ from typing import Any
 from bench.card import kernels
 from bench.card.facts import cards_now, facts, tool
 from bench.card.parsers import junit_counts, sanitizer_findings
+from qlora_kernels.bench.report import results
 from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.native import architectures
 from qlora_kernels.storage.formats import load_json
 
+#: Seconds of a measuring step that starting and the last case's overrun need.
+STARTING = 35.0
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TAIL_LINES = 40
 #: Seconds between an interrupt and the end.
@@ -157,7 +160,7 @@ def execute_all(programs: Sequence[Program], seconds: float, at_once: int) -> di
         OSError: when one cannot be started.
     """
     deadline = time.monotonic() + seconds
-    waiting, results = list(programs), {one.name: Ended(None, 0.0, "not begun") for one in programs}
+    waiting, all_ended = list(programs), {one.name: Ended(None, 0.0, "not begun") for one in programs}
     running: list[_Running] = []
     overdue: dict[str, float] = {}
     try:
@@ -177,12 +180,12 @@ def execute_all(programs: Sequence[Program], seconds: float, at_once: int) -> di
                     one.signal(signal.SIGINT)
                 if one.process.poll() is not None:
                     running.remove(one)
-                    results[name] = one.ended(name not in overdue)
+                    all_ended[name] = one.ended(name not in overdue)
             time.sleep(0.02)
     finally:
         for one in running:  # an interrupt
             one.kill()
-    return results
+    return all_ended
 
 
 def execute(command: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str] | None = None) -> Ended:
@@ -385,31 +388,43 @@ def sanitizer_result(name: str, ended: Ended, limit: float) -> tuple[dict[str, A
     return {**found, "cases": total}, ""
 
 
-def run_bench(module: str, folder: Path, seconds: float, most: float = 90.0) -> dict[str, Any]:
-    """A benchmark, of the package bench. What was measured before a failure or the limit is kept.
-
-    Args:
-        module: its name.
-        folder: for its files.
-        seconds: that there are.
-        most: that it is told to take.
-    """
-    out = folder / f"{module}.json"
+def run_rates(folder: Path, seconds: float) -> dict[str, Any]:
+    """What tensor cores take in a second."""
+    out = folder / "tensor_rate.json"
     out.unlink(missing_ok=True)
-    # Starting and the last case's overrun need the rest.
-    budget = min(max(seconds - 35.0, seconds / 2), most)
-    command = [sys.executable, "-m", f"bench.card.{module}", "--out", str(out), "--seconds", f"{budget:.0f}"]
-    ended = execute(command, folder / f"{module}.log", seconds)
+    budget = min(max(seconds - STARTING, seconds / 2), 4.0)
+    command = [sys.executable, "-m", "bench.card.tensor_rate", "--out", str(out), "--seconds", f"{budget:.0f}"]
+    ended = execute(command, folder / "tensor_rate.log", seconds)
     found: dict[str, Any] = load_json(out) if out.exists() else {}
     found["nvidia_smi_after"] = cards_now()
-    demand(ended, "the benchmark", seconds, found)
+    return whole(found, ended, "the measurement", seconds)
+
+
+def run_bench(folder: Path, seconds: float) -> dict[str, Any]:
+    """``qlora-kernels bench --card``. What was measured before a failure or the limit is kept."""
+    out = folder / "bench.jsonl"
+    out.unlink(missing_ok=True)
+    budget = max(seconds - STARTING, seconds / 2)
+    command = [
+        *(sys.executable, "-m", "qlora_kernels", "bench", "--card", "--device", "cuda", "--quiet", "--no-plots"),
+        *("--minutes", f"{budget / 60:.2f}", "--out", str(out)),
+    ]
+    ended = execute(command, folder / "bench.log", seconds)
+    found: dict[str, Any] = results.load(out) if out.exists() else {}
+    found["nvidia_smi_after"] = cards_now()
+    return whole(found, ended, "the benchmark", seconds)
+
+
+def whole(found: dict[str, Any], ended: Ended, what: str, seconds: float) -> dict[str, Any]:
+    """What a program left, where it succeeded and says that it is complete.
+
+    Raises:
+        StepFailed: otherwise, with what it left.
+    """
+    demand(ended, what, seconds, found)
     if not found.get("complete"):
-        raise StepFailed("the benchmark left no complete result", found, ended.tail)
+        raise StepFailed(f"{what} left no complete result", found, ended.tail)
     return found
-
-
-def _bench(name: str, module: str, share: float) -> Step:
-    return Step(name, share, lambda folder, seconds: run_bench(module, folder, seconds), needs="build")
 
 
 STEPS = (
@@ -417,10 +432,8 @@ STEPS = (
     Step("build", 165.0, run_build),
     Step("tests", 120.0, run_tests, needs="build"),
     Step("sanitizers", 92.0, run_sanitizers, needs="build"),
-    _bench("rates", "tensor_rate", 8.0),
-    _bench("bench", "quantize", 50.0),
-    _bench("bench_linear", "linear", 50.0),
-    _bench("bench_optimizer", "optimizer", 35.0),
+    Step("rates", 8.0, run_rates, needs="build"),
+    Step("bench", 135.0, run_bench, needs="build"),
 )
 #: Seconds for all of it: under nine minutes, with some for what lies between.
 BUDGET = sum(step.share for step in STEPS)

@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from bench import text
+
 FOLDER = Path(__file__).resolve().parent.parent / "results"
 STATIC = FOLDER / "static-sm80-sm90a.json"
 OUT = FOLDER / "predicted.json"
@@ -196,6 +198,68 @@ def product_bytes(m: int, n: int, k: int, bits: float) -> float:
     return n * k * bits / 8 + 2 * m * k + 2 * m * n
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a launch's SM with the most work does.
+
+    Attributes:
+        tiles: of the whole product.
+        whole: steps of a tile.
+        most: thread blocks or, of a persistent one, tiles that this SM takes one after the other.
+        steps: of its main loops.
+        waits: for memory, one after the other.
+    """
+
+    tiles: int
+    whole: float
+    most: int
+    steps: float
+    waits: float
+
+
+def _work(card: Card, launch: Launch, row: dict[str, Any], m: int, columns: int, depth: int) -> _Work:
+    # A copy is asked for so many steps before it is waited for.
+    ahead = max(1, launch.stages - 2)
+    tiles = math.ceil(m / launch.rows) * math.ceil(columns / launch.columns)
+    # Of a few-rows kernel's step of four chunks for each warp only those are counted that lie within the depth.
+    chunks = 4 if launch.persistent else 1
+    whole = math.ceil(depth * chunks / launch.depth) / chunks
+    # Thread blocks with a tile of their own, and those that share tiles; or the tiles of a persistent one.
+    alone, rest = math.ceil(launch.whole_tiles / card.sms), tiles - launch.whole_tiles
+    sharing = math.ceil(rest // launch.shared_tiles * launch.splits / card.sms)
+    share = whole if launch.persistent else math.ceil(whole * launch.shared_tiles / launch.splits)
+    most = alone + sharing
+    if launch.persistent:
+        waits = most * math.ceil(share) + 1
+    else:
+        at_once = blocks_at_once(card, row, launch.warps)
+        # Steps, and beginnings, that wait one for the other.
+        in_turn = [(alone, whole), (sharing, share)]
+        waits = sum(math.ceil(blocks / at_once) * (each / ahead + 1) for blocks, each in in_turn)
+    return _Work(tiles, whole, most, alone * whole + sharing * share, waits)
+
+
+def _seconds(
+    card: Card, launch: Launch, row: dict[str, Any], work: _Work, m: int, k: int, moved: float
+) -> dict[str, float]:
+    """What each part of the card takes for it."""
+    clock = card.clock * 1e9
+    read = launch.depth * launch.columns * BITS_PER_WEIGHT / 8  # bytes in a step
+    read += 0 if launch.persistent else launch.depth * 2 * launch.rows
+    once = min(card.sms, work.tiles) * 2 * m * k if launch.persistent else 0  # x, into each block
+    flops = 2 * launch.rows * launch.columns * launch.depth  # in a step
+    # What keeps a dense product below the data sheet is power; it takes more of that than a slower instruction does.
+    tensor_rate = min(card.mma_sync * card.tensor * 1e12, card.dense_rate) / card.sms
+    return {
+        "memory": moved / card.copy_rate,
+        "L2": (work.tiles * work.whole * read + once) / (card.l2_bytes * clock),
+        "tensor": work.steps * flops / tensor_rate,
+        "shared": work.steps * launch.shared_bytes / 128 / clock,
+        "issue": work.steps * issued(row) * launch.warps / SCHEDULERS / clock,
+        "latency": work.waits * card.latency / clock,
+    }
+
+
 def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[str, Any]:
     """Times in microseconds of a product without adapter in bf16, and of a dense one.
 
@@ -207,42 +271,9 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
     """
     launch = launch_of(card, m, n, k, backward)
     row = compiled(launch, card)
-    columns, depth = (k, n) if backward else (n, k)
-    # A copy is asked for so many steps before it is waited for.
-    ahead = max(1, launch.stages - 2)
-    tiles = math.ceil(m / launch.rows) * math.ceil(columns / launch.columns)
-    # Of a few-rows kernel's step of four chunks for each warp only those are counted that lie within the depth.
-    parts = 4 if launch.persistent else 1
-    whole = math.ceil(depth * parts / launch.depth) / parts
-    # Of the SM that has the most: thread blocks with a tile of their own, thread blocks that share tiles, or the tiles
-    # of a persistent one, one after the other; and their steps.
-    alone, rest = math.ceil(launch.whole_tiles / card.sms), tiles - launch.whole_tiles
-    sharing = math.ceil(rest // launch.shared_tiles * launch.splits / card.sms)
-    part = whole if launch.persistent else math.ceil(whole * launch.shared_tiles / launch.splits)
-    most, steps = alone + sharing, alone * whole + sharing * part
-    at_once = blocks_at_once(card, row, launch.warps)
-    # Steps, and beginnings, that wait one for the other.
-    in_turn = [(alone, whole), (sharing, part)]
-    if launch.persistent:
-        waits = most * math.ceil(part) + 1
-    else:
-        waits = sum(math.ceil(blocks / at_once) * (each / ahead + 1) for blocks, each in in_turn)
-    clock = card.clock * 1e9
+    work = _work(card, launch, row, m, *((k, n) if backward else (n, k)))
     moved = product_bytes(m, n, k, BITS_PER_WEIGHT)
-    read = launch.depth * launch.columns * BITS_PER_WEIGHT / 8  # bytes in a step
-    read += 0 if launch.persistent else launch.depth * 2 * launch.rows
-    once = min(card.sms, tiles) * 2 * m * k if launch.persistent else 0  # x, into each block
-    flops = 2 * launch.rows * launch.columns * launch.depth  # in a step
-    # What keeps a dense product below the data sheet is power; it takes more of that than a slower instruction does.
-    tensor_rate = min(card.mma_sync * card.tensor * 1e12, card.dense_rate) / card.sms
-    seconds = {
-        "memory": moved / card.copy_rate,
-        "L2": (tiles * whole * read + once) / (card.l2_bytes * clock),
-        "tensor": steps * flops / tensor_rate,
-        "shared": steps * launch.shared_bytes / 128 / clock,
-        "issue": steps * issued(row) * launch.warps / SCHEDULERS / clock,
-        "latency": waits * card.latency / clock,
-    }
+    seconds = _seconds(card, launch, row, work, m, k, moved)
     binds = max(seconds, key=lambda name: seconds[name])
     dense = max(product_bytes(m, n, k, 16) / card.copy_rate, 2 * m * n * k / card.dense_rate)
     return {
@@ -257,8 +288,8 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False) -> dict[
         "splits": launch.splits,
         "shared_tiles": launch.shared_tiles,
         "whole_tiles": launch.whole_tiles,
-        "tiles": tiles,
-        "most_on_an_sm": most,
+        "tiles": work.tiles,
+        "most_on_an_sm": work.most,
         "bytes": round(moved),
         **{f"{name.lower()}_us": round(value * 1e6, 3) for name, value in seconds.items()},
         "us": round(seconds[binds] * 1e6, 3),
@@ -283,8 +314,6 @@ _HEAD += ("predicted us", "binds", "of copy", "dense us", "dense / ours")
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Predictions of one card, direction and shape, to read."""
-    from bench.card.report import table as aligned
-
     one = rows[0]
     bounds = ("memory_us", "l2_us", "tensor_us", "shared_us", "issue_us", "latency_us")
     cells = [
@@ -303,7 +332,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     title = f"{one['card']}, {one['direction']}, N = {one['n']}, K = {one['k']}: {LABEL}"
-    return "\n".join([title, "", *aligned(_HEAD, cells, left=2), ""])
+    return "\n".join([title, "", *text.table(_HEAD, cells, left=2), ""])
 
 
 def to_json(rows: Sequence[dict[str, Any]]) -> str:

@@ -35,13 +35,12 @@ from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
 from qlora_kernels.bench.points import OPTIMIZER, K, N, Point, point_of
 from qlora_kernels.bench.report import plots, results
+from qlora_kernels.bench.report.bars import BARS_THREADS, LAYER_BARS, OPTIMIZER_BARS, Bar, judge, require_cases
 from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
 from qlora_kernels.bench.report.table import machine_line
 from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.storage.atomic_file import write_atomically
 from qlora_kernels.storage.formats import load_json
-
-from .bars import BARS, BARS_THREADS, OPTIMIZER_BARS, Bar, judge
 
 FOLDER = ROOT / "bench" / "results"
 
@@ -129,7 +128,7 @@ def layer_table(found: dict[str, Any], source: str) -> str:
     cases = [c for c in cases if c["operation"] != "linear_step" or c["rank"] == 16]
     shown = [{**case, "n": None, "k": None} for case in cases]
     lines = [*_head(found, source, f"N = {N}, K = {K}. "), "", *_grid(shown), "", _layer_notes(found, cases)]
-    return "\n".join([*lines, "", *_bars(found, BARS)])
+    return "\n".join([*lines, "", *_bars(found, LAYER_BARS)])
 
 
 def optimizer_table(found: dict[str, Any], source: str) -> str:
@@ -197,6 +196,7 @@ def _bars(found: dict[str, Any], bars: tuple[Bar, ...]) -> list[str]:
     if found["settings"]["threads"] != BARS_THREADS:
         lines = [f"What was aimed at with {BARS_THREADS} threads, and what was reached with others:", ""]
     lines += ["| | against | at least | reached | |", "|---|---|---|---|---|"]
+    require_cases(found, bars)
     for v in judge(found, bars):
         case = {**v.case, "n": None, "k": None, "model": None}
         reached = _escaped(v.reason) if v.ratio is None else f"{v.ratio:.2f}×"

@@ -58,6 +58,7 @@ class Ready:
         copies: of what the work is done on, used in turn.
         checks: how many calls are verified before any is timed, the first on the first copy and the others on the last.
         waits: on a card: the call waits for the device, and so can neither be captured in a graph nor queue up.
+        before: runs before each call, untimed, and finishes on the device first; such a call is not captured either.
         parts: bytes of memory by what they are for, where that is of interest.
     """
 
@@ -68,7 +69,14 @@ class Ready:
     copies: int = 1
     checks: int = 2
     waits: bool = False
+    before: Callable[[], Any] | None = None
     parts: dict[str, int] | None = None
+
+    def run(self, index: int) -> Any:
+        """A call with what comes before it, where its time is of no interest."""
+        if self.before is not None:
+            self.before()
+        return self.call(index)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def command(namespace: argparse.Namespace) -> int:
         print("\n".join(map(str, points)))
         return 0
     settings = options.settings_of(namespace)
+    options.check_device(points, settings.device)
     out = namespace.out or f"bench-{settings.device}-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
     out = os.path.realpath(out) if os.path.islink(out) else out
     _check_writable(out)

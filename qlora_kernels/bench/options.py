@@ -12,7 +12,20 @@ import torch
 
 from ..errors import InputError
 from .case import Settings
-from .points import DTYPES, FULL_MINUTES_CUDA, MINUTES, MODELS, OPTIMIZER, RANK, SWEEPS, K, N, Point, gpt2
+from .points import (
+    CARD_OPERATIONS,
+    DTYPES,
+    FULL_MINUTES_CUDA,
+    MINUTES,
+    MODELS,
+    OPTIMIZER,
+    RANK,
+    SWEEPS,
+    K,
+    N,
+    Point,
+    gpt2,
+)
 
 #: What each operation is measured over.
 AXES = {
@@ -23,12 +36,15 @@ AXES = {
     "linear_forward": ("shapes", "rows", "ranks", "dtypes"),
     "linear_dx": ("shapes", "rows", "dtypes"),
     "linear_step": ("shapes", "rows", "ranks", "dtypes"),
+    "linear_backward": ("shapes", "rows", "ranks", "dtypes"),
     "decode": ("models", "ranks", "dtypes"),
     "block_step": ("models", "rows", "ranks", "dtypes"),
     "adamw_step": ("models", "ranks"),
     "adamw_clipped_step": ("models", "ranks"),
     "adamw_8bit_step": ("models", "ranks"),
     "lion_step": ("models", "ranks"),
+    "adamw_paged_step": ("models", "ranks"),
+    "adamw_budget_step": ("models", "ranks"),
     "finetune": ("ranks",),
     "gpt2_forward": ("ranks", "dtypes"),
 }
@@ -39,7 +55,9 @@ _DEFAULTS = {
     "dtypes": ["bfloat16"],
     "models": ["llama-2-7b"],
 }
-_NEEDS_ADAPTER = ("decode", "block_step", *OPTIMIZER, "finetune", "gpt2_forward")
+_NEEDS_ADAPTER = (
+    *("linear_backward", "decode", "block_step", *OPTIMIZER, *CARD_OPERATIONS, "finetune", "gpt2_forward"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = what.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a look at everything, in less than two minutes")
     size.add_argument("--full", action="store_true", help="every axis: within eight minutes on a card, hours on a CPU")
+    size.add_argument("--card", action="store_true", help="on a card, the cases that have bars, within three minutes")
     what.add_argument("--operations", metavar="NAMES", help=f"only these, separated by commas: {', '.join(AXES)}")
     what.add_argument("--shapes", metavar="NxK,...", help=f"weights, such as {N}x{K},11008x4096")
     what.add_argument("--rows", metavar="M,...", help="rows of x, such as 1,16,512")
@@ -114,7 +133,7 @@ def _chosen(namespace: argparse.Namespace) -> dict[str, str]:
 
 
 def _sweep(namespace: argparse.Namespace) -> str:
-    return "quick" if namespace.quick else "full" if namespace.full else "usual"
+    return next((name for name in ("quick", "full", "card") if getattr(namespace, name)), "usual")
 
 
 def sweep_of(namespace: argparse.Namespace) -> str:
@@ -177,6 +196,16 @@ def settings_of(namespace: argparse.Namespace) -> Settings:
     # More time than usual is for more rounds.
     rounds = round(Settings.max_rounds * max(1.0, seconds / Settings.seconds))
     return Settings(device, threads, cache_bytes=largest_cache(device), seconds=seconds, max_rounds=rounds)
+
+
+def check_device(points: Sequence[Point], device: str) -> None:
+    """
+    Raises:
+        InputError: for operations that the device does not have.
+    """
+    lacking = dict.fromkeys(p.operation for p in points if p.operation in CARD_OPERATIONS and device != "cuda")
+    if lacking:
+        raise InputError(f"{', '.join(lacking)} can only be measured on a card; choose others with --operations")
 
 
 def minutes_of(namespace: argparse.Namespace, device: str) -> float | None:

@@ -172,6 +172,7 @@ def full() -> list[Point]:
         *_linear((1, 16, 64, 512, 4096), (0,), others),
         *_of("linear_dx", (1, 16, 512, 4096)),
         *_of("linear_step", (512, 4096), ranks),
+        *_of("linear_backward", (512, 4096), (RANK,)),
         *_of("linear_step", (512,), (RANK,), others),
         *(p for dtype in DTYPES[1:] for p in _linear((1, 16, 512), (0, RANK), dtype=dtype)),
         *(p for dtype in DTYPES[1:] for p in _of("dequantize", dtype=dtype)),
@@ -184,7 +185,28 @@ def full() -> list[Point]:
     return list(dict.fromkeys(points))
 
 
-SWEEPS = {"quick": quick, "usual": usual, "full": full}
+#: Operations that only a card has.
+CARD_OPERATIONS = ("adamw_paged_step", "adamw_budget_step")
+
+
+def card() -> list[Point]:
+    """What the check on a card times: every bar's point, and what stands beside it. The bars come first."""
+    weights = ((8192, 8192), (4096, 4096), (14336, 4096))
+    products = ((4096, 4096), (14336, 4096))
+    training = (4096, 2048)
+    return [
+        *_limits(),
+        *(p for dtype in DTYPES for p in _of("dequantize", shapes=weights, dtype=dtype)),
+        *_linear((1, 16, 64, 512, 4096), (0,), products),
+        *_of("linear_forward", training, (RANK,)),
+        *_of("linear_backward", training, (RANK,)),
+        *_of("linear_step", training, (RANK,)),
+        *_optimizer(("adamw_step", *CARD_OPERATIONS, "adamw_8bit_step", "lion_step")),
+        *(p for dtype in ("bfloat16", "float32") for p in _of("quantize", shapes=weights, dtype=dtype)),
+    ]
+
+
+SWEEPS = {"quick": quick, "usual": usual, "full": full, "card": card}
 #: Minutes that a sweep may take, by device; None for as long as it takes.
-MINUTES = {"quick": 1.9, "usual": None, "full": None}
+MINUTES = {"quick": 1.9, "usual": None, "full": None, "card": 2.25}
 FULL_MINUTES_CUDA = 7.5

@@ -29,6 +29,7 @@ POINTS = (
     Point("decode", m=1, rank=4, model="tiny"),
     Point("block_step", m=16, rank=4, model="tiny"),
     *(Point(name, "float32", rank=4, model="tiny") for name in OPTIMIZER),
+    Point("linear_backward", m=20, rank=4, **WEIGHT),
     Point("gpt2_forward", m=6, rank=4, model="tiny", batch=3),
 )
 POINT = POINTS[5]

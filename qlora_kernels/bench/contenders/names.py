@@ -16,7 +16,12 @@ FUSED = "torch fused"
 FOREACH = "torch foreach"
 #: A copy of as many bytes as this package's call must move, half read and half written.
 EQUAL_COPY = "copy of as many bytes"
-#: On a card: quantize() as users call it. It looks at its result, and so waits for the device.
-CHECKED = "qlora_kernels, checked"
 #: On a card: quantize() without that look.
 KERNEL = "qlora_kernels, kernel alone"
+#: The same work without the adapter: the difference is what the adapter costs.
+NO_ADAPTER = "qlora_kernels, no adapter"
+OURS_8BIT = "qlora_kernels, 8-bit states"
+#: On a card: pinned memory comes to it, as many bytes as this package's step pages.
+LINK = "copy over the host link"
+#: Not rivals: they show how far the roof is.
+ROOFS = (COPY, EQUAL_COPY, IN_PLACE, PRODUCT, LINK)

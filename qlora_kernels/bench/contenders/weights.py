@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,9 +15,10 @@ import qlora_kernels
 
 from ... import NF4Weight
 from ...ops.backends import reference
-from ..case import Settings
+from ..case import Contender, Ready, Settings
 from ..points import Point
 from .adapter_tensors import AdapterTensors
+from .names import EQUAL_COPY
 
 _AT_A_TIME = 1 << 22  # a multiple of a block's 64
 
@@ -38,6 +39,10 @@ class Lab:
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    def free_bytes(self) -> float:
+        """Bytes of the card that are free; of other devices, no limit."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else float("inf")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,6 +150,27 @@ class Lab:
         rows = torch.randn(m, columns, generator=torch.Generator().manual_seed(seed))
         return rows.to(self.device, self.dtype)
 
+    # -------------------------------------------------------------------------------------------------- others
+
+    def card_copies(self, moved: Callable[[], int]) -> list[Contender]:
+        """On a card, a copy of as many bytes as this package's call moves, half read and half written; elsewhere none.
+
+        A card's copies come as close to its memory rate as anything does, at small sizes too.
+        """
+
+        def prepare() -> Ready:
+            first = torch.arange(moved() // 8, device=self.device, dtype=torch.int32)
+            sources = self.copied(first, 2 * first.nbytes, torch.clone)
+            return Ready(
+                lambda i: sources[i].clone(),
+                lambda copied: 0.0 if torch.equal(copied, first) else 1.0,
+                0.5,
+                2 * first.nbytes,
+                len(sources),
+            )
+
+        return [Contender(EQUAL_COPY, prepare)] if self.cuda else []
+
     # ---------------------------------------------------------------------------------------------- references
 
     def exact(self, whose: str) -> Tensor:
@@ -168,18 +194,18 @@ class Lab:
 
 
 def decoded(pieces: Sequence[Tensor], n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight [n, k] that stored data stand for, in plain torch and nobody's kernels, on their device.
+    """The dense weight [n, k] that stored data stand for, in plain torch alone, on their device.
 
     Some millions of weights at a time: plain torch takes 30 bytes for each.
     """
-    packed, *constants = (piece.cpu() for piece in pieces)
+    packed, *constants = pieces
     scales = reference.decode_absmax((packed, *constants))
-    dense = torch.empty(n * k, dtype=dtype)
+    dense = torch.empty(n * k, dtype=dtype, device=packed.device)
     for begin in range(0, n * k, _AT_A_TIME):
         end = min(begin + _AT_A_TIME, n * k)
         part = (packed[begin // 2 : -(-end // 2)], scales[begin // 64 : -(-end // 64)], None, None, None)
         dense[begin:end] = reference.decode(part, 1, end - begin, dtype)[0]
-    return dense.view(n, k).to(pieces[0].device)
+    return dense.view(n, k)
 
 
 def bnb_bytes(packed: Tensor, state: Any) -> int:

@@ -15,10 +15,12 @@ from . import (
     dequantize,
     gpt2_forward,
     limits,
+    linear_backward,
     linear_dx,
     linear_forward,
     linear_step,
     optimizer,
+    paging,
     quantize,
 )
 from .finetune import FinetuneMeasurement
@@ -30,6 +32,7 @@ CASES: dict[str, Callable[[Lab], Case]] = {
     "dequantize_out": dequantize.case_out,
     "linear_forward": linear_forward.case,
     "linear_dx": linear_dx.case,
+    "linear_backward": linear_backward.case,
     "linear_step": linear_step.case,
     "decode": decode.case,
     "block_step": block_step.case,
@@ -38,6 +41,8 @@ CASES: dict[str, Callable[[Lab], Case]] = {
     "adamw_clipped_step": optimizer.adamw_clipped,
     "adamw_8bit_step": optimizer.adamw_8bit,
     "lion_step": optimizer.lion,
+    "adamw_paged_step": paging.paged_out,
+    "adamw_budget_step": paging.budgeted,
 }
 OPERATIONS = (*CASES, "finetune")
 

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -89,49 +90,64 @@ class Trained:
 
 
 def case(lab: Lab) -> Case:
-    """All train the same adapters on the same input, and differ in what W is stored in and who multiplies with it."""
-    p = lab.point
-    shape = MODELS[p.model]
-    x = lab.rows(p.m, shape.hidden)[None].requires_grad_()
-    dy = lab.rows(p.m, shape.hidden, seed=3)[None]
+    """All train the same adapters on the same input; they differ in how W is stored and multiplied with."""
+    setup = _Setup(lab)
+    contenders = [Contender(OURS, setup.ours), Contender(DENSE, setup.dense), Contender(PEFT, setup.peft)]
+    # Each product there and back, the adapter's three times; the attention's own products are few.
+    m, rank, linears = lab.point.m, lab.point.rank, MODELS[lab.point.model].linears.values()
+    flops = sum(4 * m * n * k + 6 * m * rank * (n + k) for n, k in linears)
+    return Case("training step of a block", flops, contenders)
 
-    def adapter_of(name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+
+class _Setup:
+    """What the contenders share: input, adapters, and the truth over each kind of stored weights."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.point = lab, lab.point
+        hidden = MODELS[self.point.model].hidden
+        self.x = lab.rows(self.point.m, hidden)[None].requires_grad_()
+        self.dy = lab.rows(self.point.m, hidden, seed=3)[None]
+        self._truths: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def block(self, weights: dict[str, Tensor] | None = None) -> Block:
+        return Block(self.point.model, self.lab.dtype, self.lab.device, weights)
+
+    def adapter_of(self, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """A and B of a layer, the same for everyone."""
         n, k = linear.weight.shape
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        A = torch.randn(p.rank, k, generator=generator) / k**0.5
-        B = torch.randn(n, p.rank, generator=generator) * 0.1
-        return A.to(lab.device, lab.dtype), B.to(lab.device, lab.dtype)
+        A = torch.randn(self.point.rank, k, generator=generator) / k**0.5
+        B = torch.randn(n, self.point.rank, generator=generator) * 0.1
+        return A.to(self.lab.device, self.lab.dtype), B.to(self.lab.device, self.lab.dtype)
 
-    truths: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    @cached_property
+    def our_weights(self) -> dict[str, Tensor]:
+        """What this package's weights stand for: the dense block's, too, whether or not this package takes part."""
+        weights = {}
+        for name, linear in self.block().linears().items():
+            weight = qlora_kernels.quantize(linear.weight.data)
+            weights[name] = decoded(weight.pieces, *weight.shape, self.lab.dtype)
+        return weights
 
-    def truth(whose: str, weights: Callable[[], dict[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    def truth(self, whose: str, weights: Callable[[], dict[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
         """(y, dx), and the gradients of each A and B, over what is stored. In float32: float64 takes too many bytes."""
-        if whose not in truths:
+        if whose not in self._truths:
             wide = {name: weight.float() for name, weight in weights().items()}
-            block = Block(p.model, torch.float32, lab.device, wide)
+            block = Block(self.point.model, torch.float32, self.lab.device, wide)
             layers = []
             for name, linear in block.linears().items():
-                A, B = (part.float() for part in adapter_of(name, linear))
-                layers.append(PlainLora(linear.weight.data, A, B, lab.scaling))
+                A, B = (matrix.float() for matrix in self.adapter_of(name, linear))
+                layers.append(PlainLora(linear.weight.data, A, B, self.lab.scaling))
                 block.set_submodule(name, layers[-1])
-            x32 = x.detach().float().requires_grad_()
-            y = block(x32)
-            adapters = [q for layer in layers for q in (layer.A, layer.B)]
-            dx, *gradients = torch.autograd.grad(y, (x32, *adapters), dy.float())
-            truths[whose] = [y.detach().double(), dx.double()], [g.double() for g in gradients]
-        return truths[whose]
-
-    quantized: dict[str, Tensor] = {}
-
-    def of_ours() -> dict[str, Tensor]:
-        """What this package's weights stand for: the dense block's, too, whether or not this package takes part."""
-        if not quantized:
-            for name, linear in Block(p.model, lab.dtype, lab.device).linears().items():
-                weight = qlora_kernels.quantize(linear.weight.data)
-                quantized[name] = decoded(weight.pieces, *weight.shape, lab.dtype)
-        return quantized
+            x = self.x.detach().float().requires_grad_()
+            y = block(x)
+            adapters = [matrix for layer in layers for matrix in (layer.A, layer.B)]
+            dx, *gradients = torch.autograd.grad(y, (x, *adapters), self.dy.float())
+            self._truths[whose] = [y.detach().double(), dx.double()], [g.double() for g in gradients]
+        return self._truths[whose]
 
     def ready(
+        self,
         block: Block,
         adapters_of: Callable[[Block], list[Tensor]],
         optimizer_of: Callable[[list[Tensor]], torch.optim.Optimizer],
@@ -139,76 +155,76 @@ def case(lab: Lab) -> Case:
         wanted: tuple[list[Tensor], list[Tensor]],
     ) -> Ready:
         """Copies take turns where one would stay in the cache, as a model's blocks do."""
-        count = 1 if weight_bytes > lab.settings.cache_bytes else lab.settings.copies(weight_bytes)
+        settings = self.lab.settings
+        count = 1 if weight_bytes > settings.cache_bytes else settings.copies(weight_bytes)
         blocks = [block.train(), *(copy.deepcopy(block).train() for _ in range(count - 1))]
         trained = [Trained(b, adapters_of(b), optimizer_of(adapters_of(b))) for b in blocks]
         for one in trained:
-            one.verify(x, dy, wanted[1])
+            one.verify(self.x, self.dy, wanted[1])
 
         def call(i: int) -> list[Tensor]:
-            y = trained[i].gradients(x, dy)
+            y = trained[i].gradients(self.x, self.dy)
             trained[i].step()
-            return [y, x.grad]
+            return [y, self.x.grad]
 
         size = sum(a.nbytes for a in trained[0].adapters)
         states = trained[0].state_bytes()
         parts = {"weights": weight_bytes, "adapters": size, "gradients": size, "optimizer states": states}
         # Weights once each way; an adapter's step reads and writes it, reads its gradient, and the moments both ways.
         total = 2 * weight_bytes + 3 * size + 2 * states
-        return Ready(call, lambda found: largest_error(found, wanted[0]), LIMIT, total, count, parts=parts)
+        return Ready(call, lambda results: largest_error(results, wanted[0]), LIMIT, total, count, parts=parts)
 
-    def ours() -> Ready:
-        block = Block(p.model, lab.dtype, lab.device)
+    # ---------------------------------------------------------------------------------------------- contenders
+
+    def ours(self) -> Ready:
+        block = self.block()
         names = block.linears()
-        quantize_model(block, rank=p.rank, alpha=lab.settings.alpha, progress=False)
+        quantize_model(block, rank=self.point.rank, alpha=self.lab.settings.alpha, progress=False)
 
         def adapters_of(block: Block) -> list[Tensor]:
             layers = [block.get_submodule(name) for name in names]
-            return [part["default"] for layer in layers for part in (layer.lora_A, layer.lora_B)]
+            return [matrix["default"] for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
 
-        values = [part for name, linear in names.items() for part in adapter_of(name, linear)]
+        values = [matrix for name, linear in names.items() for matrix in self.adapter_of(name, linear)]
         with torch.no_grad():
             for parameter, value in zip(adapters_of(block), values, strict=True):
                 parameter.copy_(value)
         nbytes = sum(block.get_submodule(name).weight.nbytes for name in names)
-        return ready(block, adapters_of, lambda q: PagedAdamW(q, lr=LR), nbytes, truth("ours", of_ours))
+        wanted = self.truth("ours", lambda: self.our_weights)
+        return self.ready(block, adapters_of, lambda q: PagedAdamW(q, lr=LR), nbytes, wanted)
 
-    def peft_adapters_of(block: Block) -> list[Tensor]:
-        layers = [module for module in block.modules() if hasattr(module, "lora_A")]
-        return [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
-
-    def dense() -> Ready:
-        weights = of_ours()
-        block = Block(p.model, lab.dtype, lab.device, weights)
+    def dense(self) -> Ready:
+        weights = self.our_weights
+        block = self.block(weights)
         for name, linear in block.linears().items():
-            block.set_submodule(name, peft_lora(linear, *adapter_of(name, linear), lab.settings.alpha))
-        options = {"lr": LR, "fused": True, "capturable": lab.device.type == "cuda"}
+            block.set_submodule(name, peft_lora(linear, *self.adapter_of(name, linear), self.lab.settings.alpha))
+        options = {"lr": LR, "fused": True, "capturable": self.lab.device.type == "cuda"}
         nbytes = sum(w.nbytes for w in weights.values())
-        return ready(block, peft_adapters_of, lambda q: torch.optim.AdamW(q, **options), nbytes, truth("ours", of_ours))
+        wanted = self.truth("ours", lambda: weights)
+        return self.ready(block, _peft_adapters, lambda q: torch.optim.AdamW(q, **options), nbytes, wanted)
 
-    def peft() -> Ready:
+    def peft(self) -> Ready:
         from bitsandbytes import optim
 
-        block = Block(p.model, lab.dtype, lab.device)
+        block = self.block()
         stored = {}
         for name, linear in block.linears().items():
             layer = bnb_linear(linear.weight.data)
             stored[name] = layer.weight.data, layer.weight.quant_state
-            block.set_submodule(name, peft_lora(layer, *adapter_of(name, linear), lab.settings.alpha))
+            block.set_submodule(name, peft_lora(layer, *self.adapter_of(name, linear), self.lab.settings.alpha))
         nbytes = sum(bnb_bytes(*one) for one in stored.values())
 
-        def of_bnb() -> dict[str, Tensor]:
-            return {name: decoded(bnb_pieces(*one), *one[1].shape, lab.dtype) for name, one in stored.items()}
+        def bnb_weights() -> dict[str, Tensor]:
+            return {name: decoded(bnb_pieces(*one), *one[1].shape, self.lab.dtype) for name, one in stored.items()}
 
         def optimizer_of(adapters: list[Tensor]) -> torch.optim.Optimizer:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return optim.PagedAdamW32bit(adapters, lr=LR)
 
-        return ready(block, peft_adapters_of, optimizer_of, nbytes, truth("bnb", of_bnb))
+        return self.ready(block, _peft_adapters, optimizer_of, nbytes, self.truth("bnb", bnb_weights))
 
-    contenders = [Contender(OURS, ours), Contender(DENSE, dense), Contender(PEFT, peft)]
-    # Each product there and back, the adapter's three times; the attention's own products are few.
-    linears = shape.linears.values()
-    flops = sum(4 * p.m * n * k + 6 * p.m * p.rank * (n + k) for n, k in linears)
-    return Case("training step of a block", flops, contenders)
+
+def _peft_adapters(block: Block) -> list[Tensor]:
+    layers = [module for module in block.modules() if hasattr(module, "lora_A")]
+    return [matrix["default"].weight for layer in layers for matrix in (layer.lora_A, layer.lora_B)]

@@ -49,6 +49,7 @@ def case(lab: Lab) -> Case:
         )
 
     contenders = [Contender(OURS, ours), Contender(BNB, bnb), Contender(COPY, copy)]
+    contenders += lab.card_copies(lambda: written + lab.bytes_of("ours"))
     return Case(f"dequantize to {lab.point.dtype}", None, contenders)
 
 

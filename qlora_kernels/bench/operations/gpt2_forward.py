@@ -119,72 +119,81 @@ def merge(model: nn.Module, size: Size, rank: int, scaling: float) -> nn.Module:
 
 def case(lab: Lab) -> Case:
     """All with the same base weights and the same tokens. LoRA sits on c_attn: queries, keys and values."""
-    p = lab.point
-    size, rank, scaling = SIZES[p.model], p.rank, lab.scaling
-    tokens = torch.randint(0, 50000, (p.batch, p.m), generator=torch.Generator().manual_seed(1)).to(lab.device)
-    base = base_model(size, p.m)
-
-    @torch.no_grad()
-    def run(model: nn.Module, ids: Tensor = tokens) -> Tensor:
-        return model(input_ids=ids, use_cache=False).last_hidden_state
-
-    def ready(model: nn.Module, reference: Callable[[], nn.Module]) -> Ready:
-        """Held against a model in float32, over the first sequence."""
-        exact = run(reference().to(lab.device, torch.float32), tokens[:1]).double()
-        nbytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        return Ready(lambda _: run(model), lambda y: relative_error(y[:1], exact), LIMIT, nbytes, checks=1)
-
-    def dense(change: Callable[[nn.Module], nn.Module], reference: Callable[[nn.Module], nn.Module] | None = None):
-        def prepare() -> Ready:
-            model = change(copy.deepcopy(base)).to(lab.device, lab.dtype)
-            return ready(model, lambda: (reference or change)(copy.deepcopy(base)))
-
-        return prepare
-
-    def merged(model: nn.Module) -> nn.Module:
-        return merge(model, size, rank, scaling)
-
-    def unmerged(model: nn.Module) -> nn.Module:
-        for i, block in enumerate(model.h):
-            block.attn.c_attn = peft_lora(block.attn.c_attn, *lora_of(size, rank, i), lab.settings.alpha)
-        return model.eval()
-
-    def ours(lora: bool) -> Callable[[], Ready]:
-        def prepare() -> Ready:
-            model = copy.deepcopy(base).to(lab.device, lab.dtype)
-            options = {"target_modules": ["c_attn"], "alpha": lab.settings.alpha, "progress": False}
-            quantize_model(model, rank=rank if lora else 0, **options)
-            for i, block in enumerate(model.h if lora else ()):
-                with torch.no_grad():
-                    for part, value in zip(
-                        (block.attn.c_attn.lora_A, block.attn.c_attn.lora_B), lora_of(size, rank, i)
-                    ):
-                        part["default"].copy_(value)
-
-            def exact() -> nn.Module:
-                dense = copy.deepcopy(base)
-                for name, layer in model.named_modules():
-                    if isinstance(layer, QLinear):
-                        dense.get_submodule(name).weight.data.copy_(
-                            decoded(layer.weight.pieces, *layer.weight.shape, torch.float32)
-                        )
-                return merge(dense, size, rank, scaling) if lora else dense
-
-            return ready(model.eval(), exact)
-
-        return prepare
-
+    p, size = lab.point, SIZES[lab.point.model]
+    setup = _Setup(lab)
     contenders = [
-        Contender(OURS, ours(lora=True)),
-        Contender(NO_LORA, ours(lora=False)),
-        Contender(BASE, dense(lambda model: model)),
+        Contender(OURS, lambda: setup.ours(lora=True)),
+        Contender(NO_LORA, lambda: setup.ours(lora=False)),
+        Contender(BASE, lambda: setup.dense(lambda model: model)),
         # What is merged in float32 and what is not compute the same.
-        Contender(MERGED, dense(merged)),
-        Contender(UNMERGED, dense(unmerged, merged)),
-        Contender(ADAPTER_H, dense(lambda model: add_adapters(model, size, houlsby=True))),
-        Contender(ADAPTER_L, dense(lambda model: add_adapters(model, size, houlsby=False))),
+        Contender(MERGED, lambda: setup.dense(setup.merged)),
+        Contender(UNMERGED, lambda: setup.dense(setup.unmerged, setup.merged)),
+        Contender(ADAPTER_H, lambda: setup.dense(lambda model: add_adapters(model, size, houlsby=True))),
+        Contender(ADAPTER_L, lambda: setup.dense(lambda model: add_adapters(model, size, houlsby=False))),
     ]
     count = p.batch * p.m
     # Twelve width x width products a layer, and attention's two over the length.
     flops = 2 * count * size.layers * (12 * size.width**2 + 2 * p.m * size.width)
     return Case("forward of GPT-2", flops, contenders)
+
+
+class _Setup:
+    """What the contenders share: base weights and tokens."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.size, self.rank = lab, SIZES[lab.point.model], lab.point.rank
+        shape = (lab.point.batch, lab.point.m)
+        self.tokens = torch.randint(0, 50000, shape, generator=torch.Generator().manual_seed(1)).to(lab.device)
+        self.base = base_model(self.size, lab.point.m)
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def ready(self, model: nn.Module, reference: nn.Module) -> Ready:
+        """Held against a model in float32, over the first sequence."""
+        exact = self.run(reference.to(self.lab.device, torch.float32), self.tokens[:1]).double()
+        nbytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        return Ready(
+            lambda _: self.run(model, self.tokens), lambda y: relative_error(y[:1], exact), LIMIT, nbytes, checks=1
+        )
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        return merge(model, self.size, self.rank, self.lab.scaling)
+
+    def unmerged(self, model: nn.Module) -> nn.Module:
+        alpha = self.lab.settings.alpha
+        for i, block in enumerate(model.h):
+            block.attn.c_attn = peft_lora(block.attn.c_attn, *lora_of(self.size, self.rank, i), alpha)
+        return model.eval()
+
+    # ---------------------------------------------------------------------------------------------- contenders
+
+    def dense(
+        self,
+        change: Callable[[nn.Module], nn.Module],
+        reference: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> Ready:
+        """A changed base, held against itself in float32, or against another change of it."""
+        model = change(copy.deepcopy(self.base)).to(self.lab.device, self.lab.dtype)
+        return self.ready(model, (reference or change)(copy.deepcopy(self.base)))
+
+    def ours(self, lora: bool) -> Ready:
+        model = copy.deepcopy(self.base).to(self.lab.device, self.lab.dtype)
+        options = {"target_modules": ["c_attn"], "alpha": self.lab.settings.alpha, "progress": False}
+        quantize_model(model, rank=self.rank if lora else 0, **options)
+        for i, block in enumerate(model.h if lora else ()):
+            layer = block.attn.c_attn
+            with torch.no_grad():
+                for adapter, value in zip((layer.lora_A, layer.lora_B), lora_of(self.size, self.rank, i)):
+                    adapter["default"].copy_(value)
+        return self.ready(model.eval(), self._exact(model, lora))
+
+    def _exact(self, model: nn.Module, lora: bool) -> nn.Module:
+        """The dense model that a quantized one stands for."""
+        dense = copy.deepcopy(self.base)
+        for name, layer in model.named_modules():
+            if isinstance(layer, QLinear):
+                weight = decoded(layer.weight.pieces, *layer.weight.shape, torch.float32)
+                dense.get_submodule(name).weight.data.copy_(weight)
+        return self.merged(dense) if lora else dense

@@ -12,7 +12,7 @@ import qlora_kernels
 
 from ..case import OURS, Case, Contender, Ready, relative_error
 from ..contenders.models import plain_lora
-from ..contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT, PEFT_EVAL
+from ..contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT, PEFT_EVAL
 from ..contenders.weights import Lab
 
 # A bf16 output alone has an error of 0.0017; bitsandbytes' eval-mode layer rounds its constants to bf16 too (0.003).
@@ -66,6 +66,7 @@ def _without(lab: Lab) -> Case:
         Contender(DEQUANTIZED, dequantized),
         Contender(BNB, bnb),
         *([] if lab.cuda else [Contender(BNB_EVAL, bnb_eval)]),
+        *lab.card_copies(lambda: moved(lab, "ours")),
     ]
     return Case("forward", 2 * p.m * p.n * p.k, contenders)
 
@@ -85,6 +86,11 @@ def _with_adapter(lab: Lab) -> Case:
         layers = [layer.eval() for layer in lab.layers]
         return ready(lambda i: layers[i](x), "ours", len(layers))
 
+    def bare() -> Ready:
+        weights, exact = lab.ours, _checker(lab, x, adapter=False)("ours")
+        call = _no_grad(lambda i: qlora_kernels.linear(x, weights[i]))
+        return Ready(call, exact, LIMIT, moved(lab, "ours"), len(weights))
+
     def dense() -> Ready:
         weights = lab.dense
         adapters = lab.adapters(len(weights))
@@ -103,7 +109,7 @@ def _with_adapter(lab: Lab) -> Case:
         Contender(OURS, ours),
         Contender(DENSE, dense),
         Contender(PEFT, peft),
-        *([] if lab.cuda else [Contender(PEFT_EVAL, peft_eval)]),
+        *([Contender(NO_ADAPTER, bare)] if lab.cuda else [Contender(PEFT_EVAL, peft_eval)]),
     ]
     return Case("forward with an adapter", 2 * p.m * (p.n * p.k + p.rank * (p.n + p.k)), contenders)
 

@@ -12,7 +12,7 @@ import qlora_kernels
 
 from ..case import OURS, Case, Contender, Ready, largest_error
 from ..contenders.models import plain_lora
-from ..contenders.names import BNB, DENSE, DEQUANTIZED, PEFT
+from ..contenders.names import BNB, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT
 from ..contenders.weights import Lab
 
 # Gradients pass through two products that are rounded to bf16.
@@ -32,32 +32,32 @@ class Dequantized(torch.autograd.Function):
         return dy @ ctx.weight.dequantize(dy.dtype), None
 
 
+def _step(forward: Callable[[], Tensor], x: Tensor, dy: Tensor, adapter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """y, and the gradients of x and of the adapter."""
+    y = forward()
+    return y.detach(), *torch.autograd.grad(y, (x, *adapter), dy)
+
+
 def case(lab: Lab) -> Case:
     """With rank 0, without the adapter: what that costs is the difference."""
     p = lab.point
     x = lab.rows(p.m, p.k).requires_grad_()
     dy = lab.rows(p.m, p.n, seed=3)
-    check = _checker(lab, x.detach(), dy)
-
-    def step(forward: Callable[[], Tensor], adapter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        y = forward()
-        return y.detach(), *torch.autograd.grad(y, (x, *adapter), dy)
+    check = _checker(lab, x.detach(), dy, adapter=bool(p.rank))
 
     def ready(call: Callable[[int], tuple[Tensor, ...]], whose: str, copies: int) -> Ready:
-        # The weight once each way; x, y, dy, dx.
-        total = 2 * lab.bytes_of(whose) + 2 * p.m * (p.n + p.k) * lab.dtype.itemsize
-        return Ready(call, check("bnb" if whose == "bnb" else "ours"), LIMIT, total, copies)
+        return Ready(call, check("bnb" if whose == "bnb" else "ours"), LIMIT, _moved(lab, whose), copies)
 
     def plain(product: Callable[[int], Tensor], whose: str, copies: int) -> Ready:
         """A product, and the adapter in plain torch."""
         if not p.rank:
-            return ready(lambda i: step(lambda: product(i), ()), whose, copies)
+            return ready(lambda i: _step(lambda: product(i), x, dy, ()), whose, copies)
         adapters = [tuple(part.requires_grad_() for part in adapter) for adapter in lab.adapters(copies)]
 
         def forward(i: int) -> Tensor:
             return plain_lora(product(i), x, *adapters[i], lab.scaling)
 
-        return ready(lambda i: step(lambda: forward(i), adapters[i]), whose, copies)
+        return ready(lambda i: _step(lambda: forward(i), x, dy, adapters[i]), whose, copies)
 
     def ours() -> Ready:
         if not p.rank:
@@ -65,7 +65,7 @@ def case(lab: Lab) -> Case:
             return plain(lambda i: qlora_kernels.linear(x, weights[i]), "ours", len(weights))
         layers = [layer.train() for layer in lab.layers]
         adapters = [(layer.lora_A["default"], layer.lora_B["default"]) for layer in layers]
-        return ready(lambda i: step(lambda: layers[i](x), adapters[i]), "ours", len(layers))
+        return ready(lambda i: _step(lambda: layers[i](x), x, dy, adapters[i]), "ours", len(layers))
 
     def dense() -> Ready:
         weights = lab.dense
@@ -76,29 +76,44 @@ def case(lab: Lab) -> Case:
         return plain(lambda i: Dequantized.apply(x, weights[i]), "ours", len(weights))
 
     def bnb() -> Ready:
-        from bitsandbytes import matmul_4bit
-
-        weights = lab.bnb
-        product = lambda i: matmul_4bit(x, weights[i][0].t(), quant_state=weights[i][1])  # noqa: E731
+        weights, product = lab.bnb, _bnb_product(lab, x)
         return plain(product, "bnb", len(weights))
 
     def peft() -> Ready:
         layers = lab.peft_layers(training=True)
         adapters = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
-        return ready(lambda i: step(lambda: layers[i](x), adapters[i]), "bnb", len(layers))
+        return ready(lambda i: _step(lambda: layers[i](x), x, dy, adapters[i]), "bnb", len(layers))
+
+    def bare() -> Ready:
+        weights, exact = lab.ours, _checker(lab, x.detach(), dy, adapter=False)("ours")
+        call = lambda i: _step(lambda: qlora_kernels.linear(x, weights[i]), x, dy, ())  # noqa: E731
+        return Ready(call, exact, LIMIT, _moved(lab, "ours"), len(weights))
 
     contenders = [
         Contender(OURS, ours),
         Contender(DENSE, dense),
         Contender(DEQUANTIZED, dequantized),
         Contender(PEFT, peft) if p.rank else Contender(BNB, bnb),
+        *([Contender(NO_ADAPTER, bare)] if p.rank and lab.cuda else []),
     ]
     # x W^T and dy W, each 2 M N K; and of the adapter forward, dx, dA and dB.
     flops = 4 * p.m * p.n * p.k + 6 * p.m * p.rank * (p.n + p.k)
     return Case("forward + backward", flops, contenders)
 
 
-def _checker(lab: Lab, x: Tensor, dy: Tensor) -> Callable[[str], Callable[[tuple[Tensor, ...]], float]]:
+def _moved(lab: Lab, whose: str) -> int:
+    """Bytes of the weight, once each way, and of x, y, dy and dx."""
+    p = lab.point
+    return 2 * lab.bytes_of(whose) + 2 * p.m * (p.n + p.k) * lab.dtype.itemsize
+
+
+def _bnb_product(lab: Lab, x: Tensor) -> Callable[[int], Tensor]:
+    from bitsandbytes import matmul_4bit
+
+    return lambda i: matmul_4bit(x, lab.bnb[i][0].t(), quant_state=lab.bnb[i][1])
+
+
+def _checker(lab: Lab, x: Tensor, dy: Tensor, adapter: bool) -> Callable[[str], Callable[[tuple[Tensor, ...]], float]]:
     """The largest error of y, dx, dA and dB against the formulas in float64."""
     references: dict[str, tuple[Tensor, ...]] = {}
 
@@ -106,7 +121,7 @@ def _checker(lab: Lab, x: Tensor, dy: Tensor) -> Callable[[str], Callable[[tuple
         W = lab.exact(whose)
         x64, dy64 = x.double(), dy.double()
         y, dx = x64 @ W.T, dy64 @ W
-        if not lab.point.rank:
+        if not adapter:
             return y, dx
         A, B = (part.double() for part in lab.adapter)
         u = lab.scaling * x64 @ A.T

@@ -31,7 +31,7 @@ NORM = 4  # the gradients once before
 
 
 def adamw(lab: Lab) -> Case:
-    make = _maker(lab, _adamw_error(lab, None), LIMIT, PARAMETER + 2 * MOMENT)
+    make = maker(lab, adamw_error(lab, None), LIMIT, PARAMETER + 2 * MOMENT)
     contenders = [
         Contender(OURS, make(lambda params: PagedAdamW(params, **ADAMW).step)),
         Contender(FUSED, make(lambda params: _torch(lab, params, fused=True).step)),
@@ -43,7 +43,7 @@ def adamw(lab: Lab) -> Case:
 
 
 def adamw_clipped(lab: Lab) -> Case:
-    make = _maker(lab, _adamw_error(lab, MAX_GRAD_NORM), LIMIT, PARAMETER + 2 * MOMENT + NORM)
+    make = maker(lab, adamw_error(lab, MAX_GRAD_NORM), LIMIT, PARAMETER + 2 * MOMENT + NORM)
 
     def clipping(**kind: bool) -> Callable[[list], Callable[[], object]]:
         def made(params: list) -> Callable[[], object]:
@@ -66,8 +66,8 @@ def adamw_clipped(lab: Lab) -> Case:
 
 
 def adamw_8bit(lab: Lab) -> Case:
-    make = _maker(lab, _adamw_error(lab, None), LIMIT_8BIT, PARAMETER + 2 * MOMENT_8BIT)
-    wide = _maker(lab, _adamw_error(lab, None), LIMIT, PARAMETER + 2 * MOMENT)
+    make = maker(lab, adamw_error(lab, None), LIMIT_8BIT, PARAMETER + 2 * MOMENT_8BIT)
+    wide = maker(lab, adamw_error(lab, None), LIMIT, PARAMETER + 2 * MOMENT)
     contenders = [
         Contender(OURS, make(lambda params: PagedAdamW(params, **ADAMW, state_bits=8).step)),
         Contender(FUSED, wide(lambda params: _torch(lab, params, fused=True).step)),
@@ -82,7 +82,7 @@ def lion(lab: Lab) -> Case:
     def error(steps: int) -> float:
         return tensors.error(lion_moves(tensors.scales(steps, None), LION_LR, LION_BETAS), 1 - LION_LR * DECAY)
 
-    make = _maker(lab, error, LIMIT, PARAMETER + MOMENT)
+    make = maker(lab, error, LIMIT, PARAMETER + MOMENT)
     contenders = [
         Contender(OURS, make(lambda params: PagedLion(params, **LION).step)),
         Contender(BNB, make(lambda params: _bitsandbytes("PagedLion32bit", params, **LION))),
@@ -90,7 +90,7 @@ def lion(lab: Lab) -> Case:
     return Case("Lion", None, contenders)
 
 
-def _adamw_error(lab: Lab, max_grad_norm: float | None) -> Callable[[int], float]:
+def adamw_error(lab: Lab, max_grad_norm: float | None) -> Callable[[int], float]:
     tensors = lab.adapter_tensors
 
     def error(steps: int) -> float:
@@ -100,8 +100,8 @@ def _adamw_error(lab: Lab, max_grad_norm: float | None) -> Callable[[int], float
     return error
 
 
-def _maker(lab: Lab, error: Callable[[int], float], limit: float, bytes_each: float) -> Callable:
-    """From what makes an optimizer's step to what prepares a contender.
+def maker(lab: Lab, error: Callable[[int], float], limit: float, bytes_each: float) -> Callable:
+    """From what makes an optimizer's step (or a pair, the step and what comes before it) to what prepares a contender.
 
     All work on the same parameters and gradients. The first steps are verified, with gradients that change in between;
     those that are timed go on with the last ones.
@@ -110,8 +110,10 @@ def _maker(lab: Lab, error: Callable[[int], float], limit: float, bytes_each: fl
 
     def make(made: Callable[[list], Callable[[], object]]) -> Callable[[], Ready]:
         def prepare() -> Ready:
+            require_room(lab)
             tensors.set_step(0)
             step, done = made(tensors.parameters), 0
+            step, before = step if isinstance(step, tuple) else (step, None)
 
             def checked(_: object) -> float:
                 nonlocal done
@@ -120,11 +122,22 @@ def _maker(lab: Lab, error: Callable[[int], float], limit: float, bytes_each: fl
                 tensors.set_step(done if done < len(SCALES) else len(SCALES) - 1)
                 return found
 
-            return Ready(lambda _: step(), checked, limit, round(bytes_each * tensors.count), checks=len(SCALES))
+            moved = round(bytes_each * tensors.count)
+            return Ready(lambda _: step(), checked, limit, moved, checks=len(SCALES), before=before)
 
         return prepare
 
     return make
+
+
+def require_room(lab: Lab) -> None:
+    """More managed memory than there is can stop a card for everything on it: a case has less than this.
+
+    Raises:
+        RuntimeError: when that much of the card is not free.
+    """
+    if lab.free_bytes() < 3 * 8 * lab.adapter_tensors.count:
+        raise RuntimeError("too little of the card is free")
 
 
 def _torch(lab: Lab, params: list, **kind: bool) -> torch.optim.Optimizer:

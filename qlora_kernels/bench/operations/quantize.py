@@ -51,4 +51,5 @@ def case(lab: Lab) -> Case:
         )
 
     contenders = [Contender(OURS, ours), Contender(BNB, bnb), *([Contender(KERNEL, kernel)] if lab.cuda else [])]
+    contenders += lab.card_copies(lambda: moved)
     return Case(f"quantize from {lab.point.dtype}", None, contenders)

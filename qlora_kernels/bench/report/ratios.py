@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..case import OURS
-from ..contenders.names import COPY, EQUAL_COPY, IN_PLACE, PRODUCT
-
-#: Not rivals: what shows how far the roof is.
-ROOFS = (COPY, EQUAL_COPY, IN_PLACE, PRODUCT)
+from ..contenders.names import COPY, IN_PLACE, PRODUCT
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ _CASE = {
 _CASE_PERHAPS = {"batch": _WHOLE, "failed": _NAME}
 _FIGURES = {"samples": (int,), "copies": (int,), "error": _NUMBER}
 _TIMES = ("q20_ms", "median_ms", "q80_ms")
-#: On a card: by the clock that is not the one of the median.
-_OTHER_TIMES = ("graph_ms", "event_ms", "event_q20_ms", "event_q80_ms")
+#: On a card: by the clocks that are not the median's.
+_OTHER_TIMES = ("graph_ms", "event_ms", "event_q20_ms", "event_q80_ms", "host_ms", "wall_ms")
 _FIGURES_PERHAPS = {
     **{name: _NUMBER for name in ("bytes", "peak", "peak_allocated", *_OTHER_TIMES)},
     "event_samples": _WHOLE,

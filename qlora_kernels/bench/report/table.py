@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..case import OURS, QUIET
-from ..contenders.names import PRODUCT
-from .ratios import ROOFS, find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes, times
+from ..contenders.names import PRODUCT, ROOFS
+from .ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes, times
 
 
 def terminal(results: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """How calls on a card are timed: cold caches, full queues, contenders in turn.
 
-Three times of a call, each the median over many with the 20% and 80% quantiles:
+Four times of a call, each the median over many with the 20% and 80% quantiles:
 
 graph   on the device, in replays of a CUDA graph of many calls: the kernels and no host.
 event   on the device, between events around each call that Python makes, while the queue is full: the kernels and what
         lies between those of one call.
 host    until the call returns to Python.
+wall    of calls one after the other, the host's work included, with one wait for the device at the end.
 
 A call finds neither its inputs nor the place of its results in the L2 cache: copies of the inputs are used in turn, the
 last results are kept, and together they are several times as large as that cache.
@@ -31,9 +32,11 @@ TIMES_L2 = 4
 SAMPLE_US = 1000.0
 #: Nor do more calls than this go into a graph.
 MOST_CALLS = 240
-#: Of so many calls in succession the host's time is taken: the queue of a card holds about a thousand launches, and who
-#: adds to a full one waits.
+#: The host's time is taken over at most this many calls in a row: a card queues about a thousand launches, and whoever
+#: adds to a full queue waits.
 HOST_CALLS = 32
+#: Calls in a row last at least so long, as far as HOST_CALLS lets them: the one wait at their end is shared by all.
+WALL_US = 10_000.0
 MIN_ROUNDS, MAX_ROUNDS = 8, 200
 
 
@@ -93,6 +96,7 @@ class Timed:
         copies: how many copies there are.
         bytes: what the work must at least read and write.
         waits: whether the call waits for the device, and so can neither be captured nor queue up.
+        before: runs before each call, untimed. Calls are then timed one by one, each on an idle device.
     """
 
     name: str
@@ -100,6 +104,7 @@ class Timed:
     copies: int
     bytes: int
     waits: bool = False
+    before: Callable[[], Any] | None = None
 
 
 def copies_for(bytes_each: int, l2_bytes: int) -> int:
@@ -116,10 +121,12 @@ class _Runner:
     graph_calls: int = 0
     launch_us: float = 0.0
     no_graph: str | None = None
+    calls_in_a_row: int = 1
     failure: str | None = None
     graph_us: list[float] = field(default_factory=list)
     event_us: list[float] = field(default_factory=list)
     host_us: list[float] = field(default_factory=list)
+    wall_us: list[float] = field(default_factory=list)
 
     def once(self) -> None:
         """A call on the next copy. Its result replaces the oldest one: the memory of that is used next, not this."""
@@ -131,6 +138,8 @@ class _Runner:
 
     def a_turn(self) -> None:
         for _ in range(self.timed.copies):
+            if self.timed.before is not None:
+                self.timed.before()
             self.once()
 
 
@@ -150,8 +159,8 @@ def measure(
 
     Returns:
         For each: ``name``, and ``failed``, the reason, where a call raised; or else ``bytes``, ``copies``,
-        ``graph_us``, ``event_us`` and ``host_us`` (``median``, ``q20``, ``q80``, ``samples``; None where there is
-        none), ``graph_calls``, ``no_graph`` (the reason), ``us`` (the time by graph, or else by event), and
+        ``graph_us``, ``event_us``, ``host_us`` and ``wall_us`` (``median``, ``q20``, ``q80``, ``samples``; None where
+        there is none), ``graph_calls``, ``no_graph`` (the reason), ``us`` (the time by graph, or else by event), and
         ``gb_per_s`` by that.
 
     Raises:
@@ -196,11 +205,15 @@ def _prepare(card: Card, runner: _Runner) -> None:
     runner.a_turn()
     card.wait()
     turn_us = (time.perf_counter() - begin) * 1e6
-    if runner.timed.waits:
-        runner.no_graph = "the call waits for the device"
+    copies = runner.timed.copies
+    long_enough = math.ceil(WALL_US * copies / max(turn_us, 1e-3))
+    runner.calls_in_a_row = min(max(copies, long_enough), HOST_CALLS)
+    if runner.timed.waits or runner.timed.before is not None:
+        first = "the call waits for the device"
+        runner.no_graph = first if runner.timed.waits else "something untimed comes before each call"
         return
     turn_us = min(turn_us, _queued(card, runner, turn_us, one_by_one=False)[0])
-    turns = max(1, min(math.ceil(SAMPLE_US / turn_us), MOST_CALLS // runner.timed.copies))
+    turns = max(1, min(math.ceil(SAMPLE_US / turn_us), MOST_CALLS // copies))
 
     def all_turns() -> None:
         for _ in range(turns):
@@ -208,7 +221,7 @@ def _prepare(card: Card, runner: _Runner) -> None:
 
     try:
         runner.replay = card.capture(all_turns)
-        runner.graph_calls = turns * runner.timed.copies
+        runner.graph_calls = turns * copies
         runner.replay()  # the first time the graph is sent to the device
         card.wait()
         begin = time.perf_counter()
@@ -240,7 +253,11 @@ def _queued(card: Card, runner: _Runner, host_us: float, one_by_one: bool) -> li
 
 
 def _sample(card: Card, runner: _Runner) -> None:
-    """One sample by graph, some calls by host and a turn by events."""
+    """One sample by graph, calls in a row by the host's clock, and a turn by events."""
+    if runner.timed.before is not None:
+        for _ in range(runner.timed.copies):
+            _sample_alone(card, runner)
+        return
     if runner.replay is not None:
         card.occupy(2 * runner.launch_us + 50)
         begin = card.event()
@@ -248,14 +265,32 @@ def _sample(card: Card, runner: _Runner) -> None:
         end = card.event()
         card.wait()
         runner.graph_us.append(card.microseconds(begin, end) / runner.graph_calls)
-    calls = min(runner.timed.copies, HOST_CALLS)
     begin = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(runner.calls_in_a_row):
         runner.once()
-    host_us = (time.perf_counter() - begin) * 1e6 / calls
+    returned = time.perf_counter()
     card.wait()
+    ended = time.perf_counter()
+    host_us, wall_us = ((t - begin) * 1e6 / runner.calls_in_a_row for t in (returned, ended))
     runner.host_us.append(host_us)
+    runner.wall_us.append(wall_us)
     runner.event_us += _queued(card, runner, host_us * runner.timed.copies, one_by_one=True)
+
+
+def _sample_alone(card: Card, runner: _Runner) -> None:
+    """A call after what comes before it, each with the device to itself."""
+    runner.timed.before()
+    card.wait()
+    first = card.event()
+    begin = time.perf_counter()
+    runner.once()
+    returned = time.perf_counter()
+    last = card.event()
+    card.wait()
+    ended = time.perf_counter()
+    runner.host_us.append((returned - begin) * 1e6)
+    runner.wall_us.append((ended - begin) * 1e6)
+    runner.event_us.append(card.microseconds(first, last))
 
 
 def _describe(runner: _Runner) -> dict[str, Any]:
@@ -272,6 +307,7 @@ def _describe(runner: _Runner) -> dict[str, Any]:
         "no_graph": runner.no_graph,
         "event_us": event,
         "host_us": _summary(runner.host_us),
+        "wall_us": _summary(runner.wall_us),
         "waits": runner.timed.waits,
         "us": best["median"],
         "gb_per_s": runner.timed.bytes / best["median"] / 1e3,

@@ -38,6 +38,8 @@ class Runner:
     def once(self) -> float:
         """Seconds of one call, on the next copy of the weight."""
         index, self.calls = self.calls % self.ready.copies, self.calls + 1
+        if self.ready.before is not None:
+            self.ready.before()
         begin = time.perf_counter()
         result = self.ready.call(index)
         end = time.perf_counter()
@@ -103,7 +105,7 @@ class Measurement:
             ready = runner.ready = contender.prepare()
             for check in range(ready.checks):
                 begin = time.perf_counter()
-                result = ready.call(0 if check == 0 else ready.copies - 1)
+                result = ready.run(0 if check == 0 else ready.copies - 1)
                 runner.typical = time.perf_counter() - begin
                 error = ready.error(result)
                 del result
@@ -111,7 +113,7 @@ class Measurement:
                 if not error <= ready.limit:
                     raise WrongResult(f"wrong result: error {error:.2e}, allowed {ready.limit:.0e}")
             if runner.typical < self.SLOW:
-                runner.peak = peak_allocated(lambda: ready.call(0), self.settings.device)
+                runner.peak = peak_allocated(lambda: ready.run(0), self.settings.device)
                 runner.typical = runner.once()
             if runner.typical < self.LONG:
                 runner.typical = min(runner.once() for _ in range(self.CALLS))
@@ -211,7 +213,10 @@ class CudaMeasurement(Measurement):
         from .cuda_timing import Timed, measure
 
         runners = {runner.name: runner for runner in self.running}
-        timed = [Timed(r.name, r.ready.call, r.ready.copies, r.ready.bytes, r.ready.waits) for r in runners.values()]
+        timed = [
+            Timed(name, r.ready.call, r.ready.copies, r.ready.bytes, r.ready.waits, r.ready.before)
+            for name, r in runners.items()
+        ]
         self._others.resume()
         for one in measure(self.card, timed, self.settings.seconds, self._announce):
             if "failed" in one:
@@ -243,6 +248,7 @@ class CudaMeasurement(Measurement):
             "event_q80_ms": event["q80"] / 1e3,
             "event_samples": event["samples"],
             "host_ms": measured["host_us"]["median"] / 1e3,
+            "wall_ms": measured["wall_us"]["median"] / 1e3,
             "no_graph": measured["no_graph"],
             **self._facts(runner),
         }

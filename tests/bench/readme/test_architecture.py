@@ -10,7 +10,7 @@ import pytest
 
 from bench.readme import architecture
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 
 def test_the_committed_picture_is_of_these_sources():

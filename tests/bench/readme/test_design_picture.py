@@ -8,7 +8,7 @@ import pytest
 
 from bench.readme import design_picture
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 KERNEL = sorted((ROOT / "csrc" / "cuda" / "linear" / "mma").glob("tiles*.cuh"))
 TABLE = ROOT / "csrc" / "cuda" / "linear" / "dispatch.h"

@@ -46,6 +46,8 @@ from qlora_kernels.cli.main import main
         (["--out", "/dev/null"], "is a device or the like"),
         (["--out", 300 * "x"], "cannot be written: File name too long"),
         (["--seconds", "1e308"], "at most a day"),
+        (["--device", "cpu", "--operations", "adamw_paged_step"], "adamw_paged_step can only be measured on a card"),
+        (["--device", "cpu", "--card"], "adamw_paged_step, adamw_budget_step can only be measured on a card"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, words, capsys, tmp_path, monkeypatch):

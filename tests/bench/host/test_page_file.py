@@ -11,7 +11,7 @@ import pytest
 
 from bench.host import page_file
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 SMALL = ["--layers", "3", "--width", "128", "--steps", "3", "--limit", "1.5"]
 
@@ -33,7 +33,19 @@ def group_fixture(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def _without_processes(monkeypatch):
+    """Without a limit, trainings run here: a process for each takes seconds to import torch."""
+    in_a_process = page_file.in_a_process
+
+    def run(arguments, limit=None):
+        return json.loads(json.dumps(page_file.train(**arguments))) if limit is None else in_a_process(arguments, limit)
+
+    monkeypatch.setattr(page_file, "in_a_process", run)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_without_processes")
 def test_the_same_steps_in_memory_and_in_a_file(group, tmp_path, capsys):
     (tmp_path / "states").mkdir()
     where = ["--folder", str(tmp_path / "states"), "--out", str(tmp_path / "out.json")]

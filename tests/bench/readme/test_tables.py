@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 if not (ROOT / "bench" / "readme" / "tables.py").is_file():
     pytest.skip("the tables come with the source tree only", allow_module_level=True)
 
 from bench import bench_operations  # noqa: E402
 from bench.readme import tables  # noqa: E402
-from bench.readme.bars import BARS, OPTIMIZER_BARS, Bar, judge  # noqa: E402
 from qlora_kernels.bench.case import OURS, Settings  # noqa: E402
 from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY, PEFT  # noqa: E402
 from qlora_kernels.bench.points import SWEEPS, Point, point_of  # noqa: E402
 from qlora_kernels.bench.report import plots, results  # noqa: E402
+from qlora_kernels.bench.report.bars import LAYER_BARS, OPTIMIZER_BARS, Bar, judge  # noqa: E402
 from qlora_kernels.bench.worker import failed_case  # noqa: E402
 
 
@@ -118,7 +118,7 @@ def changed(run: dict, point: Point, name: str, **contender) -> dict:
     return {**run, "cases": cases}
 
 
-@pytest.mark.parametrize("bars", [BARS, OPTIMIZER_BARS])
+@pytest.mark.parametrize("bars", [LAYER_BARS, OPTIMIZER_BARS])
 def test_every_bar_has_its_verdict(newest, bars):
     verdicts = judge(newest, bars)
     assert {v.bar for v in verdicts} == set(bars)
@@ -142,7 +142,7 @@ def test_misses_and_failures_are_shown_as_such(newest):
     point = Point("linear_forward", n=4096, k=4096, m=1, rank=0)
     assert judge(newest, (Bar(point, DENSE, 1e9),))[0].word == "miss"
     run = changed(newest, point, BNB, failed="not installed (bitsandbytes)")
-    first = judge(run, BARS)[0]
+    first = judge(run, LAYER_BARS)[0]
     assert (first.word, first.reason, first.ratio) == ("not measured", "not installed (bitsandbytes)", None)
     text = tables.layer_table(run, "x.jsonl")
     assert "| forward, M = 1 | bitsandbytes | 30× | not installed (bitsandbytes) | not measured |" in text
@@ -158,9 +158,9 @@ def failed_as_a_whole(run: dict, points: set[Point], why: str) -> dict:
 
 def test_cases_that_failed_as_a_whole_have_their_reason(newest):
     """In every table; and a | in it ends no cell."""
-    points = {bar.point for bar in (*BARS, *OPTIMIZER_BARS)}
+    points = {bar.point for bar in (*LAYER_BARS, *OPTIMIZER_BARS)}
     run = failed_as_a_whole(newest, points, "a|b")
-    assert {(v.word, v.reason) for v in judge(run, BARS)} == {("not measured", "a|b")}
+    assert {(v.word, v.reason) for v in judge(run, LAYER_BARS)} == {("not measured", "a|b")}
     for table in (tables.layer_table(run, "x.jsonl"), tables.optimizer_table(run, "x.jsonl")):
         assert "a\\|b | not measured |" in table
         assert "a|b" not in table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import json
 import os
 import re
@@ -12,12 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+from bench_cases import limits_case
 from check_runs import CLEAN, JUNIT, RACE_CLEAN
 
 from bench.card import kernels, parsers, steps
 from bench.card.steps import StepFailed
+from qlora_kernels.bench import options
+from qlora_kernels.bench.case import Settings
+from qlora_kernels.bench.points import SWEEPS
+from qlora_kernels.bench.report import results
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 # ----------------------------------------------------------------------------------------------------------- programs
 
@@ -262,15 +267,49 @@ def test_the_build_step(tmp_path, monkeypatch):
             steps.run_build(tmp_path, 10)
 
 
-@pytest.mark.parametrize("module", ["quantize", "linear", "optimizer"])
-def test_a_bench_step_keeps_what_was_measured(tmp_path, monkeypatch, module):
-    assert importlib.util.find_spec(f"bench.card.{module}")
-    out = tmp_path / f"{module}.json"
-    part = {"complete": False, "roof": None, "cases": [], "l2_bytes": 1}
+def test_a_bench_step_keeps_what_was_measured(tmp_path, monkeypatch):
+    out = tmp_path / "bench.jsonl"
+    run = results.begin(Settings(), "card")
+
+    def left(complete: bool) -> dict[Path, str]:
+        results.save({**run, "complete": complete, "cases": [limits_case()]}, tmp_path / "made.jsonl")
+        return {out: (tmp_path / "made.jsonl").read_text()}
+
     for code, words in ((None, "longer than"), (1, "exit code 1"), (0, "no complete result")):
-        ending(monkeypatch, ("", code), {out: json.dumps(part)})
+        ending(monkeypatch, ("", code), left(False))
         with pytest.raises(StepFailed, match=words) as failure:
-            steps.run_bench(module, tmp_path, 10)
-        assert failure.value.found["l2_bytes"] == 1
-    ending(monkeypatch, ("", 0), {out: json.dumps({**part, "complete": True})})
-    assert steps.run_bench(module, tmp_path, 10)["complete"]
+            steps.run_bench(tmp_path, 10)
+        assert [case["operation"] for case in failure.value.found["cases"]] == ["limits"]
+    ending(monkeypatch, ("", 0), left(True))
+    assert steps.run_bench(tmp_path, 10)["complete"]
+
+
+def test_the_bench_step_gives_the_one_bench_its_time(tmp_path, monkeypatch):
+    commands = []
+
+    def execute(command, log, seconds):
+        commands.append(command)
+        return steps.Ended(1, 1.0, "")
+
+    monkeypatch.setattr(steps, "execute", execute)
+    with pytest.raises(StepFailed):
+        steps.run_bench(tmp_path, 135.0)
+    [command] = commands
+    assert command[1:4] == ["-m", "qlora_kernels", "bench"]
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    arguments = parser.parse_args(command[4:])
+    assert (arguments.card, arguments.device, arguments.out) == (True, "cuda", str(tmp_path / "bench.jsonl"))
+    assert arguments.minutes == pytest.approx((135 - steps.STARTING) / 60, abs=0.01)
+    assert options.points_of(arguments) == SWEEPS["card"]()
+
+
+def test_the_rates_step_keeps_what_was_measured(tmp_path, monkeypatch):
+    out = tmp_path / "tensor_rate.json"
+    for code, words in ((None, "longer than"), (1, "exit code 1"), (0, "no complete result")):
+        ending(monkeypatch, ("", code), {out: json.dumps({"rates": {}})})
+        with pytest.raises(StepFailed, match=words) as failure:
+            steps.run_rates(tmp_path, 8)
+        assert failure.value.found["rates"] == {}
+    ending(monkeypatch, ("", 0), {out: json.dumps({"complete": True})})
+    assert steps.run_rates(tmp_path, 8)["complete"]

@@ -1,0 +1,90 @@
+"""What a card's results are held against: every kind of bar, the worst first, and why one has no figure."""
+
+from __future__ import annotations
+
+import pytest
+from bench_cases import contender, limits_case
+
+from qlora_kernels.bench.case import OURS
+from qlora_kernels.bench.contenders.names import BNB, COPY, DENSE, EQUAL_COPY, LINK
+from qlora_kernels.bench.points import SWEEPS, Point
+from qlora_kernels.bench.report.bars import BARS, LAYER_BARS, OPTIMIZER_BARS, Bar, judge, require_cases
+
+CARD_BARS = BARS["cuda"]
+
+
+def case_at(point: Point, *contenders: dict) -> dict:
+    return {**point.as_dict(), "title": point.operation, "flops": None, "rounds": 1, "contenders": list(contenders)}
+
+
+def on_card(name: str, ms: float, host_ms: float = 0.01, wall_ms: float | None = None, **more) -> dict:
+    clocks = {"by": "graph", "event_ms": 2 * ms, "host_ms": host_ms, "wall_ms": 3 * ms if wall_ms is None else wall_ms}
+    return contender(name, ms, **{**clocks, **more})
+
+
+def test_every_bar_of_a_card_has_its_case():
+    assert {bar.point for bar in CARD_BARS} <= set(SWEEPS["card"]())
+    assert BARS["cpu"] == (*LAYER_BARS, *OPTIMIZER_BARS)
+    assert len({(bar.point, bar.contender, bar.measure) for bar in CARD_BARS}) == len(CARD_BARS)
+
+
+def test_each_kind_of_bar_and_the_worst_first():
+    forward, step = Point("linear_forward", n=4096, k=4096, m=1, rank=0), Point("adamw_step", "float32")
+    big = Point("dequantize", n=8192, k=8192)
+    results = {
+        "cases": [
+            limits_case(gb_per_s=4000.0),
+            case_at(forward, on_card(OURS, 0.004), on_card(EQUAL_COPY, 0.002), on_card(DENSE, 0.0096)),
+            case_at(big, on_card(OURS, 0.05, bytes=190_000_000)),
+            case_at(step, on_card(OURS, 1.0, wall_ms=8.0), on_card(LINK, 1.0, wall_ms=6.0)),
+        ]
+    }
+    bars = (
+        Bar(forward, DENSE, 2.0),
+        Bar(forward, EQUAL_COPY, 0.55),
+        Bar(forward, OURS, 1.0, "time on the host"),
+        Bar(big, COPY, 0.9, "share of its bandwidth"),
+        Bar(step, LINK, 0.8, "time by the wall clock"),
+        Bar(Point("quantize"), BNB, 2.0),
+    )
+    verdicts = judge(results, bars)
+    assert [(v.bar, v.word, v.ratio and round(v.ratio, 3), v.reason) for v in verdicts] == [
+        (bars[5], "not measured", None, "the case was not run"),
+        (bars[1], "miss", 0.5, None),
+        (bars[4], "miss", 0.75, None),
+        (bars[3], "pass", 0.95, None),
+        (bars[0], "pass", 2.4, None),
+        (bars[2], "pass", 1.5, None),
+    ]
+    assert bars[2].title == "linear_forward, 4096 x 4096, M = 1, r = 0: 15 us on the host"
+    assert bars[4].title == "adamw_step, float32: copy over the host link, time by the wall clock"
+
+
+def test_times_are_compared_like_with_like():
+    """By graph against by graph, or both by events."""
+    point = Point("dequantize", n=4096, k=4096)
+    other = on_card(BNB, 0.060, by="events", event_ms=0.100)
+    [verdict] = judge({"cases": [case_at(point, on_card(OURS, 0.010), other)]}, (Bar(point, BNB, 2.0),))
+    assert verdict.ratio == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("measure", ["time", "time by the wall clock", "share of its bandwidth", "time on the host"])
+def test_a_bar_without_a_figure_says_why(measure):
+    point = Point("dequantize", n=4096, k=4096)
+    bar = Bar(point, OURS if measure == "time on the host" else BNB, 2.0, measure)
+    failed = {"name": OURS, "failed": "wrong result: error nan"}
+    [verdict] = judge({"cases": [case_at(point, failed, on_card(BNB, 1.0))]}, (bar,))
+    assert (verdict.ratio, verdict.share, verdict.reason) == (None, 0.0, "wrong result: error nan")
+    [verdict] = judge({"cases": [{**case_at(point), "failed": "left out"}]}, (bar,))
+    assert (verdict.word, verdict.reason) == ("not measured", "left out")
+    assert [v.word for v in judge({"cases": []}, (bar,))] == ["not measured"]
+
+
+def test_a_bar_does_not_vanish():
+    point = Point("dequantize", n=4096, k=4096)
+    bars = (Bar(point, BNB, 2.0),)
+    with pytest.raises(ValueError, match="the results lack dequantize, 4096 x 4096"):
+        require_cases({"cases": []}, bars)
+    with pytest.raises(ValueError, match="of dequantize, 4096 x 4096 lack bitsandbytes"):
+        require_cases({"cases": [case_at(point, on_card(OURS, 1.0))]}, bars)
+    require_cases({"cases": [{**case_at(point), "failed": "out of memory"}]}, bars)
