@@ -94,7 +94,7 @@ def bad_gradient(index: int, p: Tensor, grad: Tensor) -> Exception:
 
 
 def check_structure(state_dict: Any) -> None:
-    """Refuses what is not built like a state dict of torch.optim."""
+    """Refuses anything that is not structured like a state dict of torch.optim."""
     complete = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= set(state_dict)
     require(complete, ValueError, "a state dict should have 'state' and 'param_groups'")
     groups, states = state_dict["param_groups"], state_dict["state"]

@@ -305,7 +305,7 @@ class Paged(torch.optim.Optimizer):
             hook(self)
 
     def _load_states(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Fills the arena as it is, or a new one if it does not fit."""
+        """Fills the present arena, or a new one if the parameters no longer fit it."""
         binding = self._valid_binding()
         if binding is not None and (binding.parameters_changed() or binding.engine.broken):
             binding = None

@@ -1,4 +1,4 @@
-"""PagedAdamW and PagedLion: their numbers, on every engine."""
+"""PagedAdamW and PagedLion: what they compute, on every engine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same_bits(a, b):
 
 
 def expect(actual, expected):
-    """Bits equal; the sign of NaN is nobody's."""
+    """Asserts equal bits, except for the sign of NaN."""
     expected = torch.from_numpy(np.asarray(expected)).to(actual.dtype)
     actual = actual.detach().cpu()
     assert torch.equal(torch.isnan(actual), torch.isnan(expected))
@@ -97,7 +97,7 @@ def test_16_bit_parameters(engine, dtype, master):
     states = [(reference.to_numpy(p), *(np.zeros(p.shape, np.float32) for _ in range(2))) for p in params]
     for step in range(1, 4):
         set_gradients(params, step)
-        if step == 3:  # somebody else writes to a parameter
+        if step == 3:  # user code writes to a parameter
             with torch.no_grad():
                 params[4][7] = 3.25
             states[4][0][7] = 3.25

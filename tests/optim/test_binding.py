@@ -1,4 +1,4 @@
-"""A paged optimizer whose parameters, states or process are no longer what its arena was made for."""
+"""A paged optimizer whose parameters, states or process are no longer those that its arena was made for."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_load_that_finds_no_memory_changes_nothing(place, make, monkeypatch):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_a_load_that_fails_midway_is_not_gone_on_from(place, make, monkeypatch, tmp_path):
+def test_nothing_continues_from_a_load_that_failed_midway(place, make, monkeypatch, tmp_path):
     params, optimizer = stepped(make, torch.randn(12, 5), torch.randn(300))
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["lr"] = 0.5

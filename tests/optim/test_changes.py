@@ -95,7 +95,7 @@ def test_frozen_parameters_unfrozen_and_frozen_again():
     assert a.state[ours.down.weight]["step"] == b.state[theirs.down.weight]["step"] == 4
 
 
-def test_a_parameter_that_is_frozen_keeps_its_states_when_the_arena_is_made_anew(make):
+def test_a_parameter_that_is_frozen_keeps_its_states_in_a_new_arena(make):
     model = net()
     optimizer = make(model.parameters())
     train(model, optimizer, range(2))
@@ -202,7 +202,7 @@ def test_a_model_changes_its_memory_format_after_steps(make):
     state = optimizer.state[model.weight]
     exact = "exp_avg" in state
     assert state["exp_avg" if exact else "exp_avg_code"].stride() == model.weight.stride() == (45, 1, 15, 5)
-    # Blocks of 8-bit states run through memory; their codes were chosen anew.
+    # Blocks of 8-bit states run through memory; so their codes changed.
     torch.testing.assert_close(after, before, rtol=0, atol=0 if exact else 0.02 * before.abs().max().item())
 
 
@@ -299,7 +299,7 @@ def test_a_parameter_exchanged_for_another_with_its_states(make):
     assert_same(optimizer, other)
 
 
-def test_states_taken_away_begin_anew(make):
+def test_states_that_were_removed_start_from_zero(make):
     model, fresh = net(), net()
     optimizer = make(model.parameters())
     train(model, optimizer, range(2))

@@ -1,4 +1,4 @@
-"""Settings, options, parameters and gradients that a paged optimizer refuses, and nothing has changed then."""
+"""Settings, options, parameters and gradients that a paged optimizer refuses without changing anything."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from qlora_kernels.finetune import train as finetune_train
 
 @pytest.mark.parametrize("kind", [PagedAdamW, PagedLion])
 def test_8_bits_learn_as_well_as_32(kind):
-    # The next byte of Python's library from the eight before; wide enough for rows of several blocks.
+    # Predicts a byte of the standard library from the eight before it; rows are wide enough for several blocks.
     with open(os.__file__, "rb") as file:
         text = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8).long() % 128
 
@@ -47,14 +47,18 @@ def test_8_bits_learn_as_well_as_32(kind):
     assert final[8] == pytest.approx(final[32], rel=0.01)
 
 
-TINY = ["--tiny-hidden", "128", "--tiny-layers", "2", "--tiny-seq-len", "64", "--pretrain-steps", "150"]
+# Small enough that 150 steps take seconds, and large enough that a coarse second moment shows.
+TINY = [
+    *("--tiny-hidden", "128", "--tiny-layers", "1", "--tiny-seq-len", "64", "--pretrain-steps", "100"),
+    *("--pretrain-seconds", "1000"),  # a busy machine should take as many steps
+]
 
 
-SIZES = ["--batch-size", "8", "--rank", "8", "--eval-tokens", "16384", "--sample-tokens", "0", "--quiet"]
+SIZES = ["--batch-size", "8", "--rank", "8", "--eval-tokens", "8192", "--sample-tokens", "0", "--quiet"]
 
 
 def equal_steps(values: torch.Tensor) -> torch.Tensor:
-    """8 bits of the plain kind: in each block of 256 as many equal steps from 0 to the largest."""
+    """Uniform 8-bit quantization: 255 equal steps from 0 to the largest of each block of 256."""
     rows = torch.zeros(-(-values.numel() // 256), 256)
     rows.view(-1)[: values.numel()] = values.flatten()
     step = rows.amax(1, keepdim=True) / 255
@@ -63,25 +67,25 @@ def equal_steps(values: torch.Tensor) -> torch.Tensor:
 
 
 def test_8_bits_train_the_tiny_models_adapters_as_well_as_32(run, tmp_path, monkeypatch):
-    torch.set_num_threads(1)  # two that others interrupt wait for each other most of the time
+    torch.set_num_threads(1)  # on a busy machine, two threads mostly wait for each other
     assert run("--optim", "adamw", "--steps", "1", small=[*TINY, *SIZES], cached=False, out="base") == 0
-    # The same base, adapters, batches and learning rates for all.
-    base = ["--model", str(base_in(tmp_path / "base")), "--lr", "4e-3", "--steps", "200", "--seq-len", "64"]
+    # All runs share the base, the initial adapters, batches and learning rates.
+    base = ["--model", str(base_in(tmp_path / "base")), "--lr", "6e-3", "--steps", "150", "--seq-len", "64"]
 
     def trained(optim: str) -> tuple[float, float]:
-        """The held-out loss, and the mean of the last 50 steps'."""
+        """The held-out loss, and the mean loss of the last 50 steps."""
         assert run("--optim", optim, small=[*base, *SIZES], out=optim) == 0
         results = metrics(tmp_path / optim)["results"]
-        assert len(results["qlora"]["losses"]) == 200
+        assert len(results["qlora"]["losses"]) == 150
         fallen.append(results["nf4"]["loss"] - results["qlora"]["loss"])
         return results["qlora"]["loss"], sum(results["qlora"]["losses"][-50:]) / 50
 
     fallen: list[float] = []
     wide, narrow = trained("paged_adamw"), trained("paged_adamw_8bit")
-    assert min(fallen) > 0.3, "nats: ten times what 1% of the loss is"
+    assert min(fallen) > 0.1 * wide[0], "ten times as much as the losses may differ by"
     assert narrow == pytest.approx(wide, rel=0.01)
 
-    # That 1% is not what any 8 bits reach: a second moment that is rounded to zero makes steps far too long.
+    # Not every 8-bit format gets within 1%: a second moment rounded to zero makes steps far too long.
     def coarse(*arguments):
         optimizer = whole(*arguments)
 

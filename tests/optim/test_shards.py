@@ -1,4 +1,4 @@
-"""Paged optimizers of parameters that are shards, DTensors as FSDP2 has; shard_runs.py is what two processes do."""
+"""Paged optimizers of sharded parameters (DTensors, as in FSDP2); two processes run what shard_runs.py has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two processes do with optimizers of sharded parameters; test_optim_shards.py starts them and reads along."""
+"""Two processes with optimizers of sharded parameters; test_shards.py starts them and reads what they found."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def steps_are_those_of_the_whole(rank, folder):
                     b.step()
                     engines.add(b._engine)
                 assert_equal(whole, cut)
-                assert len(engines) == 1, "nothing is made anew without need"
+                assert len(engines) == 1, "the arena is not made again without need"
                 b.page_out()
                 if not kind.endswith("8"):
                     assert whole_states(a) == whole_states(b)
@@ -319,7 +319,7 @@ def full_state_dicts_come_from_one_process(rank, folder):
                 if state_bits == 32:
                     assert bits(full(one)) == bits(full(other))
                 elif one.dtype == torch.uint8:
-                    assert not ((one.int() - other.int()).abs() > 1).any(), "codes chosen anew"
+                    assert not ((one.int() - other.int()).abs() > 1).any(), "codes may change by one"
 
 
 @scenario
@@ -432,6 +432,6 @@ def work(rank: int, folder: str) -> None:
             break  # the other process may be waiting for this one
     Path(f"{folder}/{rank}.json").write_text(json.dumps(outcomes))
     if not any(outcomes.values()):
-        dist.barrier()  # nobody leaves while the other still waits for an answer
+        dist.barrier()  # neither process leaves while the other still waits for an answer
     # Without what happens at the end of Python: gloo's threads outlive their groups there, now and then, which aborts.
     os._exit(0)

@@ -160,7 +160,7 @@ def test_a_step_stays_within_its_budget(monkeypatch, seed, page):
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_tiny_tensors_stay_within_their_budget(monkeypatch, bits):
-    # Of an arena's bytes nearly all are what is free behind them.
+    # Nearly all of this arena's bytes are padding.
     monkeypatch.setattr(schedule, "STRETCH", 1 << 20)
     layout = Layout([Slot(1, 0, 0, planes_of(bits, False, False)) for _ in range(20_000)], bits)
     budget = layout.nbytes * 3 // 4

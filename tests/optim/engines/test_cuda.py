@@ -108,7 +108,7 @@ def broken(**options):
     return params, ours, saved, values
 
 
-def test_a_step_that_fails_midway_is_not_gone_on_from(landing, tmp_path):
+def test_nothing_continues_from_a_step_that_failed_midway(landing, tmp_path):
     params, ours, saved, values = broken(master_weights=True)
     before = [bits(p) for p in params]
     for action in (
@@ -130,7 +130,7 @@ def test_a_step_that_fails_midway_is_not_gone_on_from(landing, tmp_path):
         ours.load_state_dict({"state": {}, "param_groups": []})
     with pytest.raises(RuntimeError, match="a step failed midway"):
         ours.step()
-    # A load makes the arena anew.
+    # A load makes a new arena.
     ours.load_state_dict(saved)
     with torch.no_grad():
         for p, value in zip(params, values):
@@ -142,7 +142,7 @@ def test_a_step_that_fails_midway_is_not_gone_on_from(landing, tmp_path):
     assert everything(ours, params) == everything(reference, plain)
 
 
-def test_a_step_that_has_failed_midway_can_begin_anew(landing):
+def test_after_a_step_that_failed_midway_states_can_start_from_zero(landing):
     params, ours, saved, _ = broken()
     ours.load_state_dict({"state": {}, "param_groups": saved["param_groups"]})
     steps(ours, params, 1)

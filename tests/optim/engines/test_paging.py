@@ -187,7 +187,7 @@ def test_pages_that_the_driver_has_taken_come_again():
 
 
 def test_a_forbidden_access_is_an_error():
-    # The check of the check: a step whose pages nobody has asked for.
+    # Checks the check itself: a step whose pages were never prefetched.
     with emulated(**STRICT):
         params = parameters()
         ours = PagedAdamW(params)

@@ -1,6 +1,6 @@
 """A paged optimizer's memory, streams and graphs on a card, with a few MiB of managed memory at a time.
 
-What the emulator can do as well, runs there, too.
+Tests that the emulator can run, too, run on both.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def steps(optimizer, params, count=3, first=0):
 
 def everything(optimizer, params):
     """Parameters and states, as bytes."""
-    optimizer.state_dict()  # waits for what is under way
+    optimizer.state_dict()  # waits for copies in flight
     tensors = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
     return [t.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors]
 
