@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import ParamSpec, TypeVar
+from numbers import Real
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
 
 
 class InputError(Exception):
@@ -82,3 +86,10 @@ def peft_names(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
         return function(*args, **kwargs)
 
     return checked
+
+
+def require_number(name: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    require(finite and in_range(value), ValueError, f"{name} should be a finite number {expected}, found {value!r}")

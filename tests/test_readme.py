@@ -209,7 +209,6 @@ def test_links_lead_somewhere(name, target):
         assert heading in map(slug, re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE))
 
 
-@pytest.mark.xfail(strict=True, reason="the pages name the tree that the modules are on their way to")
 def test_named_files_exist():
     """Paths in backticks, and modules that are run. In a rule for something new, "foo" stands for its name."""
     missing = []

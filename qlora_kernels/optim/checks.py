@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..errors import require, require_number
 from .arena.layout import STATE_BLOCK
 from .schema import Moment
 from .shards import check_placements, is_shard, local_part
@@ -19,13 +19,6 @@ from .shards import check_placements, is_shard, local_part
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: A learning rate this little below 0 counts as 0: rounding leaves that where LinearLR ends at 0.
 LR_ROUNDING = 1e-12
-
-
-def require_number(name: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
-    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    require(finite and in_range(value), ValueError, f"{name} should be a finite number {expected}, found {value!r}")
 
 
 def check_settings(group: Mapping[str, Any], optimizer: str, where: str = "") -> None:

@@ -8,8 +8,7 @@ from numbers import Integral
 
 import numpy as np
 
-from ..errors import require
-from .checks import require_number
+from ..errors import require, require_number
 
 
 @dataclass(frozen=True)
