@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
-from torch import Tensor
-
 
 class InputError(Exception):
     """Something the user gave cannot be used. The message is one sentence; the command line exits with code 2."""
@@ -20,6 +18,16 @@ def require(condition: bool, error: type[Exception], message: str) -> None:
     """Raises ``error(message)`` unless the condition holds."""
     if not condition:
         raise error(message)
+
+
+def require_number(name: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
+    """Raises a ValueError unless ``value`` is a finite number, or a tensor with one element, in the range."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    require(finite and in_range(value), ValueError, f"{name} should be a finite number {expected}, found {value!r}")
 
 
 def missing_extra(package: str, extra: str) -> ImportError:
@@ -86,10 +94,3 @@ def peft_names(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
         return function(*args, **kwargs)
 
     return checked
-
-
-def require_number(name: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        value = value.item()
-    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    require(finite and in_range(value), ValueError, f"{name} should be a finite number {expected}, found {value!r}")
