@@ -356,15 +356,15 @@ def default_nested_table(device: str | torch.device = "cpu") -> Tensor:
     """
     device = torch.device(device)
     # Under a mode such as FakeTensorMode a tensor is something else, and nothing to keep.
-    plain = not dispatcher.has_mode()
-    if plain and device.type == "cuda" and device.index is None:  # the current one, another at the next call perhaps
+    no_mode = not dispatcher.has_mode()
+    if no_mode and device.type == "cuda" and device.index is None:  # the current one, another at the next call perhaps
         device = torch.device("cuda", torch.cuda.current_device())
-    if plain and device in _tables:
+    if no_mode and device in _tables:
         return _tables[device]
     # Kept for good, so not an inference tensor, which autograd could not save; nor on a default device.
     with torch.inference_mode(False):
         table = torch.tensor(extension.native().e4m3_table(), dtype=torch.float32, device="cpu").to(device)
-    if plain:
+    if no_mode:
         _tables[device] = table
     return table
 

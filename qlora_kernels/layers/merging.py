@@ -62,9 +62,9 @@ def merge(layer: Adapters, probe: Tensor | None) -> MergeReport:
         raise RuntimeError("adapters are disabled; merge outside disable_adapters()")
     if layer.weight_packed.is_meta or layer.lora_A[name].is_meta or layer.lora_B[name].is_meta:
         raise RuntimeError("the layer is on the meta device and has no data to merge; load its state dict first")
-    for part, matrix in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
+    for kind, matrix in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
         if not torch.isfinite(matrix).all():
-            raise ValueError(f"{part} of adapter '{name}' holds NaN or infinity and cannot be merged")
+            raise ValueError(f"{kind} of adapter '{name}' holds NaN or infinity and cannot be merged")
 
     before = layer.weight
     after = _requantize(layer, before, name)

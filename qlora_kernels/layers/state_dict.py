@@ -24,20 +24,20 @@ def problems(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: 
             f'"{prefix}weight" is a dense weight, but the layer is 4-bit; load the checkpoint into the dense model, '
             "then quantize that with quantize_model or QLinear.from_linear."
         ]
-    found = _check_tensors(layer, state, prefix, assign)
-    if found:
-        return found
-    found = _check_pieces(layer, state, f"{prefix}weight_") + _check_trained(layer, state, prefix)
+    misfits = _check_tensors(layer, state, prefix, assign)
+    if misfits:
+        return misfits
+    misfits = _check_pieces(layer, state, f"{prefix}weight_") + _check_trained(layer, state, prefix)
     if f"{prefix}merged_adapter" not in state:
-        return found
-    found += _check_pieces(layer, state, f"{prefix}unmerged_", required=True)
+        return misfits
+    misfits += _check_pieces(layer, state, f"{prefix}unmerged_", required=True)
     name = _merged_name(state[f"{prefix}merged_adapter"])
     if name is None:
-        found.append(f'"{prefix}merged_adapter" should be the UTF-8 bytes of a name, uint8, not on the meta device.')
+        misfits.append(f'"{prefix}merged_adapter" should be the UTF-8 bytes of a name, uint8, not on the meta device.')
     elif name not in layer._adapters:
         known = ", ".join(map(repr, layer._adapters)) or "none"
-        found.append(f"adapter {name!r} is merged in the checkpoint, but {prefix[:-1] or 'this layer'} has: {known}.")
-    return found
+        misfits.append(f"adapter {name!r} is merged in the checkpoint, but {prefix[:-1] or 'this layer'} has: {known}.")
+    return misfits
 
 
 def keep(layer: Adapters, state: MutableMapping[str, Tensor], prefix: str) -> None:
@@ -96,31 +96,31 @@ def _trained(layer: Adapters) -> dict[str, Tensor]:
 def _check_tensors(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: bool) -> list[str]:
     """That everything is a tensor, and one with data where it is to be copied."""
     names = [f"{kind}_{name}" for kind in ("weight", "unmerged") for name in PIECES]
-    found: list[str] = []
+    misfits: list[str] = []
     for key in (prefix + name for name in (*names, "merged_adapter", *_trained(layer))):
         if key not in state:
             continue
         if not isinstance(state[key], Tensor):
-            found.append(f'"{key}" should be a tensor, found {type(state[key]).__name__}.')
+            misfits.append(f'"{key}" should be a tensor, found {type(state[key]).__name__}.')
         elif state[key].is_meta and not assign and not layer.weight_packed.is_meta:
-            found.append(f'"{key}" is on the meta device and has no data to copy.')
-    return found
+            misfits.append(f'"{key}" is on the meta device and has no data to copy.')
+    return misfits
 
 
 def _check_trained(layer: Adapters, state: Mapping[str, Tensor], prefix: str) -> list[str]:
-    found: list[str] = []
+    misfits: list[str] = []
     for name, own in _trained(layer).items():
         tensor = state.get(prefix + name)
         if tensor is None:
             continue  # strict loading reports what is missing
         if not tensor.is_floating_point():
-            found.append(f'"{prefix}{name}" should be floating, found {tensor.dtype}.')
+            misfits.append(f'"{prefix}{name}" should be floating, found {tensor.dtype}.')
         elif tensor.shape != own.shape:
-            found.append(
+            misfits.append(
                 f"size mismatch for {prefix}{name}: the layer has shape {list(own.shape)}, "
                 f"the checkpoint {list(tensor.shape)}."
             )
-    return found
+    return misfits
 
 
 def _check_pieces(layer: Adapters, state: Mapping[str, Tensor], prefix: str, required: bool = False) -> list[str]:
@@ -135,19 +135,19 @@ def _check_pieces(layer: Adapters, state: Mapping[str, Tensor], prefix: str, req
         return [
             f"an incomplete 4-bit weight: no {keys} (a layer with double_quant={own['nested_absmax'] is not None})."
         ]
-    found: list[str] = []
+    misfits: list[str] = []
     for name in present:
         tensor, piece = state[prefix + name], own[name]
         if piece is None:
-            found.append(
+            misfits.append(
                 f'"{prefix}{name}" belongs to a double-quantized weight, but the layer has double_quant=False.'
             )
         elif tensor.dtype != piece.dtype:
-            found.append(f'"{prefix}{name}" should be {piece.dtype}, found {tensor.dtype}.')
+            misfits.append(f'"{prefix}{name}" should be {piece.dtype}, found {tensor.dtype}.')
         elif tensor.shape != piece.shape:
             weight = f"[{layer.out_features}, {layer.in_features}]"
-            found.append(
+            misfits.append(
                 f'"{prefix}{name}" of a weight {weight} should have shape {list(piece.shape)}, '
                 f"found {list(tensor.shape)}."
             )
-    return found
+    return misfits

@@ -163,11 +163,11 @@ class Operand:
         packed, absmax, nested_absmax, nested_offset, nested_table = self.pieces
         # Bytes cannot ask for a gradient.
         if nested_absmax is None or nested_offset is None or nested_table is None:
-            found = (packed.data_ptr(), absmax.data_ptr(), packed.numel(), absmax.numel())
-            if found == self._checked and not absmax.requires_grad:
+            place = (packed.data_ptr(), absmax.data_ptr(), packed.numel(), absmax.numel())
+            if place == self._checked and not absmax.requires_grad:
                 return
         else:
-            found = (
+            place = (
                 packed.data_ptr(),
                 absmax.data_ptr(),
                 nested_absmax.data_ptr(),
@@ -176,13 +176,13 @@ class Operand:
                 packed.numel(),
                 absmax.numel(),
             )
-            if found == self._checked and not (
+            if place == self._checked and not (
                 nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad
             ):
                 return
         check_weight(*self.pieces, self.n, self.k)
         self.device = packed.device
-        self._checked = found
+        self._checked = place
 
     def native(self, kind: Any) -> Any:
         """The weight as the kernels take it: an extension's class Weight, made again when a check has found another
