@@ -248,9 +248,15 @@ struct Linear {
                 if (!kept[i]) masked[i] = 0;
             }
         }
+        expect_forward(w, masked);
+        expect_backward(w, masked, kept);
+    }
+
+  private:
+    NAIVE void expect_forward(const std::vector<double>& w, const std::vector<double>& masked) {
+        const int64_t n = weight.n, k = weight.k;
         const double scale = scaling / (1.0f - dropout);
         const double eps = epsilon(dtype);
-
         // u = scale * masked A^T;  y = x W^T + u B^T + bias
         const Product xa = product(m, r, k, masked.data(), k, 1, a.value.data(), k, 1);
         std::vector<double> u_exact(m * r);
@@ -268,7 +274,13 @@ struct Linear {
             expect(y, value, xw.size[i] + ub.size[i] + std::fabs(shift) + low_rank_error,
                    eps * (std::fabs(value) + ub.size[i]));
         }
+    }
 
+    NAIVE void expect_backward(const std::vector<double>& w, const std::vector<double>& masked,
+                               const std::vector<char>& kept) {
+        const int64_t n = weight.n, k = weight.k;
+        const double scale = scaling / (1.0f - dropout);
+        const double eps = epsilon(dtype);
         // v = scale * dy B;  dx = dy W + mask(v A);  da = v^T masked;  db = dy^T u
         const Product dyb = product(m, r, n, dy.value.data(), n, 1, b.value.data(), 1, r);
         std::vector<double> v(m * r);
@@ -293,7 +305,6 @@ struct Linear {
         for (int64_t i = 0; i < n * r; ++i) expect(db, dyu.sum[i], dyu.size[i], 0);
     }
 
-  private:
     // Sizes that pass through one row's low-rank step, whose float32 sums have an error of their own.
     NAIVE double through(const Product& inner, double scale, int64_t row, const Matrix& outer, int64_t first,
                          int64_t step) const {

@@ -22,46 +22,76 @@ struct PlaneBuffer {
           offset(static_cast<int64_t>(reinterpret_cast<intptr_t>(data) - reinterpret_cast<intptr_t>(base))) {}
 };
 
+// The planes of a case in guarded memory.
+struct Planes {
+    const OptimizerCase& c;
+    PlaneBuffer first, second, first_absmax, second_absmax, master;
+
+    Planes(const OptimizerCase& a_case, Buffers& buffers, const uint8_t* base)
+        : c(a_case),
+          first(buffers, c.narrow ? c.first_codes.code : bytes_of(c.first), base),
+          second(buffers,
+                 !adam()    ? bytes_of(std::vector<float>())
+                 : c.narrow ? c.second_codes.code
+                            : bytes_of(c.second),
+                 base),
+          first_absmax(buffers, bytes_of(c.first_codes.absmax), base),
+          second_absmax(buffers, bytes_of(c.second_codes.absmax), base),
+          master(buffers, bytes_of(c.master), base) {}
+
+    bool adam() const { return c.algorithm == qlk::Algorithm::kAdamW; }
+
+    // The chunks of the case's tensor, number 1. After the first comes one of tensor 0, which has no gradient and no
+    // states.
+    std::vector<qlk::OptimizerChunk> chunks() const {
+        using namespace qlk;
+        std::vector<OptimizerChunk> all;
+        const int32_t dtype = static_cast<int32_t>(c.dtype);
+        const int64_t wide = c.narrow ? 1 : sizeof(float);
+        const auto plane = [](const PlaneBuffer& buffer, bool exists, int64_t bytes) {
+            return exists ? buffer.offset + bytes : kNoPlane;
+        };
+        for (int64_t at = 0; at < c.count; at += kChunk) {
+            const int32_t size = static_cast<int32_t>(std::min<int64_t>(kChunk, c.count - at));
+            const int64_t constants = at / kStateBlock * static_cast<int64_t>(sizeof(float));
+            all.push_back(
+                {1,
+                 size,
+                 0,
+                 dtype,
+                 at,
+                 {plane(first, true, at * wide), plane(second, adam(), at * wide),
+                  plane(first_absmax, c.narrow, constants), plane(second_absmax, adam() && c.narrow, constants),
+                  plane(master, c.with_master, at * static_cast<int64_t>(sizeof(float)))}});
+            if (at == 0) all.push_back({0, 5, 0, dtype, 0, {kNoPlane, kNoPlane, kNoPlane, kNoPlane, kNoPlane}});
+        }
+        return all;
+    }
+
+    // Compares them with what the step should leave.
+    void expect_after() const {
+        expect_same("master", master.data, bytes_of(c.master_after), sizeof(float));
+        if (c.narrow) {
+            expect_same("first code", first.data, c.first_codes_after.code, 1);
+            expect_same("first absmax", first_absmax.data, bytes_of(c.first_codes_after.absmax), sizeof(float));
+            if (adam()) expect_same("second code", second.data, c.second_codes_after.code, 1);
+            expect_same("second absmax", second_absmax.data,
+                        bytes_of(adam() ? c.second_codes_after.absmax : c.second_codes.absmax), sizeof(float));
+        } else {
+            expect_same("first", first.data, bytes_of(c.first_after), sizeof(float));
+            if (adam()) expect_same("second", second.data, bytes_of(c.second_after), sizeof(float));
+        }
+    }
+};
+
 void check_optimizer_step(const OptimizerCase& c, SameBits& bits, Guard guard, int threads, bool measure) {
     using namespace qlk;
     Buffers buffers(guard);
     alignas(16) static unsigned char base[16];
-    const size_t width = size_of(c.dtype), wide = c.narrow ? 1 : sizeof(float);
-    const bool adam = c.algorithm == Algorithm::kAdamW;
     uint8_t* const param = buffers.changing(c.param);
     const uint8_t* const grad = buffers.input(c.grad);
-    const PlaneBuffer first(buffers, c.narrow ? c.first_codes.code : bytes_of(c.first), base);
-    const PlaneBuffer second(buffers,
-                             !adam      ? bytes_of(std::vector<float>())
-                             : c.narrow ? c.second_codes.code
-                                        : bytes_of(c.second),
-                             base);
-    const PlaneBuffer first_absmax(buffers, bytes_of(c.first_codes.absmax), base);
-    const PlaneBuffer second_absmax(buffers, bytes_of(c.second_codes.absmax), base);
-    const PlaneBuffer master(buffers, bytes_of(c.master), base);
-
-    // After the first chunk comes one of another tensor, which has no gradient and no states.
-    std::vector<OptimizerChunk> chunks;
-    for (int64_t at = 0; at < c.count; at += kChunk) {
-        const int32_t size = static_cast<int32_t>(std::min<int64_t>(kChunk, c.count - at));
-        const auto plane = [&](const PlaneBuffer& buffer, bool exists, int64_t bytes) {
-            return exists ? buffer.offset + bytes : kNoPlane;
-        };
-        const int64_t constants = at / kStateBlock * static_cast<int64_t>(sizeof(float));
-        chunks.push_back(
-            {1,
-             size,
-             0,
-             static_cast<int32_t>(c.dtype),
-             at,
-             {plane(first, true, at * static_cast<int64_t>(wide)), plane(second, adam, at * static_cast<int64_t>(wide)),
-              plane(first_absmax, c.narrow, constants), plane(second_absmax, adam && c.narrow, constants),
-              plane(master, c.with_master, at * static_cast<int64_t>(sizeof(float)))}});
-        if (at == 0) {
-            chunks.push_back(
-                {0, 5, 0, static_cast<int32_t>(c.dtype), 0, {kNoPlane, kNoPlane, kNoPlane, kNoPlane, kNoPlane}});
-        }
-    }
+    const Planes planes(c, buffers, base);
+    const std::vector<OptimizerChunk> chunks = planes.chunks();
     const std::vector<OptimizerTensor> tensors = {
         {0, 0}, {reinterpret_cast<uintptr_t>(param), reinterpret_cast<uintptr_t>(grad)}};
     const std::vector<float> steps = {7.0f, static_cast<float>(c.done)};
@@ -87,18 +117,8 @@ void check_optimizer_step(const OptimizerCase& c, SameBits& bits, Guard guard, i
     cpu::optimizer_step(p);
 
     buffers.expect_rest_untouched();
-    expect_same("param", param, c.param_after, width);
-    expect_same("master", master.data, bytes_of(c.master_after), sizeof(float));
-    if (c.narrow) {
-        expect_same("first code", first.data, c.first_codes_after.code, 1);
-        expect_same("first absmax", first_absmax.data, bytes_of(c.first_codes_after.absmax), sizeof(float));
-        if (adam) expect_same("second code", second.data, c.second_codes_after.code, 1);
-        expect_same("second absmax", second_absmax.data,
-                    bytes_of(adam ? c.second_codes_after.absmax : c.second_codes.absmax), sizeof(float));
-    } else {
-        expect_same("first", first.data, bytes_of(c.first_after), sizeof(float));
-        if (adam) expect_same("second", second.data, bytes_of(c.second_after), sizeof(float));
-    }
+    expect_same("param", param, c.param_after, size_of(c.dtype));
+    planes.expect_after();
     expect_same("steps", counted, bytes_of(std::vector<float>{7.0f, static_cast<float>(c.done + 1)}), sizeof(float));
     if (control.skipped != 0) fail("the step was left out");
     if (measure && !(std::fabs(control.sum_of_squares - c.sum_of_squares) <= 1e-12 * c.sum_of_squares)) {
