@@ -9,7 +9,7 @@ import torch
 from contract import make_weight
 from engines import forced, on_the_cpu
 
-from qlora_kernels import NF4Weight, default_nested_table, dequantize, ops, quantize
+from qlora_kernels import NF4Weight, default_nested_table, ops, quantize
 from qlora_kernels.formats import nf4
 from qlora_kernels.ops import backends
 from qlora_kernels.ops.backends import reference
