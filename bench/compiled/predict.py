@@ -111,7 +111,7 @@ class Launch:
     """The kernel that a product takes, and how its work is cut.
 
     Attributes:
-        name: as csrc/cuda/linear/dispatch.h calls it.
+        name: as csrc/cuda/common/dispatch.h calls it.
         kernel: its name in the static table.
         rows, columns, depth: of a thread block's tile, and of a step.
         stages: of copies.

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "cuda/linear/dispatch.h"
+#include "cuda/common/dispatch.h"
 #include "fp8.h"
 #ifdef QLK_CUDA_ARCHS
 #include "bindings/cuda.h"
@@ -168,7 +168,7 @@ PYBIND11_MODULE(_C, m) {
             chosen["scratch"] = plan.scratch;
             return chosen;
         },
-        "Which CUDA kernel multiplies, on a card of these figures (csrc/cuda/linear/dispatch.h).");
+        "Which CUDA kernel multiplies, on a card of these figures (csrc/cuda/common/dispatch.h).");
 #ifdef QLK_CUDA_ARCHS
     auto cuda = m.def_submodule("cuda", "The same operations on CUDA devices.");
     cuda.attr("Weight") = m.attr("Weight");

@@ -1,4 +1,4 @@
-"""Which CUDA kernel computes a product: csrc/cuda/linear/dispatch.h as a readable table."""
+"""Which CUDA kernel computes a product: csrc/cuda/common/dispatch.h as a readable table."""
 
 from __future__ import annotations
 

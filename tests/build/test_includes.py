@@ -12,8 +12,7 @@ if not (ROOT / "bench" / "readme" / "graph.py").is_file():
 
 from bench.readme.graph import Arrow, circles, folder, includes, sources  # noqa: E402
 
-#: What each folder may include besides itself, lowest first; "." is csrc/ itself. A file that stands lower than its
-#: folder has an entry of its own.
+#: What each folder may include besides itself, lowest first; "." is csrc/ itself.
 MAY_INCLUDE = {
     ".": (),
     "cpu": (".",),
@@ -25,29 +24,19 @@ MAY_INCLUDE = {
     "cuda/common": (".", "cuda/device"),
     "cuda/quantize": (".", "cuda/device", "cuda/common"),
     "cuda/optimizer": (".", "cuda/device", "cuda/common"),
-    "cuda/linear/dispatch.h": (".",),
-    "cuda/linear/compiled.cuh": ("cuda/device", "cuda/linear/dispatch.h"),
     "cuda/linear/simt": (".", "cuda/device", "cuda/common"),
-    "cuda/linear/mma": (".", "cuda/device", "cuda/common", "cuda/linear/dispatch.h", "cuda/linear/compiled.cuh"),
-    "cuda/linear": (
-        *(".", "cuda/device", "cuda/common", "cuda/linear/dispatch.h", "cuda/linear/compiled.cuh"),
-        *("cuda/linear/simt", "cuda/linear/mma"),
-    ),
-    "bindings": (".", "cuda/linear/dispatch.h", "cuda/optimizer"),
+    "cuda/linear/mma": (".", "cuda/device", "cuda/common"),
+    "cuda/linear": (".", "cuda/device", "cuda/common", "cuda/linear/simt", "cuda/linear/mma"),
+    "bindings": (".", "cuda/common", "cuda/optimizer"),
 }
-
-
-def room(file: str) -> str:
-    """The entry of MAY_INCLUDE that a file belongs to: its own or its folder's."""
-    return file if file in MAY_INCLUDE else folder(file)
 
 
 def upward(found: list[Arrow]) -> list[str]:
     """Each include that MAY_INCLUDE doesn't allow."""
     return [
-        f"{one}, and {room(one.source)} may not include {room(one.target)}"
+        f"{one}, and {folder(one.source)} may not include {folder(one.target)}"
         for one in found
-        if room(one.target) not in (room(one.source), *MAY_INCLUDE.get(room(one.source), ()))
+        if folder(one.target) not in (folder(one.source), *MAY_INCLUDE.get(folder(one.source), ()))
     ]
 
 
@@ -117,17 +106,14 @@ def test_an_include_upward_is_found(tree):
         "kernels.h": "",
         "cuda/device/device.cuh": '#include "kernels.h"\n// #include "cuda/common/bias.cuh"\n',
         "cuda/common/bias.cuh": "#include <device.cuh>\n",
-        "cuda/common/splits.cuh": '#include <tuple>\n#include "cuda/linear/dispatch.h"\n',
-        "cuda/linear/dispatch.h": "#include <device.cuh>\n",
+        "cuda/common/splits.cuh": '#include <tuple>\n#include "cuda/linear/launch.h"\n',
+        "cuda/linear/launch.h": "#include <device.cuh>\n",
         "cuda/linear/launch.cu": '#include "cuda/common/bias.cuh"\n#include "cuda/quantize/quantize.cuh"\n',
         "cuda/quantize/quantize.cuh": "",
         "elsewhere/new.h": '#include "kernels.h"\n',
     }
     assert upward(tree(files)) == [
-        "csrc/cuda/common/splits.cuh:2 includes cuda/linear/dispatch.h,"
-        " and cuda/common may not include cuda/linear/dispatch.h",
-        "csrc/cuda/linear/dispatch.h:1 includes cuda/device/device.cuh,"
-        " and cuda/linear/dispatch.h may not include cuda/device",
+        "csrc/cuda/common/splits.cuh:2 includes cuda/linear/launch.h, and cuda/common may not include cuda/linear",
         "csrc/cuda/linear/launch.cu:2 includes cuda/quantize/quantize.cuh,"
         " and cuda/linear may not include cuda/quantize",
         "csrc/elsewhere/new.h:1 includes kernels.h, and elsewhere may not include .",

@@ -59,7 +59,7 @@ class Budget:
 
     def runs(self, row: dict) -> bool:
         """Whether a kernel is ever launched on an architecture, by its row of the table. If not, it is to have no code
-        there (csrc/cuda/linear/compiled.cuh)."""
+        there (csrc/cuda/common/compiled.cuh)."""
         base, _, arguments = row["kernel"].partition("<")
         number = number_of(row["arch"])
         if base in ON_TENSOR_CORES and arguments.startswith("bf16") and int(number) < 80:

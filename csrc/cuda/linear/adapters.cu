@@ -3,9 +3,9 @@
 #include <algorithm>
 
 #include "cuda/common/aligned.h"
+#include "cuda/common/dispatch.h"
 #include "cuda/common/splits.h"
 #include "cuda/linear/adapters.cuh"
-#include "cuda/linear/dispatch.h"
 
 namespace qlk::cuda {
 namespace {

@@ -27,10 +27,10 @@
 //     for each element, whatever the fragments look like.
 #pragma once
 
+#include "cuda/common/compiled.cuh"
 #include "cuda/common/parts.cuh"
 #include "cuda/common/splits.cuh"
 #include "cuda/linear/adapters_tile.cuh"
-#include "cuda/linear/compiled.cuh"
 
 namespace qlk::cuda {
 

@@ -2,9 +2,9 @@
 #include <string>
 
 #include "cuda/common/aligned.h"
+#include "cuda/common/dispatch.h"
 #include "cuda/common/splits.h"
 #include "cuda/linear/adapters.h"
-#include "cuda/linear/dispatch.h"
 #include "cuda/linear/mma/rows64.cuh"
 #include "cuda/linear/mma/rows8.cuh"
 #include "cuda/linear/mma/tiles.cuh"

@@ -11,7 +11,7 @@ from bench.readme import design_picture
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 KERNEL = sorted((ROOT / "csrc" / "cuda" / "linear" / "mma").glob("tiles*.cuh"))
-TABLE = ROOT / "csrc" / "cuda" / "linear" / "dispatch.h"
+TABLE = ROOT / "csrc" / "cuda" / "common" / "dispatch.h"
 
 
 def source(path: Path) -> str:

@@ -20,10 +20,10 @@
 //     to 64 rows", has the clocks, the order of the depth, and why one row in eight is decoded in registers.
 #pragma once
 
+#include "cuda/common/compiled.cuh"
 #include "cuda/common/decode.cuh"
+#include "cuda/common/dispatch.h"
 #include "cuda/common/splits.cuh"
-#include "cuda/linear/compiled.cuh"
-#include "cuda/linear/dispatch.h"
 #include "cuda/linear/mma/tiles_layout.cuh"
 
 namespace qlk::cuda {

@@ -22,9 +22,9 @@
 #pragma once
 
 #include "cuda/common/bias.cuh"
+#include "cuda/common/compiled.cuh"
 #include "cuda/common/decode.cuh"
-#include "cuda/linear/compiled.cuh"
-#include "cuda/linear/dispatch.h"
+#include "cuda/common/dispatch.h"
 
 namespace qlk::cuda {
 

@@ -24,7 +24,7 @@
 // Files: tiles_layout.cuh (arguments, shape), tiles_pipeline.cuh (main loop), tiles_finish.cuh (low rank, results).
 #pragma once
 
-#include "cuda/linear/compiled.cuh"
+#include "cuda/common/compiled.cuh"
 #include "cuda/linear/mma/tiles_finish.cuh"
 
 namespace qlk::cuda {

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "cuda/common/bias.cuh"
+#include "cuda/common/dispatch.h"
 #include "cuda/common/dropout.cuh"
 #include "cuda/common/splits.cuh"
 #include "cuda/common/weight.cuh"
-#include "cuda/linear/dispatch.h"
 
 namespace qlk::cuda {
 

@@ -4,7 +4,7 @@
 #include <device.cuh>
 #include <type_traits>
 
-#include "cuda/linear/dispatch.h"
+#include "cuda/common/dispatch.h"
 
 namespace qlk::cuda {
 
