@@ -52,7 +52,7 @@ def test_folders_include_only_what_is_below_them():
 
 
 def test_every_folder_has_its_place_and_every_place_is_used():
-    assert {room(file) for file in sources(ROOT / "csrc")} == set(MAY_INCLUDE)
+    assert {folder(file) for file in sources(ROOT / "csrc")} == set(MAY_INCLUDE)
 
 
 def test_the_declared_order_has_no_circle():
