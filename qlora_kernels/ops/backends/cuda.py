@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...native.extension import DTYPE_CODES
 from .. import dispatcher
-from ..lora import LoraTerm
+from ..lora import NO_LORA, LoraTerm
 from ..weight import Operand
 from .pointers import pointer
 
@@ -175,7 +175,15 @@ class CUDA:
         m = x.numel() // k
         y = self._like(x, m, n) if x.dim() == 2 else self._like(x, *x.shape[:-1], n)
         code = DTYPE_CODES[x.dtype]
-        r, A, B, scaling, dropout, seed, wide_a, wide_b = _low_rank(lora, x)
+        # Not a function of its own: packing and unpacking its results would cost as much as the rest of it.
+        lora_A, lora_B, scaling, dropout, seed = NO_LORA if lora is None else lora
+        if lora_A is None or lora_B is None:
+            r, wide_a, wide_b = 0, code == 0, code == 0
+        else:
+            r, lora_A, lora_B = lora_A.shape[0], lora_A.contiguous(), lora_B.contiguous()
+            wide_a, wide_b = lora_A.dtype is torch.float32, lora_B.dtype is torch.float32
+        if seed is not None:
+            seed = seed.to(x.device, non_blocking=True) if r and dropout > 0.0 else None
         u = self._like(x, m, r) if r and (keep_u or m == 0) else None
         if m == 0:
             return y, u
@@ -193,8 +201,8 @@ class CUDA:
             {
                 "weight": weight.native(self.kernels.Weight),
                 "x": x.data_ptr(),
-                "lora_a": pointer(A),
-                "lora_b": pointer(B),
+                "lora_a": pointer(lora_A),
+                "lora_b": pointer(lora_B),
                 "bias": 0 if narrow else pointer(bias),
                 "y": y.data_ptr(),
                 "u": base + behind if u_behind else pointer(u),
@@ -230,10 +238,18 @@ class CUDA:
         if need_dx:
             dx = self._like(dy, m, k) if dy.dim() == 2 else self._like(dy, *dy.shape[:-1], k)
         code = DTYPE_CODES[dy.dtype]
-        r, A, B, scaling, dropout, seed, wide_a, wide_b = _low_rank(lora, dy)
+        # Not a function of its own: packing and unpacking its results would cost as much as the rest of it.
+        lora_A, lora_B, scaling, dropout, seed = NO_LORA if lora is None else lora
+        if lora_A is None or lora_B is None:
+            r, wide_a, wide_b = 0, code == 0, code == 0
+        else:
+            r, lora_A, lora_B = lora_A.shape[0], lora_A.contiguous(), lora_B.contiguous()
+            wide_a, wide_b = lora_A.dtype is torch.float32, lora_B.dtype is torch.float32
+        if seed is not None:
+            seed = seed.to(dy.device, non_blocking=True) if r and dropout > 0.0 else None
         # In the adapters' types: the kernels round what they have summed in float32.
-        dA = self._like(A, r, k) if need_dA else None
-        dB = self._like(B, n, r) if need_dB else None
+        dA = self._like(lora_A, r, k) if need_dA else None
+        dB = self._like(lora_B, n, r) if need_dB else None
         if m == 0:
             return dx, None if dA is None else dA.zero_(), None if dB is None else dB.zero_()
         ordinal, stream = self.queue(dy.device)
@@ -249,8 +265,8 @@ class CUDA:
                 "dy": dy.data_ptr(),
                 "x": pointer(x) if need_dA else 0,
                 "u": pointer(u) if need_dB else 0,
-                "lora_a": pointer(A),
-                "lora_b": pointer(B),
+                "lora_a": pointer(lora_A),
+                "lora_b": pointer(lora_B),
                 "dx": pointer(dx),
                 "da": dA_address if wide_a else 0,
                 "db": dB_address if wide_b else 0,
@@ -271,25 +287,3 @@ class CUDA:
             }
         )
         return dx, dA, dB
-
-
-def _low_rank(
-    lora: LoraTerm | None, x: Tensor
-) -> tuple[int, Tensor | None, Tensor | None, float, float, Tensor | None, bool, bool]:
-    """r, A and B, scaling, dropout, the seed where the kernels read it, and which of A and B are float32."""
-    if lora is None:
-        wide = x.dtype is torch.float32
-        return 0, None, None, 1.0, 0.0, None, wide, wide
-    A, B, scaling, dropout, seed = lora
-    if seed is not None:
-        seed = seed.to(x.device, non_blocking=True) if dropout > 0.0 else None
-    return (
-        A.shape[0],
-        A.contiguous(),
-        B.contiguous(),
-        scaling,
-        dropout,
-        seed,
-        A.dtype is torch.float32,
-        B.dtype is torch.float32,
-    )
