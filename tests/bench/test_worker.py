@@ -172,6 +172,13 @@ def left(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def short_folder():
+    """The server's socket lies in it, and the path of a socket has room for a hundred bytes: tmp_path may be longer."""
+    with tempfile.TemporaryDirectory(prefix="b-") as folder:
+        yield Path(folder)
+
+
 _LOST = "ended its process with exit code 1: CUDA error: an illegal memory access was encountered"
 
 
@@ -330,13 +337,6 @@ def test_ctrl_c_while_the_server_starts(monkeypatch, left):
     with pytest.raises(KeyboardInterrupt), Worker(begin=_plain) as one:
         one.measure(POINT, TINY)
     assert not list(left.glob("qlora-bench-*"))
-
-
-@pytest.fixture
-def short_folder():
-    """The server's socket lies in it, and the path of a socket has room for a hundred bytes: tmp_path may be longer."""
-    with tempfile.TemporaryDirectory(prefix="b-") as folder:
-        yield Path(folder)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -151,8 +151,7 @@ def test_cells_differ_in_nothing_but_their_adapters(study, monkeypatch):
     original, phases = Trainer.run, []
 
     def watched(self, phase, note):
-        if phase.name == "qlora":  # and not the pretraining, where no test before has left a base
-            phases.append((self.options.seed, phase, phase.data.batch(3, 2).inputs.tolist()))
+        phases.append((self.options.seed, phase, phase.data.batch(3, 2).inputs.tolist()))
         return original(self, phase, note)
 
     monkeypatch.setattr(Trainer, "run", watched)
