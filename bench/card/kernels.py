@@ -87,7 +87,7 @@ class Case:
 
     Attributes:
         kernel: the operation's name.
-        name: what is particular about it.
+        name: what is special about it.
         run: given a device, the call's results there; given "cpu" under :func:`cpu_kernels`, what they should be.
         tolerance: the most that a result may differ by, relative and in the Frobenius norm; 0 is bit for bit.
     """
@@ -223,9 +223,9 @@ def forced_kernel(name: str) -> Iterator[None]:
 def poisoned_scratch() -> Iterator[None]:
     """A context in which scratch holds bytes of 0xFF, NaN as a float32, before any kernel gets it.
 
-    For initcheck. Kernels read of scratch what nobody has written, and use none of it: tickets, whose upper bits say
-    whether they are of this launch, and the rest of a last float4. A fresh allocation makes an error of each; this one
-    is written. A kernel that does use what it did not write gives NaN then, and its case fails.
+    For initcheck. Kernels read scratch that was never written, without using it: tickets, whose upper bits say whether
+    they belong to this launch, and the rest of a last float4. In a fresh allocation each is an error; this one is
+    written. A kernel that does use what it did not write gives NaN, and its case fails.
     """
     plain = backends.CUDA._scratch
 

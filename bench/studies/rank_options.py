@@ -39,7 +39,7 @@ class StudyOptions:
         out: the result file.
         ranks: ascending.
         seeds: how many; seed s decides the initial values of A and the order of the batches, for all cells with it.
-        restart: begin anew even if ``out`` holds cells.
+        restart: start over even if ``out`` holds cells.
         cache: the folder that keeps the pretrained base.
         shared: finetune's options for all cells; its rank, targets, seed and folders are not looked at.
     """
@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache", default=CACHE, metavar="FOLDER", help="keeps the pretrained base (default %(default)s)"
     )
-    parser.add_argument("--restart", action="store_true", help="begin anew, whatever cells --out holds")
+    parser.add_argument("--restart", action="store_true", help="start over, whatever cells --out holds")
     parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(r) instead")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the table")
     defaults = {f.name: f.default for f in fields(Options)} | {"steps": STEPS}

@@ -175,7 +175,7 @@ class _Run:
         if base and base["digest"] != digest:
             raise InputError(
                 f"--out {self.options.out} holds cells of another base than the one in {folder}; name the --cache "
-                "where theirs is, or begin anew with --restart"
+                "where theirs is, or start over with --restart"
             )
         if not base:
             size = sizes(model, report)
@@ -300,8 +300,8 @@ def _check_same(earlier: dict[str, Any], now: dict[str, Any], path: str) -> None
     differences = [part for key in keys for part in _differences(earlier[key], now[key], key)]
     if differences:
         raise InputError(
-            f"--out {path} holds cells that were made otherwise: {'; '.join(differences)}; name another file, or begin "
-            "anew with --restart"
+            f"--out {path} holds cells that were made otherwise: {'; '.join(differences)}; name another file, or start "
+            "over with --restart"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is measured: a *case* is one operation at one size, with several *contenders*, this package the first."""
+"""What is measured: a *case* is one operation at one size, with several *contenders*, this package first."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who does the work of a case; ``prepare`` may raise, which is reported with its reason."""
+    """One of those that do the work of a case. ``prepare`` may raise; the reason is then reported."""
 
     name: str
     prepare: Callable[[], Ready]
@@ -103,15 +103,15 @@ class Case:
 
 
 class WrongResult(Exception):
-    """A contender computed something else than what was asked for."""
+    """A contender computed something other than what was asked for."""
 
 
 class DeviceLost(Exception):
-    """A card answers this process no more: all that it is asked for from now on fails, whoever asks."""
+    """The card no longer answers this process: every further call on it fails, whoever makes it."""
 
 
 class OtherProcesses:
-    """How much of the machine other processes took while the clock ran: what disturbed a measurement, says so here."""
+    """How much of the machine other processes took while the clock ran."""
 
     def __init__(self) -> None:
         self._busy = self._own = self._all = 0.0
@@ -146,7 +146,7 @@ class OtherProcesses:
 
 
 def printable(text: str) -> str:
-    """Somebody else's words in one line, without what a terminal would obey or could not show."""
+    """Someone else's text on one line, without characters that a terminal would obey or cannot show."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
@@ -168,13 +168,13 @@ def quantiles_of(samples: list[float]) -> dict[int, float]:
     return dict(zip(QUANTILES, values.tolist(), strict=True))
 
 
-def largest_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+def largest_error(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
     """The largest relative error of several results; NaN when anything is NaN.
 
     Raises:
         ValueError: when there are not as many results as there should be.
     """
-    errors = [relative_error(one, truth) for one, truth in zip(found, exact, strict=True)]
+    errors = [relative_error(one, truth) for one, truth in zip(results, exact, strict=True)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 

@@ -1,4 +1,4 @@
-"""``qlora-kernels bench``: measures, tells, draws, and writes down."""
+"""``qlora-kernels bench``: measures, prints, draws, and writes files."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def command(namespace: argparse.Namespace) -> int:
     """Carries the command out.
 
     Returns:
-        0; 1 when this package failed in a case, or nobody could be measured in one; 130 after Ctrl-C, and 128 more than
-        another signal's number, with what was measured until then written.
+        0; 1 when this package failed in a case, or no contender could be measured in one; after a signal 128 more than
+        its number (130 for Ctrl-C), with what was measured until then written.
 
     Raises:
         InputError: for arguments and files that cannot be used.
@@ -155,21 +155,21 @@ def _quietest(
     progress: Callable[[str], None],
     minutes: float | None,
 ) -> dict[str, Any]:
-    """A case, measured until the machine is quiet enough, or the time over."""
+    """A case, measured until the machine is quiet enough or the time is over."""
     attempts: list[dict[str, Any]] = []
     without: dict[str, str] = {}
-    who = ""
+    at_work = ""
     while not attempts or (len(attempts) <= retries and (attempts[-1]["other_processes"] or 0) > QUIET):
         if worker.deadline is not None and worker.deadline - time.monotonic() < _LEAST_SECONDS:
             break
         try:
             attempts.append(worker.measure(point, settings, progress, without))
         except OutOfTime as problem:
-            who = str(problem)
+            at_work = str(problem)
             break
     if attempts:
         return min(attempts, key=_rank)
-    why = f"left out: the {minutes:g} minutes were over" + (f" while {who} was at work" if who else "")
+    why = f"left out: the {minutes:g} minutes were over" + (f" while {at_work} was at work" if at_work else "")
     return {**failed_case(point, why, without), "left_out": True}
 
 
@@ -181,9 +181,9 @@ def _rank(case: dict[str, Any]) -> tuple:
 
 
 class _Signals:
-    """Within, what asks for the end is a KeyboardInterrupt, so that nothing is left running or lying about.
+    """Within it, signals that ask for the end raise KeyboardInterrupt, so that nothing is left running or lying about.
 
-    Only the first one: who asks again would interrupt the cleaning up. :meth:`again` listens again.
+    Only the first one: a second would interrupt the cleaning up. :meth:`again` listens again.
 
     Attributes:
         code: to exit with after one, as shells have it; 0 before.
@@ -197,7 +197,7 @@ class _Signals:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)
-                # Who is ignored, under nohup, stays so; and what is not Python's could not be restored.
+                # What is ignored, as under nohup, stays so; a handler that is not Python's could not be restored.
                 if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.getsignal(number)
             self.again()

@@ -220,14 +220,14 @@ def largest_cache(device: str) -> int:
     """Bytes of the last cache before memory: as the system tells, or else 64 MiB; thrice a card's."""
     if device == "cuda":
         return 3 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    found = []
+    sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
         units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-        found.append(int(text.rstrip("KMG")) * units.get(text[-1], 1))
+        sizes.append(int(text.rstrip("KMG")) * units.get(text[-1], 1))
     # A virtual machine may be told of a cache that it shares with many: no more than a 32nd of the memory is spent.
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 32
-    return min(max(found, default=64 << 20), limit)
+    return min(max(sizes, default=64 << 20), limit)
 
 
 def _words(text: str, flag: str, known: Sequence[str] | dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""Each case in a process of its own: what one does to malloc, to caches of kernels or to the device is over with it.
+"""Each case in a process of its own: what it does to malloc, to kernel caches or to the device ends with it.
 
 And a contender that takes the process with it ends its own case only: the others are measured without it. Processes are
 forked from one that has imported everything and done nothing, so a new one costs milliseconds. On a card, where the
@@ -33,7 +33,7 @@ PREPARE_SECONDS = 300.0
 LEAST_SECONDS = 10.0
 #: What a process says, in its folder.
 _LOG = "log"
-#: Bytes of memory in which a process leaves who is at work.
+#: Bytes of memory in which a process notes which contender is at work.
 _DOING = 256
 
 
@@ -50,7 +50,7 @@ class Lost(Exception):
 
 
 class OutOfTime(Exception):
-    """The worker's deadline came before the answer; the message names who was at work, if anybody was."""
+    """The worker's deadline came before the answer; the message names the contender at work, if one was."""
 
 
 class Remote:
@@ -187,7 +187,7 @@ class Worker:
             raise problems[0]
 
     def _end_of(self, since: float) -> float:
-        """Until when whoever has been at work since then has time."""
+        """Until when a contender at work since then may take."""
         if self.deadline is None:
             return since + self.prepare_seconds
         share = max((self.deadline - since) / 2, LEAST_SECONDS)
@@ -231,7 +231,7 @@ class Worker:
         return value
 
     def _at_work(self, asked: float) -> tuple[str, float, int]:
-        """Who is at work on the request that was asked then, since when, and where in the log it began."""
+        """The contender at work on the request of that time, since when, and where in the log it began."""
         try:
             since, said, who = self._doing.value.decode().split(" ", 2)
             return (who, float(since), int(said)) if float(since) >= asked else ("", asked, 0)
@@ -274,7 +274,7 @@ class Worker:
             The case; with ``failed`` where it could not be measured at all.
 
         Raises:
-            OutOfTime: at the deadline; who was lost before then is in ``without``.
+            OutOfTime: at the deadline; contenders lost before then are in ``without``.
         """
         without = {} if without is None else without
         while True:
@@ -289,7 +289,7 @@ class Worker:
                     return failed_case(point, str(problem), without)
                 without[problem.who] = str(problem)
             except RuntimeError as problem:
-                self.stop()  # who knows in what state that left it
+                self.stop()  # its state is unknown now
                 return failed_case(point, str(problem), without)
             finally:
                 if not settings.device.startswith("cuda"):
@@ -342,7 +342,7 @@ def _serve(pipe: Connection, folder: str, doing: Any, begin: Callable[..., Any] 
         os.dup2(log, stream)
 
     def announce(name: str) -> None:
-        # In memory that both have, because that outlives whatever happens, and because nobody wakes up to read it.
+        # In shared memory, which outlives this process and wakes no other one.
         doing.value = f"{time.monotonic()!r} {os.fstat(log).st_size} {name}".encode()[: _DOING - 1]
 
     if begin is None:

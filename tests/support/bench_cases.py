@@ -78,7 +78,7 @@ def fake(prepare_other, name: str = BNB) -> Case:
     return Case("forward", 2, [Contender(OURS, lambda: ours), Contender(name, prepare_other)])
 
 
-def of_fake(case: Case, **more) -> dict:
+def measured_case(case: Case, **more) -> dict:
     measurement = Measurement(case, TINY, POINT, **more)
     for _ in range(measurement.rounds):
         measurement.round()

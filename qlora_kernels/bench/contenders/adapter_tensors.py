@@ -36,7 +36,7 @@ class AdapterTensors:
         self.norm = sum(g.double().square().sum() for g in self.gradients).sqrt().item()
 
     def set_step(self, step: int) -> None:
-        """Gradients for the step of this number, from 0; the parameters begin anew at step 0."""
+        """Gradients for the step of this number, from 0; at step 0 the parameters start over."""
         with torch.no_grad():
             for p, begin, gradient in zip(self.parameters, self.begin, self.gradients):
                 if step == 0:
@@ -45,10 +45,10 @@ class AdapterTensors:
 
     def scales(self, steps: int, max_grad_norm: float | None) -> list[float]:
         """The multiples so far, after clipping."""
-        found = [SCALES[step % len(SCALES)] for step in range(steps)]
+        scales = [SCALES[step % len(SCALES)] for step in range(steps)]
         if max_grad_norm is None:
-            return found
-        return [scale * min(1.0, max_grad_norm / (abs(scale) * self.norm + 1e-6)) for scale in found]
+            return scales
+        return [scale * min(1.0, max_grad_norm / (abs(scale) * self.norm + 1e-6)) for scale in scales]
 
     def error(self, moves: list[Callable[[Tensor], Tensor]], decay: float) -> float:
         """How far the parameters are from the truth, relative to the length of the last step, in the worst tensor.
@@ -59,11 +59,11 @@ class AdapterTensors:
         """
         worst = torch.zeros((), dtype=torch.float64, device=self.begin[0].device)
         for p, begin, gradient in zip(self.parameters, self.begin, self.gradients):
-            found, value, g = (t.detach().flatten()[::STRIDE].double() for t in (p, begin, gradient))
+            reached, value, g = (t.detach().flatten()[::STRIDE].double() for t in (p, begin, gradient))
             for move in moves:
                 last = move(g)
                 value.mul_(decay).sub_(last)
-            worst = torch.maximum(worst, (found - value).norm() / last.norm())  # NaN stays
+            worst = torch.maximum(worst, (reached - value).norm() / last.norm())  # NaN stays
         return worst.item()
 
 

@@ -9,31 +9,19 @@ from ..case import Case, Settings
 from ..contenders.weights import Lab
 from ..points import Point
 from ..timing.measure import start
-from . import (
-    block_step,
-    decode,
-    dequantize,
-    gpt2_forward,
-    limits,
-    linear_backward,
-    linear_dx,
-    linear_forward,
-    linear_step,
-    optimizer,
-    paging,
-    quantize,
-)
+from . import block_step, decode, dequantize, gpt2_forward, limits, optimizer, paging, quantize
 from .finetune import FinetuneMeasurement
+from .linear import backward, dx, forward, step
 
 CASES: dict[str, Callable[[Lab], Case]] = {
     "limits": limits.case,
     "quantize": quantize.case,
     "dequantize": dequantize.case,
     "dequantize_out": dequantize.case_out,
-    "linear_forward": linear_forward.case,
-    "linear_dx": linear_dx.case,
-    "linear_backward": linear_backward.case,
-    "linear_step": linear_step.case,
+    "linear_forward": forward.case,
+    "linear_dx": dx.case,
+    "linear_backward": backward.case,
+    "linear_step": step.case,
     "decode": decode.case,
     "block_step": block_step.case,
     "gpt2_forward": gpt2_forward.case,

@@ -14,7 +14,7 @@ SIZE = {"cpu": 4096, "cuda": 8192}
 
 
 def case(lab: Lab) -> Case:
-    """All into memory that has been touched before. Nobody's kernels: this package takes no part."""
+    """All into memory that has been touched before, in plain torch: this package takes no part."""
 
     def copy() -> Ready:
         source = torch.ones(COPY_BYTES[lab.device.type] // 4, device=lab.device)
@@ -22,7 +22,7 @@ def case(lab: Lab) -> Case:
         out = torch.zeros_like(source)
         return Ready(
             lambda i: out.copy_(sources[i]),
-            lambda found: 0.0 if torch.equal(found, source) else 1.0,
+            lambda result: 0.0 if torch.equal(result, source) else 1.0,
             0.5,
             2 * source.nbytes,
             len(sources),
@@ -33,7 +33,7 @@ def case(lab: Lab) -> Case:
         sources = lab.copied(first, first.nbytes, torch.clone)
         return Ready(
             lambda i: sources[i].mul_(-1.0),
-            lambda found: 0.0 if torch.equal(found.abs(), torch.ones_like(found)) else 1.0,
+            lambda result: 0.0 if torch.equal(result.abs(), torch.ones_like(result)) else 1.0,
             0.5,
             2 * first.nbytes,
             len(sources),
@@ -46,7 +46,7 @@ def case(lab: Lab) -> Case:
         exact = a[:16].double() @ b.double().T
         return Ready(
             lambda i: torch.mm(a, b.T, out=out),
-            lambda found: relative_error(found[:16], exact),
+            lambda result: relative_error(result[:16], exact),
             0.01,
             3 * a.nbytes,
         )

@@ -118,9 +118,9 @@ def maker(lab: Lab, error: Callable[[int], float], limit: float, bytes_each: flo
             def checked(_: object) -> float:
                 nonlocal done
                 done += 1
-                found = error(done)
+                distance = error(done)
                 tensors.set_step(done if done < len(SCALES) else len(SCALES) - 1)
-                return found
+                return distance
 
             moved = round(bytes_each * tensors.count)
             return Ready(lambda _: step(), checked, limit, moved, checks=len(SCALES), before=before)

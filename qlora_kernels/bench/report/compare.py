@@ -230,14 +230,16 @@ def terminal(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    found = []
+    differences = []
     for what, key in (("processors", "cpu"), ("instruction sets", "isa_in_use"), ("cards", "gpu")):
         if a["machine"].get(key) != b["machine"].get(key):
-            found.append(f"the runs' {what} differ: {a['machine'].get(key)} and {b['machine'].get(key)}")
+            differences.append(f"the runs' {what} differ: {a['machine'].get(key)} and {b['machine'].get(key)}")
     for key in ("device", "threads"):
         if a["settings"][key] != b["settings"][key]:
-            found.append(f"the runs' {key} differ: {a['settings'][key]} and {b['settings'][key]}")
+            differences.append(f"the runs' {key} differ: {a['settings'][key]} and {b['settings'][key]}")
     for name in LIBRARIES:
         if a["versions"].get(name) != b["versions"].get(name):
-            found.append(f"the versions of {name} differ: {a['versions'].get(name)} and {b['versions'].get(name)}")
-    return found
+            differences.append(
+                f"the versions of {name} differ: {a['versions'].get(name)} and {b['versions'].get(name)}"
+            )
+    return differences

@@ -28,13 +28,13 @@ def _where(results: dict[str, Any]) -> str:
 
 def speed_cases(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Forward without adapter of the weight that the bars are for, by rows."""
-    found = [
+    chosen = [
         case
         for case in results["cases"]
         if case["operation"] == "linear_forward"
         and (case["n"], case["k"], case["rank"], case["dtype"]) == (N, K, 0, "bfloat16")
     ]
-    return sorted(found, key=lambda case: case["m"])
+    return sorted(chosen, key=lambda case: case["m"])
 
 
 def _series(cases: list[dict[str, Any]], name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -47,11 +47,11 @@ def speed(results: dict[str, Any], axes: Any) -> bool:
     if len(cases) < 2:
         return False
     for name in (OURS, DENSE, DEQUANTIZED, BNB, BNB_EVAL):
-        found = _series(cases, name)
-        if not found:
+        series = _series(cases, name)
+        if not series:
             continue
-        rows = [case["m"] for case, _ in found]
-        rate = lambda key, found=found: [case["flops"] / c[key] / 1e9 for case, c in found]  # noqa: E731
+        rows = [case["m"] for case, _ in series]
+        rate = lambda key, series=series: [case["flops"] / c[key] / 1e9 for case, c in series]  # noqa: E731
         zorder = 3 if name == OURS else 2
         (line,) = axes.plot(
             rows, rate("median_ms"), marker=_MARKERS[name], color=_COLORS[name], label=label(name), zorder=zorder
@@ -128,12 +128,12 @@ def rank_cost(results: dict[str, Any], axes: Any) -> bool:
     if len(set(ranks) - {0}) < 2:
         return False
     for name in (OURS, DENSE, DEQUANTIZED, PEFT):
-        found = _series([case for case in cases if case["rank"]], name)
-        if not found:
+        series = _series([case for case in cases if case["rank"]], name)
+        if not series:
             continue
-        where = [case["rank"] for case, _ in found]
+        where = [case["rank"] for case, _ in series]
         axes.plot(
-            where, [c["median_ms"] for _, c in found], marker=_MARKERS[name], color=_COLORS[name], label=label(name)
+            where, [c["median_ms"] for _, c in series], marker=_MARKERS[name], color=_COLORS[name], label=label(name)
         )
         bare = _series([case for case in cases if not case["rank"]], BNB if name == PEFT else name)
         if bare:

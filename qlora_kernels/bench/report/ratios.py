@@ -84,10 +84,10 @@ def gflop_per_s(case: dict[str, Any], contender: dict[str, Any]) -> float | None
 
 def sizes(case: dict[str, Any]) -> str:
     """A case's coordinates in words."""
-    found = [] if case["model"] is None else [case["model"]]
-    found += [] if case["n"] is None else [f"{case['n']} x {case['k']}"]
-    found += [] if case.get("batch") is None else [f"batch = {case['batch']}"]
-    found += [] if case["m"] is None else [f"M = {case['m']}"]
-    found += [] if case["rank"] is None else [f"r = {case['rank']}"]
-    found += [] if case["dtype"] == "bfloat16" else [case["dtype"]]
-    return ", ".join(found)
+    parts = [] if case["model"] is None else [case["model"]]
+    parts += [] if case["n"] is None else [f"{case['n']} x {case['k']}"]
+    parts += [] if case.get("batch") is None else [f"batch = {case['batch']}"]
+    parts += [] if case["m"] is None else [f"M = {case['m']}"]
+    parts += [] if case["rank"] is None else [f"r = {case['rank']}"]
+    parts += [] if case["dtype"] == "bfloat16" else [case["dtype"]]
+    return ", ".join(parts)

@@ -152,12 +152,12 @@ def _wrong_contender(contender: Any, where: str) -> Iterator[str]:
     yield from _wrong(contender, _FIGURES_PERHAPS, where, perhaps=True)
     if min(contender["samples"], contender["copies"]) < 1:
         yield f"{where}: no samples, or no copies"
-    found = [contender.get(name) for name in _TIMES]
+    times = [contender.get(name) for name in _TIMES]
     # Not-a-number is less than nothing, and so refused.
-    if not all(isinstance(value, (int, float)) and _SHORTEST <= value <= _LONGEST for value in found):
-        yield f"{where}: {', '.join(_TIMES)} should be milliseconds, found {found}"
-    elif found != sorted(found):
-        yield f"{where}: {', '.join(_TIMES)} should ascend, found {found}"
+    if not all(isinstance(value, (int, float)) and _SHORTEST <= value <= _LONGEST for value in times):
+        yield f"{where}: {', '.join(_TIMES)} should be milliseconds, found {times}"
+    elif times != sorted(times):
+        yield f"{where}: {', '.join(_TIMES)} should ascend, found {times}"
     for name in _OTHER_TIMES:
         if contender.get(name) is not None and not _SHORTEST <= contender[name] <= _LONGEST:
             yield f"{where}: {name} should be milliseconds, found {contender[name]}"
@@ -166,7 +166,7 @@ def _wrong_contender(contender: Any, where: str) -> Iterator[str]:
 def _wrong(
     values: dict[str, Any], fields: dict[str, tuple[type, ...]], where: str, perhaps: bool = False
 ) -> Iterator[str]:
-    """What is missing (unless ``perhaps`` there), of another type, or a number that nobody can count with."""
+    """What is missing (unless it is optional: ``perhaps``), of another type, or a number that is not finite."""
     for name, kinds in fields.items():
         if name not in values:
             if not perhaps:

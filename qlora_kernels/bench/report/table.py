@@ -11,7 +11,7 @@ from .ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_o
 
 
 def terminal(results: dict[str, Any]) -> str:
-    """Machine and limits; who is how many times as slow as this package, the worst for it first; all figures."""
+    """Machine and limits; every figure; how many times as long as this package the others take, its worst first."""
     lines = [machine_line(results)]
     limits = limits_of(results)
     if limits.bytes_per_s or limits.flops:

@@ -91,7 +91,7 @@ class Timed:
     """A contender that is ready and verified.
 
     Attributes:
-        name: whose call it is.
+        name: the contender's.
         call: does the work once on copy i of its inputs, and returns the result.
         copies: how many copies there are.
         bytes: what the work must at least read and write.
@@ -153,9 +153,9 @@ def measure(
 
     Args:
         card: the device.
-        contenders: who takes part; all have been verified.
+        contenders: all verified.
         seconds: how long, all together; at least MIN_ROUNDS rounds.
-        announce: called with the name of whoever is at work.
+        announce: called with the name of the contender at work.
 
     Returns:
         For each: ``name``, and ``failed``, the reason, where a call raised; or else ``bytes``, ``copies``,

@@ -267,7 +267,7 @@ def start(
 
 
 def failed_ours(case: dict[str, Any]) -> str | None:
-    """Why this package has no figure in a case, or where it takes no part nobody has; or else None."""
+    """None, or why this package has no figure in a case; where it takes no part, why no contender has one."""
     ours = next((c for c in case["contenders"] if c["name"] == OURS), None)
     if ours is not None:
         return ours.get("failed")

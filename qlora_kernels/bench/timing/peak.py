@@ -12,7 +12,7 @@ import torch
 def peak_allocated(call: Callable[[], Any], device: str = "cpu") -> int | None:
     """Bytes beyond what was allocated before: results and temporaries.
 
-    On a card, what torch's allocator handed out. On a CPU, likewise, by torch's profiler's record of every allocation;
+    On a card, what torch's allocator handed out. On a CPU, the same, by torch's profiler's record of every allocation;
     libraries' own scratch (this package's: at most 8 MiB a thread) is not seen there.
 
     Args:

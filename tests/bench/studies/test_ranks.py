@@ -200,7 +200,7 @@ def test_a_study_that_was_cut_ends_with_the_same_result(study, whole, tmp_path, 
     assert os.listdir(tmp_path) == ["study.json"]
 
 
-def test_a_study_that_begins_anew_and_is_cut_says_how_to_go_on(study, whole, tmp_path, monkeypatch, capsys):
+def test_a_study_that_starts_over_and_is_cut_says_how_to_go_on(study, whole, tmp_path, monkeypatch, capsys):
     (tmp_path / "study.json").write_text(json.dumps(whole[0]))
     step = Trainer._step
 
@@ -236,12 +236,12 @@ def test_other_settings_are_refused(study, whole, tmp_path, capsys, flags, phras
     before = path.read_bytes()
     assert study(*flags) == 2
     error = capsys.readouterr().err
-    assert f"{path} holds cells that were made otherwise: {phrase}; name another file, or begin anew" in error
+    assert f"{path} holds cells that were made otherwise: {phrase}; name another file, or start over" in error
     assert error.count("\n") == 1
     assert path.read_bytes() == before
 
 
-def test_cells_of_another_base_are_refused_unless_the_study_begins_anew(study, whole, tmp_path, capsys):
+def test_cells_of_another_base_are_refused_unless_the_study_starts_over(study, whole, tmp_path, capsys):
     other = copy.deepcopy(whole[0])
     other["base"]["digest"], other["complete"] = "0", False
     del other["cells"][3:]

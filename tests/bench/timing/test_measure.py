@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_cases import POINT, TINY, fake, of_fake
+from bench_cases import POINT, TINY, fake, measured_case
 
 from qlora_kernels.bench.case import (
     OURS,
@@ -34,7 +34,7 @@ def test_missing_contender_is_reported_not_invented():
     def prepare():
         raise ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")
 
-    case = of_fake(fake(prepare))
+    case = measured_case(fake(prepare))
     assert case["contenders"][1] == {"name": BNB, "failed": "not installed (bitsandbytes)"}
     assert case["contenders"][0]["samples"] > 0
     text = table.terminal({**results.begin(TINY, "usual"), "cases": [case]})
@@ -45,7 +45,7 @@ def test_failing_contender_is_reported_with_its_reason():
     def prepare():
         raise RuntimeError("no kernel\nfor this processor")
 
-    failed = of_fake(fake(prepare))["contenders"][1]
+    failed = measured_case(fake(prepare))["contenders"][1]
     assert failed == {"name": BNB, "failed": "RuntimeError: no kernel for this processor"}
 
 
@@ -78,7 +78,7 @@ def test_a_reason_that_cannot_be_told_is_a_reason():
     def prepare():
         raise Mute
 
-    assert of_fake(fake(prepare))["contenders"][1]["failed"] == "Mute: (its message cannot be told)"
+    assert measured_case(fake(prepare))["contenders"][1]["failed"] == "Mute: (its message cannot be told)"
 
 
 def test_where_this_package_fails_in_a_timed_call_others_are_measured():
@@ -112,7 +112,7 @@ def test_wrong_result_is_not_timed(value, who):
     wrong = Ready(lambda i: torch.tensor(value), lambda y: abs(y.item() - 2), 0.1, bytes=8)
     right = replace(wrong, call=lambda i: torch.tensor(2.0))
     ready = {OURS: right, BNB: right, who: wrong}
-    case = of_fake(Case("forward", 2, [Contender(name, lambda name=name: ready[name]) for name in (OURS, BNB)]))
+    case = measured_case(Case("forward", 2, [Contender(name, lambda name=name: ready[name]) for name in (OURS, BNB)]))
     failed = next(c for c in case["contenders"] if c["name"] == who)
     assert failed["failed"].startswith("wrong result: error")
     assert "median_ms" not in failed
@@ -123,7 +123,7 @@ def test_every_check_counts():
     """A result that is right only the first time is wrong."""
     answers = iter([2.0, 2.0, 5.0])
     ready = Ready(lambda i: torch.tensor(next(answers)), lambda y: abs(y.item() - 2), 0.1, bytes=8, checks=3)
-    assert "wrong result: error 3" in of_fake(fake(lambda: ready))["contenders"][1]["failed"]
+    assert "wrong result: error 3" in measured_case(fake(lambda: ready))["contenders"][1]["failed"]
 
 
 def test_every_result_counts():

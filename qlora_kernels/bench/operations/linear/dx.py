@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qlora_kernels import ops
 
-from ..case import OURS, Case, Contender, Ready, relative_error
-from ..contenders.names import BNB, DENSE, DEQUANTIZED
-from ..contenders.weights import Lab
-from .linear_forward import moved
+from ...case import OURS, Case, Contender, Ready, relative_error
+from ...contenders.names import BNB, DENSE, DEQUANTIZED
+from ...contenders.weights import Lab
+from .forward import moved
 
 LIMIT = 0.01
 

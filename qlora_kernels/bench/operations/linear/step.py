@@ -10,17 +10,17 @@ from torch import Tensor
 
 import qlora_kernels
 
-from ..case import OURS, Case, Contender, Ready, largest_error
-from ..contenders.models import plain_lora
-from ..contenders.names import BNB, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT
-from ..contenders.weights import Lab
+from ...case import OURS, Case, Contender, Ready, largest_error
+from ...contenders.models import plain_lora
+from ...contenders.names import BNB, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT
+from ...contenders.weights import Lab
 
 # Gradients pass through two products that are rounded to bf16.
 LIMIT = 0.02
 
 
 class Dequantized(torch.autograd.Function):
-    """x W^T with W decoded anew in either direction, as a layer without fused kernels does it."""
+    """x W^T with W decoded again in each direction, as a layer without fused kernels does."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: qlora_kernels.NF4Weight) -> Tensor:
@@ -131,6 +131,6 @@ def _checker(lab: Lab, x: Tensor, dy: Tensor, adapter: bool) -> Callable[[str], 
     def checker(whose: str) -> Callable[[tuple[Tensor, ...]], float]:
         if whose not in references:
             references[whose] = exact(whose)
-        return lambda found: largest_error(found, references[whose])
+        return lambda result: largest_error(result, references[whose])
 
     return checker

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import qlora_kernels
 
-from ..case import OURS, Case, Contender, Ready, relative_error
-from ..contenders.models import plain_lora
-from ..contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT, PEFT_EVAL
-from ..contenders.weights import Lab
+from ...case import OURS, Case, Contender, Ready, relative_error
+from ...contenders.models import plain_lora
+from ...contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT, PEFT_EVAL
+from ...contenders.weights import Lab
 
 # A bf16 output alone has an error of 0.0017; bitsandbytes' eval-mode layer rounds its constants to bf16 too (0.003).
 LIMIT = 0.01
@@ -115,7 +115,7 @@ def _with_adapter(lab: Lab) -> Case:
 
 
 def _repack(layers: Sequence[nn.Module], x: Tensor) -> None:
-    """A first call, in which bitsandbytes' layer in eval mode stores its weight anew."""
+    """A first call, in which bitsandbytes' layer in eval mode repacks its weight."""
     with torch.no_grad():
         for layer in layers:
             layer(x[:1])

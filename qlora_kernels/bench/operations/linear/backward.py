@@ -6,10 +6,10 @@ import torch
 
 from qlora_kernels import ops
 
-from ..case import OURS, Case, Contender, Ready, largest_error
-from ..contenders.names import NO_ADAPTER
-from ..contenders.weights import Lab
-from .linear_forward import moved
+from ...case import OURS, Case, Contender, Ready, largest_error
+from ...contenders.names import NO_ADAPTER
+from ...contenders.weights import Lab
+from .forward import moved
 
 # As of a training step: gradients pass through two products that are rounded to bf16.
 LIMIT = 0.02
@@ -34,7 +34,7 @@ def case(lab: Lab) -> Case:
 
         # x, u and the adapter are read too, and its gradients written.
         total = moved(lab, "ours") + (p.m * (p.k + p.rank) + 2 * p.rank * (p.n + p.k)) * lab.dtype.itemsize
-        return Ready(call, lambda found: largest_error(found, exact), LIMIT, total, len(weights))
+        return Ready(call, lambda result: largest_error(result, exact), LIMIT, total, len(weights))
 
     def bare() -> Ready:
         weights = lab.ours
@@ -44,7 +44,7 @@ def case(lab: Lab) -> Case:
             unused = (None, None, None, None, 1.0, 0.0, None)  # x, u, A, B; scaling, dropout, seed
             return ops.linear_backward(dy, *weights[i].pieces, p.k, *unused, True, False, False)[:1]
 
-        return Ready(call, lambda found: largest_error(found, exact), LIMIT, moved(lab, "ours"), len(weights))
+        return Ready(call, lambda result: largest_error(result, exact), LIMIT, moved(lab, "ours"), len(weights))
 
     # dy W; v = dy B; v A, v^T x and dy^T u.
     flops = 2 * p.m * p.n * p.k + 4 * p.m * p.rank * (p.n + p.k)

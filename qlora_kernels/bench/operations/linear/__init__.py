@@ -1,0 +1,1 @@
+"""The layer's products: forward, dx, backward, and a whole training step."""
