@@ -37,6 +37,7 @@ TEST_FILES = (
     "tests/emulator/test_conformance.py",
     "tests/emulator/test_conformance_sm90.py",
     "tests/ops/test_quantize.py",
+    "tests/ops/test_dequantize.py",
     "tests/cuda/test_cuda.py",
     "tests/cuda/test_cuda_few_rows.py",
     "tests/cuda/test_cuda_tiles.py",
