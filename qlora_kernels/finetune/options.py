@@ -136,7 +136,7 @@ class Settings(Options):
 
     def for_data(self, sequences: int) -> Settings:
         """The same with the number of steps, once it is known how many sequences the training data has."""
-        if self.steps is not None:
+        if self.steps is not None or self.epochs is None:
             return self
         steps = math.ceil(self.epochs * sequences / (self.batch_size * self.grad_accum))
         return replace(self, steps=max(steps, 1))

@@ -79,7 +79,8 @@ def plan(
     if not adapter.rank:
         adapted = []
     for name in adapted:
-        adapter.check(*model.get_submodule(name).weight.shape, name)
+        n, k = model.get_submodule(name).weight.shape
+        adapter.check(n, k, name)
     return Plan(tuple(quantized), tuple(adapted), left_alone, adapter, double_quant, adapter_dtype, compute_dtype)
 
 

@@ -43,7 +43,7 @@ THOROUGH = ("--compare", "--lora-dropout", "0.1", "--grad-accum", "2")
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, cache):
-    """The output of a run that nobody interrupted."""
+    """The output of a run that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     assert main(["finetune", *SMALL, *THOROUGH, "--cache", cache, "--out", str(folder)]) == 0
     return folder

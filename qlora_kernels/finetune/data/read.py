@@ -92,9 +92,12 @@ def _parse_pair(line: str, where: str) -> tuple[str, str]:
         raise InputError(f"{where}: brackets nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{where}: {sentence(error)}") from None
-    texts = [row.get(key) if isinstance(row, dict) else None for key in ("prompt", "completion")]
-    if not all(isinstance(text, str) for text in texts) or not texts[1]:
+    prompt, completion = (row.get(key) if isinstance(row, dict) else None for key in ("prompt", "completion"))
+    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
         raise InputError(f"{where}: expected an object with the strings 'prompt' and 'completion' (not empty)")
     # JSON can spell half a surrogate pair, which is not a character and which tokenizers refuse.
-    prompt, completion = (text.encode("utf-8", errors="replace").decode() for text in texts)
-    return prompt, completion
+    return _without_surrogates(prompt), _without_surrogates(completion)
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-8", errors="replace").decode()

@@ -175,7 +175,8 @@ def _conversions(
             continue
         if DTYPES.get(entry.dtype) not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"{model}: {stored} is {entry.dtype}; F32, BF16 and F16 can be quantized")
-        weight = meta_weight(*expected, planned.double_quant)
+        n, k = expected
+        weight = meta_weight(n, k, planned.double_quant)
         pieces = {
             f"{key}_{name}": Entry.like(piece)
             for name, piece in zip(PIECES, weight.pieces, strict=True)
