@@ -198,6 +198,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_scratch_stays_within_8_mib_a_thread(m, n, k, threads):

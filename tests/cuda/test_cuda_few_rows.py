@@ -13,6 +13,7 @@ from qlora_kernels import ops
 from qlora_kernels.native import extension
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("n", "dtype", "double_quant"),
     [

@@ -17,7 +17,7 @@ RANKS = {1: 1, 7: 8, 16: 16, 17: 17, 63: 64, 64: 16, 65: 1, 129: 17}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.share(4)
+@pytest.mark.share(8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize(("n", "k"), [(33, 64), (77, 192), (19, 4160)])

@@ -83,6 +83,7 @@ def test_without_adapters_dropout_has_nothing_to_drop(engine):
     assert torch.equal(backward(dy, weight, dropout=0.5)[0], backward(dy, weight)[0])
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", RANKS[1:])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

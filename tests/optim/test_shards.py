@@ -56,6 +56,7 @@ def test_two_processes(folder, name):
         assert not found[name], f"process {rank}: {found[name]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["32", "8"])
 def test_a_checkpoint_of_two_processes_is_read_by_one(folder, name):
     import torch.distributed.checkpoint as dcp
