@@ -43,7 +43,7 @@ def test_dispatch_prints_which_kernel_runs(capsys, monkeypatch):
     # 128 wide tiles fill 132 multiprocessors; of what does not, the last round's tiles are shared.
     assert ["257", "to", "896", "tiles128", "1,", "last", "more", "7.5"] in rows
     assert ["897", "to", "1024", "tiles128wide", "1", "0.0"] in rows
-    assert ["6401", "and", "more", "tiles128wide", "1", "0.0"] in rows
+    assert ["6401", "or", "more", "tiles128wide", "1", "0.0"] in rows
     assert main(["info", "--dispatch", "4096", "100", "--arch", "75", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["card"]["architecture"] == 75

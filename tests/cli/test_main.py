@@ -46,7 +46,7 @@ def test_an_instruction_set_that_is_not_there(tmp_path, model, capsys, monkeypat
     assert main(command) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(
-        f"qlora-kernels {command[0]}: QLORA_KERNELS_CPU_ISA=nonsense is not to be had here; built in: "
+        f"qlora-kernels {command[0]}: QLORA_KERNELS_CPU_ISA=nonsense is not available here; built in: "
     )
     assert captured.err.count("\n") == 1
     assert "portable" in captured.err

@@ -114,7 +114,7 @@ def test_no_room_for_the_states_is_one_sentence(run, tmp_path, monkeypatch, caps
     monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert run("--page-file", str(tmp_path)) == 2
     error = capsys.readouterr().err
-    assert f"in a file in {tmp_path}, which cannot be had" in error
+    assert f"in a file in {tmp_path}, which cannot be allocated" in error
     assert error.count("\n") == 1
 
 
