@@ -124,7 +124,7 @@ def markdown(result: dict[str, Any], source: str) -> str:
             f"{m['cpu']} ({'virtual machine, ' if m['virtual'] else ''}{m['usable_cores']} cores), 1 thread, "
             f"torch {v['torch']}, {v['compiler']}, commit {commit}, {result['date'][:10]} ([raw figures]({source})).",
             f"x is bfloat16, N = K = {result['n']}, {result['rows']} rows. Microseconds, the least of many rounds; in "
-            "brackets the launches, which are but counted.",
+            "brackets the number of launches, which were not run.",
             "",
             "| | x | adapter: " + " | adapter: ".join(heads) + " |",
             "|---" * (2 + len(ADAPTERS)) + "|",

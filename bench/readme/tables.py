@@ -192,9 +192,9 @@ def title_of(case: dict[str, Any]) -> str:
 
 
 def _bars(found: dict[str, Any], bars: tuple[Bar, ...]) -> list[str]:
-    lines = ["What was aimed at, and what was reached:", ""]
+    lines = ["Targets and results:", ""]
     if found["settings"]["threads"] != BARS_THREADS:
-        lines = [f"What was aimed at with {BARS_THREADS} threads, and what was reached with others:", ""]
+        lines = [f"Targets for {BARS_THREADS} threads, and results with another number:", ""]
     lines += ["| | against | at least | reached | |", "|---|---|---|---|---|"]
     require_cases(found, bars)
     for v in judge(found, bars):
