@@ -84,7 +84,7 @@ class CMakeBuild(build_ext):
 
 def cuda_options(host: str) -> list[str]:
     """CMake options for CUDA."""
-    if not PLAN.architectures:
+    if PLAN.compiler is None or not PLAN.architectures:
         return []
     words = shlex.split(host)
     ccbin = words[0] if len(words) == 1 else ""
@@ -109,7 +109,7 @@ def plan() -> setup_cuda.Plan:
 
 PLAN = plan()
 # The local version names the architectures inside: "0.1.0+cu130.sm80.sm90a".
-VERSION = re.search(r'"(.+)"', (ROOT / "qlora_kernels/version.py").read_text().split("BASE = ")[1]).group(1)
+VERSION = re.findall(r'"(.+)"', (ROOT / "qlora_kernels/version.py").read_text().split("BASE = ")[1])[0]
 VERSION += PLAN.local_version
 
 setup(version=VERSION, ext_modules=[Extension("qlora_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -36,6 +36,9 @@ def _architectures():
     spec = importlib.util.spec_from_file_location(
         "_architectures", ROOT / "qlora_kernels" / "native" / "architectures.py"
     )
+    # Only a path of an unknown suffix has none.
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -213,7 +216,9 @@ class Plan:
     @property
     def local_version(self) -> str:
         """The suffix of the version."""
-        return architectures.local_version(self.compiler.release, self.architectures) if self.architectures else ""
+        if self.compiler is None or not self.architectures:
+            return ""
+        return architectures.local_version(self.compiler.release, self.architectures)
 
 
 def plan(environment: Mapping[str, str] = os.environ) -> Plan:

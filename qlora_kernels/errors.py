@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 
 class InputError(Exception):
@@ -26,8 +26,13 @@ def require_number(name: str, value: Any, in_range: Callable[[float], bool], exp
 
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    require(finite and in_range(value), ValueError, f"{name} should be a finite number {expected}, found {value!r}")
+    usable = _finite(value) and in_range(value)
+    require(usable, ValueError, f"{name} should be a finite number {expected}, found {value!r}")
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    # NumPy's scalars and fractions pass too; they compare as floats do.
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def missing_extra(package: str, extra: str) -> ImportError:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..layers.qlinear import QLinear
+
 
 def initial_A(name: str, rank: int, columns: int, seed: int) -> torch.Tensor:
     """Kaiming-uniform float32 [r, K]; depends on the layer's name and the seed, not on how the base is stored."""
@@ -42,15 +44,17 @@ def add_lora(
     scaling = alpha / (math.sqrt(rank) if rslora else rank)
     for name in names:
         linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)  # only those get quantized and adapted
         A = initial_A(name, rank, linear.in_features, seed)
         model.set_submodule(name, DenseLoRA(linear, rank, scaling, dropout, A))
 
 
-def share_initial_values(layers: dict[str, nn.Module], seed: int) -> None:
+def share_initial_values(layers: dict[str, QLinear], seed: int) -> None:
     """Gives the adapters of QLinear layers the initial values that :func:`add_lora` uses."""
     with torch.no_grad():
         for name, layer in layers.items():
             adapter = layer.active_adapter
+            assert adapter is not None
             A = layer.lora_A[adapter]
             A.copy_(initial_A(name, A.shape[0], A.shape[1], seed))
             layer.lora_B[adapter].zero_()

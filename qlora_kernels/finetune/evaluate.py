@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def generate(model: nn.Module, prompt: list[int], length: int, seed: int, device
     inputs = torch.tensor([prompt], dtype=torch.int64, device=device)
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         torch.manual_seed(seed)
-        output = model.generate(
+        output = cast(Any, model).generate(  # a method of transformers' models
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=length,

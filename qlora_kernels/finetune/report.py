@@ -61,8 +61,8 @@ def cells(results: dict[str, Any], size: dict[str, Any]) -> list[tuple[str, ...]
     """The header of the table, and a row for each model."""
     dense, quantized = (_bytes(size[f"base_bytes_{kind}"]) for kind in ("16bit", "nf4"))
     bits = f"{size['bits_per_weight']:.3f}"
-    header: tuple[str, ...] = ("", "held-out loss", "bits/weight", "base", "trainable", "time", "peak memory")
-    rows = [header]
+    header = ("", "held-out loss", "bits/weight", "base", "trainable", "time", "peak memory")
+    rows: list[tuple[str, ...]] = [header]
     for key, title in TITLES.items():
         if key not in results:
             continue

@@ -221,14 +221,16 @@ class _Run:
         settings = self.settings
         if settings.gradient_checkpointing:
             recompute_activations(model, True)
+        # The others get as many steps as qlora had.
+        steps = settings.steps if key == "qlora" else self.results["qlora"]["steps"]
+        assert steps is not None  # for_data filled it in
         phase = Phase(
             name=key,
             title=title,
             model=model,
             data=self.data.train,
             lr=lr,
-            # The others get as many steps as qlora had.
-            steps=settings.steps if key == "qlora" else self.results["qlora"]["steps"],
+            steps=steps,
             seconds=settings.train_seconds if key == "qlora" else None,
             batch_size=settings.batch_size,
             grad_accum=settings.grad_accum,

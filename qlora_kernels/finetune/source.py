@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,7 +94,8 @@ class Source:
         if self.four_bit:
             return self._load_quantized().eval()
         with readable(f"--model {name}"), quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            # A tuple with output_loading_info, though annotated as a model.
+            model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
                 name, output_loading_info=True, **dtype_argument(torch.bfloat16)
             )
         if info["missing_keys"]:

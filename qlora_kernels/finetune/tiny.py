@@ -9,6 +9,7 @@ import random
 import sys
 import sysconfig
 from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -124,7 +125,8 @@ def pretrain(settings: Settings, trainer: Trainer, folder: str, note: Callable[[
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(config(settings)).to(settings.device)
+    # Any, because the annotations of transformers' to() are wrong.
+    model = cast(Any, LlamaForCausalLM(config(settings))).to(settings.device)
     count = sum(p.numel() for p in model.parameters())
     text = pretraining_text(settings.seed)
     size = f"{count / 1e6:.1f} M parameters on {len(text) / 1e6:.1f} MB of library sources"

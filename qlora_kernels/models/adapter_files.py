@@ -182,23 +182,26 @@ def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"{weights_path}: no such file{hint}")
     tensors, metadata = load_safetensors(weights_path)
     copy = parse_json(metadata[_COPY], f"{weights_path}: the metadata {_COPY}") if _COPY in metadata else None
-    if config is None and copy is None:
-        raise FileNotFoundError(f"{config_path}: no such file; not an adapter's folder, or an incomplete one")
-    if config is not None and copy is not None:
+    if config is None:
+        if copy is None:
+            raise FileNotFoundError(f"{config_path}: no such file; not an adapter's folder, or an incomplete one")
+        return copy, tensors
+    if copy is not None:
         different = peft_config.differences(copy, config)
         if different:
             raise ValueError(
                 f"{config_path} and {weights_path} do not belong together ({'; '.join(different)}): a save was "
                 f"interrupted, or one was edited. Remove {CONFIG_NAME} to use the copy that the weights carry"
             )
-    return config if config is not None else copy, tensors
+    return config, tensors
 
 
 def _pair(tensors: Mapping[str, Tensor], folder: str) -> dict[str, dict[str, Tensor]]:
     """The two matrices of each layer, {layer: {"A": ..., "B": ...}}: complete, floating and finite."""
     path = os.path.join(folder, WEIGHTS_NAME)
     pairs: dict[str, dict[str, Tensor]] = {}
-    foreign = [key for key in tensors if _KEY.fullmatch(key) is None]
+    names = {key: match.groups() for key in tensors if (match := _KEY.fullmatch(key))}
+    foreign = [key for key in tensors if key not in names]
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
     if foreign:
@@ -213,7 +216,7 @@ def _pair(tensors: Mapping[str, Tensor], folder: str) -> dict[str, dict[str, Ten
             tensor = tensor.float()  # float8 can be converted, and nothing else
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {key} holds NaN or infinity")
-        layer, letter = _KEY.fullmatch(key).groups()
+        layer, letter = names[key]
         pairs.setdefault(layer, {})[letter] = tensor
     lone = [layer for layer, pair in pairs.items() if len(pair) < 2]
     if lone:

@@ -58,14 +58,15 @@ def merge_adapters(model: nn.Module) -> dict[str, MergeReport]:
     Raises:
         RuntimeError, ValueError: as QLinear.merge, or when there is no adapter to merge; nothing is merged then.
     """
+    layers = dict(qlora_layers(model))
     reports: dict[str, MergeReport] = {}
     try:
-        for name, layer in qlora_layers(model):
+        for name, layer in layers.items():
             if layer.active_adapter is not None:
                 reports[name] = layer.merge()
     except BaseException:
         for name in reports:
-            model.get_submodule(name).unmerge()
+            layers[name].unmerge()
         raise
     if not reports:
         raise RuntimeError("no layer of this model has an active adapter to merge")

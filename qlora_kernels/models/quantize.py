@@ -190,7 +190,7 @@ def _move(model: nn.Module, device: str | torch.device, layers: int) -> None:
 
 def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device: bool) -> None:
     """Checks that a weight can be quantized: kernels for its device, and finite values."""
-    weight = model.get_submodule(name).weight.detach()
+    weight = model.get_parameter(f"{name}.weight").detach()
     if check_device:
         backends.backend_for(weight)
     if weight.is_meta:
@@ -227,6 +227,7 @@ def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None
     """Replaces one layer in all its places; the dense weight is free when this returns."""
     parent, key = places[0]
     linear = parent._modules[key]
+    assert isinstance(linear, nn.Linear)  # _places lists no others
     if device is not None:
         linear.to(device)
     layer = QLinear.from_linear(linear, **options)

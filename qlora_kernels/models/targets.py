@@ -79,7 +79,7 @@ def plan(
     if not adapter.rank:
         adapted = []
     for name in adapted:
-        n, k = model.get_submodule(name).weight.shape
+        n, k = model.get_parameter(f"{name}.weight").shape
         adapter.check(n, k, name)
     return Plan(tuple(quantized), tuple(adapted), left_alone, adapter, double_quant, adapter_dtype, compute_dtype)
 

@@ -138,6 +138,7 @@ class Binding:
                 addresses += (address, 0)
                 continue
             if p is not whole:
+                assert is_shard(whole)  # an ordinary tensor is its own local part
                 grad, moved = local_gradient(grad, whole, i)
                 copies += moved
             usable = grad.dtype is dtype and grad.layout is strided and grad.is_cuda == on_cuda and grad.shape == shape

@@ -139,7 +139,7 @@ def check_entry(entry: Mapping[str, Any], moments: Sequence[Moment], p: Tensor, 
         _check_moment(entry, moment.name, p, what, optimizer)
     steps = entry.get("step")
     steps = steps.item() if isinstance(steps, Tensor) and steps.numel() == 1 and not steps.is_meta else steps
-    is_count = isinstance(steps, Real) and math.isfinite(steps) and steps >= 0
+    is_count = isinstance(steps, Real) and math.isfinite(steps) and not steps < 0
     require(is_count, ValueError, f"{what} has no step count among its states, found {steps!r}")
     if "master" in entry:
         _check_shape(entry["master"], p, f"'master' of {what}")
@@ -171,8 +171,8 @@ def _check_moment(entry: Mapping[str, Any], name: str, p: Tensor, what: str, opt
             p = local_part(p)
         _check_shape(entry[f"{name}_code"], p, f"'{name}_code' of {what}")
         absmax, blocks = entry.get(f"{name}_absmax"), -(-p.numel() // STATE_BLOCK)
-        fits = isinstance(absmax, Tensor) and absmax.numel() == blocks and entry[f"{name}_code"].dtype == torch.uint8
-        require(fits, ValueError, f"'{name}_absmax' of {what} should have {blocks} constants, and its codes be uint8")
+        if not isinstance(absmax, Tensor) or absmax.numel() != blocks or entry[f"{name}_code"].dtype != torch.uint8:
+            raise ValueError(f"'{name}_absmax' of {what} should have {blocks} constants, and its codes be uint8")
         real = absmax.layout is torch.strided and not absmax.is_meta and absmax.is_floating_point()
         require(real, ValueError, f"'{name}_absmax' of {what} should be a dense tensor of real numbers")
         return

@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -286,7 +286,8 @@ class Paged(torch.optim.Optimizer):
             ValueError: if it belongs to another model or another optimizer. Nothing has changed then.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
+            # Torch's annotation asks for a dict; a hook gets whatever mapping the caller gave.
+            replaced = hook(self, cast(dict[str, Any], state_dict))
             state_dict = state_dict if replaced is None else replaced
         groups, states = state_dicts.matched(state_dict, self.param_groups, self._algorithm.moments, self._name)
         before = [dict(group) for group in self.param_groups]

@@ -33,7 +33,8 @@ def local_part(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         local = tensor.to_local()
-        return local.wait() if hasattr(local, "wait") else local  # a collective may still be filling it
+        wait = getattr(local, "wait", None)  # a collective may still be filling it
+        return local if wait is None else wait()
 
 
 def local_address(tensor: Tensor) -> int:
@@ -47,13 +48,11 @@ def local_gradient(grad: Tensor, p: DTensor, index: int) -> tuple[Tensor, list[T
     Raises:
         RuntimeError: for a gradient of another kind, mesh or shape.
     """
-    matches = is_shard(grad) and grad.device_mesh == p.device_mesh and grad.shape == p.shape
-    require(
-        matches,
-        RuntimeError,
-        f"the gradient of parameter {index} should be a DTensor of shape {list(p.shape)} on {p.device_mesh}, as the "
-        f"parameter is, found {type(grad).__name__} of shape {list(grad.shape)}",
-    )
+    if not (is_shard(grad) and grad.device_mesh == p.device_mesh and grad.shape == p.shape):
+        raise RuntimeError(
+            f"the gradient of parameter {index} should be a DTensor of shape {list(p.shape)} on {p.device_mesh}, as "
+            f"the parameter is, found {type(grad).__name__} of shape {list(grad.shape)}"
+        )
     if grad.placements == p.placements:
         return local_part(grad), []
     moved = local_part(grad.redistribute(placements=p.placements))
@@ -74,7 +73,7 @@ def as_dtensor(local: Tensor, like: DTensor) -> Tensor:
     return _dtensor_over(local, like.device_mesh, like.placements, like)
 
 
-def _dtensor_over(local: Tensor, mesh: Any, placements: tuple, like: Tensor) -> Tensor:
+def _dtensor_over(local: Tensor, mesh: Any, placements: tuple, like: Tensor) -> DTensor:
     """Built as FSDP2 builds its own: DTensor.from_local would copy an offloaded shard to the mesh's device."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -88,12 +87,13 @@ def local_part_as(value: Tensor, like: DTensor) -> Tensor:
 
     ``value`` is a DTensor on the same mesh, or an ordinary tensor that is whole in each process.
     """
+    value = value.detach()
     if not is_shard(value):
         from torch.distributed.tensor import Replicate
 
-        whole, mesh = value.detach().to(local_part(like).device), like.device_mesh
+        whole, mesh = value.to(local_part(like).device), like.device_mesh
         value = _dtensor_over(whole, mesh, (Replicate(),) * mesh.ndim, whole)
-    return local_part(value.detach().redistribute(placements=like.placements))
+    return local_part(value.redistribute(placements=like.placements))
 
 
 def sum_over_processes(sums: np.ndarray, owners: np.ndarray, params: Sequence[Tensor]) -> float:

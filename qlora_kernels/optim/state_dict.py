@@ -24,7 +24,9 @@ _FORMAT = "qlora_kernels.optim/1"
 
 def without_shard_codes(entry: dict[str, Any], p: Tensor, moments: Sequence[Moment]) -> dict[str, Any]:
     """A parameter's states with a shard's 8-bit codes decoded, because those mean nothing to other shards."""
-    names = [moment.name for moment in moments if f"{moment.name}_code" in entry and is_shard(p)]
+    if not is_shard(p):
+        return dict(entry)
+    names = [moment.name for moment in moments if f"{moment.name}_code" in entry]
     encoded = {f"{name}_{suffix}" for name in names for suffix in ("code", "absmax")}
     kept = {key: value for key, value in entry.items() if key not in encoded}
     return {**kept, **{name: as_dtensor(decode_moment(entry, name).to(local_part(p).device), p) for name in names}}

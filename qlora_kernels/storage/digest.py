@@ -16,7 +16,7 @@ def digest(value: Any) -> str:
         if isinstance(value, torch.Tensor):
             flat = value.detach().cpu().contiguous().flatten()
             result.update(f"{value.dtype}{list(value.shape)}".encode())
-            result.update(flat.view(torch.uint8).numpy())
+            result.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             result.update(f"{{{len(value)}".encode())
             for key, inner in value.items():

@@ -150,7 +150,7 @@ class Writer:
             raise ValueError(f"{name} should be {entry.dtype} {list(entry.shape)}, found {tensor.dtype} {tensor.shape}")
         self._file.seek(self._start + self._begin[name])
         if tensor.numel():
-            self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def copy(self, name: str, source: Entry) -> None:
         """Copies the bytes of a tensor from another file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -82,5 +83,5 @@ def _load(model: nn.Module, entries: dict[str, Entry], folder: str) -> None:
         raise InputError(f"{folder} lacks {len(missing)} tensors of its model, first {missing[0]}")
     with readable(folder):
         model.load_state_dict(values, strict=False, assign=True)
-    model.tie_weights()
+    cast(Any, model).tie_weights()  # a method of transformers' models
     model.requires_grad_(False)

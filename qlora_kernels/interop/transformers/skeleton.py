@@ -27,11 +27,11 @@ def _parameters_on_meta() -> Iterator[None]:
     """
     register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # One that is already on meta may be tied to another: it must stay the same object.
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
 
     nn.Module.register_parameter = register_on_meta
     try:
@@ -68,7 +68,8 @@ def config_dtype(config: Any) -> torch.dtype:
 
 def skipped(model: nn.Module) -> list[str]:
     """The layers to leave dense: the output embedding, whatever its name."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter = getattr(model, "get_output_embeddings", None)
+    head = None if getter is None else getter()
     return ["lm_head", *(name for name, module in model.named_modules() if module is head and name != "lm_head")]
 
 

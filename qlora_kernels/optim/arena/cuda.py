@@ -20,7 +20,7 @@ def host_memory(owner: Any, address: int, count: int, dtype: torch.dtype) -> Ten
     if count == 0:
         return torch.empty(0, dtype=dtype, device="cpu")
     buffer = (ctypes.c_ubyte * (count * dtype.itemsize)).from_address(address)
-    buffer.owner = owner
+    buffer.owner = owner  # pyright: ignore[reportAttributeAccessIssue] - ctypes arrays take any attribute
     return torch.frombuffer(buffer, dtype=dtype)
 
 

@@ -90,7 +90,7 @@ class HostArena:
         seen = (ctypes.c_ubyte * pages)()
         if _libc().mincore(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes), seen) != 0:
             return self.nbytes
-        resident = int((np.frombuffer(seen, dtype=np.uint8) & 1).sum())
+        resident = int((np.frombuffer(memoryview(seen), dtype=np.uint8) & 1).sum())
         return min(resident * mmap.PAGESIZE, self.nbytes)
 
 

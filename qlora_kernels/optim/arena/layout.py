@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,8 +21,10 @@ _CONTROL_BYTES = 64
 _NORM, _SKIPPED = 8, 24  # offsets in OptimizerControl
 _ALIGNMENT = 256
 
+_Count = TypeVar("_Count", int, np.ndarray)
 
-def aligned(count: int, to: int = _ALIGNMENT) -> int:
+
+def aligned(count: _Count, to: int = _ALIGNMENT) -> _Count:
     """``count`` rounded up to a multiple of ``to``."""
     return -(-count // to) * to
 
