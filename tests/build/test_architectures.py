@@ -35,7 +35,7 @@ def test_lists(text, expected):
 )
 def test_what_is_no_list_is_one_sentence(text):
     with pytest.raises(
-        ValueError, match=r"^QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list .* is no CUDA"
+        ValueError, match=r"^QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list .* is not a CUDA"
     ):
         parse(text)
 
