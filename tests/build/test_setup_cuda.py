@@ -216,8 +216,8 @@ def test_setup_py_stops_with_the_sentence_alone():
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        "QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list such as '80;90a;120+PTX', and 'hopper' is not a "
-        "CUDA architecture\n"
+        "QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list such as '80;90a;120+PTX', and 'hopper' is not "
+        "a CUDA architecture\n"
     )
 
 
