@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-seconds", type=float, default=Settings().seconds, help="a case (default %(default)s)")
 
 
+def _option(config: pytest.Config, name: str) -> Any:
+    """Of the type that pytest_addoption() gives it; pytest declares any, or None."""
+    return config.getoption(name)
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """One process alone on the machine, or times mean little."""
     return 0
@@ -33,7 +38,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "point" in metafunc.fixturenames:
-        points = SWEEPS[metafunc.config.getoption("--bench-sweep")]()
+        points = SWEEPS[_option(metafunc.config, "--bench-sweep")]()
         metafunc.parametrize("point", points, ids=str)
 
 
@@ -42,16 +47,16 @@ def settings(pytestconfig: pytest.Config) -> Settings:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Settings(
         device=device,
-        threads=pytestconfig.getoption("--bench-threads") or torch.get_num_threads(),
+        threads=_option(pytestconfig, "--bench-threads") or torch.get_num_threads(),
         cache_bytes=largest_cache(device),
-        seconds=pytestconfig.getoption("--bench-seconds"),
+        seconds=_option(pytestconfig, "--bench-seconds"),
     )
 
 
 @pytest.fixture(scope="session")
 def cases(settings: Settings, pytestconfig: pytest.Config) -> list[dict[str, Any]]:
     """Where a test leaves what it measured."""
-    measured = result_files.begin(settings, pytestconfig.getoption("--bench-sweep"))
+    measured = result_files.begin(settings, _option(pytestconfig, "--bench-sweep"))
     pytestconfig.stash[_RESULTS] = measured
     return measured["cases"]
 
@@ -67,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if measured is None or not measured["cases"]:
         return
     measured["complete"] = exitstatus == 0
-    out = config.getoption("--bench-out")
+    out = _option(config, "--bench-out")
     if out:
         result_files.save(measured, out)
     terminalreporter.write_line("\n" + table.terminal(measured))

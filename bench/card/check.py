@@ -142,7 +142,7 @@ def say(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.card.check",
-        description=__doc__.split(": python")[0] + ".",
+        description=(__doc__ or "").split(": python")[0] + ".",
         epilog="Exit code 0: all steps passed; 1: not all; 2: no CUDA device.",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="for gpu_check.json, gpu_check.md and logs.tar.gz")

@@ -229,8 +229,8 @@ def poisoned_scratch() -> Iterator[None]:
     """
     plain = backends.CUDA._scratch
 
-    def filled(self, *arguments):
-        scratch = plain(self, *arguments)
+    def filled(self: backends.CUDA, x: Tensor, size: int) -> Tensor | None:
+        scratch = plain(self, x, size)
         if scratch is not None:
             scratch.view(torch.uint8).fill_(0xFF)
         return scratch
@@ -397,7 +397,7 @@ def verdict(equal: int, total: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None, device: str = "cuda") -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.card.kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.card.kernels", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", metavar="TEXT", default="", help="only cases whose kernel and name begin so")
     parser.add_argument(
         "--poison-scratch",

@@ -349,13 +349,15 @@ def to_json(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.predict", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compiled.predict", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--card", choices=CARDS, default="h200")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"))
     parser.add_argument("--backward", action="store_true", help="the gradient of x")
     parser.add_argument("--out", type=Path, help=f"the file for all cards, directions and shapes; default {OUT.name}")
     arguments = parser.parse_args(argv)
-    shapes = [tuple(shape) for shape in arguments.shape or SHAPES]
+    shapes: list[tuple[int, int]] = [(n, k) for n, k in arguments.shape or SHAPES]
     for n, k in shapes:
         if n < 1 or k < 1 or k % 64:
             parser.error(f"N = {n}, K = {k}: there are predictions for the tensor cores' kernels, K a multiple of 64")

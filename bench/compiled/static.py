@@ -189,8 +189,9 @@ def loop_figures(kernel: str, code: sass.Function) -> dict[str, float]:
 
 
 def _number(architecture: str) -> tuple[int, str]:
-    digits = re.search(r"\d+", architecture)[0]
-    return int(digits), architecture
+    digits = re.search(r"\d+", architecture)
+    assert digits is not None, architecture
+    return int(digits[0]), architecture
 
 
 def report(module: Path) -> dict[str, Any]:
@@ -227,7 +228,10 @@ def by_architecture(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def nvcc_version() -> str:
     """To the build: code generation may change with it."""
-    return re.search(r"V(\d+\.\d+\.\d+)", _run(tool("nvcc"), "--version"))[1]
+    found = re.search(r"V(\d+\.\d+\.\d+)", _run(tool("nvcc"), "--version"))
+    if found is None:
+        raise RuntimeError("nvcc --version names no version")
+    return found[1]
 
 
 def path_for(archs: list[str], folder: Path = FOLDER) -> Path:
@@ -298,7 +302,7 @@ def module_of(path: Path, folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.static", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled.static", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("path", type=Path, metavar="WHEEL", help="a wheel with CUDA kernels, or its extension _C*.so")
     parser.add_argument("--out", type=Path, help="the JSON file; beside it the Markdown; default: in bench/results")
     options = parser.parse_args(arguments)

@@ -74,7 +74,7 @@ def result(wheel: Path, seconds: dict[str, float], folder: Path) -> dict[str, An
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.wheel", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled.wheel", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--archs", default="all", help="as in QLORA_KERNELS_CUDA_ARCHS; default: all")
     parser.add_argument("--out", type=Path, default=OUT, help=f"the file; default: {OUT.name} in bench/results")
     options = parser.parse_args(arguments)

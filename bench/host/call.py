@@ -134,7 +134,7 @@ def markdown(result: dict[str, Any], source: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.host.call", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.host.call", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", metavar="FILE", required=True, help="where the result goes, as JSON")
     parser.add_argument("--repeats", type=int, default=500, help="of which the least counts (default %(default)s)")
     parser.add_argument("--number", type=int, default=20, help="of calls in each (default %(default)s)")

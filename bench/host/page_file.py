@@ -175,7 +175,7 @@ def sentence(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.host.page_file", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.host.page_file", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", metavar="FILE", help="where the result goes, as JSON")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the states lie (default %(default)s)")
     parser.add_argument("--layers", type=int, default=24, help="(default %(default)s)")

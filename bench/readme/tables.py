@@ -199,7 +199,7 @@ def _bars(found: dict[str, Any], bars: tuple[Bar, ...]) -> list[str]:
     require_cases(found, bars)
     for v in judge(found, bars):
         case = {**v.case, "n": None, "k": None, "model": None}
-        reached = _escaped(v.reason) if v.ratio is None else f"{v.ratio:.2f}×"
+        reached = _escaped(v.reason or "") if v.ratio is None else f"{v.ratio:.2f}×"
         lines.append(f"| {title_of(case)} | {v.bar.contender} | {v.bar.at_least:g}× | {reached} | {v.word} |")
     return lines
 
@@ -232,7 +232,9 @@ def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     if forward:
         (few, ours), (many, ours_of_many) = forward[0], forward[-1]
         notes.append(f"At M = {few['m']} this package moves {gb_per_s(ours):.1f} GB/s")
-        notes.append(f"at M = {many['m']} it multiplies at {gflop_per_s(many, ours_of_many) / 1e3:.2f} TFLOP/s")
+        rate = gflop_per_s(many, ours_of_many)
+        assert rate is not None, "a layer's forward has its flops"
+        notes.append(f"at M = {many['m']} it multiplies at {rate / 1e3:.2f} TFLOP/s")
     if limits.bytes_per_s:
         notes.append(f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)")
     if "bfloat16" in limits.flops:
@@ -439,7 +441,9 @@ def relative(path: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m bench.readme.tables", description=__doc__.splitlines()[0]).parse_args(argv)
+    argparse.ArgumentParser(
+        prog="python -m bench.readme.tables", description=(__doc__ or "").split("\n")[0]
+    ).parse_args(argv)
     before = read_documents()
     made = {
         path: (text.encode(), "the newest results") for path, text in filled(before).items() if text != before[path]

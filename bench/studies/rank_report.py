@@ -139,8 +139,8 @@ def plot(result: dict[str, Any], path: str | os.PathLike, source: str) -> None:
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for (targets, row), marker in zip(points(result).items(), "osv"):
-        spread = [point.spread for point in row]
-        error = None if None in spread else spread
+        spread = [point.spread for point in row if point.spread is not None]
+        error = spread if len(spread) == len(row) else None
         x, y = [point.rank for point in row], [point.loss for point in row]
         axes.errorbar(x, y, error, marker=marker, capsize=3, label=label(targets))
     s = result["settings"]

@@ -40,7 +40,7 @@ from qlora_kernels.errors import InputError, missing_extra, sentence
 from qlora_kernels.finetune import tiny
 from qlora_kernels.finetune.data import Data, Windows, load_data
 from qlora_kernels.finetune.evaluate import held_out_loss
-from qlora_kernels.finetune.options import Options
+from qlora_kernels.finetune.options import Settings
 from qlora_kernels.finetune.report import sizes
 from qlora_kernels.finetune.source import Source, quantize
 from qlora_kernels.finetune.train import Phase, Trainer
@@ -199,6 +199,10 @@ class _Run:
     def _cell(self, seed: int, targets: str, rank: int, number: str) -> dict[str, Any]:
         """Trains and evaluates one cell."""
         options = replace(self.shared, rank=rank, target_modules=targets, seed=seed)
+        train, steps = self.data.train, options.steps
+        # StudyOptions.check() asks for steps; the standard library's sources, which are the data, are one long text.
+        assert isinstance(train, Windows)
+        assert steps is not None
         title = f"{label(targets)}, r = {rank}" + (f", seed {seed}" if self.options.seeds > 1 else "")
         model = self.source.load()
         report = quantize(model, options)
@@ -207,9 +211,9 @@ class _Run:
             name="qlora",
             title=f"{number}: {title}",
             model=model,
-            data=Windows(self.data.train.tokens, options.seq_len, seed),
+            data=Windows(train.tokens, options.seq_len, seed),
             lr=options.lr,
-            steps=options.steps,
+            steps=steps,
             batch_size=options.batch_size,
             grad_accum=options.grad_accum,
             warmup=options.warmup,
@@ -233,7 +237,7 @@ class _Run:
             "tokens_per_second": trained.tokens_per_second,
         }
 
-    def _trainer(self, options: Options) -> Trainer:
+    def _trainer(self, options: Settings) -> Trainer:
         return Trainer(options, {}, self.stop, {})
 
     def _loss(self, model: nn.Module, title: str) -> float:

@@ -121,6 +121,7 @@ class OtherProcesses:
         self._begin = self._now()
 
     def pause(self) -> None:
+        assert self._begin is not None, "pause() follows resume()"
         busy, own, everything = (end - begin for begin, end in zip(self._begin, self._now(), strict=True))
         self._busy, self._own, self._all = self._busy + busy, self._own + own, self._all + everything
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -119,7 +119,7 @@ def run(
     minutes: float | None = None,
     retries: int = 0,
     progress: Callable[[Point | None, str], None] = lambda point, text: None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Measures points, each in a process of its own.
 
     Args:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,53 @@ class Point:
         return ", ".join([self.operation, *sizes])
 
 
+class Coordinates:
+    """A point's coordinates for an operation that needs them.
+
+    Raises:
+        ValueError: from any of them, where the point has none.
+    """
+
+    def __init__(self, point: Point) -> None:
+        self._point = point
+
+    def _given(self, value: _T | None, name: str) -> _T:
+        if value is None:
+            raise ValueError(f"{self._point.operation} needs {name}")
+        return value
+
+    @property
+    def n(self) -> int:
+        return self._given(self._point.n, "n")
+
+    @property
+    def k(self) -> int:
+        return self._given(self._point.k, "k")
+
+    @property
+    def m(self) -> int:
+        return self._given(self._point.m, "m")
+
+    @property
+    def rank(self) -> int:
+        return self._given(self._point.rank, "rank")
+
+    @property
+    def model(self) -> str:
+        return self._given(self._point.model, "model")
+
+    @property
+    def batch(self) -> int:
+        return self._given(self._point.batch, "batch")
+
+
 POINT_KEYS = tuple(Point.__dataclass_fields__)
 
 
 def point_of(case: dict[str, Any]) -> Point:
     """The point that a measured case is of."""
-    return Point(**{key: case.get(key) for key in POINT_KEYS})
+    coordinates: dict[str, Any] = {key: case.get(key) for key in POINT_KEYS}
+    return Point(**coordinates)
 
 
 def shapes_of(*models: str) -> list[tuple[int, int]]:

@@ -17,8 +17,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import TracebackType
 from typing import Any
 
@@ -72,6 +74,24 @@ class Remote:
         return self._worker.ask("result")
 
 
+@dataclass(frozen=True)
+class _Process:
+    """A process that was started.
+
+    Attributes:
+        handle, pid: multiprocessing's, and its number.
+        pipe: for requests and answers.
+        folder: for all that it and its children leave.
+        doing: shared memory, which says what contender is at work.
+    """
+
+    handle: ForkServerProcess
+    pid: int
+    pipe: Connection
+    folder: str
+    doing: Any
+
+
 class Worker:
     """A process that measures, with a folder for all that it and its children leave.
 
@@ -86,12 +106,9 @@ class Worker:
     def __init__(self, prepare_seconds: float = PREPARE_SECONDS, begin: Callable[..., Any] | None = None) -> None:
         self.prepare_seconds, self._begin = prepare_seconds, begin
         self.deadline: float | None = None
-        self._process: Any = None
-        self._pipe: Connection | None = None
-        self._folder = ""
-        self._doing: Any = None
+        self._process: _Process | None = None
         #: Imported before the fork. Where that ends the server, nothing: each process then imports for itself.
-        self._preloaded = list(PRELOADED)
+        self._preloaded: list[str] = list(PRELOADED)
 
     def __enter__(self) -> Worker:
         return self
@@ -103,21 +120,22 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the process and what it has begun; the next measurement begins a new one."""
-        process, self._process = self._process, None
-        if process is None:
+        running, self._process = self._process, None
+        if running is None:
             return
+        process = running.handle
         try:
-            self._pipe.close()
+            running.pipe.close()
             process.join(1.0)
         finally:
             # Its group has the number of the process, which nothing else is given while any of the group is alive.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(running.pid, signal.SIGKILL)
             process.kill()
             process.join()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(running.folder, ignore_errors=True)
 
-    def _start(self) -> None:
+    def _start(self) -> _Process:
         """Begins a process.
 
         Raises:
@@ -147,9 +165,11 @@ class Worker:
             raise
         finally:
             theirs.close()
-        self._process, self._pipe, self._folder, self._doing = process, pipe, folder, doing
+        assert process.pid is not None  # it has been started
+        self._process = _Process(process, process.pid, pipe, folder, doing)
+        return self._process
 
-    def _launch(self, context: Any, process: Any) -> None:
+    def _launch(self, context: ForkServerContext, process: ForkServerProcess) -> None:
         """Starts a process, which waits for the server to have imported everything; an end of that ends the server."""
         context.set_forkserver_preload(self._preloaded)
         # Ctrl-C is sent to the server, too. It inherits what is blocked here; the tracker is there before, because to
@@ -195,19 +215,18 @@ class Worker:
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """Sends a request and waits for its answer; see :class:`Remote` for what it raises."""
-        if self._process is None:
-            self._start()
+        process = self._process or self._start()
         asked = time.monotonic()
         with contextlib.suppress(BrokenPipeError):
-            self._pipe.send((what, arguments))
+            process.pipe.send((what, arguments))
         # A child of the process may hold the pipe open beyond its end, and the server that tells of that may die.
-        watched = [self._pipe, self._process.sentinel]
+        watched: list[Connection | int] = [process.pipe, process.handle.sentinel]
         while True:
-            who, since, _ = self._at_work(asked)
+            who, since, _ = self._at_work(process, asked)
             end = self._end_of(since)
             left = end - time.monotonic()
             ready = wait(watched, max(left, 0.0))
-            if self._pipe in ready or (ready and not _is_alive(self._process.pid)):
+            if process.pipe in ready or (ready and not _is_alive(process.pid)):
                 break
             if ready:
                 watched.pop()
@@ -218,37 +237,36 @@ class Worker:
                     raise OutOfTime(who)
                 raise Lost(f"gave no answer within {end - since:.0f} s", who)
         try:
-            if not self._pipe.poll():
+            if not process.pipe.poll():
                 raise EOFError
-            kind, value = self._pipe.recv()
+            kind, value = process.pipe.recv()
         except (EOFError, OSError):
-            who, _, said = self._at_work(asked)
-            raise Lost(self._ending(said), who) from None
+            who, _, said = self._at_work(process, asked)
+            raise Lost(self._ending(process, said), who) from None
         except Exception as problem:
             raise RuntimeError(f"its answer cannot be read: {reason(problem)}") from None
         if kind == "error":
             raise RuntimeError(value)
         return value
 
-    def _at_work(self, asked: float) -> tuple[str, float, int]:
+    def _at_work(self, process: _Process, asked: float) -> tuple[str, float, int]:
         """The contender at work on the request of that time, since when, and where in the log it began."""
         try:
-            since, said, who = self._doing.value.decode().split(" ", 2)
+            since, said, who = process.doing.value.decode().split(" ", 2)
             return (who, float(since), int(said)) if float(since) >= asked else ("", asked, 0)
         except ValueError:
             return "", asked, 0
 
-    def _ending(self, said: int) -> str:
+    def _ending(self, process: _Process, said: int) -> str:
         """How the process ended, with the last line that it wrote from there on."""
-        process = self._process
-        process.join(5.0)
-        code = process.exitcode
+        process.handle.join(5.0)
+        code = process.handle.exitcode
         how = "its process hangs" if code is None else f"ended its process with exit code {code}"
         if code is not None and code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             how = f"ended its process: {name}" + (" (perhaps out of memory)" if -code == signal.SIGKILL else "")
         last = b""
-        with contextlib.suppress(OSError), open(os.path.join(self._folder, _LOG), "rb") as log:
+        with contextlib.suppress(OSError), open(os.path.join(process.folder, _LOG), "rb") as log:
             log.seek(max(os.fstat(log.fileno()).st_size - 4096, said))
             last = log.read()
         lines = [printable(line) for line in last.decode(errors="replace").splitlines()]

@@ -70,7 +70,7 @@ def _sweep_files(path: str) -> None:
                     os.unlink(os.path.join(folder, match[0]))
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Calls ``write(temporary_path)`` beside ``path``, syncs the file, and renames it into place.
 
     A kill at any moment leaves the old file or the new one; an exception leaves the old one and no litter. Leftovers

@@ -119,8 +119,8 @@ class _Patient(Worker):
         super().__init__(**more)
         self._at_bnb, self._told = at_bnb, False
 
-    def _at_work(self, asked):
-        who, since, said = super()._at_work(asked)
+    def _at_work(self, process, asked):
+        who, since, said = super()._at_work(process, asked)
         if who == BNB and not self._told:
             self._told = True
             self._at_bnb(self, since)
@@ -133,7 +133,7 @@ class _Patient(Worker):
 
     def _start(self):
         self.deadline, self.prepare_seconds = None, 60.0
-        super()._start()
+        return super()._start()
 
 
 def _limit(seconds):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..points import MODELS, Point
+from ..points import MODELS, Coordinates, Point
 
 #: Gradients of the steps that are verified, as multiples of the same ones: any two of them differ.
 SCALES = (1.0, -0.5, 0.75, 2.0)
@@ -23,7 +23,8 @@ class AdapterTensors:
     """
 
     def __init__(self, point: Point, device: torch.device) -> None:
-        model, rank = MODELS[point.model], point.rank
+        sizes = Coordinates(point)
+        model, rank = MODELS[sizes.model], sizes.rank
         layer = list(model.linears.values())
         shapes = [shape for n, k in layer * model.layers for shape in ((rank, k), (n, rank))]
         generator = torch.Generator().manual_seed(0)
@@ -33,7 +34,8 @@ class AdapterTensors:
         for p in self.parameters:
             p.grad = torch.empty_like(p)
         self.count = sum(p.numel() for p in self.parameters)
-        self.norm = sum(g.double().square().sum() for g in self.gradients).sqrt().item()
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        self.norm = sum((g.double().square().sum() for g in self.gradients), nothing).sqrt().item()
 
     def set_step(self, step: int) -> None:
         """Gradients for the step of this number, from 0; at step 0 the parameters start over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,19 @@ def peft_lora(linear: nn.Module, A: Tensor, B: Tensor, alpha: float) -> nn.Modul
     """PEFT's LoRA layer over a layer, with A [r, k] and B [n, r] in their own dtype."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=A.shape[0], lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"])
+    # LoraConfig declares an int, and takes any number.
+    config = LoraConfig(r=A.shape[0], lora_alpha=cast(int, alpha), lora_dropout=0.0, target_modules=["0"])
     model = get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False)
-    layer = model.base_model.model[0]
+    layer = cast(Any, model).base_model.model[0]
     for module, value in ((layer.lora_A["default"], A), (layer.lora_B["default"], B)):
         module.weight = nn.Parameter(value.clone())
     return layer
+
+
+def peft_adapter(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """A and B of PEFT's LoRA layer, which torch's annotations know nothing of."""
+    lora = cast(Any, layer)
+    return lora.lora_A["default"].weight, lora.lora_B["default"].weight
 
 
 def plain_lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -43,6 +51,8 @@ def plain_lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Te
 
 class PlainLora(nn.Module):
     """x W^T + scaling * (x A^T) B^T in plain torch: what others are held against."""
+
+    weight: Tensor
 
     def __init__(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
         super().__init__()
@@ -70,20 +80,22 @@ class Block(nn.Module):
 
         super().__init__()
         shape = MODELS[model]
+        # attn_implementation is read from what PretrainedConfig gets beside the declared fields.
+        options: dict[str, Any] = {"attn_implementation": "sdpa"}
         config = LlamaConfig(
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads,
             num_hidden_layers=1,
-            attn_implementation="sdpa",
+            **options,
         )
         with torch.device("meta"):
             self.layer = LlamaDecoderLayer(config, layer_idx=0)
         self.rotary = LlamaRotaryEmbedding(config).to(device)
         linears = self.linears()
         if weights is None:
-            made = dense_weights([tuple(m.weight.shape) for m in linears.values()], dtype, device)
+            made = dense_weights([(m.out_features, m.in_features) for m in linears.values()], dtype, device)
             weights = dict(zip(linears, made))
         for name, linear in linears.items():
             linear.weight = nn.Parameter(weights[name], requires_grad=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,34 @@ from torch import Tensor, nn
 import qlora_kernels
 
 from ... import NF4Weight
+from ...ops import Pieces
 from ...ops.backends import reference
 from ..case import Contender, Ready, Settings
-from ..points import Point
+from ..points import Coordinates, Point
 from .adapter_tensors import AdapterTensors
+from .models import peft_lora
 from .names import EQUAL_COPY
 
 _AT_A_TIME = 1 << 22  # a multiple of a block's 64
+
+
+class BnbState(Protocol):
+    """What is used of bitsandbytes' QuantState, which describes a weight with double quantization."""
+
+    shape: torch.Size
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor
+    state2: BnbState
+
+
+def bitsandbytes(module: str = "bitsandbytes") -> Any:
+    """A module of bitsandbytes, which has no annotations to rely on and need not be installed.
+
+    Raises:
+        ModuleNotFoundError: where it is not.
+    """
+    return importlib.import_module(module)
 
 
 class Lab:
@@ -28,10 +50,15 @@ class Lab:
 
     All copies of a weight hold the same numbers in different memory, so one reference serves them all. A contender is
     held against float64 over *its own* dequantized weights: quantization itself is another case's business.
+
+    Attributes:
+        settings, point: as given.
+        sizes: the point's coordinates, for an operation that needs them.
+        device, dtype: of weights and inputs.
     """
 
     def __init__(self, settings: Settings, point: Point) -> None:
-        self.settings, self.point = settings, point
+        self.settings, self.point, self.sizes = settings, point, Coordinates(point)
         self.device = torch.device(settings.device)
         self.dtype: torch.dtype = getattr(torch, point.dtype)
         self._exact: dict[str, Tensor] = {}
@@ -47,7 +74,7 @@ class Lab:
     @property
     def shape(self) -> tuple[int, int]:
         """(n, k)."""
-        return self.point.n, self.point.k
+        return self.sizes.n, self.sizes.k
 
     # ------------------------------------------------------------------------------------------------- weights
 
@@ -74,19 +101,18 @@ class Lab:
         return self.copied(first, first.nbytes, torch.clone)
 
     @cached_property
-    def bnb(self) -> list[tuple[Tensor, Any]]:
+    def bnb(self) -> list[tuple[Tensor, BnbState]]:
         """(packed, state) from bitsandbytes: NF4, block 64, double quantization."""
-        from bitsandbytes.functional import quantize_4bit
-
+        quantize_4bit = bitsandbytes("bitsandbytes.functional").quantize_4bit
         first = quantize_4bit(self.source, quant_type="nf4", blocksize=64, compress_statistics=True)
         return self.copied(first, bnb_bytes(*first))
 
-    def bnb_layer(self) -> nn.Module:
+    def bnb_layer(self) -> nn.Linear:
         """bitsandbytes' own layer."""
         return bnb_linear(self.source)
 
     @cached_property
-    def bnb_eval_layers(self) -> list[nn.Module]:
+    def bnb_eval_layers(self) -> list[nn.Linear]:
         """In eval mode, and without gradients, the layer repacks its weight for a kernel of its own."""
         return self.copied(self.bnb_layer().eval(), bnb_bytes(*self.bnb[0]))
 
@@ -96,16 +122,7 @@ class Lab:
         return self.copied(first, bnb_bytes(*self.bnb[0]))
 
     def _peft_layer(self) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
-
-        rank, alpha = self.point.rank, self.settings.alpha
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=["0"])
-        model = get_peft_model(nn.Sequential(self.bnb_layer()), config, autocast_adapter_dtype=False)
-        layer = model.base_model.model[0]
-        A, B = self.adapter
-        for module, value in ((layer.lora_A["default"], A), (layer.lora_B["default"], B)):
-            module.weight = nn.Parameter(value.clone())
-        return layer
+        return peft_lora(self.bnb_layer(), *self.adapter, self.settings.alpha)
 
     @cached_property
     def layers(self) -> list[qlora_kernels.QLinear]:
@@ -113,7 +130,7 @@ class Lab:
         return [self._layer(weight) for weight in self.ours]
 
     def _layer(self, weight: NF4Weight) -> qlora_kernels.QLinear:
-        rank = self.point.rank
+        rank = self.sizes.rank
         layer = qlora_kernels.QLinear.from_nf4(weight, rank=rank, alpha=self.settings.alpha, dtype=self.dtype)
         A, B = self.adapter
         with torch.no_grad():
@@ -133,17 +150,18 @@ class Lab:
         """A [r, k] and B [n, r]; B is not zero, or its share of the result would go unseen."""
         n, k = self.shape
         generator = torch.Generator().manual_seed(1)
-        A = torch.randn(self.point.rank, k, generator=generator) / k**0.5
-        B = torch.randn(n, self.point.rank, generator=generator) * 0.1
+        A = torch.randn(self.sizes.rank, k, generator=generator) / k**0.5
+        B = torch.randn(n, self.sizes.rank, generator=generator) * 0.1
         return A.to(self.device, self.dtype), B.to(self.device, self.dtype)
 
     def adapters(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """Copies of the adapter, for as many copies of the weight."""
-        return [tuple(part.clone() for part in self.adapter) for _ in range(count)]
+        A, B = self.adapter
+        return [(A.clone(), B.clone()) for _ in range(count)]
 
     @property
     def scaling(self) -> float:
-        return self.settings.alpha / self.point.rank
+        return self.settings.alpha / self.sizes.rank
 
     def rows(self, m: int, columns: int, seed: int = 2) -> Tensor:
         """Random [m, columns]."""
@@ -177,7 +195,7 @@ class Lab:
         """The float64 weight that a contender's stored data stand for, decoded in plain torch."""
         if whose not in self._exact:
             pieces = self.ours[0].pieces if whose == "ours" else bnb_pieces(*self.bnb[0])
-            self._exact[whose] = decoded(pieces, *self.shape, torch.float32).double()
+            self._exact[whose] = decoded(pieces, self.shape, torch.float32).double()
         return self._exact[whose]
 
     def bytes_of(self, whose: str) -> int:
@@ -185,21 +203,21 @@ class Lab:
         if whose == "ours":
             return self.ours[0].nbytes
         if whose == "dense":
-            return self.point.n * self.point.k * self.dtype.itemsize
+            return self.sizes.n * self.sizes.k * self.dtype.itemsize
         if whose == "bnb":
             return bnb_bytes(*self.bnb[0])
         # Repacked: constants are no longer nested, and are stored in bf16.
-        layer = self.bnb_eval_layers[0]
-        return layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
+        packed, state = bnb_stored(self.bnb_eval_layers[0])
+        return packed.nbytes + state.absmax.nbytes
 
 
-def decoded(pieces: Sequence[Tensor], n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight [n, k] that stored data stand for, in plain torch alone, on their device.
+def decoded(pieces: Pieces, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The dense weight of ``shape`` [n, k] that stored data stand for, in plain torch alone, on their device.
 
     Some millions of weights at a time: plain torch takes 30 bytes for each.
     """
-    packed, *constants = pieces
-    scales = reference.decode_absmax((packed, *constants))
+    n, k = shape
+    packed, scales = pieces[0], reference.decode_absmax(pieces)
     dense = torch.empty(n * k, dtype=dtype, device=packed.device)
     for begin in range(0, n * k, _AT_A_TIME):
         end = min(begin + _AT_A_TIME, n * k)
@@ -208,12 +226,12 @@ def decoded(pieces: Sequence[Tensor], n: int, k: int, dtype: torch.dtype) -> Ten
     return dense.view(n, k)
 
 
-def bnb_bytes(packed: Tensor, state: Any) -> int:
+def bnb_bytes(packed: Tensor, state: BnbState) -> int:
     """Of a weight that bitsandbytes stores."""
     return packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
 
 
-def bnb_pieces(packed: Tensor, state: Any) -> tuple[Tensor, ...]:
+def bnb_pieces(packed: Tensor, state: BnbState) -> Pieces:
     """What bitsandbytes stores, as the pieces of an NF4Weight."""
     second = state.state2
     return packed.flatten(), state.absmax, second.absmax, state.offset.reshape(1).float(), second.code.float()
@@ -221,19 +239,29 @@ def bnb_pieces(packed: Tensor, state: Any) -> tuple[Tensor, ...]:
 
 def clone_weight(weight: NF4Weight) -> NF4Weight:
     """The same numbers in other memory."""
-    packed, absmax, nested_absmax, offset, table = (piece.clone() for piece in weight.pieces)
+    nested_absmax, offset, table = (None if piece is None else piece.clone() for piece in weight.pieces[2:])
     return replace(
-        weight, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=offset, nested_table=table
+        weight,
+        packed=weight.packed.clone(),
+        absmax=weight.absmax.clone(),
+        nested_absmax=nested_absmax,
+        nested_offset=offset,
+        nested_table=table,
     )
 
 
-def bnb_linear(weight: Tensor) -> nn.Module:
-    """bitsandbytes' layer over a weight [n, k], computing in the weight's dtype and on its device."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+def bnb_stored(layer: nn.Linear) -> tuple[Tensor, BnbState]:
+    """(packed, state) of bitsandbytes' layer."""
+    weight: Any = layer.weight  # a Params4bit
+    return weight.data, weight.quant_state
 
+
+def bnb_linear(weight: Tensor) -> nn.Linear:
+    """bitsandbytes' layer over a weight [n, k], computing in the weight's dtype and on its device."""
+    modules = bitsandbytes("bitsandbytes.nn")
     n, k = weight.shape
     options = {"compress_statistics": True, "quant_type": "nf4"}
     with torch.device("meta"):
-        layer = Linear4bit(k, n, bias=False, compute_dtype=weight.dtype, **options)
-    layer.weight = Params4bit(weight, requires_grad=False, module=layer, **options)
+        layer = modules.Linear4bit(k, n, bias=False, compute_dtype=weight.dtype, **options)
+    layer.weight = modules.Params4bit(weight, requires_grad=False, module=layer, **options)
     return layer.to(weight.device)  # where it quantizes

@@ -8,17 +8,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 import qlora_kernels
-from qlora_kernels import PagedAdamW, quantize_model
+from qlora_kernels import PagedAdamW, QLinear, quantize_model
 
 from ..case import OURS, Case, Contender, Ready, WrongResult, largest_error
-from ..contenders.models import Block, PlainLora, peft_lora
+from ..contenders.models import Block, PlainLora, peft_adapter, peft_lora
 from ..contenders.names import DENSE, PEFT
-from ..contenders.weights import Lab, bnb_bytes, bnb_linear, bnb_pieces, decoded
+from ..contenders.weights import BnbState, Lab, bitsandbytes, bnb_bytes, bnb_linear, bnb_pieces, bnb_stored, decoded
 from ..points import MODELS
 
 # Seven products and an attention, each rounded to bf16, there and back.
@@ -70,7 +71,7 @@ class Trained:
             WrongResult: with the error.
         """
         self.gradients(x, dy)
-        gradients = [a.grad.double() for a in self.adapters]
+        gradients = [_gradient(a).double() for a in self.adapters]
         error = largest_error(gradients, wanted)
         if not error <= LIMIT:
             raise WrongResult(f"wrong result: error {error:.2e} of the adapters' gradients, allowed {LIMIT:.0e}")
@@ -94,7 +95,7 @@ def case(lab: Lab) -> Case:
     setup = _Setup(lab)
     contenders = [Contender(OURS, setup.ours), Contender(DENSE, setup.dense), Contender(PEFT, setup.peft)]
     # Each product there and back, the adapter's three times; the attention's own products are few.
-    m, rank, linears = lab.point.m, lab.point.rank, MODELS[lab.point.model].linears.values()
+    m, rank, linears = lab.sizes.m, lab.sizes.rank, MODELS[lab.sizes.model].linears.values()
     flops = sum(4 * m * n * k + 6 * m * rank * (n + k) for n, k in linears)
     return Case("training step of a block", flops, contenders)
 
@@ -103,21 +104,21 @@ class _Setup:
     """What the contenders share: input, adapters, and the truth over each kind of stored weights."""
 
     def __init__(self, lab: Lab) -> None:
-        self.lab, self.point = lab, lab.point
-        hidden = MODELS[self.point.model].hidden
-        self.x = lab.rows(self.point.m, hidden)[None].requires_grad_()
-        self.dy = lab.rows(self.point.m, hidden, seed=3)[None]
+        self.lab, self.sizes = lab, lab.sizes
+        hidden = MODELS[self.sizes.model].hidden
+        self.x = lab.rows(self.sizes.m, hidden)[None].requires_grad_()
+        self.dy = lab.rows(self.sizes.m, hidden, seed=3)[None]
         self._truths: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
     def block(self, weights: dict[str, Tensor] | None = None) -> Block:
-        return Block(self.point.model, self.lab.dtype, self.lab.device, weights)
+        return Block(self.sizes.model, self.lab.dtype, self.lab.device, weights)
 
     def adapter_of(self, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """A and B of a layer, the same for everyone."""
         n, k = linear.weight.shape
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        A = torch.randn(self.point.rank, k, generator=generator) / k**0.5
-        B = torch.randn(n, self.point.rank, generator=generator) * 0.1
+        A = torch.randn(self.sizes.rank, k, generator=generator) / k**0.5
+        B = torch.randn(n, self.sizes.rank, generator=generator) * 0.1
         return A.to(self.lab.device, self.lab.dtype), B.to(self.lab.device, self.lab.dtype)
 
     @cached_property
@@ -126,14 +127,14 @@ class _Setup:
         weights = {}
         for name, linear in self.block().linears().items():
             weight = qlora_kernels.quantize(linear.weight.data)
-            weights[name] = decoded(weight.pieces, *weight.shape, self.lab.dtype)
+            weights[name] = decoded(weight.pieces, weight.shape, self.lab.dtype)
         return weights
 
     def truth(self, whose: str, weights: Callable[[], dict[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
         """(y, dx), and the gradients of each A and B, over what is stored. In float32: float64 takes too many bytes."""
         if whose not in self._truths:
             wide = {name: weight.float() for name, weight in weights().items()}
-            block = Block(self.point.model, torch.float32, self.lab.device, wide)
+            block = Block(self.sizes.model, torch.float32, self.lab.device, wide)
             layers = []
             for name, linear in block.linears().items():
                 A, B = (matrix.float() for matrix in self.adapter_of(name, linear))
@@ -165,7 +166,7 @@ class _Setup:
         def call(i: int) -> list[Tensor]:
             y = trained[i].gradients(self.x, self.dy)
             trained[i].step()
-            return [y, self.x.grad]
+            return [y, _gradient(self.x)]
 
         size = sum(a.nbytes for a in trained[0].adapters)
         states = trained[0].state_bytes()
@@ -179,17 +180,17 @@ class _Setup:
     def ours(self) -> Ready:
         block = self.block()
         names = block.linears()
-        quantize_model(block, rank=self.point.rank, alpha=self.lab.settings.alpha, progress=False)
+        quantize_model(block, rank=self.sizes.rank, alpha=self.lab.settings.alpha, progress=False)
 
         def adapters_of(block: Block) -> list[Tensor]:
-            layers = [block.get_submodule(name) for name in names]
+            layers = [_quantized(block, name) for name in names]
             return [matrix["default"] for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
 
         values = [matrix for name, linear in names.items() for matrix in self.adapter_of(name, linear)]
         with torch.no_grad():
             for parameter, value in zip(adapters_of(block), values, strict=True):
                 parameter.copy_(value)
-        nbytes = sum(block.get_submodule(name).weight.nbytes for name in names)
+        nbytes = sum(_quantized(block, name).weight.nbytes for name in names)
         wanted = self.truth("ours", lambda: self.our_weights)
         return self.ready(block, adapters_of, lambda q: PagedAdamW(q, lr=LR), nbytes, wanted)
 
@@ -204,18 +205,17 @@ class _Setup:
         return self.ready(block, _peft_adapters, lambda q: torch.optim.AdamW(q, **options), nbytes, wanted)
 
     def peft(self) -> Ready:
-        from bitsandbytes import optim
-
+        optim = bitsandbytes("bitsandbytes.optim")
         block = self.block()
-        stored = {}
+        stored: dict[str, tuple[Tensor, BnbState]] = {}
         for name, linear in block.linears().items():
             layer = bnb_linear(linear.weight.data)
-            stored[name] = layer.weight.data, layer.weight.quant_state
+            stored[name] = bnb_stored(layer)
             block.set_submodule(name, peft_lora(layer, *self.adapter_of(name, linear), self.lab.settings.alpha))
         nbytes = sum(bnb_bytes(*one) for one in stored.values())
 
         def bnb_weights() -> dict[str, Tensor]:
-            return {name: decoded(bnb_pieces(*one), *one[1].shape, self.lab.dtype) for name, one in stored.items()}
+            return {name: decoded(bnb_pieces(*one), one[1].shape, self.lab.dtype) for name, one in stored.items()}
 
         def optimizer_of(adapters: list[Tensor]) -> torch.optim.Optimizer:
             with warnings.catch_warnings():
@@ -225,6 +225,17 @@ class _Setup:
         return self.ready(block, _peft_adapters, optimizer_of, nbytes, self.truth("bnb", bnb_weights))
 
 
+def _gradient(tensor: Tensor) -> Tensor:
+    """Of a tensor that a backward pass has reached."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def _quantized(block: Block, name: str) -> QLinear:
+    """A linear layer of a block after :func:`qlora_kernels.quantize_model`."""
+    return cast(QLinear, block.get_submodule(name))
+
+
 def _peft_adapters(block: Block) -> list[Tensor]:
     layers = [module for module in block.modules() if hasattr(module, "lora_A")]
-    return [matrix["default"].weight for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
+    return [matrix for layer in layers for matrix in peft_adapter(layer)]

@@ -14,7 +14,7 @@ import qlora_kernels
 from ..case import OURS, Case, Contender, Ready, largest_error
 from ..contenders.models import dense_weights, peft_lora, plain_lora
 from ..contenders.names import DENSE, PEFT, PEFT_EVAL
-from ..contenders.weights import Lab, bnb_bytes, bnb_linear, bnb_pieces, clone_weight, decoded
+from ..contenders.weights import Lab, bnb_bytes, bnb_linear, bnb_pieces, bnb_stored, clone_weight, decoded
 from ..points import MODELS
 
 LIMIT = 0.01
@@ -29,7 +29,7 @@ def case(lab: Lab) -> Case:
         Contender(PEFT, lambda: setup.peft(training=True)),
         *([] if lab.cuda else [Contender(PEFT_EVAL, lambda: setup.peft(training=False))]),
     ]
-    m, rank = lab.point.m, lab.point.rank
+    m, rank = lab.sizes.m, lab.sizes.rank
     flops = sum(2 * m * (n * k + rank * (n + k)) for n, k in setup.shapes)
     return Case("decode, seven layers of a block", flops, contenders)
 
@@ -38,24 +38,22 @@ class _Setup:
     """What the contenders share: inputs, adapters and weights of the seven layers."""
 
     def __init__(self, lab: Lab) -> None:
-        self.lab, p = lab, lab.point
+        self.lab, p = lab, lab.sizes
         self.shapes = list(MODELS[p.model].linears.values())
         self.inputs = [lab.rows(p.m, k, seed=10 + i) for i, (_, k) in enumerate(self.shapes)]
         generator = torch.Generator().manual_seed(1)
-        self.adapters = [
-            tuple(
-                (torch.randn(shape, generator=generator) * scale).to(lab.device, lab.dtype)
-                for shape, scale in (((p.rank, k), k**-0.5), ((n, p.rank), 0.1))
-            )
-            for n, k in self.shapes
-        ]
+
+        def matrix(rows: int, columns: int, scale: float) -> Tensor:
+            return (torch.randn(rows, columns, generator=generator) * scale).to(lab.device, lab.dtype)
+
+        self.adapters = [(matrix(p.rank, k, k**-0.5), matrix(n, p.rank, 0.1)) for n, k in self.shapes]
         self.sources = dense_weights(self.shapes, lab.dtype, lab.device)
         self.quantized = [qlora_kernels.quantize(w).to(lab.dtype) for w in self.sources]
 
     @property
     def small_bytes(self) -> int:
         """Of adapters, inputs and outputs."""
-        m, itemsize = self.lab.point.m, self.lab.dtype.itemsize
+        m, itemsize = self.lab.sizes.m, self.lab.dtype.itemsize
         rows = sum(m * (n + k) for n, k in self.shapes) * itemsize
         return sum(A.nbytes + B.nbytes for A, B in self.adapters) + rows
 
@@ -70,7 +68,7 @@ class _Setup:
     @cached_property
     def our_outputs(self) -> list[Tensor]:
         """What this package's weights should give, and the dense ones that they stand for."""
-        return self.exact([decoded(w.pieces, *w.shape, torch.float32) for w in self.quantized])
+        return self.exact([decoded(w.pieces, w.shape, torch.float32) for w in self.quantized])
 
     def ready(self, call: Callable[[int], list[Tensor]], wanted: list[Tensor], nbytes: int, copies: int) -> Ready:
         @torch.no_grad()
@@ -96,7 +94,7 @@ class _Setup:
         return self.layers_ready([self._layers(one) for one in weights], self.our_outputs, nbytes)
 
     def _layers(self, weights: Sequence[qlora_kernels.NF4Weight]) -> list[nn.Module]:
-        options = {"rank": self.lab.point.rank, "alpha": self.lab.settings.alpha, "dtype": self.lab.dtype}
+        options = {"rank": self.lab.sizes.rank, "alpha": self.lab.settings.alpha, "dtype": self.lab.dtype}
         layers = []
         for weight, (A, B) in zip(weights, self.adapters, strict=True):
             layer = qlora_kernels.QLinear.from_nf4(weight, **options).eval()
@@ -121,8 +119,8 @@ class _Setup:
 
     def peft(self, training: bool) -> Ready:
         layers = [bnb_linear(w) for w in self.sources]
-        stored = [(layer.weight.data, layer.weight.quant_state) for layer in layers]
-        wanted = self.exact([decoded(bnb_pieces(*one), *one[1].shape, torch.float32) for one in stored])
+        stored = [bnb_stored(layer) for layer in layers]
+        wanted = self.exact([decoded(bnb_pieces(*one), one[1].shape, torch.float32) for one in stored])
         nbytes = sum(bnb_bytes(*one) for one in stored)
         alpha = self.lab.settings.alpha
         first = [peft_lora(layer, *adapter, alpha).train(training) for layer, adapter in zip(layers, self.adapters)]

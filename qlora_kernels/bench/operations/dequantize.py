@@ -6,7 +6,7 @@ import torch
 
 from ..case import OURS, Case, Contender, Ready, relative_error
 from ..contenders.names import BNB, COPY
-from ..contenders.weights import Lab
+from ..contenders.weights import Lab, bitsandbytes
 
 # bf16 rounds by 0.0017 on average.
 LIMIT = 0.003
@@ -27,8 +27,7 @@ def case(lab: Lab) -> Case:
         )
 
     def bnb() -> Ready:
-        from bitsandbytes.functional import dequantize_4bit
-
+        dequantize_4bit = bitsandbytes("bitsandbytes.functional").dequantize_4bit
         weights = lab.bnb
         return Ready(
             lambda i: dequantize_4bit(weights[i][0], weights[i][1]),
@@ -71,8 +70,7 @@ def case_out(lab: Lab) -> Case:
         )
 
     def bnb() -> Ready:
-        from bitsandbytes.functional import dequantize_4bit
-
+        dequantize_4bit = bitsandbytes("bitsandbytes.functional").dequantize_4bit
         weights, out = lab.bnb, given(len(lab.dense))
 
         def call(i: int) -> torch.Tensor:

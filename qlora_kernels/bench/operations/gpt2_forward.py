@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def add_adapters(model: nn.Module, size: Size, houlsby: bool) -> nn.Module:
     """Puts adapters where a block's dropout is, which does nothing when a model is served: after the projection out of
     attention (Houlsby alone) and after the MLP's, before the residual connection."""
     generator = torch.Generator().manual_seed(7)
-    for block in model.h:
+    for block in _blocks(model):
         places = [(block.attn, "resid_dropout")] if houlsby else []
         for module, name in [*places, (block.mlp, "dropout")]:
             adapter = Adapter(size.width, inner_of(size, houlsby), norm=not houlsby)
@@ -102,6 +103,11 @@ def base_model(size: Size, length: int) -> nn.Module:
     return model
 
 
+def _blocks(model: nn.Module) -> list[Any]:
+    """A GPT-2's layers; what they consist of, torch's annotations don't tell."""
+    return list(cast(Any, model).h)
+
+
 def lora_of(size: Size, rank: int, layer: int) -> tuple[Tensor, Tensor]:
     """A [r, width] and B [3 width, r] of a layer's c_attn, float32; B is not zero, so that a result shows it."""
     generator = torch.Generator().manual_seed(100 + layer)
@@ -111,7 +117,7 @@ def lora_of(size: Size, rank: int, layer: int) -> tuple[Tensor, Tensor]:
 
 def merge(model: nn.Module, size: Size, rank: int, scaling: float) -> nn.Module:
     """Adds LoRA's product to the weights of a dense model."""
-    for i, block in enumerate(model.h):
+    for i, block in enumerate(_blocks(model)):
         A, B = (part.to(block.attn.c_attn.weight) for part in lora_of(size, rank, i))
         block.attn.c_attn.weight.data.add_(B @ A, alpha=scaling)
     return model
@@ -119,7 +125,7 @@ def merge(model: nn.Module, size: Size, rank: int, scaling: float) -> nn.Module:
 
 def case(lab: Lab) -> Case:
     """All with the same base weights and the same tokens. LoRA sits on c_attn: queries, keys and values."""
-    p, size = lab.point, SIZES[lab.point.model]
+    p, size = lab.sizes, SIZES[lab.sizes.model]
     setup = _Setup(lab)
     contenders = [
         Contender(OURS, lambda: setup.ours(lora=True)),
@@ -141,10 +147,10 @@ class _Setup:
     """What the contenders share: base weights and tokens."""
 
     def __init__(self, lab: Lab) -> None:
-        self.lab, self.size, self.rank = lab, SIZES[lab.point.model], lab.point.rank
-        shape = (lab.point.batch, lab.point.m)
+        self.lab, self.size, self.rank = lab, SIZES[lab.sizes.model], lab.sizes.rank
+        shape = (lab.sizes.batch, lab.sizes.m)
         self.tokens = torch.randint(0, 50000, shape, generator=torch.Generator().manual_seed(1)).to(lab.device)
-        self.base = base_model(self.size, lab.point.m)
+        self.base = base_model(self.size, lab.sizes.m)
 
     @torch.no_grad()
     def run(self, model: nn.Module, ids: Tensor) -> Tensor:
@@ -163,7 +169,7 @@ class _Setup:
 
     def unmerged(self, model: nn.Module) -> nn.Module:
         alpha = self.lab.settings.alpha
-        for i, block in enumerate(model.h):
+        for i, block in enumerate(_blocks(model)):
             block.attn.c_attn = peft_lora(block.attn.c_attn, *lora_of(self.size, self.rank, i), alpha)
         return model.eval()
 
@@ -182,7 +188,7 @@ class _Setup:
         model = copy.deepcopy(self.base).to(self.lab.device, self.lab.dtype)
         options = {"target_modules": ["c_attn"], "alpha": self.lab.settings.alpha, "progress": False}
         quantize_model(model, rank=self.rank if lora else 0, **options)
-        for i, block in enumerate(model.h if lora else ()):
+        for i, block in enumerate(_blocks(model) if lora else ()):
             layer = block.attn.c_attn
             with torch.no_grad():
                 for adapter, value in zip((layer.lora_A, layer.lora_B), lora_of(self.size, self.rank, i)):
@@ -194,6 +200,6 @@ class _Setup:
         dense = copy.deepcopy(self.base)
         for name, layer in model.named_modules():
             if isinstance(layer, QLinear):
-                weight = decoded(layer.weight.pieces, *layer.weight.shape, torch.float32)
-                dense.get_submodule(name).weight.data.copy_(weight)
+                weight = decoded(layer.weight.pieces, layer.weight.shape, torch.float32)
+                cast(nn.Linear, dense.get_submodule(name)).weight.data.copy_(weight)
         return self.merged(dense) if lora else dense

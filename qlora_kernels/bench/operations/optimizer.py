@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,13 +13,13 @@ from qlora_kernels import PagedAdamW, PagedLion
 from ..case import OURS, Case, Contender, Ready
 from ..contenders.adapter_tensors import SCALES, adamw_moves, lion_moves
 from ..contenders.names import BNB, EQUAL_COPY, FOREACH, FUSED
-from ..contenders.weights import Lab
+from ..contenders.weights import Lab, bitsandbytes
 
 LR, LION_LR, DECAY, EPS = 1e-3, 1e-4, 0.01, 1e-8
 BETAS, LION_BETAS = (0.9, 0.999), (0.9, 0.99)
 MAX_GRAD_NORM = 1.0
-ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
-LION = {"lr": LION_LR, "betas": LION_BETAS, "weight_decay": DECAY}
+ADAMW: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+LION: dict[str, Any] = {"lr": LION_LR, "betas": LION_BETAS, "weight_decay": DECAY}
 
 # Of a step's length, after one to four. Rounding parameters to float32 makes 1e-5 of Lion's, which are the shortest.
 LIMIT = 1e-4
@@ -142,12 +143,12 @@ def require_room(lab: Lab) -> None:
 
 def _torch(lab: Lab, params: list, **kind: bool) -> torch.optim.Optimizer:
     """On a card, one that a CUDA graph can hold."""
-    return torch.optim.AdamW(params, **ADAMW, **kind, capturable=lab.device.type == "cuda")
+    options: dict[str, Any] = {**ADAMW, **kind, "capturable": lab.device.type == "cuda"}
+    return torch.optim.AdamW(params, **options)
 
 
 def _bitsandbytes(name: str, params: list, **options) -> Callable[[], object]:
-    from bitsandbytes import optim
-
+    optim = bitsandbytes("bitsandbytes.optim")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = getattr(optim, name)(params, **options)

@@ -9,7 +9,7 @@ from qlora_kernels import default_nested_table, ops
 
 from ..case import OURS, Case, Contender, Ready, relative_error
 from ..contenders.names import BNB, KERNEL
-from ..contenders.weights import Lab
+from ..contenders.weights import Lab, bitsandbytes
 
 # NF4 in blocks of 64 moves a normally distributed weight by 0.092, relative to its norm.
 LIMIT = 0.1
@@ -34,14 +34,15 @@ def case(lab: Lab) -> Case:
         """Without the look at the result, for which the host waits on a card."""
         table = default_nested_table(lab.device)
 
-        def error(pieces: tuple) -> float:
-            return relative_error(qlora_kernels.NF4Weight(*pieces, table, lab.shape).dequantize(torch.float32), exact)
+        def error(pieces: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
+            weight = qlora_kernels.NF4Weight(*pieces, table, torch.Size(lab.shape))
+            return relative_error(weight.dequantize(torch.float32), exact)
 
         return Ready(lambda i: ops.quantize_nested(weights[i], table), error, LIMIT, moved, len(weights))
 
     def bnb() -> Ready:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
+        functional = bitsandbytes("bitsandbytes.functional")
+        dequantize_4bit, quantize_4bit = functional.dequantize_4bit, functional.quantize_4bit
         return Ready(
             lambda i: quantize_4bit(weights[i], quant_type="nf4", blocksize=64, compress_statistics=True),
             lambda out: relative_error(dequantize_4bit(*out), exact),

@@ -36,9 +36,10 @@ def _of_bandwidth(case: dict[str, Any], contender: str, results: dict[str, Any])
     ours = find_contender(case, OURS)
     roofs = (find_contender(c, contender) for c in results["cases"] if c["operation"] == "limits")
     roof = next((one for one in roofs if one and "failed" not in one), None)
-    if ours is None or roof is None or "failed" in ours or not gb_per_s(ours) or not gb_per_s(roof):
+    if ours is None or roof is None or "failed" in ours:
         return None
-    return gb_per_s(ours) / gb_per_s(roof)
+    rate, most = gb_per_s(ours), gb_per_s(roof)
+    return rate / most if rate and most else None
 
 
 def _by_medians(case: dict[str, Any], contender: str, results: dict[str, Any]) -> float | None:

@@ -114,8 +114,15 @@ def _where(case: dict[str, Any]) -> str:
     return ", ".join(part for part in (case["title"], sizes(case)) if part)
 
 
+def _contender(case: dict, name: str) -> dict[str, Any]:
+    """One that is known to be in a case."""
+    found = find_contender(case, name)
+    assert found is not None, name
+    return found
+
+
 def _change(where: str, earlier: dict, case: dict, judges: bool) -> Change:
-    first, second = find_contender(earlier, OURS), find_contender(case, OURS)
+    first, second = _contender(earlier, OURS), _contender(case, OURS)
     before, after = times(first, second)
     if (before, after) != (first["median_ms"], second["median_ms"]):
         where += ", by events"
@@ -152,7 +159,7 @@ def _drift(earlier: dict, case: dict) -> tuple[float | None, list[_Part]]:
 
 def _parts(earlier: dict, case: dict, name: str) -> list[_Part] | None:
     """The parts of the variance of the logarithm of a contender's ratio; None where a run tells too little of it."""
-    first, second = find_contender(earlier, name), find_contender(case, name)
+    first, second = _contender(earlier, name), _contender(case, name)
     by_events = first.get("by") != second.get("by")
     parts = []
     for run, contender in ((earlier, first), (case, second)):

@@ -46,7 +46,8 @@ def limits_of(results: dict[str, Any]) -> Limits:
         if case["operation"] != "limits":
             continue
         streams = [find_contender(case, name) for name in (COPY, IN_PLACE)]
-        rates += [gb_per_s(one) * 1e9 for one in streams if one and "failed" not in one and one.get("bytes")]
+        speeds = (gb_per_s(one) for one in streams if one and "failed" not in one)
+        rates += [speed * 1e9 for speed in speeds if speed is not None]
         product = find_contender(case, PRODUCT)
         if product and "failed" not in product and case["flops"]:
             flops[case["dtype"]] = case["flops"] / product["median_ms"] * 1e3

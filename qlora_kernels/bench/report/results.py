@@ -152,7 +152,7 @@ def _wrong_contender(contender: Any, where: str) -> Iterator[str]:
     yield from _wrong(contender, _FIGURES_PERHAPS, where, perhaps=True)
     if min(contender["samples"], contender["copies"]) < 1:
         yield f"{where}: no samples, or no copies"
-    times = [contender.get(name) for name in _TIMES]
+    times: list[Any] = [contender.get(name) for name in _TIMES]
     # Not-a-number is less than nothing, and so refused.
     if not all(isinstance(value, (int, float)) and _SHORTEST <= value <= _LONGEST for value in times):
         yield f"{where}: {', '.join(_TIMES)} should be milliseconds, found {times}"

@@ -34,7 +34,7 @@ def _ratios(results: dict[str, Any]) -> list[str]:
                 continue
             where = (case["title"], sizes(case), rival["name"])
             ratio = ratio_to_ours(case, rival)
-            if ratio is None:
+            if ours is None or ratio is None:
                 why = rival.get("failed") or (ours or {}).get("failed") or "nothing to compare with"
                 without.append((*where, why, "", ""))
             else:
@@ -50,7 +50,7 @@ def _every_figure(results: dict[str, Any]) -> list[str]:
     limits = limits_of(results)
     card = any(c.get("by") for case in results["cases"] for c in case["contenders"])
     head = ("", "median ms", "20%", "80%", "x ours", "GB/s", "GFLOP/s", "of the limit", "allocated", "error")
-    rows = [(*head, "by") if card else head]
+    rows: list[tuple[str, ...]] = [(*head, "by") if card else head]
     for case in results["cases"]:
         others = case["other_processes"] or 0
         notes = [f"others took {others:.0%} of the machine"] if others > QUIET else []
@@ -123,8 +123,9 @@ def size(count: int | None) -> str:
     """Bytes as people read them."""
     if count is None:
         return ""
+    shown: float = count
     for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
+        if shown < 1000:
+            return f"{shown:.3g} {unit}"
+        shown /= 1000
+    return f"{shown:.3g} GB"

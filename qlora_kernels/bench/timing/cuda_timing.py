@@ -279,6 +279,7 @@ def _sample(card: Card, runner: _Runner) -> None:
 
 def _sample_alone(card: Card, runner: _Runner) -> None:
     """A call after what comes before it, each with the device to itself."""
+    assert runner.timed.before is not None
     runner.timed.before()
     card.wait()
     first = card.event()
@@ -298,6 +299,7 @@ def _describe(runner: _Runner) -> dict[str, Any]:
         return {"name": runner.timed.name, "failed": runner.failure}
     graph, event = _summary(runner.graph_us), _summary(runner.event_us)
     best = graph or event
+    assert best is not None, "MIN_ROUNDS samples at least"
     return {
         "name": runner.timed.name,
         "bytes": runner.timed.bytes,

@@ -35,13 +35,20 @@ class Runner:
     seconds: list[float] = field(default_factory=list)
     calls: int = 0
 
+    @property
+    def set_up(self) -> Ready:
+        """What ``ready`` is for every contender that has not failed."""
+        assert self.ready is not None, self.failure
+        return self.ready
+
     def once(self) -> float:
         """Seconds of one call, on the next copy of the weight."""
-        index, self.calls = self.calls % self.ready.copies, self.calls + 1
-        if self.ready.before is not None:
-            self.ready.before()
+        ready = self.set_up
+        index, self.calls = self.calls % ready.copies, self.calls + 1
+        if ready.before is not None:
+            ready.before()
         begin = time.perf_counter()
-        result = self.ready.call(index)
+        result = ready.call(index)
         end = time.perf_counter()
         del result
         return end - begin
@@ -182,7 +189,7 @@ class Measurement:
         }
 
     def _facts(self, runner: Runner) -> dict[str, Any]:
-        ready = runner.ready
+        ready = runner.set_up
         return {
             "error": runner.error,
             "bytes": ready.bytes,
@@ -214,8 +221,8 @@ class CudaMeasurement(Measurement):
 
         runners = {runner.name: runner for runner in self.running}
         timed = [
-            Timed(name, r.ready.call, r.ready.copies, r.ready.bytes, r.ready.waits, r.ready.before)
-            for name, r in runners.items()
+            Timed(name, ready.call, ready.copies, ready.bytes, ready.waits, ready.before)
+            for name, ready in ((name, runner.set_up) for name, runner in runners.items())
         ]
         self._others.resume()
         for one in measure(self.card, timed, self.settings.seconds, self._announce):

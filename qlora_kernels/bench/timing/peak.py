@@ -45,8 +45,9 @@ def _peak_of_cpu(call: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
     del result
-    # Not events(): those have no record of what was freed between operations.
-    changes = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    # Not events(): those have no record of what was freed between operations. torch annotates neither.
+    kineto: Any = record.profiler
+    changes = [(e.start_ns(), e.nbytes()) for e in kineto.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for _, size in sorted(changes, key=lambda change: change[0]):
         now += size

@@ -85,7 +85,7 @@ def test_weights_decode_as_reference_does():
     for at_a_time in (64, 128, 1 << 22):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(weights, "_AT_A_TIME", at_a_time)
-            assert torch.equal(weights.decoded(weight.pieces, *weight.shape, torch.bfloat16), whole)
+            assert torch.equal(weights.decoded(weight.pieces, weight.shape, torch.bfloat16), whole)
 
 
 def test_every_operation_is_measured_and_verified(tiny):

@@ -17,7 +17,7 @@ LIMIT = 0.02
 
 def case(lab: Lab) -> Case:
     """What the adapter costs in backward: without autograd, which on a card would switch to the stream of forward."""
-    p = lab.point
+    p = lab.sizes
     x, dy = lab.rows(p.m, p.k), lab.rows(p.m, p.n, seed=3)
     A, B = lab.adapter
     u = (lab.scaling * x.double() @ A.double().T).to(lab.dtype)

@@ -11,7 +11,7 @@ from qlora_kernels import ops
 
 from ...case import OURS, Case, Contender, Ready, relative_error
 from ...contenders.names import BNB, DENSE, DEQUANTIZED
-from ...contenders.weights import Lab
+from ...contenders.weights import Lab, bitsandbytes
 from .forward import moved
 
 LIMIT = 0.01
@@ -19,7 +19,7 @@ LIMIT = 0.01
 
 def case(lab: Lab) -> Case:
     """What each one's backward calls, without the autograd around it, which is the same for all."""
-    p = lab.point
+    p = lab.sizes
     dy = lab.rows(p.m, p.n, seed=3)
     chosen = torch.linspace(0, p.m - 1, min(p.m, 16)).round().long().to(dy.device)
 
@@ -46,8 +46,7 @@ def case(lab: Lab) -> Case:
         return Ready(call, check("ours"), LIMIT, moved(lab, "ours"), len(weights))
 
     def bnb() -> Ready:
-        from bitsandbytes.functional import dequantize_4bit
-
+        dequantize_4bit = bitsandbytes("bitsandbytes.functional").dequantize_4bit
         weights = lab.bnb
         call = lambda i: dy @ dequantize_4bit(*weights[i]).to(dy.dtype)  # noqa: E731
         return Ready(call, check("bnb"), LIMIT, moved(lab, "bnb"), len(weights))

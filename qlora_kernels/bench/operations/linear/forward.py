@@ -13,7 +13,7 @@ import qlora_kernels
 from ...case import OURS, Case, Contender, Ready, relative_error
 from ...contenders.models import plain_lora
 from ...contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT, PEFT_EVAL
-from ...contenders.weights import Lab
+from ...contenders.weights import Lab, bitsandbytes
 
 # A bf16 output alone has an error of 0.0017; bitsandbytes' eval-mode layer rounds its constants to bf16 too (0.003).
 LIMIT = 0.01
@@ -25,12 +25,12 @@ def case(lab: Lab) -> Case:
 
 def moved(lab: Lab, whose: str) -> int:
     """Bytes of the weight, of x, and of y."""
-    p = lab.point
+    p = lab.sizes
     return lab.bytes_of(whose) + p.m * (p.n + p.k) * lab.dtype.itemsize
 
 
 def _without(lab: Lab) -> Case:
-    p = lab.point
+    p = lab.sizes
     x = lab.rows(p.m, p.k)
     check = _checker(lab, x, adapter=False)
 
@@ -50,9 +50,7 @@ def _without(lab: Lab) -> Case:
         return ready(lambda i: F.linear(x, weights[i].dequantize(lab.dtype)), "ours", len(weights))
 
     def bnb() -> Ready:
-        from bitsandbytes import matmul_4bit
-
-        weights = lab.bnb
+        matmul_4bit, weights = bitsandbytes().matmul_4bit, lab.bnb
         return ready(lambda i: matmul_4bit(x, weights[i][0].t(), quant_state=weights[i][1]), "bnb", len(weights))
 
     def bnb_eval() -> Ready:
@@ -73,7 +71,7 @@ def _without(lab: Lab) -> Case:
 
 def _with_adapter(lab: Lab) -> Case:
     """The layers as a user calls them. PEFT's takes another path in eval mode, so it runs in both."""
-    p = lab.point
+    p = lab.sizes
     x = lab.rows(p.m, p.k)
     check = _checker(lab, x, adapter=True)
     adapter_bytes = p.rank * (p.n + p.k) * lab.dtype.itemsize

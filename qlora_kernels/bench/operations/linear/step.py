@@ -11,9 +11,9 @@ from torch import Tensor
 import qlora_kernels
 
 from ...case import OURS, Case, Contender, Ready, largest_error
-from ...contenders.models import plain_lora
+from ...contenders.models import peft_adapter, plain_lora
 from ...contenders.names import BNB, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT
-from ...contenders.weights import Lab
+from ...contenders.weights import Lab, bitsandbytes
 
 # Gradients pass through two products that are rounded to bf16.
 LIMIT = 0.02
@@ -40,7 +40,7 @@ def _step(forward: Callable[[], Tensor], x: Tensor, dy: Tensor, adapter: tuple[T
 
 def case(lab: Lab) -> Case:
     """With rank 0, without the adapter: what that costs is the difference."""
-    p = lab.point
+    p = lab.sizes
     x = lab.rows(p.m, p.k).requires_grad_()
     dy = lab.rows(p.m, p.n, seed=3)
     check = _checker(lab, x.detach(), dy, adapter=bool(p.rank))
@@ -52,7 +52,7 @@ def case(lab: Lab) -> Case:
         """A product, and the adapter in plain torch."""
         if not p.rank:
             return ready(lambda i: _step(lambda: product(i), x, dy, ()), whose, copies)
-        adapters = [tuple(part.requires_grad_() for part in adapter) for adapter in lab.adapters(copies)]
+        adapters = [(A.requires_grad_(), B.requires_grad_()) for A, B in lab.adapters(copies)]
 
         def forward(i: int) -> Tensor:
             return plain_lora(product(i), x, *adapters[i], lab.scaling)
@@ -81,7 +81,7 @@ def case(lab: Lab) -> Case:
 
     def peft() -> Ready:
         layers = lab.peft_layers(training=True)
-        adapters = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+        adapters = [peft_adapter(layer) for layer in layers]
         return ready(lambda i: _step(lambda: layers[i](x), x, dy, adapters[i]), "bnb", len(layers))
 
     def bare() -> Ready:
@@ -103,13 +103,12 @@ def case(lab: Lab) -> Case:
 
 def _moved(lab: Lab, whose: str) -> int:
     """Bytes of the weight, once each way, and of x, y, dy and dx."""
-    p = lab.point
+    p = lab.sizes
     return 2 * lab.bytes_of(whose) + 2 * p.m * (p.n + p.k) * lab.dtype.itemsize
 
 
 def _bnb_product(lab: Lab, x: Tensor) -> Callable[[int], Tensor]:
-    from bitsandbytes import matmul_4bit
-
+    matmul_4bit = bitsandbytes().matmul_4bit
     return lambda i: matmul_4bit(x, lab.bnb[i][0].t(), quant_state=lab.bnb[i][1])
 
 
