@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.host import call
+from bench.readme.cells import HEADINGS, bar_rows, cell, escaped, grid, three_digits, title_of
 from bench.studies import rank_report
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import (
@@ -24,19 +25,16 @@ from qlora_kernels.bench.contenders.names import (
     BNB_EVAL,
     COPY,
     DENSE,
-    DEQUANTIZED,
     EQUAL_COPY,
-    FOREACH,
     FUSED,
     PEFT,
-    PEFT_EVAL,
 )
 from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
 from qlora_kernels.bench.points import OPTIMIZER, K, N, Point, point_of
 from qlora_kernels.bench.report import plots, results
-from qlora_kernels.bench.report.bars import BARS_THREADS, LAYER_BARS, OPTIMIZER_BARS, Bar, judge, require_cases
-from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes
+from qlora_kernels.bench.report.bars import LAYER_BARS, OPTIMIZER_BARS
+from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, gflop_per_s, limits_of
 from qlora_kernels.bench.report.table import machine_line
 from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.storage.atomic_file import write_atomically
@@ -59,7 +57,6 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-_COLUMNS = (OURS, DENSE, DEQUANTIZED, FUSED, FOREACH, BNB, BNB_EVAL, PEFT, PEFT_EVAL)
 #: Of README's table: a heading, and whichever of these a case has.
 _HEADLINE_COLUMNS = {
     "this package": (OURS,),
@@ -67,7 +64,6 @@ _HEADLINE_COLUMNS = {
     "bitsandbytes, with PEFT where r = 16": (BNB, PEFT),
     "bitsandbytes, eval-mode layer": (BNB_EVAL,),
 }
-_HEADINGS = {OURS: "this package", DENSE: "torch, dense"}
 _BEGIN, _END = "<!-- table: ", "<!-- /table -->"
 
 
@@ -108,7 +104,7 @@ def headline_table(found: dict[str, Any], source: str) -> str:
             next(filter(None, (find_contender(case, name) for name in names)), None)
             for names in _HEADLINE_COLUMNS.values()
         ]
-        lines.append(f"| {title_of(shown)} | " + " | ".join(_cell(case, c) for c in contenders) + " |")
+        lines.append(f"| {title_of(shown)} | " + " | ".join(cell(case, c) for c in contenders) + " |")
     return "\n".join(lines)
 
 
@@ -127,8 +123,8 @@ def layer_table(found: dict[str, Any], source: str) -> str:
     ]
     cases = [c for c in cases if c["operation"] != "linear_step" or c["rank"] == 16]
     shown = [{**case, "n": None, "k": None} for case in cases]
-    lines = [*_head(found, source, f"N = {N}, K = {K}. "), "", *_grid(shown), "", _layer_notes(found, cases)]
-    return "\n".join([*lines, "", *_bars(found, LAYER_BARS)])
+    lines = [*_head(found, source, f"N = {N}, K = {K}. "), "", *grid(shown), "", _layer_notes(found, cases)]
+    return "\n".join([*lines, "", *bar_rows(found, LAYER_BARS)])
 
 
 def optimizer_table(found: dict[str, Any], source: str) -> str:
@@ -143,7 +139,7 @@ def optimizer_table(found: dict[str, Any], source: str) -> str:
     if equal:
         notes.append(f"a copy of as many bytes {gb_per_s(equal):.0f} GB/s")
     text = "; ".join(notes) + "." if notes else ""
-    return "\n".join([*_head(found, source), "", *_grid(shown), "", text, "", *_bars(found, OPTIMIZER_BARS)])
+    return "\n".join([*_head(found, source), "", *grid(shown), "", text, "", *bar_rows(found, OPTIMIZER_BARS)])
 
 
 def other_table(found: dict[str, Any], source: str) -> str:
@@ -154,11 +150,11 @@ def other_table(found: dict[str, Any], source: str) -> str:
         if case["operation"] not in ("limits", *OPTIMIZER, "finetune", "gpt2_forward")
         and (case["n"], case["k"]) != (N, K)
     ]
-    lines = [*_head(found, source), "", *_grid(cases)]
+    lines = [*_head(found, source), "", *grid(cases)]
     run = next((case for case in found["cases"] if case["operation"] == "finetune"), None)
     if run is not None and all("failed" not in c for c in run["contenders"]):
         parts = [
-            f"{_HEADINGS.get(name, name)} {c['tokens_per_second']:.0f} tokens/s, {c['peak'] / 1e6:.0f} MB"
+            f"{HEADINGS.get(name, name)} {c['tokens_per_second']:.0f} tokens/s, {c['peak'] / 1e6:.0f} MB"
             for name in TRAININGS
             if (c := find_contender(run, name))
         ]
@@ -171,54 +167,6 @@ def _head(found: dict[str, Any], source: str, more: str = "") -> list[str]:
         f"{machine_line(found)} ([raw figures]({source})).",
         f"{more}Median milliseconds; in brackets how many times as long as this package.",
     ]
-
-
-def _grid(cases: list[dict[str, Any]]) -> list[str]:
-    """A row for each case, a column for each contender."""
-    columns = [c for c in _COLUMNS if any(find_contender(case, c) for case in cases)]
-    lines = ["| | " + " | ".join(_HEADINGS.get(c, c) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for case in cases:
-        cells = [_cell(case, find_contender(case, column)) for column in columns]
-        lines.append(f"| {title_of(case)} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def title_of(case: dict[str, Any]) -> str:
-    """A case in words. A rank of 0, and a dtype that the title names, are not said."""
-    shown = {**case, "rank": case["rank"] or None}
-    if case["dtype"] in case["title"]:
-        shown["dtype"] = "bfloat16"
-    return ", ".join(part for part in (case["title"], sizes(shown)) if part)
-
-
-def _bars(found: dict[str, Any], bars: tuple[Bar, ...]) -> list[str]:
-    lines = ["Targets and results:", ""]
-    if found["settings"]["threads"] != BARS_THREADS:
-        lines = [f"Targets for {BARS_THREADS} threads, and results with another number:", ""]
-    lines += ["| | against | at least | reached | |", "|---|---|---|---|---|"]
-    require_cases(found, bars)
-    for v in judge(found, bars):
-        case = {**v.case, "n": None, "k": None, "model": None}
-        reached = _escaped(v.reason or "") if v.ratio is None else f"{v.ratio:.2f}×"
-        lines.append(f"| {title_of(case)} | {v.bar.contender} | {v.bar.at_least:g}× | {reached} | {v.word} |")
-    return lines
-
-
-def _cell(case: dict[str, Any], contender: dict[str, Any] | None) -> str:
-    if contender is None:
-        return ""
-    if "failed" in contender:
-        return _escaped(contender["failed"])
-    text = _three_digits(contender["median_ms"])
-    if contender["name"] == OURS:
-        return f"**{text}**"
-    ratio = ratio_to_ours(case, contender)
-    return text if ratio is None else f"{text} ({ratio:.2g}×)"
-
-
-def _escaped(reason: str) -> str:
-    """Words for a table's cell, which a | would end."""
-    return reason.replace("|", "\\|")
 
 
 def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
@@ -255,12 +203,6 @@ def _draw(name: str, found: dict[str, Any], path: Path, source: str) -> None:
         raise ValueError(f"{source} lacks what the plot '{name}' shows")
 
 
-def _three_digits(value: float) -> str:
-    """Three digits, two below 1."""
-    decimals = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{decimals}f}"
-
-
 def latency_table(found: dict[str, Any], source: str) -> str:
     """The LoRA paper's table: a row for each contender, a column for each batch and length.
 
@@ -289,9 +231,9 @@ def latency_table(found: dict[str, Any], source: str) -> str:
             absent = {"failed": case.get("failed", "not measured")}
             one, base = one or absent, base or absent
             if "failed" in one or "failed" in base:
-                cells.append(_escaped(one.get("failed") or base["failed"]))
+                cells.append(escaped(one.get("failed") or base["failed"]))
                 continue
-            text = _three_digits(one["median_ms"])
+            text = three_digits(one["median_ms"])
             more = "" if name == without else f" ({100 * (one['median_ms'] / base['median_ms'] - 1):+.1f}%)"
             cells.append(text + more)
         lines.append(f"| {heading} | " + " | ".join(cells) + " |")
