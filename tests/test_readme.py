@@ -133,7 +133,7 @@ def test_readme_says_once_that_no_card_has_run_it():
 
 def test_the_measured_run_is_that_of_the_file():
     pytest.importorskip("transformers")
-    from qlora_kernels.finetune import report
+    from qlora_kernels.finetune.results import report
 
     text = (ROOT / "docs" / "fine-tuning.md").read_text()
     section = text.split("\n## A run, measured\n")[1].split("\n## ")[0]

@@ -41,7 +41,7 @@ from qlora_kernels.finetune import tiny
 from qlora_kernels.finetune.data import Data, Windows, load_data
 from qlora_kernels.finetune.evaluate import held_out_loss
 from qlora_kernels.finetune.options import Settings
-from qlora_kernels.finetune.report import sizes
+from qlora_kernels.finetune.results.report import sizes
 from qlora_kernels.finetune.source import Source, quantize
 from qlora_kernels.finetune.train import Phase, Trainer
 from qlora_kernels.models.adapters import disable_adapters

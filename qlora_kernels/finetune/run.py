@@ -31,9 +31,9 @@ from .dense_lora import add_lora
 from .evaluate import generate, held_out_loss
 from .memory import PeakMemory
 from .options import Settings
-from .outputs import Outputs
-from .plot import plot_losses
-from .report import TITLES, conclusions, machine, recovery, sizes, table, versions
+from .results.outputs import Outputs
+from .results.plot import plot_losses
+from .results.report import TITLES, conclusions, machine, recovery, sizes, table, versions
 from .source import Source, digest, quantize
 from .train import Phase, Trained, Trainer, trainable
 

@@ -7,11 +7,11 @@ import glob
 import os
 from collections.abc import Iterator
 
-from ..errors import InputError
-from ..models.adapter_files import WEIGHTS_NAME
-from ..models.peft_config import CONFIG_NAME
-from ..storage.atomic_folder import new_folder
-from .checkpoint import NAME
+from ...errors import InputError
+from ...models.adapter_files import WEIGHTS_NAME
+from ...models.peft_config import CONFIG_NAME
+from ...storage.atomic_folder import new_folder
+from ..checkpoint import NAME
 
 
 class Outputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..storage.atomic_file import write_atomically
+from ...storage.atomic_file import write_atomically
 from .report import TITLES
 
 _COLOURS = {"base16": "0.35", "nf4": "0.6", "qlora": "C0", "lora16": "C1", "full": "C2"}

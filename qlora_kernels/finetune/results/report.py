@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.quantize import QuantizeReport
-from ..models.targets import qlora_layers
-from ..native.build_info import build_info, version
+from ...models.quantize import QuantizeReport
+from ...models.targets import qlora_layers
+from ...native.build_info import build_info, version
 
 #: The rows of the table in order: key of the result, title.
 TITLES = {
