@@ -244,7 +244,7 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
     demand(ended, "loading what was built", left, found)
     lines = [line for line in ended.output.splitlines() if line.startswith("{")]
     if not lines:
-        raise StepFailed("what was built says nothing of itself", found, ended.tail)
+        raise StepFailed("the build prints no build information", found, ended.tail)
     info = json.loads(lines[-1])
     card = info.pop("card")
     found["build_info"] = info

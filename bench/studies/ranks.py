@@ -248,7 +248,7 @@ class _Run:
     def _check_base(self, model: nn.Module, title: str) -> None:
         """The base's loss, measured once, is a cell's loss before training because of this."""
         if base_digest(model) != self.result["base"]["digest"]:
-            raise RuntimeError(f"{title}: the base is not that of the other cells; nothing of it should ever change")
+            raise RuntimeError(f"{title}: the base is not that of the other cells; it should never change")
 
     def _add(self, cell: dict[str, Any]) -> None:
         self.result["cells"] = with_shares([*self.result["cells"], cell])

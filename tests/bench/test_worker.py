@@ -211,7 +211,7 @@ def test_who_takes_the_process_along_is_left_out_of_its_case(when, fault, settin
     ("begin", "why"), [(_end_of_nobody, "ended its process with exit code 3"), (_raising, "ValueError: nothing works")]
 )
 def test_a_loss_without_anybody_at_work_is_the_cases(begin, why):
-    """And nobody's: this package is not blamed for what it has not done."""
+    """Nor does anyone else take the blame: this package is not blamed for what it has not done."""
     with Worker(begin=begin) as one:
         case = one.measure(POINT, TINY, without={BNB: "before"})
     assert case["failed"] == failed_ours(case) == why

@@ -189,7 +189,7 @@ def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, order, monk
     [
         (torch.bfloat16, 89, 192, 16),  # whose kernels cannot wait
         (torch.float32, 90, 192, 16),  # on the float32 units
-        (torch.bfloat16, 90, 100, 16),  # likewise, the product
+        (torch.bfloat16, 90, 100, 16),  # the product, too
         (torch.bfloat16, 90, 192, 0),  # nothing to wait for
     ],
 )

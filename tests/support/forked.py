@@ -1,7 +1,7 @@
 """Processes that start in a moment, because they are forked from one that has imported everything.
 
 A fresh interpreter takes seconds to import torch and transformers. The server that these processes are forked from has
-called nothing of them, so no thread of theirs exists there, and a fork is safe.
+called nothing in them, so no thread of theirs exists there, and a fork is safe.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_the_last_round_of_tiles_is_shared():
     assert found["most_on_an_sm"] == 4
     steps = 3 * 64 + 32
     assert found["tensor_us"] == pytest.approx(steps * 2 * 128 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-2)
-    # A block at a time: each begins anew, two copies ahead.
+    # One block at a time: each starts again, two copies ahead.
     assert found["latency_us"] == pytest.approx((3 * (64 / 2 + 1) + 32 / 2 + 1) * 479 / 1830, abs=1e-3)
 
 

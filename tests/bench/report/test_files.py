@@ -70,7 +70,7 @@ def test_a_steady_difference_is_found_in_many_rounds():
 
 
 def test_the_rivals_spread_counts():
-    """One rival that nobody can say anything of neither hides a difference that is larger nor makes one."""
+    """A rival without a verdict neither hides a larger difference nor makes one."""
     first, second = (case_of(contender(OURS, ours), contender(DENSE, 5.0, 0.5)) for ours in (1.0, 1.1))
     assert compared(first, second).verdict == "within the noise"
     first, second = (case_of(contender(OURS, 1.0), contender(DENSE, other, 0.5)) for other in (5.0, 4.0))

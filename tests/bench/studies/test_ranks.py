@@ -50,7 +50,7 @@ def study_fixture(tmp_path, cache):
 
 @pytest.fixture(scope="module", name="whole")
 def whole_fixture(tmp_path_factory, cache):
-    """The result of a study that nobody interrupted, and what was seen of the model of each cell after its training."""
+    """The result of an uninterrupted study, and each cell's model as seen after its training."""
     path, seen = tmp_path_factory.mktemp("whole") / "study.json", []
     original = ranks.held_out_loss
 
