@@ -1,4 +1,4 @@
-"""The autograd Functions: thin, saving x, A, B, U and references to the packed weight, and nothing that has N x K elements."""
+"""The autograd Functions: thin, saving x, A, B, U and references to the packed weight, never N x K elements."""
 
 from __future__ import annotations
 

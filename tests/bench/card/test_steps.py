@@ -258,7 +258,7 @@ def test_the_build_step(tmp_path, monkeypatch):
         (info(cuda_archs=""), 0, "no CUDA kernels"),
         (info(cuda_archs="80;120"), 0, "NVIDIA H200 is of architecture sm_90"),
         (info(native=False, problem="undefined symbol"), 0, "undefined symbol"),
-        ("nothing", 0, "says nothing"),
+        ("nothing", 0, "prints no build information"),
         (info(), 1, "exit code 1"),
         (info(), None, "longer than"),
     ):
