@@ -85,7 +85,7 @@ def peft_names(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
     ``r=8`` or ``lora_alpha=16`` raise a TypeError that says what the argument is called here, instead of Python's
     "unexpected keyword argument". The signature that users see stays the function's own.
     """
-    who = function.__qualname__.removesuffix(".__init__")
+    who = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @functools.wraps(function)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

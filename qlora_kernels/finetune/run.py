@@ -70,9 +70,9 @@ def _check_single_process(environment: Mapping[str, str]) -> None:
         InputError: naming the variable that shows it.
     """
     # One process alone is fine. Where the number is not given, a rank means that there may be others.
-    names = ("WORLD_SIZE",) if "WORLD_SIZE" in environment else ("RANK", "LOCAL_RANK")
+    names = ("WORLD_SIZE",) if environment.get("WORLD_SIZE") else ("RANK", "LOCAL_RANK")
     for name in names:
-        if name in environment and (name, environment[name]) != ("WORLD_SIZE", "1"):
+        if environment.get(name) and (name, environment[name]) != ("WORLD_SIZE", "1"):
             raise InputError(
                 f"finetune runs in one process, but {name}={environment[name]} is set, as torchrun does for several; "
                 "start it without torchrun"

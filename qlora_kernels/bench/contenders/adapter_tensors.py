@@ -15,6 +15,12 @@ SCALES = (1.0, -0.5, 0.75, 2.0)
 STRIDE = 17
 
 
+def adapter_shapes(model: str, rank: int) -> list[tuple[int, int]]:
+    """A [r, K] and B [N, r] of every linear layer of a model, block by block."""
+    block = list(MODELS[model].linears.values())
+    return [shape for n, k in block * MODELS[model].layers for shape in ((rank, k), (n, rank))]
+
+
 class AdapterTensors:
     """float32 A [r, K] and B [N, r] of the seven linear layers of each block, shared by all contenders.
 
@@ -24,9 +30,7 @@ class AdapterTensors:
 
     def __init__(self, point: Point, device: torch.device) -> None:
         sizes = Coordinates(point)
-        model, rank = MODELS[sizes.model], sizes.rank
-        layer = list(model.linears.values())
-        shapes = [shape for n, k in layer * model.layers for shape in ((rank, k), (n, rank))]
+        shapes = adapter_shapes(sizes.model, sizes.rank)
         generator = torch.Generator().manual_seed(0)
         self.begin = [torch.randn(shape, generator=generator).mul_(0.02).to(device) for shape in shapes]
         self.gradients = [torch.randn(shape, generator=generator).mul_(1e-3).to(device) for shape in shapes]

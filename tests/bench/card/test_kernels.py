@@ -28,7 +28,6 @@ def _turn(number: int) -> bool:
     return shape % len(kernels.DTYPES) == dtype
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("a_third")
 def test_the_cases_on_the_emulator(capsys):
     check_all(capsys)
