@@ -3,8 +3,8 @@
     python -m bench.compiled.static WHEEL
 
 looks into a wheel (or the extension itself), prints a table, and writes it to bench/results/ as JSON and Markdown,
-where review sees what a change does to the code. No GPU takes part. tests/build/test_static_gates.py holds a build against
-these files and against each kernel's budget.
+where review sees what a change does to the code. No GPU takes part. tests/build/test_static_gates.py compares a build
+with these files and with each kernel's budget.
 """
 
 from __future__ import annotations
