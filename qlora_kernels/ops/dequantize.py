@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import backends
+from . import backends, dispatcher
 from .library import LINEAR_DTYPES, WEIGHT, define, fake
 from .weight import Operand, check_weight
 
@@ -103,6 +103,7 @@ def _dequantize_out(
     weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), n, k)
     weight.check()
     _check_dequantize_out(weight, row_begin, row_end, out)
+    dispatcher.require_memory("out", out)
     begin, end = _address_range(out)
     for piece in weight.pieces:
         if piece is not None:

@@ -33,6 +33,13 @@ def _check_activation(name: str, x: Tensor, columns: int, device: torch.device) 
         raise ValueError(f"{name} should be contiguous")
 
 
+def _require_memory(lora: LoraTerm | None, **operands: Tensor | None) -> None:
+    if lora is not None:
+        operands |= {"lora_A": lora.A, "lora_B": lora.B, "the seed": lora.seed}
+    for name, operand in operands.items():
+        dispatcher.require_memory(name, operand)
+
+
 # ------------------------------------------------------------------------------------------------------------ forward
 
 
@@ -70,6 +77,7 @@ def _linear_forward(
     weight.check()
     lora = make_term(lora_A, lora_B, scaling, dropout, seed)
     _check_forward(x, weight, bias, lora)
+    _require_memory(lora, x=x, bias=bias)
     y, u = backends.backend_for(x).linear_forward(x, weight, bias, lora, True)
     return y, x.new_empty(x.shape[0], 0) if u is None else u
 
@@ -167,6 +175,7 @@ def _linear_backward(
     lora = make_term(lora_A, lora_B, scaling, dropout, seed)
     needs = (need_dx, need_dA, need_dB)
     _check_backward(dy, weight, x, u, lora, needs)
+    _require_memory(lora, dy=dy, x=x, u=u)
     gradients = backends.backend_for(dy).linear_backward(dy, weight, x, u, lora, needs)
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
