@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.host import call
+from bench.readme import ranks
 from bench.readme.cells import HEADINGS, bar_rows, cell, escaped, grid, three_digits, title_of
-from bench.studies import rank_report
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import (
     BNB,
@@ -291,7 +291,7 @@ PAGES = {
         "qlora-kernels bench --out bench/results/cpu-NAME.jsonl",
         results.load,
         {"headline": headline_table, "cpu": layer_table, "cpu-other": other_table, "optimizer": optimizer_table},
-        {f"cpu-{name}.png": functools.partial(_draw, name) for name in plots.PLOTS},
+        {f"cpu-{name}.png": functools.partial(_draw, name) for name in ("speed", "memory", "rank")},
     ),
     "second-cpu-*.jsonl": Page(
         "qlora-kernels bench --out bench/results/second-cpu-NAME.jsonl",
@@ -306,11 +306,11 @@ PAGES = {
         {},
     ),
     "wheel-*.json": Page("python -m bench.compiled.wheel", load_json, {"wheel": wheel_table}, {}),
-    "ranks-*.json": Page(
-        "python -m bench.studies.ranks --out bench/results/ranks-NAME.json",
-        load_json,
-        {"ranks": rank_report.markdown},
-        {"ranks.png": lambda found, path, source: rank_report.plot(found, path, source)},
+    "ranks-*.json*": Page(
+        "qlora-kernels bench --operations rank_study --out bench/results/ranks-NAME.jsonl",
+        ranks.load,
+        {"ranks": ranks.table},
+        {"ranks.png": functools.partial(_draw, "loss")},
     ),
     "host-*.json": Page(
         "python -m bench.host.call --out bench/results/host-NAME.json",

@@ -166,6 +166,11 @@ def gpt2(ranks: Sequence[int] | None = None, dtypes: Sequence[str] = ("bfloat16"
     ]
 
 
+def rank_study(ranks: Sequence[int] | None = None) -> list[Point]:
+    """By default the ranks of the LoRA paper's table 6."""
+    return [Point("rank_study", rank=rank) for rank in ranks or (1, 2, 4, 8, 64)]
+
+
 def quick() -> list[Point]:
     """One look at each operation; decoding is forward at M = 1."""
     return [
