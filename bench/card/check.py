@@ -95,7 +95,7 @@ def run(step: Any, folder: Path, seconds: float, entry: dict[str, Any]) -> None:
     try:
         entry.update(found=step.run(folder, seconds), status="passed")
     except StepFailed as problem:
-        entry.update(found=problem.found, status="failed", reason=str(problem), tail=problem.tail)
+        entry.update(found=problem.outcome, status="failed", reason=str(problem), tail=problem.tail)
     except Exception as problem:
         text = f"{type(problem).__name__}: {problem}"
         entry.update(found={}, status="failed", reason=text, tail=traceback.format_exc()[-4000:])

@@ -25,11 +25,11 @@ SMI_FIELDS = (
 
 def tool(name: str) -> str | None:
     """A program of the CUDA toolkit: nvcc as the build finds it; others from CUDA_HOME, PATH, the usual place."""
-    if name == "nvcc" and (found := setup_cuda.find_tool(name)):
-        return found
+    if name == "nvcc" and (path := setup_cuda.find_tool(name)):
+        return path
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places = [Path(root, folder, name) for root in roots if root for folder in ("bin", "compute-sanitizer")]
-    places += [Path(found)] if (found := shutil.which(name)) else []
+    places += [Path(path)] if (path := shutil.which(name)) else []
     places += [Path("/usr/local/cuda", folder, name) for folder in ("bin", "compute-sanitizer")]
     return next((str(place) for place in places if os.access(place, os.X_OK) and place.is_file()), None)
 

@@ -110,12 +110,12 @@ def bits(tensor: Tensor) -> Tensor:
 
 def check(case: Case, device: str) -> str | None:
     """What is wrong with a case's results on a device, or None."""
-    found = case.run(device)
+    results = case.run(device)
     with cpu_kernels():
         expected = case.run("cpu")
-    if len(found) != len(expected):
-        return f"{len(found)} results, expected {len(expected)}"
-    for i, (one, other) in enumerate(zip(found, expected)):
+    if len(results) != len(expected):
+        return f"{len(results)} results, expected {len(expected)}"
+    for i, (one, other) in enumerate(zip(results, expected)):
         if one.dtype != other.dtype or one.shape != other.shape:
             return f"result {i} is {one.dtype} {list(one.shape)}, expected {other.dtype} {list(other.shape)}"
         if case.tolerance:
@@ -227,10 +227,10 @@ def poisoned_scratch() -> Iterator[None]:
     they belong to this launch, and the rest of a last float4. In a fresh allocation each is an error; this one is
     written. A kernel that does use what it did not write gives NaN, and its case fails.
     """
-    plain = backends.CUDA._scratch
+    original = backends.CUDA._scratch
 
     def filled(self: backends.CUDA, x: Tensor, size: int) -> Tensor | None:
-        scratch = plain(self, x, size)
+        scratch = original(self, x, size)
         if scratch is not None:
             scratch.view(torch.uint8).fill_(0xFF)
         return scratch
@@ -239,7 +239,7 @@ def poisoned_scratch() -> Iterator[None]:
     try:
         yield
     finally:
-        backends.CUDA._scratch = plain
+        backends.CUDA._scratch = original
 
 
 def can_be_forced(dtype: torch.dtype, device: str) -> bool:
@@ -316,8 +316,8 @@ def _optimizer(kind, dtype, settings, scaler, whole, seed) -> Callable[[str], Se
             optimizer.step()
         optimizer.state_dict()  # waits for what is under way
         states = [tensor for p in params for _, tensor in sorted(optimizer.state[p].items())]
-        found = [torch.tensor([optimizer.grad_norm]), torch.tensor([optimizer.skipped_steps])]
-        return [*params, *states, *found]
+        of_gradients = [torch.tensor([optimizer.grad_norm]), torch.tensor([optimizer.skipped_steps])]
+        return [*params, *states, *of_gradients]
 
     return run
 

@@ -35,15 +35,15 @@ def sanitizer_findings(text: str, tool: str) -> dict[str, int]:
     if broken:
         raise ValueError(f"compute-sanitizer says: {broken.group(1).strip()}")
     if tool == "racecheck":
-        found = _HAZARDS.findall(text)
-        if not found:
+        summaries = _HAZARDS.findall(text)
+        if not summaries:
             raise ValueError("no RACECHECK SUMMARY in the output of compute-sanitizer")
-        hazards, errors, warnings = (sum(int(one[i]) for one in found) for i in range(3))
+        hazards, errors, warnings = (sum(int(one[i]) for one in summaries) for i in range(3))
         return {"errors": errors, "hazards": hazards, "warnings": warnings}
-    found = _ERRORS.findall(text)
-    if not found:
+    summaries = _ERRORS.findall(text)
+    if not summaries:
         raise ValueError("no ERROR SUMMARY in the output of compute-sanitizer")
-    return {"errors": sum(map(int, found))}
+    return {"errors": sum(map(int, summaries))}
 
 
 def junit_counts(text: str | bytes) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def junit_counts(text: str | bytes) -> dict[str, Any]:
     skips: dict[str, str] = {}
     passed: set[str] = set()
     for case in root.iter("testcase"):
-        name = "::".join(part for part in (case.get("classname", ""), case.get("name", "")) if part)
+        name = "::".join(word for word in (case.get("classname", ""), case.get("name", "")) if word)
         bad = next((child for child in case if child.tag in ("failure", "error")), None)
         skip = case.find("skipped")
         if bad is not None:
@@ -103,5 +103,5 @@ def smi_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
 
 def nvcc_release(text: str) -> str:
     """ "13.0.48" from what ``nvcc --version`` prints, or "unknown"."""
-    found = re.search(r"release (\d+\.\d+)(?:, V([\d.]+))?", text)
-    return "unknown" if found is None else found.group(2) or found.group(1)
+    match = re.search(r"release (\d+\.\d+)(?:, V([\d.]+))?", text)
+    return "unknown" if match is None else match.group(2) or match.group(1)

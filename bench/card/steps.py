@@ -62,13 +62,13 @@ class StepFailed(Exception):
     """A step did not do what it should; the sentence says what.
 
     Attributes:
-        found: what it gave all the same.
+        outcome: what it measured all the same.
         tail: the end of its output.
     """
 
-    def __init__(self, sentence: str, found: dict[str, Any] | None = None, tail: str = "") -> None:
+    def __init__(self, sentence: str, outcome: dict[str, Any] | None = None, tail: str = "") -> None:
         super().__init__(sentence)
-        self.found, self.tail = found or {}, tail
+        self.outcome, self.tail = outcome or {}, tail
 
 
 @dataclass(frozen=True)
@@ -199,12 +199,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def demand(ended: Ended, what: str, seconds: float, found: dict[str, Any] | None = None) -> None:
+def demand(ended: Ended, what: str, seconds: float, outcome: dict[str, Any] | None = None) -> None:
     """Raises StepFailed unless the program ended well and in time."""
     if ended.code is None:
-        raise StepFailed(f"{what} took longer than {seconds:.0f} s", found, ended.tail)
+        raise StepFailed(f"{what} took longer than {seconds:.0f} s", outcome, ended.tail)
     if ended.code != 0:
-        raise StepFailed(f"{what} ended with exit code {ended.code}", found, ended.tail)
+        raise StepFailed(f"{what} ended with exit code {ended.code}", outcome, ended.tail)
 
 
 # -------------------------------------------------------------------------------------------------------- the steps
@@ -220,7 +220,7 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
     At the same time, the emulator and the conformance kernels, that their time is not the tests'.
     """
     begin = time.monotonic()
-    found: dict[str, Any] = {"from_scratch": not any((ROOT / "build").glob("temp.*"))}
+    outcome: dict[str, Any] = {"from_scratch": not any((ROOT / "build").glob("temp.*"))}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     limit = 0.9 * seconds  # the rest is to look at it
     programs = [Program("build", command, folder / "build.log", limit, {"QLORA_KERNELS_CUDA_ARCHS": "native"})]
@@ -230,31 +230,31 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
     all_ended = execute_all(programs, seconds, len(programs))
     for name in ("emulator", "conformance"):
         # Without it, tests fail and say so: no reason to stop here.
-        found[f"{name}_built"] = all_ended[name].code == 0
-        found[f"{name}_seconds"] = round(all_ended[name].seconds, 1)
+        outcome[f"{name}_built"] = all_ended[name].code == 0
+        outcome[f"{name}_seconds"] = round(all_ended[name].seconds, 1)
     ended = all_ended["build"]
-    found["build_seconds"] = round(ended.seconds, 1)
-    demand(ended, "the build", limit, found)
+    outcome["build_seconds"] = round(ended.seconds, 1)
+    demand(ended, "the build", limit, outcome)
     code = (
         "import json, torch, qlora_kernels; print(json.dumps({**qlora_kernels.build_info(), "
         "'card': [*torch.cuda.get_device_capability(), torch.cuda.get_device_name()]}))"
     )
     left = seconds - (time.monotonic() - begin)
     ended = execute([sys.executable, "-c", code], folder / "build_info.log", left)
-    demand(ended, "loading what was built", left, found)
+    demand(ended, "loading what was built", left, outcome)
     lines = [line for line in ended.output.splitlines() if line.startswith("{")]
     if not lines:
-        raise StepFailed("the build prints no build information", found, ended.tail)
+        raise StepFailed("the build prints no build information", outcome, ended.tail)
     info = json.loads(lines[-1])
     card = info.pop("card")
-    found["build_info"] = info
+    outcome["build_info"] = info
     if not info["native"]:
-        raise StepFailed(f"what was built does not load: {info['problem']}", found)
+        raise StepFailed(f"what was built does not load: {info['problem']}", outcome)
     archs = info.get("cuda_archs", "")
     problem = architectures.unserved(archs if isinstance(archs, str) else ";".join(archs), *card)
     if problem:
-        raise StepFailed(problem, found, (folder / "build.log").read_text(errors="replace")[-4000:])
-    return found
+        raise StepFailed(problem, outcome, (folder / "build.log").read_text(errors="replace")[-4000:])
+    return outcome
 
 
 def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
     left = seconds - (time.monotonic() - begin)
     programs.append(program(LAST_TEST_FILE, left))
     ended.update(execute_all(programs[-1:], left, 1))
-    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": [], "files": {}}
+    outcome: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": [], "files": {}}
     tails = []
     for one in programs:
         counts, problem = _file_result(one, ended[one.name])
@@ -291,13 +291,13 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
         if counts["failed"]:
             tails.append(f"{one.name}:\n{ended[one.name].tail}")
         for key, value in counts.items():
-            found[key] += value
-        found["files"][one.name] = round(ended[one.name].seconds, 1)
-    if found["failed"]:
-        raise StepFailed(f"{found['failed']} tests failed", found, "\n".join(tails))
-    if not found["passed"]:
-        raise StepFailed("no test passed", found, "\n".join(ended[one.name].tail for one in programs))
-    return found
+            outcome[key] += value
+        outcome["files"][one.name] = round(ended[one.name].seconds, 1)
+    if outcome["failed"]:
+        raise StepFailed(f"{outcome['failed']} tests failed", outcome, "\n".join(tails))
+    if not outcome["passed"]:
+        raise StepFailed("no test passed", outcome, "\n".join(ended[one.name].tail for one in programs))
+    return outcome
 
 
 def _file_result(program: Program, ended: Ended) -> tuple[dict[str, Any], str]:
@@ -357,36 +357,36 @@ def run_sanitizers(folder: Path, seconds: float) -> dict[str, Any]:
         for name in SANITIZERS
     ]
     ended = execute_all(programs, seconds, at_once)
-    found: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     problems, tails = [], []
     for name in SANITIZERS:
-        found[name], problem = sanitizer_result(name, ended[name], limit)
+        outcome[name], problem = sanitizer_result(name, ended[name], limit)
         if problem:
             problems.append(problem)
             tails.append(f"{name}:\n{ended[name].tail}")
     if problems:
-        raise StepFailed("; ".join(problems), found, "\n".join(tails))
-    return found
+        raise StepFailed("; ".join(problems), outcome, "\n".join(tails))
+    return outcome
 
 
 def sanitizer_result(name: str, ended: Ended, limit: float) -> tuple[dict[str, Any], str]:
     """What a tool found, with ``seconds``, and ``cases`` where it went through all; and what is wrong, or nothing."""
-    found: dict[str, Any] = {"seconds": round(ended.seconds, 1)}
+    outcome: dict[str, Any] = {"seconds": round(ended.seconds, 1)}
     if ended.code is None:
-        return found, f"{name} took longer than {limit:.0f} s"
+        return outcome, f"{name} took longer than {limit:.0f} s"
     try:
         counts = sanitizer_findings(ended.output, name)
     except ValueError as problem:
-        return found, f"{name}: {problem}"
-    found.update(counts)
+        return outcome, f"{name}: {problem}"
+    outcome.update(counts)
     if any(counts.values()):
-        return found, f"{name} found {', '.join(f'{count} {what}' for what, count in counts.items())}"
+        return outcome, f"{name} found {', '.join(f'{count} {what}' for what, count in counts.items())}"
     if ended.code != 0:
-        return found, f"{name} ended with exit code {ended.code}"
+        return outcome, f"{name} ended with exit code {ended.code}"
     total = sum(1 for _ in kernels.cases())
     if kernels.verdict(total, total) not in ended.output:
-        return found, f"{name}: the cases were not gone through to the end"
-    return {**found, "cases": total}, ""
+        return outcome, f"{name}: the cases were not gone through to the end"
+    return {**outcome, "cases": total}, ""
 
 
 def run_rates(folder: Path, seconds: float) -> dict[str, Any]:
@@ -396,9 +396,9 @@ def run_rates(folder: Path, seconds: float) -> dict[str, Any]:
     budget = min(max(seconds - STARTING, seconds / 2), 4.0)
     command = [sys.executable, "-m", "bench.card.tensor_rate", "--out", str(out), "--seconds", f"{budget:.0f}"]
     ended = execute(command, folder / "tensor_rate.log", seconds)
-    found: dict[str, Any] = load_json(out) if out.exists() else {}
-    found["nvidia_smi_after"] = cards_now()
-    return whole(found, ended, "the measurement", seconds)
+    outcome: dict[str, Any] = load_json(out) if out.exists() else {}
+    outcome["nvidia_smi_after"] = cards_now()
+    return whole(outcome, ended, "the measurement", seconds)
 
 
 def run_bench(folder: Path, seconds: float) -> dict[str, Any]:
@@ -411,21 +411,21 @@ def run_bench(folder: Path, seconds: float) -> dict[str, Any]:
         *("--minutes", f"{budget / 60:.2f}", "--out", str(out)),
     ]
     ended = execute(command, folder / "bench.log", seconds)
-    found: dict[str, Any] = results.load(out) if out.exists() else {}
-    found["nvidia_smi_after"] = cards_now()
-    return whole(found, ended, "the benchmark", seconds)
+    outcome: dict[str, Any] = results.load(out) if out.exists() else {}
+    outcome["nvidia_smi_after"] = cards_now()
+    return whole(outcome, ended, "the benchmark", seconds)
 
 
-def whole(found: dict[str, Any], ended: Ended, what: str, seconds: float) -> dict[str, Any]:
+def whole(outcome: dict[str, Any], ended: Ended, what: str, seconds: float) -> dict[str, Any]:
     """What a program left, where it succeeded and says that it is complete.
 
     Raises:
         StepFailed: otherwise, with what it left.
     """
-    demand(ended, what, seconds, found)
-    if not found.get("complete"):
-        raise StepFailed(f"{what} left no complete result", found, ended.tail)
-    return found
+    demand(ended, what, seconds, outcome)
+    if not outcome.get("complete"):
+        raise StepFailed(f"{what} left no complete result", outcome, ended.tail)
+    return outcome
 
 
 STEPS = (

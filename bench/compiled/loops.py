@@ -98,16 +98,16 @@ class Graph:
                     seen.add(target)
                     todo.append(target)
         everything = frozenset(order)
-        found = {start: everything for start in order}
-        found[self.entry] = frozenset({self.entry})
+        dominators = {start: everything for start in order}
+        dominators[self.entry] = frozenset({self.entry})
         changed = True
         while changed:
             changed = False
             for start in order[1:]:
-                new = frozenset.intersection(*(found[one] for one in before[start])) | {start}
-                if new != found[start]:
-                    found[start], changed = new, True
-        return found
+                new = frozenset.intersection(*(dominators[one] for one in before[start])) | {start}
+                if new != dominators[start]:
+                    dominators[start], changed = new, True
+        return dominators
 
     @cached_property
     def loops(self) -> list[Loop]:
@@ -116,11 +116,11 @@ class Graph:
         for start, above in self.dominators.items():
             for target in self.blocks[start].following & above:
                 latches.setdefault(target, set()).add(start)
-        found = [
+        loops = [
             Loop(header, frozenset(self.leading_to(ends, stop={header})), frozenset(ends))
             for header, ends in latches.items()
         ]
-        return sorted(found, key=lambda loop: len(loop.blocks))
+        return sorted(loops, key=lambda loop: len(loop.blocks))
 
     def leading_to(self, ends: Iterable[int], stop: set[int], within: frozenset[int] | None = None) -> set[int]:
         """Blocks from which some can be reached without leaving a block of ``stop``; these ends and stops too."""

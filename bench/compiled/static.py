@@ -74,11 +74,11 @@ def tool(name: str) -> str:
     Raises:
         FileNotFoundError: with what to install.
     """
-    found = setup_cuda.find_tool(name)
-    if found is None:
+    path = setup_cuda.find_tool(name)
+    if path is None:
         hint = setup_cuda.INSTALL if name == "nvcc" else "pip install '.[cuda-tools]'"
         raise FileNotFoundError(f"{name} is not to be found; {hint}")
-    return found
+    return path
 
 
 def _run(*command: str) -> str:
@@ -139,11 +139,11 @@ def rows(module: Path) -> list[dict[str, Any]]:
     usage = sass.parse_usage(_run(tool("cuobjdump"), "-res-usage", str(module)))
     names = readable(sorted({one.symbol for one in code}))
     shared = dynamic_shared(sorted(set(names.values())))
-    found = []
+    table = []
     for one in code:
         resources = usage[one.architecture, one.symbol]
-        wide = {name: sum(1 for i in one.of(name) if i.bits == 128) for name in ("LDG", "STG")}
-        found.append(
+        wide = {name: sum(1 for i in one.named(name) if i.bits == 128) for name in ("LDG", "STG")}
+        table.append(
             {
                 "kernel": names[one.symbol],
                 "arch": one.architecture,
@@ -158,12 +158,12 @@ def rows(module: Path) -> list[dict[str, Any]]:
                 "code_bytes": one.size,
                 "ldg128": wide["LDG"],
                 "stg128": wide["STG"],
-                "ldg": len(one.of("LDG")),
-                "stg": len(one.of("STG")),
+                "ldg": len(one.named("LDG")),
+                "stg": len(one.named("STG")),
                 **loop_figures(names[one.symbol], one),
             }
         )
-    return sorted(found, key=lambda row: (row["kernel"], _number(row["arch"])))
+    return sorted(table, key=lambda row: (row["kernel"], _number(row["arch"])))
 
 
 def numbers_in(kernel: str) -> list[int]:
@@ -196,22 +196,22 @@ def _number(architecture: str) -> tuple[int, str]:
 
 def report(module: Path) -> dict[str, Any]:
     """The table and the compiler it holds for."""
-    found = rows(module)
+    table = rows(module)
     return {
         "format": FORMAT,
         "nvcc": nvcc_version(),
-        "archs": sorted({row["arch"] for row in found}, key=_number),
+        "archs": sorted({row["arch"] for row in table}, key=_number),
         "extension_bytes": module.stat().st_size,
-        "kernels": found,
+        "kernels": table,
     }
 
 
-def by_architecture(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def by_architecture(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each architecture: kernels that have code and those left without, the size of all, the most registers of a
     thread, accesses to local memory."""
     result = []
-    for arch in sorted({row["arch"] for row in found}, key=_number):
-        own = [row for row in found if row["arch"] == arch]
+    for arch in sorted({row["arch"] for row in table}, key=_number):
+        own = [row for row in table if row["arch"] == arch]
         with_code = [row for row in own if row["instructions"] > MOST_OF_A_TRAP]
         result.append(
             {
@@ -228,10 +228,10 @@ def by_architecture(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def nvcc_version() -> str:
     """To the build: code generation may change with it."""
-    found = re.search(r"V(\d+\.\d+\.\d+)", _run(tool("nvcc"), "--version"))
-    if found is None:
+    release = re.search(r"V(\d+\.\d+\.\d+)", _run(tool("nvcc"), "--version"))
+    if release is None:
         raise RuntimeError("nvcc --version names no version")
-    return found[1]
+    return release[1]
 
 
 def path_for(archs: list[str], folder: Path = FOLDER) -> Path:

@@ -126,11 +126,11 @@ def in_a_process(arguments: dict[str, Any], limit: int | None = None) -> dict[st
         )
         if done.returncode != 0:
             raise RuntimeError(f"the training ended with {done.returncode}")
-        found = json.loads(done.stdout)
+        figures = json.loads(done.stdout)
         if group is not None:
-            found["limit_bytes"] = limit
-            found["peak_cgroup_bytes"] = int((group / "memory.max_usage_in_bytes").read_text())
-        return found
+            figures["limit_bytes"] = limit
+            figures["peak_cgroup_bytes"] = int((group / "memory.max_usage_in_bytes").read_text())
+        return figures
 
 
 def run(layers: int, width: int, steps: int, limit: int, folder: str) -> dict[str, Any]:
@@ -147,8 +147,8 @@ def run(layers: int, width: int, steps: int, limit: int, folder: str) -> dict[st
     }
     for name in (MEMORY, FILE, LIMITED):
         arguments = {"layers": layers, "width": width, "steps": steps, "page_file": None if name == MEMORY else folder}
-        result["cases"][name] = found = in_a_process(arguments, limit if name == LIMITED else None)
-        times = ", ".join(f"{step['step_s']:.1f}" for step in found["steps"])
+        result["cases"][name] = figures = in_a_process(arguments, limit if name == LIMITED else None)
+        times = ", ".join(f"{step['step_s']:.1f}" for step in figures["steps"])
         print(f"{name}: steps of {times} s", file=sys.stderr)
     cases = result["cases"].values()
     result["same"] = len({case["sha256"] for case in cases}) == 1

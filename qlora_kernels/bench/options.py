@@ -264,9 +264,9 @@ def _numbers(text: str, flag: str, least: int) -> list[int]:
 
 
 def _shape(word: str) -> tuple[int, int]:
-    parts = [part.strip() for part in word.lower().split("x")]
+    parts = [number.strip() for number in word.lower().split("x")]
     # More digits than these are no size, and some thousand of them int() refuses.
-    numbers = [int(part) for part in parts if part.isascii() and part.isdecimal() and len(part) < 10]
+    numbers = [int(number) for number in parts if number.isascii() and number.isdecimal() and len(number) < 10]
     if len(parts) != 2 or len(numbers) != 2 or min(numbers) < 1:
         raise InputError(f"--shapes should be weights such as {N}x{K}, separated by commas; found {word or 'nothing'}")
     return numbers[0], numbers[1]
