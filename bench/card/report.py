@@ -1,4 +1,4 @@
-"""A check on a card as tables for people: bars and what was reached, the worst first; times; steps; facts."""
+"""The report of a check on a card: bars and results, the worst first; times; steps; facts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .predictions import card_named, predicted_us
 
 
 def step(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """A step's entry; an empty one where there is none."""
+    """A step's entry, or an empty one."""
     return next((one for one in results["steps"] if one["name"] == name), {})
 
 
 def outcome_of(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a step found."""
+    """What a step measured."""
     return step(results, name).get("found") or {}
 
 

@@ -22,17 +22,17 @@ from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.native import architectures
 from qlora_kernels.storage.formats import load_json
 
-#: Seconds of a measuring step that starting and the last case's overrun need.
+#: Seconds reserved in a measuring step for its start and for the last case's overrun.
 STARTING = 35.0
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TAIL_LINES = 40
-#: Seconds between an interrupt and the end.
+#: Seconds between an interrupt and a kill.
 GRACE = 3.0
-#: pytest's exit code where no test was found in a file.
+#: pytest's exit code when a file has no tests.
 NONE_COLLECTED = 5
-#: From so many cores on, several programs run beside each other.
+#: With at least this many cores, several programs run at once.
 MANY_CORES = 8
-#: The files of tests that need a card, in this order: what others stand on first.
+#: Test files that need a card, the foundations first.
 TEST_FILES = (
     "tests/emulator/test_conformance.py",
     "tests/emulator/test_conformance_sm90.py",
@@ -54,7 +54,7 @@ TEST_FILES = (
     "tests/optim/test_frameworks.py",
     "tests/finetune/test_run_gpu.py",
 )
-#: By itself, after all others: it looks at how much of the card is free.
+#: Runs alone, after all others: it measures how much of the card is free.
 LAST_TEST_FILE = "tests/optim/engines/test_paging_gpu.py"
 
 
@@ -142,7 +142,7 @@ class _Running:
             os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        """Ends it with all that it started."""
+        """Kills it and everything it started."""
         self.signal(signal.SIGKILL)
         self.process.wait()
 
@@ -175,7 +175,7 @@ def execute_all(programs: Sequence[Program], seconds: float, at_once: int) -> di
                 name = one.program.name
                 limit = min(max(one.program.seconds, 0.1), max(deadline - one.begin, 0.1))
                 if name in overdue and (now >= overdue[name] or one.process.poll() is not None):
-                    one.kill()  # and whom it has left behind
+                    one.kill()  # and what it left behind
                 elif name not in overdue and now - one.begin >= limit and one.process.poll() is None:
                     overdue[name] = now + GRACE
                     one.signal(signal.SIGINT)
@@ -195,7 +195,7 @@ def execute(command: Sequence[str], log: Path, seconds: float, environment: Mapp
 
 
 def cores() -> int:
-    """Of the processor, those that this process may use."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -229,7 +229,7 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
         programs.append(Program(name, command, folder / f"build_{name}.log", limit))
     all_ended = execute_all(programs, seconds, len(programs))
     for name in ("emulator", "conformance"):
-        # Without it, tests fail and say so: no reason to stop here.
+        # Tests that need it fail and say so; go on.
         outcome[f"{name}_built"] = all_ended[name].code == 0
         outcome[f"{name}_seconds"] = round(all_ended[name].seconds, 1)
     ended = all_ended["build"]
@@ -325,7 +325,7 @@ def _file_result(program: Program, ended: Ended) -> tuple[dict[str, Any], str]:
 
 def sanitizer_command(program: str, name: str) -> list[str]:
     """compute-sanitizer's command line over the small cases."""
-    # torch asks the driver for what older ones do not have; this package checks its own calls.
+    # torch probes the driver for functions that older ones lack; this package checks its own calls.
     options = ["--report-api-errors", "no"] if name == "memcheck" else []
     poison = ["--poison-scratch"] if name == "initcheck" else []
     return [
@@ -335,16 +335,16 @@ def sanitizer_command(program: str, name: str) -> list[str]:
 
 
 def sanitizer_environment(name: str, at_once: int) -> dict[str, str]:
-    # Each tensor an allocation of its own: in torch's pool, no access beyond its end would be noticed.
+    # One allocation for each tensor: in torch's pool, an access beyond its end would go unnoticed.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(max(cores() // at_once, 1))}
     if name == "initcheck":
-        # What the host writes to managed memory counts as not written: there the states lie in pinned memory.
+        # initcheck does not see what the host writes to managed memory, so the states are pinned.
         environment["QLORA_KERNELS_MANAGED"] = "0"
     return environment
 
 
 def run_sanitizers(folder: Path, seconds: float) -> dict[str, Any]:
-    """compute-sanitizer's tools over the small cases: on many cores at the same time, else one after the other."""
+    """Runs compute-sanitizer's tools over the small cases, all at once where there are enough cores."""
     program = tool("compute-sanitizer")
     if program is None:
         raise StepFailed("compute-sanitizer was not found below CUDA_HOME, in PATH or in /usr/local/cuda")
@@ -370,7 +370,7 @@ def run_sanitizers(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def sanitizer_result(name: str, ended: Ended, limit: float) -> tuple[dict[str, Any], str]:
-    """What a tool found, with ``seconds``, and ``cases`` where it went through all; and what is wrong, or nothing."""
+    """A tool's counts with ``seconds``, and ``cases`` if it finished them; and what is wrong, or an empty string."""
     outcome: dict[str, Any] = {"seconds": round(ended.seconds, 1)}
     if ended.code is None:
         return outcome, f"{name} took longer than {limit:.0f} s"
@@ -390,7 +390,7 @@ def sanitizer_result(name: str, ended: Ended, limit: float) -> tuple[dict[str, A
 
 
 def run_rates(folder: Path, seconds: float) -> dict[str, Any]:
-    """What tensor cores take in a second."""
+    """Measures what the tensor cores reach."""
     out = folder / "tensor_rate.json"
     out.unlink(missing_ok=True)
     budget = min(max(seconds - STARTING, seconds / 2), 4.0)
@@ -436,5 +436,5 @@ STEPS = (
     Step("rates", 8.0, run_rates, needs="build"),
     Step("bench", 135.0, run_bench, needs="build"),
 )
-#: Seconds for all of it: under nine minutes, with some for what lies between.
+#: Seconds for all steps: under nine minutes with the time between them.
 BUDGET = sum(step.share for step in STEPS)

@@ -47,17 +47,17 @@ class Function:
 
     @property
     def local_accesses(self) -> list[Instruction]:
-        """Loads from and stores to local memory: spilled registers, or arrays that found no registers."""
+        """Loads and stores in local memory: spilled registers, or arrays that did not fit into registers."""
         return self.named("LDL", "STL")
 
     @property
     def count(self) -> int:
-        """Instructions, without what pads the end."""
+        """Instructions, without the padding at the end."""
         return sum(1 for one in self.instructions if one.name != "NOP" and not _loops_at_itself(one))
 
     @property
     def size(self) -> int:
-        """Bytes of code, padding included; an instruction has 16."""
+        """Bytes of code, padding included; 16 an instruction."""
         return self.instructions[-1].address + 16 if self.instructions else 0
 
     def successors(self) -> dict[int, set[int]]:

@@ -2,9 +2,9 @@
 
     python -m bench.compiled.static WHEEL
 
-looks into a wheel (or the extension itself), prints a table, and writes it to bench/results/ as JSON and Markdown,
-where review sees what a change does to the code. No GPU takes part. tests/build/test_static_gates.py compares a build
-with these files and with each kernel's budget.
+reads a wheel (or the extension itself), prints a table, and writes it to bench/results/ as JSON and Markdown, so that a
+review shows what a change does to the code. It needs no GPU. tests/build/test_static_gates.py compares a build with
+these files and with each kernel's budget.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ FOLDER = Path(__file__).resolve().parent.parent / "results"
 FORMAT = 1
 TITLE = "# What the compiler made of the CUDA kernels\n"
 
-#: The most instructions of a kernel that is left without code: a trap.
+#: A kernel left out for an architecture is a trap, which has at most this many instructions.
 MOST_OF_A_TRAP = 4
 
-#: Where the launchers take the size of dynamic shared memory from, by kernel; T is the kernel's first argument.
+#: Header and expression of the dynamic shared memory a kernel is launched with; T is its first template argument.
 SHARED = {
     "dequantize_kernel": ("cuda/quantize/dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
     "quantize_kernel": ("cuda/quantize/quantize.cuh", "sizeof(QuantizeTraits<T>::Shared)"),
     "quantize_absmax_kernel": ("cuda/quantize/quantize_absmax.cuh", "sizeof(QuantizeAbsmaxTraits::Shared)"),
-    # At M = 8 and K = 4096: it depends on both.
+    # Depends on M and K; here M = 8, K = 4096.
     "few_kernel": ("cuda/linear/mma/rows8.cuh", "few_shared(8, 4096)"),
     "middle_kernel": ("cuda/linear/mma/rows64.cuh", "sizeof(<second>::Shared)"),
     "gemm_kernel": ("cuda/linear/mma/tiles.cuh", "sizeof(<second>::Shared)"),
@@ -52,14 +52,14 @@ SHARED = {
     "absmax_sums_kernel": ("cuda/quantize/quantize_absmax.cuh", "size_t{0}"),
 }
 
-#: The kernels whose main loops decode and multiply; numbers are those among the template arguments.
+#: Kernels whose main loop decodes and multiplies; ``numbers`` are the numbers among the template arguments.
 LOOPS = {
-    # A turn is four chunks, of which a thread has 32 weights each.
+    # A step is four chunks, and a thread has 32 weights of each.
     "few_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=4 * 32),
     # 16 weights of each of eight rows.
     "middle_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=8 * 16),
-    # 64 weights a thread: with 128 columns, numbers[1], two teams take turns. numbers[0] is kRows: 8 copies a row, 256
-    # threads, unrolled where they are more.
+    # 64 weights a thread; with 128 columns (numbers[1]) two teams take turns. A row takes 8 copies of the 256 threads;
+    # where that is more than one a thread, they are unrolled.
     "gemm_kernel": loops.Kind(
         decode=("PRMT", "LOP3", "SHF", "IMAD.SHL", "F2FP", "FMUL"),
         weights=64,
@@ -72,12 +72,12 @@ def tool(name: str) -> str:
     """The path of cuobjdump or nvcc.
 
     Raises:
-        FileNotFoundError: with what to install.
+        FileNotFoundError: saying what to install.
     """
     path = setup_cuda.find_tool(name)
     if path is None:
         hint = setup_cuda.INSTALL if name == "nvcc" else "pip install '.[cuda-tools]'"
-        raise FileNotFoundError(f"{name} is not to be found; {hint}")
+        raise FileNotFoundError(f"{name} was not found; {hint}")
     return path
 
 
@@ -89,7 +89,7 @@ def _run(*command: str) -> str:
 
 
 def readable(symbols: list[str]) -> dict[str, str]:
-    """Kernels' names as in the source, without namespace and parameters: "dequantize_kernel<bf16, true>"."""
+    """Demangled names without namespace and parameters, such as "dequantize_kernel<bf16, true>"."""
     lines = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     names = {}
     for symbol, line in zip(symbols, lines.splitlines()):
@@ -99,7 +99,7 @@ def readable(symbols: list[str]) -> dict[str, str]:
 
 
 def dynamic_shared(kernels: list[str]) -> dict[str, int]:
-    """Bytes of dynamic shared memory that each kernel is launched with: nvcc's own sizeof, printed by a program.
+    """Bytes of dynamic shared memory of each kernel: a program compiled by nvcc prints its sizeof.
 
     Raises:
         KeyError: for a kernel that SHARED doesn't list.
@@ -120,7 +120,7 @@ def dynamic_shared(kernels: list[str]) -> dict[str, int]:
         source.write_text("\n".join([*lines, "}", ""]))
         compiler = setup_cuda.Compiler.at(tool("nvcc"))
         include = [f"-I{ROOT / 'csrc' / 'cuda' / 'device'}", f"-I{ROOT / 'csrc'}"]
-        # The library's folder is said because the compiler packages of PyPI do not have it where nvcc looks.
+        # -L, because nvcc does not look where PyPI's compiler packages put the library.
         _run(
             compiler.path, "-std=c++17", "-arch=sm_80", *include, f"-L{compiler.runtime.parent}",
             *("-o", str(program), str(source)),
@@ -134,7 +134,7 @@ def functions(module: Path) -> list[sass.Function]:
 
 
 def rows(module: Path) -> list[dict[str, Any]]:
-    """A row for each kernel and architecture, in the order of their names."""
+    """A row for each kernel and architecture, sorted by name."""
     code = functions(module)
     usage = sass.parse_usage(_run(tool("cuobjdump"), "-res-usage", str(module)))
     names = readable(sorted({one.symbol for one in code}))
@@ -148,7 +148,7 @@ def rows(module: Path) -> list[dict[str, Any]]:
                 "kernel": names[one.symbol],
                 "arch": one.architecture,
                 "registers": resources["REG"],
-                # What the hardware keeps of each block from sm_90 on (1 KiB) is in the static figure.
+                # From sm_90 on this includes the 1 KiB of each block that the hardware reserves.
                 "shared_static": resources["SHARED"],
                 "shared_dynamic": shared[names[one.symbol]],
                 "stack": resources["STACK"],
@@ -207,8 +207,7 @@ def report(module: Path) -> dict[str, Any]:
 
 
 def by_architecture(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each architecture: kernels that have code and those left without, the size of all, the most registers of a
-    thread, accesses to local memory."""
+    """For each architecture: kernels with and without code, bytes of code, most registers of a thread, spills."""
     result = []
     for arch in sorted({row["arch"] for row in table}, key=_number):
         own = [row for row in table if row["arch"] == arch]
@@ -227,7 +226,7 @@ def by_architecture(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def nvcc_version() -> str:
-    """To the build: code generation may change with it."""
+    """nvcc's version, on which the generated code depends."""
     release = re.search(r"V(\d+\.\d+\.\d+)", _run(tool("nvcc"), "--version"))
     if release is None:
         raise RuntimeError("nvcc --version names no version")

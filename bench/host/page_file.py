@@ -50,7 +50,7 @@ class Stack(nn.Module):
 
 
 def train(layers: int, width: int, steps: int, page_file: str | None) -> dict[str, Any]:
-    """Some steps of training, and what they took; a digest of all parameters and states at the end."""
+    """Trains some steps; returns their times and a digest of all parameters and states at the end."""
     torch.manual_seed(0)
     model = Stack(layers, width)
     optimizer = PagedAdamW(model.parameters(), lr=1e-4, max_grad_norm=1.0, master_weights=True, page_file=page_file)
@@ -82,7 +82,7 @@ def train(layers: int, width: int, steps: int, page_file: str | None) -> dict[st
 
 
 def _io() -> dict[str, int]:
-    """What this process has had read from disks and has made to be written there, in bytes."""
+    """Bytes that this process has read from and written to disks."""
     return {key: int(value) for key, value in (line.split(":") for line in Path("/proc/self/io").open())}
 
 

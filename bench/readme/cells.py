@@ -25,7 +25,7 @@ def grid(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def title_of(case: dict[str, Any]) -> str:
-    """A case in words. A rank of 0, and a dtype that the title names, are not said."""
+    """A case in words, without a rank of 0 or a dtype that the title names."""
     shown = {**case, "rank": case["rank"] or None}
     if case["dtype"] in case["title"]:
         shown["dtype"] = "bfloat16"

@@ -1,4 +1,4 @@
-"""Who imports whom, and who includes whom, read from the sources: each arrow with its file and line.
+"""Imports and includes, read from the sources: each arrow with its file and line.
 
 Python is read as text and never imported: an import inside a function or under TYPE_CHECKING counts as any other.
 """

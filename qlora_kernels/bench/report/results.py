@@ -61,7 +61,7 @@ _FIGURES_PERHAPS = {
     "by": _TEXT,
     "no_graph": _TEXT,
 }
-#: No time, in milliseconds, is outside; nor can a ratio of two such overflow.
+#: Limits of a time in milliseconds; a ratio of two times between them cannot overflow.
 _SHORTEST, _LONGEST = 1e-9, 1e15
 
 

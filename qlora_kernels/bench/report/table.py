@@ -19,7 +19,9 @@ def terminal(results: dict[str, Any]) -> str:
         rates = [f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)"] if limits.bytes_per_s else []
         rates += [f"a dense {name} product reaches {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.flops.items()]
         lines.append(f"Limits, measured: {', '.join(rates)}.")
-    lines += ["", *_every_figure(results), "", *_losses(results), *_ratios(results)]
+    for section in (_every_figure, _losses, _ratios):
+        if shown := section(results):
+            lines += ["", *shown]
     if not results["complete"]:
         lines += ["", "The run was not completed: some cases are missing."]
     return "\n".join(lines)
@@ -30,7 +32,7 @@ def _losses(results: dict[str, Any]) -> list[str]:
     try:
         study = study_of(results)
     except ValueError as problem:
-        return [f"No table of losses: {problem}.", ""]
+        return [f"No table of losses: {problem}."]
     if study is None:
         return []
     base, steps = study.base, study.training["steps"]
@@ -38,7 +40,7 @@ def _losses(results: dict[str, Any]) -> list[str]:
     for name, row in study.rows.items():
         rows.append((f"  adapters on {name}", *("failed" if one is None else f"{one['loss']:.4f}" for one in row)))
     lines = align(rows)
-    return [*lines, f"The NF4 base has {base['loss']:.4f}, its 16-bit weights {base['loss_16bit']:.4f}.", ""]
+    return [*lines, f"The NF4 base has {base['loss']:.4f}, its 16-bit weights {base['loss_16bit']:.4f}."]
 
 
 def _ratios(results: dict[str, Any]) -> list[str]:
