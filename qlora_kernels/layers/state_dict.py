@@ -34,8 +34,8 @@ def problems(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: 
     name = _merged_name(state[f"{prefix}merged_adapter"])
     if name is None:
         misfits.append(f'"{prefix}merged_adapter" should be the UTF-8 bytes of a name, uint8, not on the meta device.')
-    elif name not in layer._adapters:
-        known = ", ".join(map(repr, layer._adapters)) or "none"
+    elif name not in layer.adapters:
+        known = ", ".join(map(repr, layer.adapters)) or "none"
         misfits.append(f"adapter {name!r} is merged in the checkpoint, but {prefix[:-1] or 'this layer'} has: {known}.")
     return misfits
 
@@ -88,8 +88,8 @@ def _merged_name(code: Tensor) -> str | None:
 def _trained(layer: Adapters) -> dict[str, Tensor]:
     """Bias and adapters by their names in the state dict."""
     own: dict[str, Tensor] = {} if layer.bias is None else {"bias": layer.bias}
-    for part in ("lora_A", "lora_B"):
-        own |= {f"{part}.{name}": matrix for name, matrix in getattr(layer, part).items()}
+    for matrices in ("lora_A", "lora_B"):
+        own |= {f"{matrices}.{name}": matrix for name, matrix in getattr(layer, matrices).items()}
     return own
 
 
