@@ -1,6 +1,6 @@
 """Folding an adapter into a 4-bit base and taking it out again, a panel of rows at a time."""
 
-# Works on a layer's inside, which is not for users.
+# Uses private attributes of layers.
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MergeReport:
 
     Attributes:
         weight_error: ||W' - W|| / ||W||, Frobenius, W' the requantized weight, W the exact merged one.
-        output_error: the same of the outputs on the probe batch (without bias), or None without one.
+        output_error: the same for the outputs on the probe batch (without bias), or None without one.
     """
 
     weight_error: float

@@ -130,7 +130,7 @@ class PackedLayer(nn.Module):
     # ------------------------------------------------------------------------------------------------- merged or not
 
     def _set_merged(self, name: str | None) -> None:
-        """Notes which adapter is merged: for Python as a name, for the state dict as a tensor of its UTF-8 bytes."""
+        """Records which adapter is merged: a name in Python, its UTF-8 bytes in the state dict."""
         self._merged = name
         self._buffers.pop("merged_adapter", None)
         if name is not None:

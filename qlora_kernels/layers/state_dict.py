@@ -1,6 +1,6 @@
 """What QLinear checks in a state dict before any of it is copied: torch casts silently, packed data must not be."""
 
-# Works on a layer's inside, which is not for users.
+# Uses private attributes of layers.
 # pyright: reportPrivateUsage=false
 # Users' arguments are checked whatever their annotations say.
 # pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
@@ -18,7 +18,7 @@ from .adapters.named import Adapters
 
 
 def problems(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: bool = False) -> list[str]:
-    """Sentences on what does not fit: weight, bias and adapters. When there are any, the layer is left as it is."""
+    """Sentences on what does not fit: weight, bias and adapters. If there are any, nothing is loaded into the layer."""
     if f"{prefix}weight" in state:
         return [
             f'"{prefix}weight" is a dense weight, but the layer is 4-bit; load the checkpoint into the dense model, '
@@ -56,7 +56,7 @@ def make_contiguous(state: MutableMapping[str, Tensor], prefix: str) -> None:
 def match_merged_state(layer: Adapters, state: Mapping[str, Tensor], prefix: str) -> None:
     """Makes room for a base that was saved merged, or drops the backup when the saved one was not.
 
-    A state dict without a base (adapters alone, say) leaves things as they are.
+    A state dict without a base (adapters alone, say) changes nothing.
     """
     if f"{prefix}weight_packed" not in state:
         return

@@ -1,8 +1,8 @@
-"""Named low-rank adapters: what they are apart from their matrices, and a layer's keeping of several."""
+"""Named low-rank adapters: a layer can hold several, of which one is active."""
 
 # Users' arguments are checked whatever their annotations say.
 # pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
-# The functions at the end set what a layer keeps of its adapters, for other packages.
+# The functions at the end, for other packages, use the layer's private attributes.
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class CUDA:
         kernels: the module of the operations that take device pointers.
     """
 
-    # The host would have to wait to learn of a bad weight: its blocks get constants that are NaN instead.
+    # The host would have to wait to learn of a bad weight. Instead, the constants of its bad blocks become NaN.
     refuses_non_finite = False
     is_host = False
 
@@ -54,15 +54,15 @@ class CUDA:
     # ------------------------------------------------------------------------------------- for a paged optimizer
 
     def pin(self, table: Tensor) -> Tensor:
-        """A copy in memory that the device can read by itself."""
+        """A copy in pinned memory."""
         return table.pin_memory()
 
     def send(self, pinned: Tensor, device: torch.device) -> Tensor:
-        """A copy on the device that the host does not wait for."""
+        """A copy on the device, without waiting for it."""
         return pinned.to(device, non_blocking=True)
 
     def wait(self, device: torch.device) -> None:
-        """Waits for all that the device has been given to do."""
+        """Waits until the device has finished all queued work."""
         torch.cuda.synchronize(device)
 
     def expose(self, owner: object, address: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -79,7 +79,7 @@ class CUDA:
     _like: Callable[..., Tensor] = staticmethod(Tensor.new_empty)
 
     def _scratch(self, x: Tensor, size: int) -> Tensor | None:
-        """So many bytes that the layer's kernels need for a while; what is in them does not matter."""
+        """Uninitialized scratch memory of this many bytes for a layer's kernels."""
         return self._like(x, -(-size // x.element_size())) if size else None
 
     def _sums(self, blocks: int, device: torch.device) -> Tensor:
