@@ -47,7 +47,7 @@ def _weight_fits(
     n: int,
     k: int,
 ) -> bool:
-    """Whether all is well; on every call, so it builds no messages."""
+    """Whether the pieces fit. It runs on every call, so it builds no messages."""
     blocks = _blocks(n, k)
     device = packed.device
     if not (
@@ -132,9 +132,9 @@ def same_pieces(left: Pieces, right: Pieces) -> bool:
 class Operand:
     """A weight [n, k] as the operations and their backends take it: its five pieces, and what is known of them.
 
-    Checking the pieces takes as long as launching a kernel, and they hardly ever change. So a check holds for as long
-    as they lie at the same addresses with as many elements, and so does the struct that the kernels are given. An
-    exchange of their data (``.data = ...``, a move to another device, a freed storage) shows in the addresses.
+    Checking the pieces takes as long as launching a kernel, and they hardly ever change. So a check stays valid while
+    the pieces keep their addresses and sizes, and so does the struct passed to the kernels. Replacing their data
+    (``.data = ...``, a move to another device, a freed storage) changes the addresses.
 
     Attributes:
         pieces: see :data:`Pieces`.
@@ -185,8 +185,8 @@ class Operand:
         self._checked = place
 
     def native(self, kind: Any) -> Any:
-        """The weight as the kernels take it: an extension's class Weight, made again when a check has found another
-        place."""
+        """The weight as the kernels take it, an extension's class Weight; rebuilt when a check has found other
+        addresses."""
         checked, kept = self._checked, self._native
         if kept is not None and kept[2] is checked and kept[1] is kind:
             return kept[0]
@@ -211,7 +211,7 @@ class Operand:
         return made
 
     def is_plain(self) -> bool:
-        """Whether the pieces are ordinary tensors; those of other kinds may want to see operations."""
+        """Whether the pieces are ordinary tensors; subclasses may intercept operations."""
         self._is_plain = self._is_plain or are_plain(self.pieces)
         return self._is_plain
 
