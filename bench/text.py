@@ -24,6 +24,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
     return [line(clean[0]), f"| {' | '.join(rule)} |", *map(line, clean[1:])]
 
 
-def number(value: float | None, form: str) -> str:
+def number(value: float | None, spec: str) -> str:
     """A number in a table's cell; nothing for None."""
-    return "" if value is None else format(value, form)
+    return "" if value is None else format(value, spec)

@@ -85,17 +85,17 @@ def peft_names(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
     ``r=8`` or ``lora_alpha=16`` raise a TypeError that says what the argument is called here, instead of Python's
     "unexpected keyword argument". The signature that users see stays the function's own.
     """
-    who = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+    callee = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @functools.wraps(function)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         foreign = [name for name in kwargs if name in _PEFT_NAMES]
         if foreign:
             renamed = ", ".join(f"'{name}' is called '{_PEFT_NAMES[name]}'" for name in foreign)
-            raise TypeError(f"{who} does not take PEFT's names: {renamed} here")
+            raise TypeError(f"{callee} does not take PEFT's names: {renamed} here")
         for name in kwargs:
             if name in _PEFT_ONLY:
-                raise TypeError(f"{who} does not take PEFT's '{name}': {_PEFT_ONLY[name]}")
+                raise TypeError(f"{callee} does not take PEFT's '{name}': {_PEFT_ONLY[name]}")
         return function(*args, **kwargs)
 
     return checked

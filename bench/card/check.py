@@ -74,7 +74,7 @@ def check(folder: Path, steps: Sequence[Any], budget: float, chosen: Sequence[st
             say(f"[{number}/{len(steps)}] {elapsed:5.0f} s  {step.name} (at most {deadline - elapsed:.0f} s)")
             try:
                 run(step, folder / LOGS, deadline - elapsed, entry)
-            finally:  # an end from outside, too
+            finally:  # also after a signal
                 pack(folder)
         took = f" in {entry['seconds']:.1f} s" if "seconds" in entry else ""
         why = f": {entry['reason']}" if "reason" in entry else ""
@@ -87,7 +87,7 @@ def check(folder: Path, steps: Sequence[Any], budget: float, chosen: Sequence[st
 
 
 def run(step: Any, folder: Path, seconds: float, entry: dict[str, Any]) -> None:
-    """One step, its outcome put into its entry."""
+    """Runs one step and puts its outcome into its entry."""
     from bench.card.steps import StepFailed
 
     begin = time.monotonic()
@@ -95,7 +95,7 @@ def run(step: Any, folder: Path, seconds: float, entry: dict[str, Any]) -> None:
     try:
         entry.update(found=step.run(folder, seconds), status="passed")
     except StepFailed as problem:
-        entry.update(found=problem.found, status="failed", reason=str(problem), tail=problem.tail)
+        entry.update(found=problem.outcome, status="failed", reason=str(problem), tail=problem.tail)
     except Exception as problem:
         text = f"{type(problem).__name__}: {problem}"
         entry.update(found={}, status="failed", reason=text, tail=traceback.format_exc()[-4000:])
@@ -103,7 +103,7 @@ def run(step: Any, folder: Path, seconds: float, entry: dict[str, Any]) -> None:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Both files, each whole or not at all."""
+    """Writes both files, each whole or not at all."""
     from bench.card.report import markdown
     from qlora_kernels.storage.atomic_file import write_atomically
     from qlora_kernels.storage.formats import save_json
@@ -111,7 +111,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
     save_json(results, folder / "gpu_check.json")
     try:
         text = markdown(results)
-    except Exception:  # no reason to give up the steps that are still to come; the last table raises
+    except Exception:  # later steps still run; an error in the last table is raised
         text = traceback.format_exc()
     write_atomically(folder / "gpu_check.md", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(step.name for step in STEPS)}")
     folder = Path(arguments.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # Ended from outside, the step that runs is ended, too.
+    # A signal also ends the step that is running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = check(folder, STEPS, arguments.budget or BUDGET, chosen)
     print(report.markdown(results))

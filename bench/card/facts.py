@@ -24,27 +24,27 @@ SMI_FIELDS = (
 
 
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: nvcc as the build finds it; others from CUDA_HOME, PATH, the usual place."""
-    if name == "nvcc" and (found := setup_cuda.find_tool(name)):
-        return found
+    """The path of a CUDA tool: nvcc where the build finds it, others in CUDA_HOME, PATH or /usr/local/cuda."""
+    if name == "nvcc" and (path := setup_cuda.find_tool(name)):
+        return path
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places = [Path(root, folder, name) for root in roots if root for folder in ("bin", "compute-sanitizer")]
-    places += [Path(found)] if (found := shutil.which(name)) else []
+    places += [Path(path)] if (path := shutil.which(name)) else []
     places += [Path("/usr/local/cuda", folder, name) for folder in ("bin", "compute-sanitizer")]
     return next((str(place) for place in places if os.access(place, os.X_OK) and place.is_file()), None)
 
 
 def output_of(*command: str, seconds: float = 10.0) -> str:
-    """What a program prints.
+    """Runs a program and returns its stdout.
 
     Raises:
-        OSError, subprocess.SubprocessError: when it is not there, fails or takes too long.
+        OSError, subprocess.SubprocessError: when it is missing, fails or takes too long.
     """
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds).stdout
 
 
 def cards_now() -> list[dict[str, str]] | str:
-    """What nvidia-smi says of the cards at this moment, or why it does not."""
+    """What nvidia-smi reports about the cards now, or why it failed."""
     try:
         text = output_of("nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader")
         return smi_rows(text, SMI_FIELDS)
@@ -53,7 +53,7 @@ def cards_now() -> list[dict[str, str]] | str:
 
 
 def sources_digest() -> str:
-    """A hash of the sources that decide the result: where there is no .git, it can be compared with a commit's."""
+    """A hash of the sources that decide the result. Without .git, it shows which commit was measured."""
     digest = hashlib.sha256()
     patterns = ("csrc/**/*", "qlora_kernels/**/*.py", "bench/**/*.py", "setup.py", "setup_cuda.py")
     files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
@@ -64,7 +64,7 @@ def sources_digest() -> str:
 
 
 def facts() -> dict[str, Any]:
-    """All of it, as plain values. Needs a CUDA device."""
+    """Device, driver, versions, commit and host. Needs a CUDA device."""
     index = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
     commit, machine, versions = describe_commit(), describe_machine(), describe_versions()

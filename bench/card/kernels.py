@@ -62,7 +62,7 @@ LINEAR_SHAPES = (
 )
 #: Forces a kernel of the layer's products.
 KERNEL = "QLORA_KERNELS_CUDA_KERNEL"
-#: Seconds between two lines that say how far it is.
+#: Seconds between two lines of progress.
 PROGRESS_SECONDS = 5.0
 #: Parameters of an optimizer: a chunk of 8192 elements and three; a block of 256 and one; less than a row of 16 bytes;
 #: none; one that never has a gradient. By SHIFTED, the parameter or its gradient lies off 16 bytes.
@@ -99,7 +99,7 @@ class Case:
 
 
 def cpu_kernels() -> contextlib.AbstractContextManager[None]:
-    """A context in which CPU tensors go to the CPU's kernels, whichever backend is forced around it."""
+    """A context in which CPU tensors use the CPU's kernels, even if another backend is forced outside."""
     return backends.forced(None)
 
 
@@ -109,13 +109,13 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def check(case: Case, device: str) -> str | None:
-    """What is wrong with a case's results on a device, or None."""
-    found = case.run(device)
+    """Compares a case's results with the CPU's; returns what differs, or None."""
+    results = case.run(device)
     with cpu_kernels():
         expected = case.run("cpu")
-    if len(found) != len(expected):
-        return f"{len(found)} results, expected {len(expected)}"
-    for i, (one, other) in enumerate(zip(found, expected)):
+    if len(results) != len(expected):
+        return f"{len(results)} results, expected {len(expected)}"
+    for i, (one, other) in enumerate(zip(results, expected)):
         if one.dtype != other.dtype or one.shape != other.shape:
             return f"result {i} is {one.dtype} {list(one.shape)}, expected {other.dtype} {list(other.shape)}"
         if case.tolerance:
@@ -197,7 +197,7 @@ def _dequantize(shape, rows, nested, dtype, shift, seed) -> Callable[[str], Sequ
         host = _weight(shape, nested, seed)
         weight = host.to(device)
         weight.packed = _on(device, host.packed, shift)
-        # What the kernel does not write stays NaN, and so is found.
+        # NaN remains wherever the kernel does not write.
         out = _on(device, torch.full((rows[1] - rows[0], shape[1]), torch.nan, dtype=dtype), shift)
         return [weight.dequantize(dtype, row_begin=rows[0], row_end=rows[1], out=out)]
 
@@ -227,10 +227,10 @@ def poisoned_scratch() -> Iterator[None]:
     they belong to this launch, and the rest of a last float4. In a fresh allocation each is an error; this one is
     written. A kernel that does use what it did not write gives NaN, and its case fails.
     """
-    plain = backends.CUDA._scratch
+    original = backends.CUDA._scratch
 
     def filled(self: backends.CUDA, x: Tensor, size: int) -> Tensor | None:
-        scratch = plain(self, x, size)
+        scratch = original(self, x, size)
         if scratch is not None:
             scratch.view(torch.uint8).fill_(0xFF)
         return scratch
@@ -239,7 +239,7 @@ def poisoned_scratch() -> Iterator[None]:
     try:
         yield
     finally:
-        backends.CUDA._scratch = plain
+        backends.CUDA._scratch = original
 
 
 def can_be_forced(dtype: torch.dtype, device: str) -> bool:
@@ -310,14 +310,14 @@ def _optimizer(kind, dtype, settings, scaler, whole, seed) -> Callable[[str], Se
         for step in range(OPTIMIZER_STEPS):
             grads = _gradients(step, dtype, seed, whole, settings.get("skip_nonfinite", False))
             for i, (p, grad) in enumerate(zip(params, grads)):
-                # One comes a step late: its count stays behind.
+                # One gradient comes a step late, so that its step count lags.
                 lacks = i == WITHOUT_GRADIENT or (i == 1 and step == 0)
                 p.grad = None if lacks else _on(device, grad, int(SHIFTED.get(i) == "gradient"))
             optimizer.step()
-        optimizer.state_dict()  # waits for what is under way
+        optimizer.state_dict()  # waits for pending copies
         states = [tensor for p in params for _, tensor in sorted(optimizer.state[p].items())]
-        found = [torch.tensor([optimizer.grad_norm]), torch.tensor([optimizer.skipped_steps])]
-        return [*params, *states, *found]
+        of_gradients = [torch.tensor([optimizer.grad_norm]), torch.tensor([optimizer.skipped_steps])]
+        return [*params, *states, *of_gradients]
 
     return run
 

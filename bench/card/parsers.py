@@ -1,4 +1,4 @@
-"""What other programs print, as plain values: compute-sanitizer, pytest's junit file, nvidia-smi, nvcc."""
+"""Parses what other programs print: compute-sanitizer, pytest (junit xml), nvidia-smi, nvcc."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ERRORS = re.compile(r"^=+ ERROR SUMMARY: (\d+) errors?\b", re.MULTILINE)
 _HAZARDS = re.compile(
     r"^=+ RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)", re.MULTILINE
 )
-# What the tool says when it could not do its work; a summary may follow all the same.
+# Printed when the tool could not do its work. A summary may follow even then.
 _BROKEN = re.compile(
     r"^=+ ((?:Internal Sanitizer )?Error: .*|Target application terminated before .*|No attachable process found.*)",
     re.MULTILINE,
@@ -19,7 +19,7 @@ _BROKEN = re.compile(
 
 
 def sanitizer_findings(text: str, tool: str) -> dict[str, int]:
-    """How much compute-sanitizer found, over all processes that it watched.
+    """What compute-sanitizer found in all processes it watched.
 
     Args:
         text: its output.
@@ -29,43 +29,43 @@ def sanitizer_findings(text: str, tool: str) -> dict[str, int]:
         ``errors``; for racecheck also ``hazards`` and ``warnings``.
 
     Raises:
-        ValueError: when there is no summary, or the tool says that it could not do its work: that is no clean result.
+        ValueError: when there is no summary, or the tool could not do its work: neither is a clean result.
     """
     broken = _BROKEN.search(text)
     if broken:
         raise ValueError(f"compute-sanitizer says: {broken.group(1).strip()}")
     if tool == "racecheck":
-        found = _HAZARDS.findall(text)
-        if not found:
+        summaries = _HAZARDS.findall(text)
+        if not summaries:
             raise ValueError("no RACECHECK SUMMARY in the output of compute-sanitizer")
-        hazards, errors, warnings = (sum(int(one[i]) for one in found) for i in range(3))
+        hazards, errors, warnings = (sum(int(one[i]) for one in summaries) for i in range(3))
         return {"errors": errors, "hazards": hazards, "warnings": warnings}
-    found = _ERRORS.findall(text)
-    if not found:
+    summaries = _ERRORS.findall(text)
+    if not summaries:
         raise ValueError("no ERROR SUMMARY in the output of compute-sanitizer")
-    return {"errors": sum(map(int, found))}
+    return {"errors": sum(map(int, summaries))}
 
 
 def junit_counts(text: str | bytes) -> dict[str, Any]:
     """Counts and names from pytest's junit xml.
 
     Returns:
-        ``passed``, ``failed`` (errors before and after a test among them), ``skipped``; ``failures`` and ``skips``,
+        ``passed``, ``failed`` (errors in setup and teardown included), ``skipped``; ``failures`` and ``skips``,
         each a list of (name, first line of the reason).
 
     Raises:
-        ValueError: for a text that is no junit xml.
+        ValueError: when the text is not junit xml.
     """
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise ValueError(f"the junit file cannot be read: {error}") from None
-    # A test that fails and whose teardown fails, too, stands there twice.
+    # A test is listed twice when its teardown fails as well.
     failures: dict[str, str] = {}
     skips: dict[str, str] = {}
     passed: set[str] = set()
     for case in root.iter("testcase"):
-        name = "::".join(part for part in (case.get("classname", ""), case.get("name", "")) if part)
+        name = "::".join(word for word in (case.get("classname", ""), case.get("name", "")) if word)
         bad = next((child for child in case if child.tag in ("failure", "error")), None)
         skip = case.find("skipped")
         if bad is not None:
@@ -90,18 +90,18 @@ def _reason(element: ElementTree.Element) -> str:
 
 
 def smi_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
-    """The answer to ``nvidia-smi --query-gpu=FIELDS --format=csv,noheader``: a dictionary for each card.
+    """Parses ``nvidia-smi --query-gpu=FIELDS --format=csv,noheader`` into a dictionary for each card.
 
     Raises:
-        ValueError: for lines with another number of columns.
+        ValueError: when a line has another number of columns.
     """
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
     if not rows or any(len(row) != len(fields) for row in rows):
-        raise ValueError(f"nvidia-smi gave something else than {len(fields)} columns: {text.strip()[:200]!r}")
+        raise ValueError(f"nvidia-smi did not print {len(fields)} columns: {text.strip()[:200]!r}")
     return [dict(zip(fields, row)) for row in rows]
 
 
 def nvcc_release(text: str) -> str:
-    """ "13.0.48" from what ``nvcc --version`` prints, or "unknown"."""
-    found = re.search(r"release (\d+\.\d+)(?:, V([\d.]+))?", text)
-    return "unknown" if found is None else found.group(2) or found.group(1)
+    """The release in the output of ``nvcc --version``, such as "13.0.48", or "unknown"."""
+    match = re.search(r"release (\d+\.\d+)(?:, V([\d.]+))?", text)
+    return "unknown" if match is None else match.group(2) or match.group(1)

@@ -9,9 +9,9 @@ from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import DENSE, LINK
 from qlora_kernels.bench.report.ratios import find_contender
 
-#: Microseconds from a launch to a kernel's begin.
+#: Microseconds from a launch to the kernel's start.
 LAUNCH_US = 5.0
-#: The operations that do little else than move bytes.
+#: Operations that do little but move bytes.
 STREAMS = ("quantize", "dequantize", "dequantize_out", "adamw_step", "adamw_8bit_step", "lion_step")
 
 

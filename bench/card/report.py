@@ -1,4 +1,4 @@
-"""A check on a card as tables for people: bars and what was reached, the worst first; times; steps; facts."""
+"""The report of a check on a card: bars and results, the worst first; times; steps; facts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .predictions import card_named, predicted_us
 
 
 def step(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """A step's entry; an empty one where there is none."""
+    """A step's entry, or an empty one."""
     return next((one for one in results["steps"] if one["name"] == name), {})
 
 
-def found(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a step found."""
+def outcome_of(results: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a step measured."""
     return step(results, name).get("found") or {}
 
 
@@ -114,12 +114,12 @@ def _listed(result: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """Everything, as Markdown that also reads well on a terminal."""
-    known = found(results, "facts")
+    known = outcome_of(results, "facts")
     outcome = "all steps passed" if results["passed"] else "not all steps passed"
     if not results["complete"]:
         outcome = "stopped before the end"
     lines = [f"# Check on {known.get('device', 'a card')}, {results['date'][:10]}: {outcome}", ""]
-    bench = found(results, "bench")
+    bench = outcome_of(results, "bench")
     measured = {"cases": [], **bench}
     lines += _bar_lines(measured)
     if measured["cases"]:
@@ -130,7 +130,7 @@ def markdown(results: dict[str, Any]) -> str:
         for s in results["steps"]
     ]
     lines += table(("", "", "s", "limit s", ""), rows, left=2)
-    tests = found(results, "tests")
+    tests = outcome_of(results, "tests")
     for title, key in (("Failed tests", "failures"), ("Skipped tests", "skips")):
         if tests.get(key):
             lines += ["", f"## {title}", "", *(f"- {name}: {why}" for name, why in tests[key])]

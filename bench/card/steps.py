@@ -22,17 +22,17 @@ from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.native import architectures
 from qlora_kernels.storage.formats import load_json
 
-#: Seconds of a measuring step that starting and the last case's overrun need.
+#: Seconds reserved in a measuring step for its start and for the last case's overrun.
 STARTING = 35.0
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TAIL_LINES = 40
-#: Seconds between an interrupt and the end.
+#: Seconds between an interrupt and a kill.
 GRACE = 3.0
-#: pytest's exit code where no test was found in a file.
+#: pytest's exit code when a file has no tests.
 NONE_COLLECTED = 5
-#: From so many cores on, several programs run beside each other.
+#: With at least this many cores, several programs run at once.
 MANY_CORES = 8
-#: The files of tests that need a card, in this order: what others stand on first.
+#: Test files that need a card, the foundations first.
 TEST_FILES = (
     "tests/emulator/test_conformance.py",
     "tests/emulator/test_conformance_sm90.py",
@@ -54,7 +54,7 @@ TEST_FILES = (
     "tests/optim/test_frameworks.py",
     "tests/finetune/test_run_gpu.py",
 )
-#: By itself, after all others: it looks at how much of the card is free.
+#: Runs alone, after all others: it measures how much of the card is free.
 LAST_TEST_FILE = "tests/optim/engines/test_paging_gpu.py"
 
 
@@ -62,13 +62,13 @@ class StepFailed(Exception):
     """A step did not do what it should; the sentence says what.
 
     Attributes:
-        found: what it gave all the same.
+        outcome: what it measured all the same.
         tail: the end of its output.
     """
 
-    def __init__(self, sentence: str, found: dict[str, Any] | None = None, tail: str = "") -> None:
+    def __init__(self, sentence: str, outcome: dict[str, Any] | None = None, tail: str = "") -> None:
         super().__init__(sentence)
-        self.found, self.tail = found or {}, tail
+        self.outcome, self.tail = outcome or {}, tail
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class _Running:
             os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        """Ends it with all that it started."""
+        """Kills it and everything it started."""
         self.signal(signal.SIGKILL)
         self.process.wait()
 
@@ -175,7 +175,7 @@ def execute_all(programs: Sequence[Program], seconds: float, at_once: int) -> di
                 name = one.program.name
                 limit = min(max(one.program.seconds, 0.1), max(deadline - one.begin, 0.1))
                 if name in overdue and (now >= overdue[name] or one.process.poll() is not None):
-                    one.kill()  # and whom it has left behind
+                    one.kill()  # and what it left behind
                 elif name not in overdue and now - one.begin >= limit and one.process.poll() is None:
                     overdue[name] = now + GRACE
                     one.signal(signal.SIGINT)
@@ -195,16 +195,16 @@ def execute(command: Sequence[str], log: Path, seconds: float, environment: Mapp
 
 
 def cores() -> int:
-    """Of the processor, those that this process may use."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def demand(ended: Ended, what: str, seconds: float, found: dict[str, Any] | None = None) -> None:
+def demand(ended: Ended, what: str, seconds: float, outcome: dict[str, Any] | None = None) -> None:
     """Raises StepFailed unless the program ended well and in time."""
     if ended.code is None:
-        raise StepFailed(f"{what} took longer than {seconds:.0f} s", found, ended.tail)
+        raise StepFailed(f"{what} took longer than {seconds:.0f} s", outcome, ended.tail)
     if ended.code != 0:
-        raise StepFailed(f"{what} ended with exit code {ended.code}", found, ended.tail)
+        raise StepFailed(f"{what} ended with exit code {ended.code}", outcome, ended.tail)
 
 
 # -------------------------------------------------------------------------------------------------------- the steps
@@ -220,7 +220,7 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
     At the same time, the emulator and the conformance kernels, that their time is not the tests'.
     """
     begin = time.monotonic()
-    found: dict[str, Any] = {"from_scratch": not any((ROOT / "build").glob("temp.*"))}
+    outcome: dict[str, Any] = {"from_scratch": not any((ROOT / "build").glob("temp.*"))}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     limit = 0.9 * seconds  # the rest is to look at it
     programs = [Program("build", command, folder / "build.log", limit, {"QLORA_KERNELS_CUDA_ARCHS": "native"})]
@@ -229,32 +229,32 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
         programs.append(Program(name, command, folder / f"build_{name}.log", limit))
     all_ended = execute_all(programs, seconds, len(programs))
     for name in ("emulator", "conformance"):
-        # Without it, tests fail and say so: no reason to stop here.
-        found[f"{name}_built"] = all_ended[name].code == 0
-        found[f"{name}_seconds"] = round(all_ended[name].seconds, 1)
+        # Tests that need it fail and say so; go on.
+        outcome[f"{name}_built"] = all_ended[name].code == 0
+        outcome[f"{name}_seconds"] = round(all_ended[name].seconds, 1)
     ended = all_ended["build"]
-    found["build_seconds"] = round(ended.seconds, 1)
-    demand(ended, "the build", limit, found)
+    outcome["build_seconds"] = round(ended.seconds, 1)
+    demand(ended, "the build", limit, outcome)
     code = (
         "import json, torch, qlora_kernels; print(json.dumps({**qlora_kernels.build_info(), "
         "'card': [*torch.cuda.get_device_capability(), torch.cuda.get_device_name()]}))"
     )
     left = seconds - (time.monotonic() - begin)
     ended = execute([sys.executable, "-c", code], folder / "build_info.log", left)
-    demand(ended, "loading what was built", left, found)
+    demand(ended, "loading what was built", left, outcome)
     lines = [line for line in ended.output.splitlines() if line.startswith("{")]
     if not lines:
-        raise StepFailed("the build prints no build information", found, ended.tail)
+        raise StepFailed("the build prints no build information", outcome, ended.tail)
     info = json.loads(lines[-1])
     card = info.pop("card")
-    found["build_info"] = info
+    outcome["build_info"] = info
     if not info["native"]:
-        raise StepFailed(f"what was built does not load: {info['problem']}", found)
+        raise StepFailed(f"what was built does not load: {info['problem']}", outcome)
     archs = info.get("cuda_archs", "")
     problem = architectures.unserved(archs if isinstance(archs, str) else ";".join(archs), *card)
     if problem:
-        raise StepFailed(problem, found, (folder / "build.log").read_text(errors="replace")[-4000:])
-    return found
+        raise StepFailed(problem, outcome, (folder / "build.log").read_text(errors="replace")[-4000:])
+    return outcome
 
 
 def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
     left = seconds - (time.monotonic() - begin)
     programs.append(program(LAST_TEST_FILE, left))
     ended.update(execute_all(programs[-1:], left, 1))
-    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": [], "files": {}}
+    outcome: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": [], "files": {}}
     tails = []
     for one in programs:
         counts, problem = _file_result(one, ended[one.name])
@@ -291,13 +291,13 @@ def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
         if counts["failed"]:
             tails.append(f"{one.name}:\n{ended[one.name].tail}")
         for key, value in counts.items():
-            found[key] += value
-        found["files"][one.name] = round(ended[one.name].seconds, 1)
-    if found["failed"]:
-        raise StepFailed(f"{found['failed']} tests failed", found, "\n".join(tails))
-    if not found["passed"]:
-        raise StepFailed("no test passed", found, "\n".join(ended[one.name].tail for one in programs))
-    return found
+            outcome[key] += value
+        outcome["files"][one.name] = round(ended[one.name].seconds, 1)
+    if outcome["failed"]:
+        raise StepFailed(f"{outcome['failed']} tests failed", outcome, "\n".join(tails))
+    if not outcome["passed"]:
+        raise StepFailed("no test passed", outcome, "\n".join(ended[one.name].tail for one in programs))
+    return outcome
 
 
 def _file_result(program: Program, ended: Ended) -> tuple[dict[str, Any], str]:
@@ -325,7 +325,7 @@ def _file_result(program: Program, ended: Ended) -> tuple[dict[str, Any], str]:
 
 def sanitizer_command(program: str, name: str) -> list[str]:
     """compute-sanitizer's command line over the small cases."""
-    # torch asks the driver for what older ones do not have; this package checks its own calls.
+    # torch probes the driver for functions that older ones lack; this package checks its own calls.
     options = ["--report-api-errors", "no"] if name == "memcheck" else []
     poison = ["--poison-scratch"] if name == "initcheck" else []
     return [
@@ -335,16 +335,16 @@ def sanitizer_command(program: str, name: str) -> list[str]:
 
 
 def sanitizer_environment(name: str, at_once: int) -> dict[str, str]:
-    # Each tensor an allocation of its own: in torch's pool, no access beyond its end would be noticed.
+    # One allocation for each tensor: in torch's pool, an access beyond its end would go unnoticed.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": str(max(cores() // at_once, 1))}
     if name == "initcheck":
-        # What the host writes to managed memory counts as not written: there the states lie in pinned memory.
+        # initcheck does not see what the host writes to managed memory, so the states are pinned.
         environment["QLORA_KERNELS_MANAGED"] = "0"
     return environment
 
 
 def run_sanitizers(folder: Path, seconds: float) -> dict[str, Any]:
-    """compute-sanitizer's tools over the small cases: on many cores at the same time, else one after the other."""
+    """Runs compute-sanitizer's tools over the small cases, all at once where there are enough cores."""
     program = tool("compute-sanitizer")
     if program is None:
         raise StepFailed("compute-sanitizer was not found below CUDA_HOME, in PATH or in /usr/local/cuda")
@@ -357,48 +357,48 @@ def run_sanitizers(folder: Path, seconds: float) -> dict[str, Any]:
         for name in SANITIZERS
     ]
     ended = execute_all(programs, seconds, at_once)
-    found: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     problems, tails = [], []
     for name in SANITIZERS:
-        found[name], problem = sanitizer_result(name, ended[name], limit)
+        outcome[name], problem = sanitizer_result(name, ended[name], limit)
         if problem:
             problems.append(problem)
             tails.append(f"{name}:\n{ended[name].tail}")
     if problems:
-        raise StepFailed("; ".join(problems), found, "\n".join(tails))
-    return found
+        raise StepFailed("; ".join(problems), outcome, "\n".join(tails))
+    return outcome
 
 
 def sanitizer_result(name: str, ended: Ended, limit: float) -> tuple[dict[str, Any], str]:
-    """What a tool found, with ``seconds``, and ``cases`` where it went through all; and what is wrong, or nothing."""
-    found: dict[str, Any] = {"seconds": round(ended.seconds, 1)}
+    """A tool's counts with ``seconds``, and ``cases`` if it finished them; and what is wrong, or an empty string."""
+    outcome: dict[str, Any] = {"seconds": round(ended.seconds, 1)}
     if ended.code is None:
-        return found, f"{name} took longer than {limit:.0f} s"
+        return outcome, f"{name} took longer than {limit:.0f} s"
     try:
         counts = sanitizer_findings(ended.output, name)
     except ValueError as problem:
-        return found, f"{name}: {problem}"
-    found.update(counts)
+        return outcome, f"{name}: {problem}"
+    outcome.update(counts)
     if any(counts.values()):
-        return found, f"{name} found {', '.join(f'{count} {what}' for what, count in counts.items())}"
+        return outcome, f"{name} found {', '.join(f'{count} {what}' for what, count in counts.items())}"
     if ended.code != 0:
-        return found, f"{name} ended with exit code {ended.code}"
+        return outcome, f"{name} ended with exit code {ended.code}"
     total = sum(1 for _ in kernels.cases())
     if kernels.verdict(total, total) not in ended.output:
-        return found, f"{name}: the cases were not gone through to the end"
-    return {**found, "cases": total}, ""
+        return outcome, f"{name}: the cases were not gone through to the end"
+    return {**outcome, "cases": total}, ""
 
 
 def run_rates(folder: Path, seconds: float) -> dict[str, Any]:
-    """What tensor cores take in a second."""
+    """Measures what the tensor cores reach."""
     out = folder / "tensor_rate.json"
     out.unlink(missing_ok=True)
     budget = min(max(seconds - STARTING, seconds / 2), 4.0)
     command = [sys.executable, "-m", "bench.card.tensor_rate", "--out", str(out), "--seconds", f"{budget:.0f}"]
     ended = execute(command, folder / "tensor_rate.log", seconds)
-    found: dict[str, Any] = load_json(out) if out.exists() else {}
-    found["nvidia_smi_after"] = cards_now()
-    return whole(found, ended, "the measurement", seconds)
+    outcome: dict[str, Any] = load_json(out) if out.exists() else {}
+    outcome["nvidia_smi_after"] = cards_now()
+    return whole(outcome, ended, "the measurement", seconds)
 
 
 def run_bench(folder: Path, seconds: float) -> dict[str, Any]:
@@ -411,21 +411,21 @@ def run_bench(folder: Path, seconds: float) -> dict[str, Any]:
         *("--minutes", f"{budget / 60:.2f}", "--out", str(out)),
     ]
     ended = execute(command, folder / "bench.log", seconds)
-    found: dict[str, Any] = results.load(out) if out.exists() else {}
-    found["nvidia_smi_after"] = cards_now()
-    return whole(found, ended, "the benchmark", seconds)
+    outcome: dict[str, Any] = results.load(out) if out.exists() else {}
+    outcome["nvidia_smi_after"] = cards_now()
+    return whole(outcome, ended, "the benchmark", seconds)
 
 
-def whole(found: dict[str, Any], ended: Ended, what: str, seconds: float) -> dict[str, Any]:
+def whole(outcome: dict[str, Any], ended: Ended, what: str, seconds: float) -> dict[str, Any]:
     """What a program left, where it succeeded and says that it is complete.
 
     Raises:
         StepFailed: otherwise, with what it left.
     """
-    demand(ended, what, seconds, found)
-    if not found.get("complete"):
-        raise StepFailed(f"{what} left no complete result", found, ended.tail)
-    return found
+    demand(ended, what, seconds, outcome)
+    if not outcome.get("complete"):
+        raise StepFailed(f"{what} left no complete result", outcome, ended.tail)
+    return outcome
 
 
 STEPS = (
@@ -436,5 +436,5 @@ STEPS = (
     Step("rates", 8.0, run_rates, needs="build"),
     Step("bench", 135.0, run_bench, needs="build"),
 )
-#: Seconds for all of it: under nine minutes, with some for what lies between.
+#: Seconds for all steps: under nine minutes with the time between them.
 BUDGET = sum(step.share for step in STEPS)

@@ -87,11 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: there is nothing to measure", file=sys.stderr)
         return 2
-    found = measure(conformance_module(), max(3, int(options.seconds / 0.3)))
-    for name, rate in found["rates"].items():
-        print(f"{name}: {rate['tflops']:.0f} TFLOP/s ({rate['least']:.0f} to {rate['most']:.0f}) on {found['device']}")
+    result = measure(conformance_module(), max(3, int(options.seconds / 0.3)))
+    for name, rate in result["rates"].items():
+        print(f"{name}: {rate['tflops']:.0f} TFLOP/s ({rate['least']:.0f} to {rate['most']:.0f}) on {result['device']}")
     if options.out:
-        save_json(found, options.out)
+        save_json(result, options.out)
     return 0
 
 

@@ -1,14 +1,14 @@
-"""The main loop of a kernel that decodes and multiplies, found in its machine code, and what a step of it issues.
+"""Finds the main loop of a kernel that decodes and multiplies in its machine code, and counts what a step issues.
 
-The main loop is the innermost loop that holds both HMMA and decoding. A step is one turn of it. Counted is what a warp
-issues in a step, where everything is aligned and inside:
+The main loop is the innermost loop with both HMMA and decoding; a step is one iteration. The count is what a warp
+issues in a step when all rows are aligned and no tile reaches past an edge:
 
-- code that only some steps enter, as the decoding of one team, counts by how often they do;
-- a loop within the loop counts as often as it takes for the step's copies, if it copies;
-- a loop within the loop that does nothing of this is the way of unaligned rows, and counts nothing;
-- of two alternatives both count;
-- for sm_120 a NOP between two HMMA counts nothing: the compiler puts one wherever it has nothing else to issue there,
-  and the tensor core is busy for longer.
+- code that only some steps enter, such as one team's decoding, counts by its share of the steps;
+- an inner loop that copies counts as many iterations as the step's copies take;
+- any other inner loop handles unaligned rows and does not count;
+- both sides of a branch count;
+- on sm_120, a NOP between two HMMA does not count: the compiler inserts one when it has nothing else to issue, and the
+  tensor core is busy for longer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from functools import cached_property
 
 from bench.compiled import sass
 
-#: A block of code with so many PRMT decodes: addresses and halves of registers take one or two.
+#: A block with this many PRMT decodes: addresses and halves of registers take only one or two.
 _DECODES = 8
-#: What an instruction is, by its opcode's first word; the decoding ones are told apart by Kind.decode.
+#: Classes by the first word of an opcode; Kind.decode tells which of the others decode.
 CLASSES = {"HMMA": "hmma", "LDSM": "ldsm", "LDS": "lds", "STS": "sts", "LDGSTS": "ldgsts"}
 _ALL = (*CLASSES.values(), "decode", "other")
 
@@ -31,10 +31,10 @@ class Kind:
     """What the main loop of a family of kernels does.
 
     Attributes:
-        decode: opcodes that decode, within the code that does; "IMAD.SHL" means all that begin so.
-        weights: how many a thread decodes when it does.
-        every: each how manieth step it does, where the loop lets it skip steps; of the same numbers as ``copies``.
-        copies: how often a thread's loop within the step copies, on average, from the numbers among the kernel's
+        decode: opcodes that decode, within blocks that decode; "IMAD.SHL" stands for every opcode with this prefix.
+        weights: how many a thread decodes in a step that decodes.
+        every: a thread decodes in one of this many steps; computed from the same numbers as ``copies``.
+        copies: how many copies a thread issues in an inner loop in a step, on average, from the numbers among the
             template arguments.
     """
 
@@ -46,7 +46,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Block:
-    """Instructions that run one after the other, or not at all."""
+    """A basic block."""
 
     start: int
     instructions: tuple[sass.Instruction, ...]
@@ -64,7 +64,7 @@ class Loop:
 
 
 class Graph:
-    """The blocks of a function, by the address of their first instruction, and its loops."""
+    """A function's basic blocks, by the address of their first instruction, and its loops."""
 
     def __init__(self, function: sass.Function) -> None:
         edges = function.successors()
@@ -86,7 +86,7 @@ class Graph:
 
     @cached_property
     def dominators(self) -> dict[int, frozenset[int]]:
-        """By block, those that every way to it goes through, itself too. What cannot be reached is missing."""
+        """For each reachable block, the blocks on every path to it, itself included."""
         before: dict[int, set[int]] = {start: set() for start in self.blocks}
         order, todo, seen = [], [self.entry], {self.entry}
         while todo:
@@ -98,32 +98,32 @@ class Graph:
                     seen.add(target)
                     todo.append(target)
         everything = frozenset(order)
-        found = {start: everything for start in order}
-        found[self.entry] = frozenset({self.entry})
+        dominators = {start: everything for start in order}
+        dominators[self.entry] = frozenset({self.entry})
         changed = True
         while changed:
             changed = False
             for start in order[1:]:
-                new = frozenset.intersection(*(found[one] for one in before[start])) | {start}
-                if new != found[start]:
-                    found[start], changed = new, True
-        return found
+                new = frozenset.intersection(*(dominators[one] for one in before[start])) | {start}
+                if new != dominators[start]:
+                    dominators[start], changed = new, True
+        return dominators
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """Natural loops; those with one header are one. The smallest first."""
+        """Natural loops, the smallest first; loops that share a header are merged."""
         latches: dict[int, set[int]] = {}
         for start, above in self.dominators.items():
             for target in self.blocks[start].following & above:
                 latches.setdefault(target, set()).add(start)
-        found = [
+        loops = [
             Loop(header, frozenset(self.leading_to(ends, stop={header})), frozenset(ends))
             for header, ends in latches.items()
         ]
-        return sorted(found, key=lambda loop: len(loop.blocks))
+        return sorted(loops, key=lambda loop: len(loop.blocks))
 
     def leading_to(self, ends: Iterable[int], stop: set[int], within: frozenset[int] | None = None) -> set[int]:
-        """Blocks from which some can be reached without leaving a block of ``stop``; these ends and stops too."""
+        """Blocks that lead to one of ``ends`` without leaving a block of ``stop``; both included."""
         before: dict[int, list[int]] = {}
         for start in self.dominators if within is None else within:
             for target in self.blocks[start].following:
@@ -159,7 +159,7 @@ class Step:
 
     @property
     def outside(self) -> float:
-        """What neither multiplies nor decodes."""
+        """Instructions that neither multiply nor decode."""
         return self.total - self.counts["hmma"] - self.counts["decode"]
 
 
@@ -207,7 +207,8 @@ def _times(graph: Graph, main: Loop, decoding: set[int], kind: Kind, numbers: li
     inner = [loop for loop in graph.loops if loop.blocks < main.blocks and loop.header != main.header]
     unaligned = {start for loop in inner if not loop.blocks & (copies | decoding) for start in loop.blocks}
     kept = main.blocks - unaligned
-    kept = frozenset(graph.leading_to(main.latches, {main.header}, kept))  # not what leads into those alone
+    # Without blocks that lead only to unaligned rows.
+    kept = frozenset(graph.leading_to(main.latches, {main.header}, kept))
     times = dict.fromkeys(sorted(kept), 1.0)
     # The loops that copy.
     for loop in inner:
@@ -215,7 +216,7 @@ def _times(graph: Graph, main: Loop, decoding: set[int], kind: Kind, numbers: li
         if in_loop:
             for start in loop.blocks & kept:
                 times[start] *= kind.copies(numbers) / in_loop
-    # What only steps enter that decode: the blocks below the highest one over the decoding that can be gone round.
+    # Blocks that only decoding steps enter: those dominated by the highest optional block above the decoding.
     always = frozenset.intersection(*(graph.dominators[latch] for latch in main.latches))
     for block in decoding - always:
         entry = min(graph.dominators[block] - always, key=lambda start: len(graph.dominators[start]))

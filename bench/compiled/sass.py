@@ -42,22 +42,22 @@ class Function:
     symbol: str
     instructions: list[Instruction] = field(default_factory=list)
 
-    def of(self, *names: str) -> list[Instruction]:
+    def named(self, *names: str) -> list[Instruction]:
         return [one for one in self.instructions if one.name in names]
 
     @property
     def local_accesses(self) -> list[Instruction]:
-        """Loads from and stores to local memory: spilled registers, or arrays that found no registers."""
-        return self.of("LDL", "STL")
+        """Loads and stores in local memory: spilled registers, or arrays that did not fit into registers."""
+        return self.named("LDL", "STL")
 
     @property
     def count(self) -> int:
-        """Instructions, without what pads the end."""
+        """Instructions, without the padding at the end."""
         return sum(1 for one in self.instructions if one.name != "NOP" and not _loops_at_itself(one))
 
     @property
     def size(self) -> int:
-        """Bytes of code, padding included; an instruction has 16."""
+        """Bytes of code, padding included; 16 an instruction."""
         return self.instructions[-1].address + 16 if self.instructions else 0
 
     def successors(self) -> dict[int, set[int]]:
@@ -68,7 +68,7 @@ class Function:
         """
         following = {a.address: {b.address} for a, b in zip(self.instructions, self.instructions[1:])}
         joins: dict[str, set[int]] = {}
-        for one in self.of("BSSY"):
+        for one in self.named("BSSY"):
             register, _, target = one.operands.partition(",")
             joins.setdefault(register.strip(), set()).add(int(target.strip(), 16))
         addresses = {one.address for one in self.instructions}
@@ -109,7 +109,7 @@ class Function:
 
     def mixed_stores(self) -> list[Instruction]:
         """Global stores below 128 bits that one thread can execute as well as one of 128 bits."""
-        stores = self.of("STG")
+        stores = self.named("STG")
         wide = {one.address for one in stores if one.bits == 128}
         narrow = {one.address for one in stores if one.bits < 128}
         mixed = narrow & self.after(wide) | {address for address in narrow if self.after({address}) & wide}
@@ -138,7 +138,7 @@ def parse(text: str) -> list[Function]:
 
 def parse_usage(text: str) -> dict[tuple[str, str], dict[str, int]]:
     """Registers, stack, shared and local memory by architecture and symbol: ``cuobjdump -res-usage``."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
+    usage: dict[tuple[str, str], dict[str, int]] = {}
     architecture = symbol = ""
     for line in text.splitlines():
         if match := re.match(r"^arch = (sm_\w+)", line):
@@ -146,8 +146,8 @@ def parse_usage(text: str) -> dict[tuple[str, str], dict[str, int]]:
         elif match := re.match(r"^\s*Function (\S+):$", line):
             symbol = match[1]
         elif symbol and "REG:" in line:
-            found[architecture, symbol] = {
+            usage[architecture, symbol] = {
                 key: int(value) for key, value in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)
             }
             symbol = ""
-    return found
+    return usage

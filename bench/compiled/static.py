@@ -2,9 +2,9 @@
 
     python -m bench.compiled.static WHEEL
 
-looks into a wheel (or the extension itself), prints a table, and writes it to bench/results/ as JSON and Markdown,
-where review sees what a change does to the code. No GPU takes part. tests/build/test_static_gates.py compares a build
-with these files and with each kernel's budget.
+reads a wheel (or the extension itself), prints a table, and writes it to bench/results/ as JSON and Markdown, so that a
+review shows what a change does to the code. It needs no GPU. tests/build/test_static_gates.py compares a build with
+these files and with each kernel's budget.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ FOLDER = Path(__file__).resolve().parent.parent / "results"
 FORMAT = 1
 TITLE = "# What the compiler made of the CUDA kernels\n"
 
-#: The most instructions of a kernel that is left without code: a trap.
+#: A kernel left out for an architecture is a trap, which has at most this many instructions.
 MOST_OF_A_TRAP = 4
 
-#: Where the launchers take the size of dynamic shared memory from, by kernel; T is the kernel's first argument.
+#: Header and expression of the dynamic shared memory a kernel is launched with; T is its first template argument.
 SHARED = {
     "dequantize_kernel": ("cuda/quantize/dequantize.cuh", "sizeof(DequantizeTraits<T>::Shared)"),
     "quantize_kernel": ("cuda/quantize/quantize.cuh", "sizeof(QuantizeTraits<T>::Shared)"),
     "quantize_absmax_kernel": ("cuda/quantize/quantize_absmax.cuh", "sizeof(QuantizeAbsmaxTraits::Shared)"),
-    # At M = 8 and K = 4096: it depends on both.
+    # Depends on M and K; here M = 8, K = 4096.
     "few_kernel": ("cuda/linear/mma/rows8.cuh", "few_shared(8, 4096)"),
     "middle_kernel": ("cuda/linear/mma/rows64.cuh", "sizeof(<second>::Shared)"),
     "gemm_kernel": ("cuda/linear/mma/tiles.cuh", "sizeof(<second>::Shared)"),
@@ -52,14 +52,14 @@ SHARED = {
     "absmax_sums_kernel": ("cuda/quantize/quantize_absmax.cuh", "size_t{0}"),
 }
 
-#: The kernels whose main loops decode and multiply; numbers are those among the template arguments.
+#: Kernels whose main loop decodes and multiplies; ``numbers`` are the numbers among the template arguments.
 LOOPS = {
-    # A turn is four chunks, of which a thread has 32 weights each.
+    # A step is four chunks, and a thread has 32 weights of each.
     "few_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=4 * 32),
     # 16 weights of each of eight rows.
     "middle_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=8 * 16),
-    # 64 weights a thread: with 128 columns, numbers[1], two teams take turns. numbers[0] is kRows: 8 copies a row, 256
-    # threads, unrolled where they are more.
+    # 64 weights a thread; with 128 columns (numbers[1]) two teams take turns. A row takes 8 copies of the 256 threads;
+    # where that is more than one a thread, they are unrolled.
     "gemm_kernel": loops.Kind(
         decode=("PRMT", "LOP3", "SHF", "IMAD.SHL", "F2FP", "FMUL"),
         weights=64,
@@ -72,13 +72,13 @@ def tool(name: str) -> str:
     """The path of cuobjdump or nvcc.
 
     Raises:
-        FileNotFoundError: with what to install.
+        FileNotFoundError: saying what to install.
     """
-    found = setup_cuda.find_tool(name)
-    if found is None:
+    path = setup_cuda.find_tool(name)
+    if path is None:
         hint = setup_cuda.INSTALL if name == "nvcc" else "pip install '.[cuda-tools]'"
-        raise FileNotFoundError(f"{name} is not to be found; {hint}")
-    return found
+        raise FileNotFoundError(f"{name} was not found; {hint}")
+    return path
 
 
 def _run(*command: str) -> str:
@@ -89,7 +89,7 @@ def _run(*command: str) -> str:
 
 
 def readable(symbols: list[str]) -> dict[str, str]:
-    """Kernels' names as in the source, without namespace and parameters: "dequantize_kernel<bf16, true>"."""
+    """Demangled names without namespace and parameters, such as "dequantize_kernel<bf16, true>"."""
     lines = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     names = {}
     for symbol, line in zip(symbols, lines.splitlines()):
@@ -99,7 +99,7 @@ def readable(symbols: list[str]) -> dict[str, str]:
 
 
 def dynamic_shared(kernels: list[str]) -> dict[str, int]:
-    """Bytes of dynamic shared memory that each kernel is launched with: nvcc's own sizeof, printed by a program.
+    """Bytes of dynamic shared memory of each kernel: a program compiled by nvcc prints its sizeof.
 
     Raises:
         KeyError: for a kernel that SHARED doesn't list.
@@ -120,7 +120,7 @@ def dynamic_shared(kernels: list[str]) -> dict[str, int]:
         source.write_text("\n".join([*lines, "}", ""]))
         compiler = setup_cuda.Compiler.at(tool("nvcc"))
         include = [f"-I{ROOT / 'csrc' / 'cuda' / 'device'}", f"-I{ROOT / 'csrc'}"]
-        # The library's folder is said because the compiler packages of PyPI do not have it where nvcc looks.
+        # -L, because nvcc does not look where PyPI's compiler packages put the library.
         _run(
             compiler.path, "-std=c++17", "-arch=sm_80", *include, f"-L{compiler.runtime.parent}",
             *("-o", str(program), str(source)),
@@ -134,21 +134,21 @@ def functions(module: Path) -> list[sass.Function]:
 
 
 def rows(module: Path) -> list[dict[str, Any]]:
-    """A row for each kernel and architecture, in the order of their names."""
+    """A row for each kernel and architecture, sorted by name."""
     code = functions(module)
     usage = sass.parse_usage(_run(tool("cuobjdump"), "-res-usage", str(module)))
     names = readable(sorted({one.symbol for one in code}))
     shared = dynamic_shared(sorted(set(names.values())))
-    found = []
+    table = []
     for one in code:
         resources = usage[one.architecture, one.symbol]
-        wide = {name: sum(1 for i in one.of(name) if i.bits == 128) for name in ("LDG", "STG")}
-        found.append(
+        wide = {name: sum(1 for i in one.named(name) if i.bits == 128) for name in ("LDG", "STG")}
+        table.append(
             {
                 "kernel": names[one.symbol],
                 "arch": one.architecture,
                 "registers": resources["REG"],
-                # What the hardware keeps of each block from sm_90 on (1 KiB) is in the static figure.
+                # From sm_90 on this includes the 1 KiB of each block that the hardware reserves.
                 "shared_static": resources["SHARED"],
                 "shared_dynamic": shared[names[one.symbol]],
                 "stack": resources["STACK"],
@@ -158,12 +158,12 @@ def rows(module: Path) -> list[dict[str, Any]]:
                 "code_bytes": one.size,
                 "ldg128": wide["LDG"],
                 "stg128": wide["STG"],
-                "ldg": len(one.of("LDG")),
-                "stg": len(one.of("STG")),
+                "ldg": len(one.named("LDG")),
+                "stg": len(one.named("STG")),
                 **loop_figures(names[one.symbol], one),
             }
         )
-    return sorted(found, key=lambda row: (row["kernel"], _number(row["arch"])))
+    return sorted(table, key=lambda row: (row["kernel"], _number(row["arch"])))
 
 
 def numbers_in(kernel: str) -> list[int]:
@@ -196,22 +196,21 @@ def _number(architecture: str) -> tuple[int, str]:
 
 def report(module: Path) -> dict[str, Any]:
     """The table and the compiler it holds for."""
-    found = rows(module)
+    table = rows(module)
     return {
         "format": FORMAT,
         "nvcc": nvcc_version(),
-        "archs": sorted({row["arch"] for row in found}, key=_number),
+        "archs": sorted({row["arch"] for row in table}, key=_number),
         "extension_bytes": module.stat().st_size,
-        "kernels": found,
+        "kernels": table,
     }
 
 
-def by_architecture(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each architecture: kernels that have code and those left without, the size of all, the most registers of a
-    thread, accesses to local memory."""
+def by_architecture(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each architecture: kernels with and without code, bytes of code, most registers of a thread, spills."""
     result = []
-    for arch in sorted({row["arch"] for row in found}, key=_number):
-        own = [row for row in found if row["arch"] == arch]
+    for arch in sorted({row["arch"] for row in table}, key=_number):
+        own = [row for row in table if row["arch"] == arch]
         with_code = [row for row in own if row["instructions"] > MOST_OF_A_TRAP]
         result.append(
             {
@@ -227,11 +226,11 @@ def by_architecture(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def nvcc_version() -> str:
-    """To the build: code generation may change with it."""
-    found = re.search(r"V(\d+\.\d+\.\d+)", _run(tool("nvcc"), "--version"))
-    if found is None:
+    """nvcc's version, on which the generated code depends."""
+    release = re.search(r"V(\d+\.\d+\.\d+)", _run(tool("nvcc"), "--version"))
+    if release is None:
         raise RuntimeError("nvcc --version names no version")
-    return found[1]
+    return release[1]
 
 
 def path_for(archs: list[str], folder: Path = FOLDER) -> Path:

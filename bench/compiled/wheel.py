@@ -56,7 +56,7 @@ def _spent() -> float:
 
 def result(wheel: Path, seconds: dict[str, float], folder: Path) -> dict[str, Any]:
     """What the file says of a wheel."""
-    found = static.report(static.module_of(wheel, folder))
+    code = static.report(static.module_of(wheel, folder))
     return {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -64,12 +64,12 @@ def result(wheel: Path, seconds: dict[str, float], folder: Path) -> dict[str, An
         **describe_commit(),
         "machine": describe_machine(),
         "compiler": describe_versions()["compiler"],
-        "nvcc": found["nvcc"],
+        "nvcc": code["nvcc"],
         "wheel": wheel.name,
         "wheel_bytes": wheel.stat().st_size,
-        "extension_bytes": found["extension_bytes"],
+        "extension_bytes": code["extension_bytes"],
         **seconds,
-        "archs": static.by_architecture(found["kernels"]),
+        "archs": static.by_architecture(code["kernels"]),
     }
 
 
@@ -81,11 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     if describe_commit()["modified"] is not False:
         parser.error("there are changes that are not committed, or there is no commit: what is built is a commit's")
     with tempfile.TemporaryDirectory() as folder:
-        found = result(*built(Path(folder), options.archs), Path(folder))
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+        figures = result(*built(Path(folder), options.archs), Path(folder))
+    options.out.write_text(json.dumps(figures, indent=1) + "\n")
     from bench.readme.tables import wheel_table
 
-    print(wheel_table(found, options.out.name))
+    print(wheel_table(figures, options.out.name))
     return 0
 
 

@@ -75,8 +75,8 @@ def calls_of(layer: QLinear, shape: tuple[int, ...]) -> dict[str, tuple[Callable
 
 
 def keep_memory() -> None:
-    """Tells the C library to keep what is freed for the next call, as torch's allocator for a card does: else it gives
-    some of it back to the system and asks for it again, which takes longer than all the rest."""
+    """Makes malloc keep freed memory, as torch's allocator for a card does. Returning it to the system and asking
+    for it again would take longer than all the rest."""
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -85,8 +85,8 @@ def keep_memory() -> None:
 
 
 def cases(repeats: int, number: int) -> Iterator[dict[str, Any]]:
-    """The measurements: the least of `repeats` means over `number` calls each, for what disturbs them only adds, and so
-    few calls are done before another process has its turn."""
+    """The least of `repeats` means over `number` calls each: disturbances only add time, and so few calls fit between
+    two switches to another process."""
     layers = {adapter: layer_of(adapter) for adapter in ADAPTERS}
     module = emulator.module()
     module.configure(executes=False, multiprocessors=MULTIPROCESSORS)

@@ -50,7 +50,7 @@ class Stack(nn.Module):
 
 
 def train(layers: int, width: int, steps: int, page_file: str | None) -> dict[str, Any]:
-    """Some steps of training, and what they took; a digest of all parameters and states at the end."""
+    """Trains some steps; returns their times and a digest of all parameters and states at the end."""
     torch.manual_seed(0)
     model = Stack(layers, width)
     optimizer = PagedAdamW(model.parameters(), lr=1e-4, max_grad_norm=1.0, master_weights=True, page_file=page_file)
@@ -82,7 +82,7 @@ def train(layers: int, width: int, steps: int, page_file: str | None) -> dict[st
 
 
 def _io() -> dict[str, int]:
-    """What this process has had read from disks and has made to be written there, in bytes."""
+    """Bytes that this process has read from and written to disks."""
     return {key: int(value) for key, value in (line.split(":") for line in Path("/proc/self/io").open())}
 
 
@@ -126,11 +126,11 @@ def in_a_process(arguments: dict[str, Any], limit: int | None = None) -> dict[st
         )
         if done.returncode != 0:
             raise RuntimeError(f"the training ended with {done.returncode}")
-        found = json.loads(done.stdout)
+        figures = json.loads(done.stdout)
         if group is not None:
-            found["limit_bytes"] = limit
-            found["peak_cgroup_bytes"] = int((group / "memory.max_usage_in_bytes").read_text())
-        return found
+            figures["limit_bytes"] = limit
+            figures["peak_cgroup_bytes"] = int((group / "memory.max_usage_in_bytes").read_text())
+        return figures
 
 
 def run(layers: int, width: int, steps: int, limit: int, folder: str) -> dict[str, Any]:
@@ -147,8 +147,8 @@ def run(layers: int, width: int, steps: int, limit: int, folder: str) -> dict[st
     }
     for name in (MEMORY, FILE, LIMITED):
         arguments = {"layers": layers, "width": width, "steps": steps, "page_file": None if name == MEMORY else folder}
-        result["cases"][name] = found = in_a_process(arguments, limit if name == LIMITED else None)
-        times = ", ".join(f"{step['step_s']:.1f}" for step in found["steps"])
+        result["cases"][name] = figures = in_a_process(arguments, limit if name == LIMITED else None)
+        times = ", ".join(f"{step['step_s']:.1f}" for step in figures["steps"])
         print(f"{name}: steps of {times} s", file=sys.stderr)
     cases = result["cases"].values()
     result["same"] = len({case["sha256"] for case in cases}) == 1

@@ -123,7 +123,7 @@ class Node:
         return _BEND if self.label is None else 24 + 7.2 * len(self.label)
 
 
-def _placed(graph: Graph) -> tuple[dict[str, Node], list[list[Node]]]:
+def _layout(graph: Graph) -> tuple[dict[str, Node], list[list[Node]]]:
     """Nodes by name, and every arrow as the nodes that it passes, from above to below."""
     floors = levels(graph)
     nodes = {name: Node(name, floors[name]) for name in sorted(graph)}
@@ -204,7 +204,7 @@ def _curve(points: list[tuple[float, float]]) -> str:
 
 def _drawn(graph: Graph, title: str, color: str, left: float) -> tuple[list[str], float, float]:
     """A graph's SVG elements, with their left side at ``left``; and their width and height."""
-    nodes, paths = _placed(graph)
+    nodes, paths = _layout(graph)
     everything = [*nodes.values(), *(node for path in paths for node in path)]
     shift = left - min(node.x - node.width / 2 for node in everything)
     top = max(node.floor for node in everything)

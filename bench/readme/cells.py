@@ -25,20 +25,20 @@ def grid(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def title_of(case: dict[str, Any]) -> str:
-    """A case in words. A rank of 0, and a dtype that the title names, are not said."""
+    """A case in words, without a rank of 0 or a dtype that the title names."""
     shown = {**case, "rank": case["rank"] or None}
     if case["dtype"] in case["title"]:
         shown["dtype"] = "bfloat16"
-    return ", ".join(part for part in (case["title"], sizes(shown)) if part)
+    return ", ".join(words for words in (case["title"], sizes(shown)) if words)
 
 
-def bar_rows(found: dict[str, Any], bars: tuple[Bar, ...]) -> list[str]:
+def bar_rows(result: dict[str, Any], bars: tuple[Bar, ...]) -> list[str]:
     lines = ["Targets and results:", ""]
-    if found["settings"]["threads"] != BARS_THREADS:
+    if result["settings"]["threads"] != BARS_THREADS:
         lines = [f"Targets for {BARS_THREADS} threads, and results with another number:", ""]
     lines += ["| | against | at least | reached | |", "|---|---|---|---|---|"]
-    require_cases(found, bars)
-    for v in judge(found, bars):
+    require_cases(result, bars)
+    for v in judge(result, bars):
         case = {**v.case, "n": None, "k": None, "model": None}
         reached = escaped(v.reason or "") if v.ratio is None else f"{v.ratio:.2f}×"
         lines.append(f"| {title_of(case)} | {v.bar.contender} | {v.bar.at_least:g}× | {reached} | {v.word} |")

@@ -1,4 +1,4 @@
-"""Who imports whom, and who includes whom, read from the sources: each arrow with its file and line.
+"""Imports and includes, read from the sources: each arrow with its file and line.
 
 Python is read as text and never imported: an import inside a function or under TYPE_CHECKING counts as any other.
 """
@@ -34,12 +34,12 @@ class Arrow(NamedTuple):
 
 def modules(root: Path, package: str) -> dict[str, Path]:
     """A package's modules by dotted name, with their paths from ``root``; a package's name stands for its __init__."""
-    found = {}
+    files = {}
     for path in sorted((root / package).rglob("*.py")):
         relative = path.relative_to(root)
         parts = relative.with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = relative
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = relative
+    return files
 
 
 def imports(root: Path, packages: Iterable[str]) -> list[Arrow]:
@@ -49,12 +49,12 @@ def imports(root: Path, packages: Iterable[str]) -> list[Arrow]:
     __init__ first is no arrow.
     """
     known = {name: path for package in packages for name, path in modules(root, package).items()}
-    found = []
+    arrows = []
     for source, path in known.items():
         here = source.split(".") if path.name == "__init__.py" else source.split(".")[:-1]
         for line, target in _imported(root / path, here, known):
-            found.append(Arrow(path.as_posix(), line, source, target))
-    return found
+            arrows.append(Arrow(path.as_posix(), line, source, target))
+    return arrows
 
 
 def _imported(path: Path, here: list[str], known: dict[str, Path]) -> Iterator[tuple[int, str]]:
@@ -94,7 +94,7 @@ def includes(csrc: Path) -> list[Arrow]:
         ValueError: for a name in quotes that is no path from csrc.
     """
     files = set(sources(csrc))
-    found = []
+    arrows = []
     for file in sorted(files):
         for number, line in enumerate((csrc / file).read_text(encoding="utf-8").splitlines(), 1):
             if not (match := _INCLUDE.match(line)):
@@ -104,8 +104,8 @@ def includes(csrc: Path) -> list[Arrow]:
                 raise ValueError(f"csrc/{file}:{number}: {name} is not a path from csrc")
             target = name if quoted else next((path for path in (f"cuda/device/{name}", name) if path in files), None)
             if target is not None:
-                found.append(Arrow(f"csrc/{file}", number, file, target))
-    return found
+                arrows.append(Arrow(f"csrc/{file}", number, file, target))
+    return arrows
 
 
 def folder(file: str) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.host import call
+from bench.readme import ranks
 from bench.readme.cells import HEADINGS, bar_rows, cell, escaped, grid, three_digits, title_of
-from bench.studies import rank_report
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import (
     BNB,
@@ -73,10 +73,10 @@ def newest(pattern: str = "cpu-*.jsonl", folder: str | Path = FOLDER) -> Path:
     Raises:
         FileNotFoundError: when there is none, saying what makes one.
     """
-    found = [(PAGES[pattern].load(path), path) for path in Path(folder).glob(pattern)]
-    dates = [(run["date"], path.name, path) for run, path in found if run["complete"] and run["modified"] is False]
+    runs = [(PAGES[pattern].load(path), path) for path in Path(folder).glob(pattern)]
+    dates = [(run["date"], path.name, path) for run, path in runs if run["complete"] and run["modified"] is False]
     if not dates:
-        which = f"no complete run of an unmodified commit among the {pattern}" if found else f"no {pattern}"
+        which = f"no complete run of an unmodified commit among the {pattern}" if runs else f"no {pattern}"
         raise FileNotFoundError(f"{which} in {folder}; run: {PAGES[pattern].made_by}")
     return max(dates)[-1]
 
@@ -84,16 +84,16 @@ def newest(pattern: str = "cpu-*.jsonl", folder: str | Path = FOLDER) -> Path:
 # --------------------------------------------------------------------------------------------------------- tables
 
 
-def headline_table(found: dict[str, Any], source: str) -> str:
+def headline_table(result: dict[str, Any], source: str) -> str:
     """README's own: a few rows from training and serving.
 
     Raises:
         ValueError: when a case is missing.
     """
-    known = {point_of(case): case for case in found["cases"]}
+    known = {point_of(case): case for case in result["cases"]}
     if lacking := [str(point) for point in HEADLINE if point not in known]:
         raise ValueError(f"{source} lacks what the table in README shows: {'; '.join(lacking)}")
-    lines = [*_head(found, source, f"Layers have N = K = {N}. "), ""]
+    lines = [*_head(result, source, f"Layers have N = K = {N}. "), ""]
     lines += ["| | " + " | ".join(_HEADLINE_COLUMNS) + " |", "|---" * (len(_HEADLINE_COLUMNS) + 1) + "|"]
     for point in HEADLINE:
         case = known[point]
@@ -108,28 +108,28 @@ def headline_table(found: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
-def layer_table(found: dict[str, Any], source: str) -> str:
+def layer_table(result: dict[str, Any], source: str) -> str:
     """The weight that the bars are for: times, rates, bars.
 
     Args:
-        found: a result.
+        result: what was measured.
         source: the file's name, for the reader.
 
     Raises:
         ValueError: when a bar's case is missing.
     """
     cases = [
-        c for c in found["cases"] if (c["n"], c["k"]) == (N, K) and (c["operation"], c["rank"]) != ("linear_step", 0)
+        c for c in result["cases"] if (c["n"], c["k"]) == (N, K) and (c["operation"], c["rank"]) != ("linear_step", 0)
     ]
     cases = [c for c in cases if c["operation"] != "linear_step" or c["rank"] == 16]
     shown = [{**case, "n": None, "k": None} for case in cases]
-    lines = [*_head(found, source, f"N = {N}, K = {K}. "), "", *grid(shown), "", _layer_notes(found, cases)]
-    return "\n".join([*lines, "", *bar_rows(found, LAYER_BARS)])
+    lines = [*_head(result, source, f"N = {N}, K = {K}. "), "", *grid(shown), "", _layer_notes(result, cases)]
+    return "\n".join([*lines, "", *bar_rows(result, LAYER_BARS)])
 
 
-def optimizer_table(found: dict[str, Any], source: str) -> str:
+def optimizer_table(result: dict[str, Any], source: str) -> str:
     """The optimizers' steps."""
-    cases = [case for case in found["cases"] if case["operation"] in OPTIMIZER]
+    cases = [case for case in result["cases"] if case["operation"] in OPTIMIZER]
     shown = [{**case, "model": None, "rank": None, "dtype": "bfloat16"} for case in cases]
     notes = []
     ours = next((find_contender(c, OURS) for c in cases if c["operation"] == "adamw_step"), None)
@@ -139,19 +139,19 @@ def optimizer_table(found: dict[str, Any], source: str) -> str:
     if equal:
         notes.append(f"a copy of as many bytes {gb_per_s(equal):.0f} GB/s")
     text = "; ".join(notes) + "." if notes else ""
-    return "\n".join([*_head(found, source), "", *grid(shown), "", text, "", *bar_rows(found, OPTIMIZER_BARS)])
+    return "\n".join([*_head(result, source), "", *grid(shown), "", text, "", *bar_rows(result, OPTIMIZER_BARS)])
 
 
-def other_table(found: dict[str, Any], source: str) -> str:
+def other_table(result: dict[str, Any], source: str) -> str:
     """Other shapes, whole blocks, whole runs."""
     cases = [
         case
-        for case in found["cases"]
+        for case in result["cases"]
         if case["operation"] not in ("limits", *OPTIMIZER, "finetune", "gpt2_forward")
         and (case["n"], case["k"]) != (N, K)
     ]
-    lines = [*_head(found, source), "", *grid(cases)]
-    run = next((case for case in found["cases"] if case["operation"] == "finetune"), None)
+    lines = [*_head(result, source), "", *grid(cases)]
+    run = next((case for case in result["cases"] if case["operation"] == "finetune"), None)
     if run is not None and all("failed" not in c for c in run["contenders"]):
         parts = [
             f"{HEADINGS.get(name, name)} {c['tokens_per_second']:.0f} tokens/s, {c['peak'] / 1e6:.0f} MB"
@@ -162,19 +162,19 @@ def other_table(found: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
-def _head(found: dict[str, Any], source: str, more: str = "") -> list[str]:
+def _head(result: dict[str, Any], source: str, more: str = "") -> list[str]:
     return [
-        f"{machine_line(found)} ([raw figures]({source})).",
+        f"{machine_line(result)} ([raw figures]({source})).",
         f"{more}Median milliseconds; in brackets how many times as long as this package.",
     ]
 
 
-def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
+def _layer_notes(result: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     """Rates that say how near the limits are."""
-    limits, notes = limits_of(found), []
+    limits, notes = limits_of(result), []
     forward = [
         (case, ours)
-        for case in plots.speed_cases({**found, "cases": cases})
+        for case in plots.speed_cases({**result, "cases": cases})
         if (ours := find_contender(case, OURS)) and "failed" not in ours
     ]
     if forward:
@@ -193,28 +193,28 @@ def _layer_notes(found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
     return "; ".join(notes) + "." if notes else ""
 
 
-def _draw(name: str, found: dict[str, Any], path: Path, source: str) -> None:
+def _draw(name: str, result: dict[str, Any], path: Path, source: str) -> None:
     """Draws a plot.
 
     Raises:
         ValueError: when the result lacks what the plot shows: a page must not go on showing an older one.
     """
-    if not plots.draw(found, name, path, f"{source} {found['date']}"):
+    if not plots.draw(result, name, path, f"{source} {result['date']}"):
         raise ValueError(f"{source} lacks what the plot '{name}' shows")
 
 
-def latency_table(found: dict[str, Any], source: str) -> str:
+def latency_table(result: dict[str, Any], source: str) -> str:
     """The LoRA paper's table: a row for each contender, a column for each batch and length.
 
     Raises:
         ValueError: when no such case was measured.
     """
-    cases = [case for case in found["cases"] if case["operation"] == "gpt2_forward"]
+    cases = [case for case in result["cases"] if case["operation"] == "gpt2_forward"]
     if not cases:
         raise ValueError(f"{source} lacks gpt2_forward, which the table of latencies shows")
     heads = [f"batch {case['batch']}, length {case['m']}" for case in cases]
     lines = [
-        f"{machine_line(found)} ([raw figures]({source})).",
+        f"{machine_line(result)} ([raw figures]({source})).",
         "Median milliseconds of a forward pass of GPT-2 medium; in brackets what it costs beyond the model without "
         f"adapters: dense, or in NF4. LoRA has rank {cases[0]['rank']}.",
         "",
@@ -242,21 +242,22 @@ def latency_table(found: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
-def wheel_table(found: dict[str, Any], source: str) -> str:
+def wheel_table(result: dict[str, Any], source: str) -> str:
     """What is in a wheel for each architecture (bench/compiled/wheel.py)."""
-    machine = found["machine"]
+    machine = result["machine"]
+    packed, unpacked = (result[key] / 2**20 for key in ("wheel_bytes", "extension_bytes"))
     virtual = "virtual machine, " if machine["virtual"] else ""
     heads = ("architecture", "kernels", "left out", "machine code, KiB", "most registers", "spills (LDL + STL)")
     lines = [
-        f"`{found['wheel']}`: {found['wheel_bytes'] / 2**20:.1f} MiB, {found['extension_bytes'] / 2**20:.1f} unpacked, "
-        f"built in {found['build_cpu_seconds']:.0f} s of processor time, all cores together, on {machine['cpu']} "
-        f"({virtual}{machine['usable_cores']} cores); nvcc {found['nvcc']}, "
-        f"{found['compiler']}, commit {found['commit'][:10]}, {found['date'][:10]} ([raw figures]({source})).",
+        f"`{result['wheel']}`: {packed:.1f} MiB, {unpacked:.1f} unpacked, "
+        f"built in {result['build_cpu_seconds']:.0f} s of processor time, all cores together, on {machine['cpu']} "
+        f"({virtual}{machine['usable_cores']} cores); nvcc {result['nvcc']}, "
+        f"{result['compiler']}, commit {result['commit'][:10]}, {result['date'][:10]} ([raw figures]({source})).",
         "",
         f"| {' | '.join(heads)} |",
         "|---|" + "---:|" * (len(heads) - 1),
     ]
-    for row in found["archs"]:
+    for row in result["archs"]:
         cells = (row["kernels"], row["left_out"], f"{row['code_bytes'] / 1024:.0f}", row["registers"])
         lines.append(f"| {row['arch']} | {' | '.join(map(str, cells))} | {row['local_accesses']} |")
     return "\n".join(lines)
@@ -291,7 +292,7 @@ PAGES = {
         "qlora-kernels bench --out bench/results/cpu-NAME.jsonl",
         results.load,
         {"headline": headline_table, "cpu": layer_table, "cpu-other": other_table, "optimizer": optimizer_table},
-        {f"cpu-{name}.png": functools.partial(_draw, name) for name in plots.PLOTS},
+        {f"cpu-{name}.png": functools.partial(_draw, name) for name in ("speed", "memory", "rank")},
     ),
     "second-cpu-*.jsonl": Page(
         "qlora-kernels bench --out bench/results/second-cpu-NAME.jsonl",
@@ -306,11 +307,11 @@ PAGES = {
         {},
     ),
     "wheel-*.json": Page("python -m bench.compiled.wheel", load_json, {"wheel": wheel_table}, {}),
-    "ranks-*.json": Page(
-        "python -m bench.studies.ranks --out bench/results/ranks-NAME.json",
-        load_json,
-        {"ranks": rank_report.markdown},
-        {"ranks.png": lambda found, path, source: rank_report.plot(found, path, source)},
+    "ranks-*.json*": Page(
+        "qlora-kernels bench --operations rank_study --out bench/results/ranks-NAME.jsonl",
+        ranks.load,
+        {"ranks": ranks.table},
+        {"ranks.png": functools.partial(_draw, "loss")},
     ),
     "host-*.json": Page(
         "python -m bench.host.call --out bench/results/host-NAME.json",
@@ -342,11 +343,11 @@ def page_of(name: str, texts: dict[Path, str]) -> Path:
     Raises:
         ValueError: when none does, or several do.
     """
-    found = [path for path, text in texts.items() if f"{_BEGIN}{name} -->" in text]
-    if len(found) != 1:
-        where = ", ".join(map(relative, found)) or "none"
+    holding = [path for path, text in texts.items() if f"{_BEGIN}{name} -->" in text]
+    if len(holding) != 1:
+        where = ", ".join(map(relative, holding)) or "none"
         raise ValueError(f"one document should hold the markers {_BEGIN}{name} --> and {_END}, found {where}")
-    return found[0]
+    return holding[0]
 
 
 def filled(texts: dict[Path, str]) -> dict[Path, str]:
@@ -362,10 +363,10 @@ def filled(texts: dict[Path, str]) -> dict[Path, str]:
     texts = dict(texts)
     for pattern, page in PAGES.items():
         path = newest(pattern)
-        found = page.load(path)
+        result = page.load(path)
         for name, table in page.tables.items():
             document = page_of(name, texts)
-            texts[document] = replace_table(texts[document], table(found, link(path, document)), name)
+            texts[document] = replace_table(texts[document], table(result, link(path, document)), name)
     return texts
 
 

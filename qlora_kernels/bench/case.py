@@ -58,8 +58,8 @@ class Ready:
         copies: of what the work is done on, used in turn.
         checks: how many calls are verified before any is timed, the first on the first copy and the others on the last.
         waits: on a card: the call waits for the device, and so can neither be captured in a graph nor queue up.
-        before: runs before each call, untimed, and finishes on the device first; such a call is not captured either.
-        parts: bytes of memory by what they are for, where that is of interest.
+        before: runs before each call, untimed, and finishes on the device first; a call with it is not captured either.
+        parts: bytes of memory by purpose, for the plot of memory.
     """
 
     call: Callable[[int], Any]
@@ -73,7 +73,7 @@ class Ready:
     parts: dict[str, int] | None = None
 
     def run(self, index: int) -> Any:
-        """A call with what comes before it, where its time is of no interest."""
+        """A call and what comes before it, untimed."""
         if self.before is not None:
             self.before()
         return self.call(index)
@@ -107,7 +107,7 @@ class WrongResult(Exception):
 
 
 class DeviceLost(Exception):
-    """The card no longer answers this process: every further call on it fails, whoever makes it."""
+    """The card no longer answers this process: every further call on it fails."""
 
 
 class OtherProcesses:

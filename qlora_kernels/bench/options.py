@@ -25,6 +25,7 @@ from .points import (
     N,
     Point,
     gpt2,
+    rank_study,
 )
 
 #: What each operation is measured over.
@@ -47,6 +48,7 @@ AXES = {
     "adamw_budget_step": ("models", "ranks"),
     "finetune": ("ranks",),
     "gpt2_forward": ("ranks", "dtypes"),
+    "rank_study": ("ranks",),
 }
 _DEFAULTS = {
     "shapes": [(N, K)],
@@ -56,7 +58,16 @@ _DEFAULTS = {
     "models": ["llama-2-7b"],
 }
 _NEEDS_ADAPTER = (
-    *("linear_backward", "decode", "block_step", *OPTIMIZER, *CARD_OPERATIONS, "finetune", "gpt2_forward"),
+    *(
+        "linear_backward",
+        "decode",
+        "block_step",
+        *OPTIMIZER,
+        *CARD_OPERATIONS,
+        "finetune",
+        "gpt2_forward",
+        "rank_study",
+    ),
 )
 
 
@@ -153,6 +164,9 @@ def _combined(operations: Sequence[str], given: dict[str, list | None]) -> list[
         if operation == "gpt2_forward":
             points += gpt2(given["ranks"], given["dtypes"] or _DEFAULTS["dtypes"])
             continue
+        if operation == "rank_study" and not given["ranks"]:
+            points += rank_study()
+            continue
         axes = {name: (given[name] or _DEFAULTS[name]) if name in AXES[operation] else [None] for name in _DEFAULTS}
         ranks = [r for r in axes["ranks"] if r or operation not in _NEEDS_ADAPTER]
         if not ranks:
@@ -169,7 +183,8 @@ def _combined(operations: Sequence[str], given: dict[str, list | None]) -> list[
 
 def _without_dtype(point: Point) -> Point:
     """The tiny model's own choice is not the point's."""
-    return dataclasses.replace(point, dtype="bfloat16") if point.operation == "finetune" else point
+    tiny = point.operation in ("finetune", "rank_study")
+    return dataclasses.replace(point, dtype="bfloat16") if tiny else point
 
 
 def settings_of(namespace: argparse.Namespace) -> Settings:
@@ -249,9 +264,9 @@ def _numbers(text: str, flag: str, least: int) -> list[int]:
 
 
 def _shape(word: str) -> tuple[int, int]:
-    parts = [part.strip() for part in word.lower().split("x")]
+    parts = [number.strip() for number in word.lower().split("x")]
     # More digits than these are no size, and some thousand of them int() refuses.
-    numbers = [int(part) for part in parts if part.isascii() and part.isdecimal() and len(part) < 10]
+    numbers = [int(number) for number in parts if number.isascii() and number.isdecimal() and len(number) < 10]
     if len(parts) != 2 or len(numbers) != 2 or min(numbers) < 1:
         raise InputError(f"--shapes should be weights such as {N}x{K}, separated by commas; found {word or 'nothing'}")
     return numbers[0], numbers[1]

@@ -141,7 +141,7 @@ def _linear(rows: Sequence[int], ranks: Sequence[int], shapes=((N, K),), dtype: 
                 yield Point("linear_forward", dtype, n, k, m, rank)
 
 
-def _of(operation: str, rows: Sequence[int] = (), ranks: Sequence[int] = (), shapes=((N, K),), dtype="bfloat16"):
+def _points(operation: str, rows: Sequence[int] = (), ranks: Sequence[int] = (), shapes=((N, K),), dtype="bfloat16"):
     for n, k in shapes:
         for rank in ranks or (None,):
             for m in rows or (None,):
@@ -166,15 +166,20 @@ def gpt2(ranks: Sequence[int] | None = None, dtypes: Sequence[str] = ("bfloat16"
     ]
 
 
+def rank_study(ranks: Sequence[int] | None = None) -> list[Point]:
+    """By default the ranks of the LoRA paper's table 6."""
+    return [Point("rank_study", rank=rank) for rank in ranks or (1, 2, 4, 8, 64)]
+
+
 def quick() -> list[Point]:
     """One look at each operation; decoding is forward at M = 1."""
     return [
         *_limits(),
-        *_of("quantize", dtype="float32"),
-        *_of("dequantize"),
+        *_points("quantize", dtype="float32"),
+        *_points("dequantize"),
         *_linear((1, 512), (0,)),
-        *_of("linear_dx", (512,)),
-        *_of("linear_step", (16, 512), (RANK,)),
+        *_points("linear_dx", (512,)),
+        *_points("linear_step", (16, 512), (RANK,)),
         Point("block_step", m=128, rank=RANK, model="llama-2-7b"),
         *_optimizer(("adamw_step",)),
         Point("finetune", rank=RANK),
@@ -185,15 +190,15 @@ def usual() -> list[Point]:
     """What the tables and plots in README and docs/ need."""
     return [
         *_limits(),
-        *_of("quantize", dtype="float32"),
-        *_of("quantize"),
-        *_of("dequantize"),
-        *_of("dequantize_out"),
+        *_points("quantize", dtype="float32"),
+        *_points("quantize"),
+        *_points("dequantize"),
+        *_points("dequantize_out"),
         *_linear((1, 4, 16, 64, 512, 2048), (0, RANK)),
         *_linear((1, 16, 512), (0,), ((11008, 4096), (4096, 11008), (1024, 4096))),
-        *_of("linear_dx", (16, 512)),
-        *_of("linear_step", (16, 512), (RANK,)),
-        *_of("linear_step", (512,), (0, 1, 4, 64, 256)),
+        *_points("linear_dx", (16, 512)),
+        *_points("linear_step", (16, 512), (RANK,)),
+        *_points("linear_step", (512,), (0, 1, 4, 64, 256)),
         Point("decode", m=1, rank=RANK, model="llama-2-7b"),
         Point("block_step", m=512, rank=RANK, model="llama-2-7b"),
         Point("block_step", m=64, rank=RANK, model="llama-3-70b"),
@@ -213,14 +218,14 @@ def full() -> list[Point]:
         *usual()[1:],
         *_linear(rows, (0, RANK)),
         *_linear((1, 16, 64, 512, 4096), (0,), others),
-        *_of("linear_dx", (1, 16, 512, 4096)),
-        *_of("linear_step", (512, 4096), ranks),
-        *_of("linear_backward", (512, 4096), (RANK,)),
-        *_of("linear_step", (512,), (RANK,), others),
+        *_points("linear_dx", (1, 16, 512, 4096)),
+        *_points("linear_step", (512, 4096), ranks),
+        *_points("linear_backward", (512, 4096), (RANK,)),
+        *_points("linear_step", (512,), (RANK,), others),
         *(p for dtype in DTYPES[1:] for p in _linear((1, 16, 512), (0, RANK), dtype=dtype)),
-        *(p for dtype in DTYPES[1:] for p in _of("dequantize", dtype=dtype)),
-        *_of("quantize", shapes=others),
-        *_of("dequantize", shapes=others),
+        *(p for dtype in DTYPES[1:] for p in _points("dequantize", dtype=dtype)),
+        *_points("quantize", shapes=others),
+        *_points("dequantize", shapes=others),
         *(Point("decode", m=1, rank=RANK, model=model) for model in ("llama-3-8b", "llama-3-70b")),
         Point("block_step", m=512, rank=RANK, model="llama-3-8b"),
         *gpt2(),
@@ -239,13 +244,13 @@ def card() -> list[Point]:
     training = (4096, 2048)
     return [
         *_limits(),
-        *(p for dtype in DTYPES for p in _of("dequantize", shapes=weights, dtype=dtype)),
+        *(p for dtype in DTYPES for p in _points("dequantize", shapes=weights, dtype=dtype)),
         *_linear((1, 16, 64, 512, 4096), (0,), products),
-        *_of("linear_forward", training, (RANK,)),
-        *_of("linear_backward", training, (RANK,)),
-        *_of("linear_step", training, (RANK,)),
+        *_points("linear_forward", training, (RANK,)),
+        *_points("linear_backward", training, (RANK,)),
+        *_points("linear_step", training, (RANK,)),
         *_optimizer(("adamw_step", *CARD_OPERATIONS, "adamw_8bit_step", "lion_step")),
-        *(p for dtype in ("bfloat16", "float32") for p in _of("quantize", shapes=weights, dtype=dtype)),
+        *(p for dtype in ("bfloat16", "float32") for p in _points("quantize", shapes=weights, dtype=dtype)),
     ]
 
 

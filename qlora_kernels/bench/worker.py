@@ -153,7 +153,7 @@ class Worker:
             try:
                 self._launch(context, process)
             except (EOFError, ConnectionError):
-                # The server died, perhaps of what it imports. Whoever needs that will die of it by name.
+                # The server died, perhaps of an import. The contender that needs it will fail by name.
                 _end_server()
                 self._preloaded = []
                 self._launch(context, process)
@@ -338,8 +338,8 @@ def _is_alive(number: int) -> bool:
 def _end_server() -> None:
     """Ends the process that others are forked from, wherever it is; the next one that is needed begins another.
 
-    Which happens only once this one is a zombie, and a process that ends closes its files, so that whoever talks to it
-    sees that it is gone, some time before it is one. The zombie is left for multiprocessing, which looks for it.
+    multiprocessing starts another only once this one is a zombie. A process closes its files some time before that, and
+    clients then see that it is gone, so this waits for the zombie, and leaves it for multiprocessing to reap.
     """
     number = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
     if number is not None:

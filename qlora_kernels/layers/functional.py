@@ -115,12 +115,12 @@ class _Linear(torch.autograd.Function):
         return *_gradients(gradients[0], weight, x, u, lora, needs, bias_dtype), None, None
 
 
-#: _Linear.apply less what Function.apply does before it in Python, which takes as long as half of its work.
+#: _Linear.apply without the Python code of Function.apply, which would add half as much time again.
 _apply = cast(Any, super(torch.autograd.Function, _Linear)).apply
 
 
 class _TracedLinear(torch.autograd.Function):
-    """The same of x [M, K], for torch.compile: only tensors come and are saved."""
+    """The same for x [M, K] under torch.compile, which can only pass and save tensors."""
 
     @staticmethod
     def forward(
@@ -171,7 +171,7 @@ def _saved_gradients(ctx: Any, dy: Tensor) -> _Gradients:
     return _gradients(dy, weight, x, u, lora, ctx.needs, ctx.bias_dtype)
 
 
-# The bare operation is differentiable too, for those who call torch.ops.qlora_kernels.linear_forward.
+# The bare operation, torch.ops.qlora_kernels.linear_forward, is differentiable too.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *pieces, n, bias, lora_A, lora_B, scaling, dropout, seed = inputs
     dx, dbias, dA, dB = (ctx.needs_input_grad[i] for i in (0, 7, 8, 9))
@@ -266,7 +266,7 @@ def linear_on(x: Tensor, weight: ops.Operand, bias: Tensor | None = None, lora: 
         rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
         y = cast(Any, _TracedLinear).apply(rows, bias, lora_A, lora_B, n, scaling, dropout, seed, *weight.pieces)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
-    # torch's own error speaks of setup_context, which means nothing to the caller. The question costs 60 ns.
+    # torch's own error speaks of setup_context, which means nothing to the caller. The check costs 60 ns.
     if dispatcher.innermost_transform() is not None:
         raise RuntimeError(
             "qlora_kernels.linear has no gradients under the transforms of torch.func (grad, vjp, jacrev, vmap, "
@@ -283,7 +283,7 @@ def linear_on(x: Tensor, weight: ops.Operand, bias: Tensor | None = None, lora: 
 
 
 def _autocast(x: Tensor, bias: Tensor | None, lora: LoraTerm | None) -> tuple[Tensor, Tensor | None, LoraTerm | None]:
-    """The operands as autocast has them for x's device, where it is on."""
+    """The operands, cast as autocast wants them on x's device if it is on."""
     device = x.device.type
     # The meta device has no autocast to ask about.
     if (

@@ -1,6 +1,6 @@
 """Folding an adapter into a 4-bit base and taking it out again, a panel of rows at a time."""
 
-# Works on a layer's inside, which is not for users.
+# Uses private attributes of layers.
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MergeReport:
 
     Attributes:
         weight_error: ||W' - W|| / ||W||, Frobenius, W' the requantized weight, W the exact merged one.
-        output_error: the same of the outputs on the probe batch (without bias), or None without one.
+        output_error: the same for the outputs on the probe batch (without bias), or None without one.
     """
 
     weight_error: float
@@ -53,9 +53,9 @@ def _rows(layer: Adapters, weight: NF4Weight, adapter: str | None, begin: int, e
 @torch.no_grad()
 def merge(layer: Adapters, probe: Tensor | None) -> MergeReport:
     """See :meth:`QLinear.merge`."""
-    if layer._merged is not None:
-        raise RuntimeError(f"adapter '{layer._merged}' is merged already; call unmerge() first")
-    name = layer._active
+    if layer.merged_adapter_name is not None:
+        raise RuntimeError(f"adapter '{layer.merged_adapter_name}' is merged already; call unmerge() first")
+    name = layer.active_adapter
     if name is None:
         raise RuntimeError("there is no active adapter to merge")
     if layer._disabled:
@@ -80,7 +80,7 @@ def merge(layer: Adapters, probe: Tensor | None) -> MergeReport:
 
 def unmerge(layer: Adapters) -> None:
     """See :meth:`QLinear.unmerge`."""
-    if layer._merged is None:
+    if layer.merged_adapter_name is None:
         raise RuntimeError("no adapter is merged")
     layer._set_pieces("weight", layer._unmerged_weight())
     layer._set_pieces("unmerged", None)
@@ -91,7 +91,7 @@ def unmerge(layer: Adapters) -> None:
 def to_linear(layer: Adapters) -> nn.Linear:
     """See :meth:`QLinear.to_linear`."""
     n, k = layer.out_features, layer.in_features
-    adapter = None if layer._merged is not None or layer._disabled else layer._active
+    adapter = None if layer.merged_adapter_name is not None or layer._disabled else layer.active_adapter
     weight = layer.weight
     dense = nn.Linear(k, n, bias=layer.bias is not None, device="meta", dtype=layer.dtype)
     dense.to_empty(device=weight.device)

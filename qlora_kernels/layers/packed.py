@@ -101,14 +101,9 @@ class PackedLayer(nn.Module):
                     piece = piece.clone()  # all weights share one, and safetensors refuses tensors that share memory
                 self.register_buffer(f"{prefix}_{name}", piece)
 
-    def _frozen(self) -> list[Tensor]:
-        """The tensors that no cast may touch: the weight's pieces, and while merged those of the base."""
-        names = [f"{prefix}_{name}" for prefix in ("weight", "unmerged") for name in PIECES] + ["merged_adapter"]
-        return [t for n in names if (t := self._parameters.get(n, self._buffers.get(n))) is not None]
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """``.to``, ``.half``, ``.to_empty``, ``.share_memory`` and the like: packed data moves but is never cast."""
-        frozen = {id(tensor): tensor for tensor in self._frozen()}  # the values keep the ids from being reused
+        frozen = {id(tensor): tensor for tensor in frozen_tensors(self)}  # the values keep the ids from being reused
 
         def apply(tensor: Tensor) -> Tensor:
             if id(tensor) not in frozen:
@@ -135,7 +130,7 @@ class PackedLayer(nn.Module):
     # ------------------------------------------------------------------------------------------------- merged or not
 
     def _set_merged(self, name: str | None) -> None:
-        """Notes which adapter is merged: for Python as a name, for the state dict as a tensor of its UTF-8 bytes."""
+        """Records which adapter is merged: a name in Python, its UTF-8 bytes in the state dict."""
         self._merged = name
         self._buffers.pop("merged_adapter", None)
         if name is not None:
@@ -146,3 +141,10 @@ class PackedLayer(nn.Module):
         """The base as it was before the merge."""
         pieces = {name: getattr(self, f"unmerged_{name}") for name in PIECES}
         return NF4Weight(**pieces, shape=self._shape, dtype=self._dtype)
+
+
+def frozen_tensors(layer: PackedLayer) -> list[Tensor]:
+    """The tensors that no cast may touch: the pieces of the weight, and of the base while an adapter is merged."""
+    names = {f"{prefix}_{name}" for prefix in ("weight", "unmerged") for name in PIECES} | {"merged_adapter"}
+    own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    return [tensor for name, tensor in own if name in names]

@@ -1,6 +1,6 @@
 """What QLinear checks in a state dict before any of it is copied: torch casts silently, packed data must not be."""
 
-# Works on a layer's inside, which is not for users.
+# Uses private attributes of layers.
 # pyright: reportPrivateUsage=false
 # Users' arguments are checked whatever their annotations say.
 # pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
@@ -18,7 +18,7 @@ from .adapters.named import Adapters
 
 
 def problems(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: bool = False) -> list[str]:
-    """Sentences on what does not fit: weight, bias and adapters. When there are any, the layer is left as it is."""
+    """Sentences on what does not fit: weight, bias and adapters. If there are any, nothing is loaded into the layer."""
     if f"{prefix}weight" in state:
         return [
             f'"{prefix}weight" is a dense weight, but the layer is 4-bit; load the checkpoint into the dense model, '
@@ -34,8 +34,8 @@ def problems(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: 
     name = _merged_name(state[f"{prefix}merged_adapter"])
     if name is None:
         misfits.append(f'"{prefix}merged_adapter" should be the UTF-8 bytes of a name, uint8, not on the meta device.')
-    elif name not in layer._adapters:
-        known = ", ".join(map(repr, layer._adapters)) or "none"
+    elif name not in layer.adapters:
+        known = ", ".join(map(repr, layer.adapters)) or "none"
         misfits.append(f"adapter {name!r} is merged in the checkpoint, but {prefix[:-1] or 'this layer'} has: {known}.")
     return misfits
 
@@ -56,7 +56,7 @@ def make_contiguous(state: MutableMapping[str, Tensor], prefix: str) -> None:
 def match_merged_state(layer: Adapters, state: Mapping[str, Tensor], prefix: str) -> None:
     """Makes room for a base that was saved merged, or drops the backup when the saved one was not.
 
-    A state dict without a base (adapters alone, say) leaves things as they are.
+    A state dict without a base (adapters alone, say) changes nothing.
     """
     if f"{prefix}weight_packed" not in state:
         return
@@ -88,8 +88,8 @@ def _merged_name(code: Tensor) -> str | None:
 def _trained(layer: Adapters) -> dict[str, Tensor]:
     """Bias and adapters by their names in the state dict."""
     own: dict[str, Tensor] = {} if layer.bias is None else {"bias": layer.bias}
-    for part in ("lora_A", "lora_B"):
-        own |= {f"{part}.{name}": matrix for name, matrix in getattr(layer, part).items()}
+    for matrices in ("lora_A", "lora_B"):
+        own |= {f"{matrices}.{name}": matrix for name, matrix in getattr(layer, matrices).items()}
     return own
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import listed
 from ..layers.adapters.config import AdapterConfig
+from ..layers.adapters.named import adapter_options, check_adapter_name, put_adapter
 from ..layers.qlinear import QLinear
 from ..storage.atomic_file import write_atomically
 from ..storage.formats import load_json, load_safetensors, parse_json, save_json, save_safetensors
@@ -122,13 +123,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         if merged is not None and (activate or merged == adapter_name):
             raise RuntimeError(f"adapter '{merged}' is merged into {name}; unmerge it first")
         if adapter_name not in layer.adapters:
-            layer._check_name(adapter_name)
+            check_adapter_name(layer, adapter_name)
 
     for name, layer in layers.items():
         if name in configs:
-            options = layer._adapter_options(adapter_name)
+            options = adapter_options(layer, adapter_name)
             A, B = (pairs[name][letter].to(**options, copy=True) for letter in "AB")
-            layer._put_adapter(adapter_name, configs[name], A, B)
+            put_adapter(layer, adapter_name, configs[name], A, B)
         elif adapter_name in layer.adapters:
             layer.delete_adapter(adapter_name)
     if activate:

@@ -11,6 +11,7 @@ from torch import nn
 from ..console.progress import bar
 from ..errors import listed, peft_names, sentence
 from ..layers.adapters.config import AdapterConfig
+from ..layers.packed import frozen_tensors
 from ..layers.qlinear import QLinear
 from ..ops import backends
 from .targets import Plan, plan, qlora_layers
@@ -115,24 +116,13 @@ def quantize_model(
     """
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
     planned = plan(model, adapter, target_modules, skip, double_quant, adapter_dtype, compute_dtype)
-    if device is not None:
-        backends.backend_for(torch.empty(0, device=device))
-    for name in planned.quantized:
-        _check_weight(model, name, double_quant, check_device=device is None)
+    _check_weights(model, planned, device)
     bytes_before = _bytes(model)
     swap_layers(model, planned, device, progress)
     _train_adapters_only(model)
     if device is not None:
         _move(model, device, len(planned.quantized))
-    return QuantizeReport(
-        quantized=list(planned.quantized),
-        adapted=list(planned.adapted),
-        left_alone=dict(planned.left_alone),
-        bytes_before=bytes_before,
-        bytes_after=_bytes(model),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=_count(model),
-    )
+    return _report(model, planned, bytes_before)
 
 
 def swap_layers(
@@ -188,6 +178,14 @@ def _move(model: nn.Module, device: str | torch.device, layers: int) -> None:
         ) from error
 
 
+def _check_weights(model: nn.Module, planned: Plan, device: str | torch.device | None) -> None:
+    """Checks that every planned weight can be quantized, on ``device`` or where it is; changes nothing."""
+    if device is not None:
+        backends.backend_for(torch.empty(0, device=device))
+    for name in planned.quantized:
+        _check_weight(model, name, planned.double_quant, check_device=device is None)
+
+
 def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device: bool) -> None:
     """Checks that a weight can be quantized: kernels for its device, and finite values."""
     weight = model.get_parameter(f"{name}.weight").detach()
@@ -237,12 +235,24 @@ def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None
         parent._modules[key] = layer
 
 
+def _report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:
+    return QuantizeReport(
+        quantized=list(planned.quantized),
+        adapted=list(planned.adapted),
+        left_alone=dict(planned.left_alone),
+        bytes_before=bytes_before,
+        bytes_after=_bytes(model),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=_count(model),
+    )
+
+
 def _bytes(model: nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _count(model: nn.Module) -> int:
-    packed = {id(p) for _, layer in qlora_layers(model) for p in layer._frozen()}
+    packed = {id(p) for _, layer in qlora_layers(model) for p in frozen_tensors(layer)}
     dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
     return dense + sum(layer.in_features * layer.out_features for _, layer in qlora_layers(model))

@@ -24,7 +24,7 @@ class Plan:
     Attributes:
         quantized: names of the layers that become 4-bit.
         adapted: those of them that get an adapter.
-        left_alone: linear-like layers that stay as they are, with the reason.
+        left_alone: linear-like layers that stay unchanged, with the reason.
         adapter: the adapters' configuration; rank 0 for none.
         double_quant: 4.127 bits per weight rather than 4.5.
         adapter_dtype: dtype of the adapters; None for that of their layer.

@@ -75,8 +75,8 @@ def local_version(cuda: str, built: Iterable[str]) -> str:
         cuda: the compiler's release, "13.0".
         built: architectures.
     """
-    found = [name.replace("_", "") for name in names(built)]
-    return "+" + ".".join([f"cu{cuda.replace('.', '')}", *found]) if found else ""
+    labels = [name.replace("_", "") for name in names(built)]
+    return "+" + ".".join([f"cu{cuda.replace('.', '')}", *labels]) if labels else ""
 
 
 def unserved(built: str, major: int, minor: int, card: str) -> str | None:

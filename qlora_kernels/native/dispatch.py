@@ -49,12 +49,12 @@ def seen() -> Card | None:
     """The first GPU on this machine, or None."""
     if not torch.cuda.is_available():
         return None
-    found = cast(Any, torch.cuda).get_device_properties(0)
+    properties = cast(Any, torch.cuda).get_device_properties(0)
     return Card(
-        found.name,
-        10 * found.major + found.minor,
-        found.multi_processor_count,
-        getattr(found, "shared_memory_per_block_optin", CARDS[75].shared_bytes),
+        properties.name,
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", CARDS[75].shared_bytes),
     )
 
 
@@ -84,22 +84,22 @@ def ranges(
     Plans differ by their blocks per tile only until the tiles fill all SMs once: beyond that only the last wave
     differs, and those plans count as one.
     """
-    found: list[tuple[int, int | None, dict[str, Any]]] = []
+    covered: list[tuple[int, int | None, dict[str, Any]]] = []
     # Eight waves of the widest tiles fill the card, whatever N and K are.
     for m in range(1, 8 * 128 * card.multiprocessors + 2):
         if m > 256 and m % 128 != 1:  # no tile has more than 128 rows: the number of tiles stays the same
-            found[-1] = (found[-1][0], m, found[-1][2])
+            covered[-1] = (covered[-1][0], m, covered[-1][2])
             continue
         plan = choose(card, m, n, k, dtype, backward)
         if plan["tiles"] > card.multiprocessors and plan["shared_tiles"] == 1:
             plan["splits"] = 1
-        if found and all(found[-1][2][key] == plan[key] for key in ("kernel", "splits", "shared_tiles")):
-            most = {key: max(plan[key], found[-1][2][key]) for key in ("scratch", "whole_tiles")}
-            found[-1] = (found[-1][0], m, plan | most)
+        if covered and all(covered[-1][2][key] == plan[key] for key in ("kernel", "splits", "shared_tiles")):
+            most = {key: max(plan[key], covered[-1][2][key]) for key in ("scratch", "whole_tiles")}
+            covered[-1] = (covered[-1][0], m, plan | most)
         else:
-            found.append((m, m, plan))
-    first, _, plan = found[-1]
-    return [*found[:-1], (first, None, plan)]
+            covered.append((m, m, plan))
+    first, _, plan = covered[-1]
+    return [*covered[:-1], (first, None, plan)]
 
 
 def describe(n: int, k: int, card: Card, remark: str = "") -> str:

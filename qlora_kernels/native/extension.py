@@ -1,4 +1,4 @@
-"""The native extension, and the numbers by which it knows dtypes."""
+"""The native extension and its codes for dtypes."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def native() -> Any:
 
 
 def code_of(dtype: torch.dtype) -> int:
-    """The number by which the extension knows a dtype."""
+    """The extension's code for a dtype."""
     return DTYPE_CODES[dtype]

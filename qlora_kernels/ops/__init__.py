@@ -1,10 +1,10 @@
-"""The operations, one name on every floor: a schema here, a function in csrc/kernels.h, a kernel for each backend.
+"""The operations. Each has one name throughout: a schema here, a function in csrc/kernels.h, a kernel in each backend.
 
 ``quantize``, ``quantize_absmax``, ``dequantize``, ``linear_forward`` and ``linear_backward``, all in
 ``torch.ops.qlora_kernels``; ``quantize_nested`` is the first two in one (on a GPU, in two launches), ``dequantize_out``
-is ``dequantize`` into a tensor that the caller has. Schema, checks and fake implementation stand together, and a tensor
-is checked here once: below there are only pointers and sizes. A quantized weight travels as its five pieces (see
-:class:`qlora_kernels.NF4Weight`).
+is ``dequantize`` into the caller's tensor. An operation's schema, checks and fake implementation are in one file, and
+tensors are checked here once: below there are only pointers and sizes. A quantized weight is passed as its five pieces
+(see :class:`qlora_kernels.NF4Weight`).
 """
 
 from .dequantize import dequantize, dequantize_out

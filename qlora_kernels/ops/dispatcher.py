@@ -1,4 +1,4 @@
-"""What is asked of torch's own dispatcher, by names that torch does not promise to keep."""
+"""Queries to torch's dispatcher, through private names that another release may change."""
 
 # pyright: reportPrivateUsage=false
 
@@ -44,7 +44,7 @@ def has_tangent(x: Tensor) -> bool:
     return forward_mode._current_level >= 0 and forward_mode.unpack_dual(x).tangent is not None
 
 
-#: Types of tensors that do not want to see operations.
+#: Types whose tensors do not intercept operations.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 

@@ -6,10 +6,11 @@ B. Below this file there are only pointers and sizes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..errors import require
 from . import backends, dispatcher
 from .library import LINEAR_DTYPES, WEIGHT, define, fake
 from .lora import NO_LORA, LoraTerm, check_term, make_term
@@ -22,7 +23,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _check_activation(name: str, x: Tensor, columns: int, device: torch.device) -> None:
-    """x [..., columns]; whoever needs two dimensions has checked that before."""
+    """That an activation is [..., columns]; how many dimensions it may have is checked elsewhere."""
     if x.dtype not in LINEAR_DTYPES:
         raise TypeError(f"{name} should be bfloat16, float16, float32 or float64, found {x.dtype}")
     if x.shape[-1] != columns:
@@ -57,7 +58,16 @@ def _check_forward(x: Tensor, weight: Operand, bias: Tensor | None, lora: LoraTe
     return 0 if lora is None else check_term(lora, n, weight.k, x.dtype, device)
 
 
-def _linear_forward(
+def _run_forward(
+    x: Tensor, weight: Operand, bias: Tensor | None, lora: LoraTerm | None, keep_u: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Checks everything, and computes y and u on the backend of x's device."""
+    weight.check()
+    _check_forward(x, weight, bias, lora)
+    return backends.backend_for(x).linear_forward(x, weight, bias, lora, keep_u)
+
+
+def _forward_operands(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -71,14 +81,18 @@ def _linear_forward(
     scaling: float,
     dropout: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    require(x.dim() == 2, ValueError, f"x should be [M, K], found {list(x.shape)}")
+) -> tuple[Tensor, Operand, Tensor | None, LoraTerm | None]:
+    """The schema's arguments, as the checks and the backends take them."""
+    if x.dim() != 2:
+        raise ValueError(f"x should be [M, K], found {list(x.shape)}")
     weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), n, x.shape[1])
-    weight.check()
-    lora = make_term(lora_A, lora_B, scaling, dropout, seed)
-    _check_forward(x, weight, bias, lora)
+    return x, weight, bias, make_term(lora_A, lora_B, scaling, dropout, seed)
+
+
+def _linear_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, weight, bias, lora = _forward_operands(*arguments)
     _require_memory(lora, x=x, bias=bias)
-    y, u = backends.backend_for(x).linear_forward(x, weight, bias, lora, True)
+    y, u = _run_forward(x, weight, bias, lora, True)
     return y, x.new_empty(x.shape[0], 0) if u is None else u
 
 
@@ -90,26 +104,11 @@ linear_forward = define(
 
 
 @fake("linear_forward")
-def _linear_forward_fake(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    nested_table: Tensor | None,
-    n: int,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    require(x.dim() == 2, ValueError, f"x should be [M, K], found {list(x.shape)}")
-    weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), n, x.shape[1])
-    check_weight(*weight.pieces, n, weight.k)
-    r = _check_forward(x, weight, bias, make_term(lora_A, lora_B, scaling, dropout, seed))
-    return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], r))
+def _linear_forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, weight, bias, lora = _forward_operands(*arguments)
+    check_weight(*weight.pieces, weight.n, weight.k)
+    r = _check_forward(x, weight, bias, lora)
+    return x.new_empty((x.shape[0], weight.n)), x.new_empty((x.shape[0], r))
 
 
 # ----------------------------------------------------------------------------------------------------------- backward
@@ -124,7 +123,8 @@ def _check_backward(
     r = 0 if lora is None else check_term(lora, n, k, dy.dtype, device)
     _, need_dA, need_dB = needs
     if need_dA or need_dB:
-        require(lora is not None, ValueError, "gradients for lora_A and lora_B need lora_A and lora_B")
+        if lora is None:
+            raise ValueError("gradients for lora_A and lora_B need lora_A and lora_B")
         m = dy.numel() // n
         if need_dA:
             _check_saved("x", x, m, k, dy.dtype, device)
@@ -150,7 +150,16 @@ def _check_saved(
     raise ValueError(f"{name} should be {dtype} [{m}, {columns}], found {tensor.dtype} {list(tensor.shape)}")
 
 
-def _linear_backward(
+def _run_backward(
+    dy: Tensor, weight: Operand, x: Tensor | None, u: Tensor | None, lora: LoraTerm | None, needs: Needs
+) -> Gradients:
+    """Checks everything, and computes the gradients on the backend of dy's device."""
+    weight.check()
+    _check_backward(dy, weight, x, u, lora, needs)
+    return backends.backend_for(dy).linear_backward(dy, weight, x, u, lora, needs)
+
+
+def _backward_operands(
     dy: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -168,15 +177,18 @@ def _linear_backward(
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
-) -> tuple[Tensor, ...]:
-    require(dy.dim() == 2, ValueError, f"dy should be [M, N], found {list(dy.shape)}")
+) -> tuple[Tensor, Operand, Tensor | None, Tensor | None, LoraTerm | None, Needs]:
+    """The schema's arguments, as the checks and the backends take them."""
+    if dy.dim() != 2:
+        raise ValueError(f"dy should be [M, N], found {list(dy.shape)}")
     weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), dy.shape[1], k)
-    weight.check()
-    lora = make_term(lora_A, lora_B, scaling, dropout, seed)
-    needs = (need_dx, need_dA, need_dB)
-    _check_backward(dy, weight, x, u, lora, needs)
+    return dy, weight, x, u, make_term(lora_A, lora_B, scaling, dropout, seed), (need_dx, need_dA, need_dB)
+
+
+def _linear_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    dy, weight, x, u, lora, needs = _backward_operands(*arguments)
     _require_memory(lora, dy=dy, x=x, u=u)
-    gradients = backends.backend_for(dy).linear_backward(dy, weight, x, u, lora, needs)
+    gradients = _run_backward(dy, weight, x, u, lora, needs)
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -189,35 +201,16 @@ linear_backward = define(
 
 
 @fake("linear_backward")
-def _linear_backward_fake(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    nested_table: Tensor | None,
-    k: int,
-    x: Tensor | None,
-    u: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    need_dA: bool,
-    need_dB: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    require(dy.dim() == 2, ValueError, f"dy should be [M, N], found {list(dy.shape)}")
-    weight = Operand((packed, absmax, nested_absmax, nested_offset, nested_table), dy.shape[1], k)
-    check_weight(*weight.pieces, weight.n, k)
-    lora = make_term(lora_A, lora_B, scaling, dropout, seed)
-    r = _check_backward(dy, weight, x, u, lora, (need_dx, need_dA, need_dB))
-    m, n = dy.shape
+def _linear_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dy, weight, x, u, lora, needs = _backward_operands(*arguments)
+    n, k = weight.n, weight.k
+    check_weight(*weight.pieces, n, k)
+    r = _check_backward(dy, weight, x, u, lora, needs)
+    need_dx, need_dA, need_dB = needs
     return (
-        dy.new_empty((m, k) if need_dx else (0,)),
-        dy.new_empty((r, k) if need_dA else (0,), dtype=lora_A.dtype if need_dA and lora_A is not None else None),
-        dy.new_empty((n, r) if need_dB else (0,), dtype=lora_B.dtype if need_dB and lora_B is not None else None),
+        dy.new_empty((dy.shape[0], k) if need_dx else (0,)),
+        dy.new_empty((r, k) if need_dA else (0,), dtype=lora.A.dtype if need_dA and lora is not None else None),
+        dy.new_empty((n, r) if need_dB else (0,), dtype=lora.B.dtype if need_dB and lora is not None else None),
     )
 
 
@@ -227,17 +220,15 @@ def _linear_backward_fake(
 def forward(
     x: Tensor, weight: Operand, bias: Tensor | None, lora: LoraTerm | None, keep_u: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """linear_forward of a contiguous x [..., K] without its autograd layer, and past the dispatcher where that is idle:
-    what it does takes as long as all the rest of a call.
+    """linear_forward of a contiguous x [..., K] without its autograd layer. Where torch's dispatcher has nothing to do,
+    this goes past it, since dispatching takes as long as all the rest of a call.
 
     Returns:
         y [..., N], and u [M, r], which may be None unless keep_u.
     """
     others = (bias,) if lora is None else (bias, lora.A, lora.B, lora.seed)
     if dispatcher.is_idle(x, others) and weight.is_plain():
-        weight.check()
-        _check_forward(x, weight, bias, lora)
-        return backends.backend_for(x).linear_forward(x, weight, bias, lora, keep_u)
+        return _run_forward(x, weight, bias, lora, keep_u)
     rows = x if x.dim() == 2 else x.reshape(-1, weight.k)
     arguments = (rows, *weight.pieces, weight.n, bias, *(NO_LORA if lora is None else lora))
     if torch.compiler.is_compiling():
@@ -254,9 +245,7 @@ def backward(
     """linear_backward of a contiguous dy [..., N], past the dispatcher as :func:`forward` is."""
     others = (x, u) if lora is None else (x, u, lora.A, lora.B, lora.seed)
     if dispatcher.is_idle(dy, others) and weight.is_plain():
-        weight.check()
-        _check_backward(dy, weight, x, u, lora, needs)
-        return backends.backend_for(dy).linear_backward(dy, weight, x, u, lora, needs)
+        return _run_backward(dy, weight, x, u, lora, needs)
     rows = dy if dy.dim() == 2 else dy.reshape(-1, weight.n)
     if x is not None and x.dim() != 2:
         x = x.reshape(-1, weight.k)

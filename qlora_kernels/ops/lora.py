@@ -1,4 +1,4 @@
-"""The low-rank term of a product, as it travels from the layer to the kernels."""
+"""The low-rank term of a product, as layers hand it to the kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import require
 
 
 class LoraTerm(NamedTuple):
-    """scaling * (dropout(x) A^T) B^T; its fields stand in the order of the operations' schemas.
+    """scaling * (dropout(x) A^T) B^T; the fields are in the order of the operations' schemas.
 
     Attributes:
         A: [r, K], of x's dtype or float32.

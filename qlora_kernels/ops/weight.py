@@ -48,7 +48,7 @@ def _weight_fits(
     n: int,
     k: int,
 ) -> bool:
-    """Whether all is well; on every call, so it builds no messages."""
+    """Whether the pieces fit. It runs on every call, so it builds no messages."""
     blocks = _blocks(n, k)
     device = packed.device
     if not (
@@ -153,9 +153,9 @@ def same_pieces(left: Pieces, right: Pieces) -> bool:
 class Operand:
     """A weight [n, k] as the operations and their backends take it: its five pieces, and what is known of them.
 
-    Checking the pieces takes as long as launching a kernel, and they hardly ever change. So a check holds for as long
-    as they lie at the same addresses with as many bytes, and so does the struct that the kernels are given. An exchange
-    of their data (``.data = ...``, a move to another device) and a storage that is freed or resized show in these.
+    Checking the pieces takes as long as launching a kernel, and they hardly ever change. So a check stays valid while
+    the pieces keep their addresses and sizes, and so does the struct passed to the kernels. Replacing their data
+    (``.data = ...``, a move to another device) changes the addresses, and so does freeing or resizing a storage.
 
     Attributes:
         pieces: see :data:`Pieces`.
@@ -218,8 +218,8 @@ class Operand:
         self._checked = place
 
     def native(self, kind: Any) -> Any:
-        """The weight as the kernels take it: an extension's class Weight, made again when a check has found another
-        place."""
+        """The weight as the kernels take it, an extension's class Weight; rebuilt when a check has found other
+        addresses."""
         checked, kept = self._checked, self._native
         if kept is not None and kept[2] is checked and kept[1] is kind:
             return kept[0]
@@ -244,7 +244,8 @@ class Operand:
         return made
 
     def is_plain(self) -> bool:
-        """Whether the pieces are ordinary tensors in memory; those of other kinds are the dispatcher's to resolve."""
+        """Whether the pieces are ordinary tensors in memory: subclasses may intercept operations, and negatives and
+        zeros without memory are the dispatcher's to resolve."""
         self._is_plain = self._is_plain or (are_plain(self.pieces) and not any(map(_is_lazy, self.pieces)))
         return self._is_plain
 

@@ -60,8 +60,8 @@ def check_parameter(p: Tensor, what: str) -> None:
 def one_device(params: Sequence[Tensor], advice: str = "") -> str:
     """The device that all parameters are on, or "" if there are none."""
     devices = sorted({str(p.device) for p in params})
-    found = ", ".join(devices)
-    require(len(devices) <= 1, ValueError, f"all parameters should be on one device, found {found}{advice}")
+    several = ", ".join(devices)
+    require(len(devices) <= 1, ValueError, f"all parameters should be on one device, found {several}{advice}")
     return devices[0] if devices else ""
 
 
@@ -97,8 +97,8 @@ def check_structure(state_dict: Any) -> None:
         keys = group.get("params")
         all_keys = isinstance(keys, (list, tuple)) and all(isinstance(key, (int, str)) for key in keys)
         require(all_keys, ValueError, f"'params' of group {i} of the state dict should be a list of numbers or names")
-    found = type(states).__name__
-    require(isinstance(states, Mapping), ValueError, f"'state' of the state dict should be a dict, found {found}")
+    kind = type(states).__name__
+    require(isinstance(states, Mapping), ValueError, f"'state' of the state dict should be a dict, found {kind}")
 
 
 def _torch_load_accepts(value: Any) -> bool:
@@ -125,16 +125,16 @@ def check_loadable(state_dict: Mapping[str, Any]) -> None:
             for name, value in holder.items()
             if not _torch_load_accepts(value)
         ]
-        found = ", ".join(bad) or "a group or a state"
+        places = ", ".join(bad) or "a group or a state"
         raise ValueError(
-            f"{found} holds a value that load() would refuse; it takes numbers, text, tensors, lists and dicts"
+            f"{places} holds a value that load() would refuse; it takes numbers, text, tensors, lists and dicts"
         )
 
 
 def check_entry(entry: Mapping[str, Any], moments: Sequence[Moment], p: Tensor, what: str, optimizer: str) -> None:
     """Refuses a parameter's states if they cannot become states of ``optimizer`` (a class's name)."""
-    found = type(entry).__name__
-    require(isinstance(entry, Mapping), ValueError, f"the state of {what} should be a dict, found {found}")
+    kind = type(entry).__name__
+    require(isinstance(entry, Mapping), ValueError, f"the state of {what} should be a dict, found {kind}")
     for moment in moments:
         _check_moment(entry, moment.name, p, what, optimizer)
     steps = entry.get("step")
@@ -147,11 +147,11 @@ def check_entry(entry: Mapping[str, Any], moments: Sequence[Moment], p: Tensor, 
 
 def _check_shape(value: Any, p: Tensor, what: str) -> None:
     fits = isinstance(value, Tensor) and value.shape == p.shape
-    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     require(
         fits,
         ValueError,
-        f"the states belong to another model: {what} is {found}, the parameter {list(p.shape)}",
+        f"the states belong to another model: {what} is {shape}, the parameter {list(p.shape)}",
     )
     real = value.layout is torch.strided and not value.is_meta and not value.is_complex()
     require(real, ValueError, f"{what} should be a dense tensor of real numbers")

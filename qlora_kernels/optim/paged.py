@@ -216,18 +216,18 @@ class Paged(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         binding = self._valid_binding()
-        found = None if binding is None else binding.tensor_table()
-        if found is None:
+        table = None if binding is None else binding.tensor_table()
+        if table is None:
             if all(p.grad is None for group in self.param_groups for p in group["params"]):
                 return loss
-        elif not found[0][1::2].any():  # no gradient has an address
+        elif not table[0][1::2].any():  # no gradient has an address
             return loss
         groups = group_table(self.param_groups, self._name)
-        if binding is None or found is None:
+        if binding is None or table is None:
             binding = self._bind()
-            found = binding.tensor_table()
-            assert found is not None  # the arena was made for the parameters as they are
-        tensors, copies = found
+            table = binding.tensor_table()
+            assert table is not None  # the arena was made for the parameters as they are
+        tensors, copies = table
         scaler = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         binding.step(tensors, groups, *scaler, self._options.needs_norm)
         del copies  # of gradients; their memory may be reused once the step is queued

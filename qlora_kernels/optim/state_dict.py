@@ -112,8 +112,8 @@ def read_file(path: str | os.PathLike, optimizer: str) -> dict[str, Any]:
         raise ValueError(f"{os.fspath(path)} is not a complete optimizer file ({sentence(error)})") from None
     has_format = isinstance(value, dict) and value.pop("format", None) == _FORMAT
     require(has_format, ValueError, f"{os.fspath(path)} is not an optimizer's file")
-    found = value.pop("optimizer", None)
-    require(found == optimizer, ValueError, f"{os.fspath(path)} was saved by {found}, not by {optimizer}")
+    saved_by = value.pop("optimizer", None)
+    require(saved_by == optimizer, ValueError, f"{os.fspath(path)} was saved by {saved_by}, not by {optimizer}")
     intact = value.pop("sha256", None) == digest(value)
     require(intact, ValueError, f"{os.fspath(path)} is damaged: its digest is not the one that was saved with it")
     return value

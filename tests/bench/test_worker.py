@@ -85,11 +85,11 @@ def _begin(settings, point, without, announce, fault, when):
     return _Instant(without, announce, fault if when == "timed" else None)
 
 
-def _plain(settings, point, without, announce):
+def _begin_instant(settings, point, without, announce):
     return _Instant(without)
 
 
-def _end_of_nobody(settings, point, without, announce):
+def _end_between(settings, point, without, announce):
     announce(OURS)
     announce("")
     os._exit(3)
@@ -159,7 +159,7 @@ def _server():
         # A server that cannot import this file starts all the same, and each process then takes seconds to import it.
         tests = Path(__file__).resolve().parents[1]
         patch.setenv("PYTHONPATH", f"{tests.parent}{os.pathsep}{tests / 'support'}", prepend=os.pathsep)
-        with Worker(begin=_plain) as one:
+        with Worker(begin=_begin_instant) as one:
             one.measure(POINT, TINY)
         yield
     forkserver._forkserver._stop()
@@ -208,7 +208,7 @@ def test_who_takes_the_process_along_is_left_out_of_its_case(when, fault, settin
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("begin", "why"), [(_end_of_nobody, "ended its process with exit code 3"), (_raising, "ValueError: nothing works")]
+    ("begin", "why"), [(_end_between, "ended its process with exit code 3"), (_raising, "ValueError: nothing works")]
 )
 def test_a_loss_without_anybody_at_work_is_the_cases(begin, why):
     """Nor does anyone else take the blame: this package is not blamed for what it has not done."""
@@ -222,7 +222,7 @@ def test_a_loss_without_anybody_at_work_is_the_cases(begin, why):
 
 @pytest.mark.slow
 def test_each_case_has_a_process_of_its_own_on_a_cpu_and_not_on_a_card():
-    with Worker(begin=_plain) as one:
+    with Worker(begin=_begin_instant) as one:
         assert one.measure(POINT, TINY)["process"] != one.measure(POINT, TINY)["process"]
         assert one.measure(POINT, CARD)["process"] == one.measure(POINT, CARD)["process"]
 
@@ -315,7 +315,7 @@ def test_a_server_that_dies_of_what_it_imports(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(worker, "PRELOADED", ("fatal",))
     forkserver._forkserver._stop()
-    with Worker(begin=_plain) as one:
+    with Worker(begin=_begin_instant) as one:
         assert one.measure(POINT, TINY)["done"] == 2
 
 
@@ -325,7 +325,7 @@ def test_a_server_that_hangs_in_what_it_imports(end, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(worker, "PRELOADED", ("endless",))
     forkserver._forkserver._stop()
-    with Worker(prepare_seconds=1.0, begin=_plain) as one:
+    with Worker(prepare_seconds=1.0, begin=_begin_instant) as one:
         if end == "deadline":
             one.deadline = time.monotonic() + 0.5
             with pytest.raises(OutOfTime):
@@ -339,7 +339,7 @@ def test_ctrl_c_while_the_server_starts(monkeypatch, left):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(forkserver, "ensure_running", interrupted)
-    with pytest.raises(KeyboardInterrupt), Worker(begin=_plain) as one:
+    with pytest.raises(KeyboardInterrupt), Worker(begin=_begin_instant) as one:
         one.measure(POINT, TINY)
     assert not list(left.glob("qlora-bench-*"))
 

@@ -187,7 +187,7 @@ def test_the_reader_finds_spills_and_widths():
     (sample,) = sass.parse(SAMPLE)
     assert (sample.architecture, sample.symbol) == ("sm_90a", "_Zsample")
     assert [one.opcode for one in sample.local_accesses] == ["STL.64", "LDL"]
-    assert [one.bits for one in sample.of("LDG", "STG")] == [128, 128, 16]
+    assert [one.bits for one in sample.named("LDG", "STG")] == [128, 128, 16]
     assert (sample.count, sample.size) == (13, 0xF0)
     assert sample.instructions[1].predicate == "!P0"
 
@@ -311,7 +311,7 @@ def test_the_hardwares_limits_are_those_that_kernels_are_left_out_by(tmp_path):
         pytest.skip("there is no C++ compiler")
     numbers = ["75", "80", "86", "87", "89", "90", "100", "103", "110", "120", "121"]
     (tmp_path / "limits.cpp").write_text(
-        '#include <cstdio>\n#include "cuda/linear/dispatch.h"\nint main() {\n'
+        '#include <cstdio>\n#include "cuda/common/dispatch.h"\nint main() {\n'
         f"    for (const int one : {{{', '.join(numbers)}}})\n"
         '        std::printf("%zu\\n", qlk::cuda::most_shared(one) / 1024);\n}\n'
     )

@@ -221,8 +221,8 @@ def decoded(pieces: Pieces, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     dense = torch.empty(n * k, dtype=dtype, device=packed.device)
     for begin in range(0, n * k, _AT_A_TIME):
         end = min(begin + _AT_A_TIME, n * k)
-        part = (packed[begin // 2 : -(-end // 2)], scales[begin // 64 : -(-end // 64)], None, None, None)
-        dense[begin:end] = reference.decode(part, 1, end - begin, dtype)[0]
+        piece = (packed[begin // 2 : -(-end // 2)], scales[begin // 64 : -(-end // 64)], None, None, None)
+        dense[begin:end] = reference.decode(piece, 1, end - begin, dtype)[0]
     return dense.view(n, k)
 
 

@@ -12,6 +12,7 @@ from ..timing.measure import start
 from . import block_step, decode, dequantize, gpt2_forward, limits, optimizer, paging, quantize
 from .finetune import FinetuneMeasurement
 from .linear import backward, dx, forward, step
+from .rank_study import RankStudy
 
 CASES: dict[str, Callable[[Lab], Case]] = {
     "limits": limits.case,
@@ -32,7 +33,9 @@ CASES: dict[str, Callable[[Lab], Case]] = {
     "adamw_paged_step": paging.paged_out,
     "adamw_budget_step": paging.budgeted,
 }
-OPERATIONS = (*CASES, "finetune")
+#: Whole trainings, which cannot take turns call by call.
+TRAININGS = {"finetune": FinetuneMeasurement, "rank_study": RankStudy}
+OPERATIONS = (*CASES, *TRAININGS)
 
 
 def begin(
@@ -50,6 +53,6 @@ def begin(
     Returns:
         An object with ``rounds``, ``round()`` and ``result()``.
     """
-    if point.operation == "finetune":
-        return FinetuneMeasurement(settings, point, announce)
+    if point.operation in TRAININGS:
+        return TRAININGS[point.operation](settings, point, announce)
     return start(CASES[point.operation](Lab(settings, point)), settings, point, without, announce)

@@ -26,7 +26,7 @@ from ..points import MODELS
 LIMIT = 0.05
 # A step of the optimizer: parameters are rounded to bf16, and some of these optimizers let weights decay.
 STEP_LIMIT = 0.1
-#: So small that steps leave the work as it is; and the one of the step that is verified.
+#: So small that a step changes nothing; and the rate of the step that is verified.
 LR, VERIFIED_LR = 1e-7, 1e-2
 
 

@@ -42,7 +42,7 @@ class FinetuneMeasurement:
         self.settings, self.point = settings, point
         self.rounds = 1 if settings.seconds < 5 else 3
         self.rounds_done = 0
-        self._found: list[Mapping[str, Any]] = []
+        self._metrics: list[Mapping[str, Any]] = []
         announce("")
 
     def round(self) -> float:
@@ -57,7 +57,7 @@ class FinetuneMeasurement:
                 raise RuntimeError(f"qlora-kernels finetune: {lines[-1]}")
             with open(os.path.join(folder, "metrics.json")) as file:
                 metrics = json.load(file)
-        self._found.append(metrics)
+        self._metrics.append(metrics)
         self.rounds_done += 1
         return BATCH * TOKENS / metrics["results"]["qlora"]["tokens_per_second"]
 
@@ -74,7 +74,7 @@ class FinetuneMeasurement:
         }
 
     def _describe(self, name: str, key: str) -> dict[str, Any]:
-        runs = [metrics["results"][key] for metrics in self._found]
+        runs = [metrics["results"][key] for metrics in self._metrics]
         quantiles = quantiles_of([BATCH * TOKENS / run["tokens_per_second"] for run in runs])
         return {
             "name": name,
@@ -83,7 +83,7 @@ class FinetuneMeasurement:
             **{f"q{q}_ms": value * 1e3 for q, value in quantiles.items() if q != 50},
             "tokens_per_second": BATCH * TOKENS / quantiles[50],
             # Beyond what interpreter and libraries take.
-            "peak": max(run["peak"] - (metrics["library_memory"] or 0) for run, metrics in zip(runs, self._found)),
+            "peak": max(run["peak"] - (metrics["library_memory"] or 0) for run, metrics in zip(runs, self._metrics)),
             "peak_method": runs[0]["memory_method"],
             "error": None,
             "bytes": None,

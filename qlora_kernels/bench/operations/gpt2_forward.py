@@ -78,8 +78,8 @@ def add_adapters(model: nn.Module, size: Size, houlsby: bool) -> nn.Module:
         for module, name in [*places, (block.mlp, "dropout")]:
             adapter = Adapter(size.width, inner_of(size, houlsby), norm=not houlsby)
             for linear in (adapter.down, adapter.up):
-                for part in linear.parameters():
-                    part.data.normal_(0, 0.02, generator=generator)
+                for parameter in linear.parameters():
+                    parameter.data.normal_(0, 0.02, generator=generator)
             setattr(module, name, adapter)
     return model
 
@@ -118,7 +118,7 @@ def lora_of(size: Size, rank: int, layer: int) -> tuple[Tensor, Tensor]:
 def merge(model: nn.Module, size: Size, rank: int, scaling: float) -> nn.Module:
     """Adds LoRA's product to the weights of a dense model."""
     for i, block in enumerate(_blocks(model)):
-        A, B = (part.to(block.attn.c_attn.weight) for part in lora_of(size, rank, i))
+        A, B = (factor.to(block.attn.c_attn.weight) for factor in lora_of(size, rank, i))
         block.attn.c_attn.weight.data.add_(B @ A, alpha=scaling)
     return model
 

@@ -54,7 +54,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Term:
     """A share of a logarithm's variance, and the degrees of freedom that it was estimated with."""
 
     variance: float
@@ -111,14 +111,14 @@ def _key(case: dict[str, Any]) -> tuple:
 
 
 def _where(case: dict[str, Any]) -> str:
-    return ", ".join(part for part in (case["title"], sizes(case)) if part)
+    return ", ".join(word for word in (case["title"], sizes(case)) if word)
 
 
 def _contender(case: dict, name: str) -> dict[str, Any]:
     """One that is known to be in a case."""
-    found = find_contender(case, name)
-    assert found is not None, name
-    return found
+    contender = find_contender(case, name)
+    assert contender is not None, name
+    return contender
 
 
 def _change(where: str, earlier: dict, case: dict, judges: bool) -> Change:
@@ -126,18 +126,18 @@ def _change(where: str, earlier: dict, case: dict, judges: bool) -> Change:
     before, after = times(first, second)
     if (before, after) != (first["median_ms"], second["median_ms"]):
         where += ", by events"
-    ratio, parts = after / before, _parts(earlier, case, OURS)
-    drift, drift_parts = _drift(earlier, case) if judges else (None, [])
-    if parts is None:
+    ratio, terms = after / before, _terms(earlier, case, OURS)
+    drift, drift_terms = _drift(earlier, case) if judges else (None, [])
+    if terms is None:
         verdict = TOO_FEW
     else:
-        of_ratio = _verdict(ratio, parts)
-        verdict = of_ratio if of_ratio == _verdict(ratio / (drift or 1.0), [*parts, *drift_parts]) else VERDICTS[2]
+        of_ratio = _verdict(ratio, terms)
+        verdict = of_ratio if of_ratio == _verdict(ratio / (drift or 1.0), [*terms, *drift_terms]) else VERDICTS[2]
     return Change(where, before, after, ratio, drift, verdict)
 
 
-def _drift(earlier: dict, case: dict) -> tuple[float | None, list[_Part]]:
-    """The median of the other contenders' ratios, and the parts of its variance; None without such contenders."""
+def _drift(earlier: dict, case: dict) -> tuple[float | None, list[_Term]]:
+    """The median of the other contenders' ratios, and the terms of its variance; None without such contenders."""
     ratios, every = [], []
     for other in case["contenders"]:
         first = find_contender(earlier, other["name"])
@@ -145,30 +145,30 @@ def _drift(earlier: dict, case: dict) -> tuple[float | None, list[_Part]]:
         if first is None or "failed" in other or "failed" in first or other["name"].startswith((OURS, "dequantize")):
             continue
         before, after = times(first, other)
-        parts = _parts(earlier, case, other["name"])
-        if parts is not None:
+        terms = _terms(earlier, case, other["name"])
+        if terms is not None:
             ratios.append(after / before)
-            every += parts
+            every += terms
     if not ratios:
         return None, []
     # One or two have their mean as median; of more, the variance of the median is larger than that of the mean.
     larger = 1.0 if len(ratios) < 3 else math.pi / 2
     share = larger / len(ratios) ** 2
-    return statistics.median(ratios), [_Part(part.variance * share, part.freedom) for part in every]
+    return statistics.median(ratios), [_Term(term.variance * share, term.freedom) for term in every]
 
 
-def _parts(earlier: dict, case: dict, name: str) -> list[_Part] | None:
-    """The parts of the variance of the logarithm of a contender's ratio; None where a run tells too little of it."""
+def _terms(earlier: dict, case: dict, name: str) -> list[_Term] | None:
+    """The terms of the variance of the logarithm of a contender's ratio; None where a run tells too little of it."""
     first, second = _contender(earlier, name), _contender(case, name)
     by_events = first.get("by") != second.get("by")
-    parts = []
+    terms = []
     for run, contender in ((earlier, first), (case, second)):
         low, high, rounds = _spread(run, contender, by_events)
         if rounds < FEWEST:
             return None
         deviation = math.log(high / low) / _range(rounds)
-        parts.append(_Part((_OF_MEDIAN * deviation) ** 2 / rounds, rounds - 1))
-    return parts
+        terms.append(_Term((_OF_MEDIAN * deviation) ** 2 / rounds, rounds - 1))
+    return terms
 
 
 def _range(count: int) -> float:
@@ -199,11 +199,11 @@ def _spread(case: dict[str, Any], contender: dict[str, Any], by_events: bool) ->
     return contender[low], contender[high], count
 
 
-def _verdict(ratio: float, parts: Sequence[_Part]) -> str:
-    variance = sum(part.variance for part in parts)
+def _verdict(ratio: float, terms: Sequence[_Term]) -> str:
+    variance = sum(term.variance for term in terms)
     width = 0.0
     if variance:
-        freedom = variance**2 / sum(part.variance**2 / part.freedom for part in parts)
+        freedom = variance**2 / sum(term.variance**2 / term.freedom for term in terms)
         width = _student(freedom) * math.sqrt(variance)
     if abs(math.log(ratio)) <= max(width, math.log1p(LEAST)):
         return VERDICTS[2]

@@ -1,4 +1,4 @@
-"""Pictures of a result: speed over rows against the roofline, memory by part, what an adapter costs by its rank."""
+"""Pictures of a result: speed over rows against the roofline, memory by part, cost and loss of adapters by rank."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ...storage.atomic_file import write_atomically
 from ..case import OURS
 from ..contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT
 from ..points import K, N
+from .losses import scaling, study_of
 from .ratios import find_contender, limits_of
 
 HEADINGS = {OURS: "this package"}
@@ -149,7 +150,32 @@ def rank_cost(results: dict[str, Any], axes: Any) -> bool:
     return True
 
 
-PLOTS: dict[str, Callable[[dict[str, Any], Any], bool]] = {"speed": speed, "memory": memory, "rank": rank_cost}
+def losses(results: dict[str, Any], axes: Any) -> bool:
+    """Held-out loss over the rank, a line for each set of layers."""
+    study = study_of(results)
+    if study is None:
+        return False
+    for (name, row), marker in zip(study.rows.items(), "osv", strict=True):
+        series = [(rank, one["loss"]) for rank, one in zip(study.ranks, row, strict=True) if one]
+        axes.plot(*zip(*series, strict=True), marker=marker, label=name)
+    loss = study.base["loss"]
+    axes.axhline(loss, color="0.4", linestyle="--", linewidth=1, label=f"NF4 base, {loss:.3f}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(study.ranks, [str(rank) for rank in study.ranks])
+    axes.minorticks_off()
+    axes.set(xlabel="r, rank of the adapters", ylabel="held-out loss, nats per byte")
+    axes.set_title(f"{study.training['steps']} steps over the NF4 base, {scaling(study.training)}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.95))  # below the dashed line
+    return True
+
+
+PLOTS: dict[str, Callable[[dict[str, Any], Any], bool]] = {
+    "speed": speed,
+    "memory": memory,
+    "rank": rank_cost,
+    "loss": losses,
+}
 
 
 def draw(results: dict[str, Any], name: str, path: str | Path, source: str) -> bool:

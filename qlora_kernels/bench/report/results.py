@@ -44,18 +44,24 @@ _CASE = {
     "other_processes": _NUMBER,
     "contenders": (list,),
 }
-_CASE_PERHAPS = {"batch": _WHOLE, "failed": _NAME}
+_CASE_PERHAPS = {"batch": _WHOLE, "failed": _NAME, "base": (dict,), "training": (dict,)}
+#: Of a case that has losses.
+_WITHIN_CASE = {
+    "base": {"digest": _NAME, "loss": (float,), "loss_16bit": (float,)},
+    "training": {"steps": (int,), "lr": (float,), "alpha": (float,), "rslora": (bool,)},
+}
 _FIGURES = {"samples": (int,), "copies": (int,), "error": _NUMBER}
 _TIMES = ("q20_ms", "median_ms", "q80_ms")
 #: On a card: by the clocks that are not the median's.
 _OTHER_TIMES = ("graph_ms", "event_ms", "event_q20_ms", "event_q80_ms", "host_ms", "wall_ms")
 _FIGURES_PERHAPS = {
     **{name: _NUMBER for name in ("bytes", "peak", "peak_allocated", *_OTHER_TIMES)},
-    "event_samples": _WHOLE,
+    "loss": (float,),
+    **{name: _WHOLE for name in ("event_samples", "trainable")},
     "by": _TEXT,
     "no_graph": _TEXT,
 }
-#: No time, in milliseconds, is outside; nor can a ratio of two such overflow.
+#: Limits of a time in milliseconds; a ratio of two times between them cannot overflow.
 _SHORTEST, _LONGEST = 1e-9, 1e15
 
 
@@ -136,6 +142,10 @@ def _problems(run: dict[str, Any], end: dict[str, Any], cases: list[dict[str, An
         where = f"case {number}"
         yield from _wrong(case, _CASE, where)
         yield from _wrong(case, _CASE_PERHAPS, where, perhaps=True)
+        if any("loss" in c for c in case["contenders"] if isinstance(c, dict)):
+            for name, fields in _WITHIN_CASE.items():
+                yield from _wrong(case, {name: (dict,)}, where)
+                yield from _wrong(case[name], fields, f"{where}, its {name}")
         for contender in case["contenders"]:
             yield from _wrong_contender(contender, where)
 

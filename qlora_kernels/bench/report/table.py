@@ -1,4 +1,4 @@
-"""What the terminal shows of a result: ratios, the worst first, then every figure."""
+"""What the terminal shows of a result: every figure, losses, and ratios, the worst first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ..case import OURS, QUIET
 from ..contenders.names import PRODUCT, ROOFS
+from .losses import study_of
 from .ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes, times
 
 
@@ -18,10 +19,28 @@ def terminal(results: dict[str, Any]) -> str:
         rates = [f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)"] if limits.bytes_per_s else []
         rates += [f"a dense {name} product reaches {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.flops.items()]
         lines.append(f"Limits, measured: {', '.join(rates)}.")
-    lines += ["", *_every_figure(results), "", *_ratios(results)]
+    for section in (_every_figure, _losses, _ratios):
+        if shown := section(results):
+            lines += ["", *shown]
     if not results["complete"]:
         lines += ["", "The run was not completed: some cases are missing."]
     return "\n".join(lines)
+
+
+def _losses(results: dict[str, Any]) -> list[str]:
+    """A line for each set of layers, a column for each rank."""
+    try:
+        study = study_of(results)
+    except ValueError as problem:
+        return [f"No table of losses: {problem}."]
+    if study is None:
+        return []
+    base, steps = study.base, study.training["steps"]
+    rows = [(f"held-out loss after {steps} steps, nats per byte", *(f"r = {rank}" for rank in study.ranks))]
+    for name, row in study.rows.items():
+        rows.append((f"  adapters on {name}", *("failed" if one is None else f"{one['loss']:.4f}" for one in row)))
+    lines = align(rows)
+    return [*lines, f"The NF4 base has {base['loss']:.4f}, its 16-bit weights {base['loss_16bit']:.4f}."]
 
 
 def _ratios(results: dict[str, Any]) -> list[str]:
@@ -30,12 +49,13 @@ def _ratios(results: dict[str, Any]) -> list[str]:
     for case in results["cases"]:
         ours = find_contender(case, OURS)
         for rival in case["contenders"]:
-            if rival["name"] in ROOFS or rival is ours:
+            alone = ours is None and "failed" not in rival  # this package takes no part, or is all there is
+            if rival["name"] in ROOFS or rival is ours or alone:
                 continue
             where = (case["title"], sizes(case), rival["name"])
             ratio = ratio_to_ours(case, rival)
             if ours is None or ratio is None:
-                why = rival.get("failed") or (ours or {}).get("failed") or "nothing to compare with"
+                why = rival.get("failed") or (ours or {})["failed"]
                 without.append((*where, why, "", ""))
             else:
                 rows.append((ratio, (*where, f"{ratio:.2f}", *map(ms, times(ours, rival)))))

@@ -26,28 +26,28 @@ import torch
 
 from ..case import DeviceLost, quantiles_of, reason
 
-#: The copies that take turns are at least so many times as large as the L2 cache.
+#: Copies that take turns are together at least this many times as large as the L2 cache.
 TIMES_L2 = 4
-#: A sample by graph lasts at least so long, that what begins and ends a replay (some microseconds) does not count.
+#: A sample by graph lasts at least this long, so that the start and end of a replay (microseconds) hardly count.
 SAMPLE_US = 1000.0
-#: Nor do more calls than this go into a graph.
+#: The most calls in a graph.
 MOST_CALLS = 240
-#: The host's time is taken over at most this many calls in a row: a card queues about a thousand launches, and whoever
-#: adds to a full queue waits.
+#: The host's time is taken over at most this many calls in a row: a card queues about a thousand launches, and a launch
+#: waits when the queue is full.
 HOST_CALLS = 32
-#: Calls in a row last at least so long, as far as HOST_CALLS lets them: the one wait at their end is shared by all.
+#: Calls in a row last at least this long, as far as HOST_CALLS allows: they share the one wait at their end.
 WALL_US = 10_000.0
 MIN_ROUNDS, MAX_ROUNDS = 8, 200
 
 
 class Card:
-    """What timing needs of the current CUDA device."""
+    """The current CUDA device, as far as timing needs it."""
 
     def __init__(self) -> None:
         self.l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
     def event(self) -> torch.cuda.Event:
-        """An event that is recorded now, in the current stream."""
+        """An event recorded now in the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -86,15 +86,7 @@ def quantize_folder(
     _check_dense(model, config)
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise InputError(f"{out} exists already and is not an empty folder")
-    entries = read_entries(model)
-    with readable(model):
-        from transformers import AutoConfig
-
-        bones = skeleton(AutoConfig.from_pretrained(model))
-    names = _match_names(model, bones, entries)
-    with readable(model):
-        planned = plan(bones, AdapterConfig(rank=0, alpha=1), skip=skipped(bones), double_quant=double_quant)
-    conversions = _conversions(model, entries, names, bones, planned)
+    planned, conversions = _plan_conversions(model, double_quant)
     shards = _shards(conversions, max_shard_size)
 
     def write(folder: str) -> None:
@@ -156,6 +148,19 @@ class _Conversion:
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.outputs.values())
+
+
+def _plan_conversions(model: str, double_quant: bool) -> tuple[Plan, list[_Conversion]]:
+    """Which layers of the model in a folder become 4-bit, and what becomes of each tensor in its files."""
+    entries = read_entries(model)
+    with readable(model):
+        from transformers import AutoConfig
+
+        bones = skeleton(AutoConfig.from_pretrained(model))
+    names = _match_names(model, bones, entries)
+    with readable(model):
+        planned = plan(bones, AdapterConfig(rank=0, alpha=1), skip=skipped(bones), double_quant=double_quant)
+    return planned, _conversions(model, entries, names, bones, planned)
 
 
 def _conversions(

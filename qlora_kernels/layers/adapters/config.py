@@ -1,4 +1,4 @@
-"""What a low-rank adapter is apart from its two matrices."""
+"""The settings of a low-rank adapter."""
 
 # Users' arguments are checked whatever their annotations say.
 # pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What a low-rank adapter is apart from its two matrices.
+    """The settings of a low-rank adapter: everything but its two matrices.
 
     Attributes:
         rank: r, at least 1 and at most min(N, K).

@@ -1,7 +1,9 @@
-"""Named low-rank adapters: what they are apart from their matrices, and a layer's keeping of several."""
+"""Named low-rank adapters: a layer can hold several, of which one is active."""
 
 # Users' arguments are checked whatever their annotations say.
 # pyright: reportUnnecessaryIsInstance=false, reportUnnecessaryComparison=false
+# The functions at the end, for other packages, use the layer's private attributes.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -86,31 +88,12 @@ class Adapters(PackedLayer):
         self._add_adapter(name, config, dtype)
 
     def _add_adapter(self, name: str, config: AdapterConfig, dtype: torch.dtype | None = None) -> None:
-        self._check_name(name)
+        check_adapter_name(self, name)
         dtype, device = dtype or self._adapter_dtype or self._dtype, self.weight_packed.device
         A = torch.empty(config.rank, self.in_features, dtype=dtype, device=device)
         B = torch.empty(self.out_features, config.rank, dtype=dtype, device=device)
         init_adapter(A, B)
-        self._put_adapter(name, config, A, B)
-
-    def _adapter_options(self, name: str) -> dict[str, Any]:
-        """dtype and device for an adapter's matrices: those it has, or those of a new one."""
-        if name in self._adapters:
-            return {"dtype": self.lora_A[name].dtype, "device": self.lora_A[name].device}
-        return {"dtype": self._adapter_dtype or self._dtype, "device": self.weight_packed.device}
-
-    def _check_name(self, name: str) -> None:
-        """That a new adapter can have this name: attributes of ParameterDict ('keys', ...) cannot be keys of one."""
-        if not isinstance(name, str) or not name or "." in name or hasattr(self.lora_A, name):
-            raise ValueError(f"an adapter's name is a word without '.', and not a reserved one; found {name!r}")
-
-    def _put_adapter(self, name: str, config: AdapterConfig, A: Tensor, B: Tensor) -> None:
-        """Adds or replaces an adapter."""
-        if self._active is None and self._merged is None:
-            self._active = name
-        self._adapters[name] = config
-        self.lora_A[name] = nn.Parameter(A, requires_grad=name == self._active)
-        self.lora_B[name] = nn.Parameter(B, requires_grad=name == self._active)
+        put_adapter(self, name, config, A, B)
 
     def set_adapter(self, name: str | None) -> None:
         """Makes an adapter the active one, or none with None.
@@ -167,6 +150,35 @@ class Adapters(PackedLayer):
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside disable_adapters() would stay disabled: nothing leaves the context for it.
         return super().__getstate__() | {"_disabled": 0}
+
+
+# ------------------------------------------------------------------------ for the package: adapters that come with data
+
+
+def check_adapter_name(layer: Adapters, name: str) -> None:
+    """Checks that a new adapter can have this name. Attributes of ParameterDict ("keys", ...) cannot be keys of one.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    if not isinstance(name, str) or not name or "." in name or hasattr(layer.lora_A, name):
+        raise ValueError(f"an adapter's name is a word without '.', and not a reserved one; found {name!r}")
+
+
+def adapter_options(layer: Adapters, name: str) -> dict[str, Any]:
+    """dtype and device for an adapter's matrices: those it has, or those of a new one."""
+    if name in layer.adapters:
+        return {"dtype": layer.lora_A[name].dtype, "device": layer.lora_A[name].device}
+    return {"dtype": layer._adapter_dtype or layer.dtype, "device": layer.weight_packed.device}
+
+
+def put_adapter(layer: Adapters, name: str, config: AdapterConfig, A: Tensor, B: Tensor) -> None:
+    """Adds or replaces an adapter; it becomes active only when none is. Nothing is checked here."""
+    if layer._active is None and layer.merged_adapter_name is None:
+        layer._active = name
+    layer._adapters[name] = config
+    layer.lora_A[name] = nn.Parameter(A, requires_grad=name == layer._active)
+    layer.lora_B[name] = nn.Parameter(B, requires_grad=name == layer._active)
 
 
 def init_adapter(A: Tensor, B: Tensor) -> None:

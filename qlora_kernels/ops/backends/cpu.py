@@ -8,6 +8,7 @@ from torch import Tensor
 from ...native.extension import DTYPE_CODES, native
 from ..lora import LoraTerm
 from ..weight import Operand
+from . import params
 from .pointers import as_dtype, non_finite, pointer
 
 
@@ -26,16 +27,9 @@ class CPU:
         count = weight.numel()
         packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
         absmax = torch.empty((count + 63) // 64, dtype=torch.float32)
-        first_bad = native().quantize(
-            {
-                "weight": weight.data_ptr(),
-                "packed": packed.data_ptr(),
-                "absmax": absmax.data_ptr(),
-                "count": count,
-                "dtype": DTYPE_CODES[weight.dtype],
-                "threads": torch.get_num_threads(),
-            }
-        )
+        fields = params.quantize(weight, packed, absmax)
+        fields["threads"] = torch.get_num_threads()
+        first_bad = native().quantize(fields)
         if first_bad >= 0:
             raise non_finite(weight, divmod(first_bad, weight.shape[1]), name)
         return packed, absmax
@@ -49,17 +43,9 @@ class CPU:
         code = torch.empty(count, dtype=torch.uint8)
         nested_absmax = torch.empty((count + 255) // 256, dtype=torch.float32)
         offset = torch.empty(1, dtype=torch.float32)
-        native().quantize_absmax(
-            {
-                "absmax": absmax.data_ptr(),
-                "table": nested_table.data_ptr(),
-                "code": code.data_ptr(),
-                "nested_absmax": nested_absmax.data_ptr(),
-                "offset": offset.data_ptr(),
-                "count": count,
-                "threads": torch.get_num_threads(),
-            }
-        )
+        fields = params.quantize_absmax(absmax, nested_table, code, nested_absmax, offset)
+        fields["threads"] = torch.get_num_threads()
+        native().quantize_absmax(fields)
         return code, nested_absmax, offset
 
     def dequantize(self, weight: Operand, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
@@ -71,16 +57,10 @@ class CPU:
         if out.dtype == torch.float64:
             out.copy_(self.dequantize(weight, torch.float32, row_begin, row_end))
             return
-        native().dequantize(
-            {
-                "weight": weight.native(native().Weight),
-                "out": out.data_ptr(),
-                "row_begin": row_begin,
-                "row_end": row_end,
-                "dtype": DTYPE_CODES[out.dtype],
-                "threads": torch.get_num_threads(),
-            }
-        )
+        extension = native()
+        fields = params.dequantize(weight.native(extension.Weight), row_begin, row_end, out)
+        fields["threads"] = torch.get_num_threads()
+        extension.dequantize(fields)
 
     @staticmethod
     def quantize_states(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
@@ -96,32 +76,21 @@ class CPU:
     def linear_forward(
         self, x: Tensor, weight: Operand, bias: Tensor | None, lora: LoraTerm | None, keep_u: bool
     ) -> tuple[Tensor, Tensor | None]:
-        m, r = x.numel() // weight.k, 0 if lora is None else lora.A.shape[0]
-        y = x.new_empty(*x.shape[:-1], weight.n)
+        n, k = weight.n, weight.k
+        m, r = x.numel() // k, 0 if lora is None else lora.A.shape[0]
+        y = x.new_empty(m, n) if x.dim() == 2 else x.new_empty(*x.shape[:-1], n)
         u = x.new_empty(m, r) if r else None
         if m == 0:
             return y, u
         A, B, scaling, dropout, seed = _low_rank(lora, x.dtype)
         bias = as_dtype(bias, torch.float32)
         extension = native()
-        extension.linear_forward(
-            {
-                "weight": weight.native(extension.Weight),
-                "x": x.data_ptr(),
-                "lora_a": pointer(A),
-                "lora_b": pointer(B),
-                "bias": pointer(bias),
-                "y": y.data_ptr(),
-                "u": pointer(u),
-                "m": m,
-                "r": r,
-                "scaling": scaling,
-                "dropout": dropout,
-                "seed": seed,
-                "dtype": DTYPE_CODES[x.dtype],
-                "threads": torch.get_num_threads(),
-            }
-        )
+        struct = weight.native(extension.Weight)
+        fields = params.linear_forward(struct, x, A, B, pointer(bias), y, pointer(u), m, r, scaling, dropout)
+        fields["seed"] = seed
+        fields["dtype"] = DTYPE_CODES[x.dtype]
+        fields["threads"] = torch.get_num_threads()
+        extension.linear_forward(fields)
         return y, u
 
     def linear_backward(
@@ -136,32 +105,23 @@ class CPU:
         need_dx, need_dA, need_dB = needs
         n, k = weight.n, weight.k
         m, r = dy.numel() // n, 0 if lora is None else lora.A.shape[0]
-        dx = dy.new_empty(*dy.shape[:-1], k) if need_dx else None
+        dx = None
+        if need_dx:
+            dx = dy.new_empty(m, k) if dy.dim() == 2 else dy.new_empty(*dy.shape[:-1], k)
         dA = dy.new_empty(r, k, dtype=torch.float32) if need_dA else None
         dB = dy.new_empty(n, r, dtype=torch.float32) if need_dB else None
         if m > 0:
             A, B, scaling, dropout, seed = _low_rank(lora, dy.dtype)
+            x, u = x if need_dA else None, u if need_dB else None
             extension = native()
-            extension.linear_backward(
-                {
-                    "weight": weight.native(extension.Weight),
-                    "dy": dy.data_ptr(),
-                    "x": pointer(x) if need_dA else 0,
-                    "u": pointer(u) if need_dB else 0,
-                    "lora_a": pointer(A),
-                    "lora_b": pointer(B),
-                    "dx": pointer(dx),
-                    "da": pointer(dA),
-                    "db": pointer(dB),
-                    "m": m,
-                    "r": r,
-                    "scaling": scaling,
-                    "dropout": dropout,
-                    "seed": seed,
-                    "dtype": DTYPE_CODES[dy.dtype],
-                    "threads": torch.get_num_threads(),
-                }
+            struct = weight.native(extension.Weight)
+            fields = params.linear_backward(
+                struct, dy, x, u, A, B, dx, pointer(dA), pointer(dB), m, r, scaling, dropout
             )
+            fields["seed"] = seed
+            fields["dtype"] = DTYPE_CODES[dy.dtype]
+            fields["threads"] = torch.get_num_threads()
+            extension.linear_backward(fields)
         else:
             for gradient in (dA, dB):
                 if gradient is not None:

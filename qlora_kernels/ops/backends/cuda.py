@@ -12,6 +12,7 @@ from ...native.extension import DTYPE_CODES
 from .. import dispatcher
 from ..lora import NO_LORA, LoraTerm
 from ..weight import Operand
+from . import params
 from .pointers import pointer
 
 
@@ -31,7 +32,7 @@ class CUDA:
         kernels: the module of the operations that take device pointers.
     """
 
-    # The host would have to wait to learn of a bad weight: its blocks get constants that are NaN instead.
+    # The host would have to wait to learn of a bad weight. Instead, the constants of its bad blocks become NaN.
     refuses_non_finite = False
     is_host = False
 
@@ -53,15 +54,15 @@ class CUDA:
     # ------------------------------------------------------------------------------------- for a paged optimizer
 
     def pin(self, table: Tensor) -> Tensor:
-        """A copy in memory that the device can read by itself."""
+        """A copy in pinned memory."""
         return table.pin_memory()
 
     def send(self, pinned: Tensor, device: torch.device) -> Tensor:
-        """A copy on the device that the host does not wait for."""
+        """A copy on the device, without waiting for it."""
         return pinned.to(device, non_blocking=True)
 
     def wait(self, device: torch.device) -> None:
-        """Waits for all that the device has been given to do."""
+        """Waits until the device has finished all queued work."""
         torch.cuda.synchronize(device)
 
     def expose(self, owner: object, address: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -78,7 +79,7 @@ class CUDA:
     _like: Callable[..., Tensor] = staticmethod(Tensor.new_empty)
 
     def _scratch(self, x: Tensor, size: int) -> Tensor | None:
-        """So many bytes that the layer's kernels need for a while; what is in them does not matter."""
+        """Uninitialized scratch memory of this many bytes for a layer's kernels."""
         return self._like(x, -(-size // x.element_size())) if size else None
 
     def _sums(self, blocks: int, device: torch.device) -> Tensor:
@@ -94,11 +95,7 @@ class CUDA:
         ordinal, stream = self.queue(device)
         self.kernels.quantize(
             {
-                "weight": weight.data_ptr(),
-                "packed": packed.data_ptr(),
-                "absmax": absmax.data_ptr(),
-                "count": count,
-                "dtype": DTYPE_CODES[weight.dtype],
+                **params.quantize(weight, packed, absmax),
                 "sums": pointer(sums),
                 "device": ordinal,
                 "stream": stream,
@@ -118,12 +115,7 @@ class CUDA:
         ordinal, stream = self.queue(device)
         self.kernels.quantize_absmax(
             {
-                "absmax": absmax.data_ptr(),
-                "table": nested_table.data_ptr(),
-                "code": code.data_ptr(),
-                "nested_absmax": nested_absmax.data_ptr(),
-                "offset": offset.data_ptr(),
-                "count": count,
+                **params.quantize_absmax(absmax, nested_table, code, nested_absmax, offset),
                 "sums": sums.data_ptr(),
                 "summed": summed,
                 "device": ordinal,
@@ -156,11 +148,7 @@ class CUDA:
         ordinal, stream = self.queue(out.device)
         self.kernels.dequantize(
             {
-                "weight": weight.native(self.kernels.Weight),
-                "out": out.data_ptr(),
-                "row_begin": row_begin,
-                "row_end": row_end,
-                "dtype": DTYPE_CODES[out.dtype],
+                **params.dequantize(weight.native(self.kernels.Weight), row_begin, row_end, out),
                 "device": ordinal,
                 "stream": stream,
             }
@@ -197,29 +185,18 @@ class CUDA:
         # The kernels read a bias in either type, float32 or x's.
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
         narrow = bias is not None and bias.dtype != torch.float32
-        self.kernels.linear_forward(
-            {
-                "weight": weight.native(self.kernels.Weight),
-                "x": x.data_ptr(),
-                "lora_a": pointer(lora_A),
-                "lora_b": pointer(lora_B),
-                "bias": 0 if narrow else pointer(bias),
-                "y": y.data_ptr(),
-                "u": base + behind if u_behind else pointer(u),
-                "m": m,
-                "r": r,
-                "scaling": scaling,
-                "dropout": dropout,
-                "dtype": code,
-                "narrow_bias": pointer(bias) if narrow else 0,
-                "wide_a": wide_a,
-                "wide_b": wide_b,
-                "seed": pointer(seed),
-                "scratch": base,
-                "device": ordinal,
-                "stream": stream,
-            }
-        )
+        bias_address, u_address = pointer(bias), base + behind if u_behind else pointer(u)
+        struct, wide_bias = weight.native(self.kernels.Weight), 0 if narrow else bias_address
+        fields = params.linear_forward(struct, x, lora_A, lora_B, wide_bias, y, u_address, m, r, scaling, dropout)
+        fields["dtype"] = code
+        fields["narrow_bias"] = bias_address if narrow else 0
+        fields["wide_a"] = wide_a
+        fields["wide_b"] = wide_b
+        fields["seed"] = pointer(seed)
+        fields["scratch"] = base
+        fields["device"] = ordinal
+        fields["stream"] = stream
+        self.kernels.linear_forward(fields)
         return y, u
 
     def linear_backward(
@@ -259,31 +236,18 @@ class CUDA:
         behind = (size + 15) // 16 * 16
         scratch = self._scratch(dy, behind + m * r * dy.element_size() if need_v else size)
         base, dA_address, dB_address = pointer(scratch), pointer(dA), pointer(dB)
-        self.kernels.linear_backward(
-            {
-                "weight": weight.native(self.kernels.Weight),
-                "dy": dy.data_ptr(),
-                "x": pointer(x) if need_dA else 0,
-                "u": pointer(u) if need_dB else 0,
-                "lora_a": pointer(lora_A),
-                "lora_b": pointer(lora_B),
-                "dx": pointer(dx),
-                "da": dA_address if wide_a else 0,
-                "db": dB_address if wide_b else 0,
-                "m": m,
-                "r": r,
-                "scaling": scaling,
-                "dropout": dropout,
-                "dtype": code,
-                "wide_a": wide_a,
-                "wide_b": wide_b,
-                "narrow_da": 0 if wide_a else dA_address,
-                "narrow_db": 0 if wide_b else dB_address,
-                "seed": pointer(seed),
-                "v": base + behind if need_v else 0,
-                "scratch": base,
-                "device": ordinal,
-                "stream": stream,
-            }
-        )
+        struct, x, u = weight.native(self.kernels.Weight), x if need_dA else None, u if need_dB else None
+        wide_dA, wide_dB = dA_address if wide_a else 0, dB_address if wide_b else 0
+        fields = params.linear_backward(struct, dy, x, u, lora_A, lora_B, dx, wide_dA, wide_dB, m, r, scaling, dropout)
+        fields["dtype"] = code
+        fields["wide_a"] = wide_a
+        fields["wide_b"] = wide_b
+        fields["narrow_da"] = 0 if wide_a else dA_address
+        fields["narrow_db"] = 0 if wide_b else dB_address
+        fields["seed"] = pointer(seed)
+        fields["v"] = base + behind if need_v else 0
+        fields["scratch"] = base
+        fields["device"] = ordinal
+        fields["stream"] = stream
+        self.kernels.linear_backward(fields)
         return dx, dA, dB

@@ -24,7 +24,7 @@ class Backend(Protocol):
 
     @property
     def is_host(self) -> bool:
-        """Whether its results are there when a call returns, and its optimizers' states in the host's memory."""
+        """Whether results are ready when a call returns, and optimizer states live in host memory."""
         ...
 
     def capturing(self, device: torch.device) -> bool:
@@ -40,7 +40,7 @@ class Backend(Protocol):
         ...
 
     def quantize_nested(self, weight: Tensor, nested_table: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both of these: packed, codes, nested_absmax and nested_offset."""
+        """Both steps at once: packed, codes, nested_absmax and nested_offset."""
         ...
 
     def dequantize(self, weight: Operand, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:

@@ -87,12 +87,12 @@ def ending(monkeypatch, outcomes, left=None):
     def execute_all(programs, seconds, at_once):
         for path, content in (left or {}).items():
             path.write_text(content)
-        found = {}
+        outcome = {}
         for one in programs:
             output, code = outcomes.get(one.name, ("", 0)) if isinstance(outcomes, dict) else outcomes
             one.log.write_text(output)
-            found[one.name] = steps.Ended(code, 1.0, output)
-        return found
+            outcome[one.name] = steps.Ended(code, 1.0, output)
+        return outcome
 
     monkeypatch.setattr(steps, "execute_all", execute_all)
 
@@ -119,9 +119,9 @@ def test_the_tests_step(tmp_path, monkeypatch):
     ending(monkeypatch, ("", 0), all_pass)
     right = steps.execute_all
     monkeypatch.setattr(steps, "execute_all", lambda p, *rest: commands.extend(p) or right(p, *rest))
-    found = steps.run_tests(tmp_path, 10)
-    assert (found["passed"], found["failed"], found["skipped"]) == (len(names), 0, len(names))
-    assert list(found["files"]) == names == [one.name for one in commands]
+    outcome = steps.run_tests(tmp_path, 10)
+    assert (outcome["passed"], outcome["failed"], outcome["skipped"]) == (len(names), 0, len(names))
+    assert list(outcome["files"]) == names == [one.name for one in commands]
     assert all("faulthandler_timeout=60" in one.command for one in commands)
     first = tmp_path / f"{names[0]}.xml"
     rest = {path: text for path, text in all_pass.items() if path != first}
@@ -140,8 +140,8 @@ def test_the_tests_step(tmp_path, monkeypatch):
         with pytest.raises(StepFailed, match=f"{failed} tests failed") as failure:
             steps.run_tests(tmp_path, 10)
         assert failure.value.tail == f"{names[0]}:\nthe end"
-        assert failure.value.found["passed"] == passed
-        assert words in str(failure.value) + str(failure.value.found["failures"])
+        assert failure.value.outcome["passed"] == passed
+        assert words in str(failure.value) + str(failure.value.outcome["failures"])
     whole = '<testsuite><testcase name="tests.x"><skipped message="no transformers"/></testcase></testsuite>'
     ending(monkeypatch, {names[0]: ("", 5)}, {**rest, first: whole})
     assert steps.run_tests(tmp_path, 10)["skips"][0] == ["tests.x", "no transformers"]
@@ -198,9 +198,9 @@ def test_the_sanitizer_step(tmp_path, monkeypatch):
     clean = {name: (went_through + CLEAN, 0) for name in steps.SANITIZERS}
     clean["racecheck"] = (went_through + RACE_CLEAN, 0)
     ending(monkeypatch, clean)
-    found = steps.run_sanitizers(tmp_path, 10)
-    assert list(found) == list(steps.SANITIZERS)
-    assert found["memcheck"] == {"seconds": 1.0, "errors": 0, "cases": total}
+    outcome = steps.run_sanitizers(tmp_path, 10)
+    assert list(outcome) == list(steps.SANITIZERS)
+    assert outcome["memcheck"] == {"seconds": 1.0, "errors": 0, "cases": total}
     errors = "========= ERROR SUMMARY: 2 errors"
     race = RACE_CLEAN.replace("0 hazards displayed (0 errors, 0", "1 hazard displayed (0 errors, 1")
     for name, output, code, words in (
@@ -216,8 +216,8 @@ def test_the_sanitizer_step(tmp_path, monkeypatch):
         with pytest.raises(StepFailed, match=words) as failure:
             steps.run_sanitizers(tmp_path, 10)
         # What the others found is kept.
-        assert failure.value.found["synccheck"]["cases"] == total
-        assert "cases" not in failure.value.found[name]
+        assert failure.value.outcome["synccheck"]["cases"] == total
+        assert "cases" not in failure.value.outcome[name]
     monkeypatch.setattr(steps, "tool", lambda name: None)
     with pytest.raises(StepFailed, match="not found"):
         steps.run_sanitizers(tmp_path, 10)
@@ -250,10 +250,10 @@ def test_the_build_step(tmp_path, monkeypatch):
         return json.dumps({"native": True, "cuda_archs": "90a", "card": [9, 0, "NVIDIA H200"], **more})
 
     ending(monkeypatch, {"": ("a warning\n" + info() + "\nanother one", 0), "conformance": ("", 1)})
-    found = steps.run_build(tmp_path, 10)
-    assert found["build_info"] == {"native": True, "cuda_archs": "90a"}
+    outcome = steps.run_build(tmp_path, 10)
+    assert outcome["build_info"] == {"native": True, "cuda_archs": "90a"}
     # What the tests need beside it is theirs to miss.
-    assert (found["emulator_built"], found["conformance_built"]) == (True, False)
+    assert (outcome["emulator_built"], outcome["conformance_built"]) == (True, False)
     for output, code, words in (
         (info(cuda_archs=""), 0, "no CUDA kernels"),
         (info(cuda_archs="80;120"), 0, "NVIDIA H200 is of architecture sm_90"),
@@ -279,7 +279,7 @@ def test_a_bench_step_keeps_what_was_measured(tmp_path, monkeypatch):
         ending(monkeypatch, ("", code), left(False))
         with pytest.raises(StepFailed, match=words) as failure:
             steps.run_bench(tmp_path, 10)
-        assert [case["operation"] for case in failure.value.found["cases"]] == ["limits"]
+        assert [case["operation"] for case in failure.value.outcome["cases"]] == ["limits"]
     ending(monkeypatch, ("", 0), left(True))
     assert steps.run_bench(tmp_path, 10)["complete"]
 
@@ -310,6 +310,6 @@ def test_the_rates_step_keeps_what_was_measured(tmp_path, monkeypatch):
         ending(monkeypatch, ("", code), {out: json.dumps({"rates": {}})})
         with pytest.raises(StepFailed, match=words) as failure:
             steps.run_rates(tmp_path, 8)
-        assert failure.value.found["rates"] == {}
+        assert failure.value.outcome["rates"] == {}
     ending(monkeypatch, ("", 0), {out: json.dumps({"complete": True})})
     assert steps.run_rates(tmp_path, 8)["complete"]

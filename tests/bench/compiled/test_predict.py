@@ -157,25 +157,25 @@ def alike(one, other):
 def test_more_work_takes_no_less_time(card, backward):
     """Where the kernel, its tile or the split changes, times may jump either way, so those pairs are not compared."""
 
-    def of(m, n, k):
+    def predicted(m, n, k):
         return predict.predict(card, m, n, k, backward)
 
     compared = {"m": 0, "columns": 0, "depth": 0}
     for few, many in zip(predict.ROWS, predict.ROWS[1:]):
-        less, more = of(few, 4096, 4096), of(many, 4096, 4096)
+        less, more = predicted(few, 4096, 4096), predicted(many, 4096, 4096)
         assert less["bytes"] < more["bytes"]
         if alike(less, more):
             compared["m"] += 1
             for key in TIMES:
                 assert less[key] <= more[key], (few, many, key)
     for m in predict.ROWS:
-        less = of(m, 4096, 4096)
+        less = predicted(m, 4096, 4096)
         wide, deep = ((8192, 4096), (4096, 8192)) if not backward else ((4096, 8192), (8192, 4096))
-        if alike(less, more := of(m, *wide)):
+        if alike(less, more := predicted(m, *wide)):
             compared["columns"] += 1
             for key in TIMES:
                 assert less[key] <= more[key], (m, key)
-        if alike(less, more := of(m, *deep)):
+        if alike(less, more := predicted(m, *deep)):
             compared["depth"] += 1
             for key in TIMES:
                 # A turn of the few-rows kernel that is half empty waits as long as a full one.

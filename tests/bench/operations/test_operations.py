@@ -196,9 +196,9 @@ def test_sweeps_know_every_operation():
         assert points[0].operation == "limits"
         assert {p.operation for p in points} <= set(OPERATIONS)
     assert {p.operation for p in SWEEPS["usual"]()} == set(OPERATIONS) - {
-        *("gpt2_forward", "linear_backward", *CARD_OPERATIONS),
+        *("gpt2_forward", "linear_backward", "rank_study", *CARD_OPERATIONS),
     }
-    assert {p.operation for p in SWEEPS["full"]()} == set(OPERATIONS) - set(CARD_OPERATIONS)
+    assert {p.operation for p in SWEEPS["full"]()} == set(OPERATIONS) - {"rank_study", *CARD_OPERATIONS}
     assert set(CARD_OPERATIONS) <= {p.operation for p in SWEEPS["card"]()}
     full = SWEEPS["full"]()
     assert set(SWEEPS["usual"]()) <= set(full)

@@ -136,7 +136,7 @@ def _checker(lab: Lab, x: Tensor, adapter: bool) -> Callable[[str], Callable[[Te
         rows = x[chosen].double()
         y = rows @ lab.exact(whose).T
         if adapter:
-            A, B = (part.double() for part in lab.adapter)
+            A, B = (factor.double() for factor in lab.adapter)
             y += lab.scaling * (rows @ A.T) @ B.T
         return y
 

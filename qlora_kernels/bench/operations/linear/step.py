@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import qlora_kernels
 
@@ -40,76 +40,89 @@ def _step(forward: Callable[[], Tensor], x: Tensor, dy: Tensor, adapter: tuple[T
 
 def case(lab: Lab) -> Case:
     """With rank 0, without the adapter: what that costs is the difference."""
-    p = lab.sizes
-    x = lab.rows(p.m, p.k).requires_grad_()
-    dy = lab.rows(p.m, p.n, seed=3)
-    check = _checker(lab, x.detach(), dy, adapter=bool(p.rank))
-
-    def ready(call: Callable[[int], tuple[Tensor, ...]], whose: str, copies: int) -> Ready:
-        return Ready(call, check("bnb" if whose == "bnb" else "ours"), LIMIT, _moved(lab, whose), copies)
-
-    def plain(product: Callable[[int], Tensor], whose: str, copies: int) -> Ready:
-        """A product, and the adapter in plain torch."""
-        if not p.rank:
-            return ready(lambda i: _step(lambda: product(i), x, dy, ()), whose, copies)
-        adapters = [(A.requires_grad_(), B.requires_grad_()) for A, B in lab.adapters(copies)]
-
-        def forward(i: int) -> Tensor:
-            return plain_lora(product(i), x, *adapters[i], lab.scaling)
-
-        return ready(lambda i: _step(lambda: forward(i), x, dy, adapters[i]), whose, copies)
-
-    def ours() -> Ready:
-        if not p.rank:
-            weights = lab.ours
-            return plain(lambda i: qlora_kernels.linear(x, weights[i]), "ours", len(weights))
-        layers = [layer.train() for layer in lab.layers]
-        adapters = [(layer.lora_A["default"], layer.lora_B["default"]) for layer in layers]
-        return ready(lambda i: _step(lambda: layers[i](x), x, dy, adapters[i]), "ours", len(layers))
-
-    def dense() -> Ready:
-        weights = lab.dense
-        return plain(lambda i: F.linear(x, weights[i]), "dense", len(weights))
-
-    def dequantized() -> Ready:
-        weights = lab.ours
-        return plain(lambda i: Dequantized.apply(x, weights[i]), "ours", len(weights))
-
-    def bnb() -> Ready:
-        weights, product = lab.bnb, _bnb_product(lab, x)
-        return plain(product, "bnb", len(weights))
-
-    def peft() -> Ready:
-        layers = lab.peft_layers(training=True)
-        adapters = [peft_adapter(layer) for layer in layers]
-        return ready(lambda i: _step(lambda: layers[i](x), x, dy, adapters[i]), "bnb", len(layers))
-
-    def bare() -> Ready:
-        weights, exact = lab.ours, _checker(lab, x.detach(), dy, adapter=False)("ours")
-        call = lambda i: _step(lambda: qlora_kernels.linear(x, weights[i]), x, dy, ())  # noqa: E731
-        return Ready(call, exact, LIMIT, _moved(lab, "ours"), len(weights))
-
+    setup, p = _Setup(lab), lab.sizes
     contenders = [
-        Contender(OURS, ours),
-        Contender(DENSE, dense),
-        Contender(DEQUANTIZED, dequantized),
-        Contender(PEFT, peft) if p.rank else Contender(BNB, bnb),
-        *([Contender(NO_ADAPTER, bare)] if p.rank and lab.cuda else []),
+        Contender(OURS, setup.ours),
+        Contender(DENSE, setup.dense),
+        Contender(DEQUANTIZED, setup.dequantized),
+        Contender(PEFT, setup.peft) if p.rank else Contender(BNB, setup.bnb),
+        *([Contender(NO_ADAPTER, setup.bare)] if p.rank and lab.cuda else []),
     ]
     # x W^T and dy W, each 2 M N K; and of the adapter forward, dx, dA and dB.
     flops = 4 * p.m * p.n * p.k + 6 * p.m * p.rank * (p.n + p.k)
     return Case("forward + backward", flops, contenders)
 
 
+class _Setup:
+    """What the contenders share: x, dy, and how a step is checked."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, p = lab, lab.sizes
+        self.x = lab.rows(p.m, p.k).requires_grad_()
+        self.dy = lab.rows(p.m, p.n, seed=3)
+        self.check = _checker(lab, self.x.detach(), self.dy, adapter=bool(p.rank))
+
+    def ready(self, call: Callable[[int], tuple[Tensor, ...]], whose: str, copies: int) -> Ready:
+        check = self.check("bnb" if whose == "bnb" else "ours")
+        return Ready(call, check, LIMIT, _moved(self.lab, whose), copies)
+
+    def layers_ready(self, layers: Sequence[nn.Module], adapters: list[tuple[Tensor, ...]], whose: str) -> Ready:
+        """Layers that apply their adapters themselves."""
+        x, dy = self.x, self.dy
+        return self.ready(lambda i: _step(lambda: layers[i](x), x, dy, adapters[i]), whose, len(layers))
+
+    def product_ready(self, product: Callable[[int], Tensor], whose: str, copies: int) -> Ready:
+        """A product, and the adapter in plain torch."""
+        x, dy = self.x, self.dy
+        if not self.lab.sizes.rank:
+            return self.ready(lambda i: _step(lambda: product(i), x, dy, ()), whose, copies)
+        adapters = [(A.requires_grad_(), B.requires_grad_()) for A, B in self.lab.adapters(copies)]
+        scaling = self.lab.scaling
+
+        def forward(i: int) -> Tensor:
+            return plain_lora(product(i), x, *adapters[i], scaling)
+
+        return self.ready(lambda i: _step(lambda: forward(i), x, dy, adapters[i]), whose, copies)
+
+    # ---------------------------------------------------------------------------------------------- contenders
+
+    def ours(self) -> Ready:
+        if not self.lab.sizes.rank:
+            x, weights = self.x, self.lab.ours
+            return self.product_ready(lambda i: qlora_kernels.linear(x, weights[i]), "ours", len(weights))
+        layers = [layer.train() for layer in self.lab.layers]
+        adapters = [(layer.lora_A["default"], layer.lora_B["default"]) for layer in layers]
+        return self.layers_ready(layers, adapters, "ours")
+
+    def dense(self) -> Ready:
+        x, weights = self.x, self.lab.dense
+        return self.product_ready(lambda i: F.linear(x, weights[i]), "dense", len(weights))
+
+    def dequantized(self) -> Ready:
+        x, weights = self.x, self.lab.ours
+        return self.product_ready(lambda i: Dequantized.apply(x, weights[i]), "ours", len(weights))
+
+    def bnb(self) -> Ready:
+        x, weights, matmul_4bit = self.x, self.lab.bnb, bitsandbytes().matmul_4bit
+        product = lambda i: matmul_4bit(x, weights[i][0].t(), quant_state=weights[i][1])  # noqa: E731
+        return self.product_ready(product, "bnb", len(weights))
+
+    def peft(self) -> Ready:
+        layers = self.lab.peft_layers(training=True)
+        return self.layers_ready(layers, [peft_adapter(layer) for layer in layers], "bnb")
+
+    def bare(self) -> Ready:
+        """This package without the adapter."""
+        x, dy, weights = self.x, self.dy, self.lab.ours
+        check = _checker(self.lab, x.detach(), dy, adapter=False)("ours")
+        call = lambda i: _step(lambda: qlora_kernels.linear(x, weights[i]), x, dy, ())  # noqa: E731
+        return Ready(call, check, LIMIT, _moved(self.lab, "ours"), len(weights))
+
+
 def _moved(lab: Lab, whose: str) -> int:
     """Bytes of the weight, once each way, and of x, y, dy and dx."""
     p = lab.sizes
     return 2 * lab.bytes_of(whose) + 2 * p.m * (p.n + p.k) * lab.dtype.itemsize
-
-
-def _bnb_product(lab: Lab, x: Tensor) -> Callable[[int], Tensor]:
-    matmul_4bit = bitsandbytes().matmul_4bit
-    return lambda i: matmul_4bit(x, lab.bnb[i][0].t(), quant_state=lab.bnb[i][1])
 
 
 def _checker(lab: Lab, x: Tensor, dy: Tensor, adapter: bool) -> Callable[[str], Callable[[tuple[Tensor, ...]], float]]:
@@ -122,7 +135,7 @@ def _checker(lab: Lab, x: Tensor, dy: Tensor, adapter: bool) -> Callable[[str], 
         y, dx = x64 @ W.T, dy64 @ W
         if not adapter:
             return y, dx
-        A, B = (part.double() for part in lab.adapter)
+        A, B = (factor.double() for factor in lab.adapter)
         u = lab.scaling * x64 @ A.T
         v = lab.scaling * dy64 @ B
         return y + u @ B.T, dx + v @ A, v.T @ x64, dy64.T @ u

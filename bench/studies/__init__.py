@@ -1,1 +1,0 @@
-"""Studies: trainings that are compared with each other."""
