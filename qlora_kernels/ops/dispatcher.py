@@ -124,3 +124,8 @@ def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     require_memory(name, tensor)
     return tensor.to(dtype)
+
+
+def with_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or if it is one of zeros without memory a copy: the dispatcher makes one with strides of 0."""
+    return tensor.clone() if not _is_compiling() and tensor._is_zerotensor() else tensor

@@ -229,6 +229,7 @@ def forward(
     others = (bias,) if lora is None else (bias, lora.A, lora.B, lora.seed)
     if dispatcher.is_idle(x, others) and weight.is_plain():
         return _run_forward(x, weight, bias, lora, keep_u)
+    x = dispatcher.with_memory(x)
     rows = x if x.dim() == 2 else x.reshape(-1, weight.k)
     arguments = (rows, *weight.pieces, weight.n, bias, *(NO_LORA if lora is None else lora))
     if torch.compiler.is_compiling():
@@ -246,9 +247,10 @@ def backward(
     others = (x, u) if lora is None else (x, u, lora.A, lora.B, lora.seed)
     if dispatcher.is_idle(dy, others) and weight.is_plain():
         return _run_backward(dy, weight, x, u, lora, needs)
+    dy = dispatcher.with_memory(dy)
     rows = dy if dy.dim() == 2 else dy.reshape(-1, weight.n)
-    if x is not None and x.dim() != 2:
-        x = x.reshape(-1, weight.k)
+    if x is not None:
+        x = dispatcher.with_memory(x).reshape(-1, weight.k)
     term = NO_LORA if lora is None else lora
     dx, dA, dB = linear_backward(rows, *weight.pieces, weight.k, x, u, *term, *needs)
     if dy.dim() != 2 and needs[0]:
