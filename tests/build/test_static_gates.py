@@ -311,7 +311,7 @@ def test_the_hardwares_limits_are_those_that_kernels_are_left_out_by(tmp_path):
         pytest.skip("there is no C++ compiler")
     numbers = ["75", "80", "86", "87", "89", "90", "100", "103", "110", "120", "121"]
     (tmp_path / "limits.cpp").write_text(
-        '#include <cstdio>\n#include "cuda/linear/dispatch.h"\nint main() {\n'
+        '#include <cstdio>\n#include "cuda/common/dispatch.h"\nint main() {\n'
         f"    for (const int one : {{{', '.join(numbers)}}})\n"
         '        std::printf("%zu\\n", qlk::cuda::most_shared(one) / 1024);\n}\n'
     )
