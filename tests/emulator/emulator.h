@@ -91,8 +91,8 @@ void reset_counters();
 enum class Start { kInOrder, kFollowed, kEarly };
 
 // Runs body() once for each thread of each block. Throws Error after unwinding all fibers. With kFollowed a copy of
-// body() runs later, so what it refers to has to live until then. cluster: so many consecutive blocks along x run at
-// the same time.
+// body() runs later, so what it refers to has to live until then. cluster: this many consecutive blocks along x run
+// at the same time.
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body,
             Start start = Start::kInOrder, unsigned cluster = 1);
 // Forgets a launch that is held back.
@@ -158,7 +158,7 @@ void grid_wait(Site site);
 // Lets other threads run. For a loop that waits for memory to change.
 void spin(Site site);
 
-// ------------------------------------------------------------------------------------------- of sm_90 and later
+// ------------------------------------------------------------------------------------------- sm_90 and later
 
 // mbarrier.init, .inval. An object belongs to the block in whose shared memory it lies.
 void mbarrier_init(void* mbarrier, uint32_t arrivals, Site site);

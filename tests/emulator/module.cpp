@@ -66,6 +66,6 @@ PYBIND11_MODULE(_emulated, m) {
             return emu::run_sample(name, input, output, threads, blocks);
         },
         py::arg("name"), py::arg("input"), py::arg("output"), py::arg("threads") = 64, py::arg("blocks") = 1);
-    m.def("sm90_samples", &emu::sm90_samples, "Names of those for what came with sm_90.");
+    m.def("sm90_samples", &emu::sm90_samples, "Names of the samples for sm_90.");
     m.def("run_sm90_sample", &emu::run_sm90_sample, py::arg("name"), py::arg("input"));
 }
