@@ -134,14 +134,14 @@ def test_the_command_that_is_named_helps(card):
 def h100(monkeypatch):
     """A card that torch seems to see, and a build for the architectures that the test names."""
 
-    def of(built: str):
+    def built_for(built: str):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
         native = SimpleNamespace(build_info=lambda: {"cuda_archs": built}, cuda="the kernels")
         monkeypatch.setattr(choose, "native", lambda: native)
         backends.cuda.cache_clear()
 
-    yield of
+    yield built_for
     backends.cuda.cache_clear()
 
 

@@ -72,15 +72,15 @@ def test_without_gpu_or_with_none_the_cpu_part_is_built_alone(archs, tmp_path):
     ],
 )
 def test_lists_are_built_as_asked(archs, expected, local, tmp_path):
-    found = plan(archs, CUDACXX=nvcc_at(tmp_path / "cuda"))
-    assert (found.architectures, found.local_version, found.note) == (expected, local, "")
-    assert found.compiler.runtime == tmp_path / "cuda" / "lib" / "libcudart_static.a"
+    planned = plan(archs, CUDACXX=nvcc_at(tmp_path / "cuda"))
+    assert (planned.architectures, planned.local_version, planned.note) == (expected, local, "")
+    assert planned.compiler.runtime == tmp_path / "cuda" / "lib" / "libcudart_static.a"
 
 
 def test_all_is_what_the_compiler_knows(tmp_path):
-    found = plan("all", CUDACXX=nvcc_at(tmp_path / "cuda", "12.4", "70 75 80 86 89 90"))
-    assert found.architectures == ("75", "80", "86", "89", "90a")
-    assert found.note == "'all' without 100a, 120+PTX: nvcc from CUDA 12.4 does not support it"
+    planned = plan("all", CUDACXX=nvcc_at(tmp_path / "cuda", "12.4", "70 75 80 86 89 90"))
+    assert planned.architectures == ("75", "80", "86", "89", "90a")
+    assert planned.note == "'all' without 100a, 120+PTX: nvcc from CUDA 12.4 does not support it"
 
 
 @pytest.mark.parametrize("archs", ["", "fast", "80;sm_90"])
@@ -166,26 +166,26 @@ def test_packages_are_found_from_an_isolated_build(tmp_path):
 
 def test_native_is_the_gpus_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(setup_cuda, "cards", lambda: [(7, 0), (8, 9), (9, 0), (10, 0)])
-    found = plan(None, CUDACXX=nvcc_at(tmp_path / "cuda"))
-    assert found.architectures == ("89", "90a", "100a")  # none for 7.0, which the kernels do not serve
-    assert found.note == ""
+    planned = plan(None, CUDACXX=nvcc_at(tmp_path / "cuda"))
+    assert planned.architectures == ("89", "90a", "100a")  # none for 7.0, which the kernels do not serve
+    assert planned.note == ""
 
 
 def test_a_gpu_that_nothing_can_be_built_for_leaves_a_note(tmp_path, monkeypatch):
     monkeypatch.setattr(setup_cuda, "cards", lambda: [(9, 0)])
-    found = plan()
-    assert found.architectures == ()
+    planned = plan()
+    assert planned.architectures == ()
     assert re.match(
         r"found a GPU with architecture 90a, but only the CPU part is built, because there is no nvcc; install",
-        found.note,
+        planned.note,
     )
-    found = plan(CUDACXX=nvcc_at(tmp_path / "old", "11.8"))
-    assert found.architectures == ()
-    assert "only the CPU part is built: " in found.note
-    assert "needs CUDA 12.0" in found.note
-    found = plan(CUDACXX=nvcc_at(tmp_path / "few", "12.0", "75 80"))
-    assert found.architectures == ()
-    assert "from CUDA 12.0 does not support that architecture" in found.note
+    planned = plan(CUDACXX=nvcc_at(tmp_path / "old", "11.8"))
+    assert planned.architectures == ()
+    assert "only the CPU part is built: " in planned.note
+    assert "needs CUDA 12.0" in planned.note
+    planned = plan(CUDACXX=nvcc_at(tmp_path / "few", "12.0", "75 80"))
+    assert planned.architectures == ()
+    assert "from CUDA 12.0 does not support that architecture" in planned.note
 
 
 def test_gpus_without_a_driver_library_are_asked_of_nvidia_smi(tmp_path, monkeypatch):

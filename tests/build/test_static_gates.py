@@ -40,7 +40,7 @@ def broken(row: dict, budget: Budget) -> list[str]:
         return [] if trap else [f"{row['instructions']} instructions, and it is never launched there"]
     if trap:
         return ["no code, and it is launched there"]
-    found = [
+    faults = [
         f"{row[key]} {what}"
         for key, what in (
             ("local_accesses", "accesses to local memory"),
@@ -51,17 +51,17 @@ def broken(row: dict, budget: Budget) -> list[str]:
     ]
     allowed = budget.registers(row["arch"])
     if row["registers"] > allowed:
-        found.append(f"{row['registers']} registers, {allowed} allowed: {budget.reason}")
+        faults.append(f"{row['registers']} registers, {allowed} allowed: {budget.reason}")
     # What the hardware keeps for itself counts as static from sm_90 on.
     own_static = row["shared_static"] - (1024 if int(number_of(row["arch"])) >= 90 else 0)
     if own_static > 0:
-        found.append(f"{own_static} bytes of static shared memory, none allowed")
+        faults.append(f"{own_static} bytes of static shared memory, none allowed")
     if row["shared_dynamic"] > budget.shared:
-        found.append(f"{row['shared_dynamic']} bytes of shared memory, {budget.shared} allowed: {budget.reason}")
+        faults.append(f"{row['shared_dynamic']} bytes of shared memory, {budget.shared} allowed: {budget.reason}")
     for key, promised in (("ldg128", budget.loads_128), ("stg128", budget.stores_128)):
         if row[key] < promised:
-            found.append(f"{row[key]} {key.upper()}, {promised} promised")
-    return found + broken_loop(row, budget)
+            faults.append(f"{row[key]} {key.upper()}, {promised} promised")
+    return faults + broken_loop(row, budget)
 
 
 def broken_loop(row: dict, budget: Budget) -> list[str]:
@@ -70,15 +70,15 @@ def broken_loop(row: dict, budget: Budget) -> list[str]:
         return ["state a budget of its main loop"] if "step_hmma" in row else []
     if not row.get("step_hmma"):
         return ["no loop with HMMA and decoding is found"]
-    found = []
+    faults = []
     hmma = budget.loop.hmma * (2 if int(number_of(row["arch"])) < 80 else 1)
     if row["step_hmma"] != hmma:
-        found.append(f"{row['step_hmma']:g} HMMA in a step of the main loop, {hmma} expected")
+        faults.append(f"{row['step_hmma']:g} HMMA in a step of the main loop, {hmma} expected")
     if not 0 < row["slots_per_weight"] <= budget.loop.slots:
-        found.append(f"{row['slots_per_weight']:.2f} instructions to decode a weight, {budget.loop.slots} allowed")
+        faults.append(f"{row['slots_per_weight']:.2f} instructions to decode a weight, {budget.loop.slots} allowed")
     if row["step_outside"] > budget.loop.outside:
-        found.append(f"{row['step_outside']:g} outside MMA and decoding in a step, {budget.loop.outside:g} allowed")
-    return found
+        faults.append(f"{row['step_outside']:g} outside MMA and decoding in a step, {budget.loop.outside:g} allowed")
+    return faults
 
 
 # ------------------------------------------------------------------------------------------------------------ gates
@@ -89,8 +89,8 @@ def test_every_kernel_of_every_architecture_is_within_its_budget(report):
     kernels = {row["kernel"] for row in report["kernels"]}
     without = sorted(kernel for kernel in kernels if budget_of(kernel) is None)
     assert not without, f"state budgets in tests/support/static_budgets.py for {', '.join(without)}"
-    found = {id(budget_of(kernel)) for kernel in kernels}
-    unused = [pattern for pattern, budget in BUDGETS.items() if id(budget) not in found]
+    used = {id(budget_of(kernel)) for kernel in kernels}
+    unused = [pattern for pattern, budget in BUDGETS.items() if id(budget) not in used]
     assert not unused, f"tests/support/static_budgets.py: there is no kernel {', '.join(unused)}"
     assert len(report["kernels"]) == len(kernels) * len(cuda_wheel.built_for())
     problems = [
@@ -238,9 +238,9 @@ Resource usage:
  Function _Zsample:
   REG:48 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[2]:8 CONSTANT[0]:528 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    (found,) = sass.parse_usage(text).items()
-    assert found[0] == ("sm_80", "_Zsample")
-    assert {key: found[1][key] for key in ("REG", "STACK", "SHARED", "LOCAL")} == {
+    (kernel,) = sass.parse_usage(text).items()
+    assert kernel[0] == ("sm_80", "_Zsample")
+    assert {key: kernel[1][key] for key in ("REG", "STACK", "SHARED", "LOCAL")} == {
         "REG": 48,
         "STACK": 16,
         "SHARED": 1024,

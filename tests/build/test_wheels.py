@@ -51,9 +51,9 @@ def inside(module: Path) -> set[str]:
 def claimed(name: str) -> set[str]:
     """The same by the name of a wheel."""
     local = name.split("-")[1].partition("+")[2]
-    release, *parts = local.split(".")
+    release, *targets = local.split(".")
     assert re.fullmatch(r"cu\d+", release), name
-    return {re.sub(r"^(sm|compute)", r"\1_", part) for part in parts}
+    return {re.sub(r"^(sm|compute)", r"\1_", target) for target in targets}
 
 
 def has_driver() -> bool:
@@ -109,8 +109,8 @@ def test_ptx_goes_along_where_asked_for(tmp_path):
     ]
     output_of(*configure)
     output_of("cmake", "--build", tmp_path, "--target", "cuda/quantize/quantize_absmax.cu.o")
-    found = inside(tmp_path / "cuda" / "quantize" / "quantize_absmax.cu.o")
-    assert found == set(architectures.names(["75", "90+PTX"])) == {"sm_75", "sm_90", "compute_90"}
+    embedded = inside(tmp_path / "cuda" / "quantize" / "quantize_absmax.cu.o")
+    assert embedded == set(architectures.names(["75", "90+PTX"])) == {"sm_75", "sm_90", "compute_90"}
 
 
 def test_the_kernels_for_conformance_on_a_card_build(tmp_path):

@@ -38,14 +38,14 @@ def test_quantization_takes_two_launches_and_dequantization_one(dtype):
 def test_dequantize_moves_each_byte_once_in_whole_sectors(dtype):
     n, k = 64, 512
     quantized = make_weight(n, k)
-    found = counted(lambda: quantized.dequantize(dtype))
-    loads, stores = (lines(found["global"], "dequantize.cuh", kind) for kind in ("load", "store"))
+    counts = counted(lambda: quantized.dequantize(dtype))
+    loads, stores = (lines(counts["global"], "dequantize.cuh", kind) for kind in ("load", "store"))
     for accesses, size in ((loads, n * k // 2), (stores, n * k * torch.finfo(dtype).bits // 8)):
         assert sum(t["bytes"] for t in accesses.values()) == size
         for place, t in accesses.items():
             assert t["actual"] == t["minimum"] == t["bytes"] // 32, place
             assert t["bytes"] == 512 * t["requests"], f"{place}: not 16 bytes a lane"
-    shared = {**lines(found["shared"], "dequantize.cuh", "load"), **lines(found["shared"], "dequantize.cuh", "store")}
+    shared = {**lines(counts["shared"], "dequantize.cuh", "load"), **lines(counts["shared"], "dequantize.cuh", "store")}
     assert shared
     assert all(t["actual"] == t["minimum"] for t in shared.values()), "bank conflicts"
 
@@ -54,8 +54,8 @@ def test_dequantize_moves_each_byte_once_in_whole_sectors(dtype):
 def test_quantize_moves_each_byte_once_in_whole_sectors(dtype):
     n, k = 64, 512
     weight = torch.randn(n, k).to(dtype)
-    found = counted(lambda: quantize(weight, double_quant=False))
-    loads, stores = (lines(found["global"], "quantize.cuh", kind) for kind in ("load", "store"))
+    counts = counted(lambda: quantize(weight, double_quant=False))
+    loads, stores = (lines(counts["global"], "quantize.cuh", kind) for kind in ("load", "store"))
     assert sum(t["bytes"] for t in loads.values()) == weight.nbytes
     assert all(t["actual"] == t["minimum"] for t in (*loads.values(), *stores.values()))
     assert all(t["bytes"] == 512 * t["requests"] for t in loads.values()), "not 16 bytes a lane"
@@ -98,9 +98,9 @@ def test_more_weights_than_32_bits_count(cuda_engine, dtype):
     nested[-8:] = torch.rand(8)
     table = default_nested_table(packed.device)
     weight = NF4Weight(packed, absmax, nested, torch.ones(1), table, torch.Size((n, k)))
-    found = weight.dequantize(dtype, row_begin=n - 2, row_end=n)
+    decoded = weight.dequantize(dtype, row_begin=n - 2, row_end=n)
     tail = (packed[-k:], absmax[-2 * k // 64 :], nested[-8:], weight.nested_offset, table)
-    assert torch.equal(found, reference.decode(tail, 2, k, dtype))
+    assert torch.equal(decoded, reference.decode(tail, 2, k, dtype))
 
 
 @pytest.mark.gpu
@@ -123,8 +123,8 @@ def test_a_launch_that_fails_is_an_exception_and_the_next_one_works():
     with emulated(max_shared_bytes=64), pytest.raises(RuntimeError, match="shared memory, of 64"):
         quantize(weight)
     with emulated():
-        found = quantize(weight)
-    assert all(torch.equal(a, b) for a, b in zip(found.pieces, quantize(weight).pieces, strict=True))
+        quantized = quantize(weight)
+    assert all(torch.equal(a, b) for a, b in zip(quantized.pieces, quantize(weight).pieces, strict=True))
 
 
 def test_errors_of_the_launchers_say_where(cuda_engine):
@@ -209,10 +209,10 @@ def test_the_layer_on_cuda_agrees_with_the_cpu(cuda_engine, dtype):
         y.backward(given[3].to(device))
         return [t.double().cpu() for t in (y.detach(), x.grad, A.grad, B.grad)]
 
-    found = gradients(device)
+    actual = gradients(device)
     with on_the_cpu():
         expected = gradients("cpu")
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert relative_error(a, b) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -238,20 +238,20 @@ def test_training_on_cuda_has_the_losses_of_the_cpu(cuda_engine, dtype):
             layers.append(layer)
         model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1])
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-        found = []
+        curve = []
         for _ in range(6):
             optimizer.zero_grad()
             loss = (model(x.to(device, dtype)) - wanted.to(device, dtype)).float().square().mean()
             loss.backward()
             optimizer.step()
-            found.append(loss.item())
-        return torch.tensor(found, device="cpu")
+            curve.append(loss.item())
+        return torch.tensor(curve, device="cpu")
 
-    found = losses(device)
+    actual = losses(device)
     with on_the_cpu():
         expected = losses("cpu")
-    assert (found[1:] < found[:-1]).all(), f"it learns nothing: {found}"
-    assert (found - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.max()
+    assert (actual[1:] < actual[:-1]).all(), f"it learns nothing: {actual}"
+    assert (actual - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.max()
 
 
 def test_scratch_holds_what_it_held_before():

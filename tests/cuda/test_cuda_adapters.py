@@ -64,15 +64,15 @@ class Layer:
         # u and v are rounded once. dA is held against the v that has been rounded; where a sum in another order may
         # fall to the other side, by as much as that makes.
         epsilon = torch.finfo(self.x.dtype).eps
-        found = {"u": (self.forward(), self.exact_u, max(epsilon / 2 * 1.01, 1e-6))}
+        results = {"u": (self.forward(), self.exact_u, max(epsilon / 2 * 1.01, 1e-6))}
         _, da, db = self.backward(dA=dA, dB=dB)
         if dA:
             rounded = self.exact_v.to(self.x.dtype).double()
             exact = rounded.T @ self.masked
-            found["dA"] = (da, exact, (self.unsure_v().T @ self.masked.abs()).norm() / exact.norm() + 1e-6)
+            results["dA"] = (da, exact, (self.unsure_v().T @ self.masked.abs()).norm() / exact.norm() + 1e-6)
         if dB:
-            found["dB"] = (db, self.dy.double().T @ self.u.double(), 1e-6)
-        for name, (tensor, exact, bound) in found.items():
+            results["dB"] = (db, self.dy.double().T @ self.u.double(), 1e-6)
+        for name, (tensor, exact, bound) in results.items():
             assert tensor.shape == exact.shape
             error = relative_error(tensor, exact)
             assert error < bound, f"{case} {name}: {error:.2e}"
@@ -171,10 +171,10 @@ def test_which_kernel_runs(dtype, architecture, tiled):
 def test_whole_sectors_without_bank_conflicts(backward, r, dropout):
     m, n, k = 256, 256, 512
     layer = Layer(m, n, k, r, dropout)
-    found = counted(layer.backward if backward else layer.forward, multiprocessors=4)
+    counts = counted(layer.backward if backward else layer.forward, multiprocessors=4)
     files = ("adapters.cuh", "adapters_tile.cuh", "parts.cuh", "dropout.cuh")
-    shared = {place: t for place, t in found["shared"].items() if place.startswith(files)}
-    memory = {place: t for place, t in found["global"].items() if place.startswith(files)}
+    shared = {place: t for place, t in counts["shared"].items() if place.startswith(files)}
+    memory = {place: t for place, t in counts["global"].items() if place.startswith(files)}
     assert shared
     assert memory
     for place, t in shared.items():
@@ -216,8 +216,8 @@ def test_scratch_is_at_most_16_mib():
                 # Copies of float32 adapters in 2 bytes, or sums in 4 of gradients that are not float32.
                 sizes = [(2 if wide >> i & 1 else 4 * backward) * r * side for i, side in enumerate((k, n))]
                 converted = sum(-(-size // 128) * 128 for size in sizes)
-                found = module().linear_scratch(m, n, k, r, 1, wide & 1 > 0, wide & 2 > 0, backward, 0)
-                assert converted <= found <= converted + 16 * 2**20
+                scratch = module().linear_scratch(m, n, k, r, 1, wide & 1 > 0, wide & 2 > 0, backward, 0)
+                assert converted <= scratch <= converted + 16 * 2**20
             assert module().linear_scratch(m, n, k, r, 0, True, True, True, 0) <= 16 * 2**20
 
 
@@ -254,8 +254,8 @@ def test_a_gradient_that_lies_on_no_8_bytes():
                 wide_b=True,
                 scratch=scratch.data_ptr(),
             )
-            found = room[shift : shift + 64 * 8].view(64, 8)
-            assert relative_error(found, layer.dy.double().T @ layer.u.double()) < 1e-6
+            gradient = room[shift : shift + 64 * 8].view(64, 8)
+            assert relative_error(gradient, layer.dy.double().T @ layer.u.double()) < 1e-6
 
 
 def shifted(tensor):
@@ -282,9 +282,9 @@ def test_adapters_in_another_type_are_rounded_as_a_cast_rounds(cuda_engine, dtyp
             gradients = [layer.backward(dx=True), (layer.backward(True, False, False)[0], *layer.backward(False)[1:])]
             for dx, dA, dB in gradients:
                 assert (dA.dtype, dB.dtype) == (layer.A.dtype, layer.B.dtype)
-                found = (y, u, dx, dA.to(dtype), dB.to(dtype))
-                expected = results.setdefault("all", found)
-                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), which
+                outputs = (y, u, dx, dA.to(dtype), dB.to(dtype))
+                expected = results.setdefault("all", outputs)
+                assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), which
                 for name, gradient in (("dA", dA), ("dB", dB)):
                     if gradient.dtype == torch.float32:
                         assert torch.equal(gradient, results.setdefault(name, gradient))

@@ -116,9 +116,9 @@ def test_a_bias_of_16_bits_is_read_as_it_is(monkeypatch, kernel, k, dtype):
     bias = torch.randn(n).to(dtype)
     monkeypatch.setenv(FORCED, kernel)
     with emulated():
-        y, plain = (forward(x, weight, n, b, None, None)[0] for b in (bias, None))
+        y, without_bias = (forward(x, weight, n, b, None, None)[0] for b in (bias, None))
         assert torch.equal(y, forward(x, weight, n, bias.float(), None, None)[0])
-    assert not torch.equal(y, plain)
+    assert not torch.equal(y, without_bias)
 
 
 @pytest.mark.parametrize("kernel", ["tiles32", "tiles128", "tiles128wide"])
@@ -132,8 +132,8 @@ def test_operands_of_the_adapter_move_whole_sectors_without_bank_conflicts(monke
         module().reset_counters()
         with emulated():
             call()
-        found = counters()
-        return [{p: t for p, t in found[s].items() if p.startswith("tiles")} for s in ("shared", "global")]
+        counts = counters()
+        return [{p: t for p, t in counts[s].items() if p.startswith("tiles")} for s in ("shared", "global")]
 
     def calls(A, B):
         u = torch.zeros(m, r, dtype=x.dtype)
@@ -170,8 +170,8 @@ def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, order, monk
         module().reset_counters()
         with emulated(order, seed=4, **options):
             y, u = forward(x, weight, n, None, A, B, 0.3, seed)
-            found = [y, u, *backward(dy, weight, k, x, u, A, B, 0.3, seed)]
-        return found, counters()["early"]
+            outputs = [y, u, *backward(dy, weight, k, x, u, A, B, 0.3, seed)]
+        return outputs, counters()["early"]
 
     in_order, count = results(early_launches=False)
     assert count == 0

@@ -42,9 +42,9 @@ def test_every_shape(n, k, m, dtype):
     assert_within_contract(dx, left @ right, left.double() @ right.double(), case + ": dx")
     # Sums over the rows, in float32, rounded once; v may have been rounded to the other side.
     eps = torch.finfo(dtype).eps
-    for name, found, wanted in (
+    for name, gradient, wanted in (
         ("dA", dA, v.double().T @ x.double()),
         ("dB", dB, dy.double().T @ u.double()),
     ):
-        error = ((found.double() - wanted).norm() / wanted.norm()).item()
+        error = ((gradient.double() - wanted).norm() / wanted.norm()).item()
         assert error < eps + 1e-6, f"{case}: {name} {error:.1e}"

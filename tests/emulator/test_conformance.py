@@ -66,11 +66,11 @@ def operands(name: str) -> torch.Tensor:
 
 def run(kernels, name: str, given: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     given = given.to(device)
-    found = torch.full((ROUNDS, 32, words_of(name)[1]), -1, dtype=torch.int32, device=device)
+    results = torch.full((ROUNDS, 32, words_of(name)[1]), -1, dtype=torch.int32, device=device)
     queue = (0, torch.cuda.current_stream().cuda_stream) if device == "cuda" else (0, 0)
-    for one_in, one_out in zip(given, found, strict=True):
+    for one_in, one_out in zip(given, results, strict=True):
         kernels.run_conformance(name, one_in.data_ptr(), one_out.data_ptr(), *queue)
-    return found.cpu()
+    return results.cpu()
 
 
 def nearest_16_bits(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -183,8 +183,8 @@ def of_mma(x, dtype):
     """The operands of each round as float64 matrices: a [16, 16], b [16, 8], c [16, 8]."""
     g, t = np.arange(32) // 4, np.arange(32) % 4
     a, b = (
-        torch.from_numpy(np.ascontiguousarray(part).view(np.int16)).view(dtype).double().numpy()
-        for part in (x[..., :4], x[..., 4:6])
+        torch.from_numpy(np.ascontiguousarray(registers).view(np.int16)).view(dtype).double().numpy()
+        for registers in (x[..., :4], x[..., 4:6])
     )
     c = x[..., 6:].copy().view(np.float32).astype(np.float64)
     left, right, total = np.zeros((ROUNDS, 16, 16)), np.zeros((ROUNDS, 16, 8)), np.zeros((ROUNDS, 16, 8))
@@ -233,7 +233,7 @@ EXPECTED = {
 }
 
 
-def same(found: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) -> None:
+def same(actual: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) -> None:
     """The same bits; of a float's NaN only that it is one, for processors differ in which.
 
     How tensor cores round within a product is not specified. A card aligns the addends to the largest, cuts off what
@@ -241,14 +241,15 @@ def same(found: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) 
     cut, the bits.
     """
     if name in DTYPES:
-        bound = of_lanes(sum_of_products(*(np.abs(part[:ROUGH]) for part in of_mma(given, DTYPES[name])))) * 2.0**-21
-        error = np.abs(found[:ROUGH].view(np.float32).astype(np.float64) - expected[:ROUGH].view(np.float32))
+        sizes = (np.abs(operand[:ROUGH]) for operand in of_mma(given, DTYPES[name]))
+        bound = of_lanes(sum_of_products(*sizes)) * 2.0**-21
+        error = np.abs(actual[:ROUGH].view(np.float32).astype(np.float64) - expected[:ROUGH].view(np.float32))
         assert (error <= bound).all(), f"{name}: {np.max(error / bound):.2f} times the error that cut addends explain"
-        found, expected = found[ROUGH:], expected[ROUGH:]
+        actual, expected = actual[ROUGH:], expected[ROUGH:]
     if name in ("widen", "mul_add", "round_down", *DTYPES):
-        both_nan = np.isnan(found.view(np.float32)) & np.isnan(expected.view(np.float32))
-        found, expected = np.where(both_nan, 0, found), np.where(both_nan, 0, expected)
-    assert np.array_equal(found, expected), f"{name}: {(found != expected).sum()} of {found.size} words differ"
+        both_nan = np.isnan(actual.view(np.float32)) & np.isnan(expected.view(np.float32))
+        actual, expected = np.where(both_nan, 0, actual), np.where(both_nan, 0, expected)
+    assert np.array_equal(actual, expected), f"{name}: {(actual != expected).sum()} of {actual.size} words differ"
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -256,9 +257,9 @@ def same(found: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) 
 def test_the_twins_do_what_the_isa_says(name, landing):
     given = operands(name)
     with emulated("random", landing):
-        found = run(module(), name, given)
+        results = run(module(), name, given)
     given = given.numpy().view(U32)
-    same(found.numpy().view(U32), EXPECTED[name](given), name, given)
+    same(results.numpy().view(U32), EXPECTED[name](given), name, given)
 
 
 @pytest.mark.gpu

@@ -59,10 +59,10 @@ def columns_of(name: str) -> int:
 def run(kernels, name: str, given: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     # Whole rows of 64 bytes for the tensor maps, on either side.
     given = given.to(device, copy=True)
-    found = torch.full((words_of(name)[1],), -1, dtype=torch.int32, device=device)
+    results = torch.full((words_of(name)[1],), -1, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
-    kernels.run_wide(name, given.data_ptr(), found.data_ptr(), 0, stream)
-    return found.cpu()
+    kernels.run_wide(name, given.data_ptr(), results.data_ptr(), 0, stream)
+    return results.cpu()
 
 
 # ---------------------------------------------------------------------------------------------- what they should give
@@ -166,14 +166,14 @@ def expected_bits(name, x):
         return np.roll(x, 128) + U32(1)
     if name == "cluster":
         sums = np.zeros(64, U32)
-        for part in x.reshape(2, 64, 4):
-            sums = sums * U32(31) + part @ np.array([1, 3, 5, 7], U32)
+        for block in x.reshape(2, 64, 4):
+            sums = sums * U32(31) + block @ np.array([1, 3, 5, 7], U32)
         return np.concatenate([sums + U32(1), sums])
     return (expected_tensor_load if "load" in name else expected_tensor_store)(name, x)
 
 
-def check(name: str, given: torch.Tensor, found: torch.Tensor, exact: bool) -> None:
-    x, bits = given.numpy().view(U32), found.numpy().view(U32)
+def check(name: str, given: torch.Tensor, results: torch.Tensor, exact: bool) -> None:
+    x, bits = given.numpy().view(U32), results.numpy().view(U32)
     if dtype_of(name) is None:
         wrong = bits != expected_bits(name, x)
         assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} words differ"
@@ -211,10 +211,10 @@ def test_a_wrong_bit_is_seen():
     name = "wgmma bf16 64 swizzled 128"
     for exact, bit in ((True, 1), (False, 1 << 8)):
         given = operands(name, exact)
-        found = run(module(), name, given)
-        found[77] ^= bit
+        results = run(module(), name, given)
+        results[77] ^= bit
         with pytest.raises(AssertionError, match="off by"):
-            check(name, given, found, exact)
+            check(name, given, results, exact)
 
 
 def test_every_function_of_ptx_sm90_has_a_twin_and_is_used_here():

@@ -29,8 +29,8 @@ def words(tensor: torch.Tensor) -> list[int]:
 def cluster_operands() -> tuple[list[int], list[int]]:
     given = np.arange(1, 513, dtype=np.uint32)
     sums = np.zeros(64, np.uint32)
-    for part in given.reshape(2, 64, 4):
-        sums = sums * np.uint32(31) + part @ np.array([1, 3, 5, 7], np.uint32)
+    for block in given.reshape(2, 64, 4):
+        sums = sums * np.uint32(31) + block @ np.array([1, 3, 5, 7], np.uint32)
     return given.tolist(), [*(sums + 1).tolist(), *sums.tolist()]
 
 
@@ -94,15 +94,15 @@ def test_a_missing_part_is_an_error_every_way(name):
             run(name, **options)
 
 
-#: Parts whose absence shows in what the kernel computes, for some order, even if races are not looked for.
+#: Waits whose absence shows in what the kernel computes, for some order, even if races are not looked for.
 SEEN_IN_RESULTS = ("kFull", "kEmpty", "kWait", "kStoreBarrier")
 
 
-@pytest.mark.parametrize("part", SEEN_IN_RESULTS)
-def test_a_missing_wait_gives_wrong_results(part):
+@pytest.mark.parametrize("wait", SEEN_IN_RESULTS)
+def test_a_missing_wait_gives_wrong_results(wait):
     def is_seen(options):
         try:
-            return run(f"product {part}", find_races=False, **options) != OPERANDS["product"][1]
+            return run(f"product {wait}", find_races=False, **options) != OPERANDS["product"][1]
         except module().EmulatorError:
             return True
 
@@ -167,14 +167,14 @@ def test_what_is_counted():
     with emulated():
         module().reset_counters()
         module().run_sm90_sample("product kNone", OPERANDS["product"][0])
-        found = counters()
+        counts = counters()
     # Each of the four warps reads its rows of a, the first all of b: 2 KiB each, in four products a step.
-    (place, products), *rest = [(p, t) for p, t in found["shared"].items() if t["requests"] == 20 * STEPS]
+    (place, products), *rest = [(p, t) for p, t in counts["shared"].items() if t["requests"] == 20 * STEPS]
     assert not rest
     assert "sm90_kernels.cuh" in place
     assert products["bytes"] == 4 * 4096 * STEPS
     assert products["actual"] == products["minimum"] == 128 * STEPS
-    loads = [t for place, t in found["global"].items() if place.endswith("load")]
+    loads = [t for place, t in counts["global"].items() if place.endswith("load")]
     assert sum(t["bytes"] for t in loads) == 2 * 64 * 64 * 2 * STEPS
     assert all(t["actual"] == t["minimum"] for t in loads)
-    assert found["instructions"]["wgmma"] == 128 * 4 * STEPS
+    assert counts["instructions"]["wgmma"] == 128 * 4 * STEPS

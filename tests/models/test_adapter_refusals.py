@@ -72,8 +72,8 @@ Q9 = "base_model.model.model.layers.9.self_attn.q_proj"
 
 def _rename(old, new):
     def change(tensors):
-        for part in "AB":
-            tensors[f"{new}.lora_{part}.weight"] = tensors.pop(f"{old}.lora_{part}.weight")
+        for side in "AB":
+            tensors[f"{new}.lora_{side}.weight"] = tensors.pop(f"{old}.lora_{side}.weight")
 
     return _weights(change)
 

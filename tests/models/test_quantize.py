@@ -26,7 +26,7 @@ def test_every_linear_but_the_head_becomes_4_bit_and_only_adapters_train():
     assert report.quantized == report.adapted == quantized(model) == LINEARS
     assert report.left_alone == {"lm_head": "named in skip"}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f"{name}.lora_{part}.default" for name in LINEARS for part in "AB"
+        f"{name}.lora_{side}.default" for name in LINEARS for side in "AB"
     }
     assert not any(module.training for module in model.modules())
     for name in LINEARS:
@@ -184,12 +184,12 @@ def test_bad_input_changes_nothing(make, options, raised, message):
 
 
 def test_a_device_without_kernels_changes_nothing(monkeypatch):
-    def of(tensor):
+    def no_backend(tensor):
         raise RuntimeError("this build has no kernels for that device")
 
     model = Model()
     before = fingerprint(model)
-    monkeypatch.setattr(quantizing.backends, "backend_for", of)
+    monkeypatch.setattr(quantizing.backends, "backend_for", no_backend)
     for options in ({}, {"device": "cpu"}):
         with pytest.raises(RuntimeError, match="no kernels"):
             quantize(model, **options)

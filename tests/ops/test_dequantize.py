@@ -26,10 +26,10 @@ def test_dequantize_into_a_given_tensor(engine, shape, dtype):
     assert around[0].isnan().all()
     assert around[-1].isnan().all()
     begin = shape[0] // 2
-    part = torch.full((shape[0] - begin, shape[1]), torch.nan, dtype=dtype)
+    rows = torch.full((shape[0] - begin, shape[1]), torch.nan, dtype=dtype)
     assert dequantize(weight.to(dtype), out=around[1:-1]).data_ptr() == out.data_ptr()
-    assert torch.equal(weight.dequantize(dtype, row_begin=begin, out=part), expected[begin:])
-    assert weight.dequantize(dtype, row_begin=begin, row_end=begin, out=part[:0]).shape == (0, shape[1])
+    assert torch.equal(weight.dequantize(dtype, row_begin=begin, out=rows), expected[begin:])
+    assert weight.dequantize(dtype, row_begin=begin, row_end=begin, out=rows[:0]).shape == (0, shape[1])
 
 
 def test_a_given_tensor_counts_as_changed():

@@ -126,11 +126,11 @@ def test_every_engine_gives_the_same_bits(engine, shape, dtype):
     weight[0, 5:] = 0
     for double_quant in (True, False):
         quantized = quantize(weight, double_quant)
-        found = [*quantized.pieces, *(quantized.dequantize(d) for d in DTYPES)]
+        actual = [*quantized.pieces, *(quantized.dequantize(d) for d in DTYPES)]
         with forced("portable"), on_the_cpu():
-            plain = quantize(weight.cpu(), double_quant)
-            expected = [*plain.pieces, *(plain.dequantize(d) for d in DTYPES)]
-        for a, b in zip(found, expected, strict=True):
+            portable = quantize(weight.cpu(), double_quant)
+            expected = [*portable.pieces, *(portable.dequantize(d) for d in DTYPES)]
+        for a, b in zip(actual, expected, strict=True):
             assert (a is None and b is None) or torch.equal(a.cpu(), b)
 
 

@@ -32,9 +32,9 @@ from qlora_kernels import PagedAdamW, PagedLion
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-3])
 def test_a_scaler_of_a_power_of_two_changes_nothing(device, make, unscale, scale):
-    scaled, plain = net(), net()
+    scaled, unscaled = net(), net()
     options = {"max_grad_norm": 0.25, "skip_nonfinite": True}
-    a, b = make(scaled.parameters(), **options), make(plain.parameters(), **options)
+    a, b = make(scaled.parameters(), **options), make(unscaled.parameters(), **options)
     scaler = torch.amp.GradScaler(device, init_scale=scale, growth_interval=2)
     for step in range(4):
         a.zero_grad()
@@ -45,7 +45,7 @@ def test_a_scaler_of_a_power_of_two_changes_nothing(device, make, unscale, scale
         scaler.step(a)
         assert [bits(p.grad) for p in scaled.parameters()] == grads, "gradients are read only"
         scaler.update()
-        train(plain, b, [step])
+        train(unscaled, b, [step])
         assert_same(a, b)
         assert a.grad_norm == b.grad_norm > 0.25
     assert scaler.get_scale() == 4 * scale
@@ -79,10 +79,10 @@ def test_a_scaler_leaves_out_steps_that_overflow(device, make, unscale, dtype):
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_a_step_that_raises_leaves_no_scale_behind(device, make, unscale):
-    model, plain = net(), net()
-    optimizer, same = make(model.parameters(), max_grad_norm=1.0), make(plain.parameters(), max_grad_norm=1.0)
+    model, untouched = net(), net()
+    optimizer, same = make(model.parameters(), max_grad_norm=1.0), make(untouched.parameters(), max_grad_norm=1.0)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
-    for one, group in ((model, optimizer), (plain, same)):
+    for one, group in ((model, optimizer), (untouched, same)):
         train(one, group, [0])
         group.zero_grad()
     scaler.scale(loss_of(model, 1)).backward()
@@ -95,7 +95,7 @@ def test_a_step_that_raises_leaves_no_scale_behind(device, make, unscale):
     assert not hasattr(optimizer, "found_inf")
     optimizer.param_groups[0]["betas"] = betas
     scaler.step(optimizer)
-    train(plain, same, [1])
+    train(untouched, same, [1])
     assert_same(optimizer, same)
     assert optimizer.grad_norm == same.grad_norm > 0
 
@@ -227,8 +227,8 @@ def test_lightnings_mixed_precision(device, make, scaled):
     It clips only where the optimizer does not say that it divides gradients by itself; then it divides them before
     torch.amp.GradScaler would.
     """
-    model, plain = net(), net()
-    optimizer, same = make(model.parameters()), make(plain.parameters())
+    model, by_hand = net(), net()
+    optimizer, same = make(model.parameters()), make(by_hand.parameters())
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=scaled)
     for step in range(3):
         optimizer.zero_grad()
@@ -240,8 +240,8 @@ def test_lightnings_mixed_precision(device, make, scaled):
         scaler.step(optimizer)
         scaler.update()
         same.zero_grad()
-        loss_of(plain, step).backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 0.25)
+        loss_of(by_hand, step).backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 0.25)
         same.step()
         assert_same(optimizer, same)
     optimizer.zero_grad()

@@ -51,9 +51,9 @@ def folder_fixture(tmp_path_factory):
 @pytest.mark.parametrize("name", shard_runs.SCENARIOS)
 def test_two_processes(folder, name):
     outcomes = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    for rank, found in enumerate(outcomes):
-        assert name in found, f"process {rank} ended before: {list(found.values())[-1]}"
-        assert not found[name], f"process {rank}: {found[name]}"
+    for rank, outcome in enumerate(outcomes):
+        assert name in outcome, f"process {rank} ended before: {list(outcome.values())[-1]}"
+        assert not outcome[name], f"process {rank}: {outcome[name]}"
 
 
 @pytest.mark.slow

@@ -247,12 +247,12 @@ def test_state_dicts_that_do_not_fit(damage, state_bits, begun):
     train(model, optimizer, [1])
 
 
-@pytest.mark.parametrize("form", ["sparse", "complex", "meta"])
-def test_moments_of_other_kinds(form):
+@pytest.mark.parametrize("kind", ["sparse", "complex", "meta"])
+def test_moments_of_other_kinds(kind):
     _, optimizer = trained(PagedAdamW)
     saved = copy.deepcopy(optimizer.state_dict())
     like = saved["state"][7]["exp_avg"]
-    other = {"sparse": like.to_sparse(), "complex": like.to(torch.complex64), "meta": like.to("meta")}[form]
+    other = {"sparse": like.to_sparse(), "complex": like.to(torch.complex64), "meta": like.to("meta")}[kind]
     saved["state"][7]["exp_avg"] = other
     with refused(optimizer, ValueError, "'exp_avg' of parameter 7 should be a dense tensor of real numbers"):
         optimizer.load_state_dict(saved)

@@ -115,13 +115,13 @@ def test_groups_have_settings_of_their_own():
 
 
 def test_named_parameters_keep_their_names():
-    model, plain = net(), net()
+    model, unnamed = net(), net()
     optimizer = PagedAdamW(model.named_parameters(), lr=0.01)
     names = [name for name, _ in model.named_parameters()]
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
-    other = PagedAdamW(plain.parameters(), lr=0.01)
+    other = PagedAdamW(unnamed.parameters(), lr=0.01)
     train(model, optimizer, range(2))
-    train(plain, other, range(2))
+    train(unnamed, other, range(2))
     assert_same(optimizer, other)
     other.load_state_dict(optimizer.state_dict())
     assert other.state_dict()["param_groups"][0]["param_names"] == names

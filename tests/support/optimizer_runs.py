@@ -101,8 +101,8 @@ def values(optimizer) -> list:
 
 
 def groups(optimizer) -> list:
-    plain = [{k: bits(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return [(plain[i], [id(p) for p in group["params"]]) for i, group in enumerate(optimizer.param_groups)]
+    options = [{k: bits(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [(options[i], [id(p) for p in group["params"]]) for i, group in enumerate(optimizer.param_groups)]
 
 
 @contextlib.contextmanager

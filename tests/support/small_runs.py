@@ -54,7 +54,7 @@ def losses(folder) -> dict[str, list[float]]:
 
 
 def base_in(folder):
-    [base] = [found for found in folder.iterdir() if found.name.startswith("tiny-base")]
+    [base] = [path for path in folder.iterdir() if path.name.startswith("tiny-base")]
     return base
 
 

@@ -136,10 +136,10 @@ def test_nothing_continues_from_a_step_that_failed_midway(landing, tmp_path):
         for p, value in zip(params, values):
             p.copy_(value)
     steps(ours, params, 1, 2)
-    plain = parameters()
-    reference = PagedAdamW(plain)
-    steps(reference, plain)
-    assert everything(ours, params) == everything(reference, plain)
+    untouched = parameters()
+    reference = PagedAdamW(untouched)
+    steps(reference, untouched)
+    assert everything(ours, params) == everything(reference, untouched)
 
 
 def test_after_a_step_that_failed_midway_states_can_start_from_zero(landing):
