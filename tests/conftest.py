@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 # Before torch is imported. A worker of xdist has one core: a test that wants more threads asks for them.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -11,11 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import collecting
 import pytest
-import quick
 import torch
 from engines import ENGINES, ISAS, engine_named
+from quick_run import choice, collecting, kernels
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def pytest_configure(config):
     """What has to be the same in all workers."""
     if hasattr(config, "workerinput"):
         return
-    os.environ[quick.VARIABLE] = str(quick.day())
+    os.environ[choice.VARIABLE] = str(choice.day())
     # A test that is asked for by its name runs, slow or not.
     named = any("::" in argument for argument in config.args)
     if named and not any(argument.startswith("-m") for argument in config.invocation_params.args):
@@ -72,7 +72,7 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     if "not slow" in config.option.markexpr:
-        return f"a quick run, day {quick.day()}: {quick.VARIABLE}={quick.day()} repeats it, -m '' runs all tests"
+        return f"a quick run, day {choice.day()}: {choice.VARIABLE}={choice.day()} repeats it, -m '' runs all tests"
     return None
 
 
@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(config, items):
 
     Tests of a card are left out, not skipped, where none is and none was asked for with -m gpu.
     """
-    quick.leave_out(items, pytest.mark.slow, quick.day())
+    choice.leave_out(items, pytest.mark.slow, choice.day())
     if for_a_card(config):
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
@@ -106,6 +106,36 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection():
     with collecting.builds_nothing():
         return (yield)
+
+
+# ------------------------------------------------------------------------------- which kernels a run has executed
+
+
+_SEEN = pytest.StashKey[list]()
+_MISSED = pytest.StashKey[list]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.stash.setdefault(_SEEN, []).append(getattr(node, "workeroutput", {}).get("kernels", {}))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A run of all tests, quick or not, fails where it has left out a CUDA kernel."""
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["kernels"] = kernels.seen_here()
+    elif exitstatus == pytest.ExitCode.OK and kernels.runs_all_tests(config, Path(__file__).resolve().parent):
+        config.stash[_MISSED] = kernels.missed([*config.stash.get(_SEEN, []), kernels.seen_here()])
+        if config.stash[_MISSED]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if missed := config.stash.get(_MISSED, []):
+        terminalreporter.section("CUDA kernels that no test has run on the emulator", red=True)
+        for name in missed:
+            terminalreporter.line(name)
 
 
 # ---------------------------------------------------------------------------------------------- when a card fails

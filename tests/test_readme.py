@@ -30,7 +30,7 @@ NOT_RUN = ("text", "console", "{toctree}", "{include}", "{eval-rst}", "{csv-tabl
 def tiny_llama():
     """from_pretrained gives a Llama of two small layers, whatever model it is asked for."""
     transformers = pytest.importorskip("transformers")
-    from small_llama import llama
+    from small.llama import llama
 
     def from_pretrained(name, dtype=None, **options):
         return llama().to(dtype) if dtype else llama()

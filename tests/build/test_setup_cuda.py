@@ -10,9 +10,9 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
-import cuda_wheel
 import pytest
-from cuda_wheel import ROOT, setup_cuda
+from cuda_code import cuda_wheel
+from cuda_code.cuda_wheel import ROOT, setup_cuda
 
 from qlora_kernels.version import BASE
 

@@ -9,9 +9,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import cuda_wheel
 import pytest
-from static_budgets import BUDGETS, MAX_SHARED, Budget, LoopBudget, budget_of, number_of
+from cuda_code import cuda_wheel
+from cuda_code.budgets import BUDGETS, MAX_SHARED, Budget, LoopBudget, budget_of, number_of
 
 from bench.compiled import sass, static
 from qlora_kernels.native import architectures
@@ -88,10 +88,10 @@ def broken_loop(row: dict, budget: Budget) -> list[str]:
 def test_every_kernel_of_every_architecture_is_within_its_budget(report):
     kernels = {row["kernel"] for row in report["kernels"]}
     without = sorted(kernel for kernel in kernels if budget_of(kernel) is None)
-    assert not without, f"state budgets in tests/support/static_budgets.py for {', '.join(without)}"
+    assert not without, f"state budgets in tests/support/cuda_code/budgets.py for {', '.join(without)}"
     used = {id(budget_of(kernel)) for kernel in kernels}
     unused = [pattern for pattern, budget in BUDGETS.items() if id(budget) not in used]
-    assert not unused, f"tests/support/static_budgets.py: there is no kernel {', '.join(unused)}"
+    assert not unused, f"tests/support/cuda_code/budgets.py: there is no kernel {', '.join(unused)}"
     assert len(report["kernels"]) == len(kernels) * len(cuda_wheel.built_for())
     problems = [
         f"{row['kernel']} for {row['arch']}: {problem}"
@@ -305,7 +305,7 @@ def test_what_is_never_launched_has_no_code():
 
 
 def test_the_hardwares_limits_are_those_that_kernels_are_left_out_by(tmp_path):
-    """static_budgets.py and most_shared() in dispatch.h say the same of every architecture."""
+    """budgets.py and most_shared() in dispatch.h say the same of every architecture."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler")

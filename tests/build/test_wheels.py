@@ -11,9 +11,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import cuda_wheel
 import pytest
-from cuda_wheel import ROOT, built_for, setup_cuda
+from cuda_code import cuda_wheel
+from cuda_code.cuda_wheel import ROOT, built_for, setup_cuda
 
 from qlora_kernels.native import architectures
 from qlora_kernels.version import BASE
@@ -181,7 +181,7 @@ def test_the_driver_is_reached_only_by_a_cuda_call(tmp_path):
     done = python(
         """
 import os, torch, qlora_kernels as q
-from cuda_calls import call_kernels
+from cuda_code.calls import call_kernels
 from qlora_kernels.native.extension import native
 weight = q.quantize(torch.ones(2, 64))
 weight.dequantize(torch.bfloat16)
@@ -205,7 +205,7 @@ def test_without_a_driver_a_cuda_call_is_an_exception_and_the_process_lives_on(e
     done = python(
         """
 import torch, qlora_kernels as q
-from cuda_calls import call_kernels
+from cuda_code.calls import call_kernels
 from qlora_kernels.native.extension import native
 for _ in range(2):
     try:

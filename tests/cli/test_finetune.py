@@ -8,7 +8,7 @@ import shutil
 import sys
 
 import pytest
-from small_model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
+from small.model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.cli.main import main
 

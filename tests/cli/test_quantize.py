@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from small_model_folder import TINY, model_fixture  # noqa: F401 - fixtures
+from small.model_folder import TINY, model_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.cli.main import main
 from qlora_kernels.cli.quantize import parse_size

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from contract import make_weight, relative_error
-from cuda_calls import call_kernels, weight_of
+from cuda_code.calls import call_kernels, weight_of
 from emulated import counted, emulated, lines, module
 from engines import forced, on_the_cpu
 

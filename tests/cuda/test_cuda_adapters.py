@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from contract import make_weight, relative_error
-from cuda_calls import call_kernels
+from cuda_code.calls import call_kernels
 from emulated import counted, counters, emulated, module
 from engines import ORDERS
 

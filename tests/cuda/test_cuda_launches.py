@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import make_weight, relative_error
-from cuda_calls import call_kernels
+from cuda_code.calls import call_kernels
 
 from bench.emulator import conformance_module
 from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize

@@ -85,6 +85,11 @@ struct Counters {
 Counters counters();
 void reset_counters();
 
+// A thread of this kernel has run to its end.
+void note_kernel(const void* kernel);
+// The kernels of which a thread has run to its end, since the process began.
+std::vector<const void*> kernels_run();
+
 // When a launch runs. kFollowed: held back until the next launch, which may be kEarly. kEarly: starts first; the launch
 // held back runs when a thread calls grid_wait, or, in random order, perhaps before. kInOrder: at once, after the
 // launch held back.

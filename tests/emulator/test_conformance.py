@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from cuda_code.fragments import U32
 from emulated import ROOT, emulated, module
-from fragments import U32
 
 from bench.emulator import conformance_module
 

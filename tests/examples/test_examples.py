@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from small_llama import CONFIG, transformers
+from small.llama import CONFIG, transformers
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "examples"

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from small_runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.finetune import data
 from qlora_kernels.finetune.options import Options

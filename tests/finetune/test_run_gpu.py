@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from small_runs import cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
 
 @pytest.mark.gpu

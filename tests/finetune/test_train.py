@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from small_runs import SMALL, base_in, cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import SMALL, base_in, cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.finetune.options import OPTIMIZERS, Options

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import relative_error
-from small_layers import K, N, assert_same, dense, frozen_bits, layer
+from small.layers import K, N, assert_same, dense, frozen_bits, layer
 from torch import nn
 
 import qlora_kernels

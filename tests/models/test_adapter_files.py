@@ -10,7 +10,7 @@ import pytest
 import torch
 from contract import relative_error
 from safetensors.torch import load_file
-from small_llama import assert_unchanged, llama, logits, quantized, randomize, state
+from small.llama import assert_unchanged, llama, logits, quantized, randomize, state
 from torch import nn
 
 import qlora_kernels

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_llama import assert_unchanged, llama, logits, quantized, state
+from small.llama import assert_unchanged, llama, logits, quantized, state
 
 from qlora_kernels import load_adapter, save_adapter
 

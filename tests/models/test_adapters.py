@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from contract import relative_error
-from small_blocks import IDS, LINEARS, Model, quantize, randomize
+from small.blocks import IDS, LINEARS, Model, quantize, randomize
 
 import qlora_kernels
 from qlora_kernels.models import targets

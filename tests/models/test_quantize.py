@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import relative_error
-from small_blocks import IDS, LINEARS, Model, assert_unchanged, fingerprint, quantize, quantized, with_adapters
+from small.blocks import IDS, LINEARS, Model, assert_unchanged, fingerprint, quantize, quantized, with_adapters
 from torch import nn
 
 import qlora_kernels

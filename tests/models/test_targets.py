@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_blocks import IDS, LINEARS, Model, quantize, quantized, with_adapters
+from small.blocks import IDS, LINEARS, Model, quantize, quantized, with_adapters
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from small_model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
+from small.model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.native import dispatch
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import optimizer_reference as reference
 import pytest
 import torch
+from optimizers import reference
 
 from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.native import extension

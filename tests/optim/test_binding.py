@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from engines import engine_named
-from optimizer_runs import bits, make_fixture, refused  # noqa: F401 - fixtures
+from optimizers.runs import bits, make_fixture, refused  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW

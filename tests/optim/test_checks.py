@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from optimizer_runs import bits, loss_of, make_fixture, net, refused, states, train, trained, values  # noqa: F401 - fixtures
+from optimizers.runs import bits, loss_of, make_fixture, net, refused, states, train, trained, values  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from small_runs import base_in, cache_fixture, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import base_in, cache_fixture, metrics, run_fixture  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion

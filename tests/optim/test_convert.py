@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from optimizer_runs import bits, device_fixture, net, states, train, trained, values  # noqa: F401 - fixtures
+from optimizers.runs import bits, device_fixture, net, states, train, trained, values  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion

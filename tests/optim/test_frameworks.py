@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from optimizer_runs import (  # noqa: F401 - fixtures
+from optimizers.runs import (  # noqa: F401 - fixtures
     assert_close,
     assert_same,
     bits,

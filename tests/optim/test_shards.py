@@ -14,8 +14,8 @@ from engines import engine_named
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-import shard_runs
-from optimizer_runs import KINDS, bits
+from optimizers import shard_runs
+from optimizers.runs import KINDS, bits
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from optimizer_runs import (  # noqa: F401 - fixtures
+from optimizers.runs import (  # noqa: F401 - fixtures
     assert_same,
     bits,
     device_fixture,

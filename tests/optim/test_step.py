@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_runs import assert_close, assert_same, bits, groups, loss_of, make_fixture, net, states, train, values  # noqa: F401 - fixtures
+from optimizers.runs import assert_close, assert_same, bits, groups, loss_of, make_fixture, net, states, train, values  # noqa: F401 - fixtures
 from torch import nn
 from torch.optim import lr_scheduler
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from small_runs import cache_fixture  # noqa: F401 - a fixture
+from small.runs import cache_fixture  # noqa: F401 - a fixture
 
 from bench.studies import ranks
 from bench.studies.rank_options import TARGETS

@@ -12,7 +12,7 @@ import tempfile
 
 import pytest
 import torch
-from optimizer_runs import assert_same, bits, limited, loss_of, make_fixture, net, refused, states, train, trained  # noqa: F401 - fixtures
+from optimizers.runs import assert_same, bits, limited, loss_of, make_fixture, net, refused, states, train, trained  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW

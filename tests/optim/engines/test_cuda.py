@@ -10,8 +10,8 @@ import pytest
 import torch
 from emulated import counters, emulated
 from emulated import module as emulator
-from optimizer_runs import bits, refused
-from paging_runs import STRICT, everything, landing_fixture, least, parameters, small_pages_fixture, steps  # noqa: F401 - fixtures
+from optimizers.paging import STRICT, everything, landing_fixture, least, parameters, small_pages_fixture, steps  # noqa: F401 - fixtures
+from optimizers.runs import bits, refused
 
 from qlora_kernels import PagedAdamW
 from qlora_kernels.ops import backends

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulated import Emulated, emulated, paging
 from emulated import module as emulator
-from paging_runs import PAGE, STRICT, everything, landing_fixture, least, parameters, small_pages_fixture, steps  # noqa: F401 - fixtures
+from optimizers.paging import PAGE, STRICT, everything, landing_fixture, least, parameters, small_pages_fixture, steps  # noqa: F401 - fixtures
 
 from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.ops import backends

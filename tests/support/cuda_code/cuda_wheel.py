@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 if not (ROOT / "setup_cuda.py").exists():
     pytest.skip("there are no sources beside the tests", allow_module_level=True)
 sys.path.append(str(ROOT))

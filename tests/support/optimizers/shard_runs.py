@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from optimizer_runs import KINDS, bits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from optimizers.runs import KINDS, bits
 from qlora_kernels import PagedAdamW, QLinear
 
 # Rows that two processes share unevenly, one row alone, none, more dimensions. In the second list blocks of 256 begin
