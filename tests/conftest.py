@@ -20,7 +20,7 @@ from quick_run import choice, collecting, kernels
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """What a test says about threads is over with it."""
+    """Restores the number of threads after each test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -28,8 +28,8 @@ def _threads():
 
 @pytest.fixture(autouse=True)
 def _signals():
-    """Ctrl-C and a hangup are heard, by a test and what it starts: a shell without job control, and nohup, ignore them
-    in what they run in the background."""
+    """Tests and their children react to Ctrl-C and a hangup: a shell without job control, and nohup, start background
+    jobs with both ignored."""
     heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     ignored = [number for number in heard if signal.getsignal(number) == signal.SIG_IGN]
     for number in ignored:
@@ -60,7 +60,7 @@ def engine(request) -> str:
 
 
 def pytest_configure(config):
-    """What has to be the same in all workers."""
+    """Sets what all workers must share."""
     if hasattr(config, "workerinput"):
         return
     os.environ[choice.VARIABLE] = str(choice.day())
@@ -82,7 +82,7 @@ def for_a_card(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers(config):
-    """Of -n auto: one for each core, up to eight; none for a few tests, or for a card, which they would share."""
+    """For -n auto: one worker per core, up to eight; none for a few tests, or for a card, which they would share."""
     few = any("::" in argument for argument in config.args)
     if few or config.option.usepdb or config.option.collectonly or for_a_card(config):
         return 0
@@ -91,9 +91,9 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks as slow what a quick run leaves to another day.
+    """Marks as slow what a quick run leaves for another day.
 
-    Tests of a card are left out, not skipped, where none is and none was asked for with -m gpu.
+    Without a card, its tests are deselected, not skipped, unless -m gpu asks for them.
     """
     choice.leave_out(items, pytest.mark.slow, choice.day())
     if for_a_card(config):
@@ -154,9 +154,9 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    """After a failure on a card the run ends where the card answers nothing more: all that came after would fail, too.
+    """After a failure on a card the run ends if the card no longer responds: every later test would fail too.
 
-    What was reported until then is kept, the failure included.
+    What was reported so far is kept, including the failure.
     """
     result = yield
     if item.stash.get(_FAILED, False) and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
@@ -169,7 +169,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_collectstart(collector):
-    """Cases that a module draws as it is imported are the same in every run, whatever else is collected."""
+    """Cases that a module draws on import are the same in every run, whatever else is collected."""
     torch.manual_seed(0)
 
 

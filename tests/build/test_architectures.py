@@ -85,12 +85,12 @@ def test_names_of_wheels_are_versions():
         ("100f", (12, 0), False),
         ("100f+PTX", (12, 0), False),
         ("120f", (12, 1), True),
-        # PTX: all that come later, those of another major version as well, and systems on a chip.
+        # PTX: all later ones, those of another major version too, and systems on a chip.
         ("80+PTX", (9, 0), True),
         ("80+PTX", (12, 1), True),
         ("80+PTX", (7, 5), False),
         ("80+PTX", (8, 7), True),
-        # Systems on a chip run no code of a card's, nor the other way round.
+        # Systems on a chip run no code built for cards, nor the other way round.
         ("86", (8, 7), False),
         ("87", (8, 7), True),
         ("87", (8, 9), False),

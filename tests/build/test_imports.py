@@ -1,5 +1,5 @@
 """Imports of qlora_kernels and bench go one way: no module imports itself by a detour, and packages import only those
-below them. An import inside a function or under TYPE_CHECKING counts as any other."""
+below them. An import inside a function or under TYPE_CHECKING counts too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.readme.graph import Arrow, circles, imports, modules  # noqa: E402
 PACKAGES = ("qlora_kernels", "bench")
 
 #: The floors, lowest first. A room may import those below it, and not its neighbours on the same floor. A package's
-#: name stands for all of it but what has an entry of its own; "qlora_kernels" stands for its __init__ alone.
+#: name stands for all modules without an entry of their own; "qlora_kernels" stands for its __init__ alone.
 FLOORS = (
     ("qlora_kernels.errors", "qlora_kernels.version"),
     ("qlora_kernels.native", "qlora_kernels.storage", "qlora_kernels.console"),

@@ -56,7 +56,7 @@ def test_every_folder_has_its_place_and_every_place_is_used():
 
 
 def test_the_declared_order_has_no_circle():
-    """Every folder names those alone that come before it."""
+    """Every folder names only folders before it."""
     order = list(MAY_INCLUDE)
     for place, (name, below) in enumerate(MAY_INCLUDE.items()):
         assert set(below) <= set(order[:place]), name

@@ -1,4 +1,4 @@
-"""What a build makes of QLORA_KERNELS_CUDA_ARCHS, the GPUs and the compiler that are there, or are not."""
+"""What is built for a given QLORA_KERNELS_CUDA_ARCHS, with or without GPUs and a compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bare(monkeypatch, tmp_path):
 
 
 def nvcc_at(folder: Path, release: str = "13.0", codes: str = "75 80 86 89 90 100 120", runtime: bool = True) -> Path:
-    """A toolkit's folder with a stand-in for nvcc that answers as one of some release does."""
+    """A toolkit's folder with a fake nvcc that reports a given release."""
     (folder / "bin").mkdir(parents=True)
     (folder / "lib").mkdir()
     if runtime:
@@ -150,7 +150,7 @@ def test_nvcc_is_looked_for_from_the_nearest_to_the_farthest(tmp_path, monkeypat
 
 
 def test_packages_are_found_from_an_isolated_build(tmp_path):
-    """As in pip's: an interpreter of the environment, whose site-packages are off sys.path; and as in build's."""
+    """pip runs the environment's interpreter with its site-packages off sys.path; with build, VIRTUAL_ENV names it."""
     packages = tmp_path / "lib" / "python3.12" / "site-packages"
     packages.mkdir(parents=True)
     code = (
@@ -249,7 +249,7 @@ def test_setup_py_asks_the_driver(tmp_path):
     assert (done.stdout.strip(), done.stderr) == (f"{BASE}+cu130.sm90a", "")
     done = setup_py("--version", CUDACXX="/no/such/nvcc", **environment)
     assert (done.stdout.strip(), done.stderr) == (BASE, "")
-    # While building it is said, and said once. Without a C++ compiler this goes no further.
+    # The build prints the note, once. Without a C++ compiler the build ends after that.
     done = setup_py("build_ext", CUDACXX="/no/such/nvcc", CXX="/no/such/c++", **environment)
     said = [line for line in done.stderr.splitlines() if "nvcc" in line]
     assert len(said) == 1, done.stderr
@@ -260,7 +260,7 @@ def test_setup_py_asks_the_driver(tmp_path):
 
 
 def test_ccache_is_used_where_it_is(tmp_path):
-    """For C++ and for CUDA, whose compiler here is a stand-in that makes nothing."""
+    """For C++ and for CUDA, whose compiler here is a fake that writes nothing."""
     pybind11 = pytest.importorskip("pybind11")
     tools, log, build = tmp_path / "tools", tmp_path / "log", tmp_path / "build"
     tools.mkdir()
@@ -275,7 +275,7 @@ def test_ccache_is_used_where_it_is(tmp_path):
             *("cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", "-DQLK_CUDA_ARCHS=80;90a"),
             *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
         ],
-        # Of the target's C++ files one; the CUDA files come before.
+        # One of the target's C++ files; the CUDA files come first.
         ["cmake", "--build", build, "--target", f"CMakeFiles/_C.dir/{source}.o"],
     ):
         done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=120)

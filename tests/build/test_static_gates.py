@@ -34,7 +34,7 @@ def code(module) -> list[sass.Function]:
 
 
 def broken(row: dict, budget: Budget) -> list[str]:
-    """What of a row of the table is not as the budget says."""
+    """What in a row of the table exceeds the budget."""
     trap = row["instructions"] <= static.MOST_OF_A_TRAP
     if not budget.runs(row):
         return [] if trap else [f"{row['instructions']} instructions, and it is never launched there"]
@@ -65,7 +65,7 @@ def broken(row: dict, budget: Budget) -> list[str]:
 
 
 def broken_loop(row: dict, budget: Budget) -> list[str]:
-    """What of the main loop is not as the budget says."""
+    """What in the main loop exceeds the budget."""
     if budget.loop is None:
         return ["state a budget of its main loop"] if "step_hmma" in row else []
     if not row.get("step_hmma"):
@@ -136,7 +136,7 @@ def test_the_committed_table_is_of_this_code(report):
 
 @pytest.mark.slow
 def test_readmes_wheel_has_all_architectures_below_30_mib_and_no_spills(report):
-    """bench/results/wheel-all.json: not built here, but like what is built here."""
+    """bench/results/wheel-all.json: not built here, but checked against what is."""
     kept = json.loads((static.FOLDER / "wheel-all.json").read_text())
     assert kept["wheel_bytes"] < 30 * 2**20
     local = architectures.local_version("13.0", architectures.ALL)
@@ -287,7 +287,7 @@ def test_each_gate_closes(change, message):
 
 
 def test_what_is_never_launched_has_no_code():
-    """For want of shared memory, or of tensor cores that take bf16."""
+    """Because shared memory is too small, or the tensor cores don't take bf16."""
     roomy = replace(BUDGET, shared=100 * 1024)
     for arch, shared, goes in (("sm_89", 99, True), ("sm_89", 100, False), ("sm_80", 100, True), ("sm_75", 65, False)):
         row = {**GOOD, "arch": arch, "shared_static": 0, "shared_dynamic": shared * 1024}

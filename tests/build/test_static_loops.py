@@ -110,7 +110,7 @@ def test_decoding_that_every_step_does_counts_fully():
 
 
 def test_tables_in_shared_memory():
-    """Look-ups are loads then, and decoding may stand in one block of code with all the rest."""
+    """Look-ups are loads then, and decoding may share one block of code with the rest."""
     listing = """
 step:
     LDS.128 R20, [R9]

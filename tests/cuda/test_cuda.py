@@ -87,7 +87,7 @@ def test_tensors_that_lie_on_no_16_bytes(cuda_engine, dtype, offset):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_more_weights_than_32_bits_count(cuda_engine, dtype):
-    # 2^31 + 3 * 2^16 weights, of which only the last rows are looked at: the rest is never touched.
+    # 2^31 + 3 * 2^16 weights. Only the last rows are decoded; the rest is never touched.
     n, k = 2**15 + 3, 2**16
     blocks = n * k // 64
     packed = torch.zeros(n * k // 2, dtype=torch.uint8)
@@ -156,7 +156,7 @@ def test_errors_of_the_launchers_say_where(cuda_engine):
 
 
 def test_a_weight_that_is_not_finite_decodes_to_nan_and_no_neighbour_does(cuda_engine):
-    # What a captured graph would give, where nothing can be refused.
+    # As in a captured graph, which cannot refuse anything.
     weight = torch.randn(4, 256)
     weight[1, 70] = torch.inf
     packed, absmax = ops.quantize(weight, "weight")

@@ -29,7 +29,7 @@ class Layer:
     def __init__(self, m, n, k, r, dropout=0.0, dtype=torch.bfloat16):
         self.weight = make_weight(n, k)
         self.x, self.dy, self.u = (torch.randn(*s).to(dtype) for s in ((m, k), (m, n), (m, r)))
-        # Of float32 are the gradients then, too.
+        # The gradients are float32 then, too.
         self.A, self.B = (torch.randn(*s).to(dtype).float() for s in ((r, k), (n, r)))
         self.seed, self.dropout, self.scaling = torch.tensor([SEED]), dropout, 0.7
         mask = reference.dropout_mask(m, k, dropout, self.seed, self.x.device)
@@ -52,7 +52,8 @@ class Layer:
         )  # fmt: skip
 
     def unsure_v(self):
-        """By how much the elements of v may differ that lie between two neighbours of its dtype, to float32 sums."""
+        """How much elements of v may differ that fall between two values of its dtype, within the error of float32
+        sums."""
         if self.x.dtype == torch.float32:
             return torch.zeros_like(self.exact_v)
         scale = self.scaling / (1 - self.dropout)
@@ -61,8 +62,8 @@ class Layer:
         return high - low
 
     def check(self, case: str, dA=True, dB=True) -> None:
-        # u and v are rounded once. dA is held against the v that has been rounded; where a sum in another order may
-        # fall to the other side, by as much as that makes.
+        # u and v are rounded once. dA is compared with the rounded v; where another order of summation may round to the
+        # other side, by that much more.
         epsilon = torch.finfo(self.x.dtype).eps
         results = {"u": (self.forward(), self.exact_u, max(epsilon / 2 * 1.01, 1e-6))}
         _, da, db = self.backward(dA=dA, dB=dB)
@@ -136,8 +137,8 @@ def test_the_bits_do_not_depend_on_the_order(r, shared, multiprocessors):
 @pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors", [2, 64])
 def test_rows_that_take_more_than_one_launch(multiprocessors):
-    # Copies of v in scratch would exceed 16 MiB; the gradient of the second launch adds to the first one's, in place or
-    # in parts.
+    # Copies of v in scratch would exceed 16 MiB; the second launch adds its gradient to the first one's, in place or in
+    # parts.
     m, n, k, r = 16500, 64, 64, 256
     with emulated(find_races=False, multiprocessors=multiprocessors):
         layer = Layer(m, n, k, r)
@@ -259,7 +260,7 @@ def test_a_gradient_that_lies_on_no_8_bytes():
 
 
 def shifted(tensor):
-    """A copy that lies on the size of an element and no more."""
+    """A copy aligned to its element size and no more."""
     room = tensor.new_empty(tensor.numel() + 1)[1:]
     return room.copy_(tensor.flatten()).view(tensor.shape)
 
@@ -267,7 +268,7 @@ def shifted(tensor):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "k", "r"), [(64, 128, 8), (7, 101, 3), (33, 64, 1)])
 def test_adapters_in_another_type_are_rounded_as_a_cast_rounds(cuda_engine, dtype, n, k, r):
-    """And gradients come in the adapters' types, float32 ones unrounded; whichever of the two has which."""
+    """Gradients have the adapters' types, float32 ones unrounded, for any mix of the two."""
     layer = Layer(9, n, k, r, 0.3, dtype)
     layer.A, layer.B = (torch.randn(*s) for s in ((r, k), (n, r)))
     layer.A[0, 0] = -0.0

@@ -120,7 +120,7 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     memory = {place: t for place, t in counts["global"].items() if place.startswith("rows64.cuh")}
     loads = lines(counts["global"], "rows64.cuh", "load").values()
     assert [t["bytes"] for t in loads if t["bytes"] == 256 * t["requests"]] == [n * k // 2], "codes, once"
-    # Of eight rows 32 bytes each; x, 512 bytes of a row; results, 256 bytes of a row.
+    # 32 bytes from each of eight rows; x, 512 bytes of a row; results, 256 bytes of a row.
     for t in memory.values():
         if t["bytes"] >= 256 * t["requests"]:
             assert t["actual"] == t["minimum"], "sectors"
@@ -173,7 +173,7 @@ def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
     assert counts["launches"] == 1
     memory = lines(counts["global"], "rows8.cuh", "load") | lines(counts["global"], "rows8.cuh", "store")
     codes = max(memory.values(), key=lambda t: t["bytes"])
-    # After its last group every lane asks four times for what is not there, and gets something else.
+    # After its last group every lane prefetches four times past the end; such a load goes to another address.
     assert codes["bytes"] == n * k // 2 + 2 * 512 * 4 * 16
     wide = {place: t for place, t in memory.items() if t["bytes"] == 512 * t["requests"]}
     assert len(wide) == 2, "codes and x"
@@ -184,6 +184,6 @@ def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
     x_loads = max((t for t in shared.values() if t is not pairs), key=lambda t: t["bytes"])
     for t in (pairs, x_loads, *lines(counts["shared"], "rows8.cuh", "store").values()):
         assert t["actual"] == t["minimum"], "bank conflicts"
-    # Of random codes: 16 of the 256 entries for each request.
+    # With random codes: 16 of the 256 entries for each request.
     constants = next(t for t in shared.values() if t["bytes"] == pairs["bytes"] // 16 // 4 * 2)
     assert constants["actual"] < 1.5 * constants["minimum"]

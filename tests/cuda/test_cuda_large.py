@@ -1,4 +1,4 @@
-"""The layer on a card at the sizes of a model's layers: what the emulator is too slow for."""
+"""The layer on a card at real model sizes, for which the emulator is too slow."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qlora_kernels.ops.backends import reference
 N = K = 4096
 ROWS = (1, 4, 16, 64, 512)
 REPEATS = 10
-#: Of a result in 16 bits with an adapter, whose u or v is rounded once more.
+#: For a 16-bit result with an adapter, whose u or v is rounded once more.
 ALLOWED = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 @pytest.fixture(autouse=True)
 def _whole_sums():
-    """torch's products add up in float32, as the contract's dense layer does, and not in their own dtype."""
+    """torch's products accumulate in float32, as the contract's dense layer does, not in their own dtype."""
     settings = torch.backends.cuda.matmul
     names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
     before = {name: getattr(settings, name) for name in names}

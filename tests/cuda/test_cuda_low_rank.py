@@ -63,7 +63,7 @@ def test_dx_with_an_adapter_has_the_error_of_one_dense_product(monkeypatch, kern
     monkeypatch.setenv(FORCED, kernel)
     with emulated(ORDERS[r % 3], seed=r):
         dx = backward(dy, weight, k, x, torch.zeros(m, r, dtype=dtype), A, B)[0]
-    v = (0.5 * (dy.double() @ B.double())).to(dtype)  # as the kernel rounds it, but for a few of its last bits
+    v = (0.5 * (dy.double() @ B.double())).to(dtype)  # as the kernel rounds it, up to a few last bits
     both = torch.cat([dy, v], 1), torch.cat([weight.dequantize(dtype), A], 0)
     exact = both[0].double() @ both[1].double()
     assert_within_contract(dx, both[0] @ both[1], exact, f"{kernel}, r = {r}, {dtype}")
@@ -72,7 +72,7 @@ def test_dx_with_an_adapter_has_the_error_of_one_dense_product(monkeypatch, kern
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", TILES)
 def test_the_mask_of_dx_is_that_of_the_cpu(monkeypatch, kernel, dtype):
-    """Every element: with a weight of zeros dx is zero where the adapter's part is dropped, and only there."""
+    """Checks every element: with a weight of zeros, dx is zero exactly where the adapter's part is dropped."""
     m, n, k, r = TILES[kernel], 24, 320, 72
     weight = quantize(torch.zeros(n, k))
     x, dy, A, B, seed = layer(m, n, k, r, dtype)
@@ -209,7 +209,7 @@ def test_nothing_else_begins_early(dtype, architecture, k, r):
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (True, True, False), (True, False, True)])
 def test_dx_with_some_of_the_other_gradients(wanted):
-    """What comes right before it, and whether it makes v, differs."""
+    """The launch before it differs, and whether that computes v."""
     m, n, k, r = 60, 72, 192, 16
     weight = make_weight(n, k)
     x, dy, A, B, _ = layer(m, n, k, r, torch.bfloat16)

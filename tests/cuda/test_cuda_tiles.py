@@ -48,7 +48,7 @@ def test_the_tensor_cores_kernels_keep_the_contract(cuda_engine, shape, dtype):
     "kernel", ["tiles16", "tiles32", "tiles64", "tiles128wide", "tiles128", "tiles128x3", "floats"]
 )
 def test_every_kernel_keeps_the_contract_where_it_is_forced(cuda_engine, monkeypatch, kernel):
-    # What the table would not choose for such a weight, too: two tiles down and three across, or less.
+    # Also where the table would not choose it: two tiles down and three across, or fewer.
     monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
     n, k, m = 264, 320, 131 if kernel != "tiles16" else 30
     weight = make_weight(n, k)

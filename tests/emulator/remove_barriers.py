@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# One thread each: a fork of a process that has had more would wait for threads that are not there.
+# One thread each: a child forked from a process with more would wait for threads that it lacks.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest

@@ -18,7 +18,7 @@ SPECIAL = (0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 1, 0x8000
 SPECIAL += (0x477FE000, 0x477FEFFF, 0x477FF000, 0x33800000, 0x33000000, 0x33000001, 0x387FC000, 0x38800000)
 ROUNDS = 64  # sets of operands for each
 ROUGH = 32  # of a product on tensor cores, those whose sums round; the others' are exact on any card
-#: Functions of ptx.cuh that have no kernel here, by how they begin, and why. They give no value: they say who waits.
+#: Functions of ptx.cuh without a kernel here, by prefix: they return no value, they only order execution.
 CONTROL = {
     "bar_": "named barriers are of several warps; the emulator's own samples (test_emulator.py) hold them",
     "griddep_": "what they order lies in two launches",
@@ -234,11 +234,11 @@ EXPECTED = {
 
 
 def same(actual: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) -> None:
-    """The same bits; of a float's NaN only that it is one, for processors differ in which.
+    """The same bits, except that any NaN matches any other: processors differ in which they produce.
 
     How tensor cores round within a product is not specified. A card aligns the addends to the largest, cuts off what
     lies below its last bits, and cuts the sum: each of 17 addends loses at most some 2^-24 of that. Where nothing is
-    cut, the bits.
+    cut, the bits match.
     """
     if name in DTYPES:
         sizes = (np.abs(operand[:ROUGH]) for operand in of_mma(given, DTYPES[name]))
@@ -298,7 +298,7 @@ def test_a_product_that_cuts_its_addends_passes_and_a_wrong_one_does_not(name):
 
 
 def test_every_function_of_ptx_has_a_twin_and_a_kernel_here():
-    """A new instruction does not go unseen."""
+    """So a new instruction cannot be forgotten."""
     cuda, twins, kernels = (
         (ROOT / path).read_text()
         for path in ("csrc/cuda/device/ptx.cuh", "tests/emulator/ptx.cuh", "tests/emulator/conformance.cu")

@@ -88,7 +88,7 @@ def span_of(name: str) -> int:
 
 
 def order_in_shared_memory(name: str) -> np.ndarray:
-    """Of each 16-bit element of a box's memory, which of its elements lies there."""
+    """For each 16-bit slot of a box's memory, the element that lies there."""
     span = span_of(name)
     place = np.arange(BOX_ROWS * span // 2) * 2
     mask = 0 if "plain" in name else {32: 1, 64: 3, 128: 7}[span]
@@ -96,7 +96,7 @@ def order_in_shared_memory(name: str) -> np.ndarray:
 
 
 def boxes(name: str):
-    """Of each corner, the rows and columns of a box, and which of its elements are in the tensor."""
+    """For each corner, the rows and columns of a box, and which of its elements are in the tensor."""
     width = span_of(name) // 2
     for column, row in CORNERS:
         rows, columns = np.meshgrid(np.arange(BOX_ROWS) + row, np.arange(width) + column, indexing="ij")
@@ -148,7 +148,7 @@ def expected_product(name, x):
 
 
 def bound(name, x):
-    """Of the error, where each of the addends is cut to 24 bits of the largest, several times."""
+    """A bound on the error where each addend is cut to 24 bits of the largest, several times."""
     a, b, c = matrices(name, x)
     size = np.abs(a) @ np.abs(b).T
     if c is None:
@@ -227,7 +227,7 @@ def test_every_function_of_ptx_sm90_has_a_twin_and_is_used_here():
     )
     names = set(re.findall(r"^QLK_DEVICE [\w*]+ (\w+)\(", cuda, re.MULTILINE))
     assert {"wgmma_ss", "tensor_load", "mbarrier_wait", "cluster_map", "setmaxnreg_dec"} <= names
-    # Registers are nothing that a result shows.
+    # No result shows how many registers there are.
     unused = {"setmaxnreg_inc", "setmaxnreg_dec"}
     for name in sorted(names):
         assert re.search(rf"^(?:inline )?[\w*]+ {name}\(", twins, re.MULTILINE), f"{name} has no twin"

@@ -1,4 +1,4 @@
-"""The emulator itself: what it computes is right, what is wrong it finds, and what it counts is what happened."""
+"""The emulator itself: its results are right, it finds faults, and its counts are true."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(name, data=None, output=64, threads=64, blocks=1, **options):
 
 
 def every_way(landings=("latest",)):
-    """All orders and landings, several seeds where there is chance in it."""
+    """All orders and landings, with several seeds where they are random."""
     for order in ORDERS:
         for landing in landings:
             for seed in SEEDS if "random" in (order, landing) else (0,):
@@ -176,7 +176,7 @@ FAULTS = {
 def test_faults_are_errors_with_their_place(name, order):
     with pytest.raises(module().EmulatorError, match=FAULTS[name]):
         run(name, threads=128, output=128, order=order)
-    # And the emulator goes on.
+    # And the emulator still works.
     assert run("reverse", DATA, order=order) == DATA[::-1]
 
 

@@ -1,4 +1,4 @@
-"""The emulator on what came with sm_90: mbarriers, bulk copies, clusters, products of warpgroups.
+"""The emulator on the features of sm_90: mbarriers, bulk copies, clusters, warpgroup products.
 
 Kernels that are right, the same with one of their parts missing, and small ones with one fault each.
 """
@@ -56,7 +56,7 @@ def test_right_kernels_are_right_every_way(name):
         assert run(f"{name} kNone", **options) == OPERANDS[name][1], options
 
 
-#: What is said of a kernel that lacks a part, whatever the order.
+#: The error for a kernel that lacks a part, in any order.
 MISSING = {
     "product kInitFence": "no fence has made visible to the asynchronous proxy",
     "product kInitBarrier": "a race|has not initialised",
@@ -142,7 +142,7 @@ FAULTS = {
     "arrives at one that may have ended": "uses shared memory of block 1 of the cluster, and nothing orders|has ended",
     "told only copies": "a race: it writes",
 }
-#: Seen only where copies and products are late: else they have ended before anybody could mind.
+#: Seen only where copies and products are late: otherwise they have ended before it matters.
 LATE = {"copy left", "sums too early", "fragment too early"}
 
 

@@ -40,7 +40,7 @@ def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_nf4_recovers_what_16_bit_lora_gains(run, tmp_path, monkeypatch):
-    """QLoRA's claim, on held-out text, with enough training for a gain far above what the seed changes."""
+    """QLoRA's claim, on held-out text, trained until the gain is far above the differences between seeds."""
     small = [
         *("--tiny-hidden", "128", "--tiny-layers", "1", "--tiny-seq-len", "64", "--pretrain-steps", "60"),
         *("--steps", "140", "--seq-len", "64", "--batch-size", "4", "--rank", "8", "--save-every", "0"),

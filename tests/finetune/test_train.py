@@ -78,7 +78,7 @@ def test_paged_adamw_trains_as_torch_does(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_lion"])
 def test_the_other_optimizers_learn(run, tmp_path, name):
-    """Whatever text this Python's library makes: the adapters gain 0.02 to 0.03 in 160 steps."""
+    """On whatever text this Python's library has: the adapters gain 0.02 to 0.03 in 160 steps."""
     small = [*SMALL, "--pretrain-steps", "40", "--steps", "160", "--save-every", "0", "--compare"]
     assert run("--optim", name, small=small, cached=False) == 0
     pretraining = json.loads((base_in(tmp_path / "out") / "pretraining.json").read_text())["losses"]

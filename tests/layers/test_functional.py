@@ -354,7 +354,7 @@ def test_what_works_under_torch_func(weight):
 
 
 class Watched(torch.Tensor):
-    """A subclass that notes which operations it takes part in."""
+    """A subclass that records the operations it takes part in."""
 
     seen: ClassVar[set[str]] = set()
 
@@ -366,7 +366,7 @@ class Watched(torch.Tensor):
 
 
 def test_the_dispatcher_is_skipped_only_where_it_is_idle(weight, monkeypatch):
-    """Whoever looks at operations sees these, and gets the same numbers."""
+    """Modes and subclasses still see the operations, and results stay the same."""
     names = {"qlora_kernels::linear_forward", "qlora_kernels::linear_backward"}
     called = []
 

@@ -197,7 +197,7 @@ def test_a_device_without_kernels_changes_nothing(monkeypatch):
 
 
 def fail_at(monkeypatch, count, error):
-    """Lets quantization fail at its ``count``-th layer."""
+    """Makes quantization fail at its ``count``-th layer."""
     original, calls = QLinear.from_linear.__func__, []
 
     def from_linear(cls, *args, **kwargs):
@@ -299,7 +299,7 @@ def test_a_model_trains_with_checkpointing_and_autocast():
 
 
 def test_torchs_own_transformer_runs_in_both_modes():
-    """Its fast path for inference reads linear1.weight and linear2.weight past the modules."""
+    """Its fast path for inference reads linear1.weight and linear2.weight directly, bypassing the modules."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), num_layers=2)
     assert len(quantize(model).quantized) == 4
     x = torch.randn(5, 3, 64)

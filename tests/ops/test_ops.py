@@ -23,9 +23,8 @@ RANKS = (0, 1, 8, 17, 40, 130)
 
 
 def rows_for(engine: str, case: int, rows=ROWS) -> tuple[int, ...]:
-    """Fewer on the emulator, where threads take their turns: what differs there is the tile and its edge.
-
-    Each order takes one of these, and another one of the next case.
+    """Fewer on the emulator, which is slow: only the tile and its edge matter there. Each order takes one of these, a
+    different one in the next case.
     """
     if not engine.startswith("emulated-"):
         return rows
@@ -238,7 +237,7 @@ def test_tiny_and_huge_constants(engine, scale):
                 (forward(x, weight)[0], x.double() @ dense.T),
                 (backward(dy, weight)[0], dy.double() @ dense),
             ):
-                # Processors' bf16 products flush subnormal inputs; what they lose must not be seen against normal ones.
+                # Processors' bf16 products flush subnormal inputs; against normal ones that loss must not show.
                 if scale < 1e-38 and dtype == torch.bfloat16:
                     assert torch.isfinite(actual).all()
                 else:
@@ -282,7 +281,7 @@ def test_scratch_stays_below_8_mib_a_thread(isa, m):
         assert 0 < native.scratch_peak_bytes(True) <= 8 << 20
 
 
-# Each dtype and each form of the constants once: what an operation is registered with asks for no more.
+# Each dtype and each form of the constants once: registration depends on nothing else.
 @pytest.mark.share(2)
 @pytest.mark.parametrize(("dtype", "double_quant"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_opcheck(dtype, double_quant):

@@ -1,4 +1,4 @@
-"""What is kept of a weight from call to call: its checks, and the struct that the kernels are given."""
+"""What is cached for a weight between calls: its checks, and the struct that the kernels take."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_layouts_of_parameters_and_gradients(engine, state_bits):
     ]
 
     def in_memory(tensor):
-        """The elements in the order in which they lie in memory; blocks of 8-bit states run through that."""
+        """The elements in memory order, which the blocks of 8-bit states follow."""
         return tensor.detach().as_strided((tensor.numel(),), (1,))
 
     twins = [torch.nn.Parameter(in_memory(p).clone()) for p in params]

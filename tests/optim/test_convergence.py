@@ -51,7 +51,7 @@ def test_8_bits_learn_as_well_as_32(kind):
 # Small enough that 150 steps take seconds, and large enough that a coarse second moment shows.
 TINY = [
     *("--tiny-hidden", "128", "--tiny-layers", "1", "--tiny-seq-len", "64", "--pretrain-steps", "100"),
-    *("--pretrain-seconds", "1000"),  # a busy machine should take as many steps
+    *("--pretrain-seconds", "1000"),  # the same number of steps on a busy machine
 ]
 
 

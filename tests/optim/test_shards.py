@@ -1,4 +1,4 @@
-"""Paged optimizers of sharded parameters (DTensors, as in FSDP2); two processes run what shard_runs.py has."""
+"""Paged optimizers of sharded parameters (DTensors, as in FSDP2); two processes run the scenarios of shard_runs.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qlora_kernels.optim import shards
 
 @pytest.fixture(scope="module", name="folder")
 def folder_fixture(tmp_path_factory):
-    """Where two processes have done everything that shard_runs has."""
+    """The folder in which two processes ran all scenarios of shard_runs."""
     import torch.distributed.checkpoint as dcp
 
     folder = tmp_path_factory.mktemp("shards")

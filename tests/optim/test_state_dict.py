@@ -191,7 +191,7 @@ def of_another_shape(saved, key):
     entry[name] = torch.zeros(41, 8, dtype=entry[name].dtype)
 
 
-#: What is wrong, done to a state dict of AdamW's with 32 or 8 bits, and what the sentence says.
+#: A fault put into a state dict of AdamW with 32 or 8 bits, and what the error says.
 DAMAGES = {
     "shape": (
         lambda s: of_another_shape(s, 5),

@@ -1,4 +1,4 @@
-"""Steps of a paged optimizer among what torch users have: schedulers, groups, gradients, closures, hooks."""
+"""Steps of a paged optimizer with schedulers, groups, gradients, closures and hooks, as torch users have them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arena in the host's memory, and what the system has left of it."""
+"""The arena in host memory, and how much memory the system has left."""
 
 from __future__ import annotations
 

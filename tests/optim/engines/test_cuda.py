@@ -93,7 +93,7 @@ def test_the_emulator_has_no_memory_in_a_capture():
 
 
 def broken(**options):
-    """An optimizer of which a step has gone through all stretches but the last, with the states from before it."""
+    """An optimizer whose step failed before the last stretch, and the states from before it."""
     params = parameters()
     ours = PagedAdamW(params, page_budget=least(PagedAdamW, parameters()), **options)
     steps(ours, params, 2)

@@ -24,7 +24,7 @@ CASES = [
 
 @functools.cache
 def without_budget(case: int) -> tuple[list[bytes], int]:
-    """What three steps of a case give when everything stays on the device, and the arena's bytes."""
+    """The result of three steps with everything on the device, and the arena's bytes."""
     kind, options, dtype = CASES[case]
     params = parameters(dtype)
     optimizer = kind(params, **options)

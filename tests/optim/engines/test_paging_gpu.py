@@ -1,6 +1,6 @@
 """A paged optimizer's memory, streams and graphs on a card, with a few MiB of managed memory at a time.
 
-Tests that the emulator can run, too, run on both.
+Tests that the emulator can run as well run on both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = [
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where the parameters are: on the CPU, whose tensors go to the emulator, and on a card."""
+    """Where the parameters are: on the CPU, for the emulator, or on a card."""
     monkeypatch.delenv("QLORA_KERNELS_MANAGED", raising=False)
     if request.param == "cuda":
         yield "cuda"
@@ -67,7 +67,7 @@ def everything(optimizer, params):
 
 
 def expected(kind, device, dtype, count=3, **options):
-    """What steps without a budget give, and the arena's bytes."""
+    """The result of steps without a budget, and the arena's bytes."""
     params = parameters(device, dtype)
     unbudgeted = kind(params, **options)
     steps(unbudgeted, params, count)
@@ -126,7 +126,7 @@ def test_pages_go_and_come(device):
 
 
 def asked_for(address: int, count: int) -> int:
-    """Where the driver was last asked to bring these bytes: the card's number, or -1 for the host."""
+    """Where the driver was last asked to move these bytes: the card's number, or -1 for the host."""
     where = ctypes.c_int(-3)
     last_prefetch_location = 4  # CU_MEM_RANGE_ATTRIBUTE_LAST_PREFETCH_LOCATION, cuda.h
     status = ctypes.CDLL("libcuda.so.1").cuMemRangeGetAttribute(

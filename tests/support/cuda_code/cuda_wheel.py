@@ -58,7 +58,7 @@ def _built() -> Path:
 
 
 def _build(out: Path) -> None:
-    # A copy, so that the tree's own build and metadata stay as they are; kept, so that only what changed is compiled.
+    # A copy, so that the tree's own build and metadata stay unchanged; kept, so that only changes are compiled.
     source = FOLDER / "source"
     for name in ("csrc", "qlora_kernels"):
         shutil.rmtree(source / name, ignore_errors=True)

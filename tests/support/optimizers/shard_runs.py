@@ -47,7 +47,7 @@ def both(make, shapes, placements, mesh, dtype=torch.float32, **options):
 
 
 def give(whole, cut, step: int, integers: bool = False) -> None:
-    """The same gradients to both."""
+    """Sets the same gradients on both."""
     generator = torch.Generator().manual_seed(100 + step)
     for p, q in zip(whole, cut):
         grad = torch.randn(p.shape, generator=generator)
@@ -281,7 +281,7 @@ def a_checkpoint_of_two_processes(rank, folder):
         if rank == 0:
             torch.save({"model": weights, "states": states}, f"{folder}/{name}.pt")
         assert (whole_states(optimizer), [bits(full(p)) for p in model.parameters()]) == before
-        # A later run of two processes.
+        # Another run of two processes, later.
         later, resumed = sharded(**options)
         with torch.no_grad():
             for p, q in zip(later.parameters(), model.parameters()):
@@ -433,5 +433,5 @@ def work(rank: int, folder: str) -> None:
     Path(f"{folder}/{rank}.json").write_text(json.dumps(outcomes))
     if not any(outcomes.values()):
         dist.barrier()  # neither process leaves while the other still waits for an answer
-    # Without what happens at the end of Python: gloo's threads outlive their groups there, now and then, which aborts.
+    # Skips the interpreter's shutdown: gloo's threads sometimes outlive their groups there, which aborts.
     os._exit(0)
