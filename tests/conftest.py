@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 # Before torch is imported. A worker of xdist has one core: a test that wants more threads asks for them.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -15,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from engines import ENGINES, ISAS, engine_named
-from quick_run import choice, collecting, kernels
+from quick_run import choice, collecting
 
 
 @pytest.fixture(autouse=True)
@@ -106,36 +105,6 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection():
     with collecting.builds_nothing():
         return (yield)
-
-
-# ------------------------------------------------------------------------------- which kernels a run has executed
-
-
-_SEEN = pytest.StashKey[list]()
-_MISSED = pytest.StashKey[list]()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    node.config.stash.setdefault(_SEEN, []).append(getattr(node, "workeroutput", {}).get("kernels", {}))
-
-
-def pytest_sessionfinish(session, exitstatus):
-    """A run of all tests, quick or not, fails where it has left out a CUDA kernel."""
-    config = session.config
-    if hasattr(config, "workeroutput"):
-        config.workeroutput["kernels"] = kernels.seen_here()
-    elif exitstatus == pytest.ExitCode.OK and kernels.runs_all_tests(config, Path(__file__).resolve().parent):
-        config.stash[_MISSED] = kernels.missed([*config.stash.get(_SEEN, []), kernels.seen_here()])
-        if config.stash[_MISSED]:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if missed := config.stash.get(_MISSED, []):
-        terminalreporter.section("CUDA kernels that no test has run on the emulator", red=True)
-        for name in missed:
-            terminalreporter.line(name)
 
 
 # ---------------------------------------------------------------------------------------------- when a card fails

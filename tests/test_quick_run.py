@@ -1,24 +1,17 @@
-"""What `pytest` leaves to `pytest -m ""`, that collecting builds nothing, and that every CUDA kernel is run
-(tests/support/quick_run)."""
+"""What `pytest` leaves to `pytest -m ""` (tests/support/quick_run/choice.py), and that collecting builds nothing."""
 
 from __future__ import annotations
 
 import collections
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from emulated import emulated, module
 from engines import ORDERS
-from quick_run import kernels
 from quick_run.choice import Case, case_of, left_out
 from quick_run.collecting import builds_nothing
-
-from qlora_kernels import quantize
 
 HERE = Path(__file__).resolve().parent
 ISAS = ("best", "better", "portable")
@@ -99,61 +92,13 @@ def test_a_build_while_collecting_is_an_error(command):
         subprocess.run([sys.executable, "-c", ""], check=True)
 
 
-def pytest_in(folder: Path, code: str, *options: str) -> subprocess.CompletedProcess:
-    """A run of all tests in a folder that has this tests' conftest.py and one test file."""
-    (folder / "conftest.py").write_text((HERE / "conftest.py").read_text())
-    (folder / "test_it.py").write_text(code)
-    command = [sys.executable, "-m", "pytest", "-c", HERE.parent / "pyproject.toml", folder, *options]
+def test_a_module_that_builds_while_it_is_imported_is_not_collected(tmp_path):
+    (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text("import emulated\nemulated.module()\n\ndef test_a():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-n0", "--collect-only", "-c", HERE.parent / "pyproject.toml", tmp_path]
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "QLORA_KERNELS_EMU"))
     }
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def test_a_module_that_builds_while_it_is_imported_is_not_collected(tmp_path):
-    done = pytest_in(
-        tmp_path, "import emulated\nemulated.module()\n\ndef test_a():\n    pass\n", "-n0", "--collect-only"
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "collecting tests runs cmake" in done.stdout, done.stdout + done.stderr
     assert done.returncode != 0
-
-
-# ------------------------------------------------------------------------------------------------ every CUDA kernel
-
-
-def test_every_kernel_of_the_sources_is_listed():
-    listed = {name.partition("<")[0] for name in kernels.compiled(module().__file__).values()}
-    sources = "".join(path.read_text() for path in (HERE.parent / "csrc" / "cuda").rglob("*.cu*"))
-    declared = re.findall(r"__global__[^{;]*?\b(\w+)\(const __grid_constant__", sources)
-    assert len(declared) == sources.count("__global__")
-    assert listed == set(declared)
-
-
-def test_a_kernel_that_has_ended_is_seen():
-    with emulated():
-        quantize(torch.randn(8, 64).half())
-    assert kernels.seen_here()["quantize_kernel<emu::Half>"]
-
-
-def test_a_kernel_that_no_process_has_run_is_missed():
-    assert kernels.missed([{"a": True, "b": False}, {}, {"a": False, "b": True}]) == []
-    assert kernels.missed([{"a": True, "b": False}, {}, {"a": True, "b": False}]) == ["b"]
-    assert kernels.missed([{}, {}]) == ["all: no test has loaded the emulator"]
-
-
-@pytest.mark.parametrize(("options", "fails"), [(["-n1"], True), (["-n0", "-k", "it"], False)])
-def test_a_run_of_all_tests_fails_where_a_kernel_is_missed(tmp_path, options, fails):
-    code = """
-import torch
-from emulated import emulated
-from qlora_kernels import quantize
-
-def test_it():
-    with emulated():
-        quantize(torch.randn(8, 64))
-"""
-    done = pytest_in(tmp_path, code, *options)
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
-    assert (done.returncode != 0) == fails
-    assert ("\ngemm_kernel<" in done.stdout) == fails
-    assert "\nquantize_kernel<float>" not in done.stdout

@@ -1,8 +1,6 @@
 // Launches: which blocks are on the device, and how a deadlock is found.
 #include <algorithm>
-#include <mutex>
 #include <numeric>
-#include <set>
 
 #include "block.h"
 #include "managed.h"
@@ -174,27 +172,7 @@ void check_configuration(Dim3 grid, Dim3 block, size_t shared_bytes) {
     }
 }
 
-std::mutex kernels_mutex;
-std::set<const void*>& kernels() {
-    static std::set<const void*> all;
-    return all;
-}
-
 }  // namespace
-
-void note_kernel(const void* kernel) {
-    // Each thread ends here, so only when the kernel changes is the lock taken.
-    static thread_local const void* last = nullptr;
-    if (kernel == last) return;
-    last = kernel;
-    const std::lock_guard<std::mutex> lock(kernels_mutex);
-    kernels().insert(kernel);
-}
-
-std::vector<const void*> kernels_run() {
-    const std::lock_guard<std::mutex> lock(kernels_mutex);
-    return {kernels().begin(), kernels().end()};
-}
 
 void forget_held() { held() = nullptr; }
 

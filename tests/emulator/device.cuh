@@ -379,7 +379,7 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
         {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes,
         [=] {
             kernel(params);
-            emu::note_kernel(reinterpret_cast<const void*>(kernel));
+            emu::count_kernel(reinterpret_cast<const void*>(kernel));
         },
         start);
 }

@@ -84,10 +84,7 @@ struct Counters {
 // What has been counted since the last reset.
 Counters counters();
 void reset_counters();
-
-// A thread of this kernel has run to its end.
-void note_kernel(const void* kernel);
-// The kernels of which a thread has run to its end, since the process began.
+// The kernels of which a thread has run to its end since then.
 std::vector<const void*> kernels_run();
 
 // When a launch runs. kFollowed: held back until the next launch, which may be kEarly. kEarly: starts first; the launch
@@ -139,6 +136,8 @@ void exchange(Kind kind, const void* address, Site site);
 void fence(Site site);
 // Counts an instruction by class, once for each thread.
 void count(const char* instruction, Site site);
+// The running thread has come to the end of this kernel.
+void count_kernel(const void* kernel);
 
 // barrier.cta.sync id, threads: waits until that many threads have arrived (0: all threads of the block still running).
 void barrier(int id, int threads, Site site);

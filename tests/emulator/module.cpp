@@ -70,7 +70,7 @@ PYBIND11_MODULE(_emulated, m) {
             }
             return offsets;
         },
-        "The kernels that have run in this process, as addresses in the module's file: nm gives their names.");
+        "The kernels that have run since reset_counters(), as addresses in the module's file: nm gives their names.");
     qlk::conformance::bind_conformance(m);
     qlk::conformance::bind_sm90(m);
     m.def("samples", &emu::samples, "Names of the kernels that test the emulator.");

@@ -1,1 +1,1 @@
-"""What a quick run does: which tests it takes, and which kernels these run."""
+"""Which tests a quick run takes, and that collecting them builds nothing."""
