@@ -1,5 +1,7 @@
-"""Every CUDA kernel, each instance of its template, runs on the emulator in every quick run, whatever the day: these cases
-have no order to choose and no share. They are small, and their results are compared with the CPU's."""
+"""Every CUDA kernel, each instance of its template, runs on the emulator in every quick run, whatever the day.
+
+These cases have no order to choose and no share. They are small, and their results are compared with the CPU's.
+"""
 
 from __future__ import annotations
 
