@@ -33,7 +33,7 @@ def test_lists(text, expected):
 @pytest.mark.parametrize(
     "text", ["sm_80", "8.0", "80a", "90f", "80+SASS", "hopper", "native;80", "80;all", "1000", "8", "90A"]
 )
-def test_what_is_no_list_is_one_sentence(text):
+def test_an_invalid_list_is_one_sentence(text):
     with pytest.raises(
         ValueError, match=r"^QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list .* is not a CUDA"
     ):
@@ -146,7 +146,7 @@ def h100(monkeypatch):
 
 
 @pytest.mark.parametrize(("built", "has"), [("80", "kernels for sm_80 alone"), ("", "no CUDA kernels")])
-def test_a_tensor_on_a_card_that_is_not_served_is_that_sentence(h100, built, has):
+def test_a_tensor_on_a_card_that_is_not_served_is_refused_with_that_sentence(h100, built, has):
     h100(built)
     tensor = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda:0"))
     for _ in range(2):  # the second time as well as the first

@@ -84,7 +84,7 @@ def test_all_is_what_the_compiler_knows(tmp_path):
 
 
 @pytest.mark.parametrize("archs", ["", "fast", "80;sm_90"])
-def test_what_is_no_list_is_refused_before_any_compiler_is_asked(archs):
+def test_an_invalid_list_is_refused_before_any_compiler_is_asked(archs):
     with pytest.raises(ValueError, match="QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list"):
         plan(archs)
 
@@ -188,7 +188,7 @@ def test_a_gpu_that_nothing_can_be_built_for_leaves_a_note(tmp_path, monkeypatch
     assert "from CUDA 12.0 does not support that architecture" in planned.note
 
 
-def test_gpus_without_a_driver_library_are_asked_of_nvidia_smi(tmp_path, monkeypatch):
+def test_without_a_driver_library_nvidia_smi_lists_the_gpus(tmp_path, monkeypatch):
     monkeypatch.undo()  # the real cards()
     monkeypatch.setattr(setup_cuda, "_cards_of_driver", lambda: None)
     smi = tmp_path / "nvidia-smi"
@@ -259,7 +259,7 @@ def test_setup_py_asks_the_driver(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- CMake
 
 
-def test_ccache_is_used_where_it_is(tmp_path):
+def test_ccache_is_used_where_it_is_installed(tmp_path):
     """For C++ and for CUDA, whose compiler here is a fake that writes nothing."""
     pybind11 = pytest.importorskip("pybind11")
     tools, log, build = tmp_path / "tools", tmp_path / "log", tmp_path / "build"

@@ -114,7 +114,7 @@ def test_no_thread_that_stores_128_bits_stores_fewer_at_a_time(code):
 
 
 @pytest.mark.slow
-def test_the_committed_table_is_of_this_code(report):
+def test_the_committed_table_describes_this_code(report):
     path = static.path_for(report["archs"])
     if cuda_wheel.built_for() != cuda_wheel.ARCHITECTURES and not path.exists():
         pytest.skip(f"only the table for {', '.join(cuda_wheel.ARCHITECTURES)} is kept")
@@ -304,7 +304,7 @@ def test_what_is_never_launched_has_no_code():
         assert BUDGET.runs(row) == goes, row
 
 
-def test_the_hardwares_limits_are_those_that_kernels_are_left_out_by(tmp_path):
+def test_kernels_are_left_out_by_the_hardwares_limits(tmp_path):
     """budgets.py and most_shared() in dispatch.h say the same of every architecture."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:

@@ -68,7 +68,7 @@ def test_quantize_moves_each_byte_once_in_whole_sectors(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [1, 3, 8])
-def test_tensors_that_lie_on_no_16_bytes(cuda_engine, dtype, offset):
+def test_tensors_not_aligned_to_16_bytes(cuda_engine, dtype, offset):
     n, k = 21, 192
     room = torch.randn(n * k + offset).to(dtype)
     weight = room[offset:].view(n, k)
@@ -217,7 +217,7 @@ def test_the_layer_on_cuda_agrees_with_the_cpu(cuda_engine, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_training_on_cuda_has_the_losses_of_the_cpu(cuda_engine, dtype):
+def test_training_on_cuda_gives_the_losses_of_the_cpu(cuda_engine, dtype):
     device = "cuda" if cuda_engine == "cuda" else "cpu"
     generator = torch.Generator(device="cpu").manual_seed(3)
 
@@ -275,7 +275,7 @@ def test_scratch_holds_what_it_held_before():
     assert all(torch.equal(results[0], y) for y in results[1:])
 
 
-def test_a_weight_that_rounds_to_infinity_stays_where_it_is(cuda_engine):
+def test_a_weight_that_rounds_to_infinity_affects_only_its_row(cuda_engine):
     # K = 192 and 320: the last 64 columns that a warp takes lie beyond it.
     for k in (192, 320):
         weight = torch.randn(9, k)
@@ -288,7 +288,7 @@ def test_a_weight_that_rounds_to_infinity_stays_where_it_is(cuda_engine):
             assert y[:, [0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
 
 
-def test_an_offset_of_the_constants_beyond_fp16_stays_out_of_what_is_outside(cuda_engine):
+def test_an_offset_of_the_constants_beyond_fp16_does_not_leak_past_the_edges(cuda_engine):
     # A block of 1e8 makes their mean 2e5. Rows of W beyond N = 9 have no constants, columns beyond K none that count.
     weight = torch.randn(9, 4096)
     weight[0, 5] = 1e8
@@ -305,7 +305,7 @@ def test_an_offset_of_the_constants_beyond_fp16_stays_out_of_what_is_outside(cud
         assert torch.equal(dx.isfinite(), (dy.double() @ dense.double()).half().isfinite())
 
 
-def test_a_constant_that_is_nan_stays_in_its_row_of_the_weight(cuda_engine):
+def test_a_constant_that_is_nan_affects_only_its_row_of_the_weight(cuda_engine):
     # K = 192: the last 64 columns that a warp takes lie beyond it. N = 9: rows lie beyond it, too.
     weight = torch.randn(9, 192)
     weight[0, 3] = torch.nan

@@ -99,7 +99,7 @@ def test_every_shape(cuda_engine, shape, dtype):
 
 
 @pytest.mark.parametrize("shift", [1, 4])
-def test_tensors_that_lie_on_no_16_bytes(cuda_engine, shift):
+def test_tensors_not_aligned_to_16_bytes(cuda_engine, shift):
     layer = Layer(33, 72, 128, 16, 0.5)
     for name in ("x", "dy", "u", "A", "B"):
         tensor = getattr(layer, name).bfloat16()
@@ -228,7 +228,7 @@ def test_few_rows_spread_over_the_card():
         assert counted(call, multiprocessors=64)["blocks"] > 16
 
 
-def test_a_gradient_that_lies_on_no_8_bytes():
+def test_a_gradient_not_aligned_to_8_bytes():
     layer = Layer(64, 64, 64, 8)
     with emulated(architecture=90):
         weight = layer.weight.operand().native(module().Weight)

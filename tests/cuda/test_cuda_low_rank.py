@@ -87,7 +87,7 @@ def test_the_mask_of_dx_is_that_of_the_cpu(monkeypatch, kernel, dtype):
 
 
 @pytest.mark.parametrize("kernel", [*FORWARD, *TILES])
-def test_an_adapter_that_lies_on_no_16_bytes_gives_the_same_bits(monkeypatch, kernel):
+def test_an_adapter_not_aligned_to_16_bytes_gives_the_same_bits(monkeypatch, kernel):
     m, n, k, r = (FORWARD | TILES)[kernel], 72, 192, 24
     weight = make_weight(n, k)
     x, dy, A, B, _ = layer(m, n, k, r, torch.bfloat16)
@@ -110,7 +110,7 @@ def test_an_adapter_that_lies_on_no_16_bytes_gives_the_same_bits(monkeypatch, ke
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kernel", "k"), [*((name, 192) for name in (*FORWARD, *TILES)), ("floats", 100)])
-def test_a_bias_of_16_bits_is_read_as_it_is(monkeypatch, kernel, k, dtype):
+def test_a_16_bit_bias_gives_the_bits_of_its_float32_copy(monkeypatch, kernel, k, dtype):
     m, n = (FORWARD | TILES | {"floats": 9})[kernel], 72
     weight, x = make_weight(n, k), torch.randn(m, k).to(dtype)
     bias = torch.randn(n).to(dtype)

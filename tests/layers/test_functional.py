@@ -110,7 +110,7 @@ def test_a_gradient_of_the_weight_is_an_error(weight):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_nothing_of_the_size_of_the_weight_is_saved_and_no_dropped_copy_of_x(weight, dropout):
+def test_neither_a_dense_weight_nor_a_dropped_copy_of_x_is_saved(weight, dropout):
     x, *rest = leaves(64)
     saved = []
 

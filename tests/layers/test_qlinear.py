@@ -282,7 +282,7 @@ def test_a_layer_without_data_cannot_be_merged():
     assert made.merged_adapter_name is None
 
 
-def test_what_is_kept_of_a_weight_goes_with_it():
+def test_what_is_cached_for_a_weight_goes_with_it():
     made, x = layer(), torch.randn(2, K)
     expected = made(x)
     kept = made._operand()

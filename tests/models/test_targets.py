@@ -86,7 +86,7 @@ class Patched(nn.Linear):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_what_is_no_plain_linear_is_left_alone_with_a_reason():
+def test_other_modules_are_left_alone_with_a_reason():
     from transformers.pytorch_utils import Conv1D
 
     model = nn.ModuleDict(

@@ -118,7 +118,7 @@ def test_low_rank_term_and_its_gradients(engine, r, dropout, dtype):
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.9, 0.99999999])
-def test_the_mask_is_the_reference_s_to_the_last_element(engine, dropout):
+def test_the_mask_equals_the_reference_in_every_element(engine, dropout):
     # x and A of ones: u counts what was kept. The seed is one whose words come within 52 of the threshold of 0.3.
     m, k, seed = 40, 2048, torch.tensor([62])
     weight = make_weight(32, k)
@@ -142,7 +142,7 @@ def test_float32_adapters_get_float32_gradients(engine):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_result_for_a_row_whatever_comes_with_it(engine, dtype):
+def test_a_rows_result_does_not_depend_on_other_rows(engine, dtype):
     weight = make_weight(200, 256)
     dense = weight.dequantize(dtype)
     x = torch.randn(70, 256).to(dtype)

@@ -38,7 +38,7 @@ def test_the_levels_are_the_published_ones():
     assert levels[7] == 0
     assert levels[15] == 1
     assert (levels.diff() > 0).all()
-    # Appendix E of arXiv 2305.14314 prints them to this many digits.
+    # Written out, not read from nf4.h: a wrong digit there must fail. Appendix E of arXiv 2305.14314 prints them so.
     assert levels[1].item() == pytest.approx(-0.6961928009986877, abs=1e-9)
     assert levels[8].item() == pytest.approx(0.07958029955625534, abs=1e-9)
 
@@ -211,7 +211,7 @@ def test_the_table_of_cuda_is_that_of_the_current_card(monkeypatch):
     assert default_nested_table("cuda:0") is here
 
 
-def test_whether_a_graph_is_captured_is_asked_of_the_tensors_card(monkeypatch):
+def test_capture_is_checked_on_the_tensors_card(monkeypatch):
     current = [torch.device("cuda", 0)]
 
     @contextlib.contextmanager

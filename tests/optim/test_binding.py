@@ -119,7 +119,7 @@ def exact_of(saved, make, params) -> list:
     return list(other.torch_state_dict()["state"].values())
 
 
-def test_a_dict_without_states_after_a_change_takes_them_away(place, make):
+def test_a_dict_without_states_after_a_change_removes_them(place, make):
     params, optimizer = stepped(make, torch.randn(12, 5, 3, 3), torch.randn(300))
     change_a_little(params)
     params[-1].grad = None
@@ -172,7 +172,7 @@ def test_nothing_continues_from_a_load_that_failed_midway(place, make, monkeypat
     step(optimizer, params)
 
 
-def test_what_is_not_in_an_arena_is_not_looked_at(place):
+def test_views_outside_an_arena_are_refused(place):
     _, optimizer = stepped(PagedAdamW, torch.randn(300))
     made = optimizer._engine.arena
     for view in (made.view, made.host_view):

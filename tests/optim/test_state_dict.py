@@ -70,7 +70,7 @@ def test_loading_keeps_the_arena(make):
 
 
 @pytest.mark.usefixtures("device")
-def test_a_state_dict_of_no_states_takes_them_away(make):
+def test_a_state_dict_without_states_removes_them(make):
     for copied in (False, True):
         model, optimizer = trained(make)
         empty = make(net().parameters()).state_dict()

@@ -106,7 +106,7 @@ def test_what_was_sent_to_the_file_comes_back(tmp_path, state_bits):
     assert memory.resident_bytes() > 0.9 * memory.arena_bytes, "there is nowhere to go"
 
 
-def test_folders_that_are_none(tmp_path):
+def test_invalid_folders(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("nowhere", "file"):
         with pytest.raises(NotADirectoryError, match=f"page_file should be a folder; .*{name} is not one"):

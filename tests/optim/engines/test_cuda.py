@@ -177,7 +177,7 @@ def test_no_memory_for_the_arena():
         assert ours.state[params[0]]["step"] == 1
 
 
-def test_what_is_no_lack_of_memory_is_not_called_so():
+def test_other_errors_are_not_reported_as_a_lack_of_memory():
     params = parameters(sizes=(100,))
     with emulated():
         for message, error in (
