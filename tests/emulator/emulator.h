@@ -84,6 +84,8 @@ struct Counters {
 // What has been counted since the last reset.
 Counters counters();
 void reset_counters();
+// The kernels of which a thread has run to its end since then.
+std::vector<const void*> kernels_run();
 
 // When a launch runs. kFollowed: held back until the next launch, which may be kEarly. kEarly: starts first; the launch
 // held back runs when a thread calls grid_wait, or, in random order, perhaps before. kInOrder: at once, after the
@@ -134,6 +136,8 @@ void exchange(Kind kind, const void* address, Site site);
 void fence(Site site);
 // Counts an instruction by class, once for each thread.
 void count(const char* instruction, Site site);
+// The running thread has come to the end of this kernel.
+void count_kernel(const void* kernel);
 
 // barrier.cta.sync id, threads: waits until that many threads have arrived (0: all threads of the block still running).
 void barrier(int id, int threads, Site site);
