@@ -69,8 +69,8 @@ struct LinearForwardParams {
     uint64_t seed;
     DType dtype;
     int threads;
-    // On CUDA alone:
-    const void* narrow_bias = nullptr;    // [n] of dtype, in the place of bias
+    // CUDA only:
+    const void* narrow_bias = nullptr;    // [n] of dtype, instead of bias
     bool wide_a = false, wide_b = false;  // whether lora_a and lora_b are float32, whatever dtype is
 };
 
@@ -92,9 +92,9 @@ struct LinearBackwardParams {
     uint64_t seed;
     DType dtype;
     int threads;
-    // On CUDA alone:
+    // CUDA only:
     bool wide_a = false, wide_b = false;              // whether lora_a and lora_b are float32, whatever dtype is
-    void *narrow_da = nullptr, *narrow_db = nullptr;  // of dtype, in the place of da and db
+    void *narrow_da = nullptr, *narrow_db = nullptr;  // of dtype, instead of da and db
 };
 
 namespace cpu {
@@ -105,8 +105,8 @@ void quantize_absmax(const QuantizeAbsmaxParams& params);
 void dequantize(const DequantizeParams& params);
 void linear_forward(const LinearForwardParams& params);
 void linear_backward(const LinearBackwardParams& params);
-// One step of an optimizer; everything that the params point to is written by it alone. Where other processes have
-// gradients of the same model, sum_of_squares[0] is that of all of them, formed from what optimizer_sums says.
+// One step of an optimizer; nothing else may use what the params point to meanwhile. If other processes hold gradients
+// of the same model, sum_of_squares[0] is the sum over all processes, added up from the results of optimizer_sums.
 void optimizer_step(const OptimizerParams& params, const double* sum_of_squares = nullptr);
 // The sum of squares of each chunk's gradients, 0 where there are none: fills params.partial, and nothing else.
 void optimizer_sums(const OptimizerParams& params);
@@ -127,7 +127,7 @@ int64_t scratch_peak_bytes(bool reset);
 // The same on CUDA devices, and in the emulator: launches on the caller's stream, no synchronisation with the host.
 namespace cuda {
 
-// Where a launch goes. `threads` of the params structs has no meaning here.
+// Where a launch goes. The params structs' `threads` is ignored here.
 struct Stream {
     int device;    // its ordinal
     void* handle;  // a cudaStream_t of that device
@@ -139,14 +139,14 @@ void quantize(const QuantizeParams& params, double* sums, const Stream& stream);
 // sums: float64 [groups]; filled here unless `summed` says that quantize() did.
 void quantize_absmax(const QuantizeAbsmaxParams& params, double* sums, bool summed, const Stream& stream);
 void dequantize(const DequantizeParams& params, const Stream& stream);
-// The params' seed has no meaning here: it is read on the device, seed: int64 [1], or null without dropout.
-// scratch: linear_scratch bytes on a multiple of 16, or null for none; what it holds before does not matter.
+// The params' seed is ignored: the device reads it from `seed`, int64 [1], or null without dropout.
+// scratch: linear_scratch bytes on a multiple of 16, or null for none; its contents do not matter.
 void linear_forward(const LinearForwardParams& params, const int64_t* seed, void* scratch, const Stream& stream);
 // v: [m, r] of dtype, or null without adapters.
 void linear_backward(const LinearBackwardParams& params, const int64_t* seed, void* v, void* scratch,
                      const Stream& stream);
-// Bytes of scratch that either of them needs for these sizes: at most 16 MiB, and room for what of the adapters has
-// another type than x, [r, k] and [n, r]: copies of float32 ones, in backward sums for gradients that are not.
+// Bytes of scratch that either of them needs for these sizes: at most 16 MiB, plus room for each adapter whose type is
+// not x's, [r, k] or [n, r]: a copy of a float32 adapter or, in backward, float32 sums for a 16-bit adapter's gradient.
 int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool wide_a, bool wide_b, bool backward,
                        int device);
 

@@ -9,7 +9,7 @@ namespace qlk {
 constexpr int kBlock = 64;
 // Blocks in a group of the second quantization, which share one nested_absmax.
 constexpr int kNestedBlock = 256;
-// The code of 0.0. A block of zeros consists of it.
+// The code of 0.0. A block of zeros is filled with it.
 constexpr int kZeroCode = 7;
 
 // The 16 levels, float32, ascending (ibid., appendix E).

@@ -45,7 +45,7 @@ struct OptimizerGroup {
     double lr, beta1, beta2, eps, weight_decay, unused;
 };
 
-// What a step has found out, and how many steps were skipped. In the arena, zero at first.
+// A step's results, and how many steps have been skipped. Lies in the arena and starts as zeros.
 struct OptimizerControl {
     double sum_of_squares;  // of the gradients, before grad_scale
     float norm;             // of the gradients; NaN or infinite if one of them is
@@ -85,7 +85,7 @@ struct OptimizerParams {
     int64_t tensor_count;
     const OptimizerGroup* groups;
     OptimizerControl* control;
-    float* steps;             // [tensor_count], taken so far
+    float* steps;             // [tensor_count], steps taken so far
     double* partial;          // [all_chunks], for the norm
     unsigned char* header;    // start of the arena's header
     unsigned char* states;    // base of the offsets of states

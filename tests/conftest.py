@@ -11,16 +11,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import collecting
 import pytest
-import quick
 import torch
 from engines import ENGINES, ISAS, engine_named
+from quick_run import choice, collecting
 
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """What a test says about threads is over with it."""
+    """Restores the number of threads after each test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -28,8 +27,8 @@ def _threads():
 
 @pytest.fixture(autouse=True)
 def _signals():
-    """Ctrl-C and a hangup are heard, by a test and what it starts: a shell without job control, and nohup, ignore them
-    in what they run in the background."""
+    """Tests and their children react to Ctrl-C and a hangup: a shell without job control, and nohup, start background
+    jobs with both ignored."""
     heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     ignored = [number for number in heard if signal.getsignal(number) == signal.SIG_IGN]
     for number in ignored:
@@ -60,10 +59,10 @@ def engine(request) -> str:
 
 
 def pytest_configure(config):
-    """What has to be the same in all workers."""
+    """Sets what all workers must share."""
     if hasattr(config, "workerinput"):
         return
-    os.environ[quick.VARIABLE] = str(quick.day())
+    os.environ[choice.VARIABLE] = str(choice.day())
     # A test that is asked for by its name runs, slow or not.
     named = any("::" in argument for argument in config.args)
     if named and not any(argument.startswith("-m") for argument in config.invocation_params.args):
@@ -72,7 +71,7 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     if "not slow" in config.option.markexpr:
-        return f"a quick run, day {quick.day()}: {quick.VARIABLE}={quick.day()} repeats it, -m '' runs all tests"
+        return f"a quick run, day {choice.day()}: {choice.VARIABLE}={choice.day()} repeats it, -m '' runs all tests"
     return None
 
 
@@ -82,7 +81,7 @@ def for_a_card(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers(config):
-    """Of -n auto: one for each core, up to eight; none for a few tests, or for a card, which they would share."""
+    """For -n auto: one worker per core, up to eight; none for a few tests, or for a card, which they would share."""
     few = any("::" in argument for argument in config.args)
     if few or config.option.usepdb or config.option.collectonly or for_a_card(config):
         return 0
@@ -91,11 +90,11 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks as slow what a quick run leaves to another day.
+    """Marks as slow what a quick run leaves for another day.
 
-    Tests of a card are left out, not skipped, where none is and none was asked for with -m gpu.
+    Without a card, its tests are deselected, not skipped, unless -m gpu asks for them.
     """
-    quick.leave_out(items, pytest.mark.slow, quick.day())
+    choice.leave_out(items, pytest.mark.slow, choice.day())
     if for_a_card(config):
         return
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
@@ -124,9 +123,9 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    """After a failure on a card the run ends where the card answers nothing more: all that came after would fail, too.
+    """After a failure on a card the run ends if the card no longer responds: every later test would fail too.
 
-    What was reported until then is kept, the failure included.
+    What was reported so far is kept, including the failure.
     """
     result = yield
     if item.stash.get(_FAILED, False) and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
@@ -139,7 +138,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_collectstart(collector):
-    """Cases that a module draws as it is imported are the same in every run, whatever else is collected."""
+    """Cases that a module draws on import are the same in every run, whatever else is collected."""
     torch.manual_seed(0)
 
 

@@ -1,4 +1,4 @@
-"""What `pytest` leaves to `pytest -m ""` (tests/support/quick.py), and that collecting builds nothing."""
+"""What `pytest` leaves to `pytest -m ""` (tests/support/quick_run/choice.py), and that collecting builds nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from collecting import builds_nothing
 from engines import ORDERS
-from quick import Case, case_of, left_out
+from quick_run.choice import Case, case_of, left_out
+from quick_run.collecting import builds_nothing
 
 HERE = Path(__file__).resolve().parent
 ISAS = ("best", "better", "portable")
@@ -28,8 +28,8 @@ def run(listed: list[Case], day: int) -> list[Case]:
 
 def test_each_case_runs_in_one_order_on_the_best_and_the_portable_set():
     for day in range(5):
-        found = collections.Counter((case.values, case.isa) for case in run(cases(7), day))
-        assert found == {(str(i), isa): 1 for i in range(7) for isa in ("best", "portable", None)}
+        counts = collections.Counter((case.values, case.isa) for case in run(cases(7), day))
+        assert counts == {(str(i), isa): 1 for i in range(7) for isa in ("best", "portable", None)}
 
 
 @pytest.mark.parametrize("share", range(1, 11))
@@ -44,14 +44,14 @@ def test_a_month_sees_every_order_of_every_case(count, share):
 def test_a_share_takes_its_part_and_one_at_least(share):
     for day in range(share):
         for count in (1, 2, 21):
-            found = {case.values for case in run(cases(count, share), day)}
-            assert max(1, count // share) <= len(found) <= -(-count // min(share, count))
+            chosen = {case.values for case in run(cases(count, share), day)}
+            assert max(1, count // share) <= len(chosen) <= -(-count // min(share, count))
 
 
 def test_orders_differ_from_case_to_case():
-    found = [{case.values: case.order for case in run(cases(9), day) if case.order} for day in (0, 1)]
-    assert set(found[0].values()) == set(ORDERS)
-    assert all(found[0][values] != found[1][values] for values in found[0])
+    orders = [{case.values: case.order for case in run(cases(9), day) if case.order} for day in (0, 1)]
+    assert set(orders[0].values()) == set(ORDERS)
+    assert all(orders[0][values] != orders[1][values] for values in orders[0])
 
 
 def test_an_order_without_its_sisters_stays():
@@ -71,17 +71,17 @@ def test_another_test_file_does_not_change_the_choice():
 @pytest.mark.parametrize("landing", ["random"])
 @pytest.mark.parametrize("size", [3])
 def test_a_case_is_read_from_its_item(request, isa, size, landing, order):
-    found = case_of(request.node)
-    assert found.function.endswith("test_quick_run.py::test_a_case_is_read_from_its_item")
-    assert (found.order, found.isa, found.share) == ("forward", isa, 5)
-    assert found.values.replace("-", "") == "3random"
+    read = case_of(request.node)
+    assert read.function.endswith("test_quick_run.py::test_a_case_is_read_from_its_item")
+    assert (read.order, read.isa, read.share) == ("forward", isa, 5)
+    assert read.values.replace("-", "") == "3random"
 
 
 @pytest.mark.parametrize("kernels", [*(f"emulated-{order}" for order in ORDERS), "cuda"])
 def test_an_engine_of_the_emulator_is_an_order(kernels, request):
-    found = case_of(request.node)
-    assert found.order == (None if kernels == "cuda" else kernels.removeprefix("emulated-"))
-    assert found.values == ("cuda" if kernels == "cuda" else "")
+    read = case_of(request.node)
+    assert read.order == (None if kernels == "cuda" else kernels.removeprefix("emulated-"))
+    assert read.values == ("cuda" if kernels == "cuda" else "")
 
 
 @pytest.mark.parametrize("command", [["cmake", "--version"], [sys.executable, "-m", "pip", "--version"]])

@@ -30,7 +30,7 @@ NOT_RUN = ("text", "console", "{toctree}", "{include}", "{eval-rst}", "{csv-tabl
 def tiny_llama():
     """from_pretrained gives a Llama of two small layers, whatever model it is asked for."""
     transformers = pytest.importorskip("transformers")
-    from small_llama import llama
+    from small.llama import llama
 
     def from_pretrained(name, dtype=None, **options):
         return llama().to(dtype) if dtype else llama()
@@ -137,20 +137,20 @@ def test_the_measured_run_is_that_of_the_file():
 
     text = (ROOT / "docs" / "fine-tuning.md").read_text()
     section = text.split("\n## A run, measured\n")[1].split("\n## ")[0]
-    found = json.loads((ROOT / "bench" / "results" / "finetune-compare-cpu.json").read_text())
-    header, *rows = ("| " + " | ".join(cells) + " |" for cells in report.cells(found["results"], found["size"]))
+    measured = json.loads((ROOT / "bench" / "results" / "finetune-compare-cpu.json").read_text())
+    header, *rows = ("| " + " | ".join(cells) + " |" for cells in report.cells(measured["results"], measured["size"]))
     assert len(rows) == 5
     assert [line for line in section.splitlines() if line.startswith("| ")] == [header, *rows]
-    assert report.recovery(found["results"]) == found["recovery"] >= 0.95
-    [sentence] = [line for line in report.conclusions(found["results"], None, "") if "recovers" in line]
-    results, options, machine = found["results"], found["options"], found["machine"]
+    assert report.recovery(measured["results"]) == measured["recovery"] >= 0.95
+    [sentence] = [line for line in report.conclusions(measured["results"], None, "") if "recovers" in line]
+    results, options, machine = measured["results"], measured["options"], measured["machine"]
     flat = " ".join(section.split())
     for phrase in (
         sentence,
         f"on {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, ",
-        f"kernels for {machine['kernels']}, torch {found['versions']['torch']} ",
+        f"kernels for {machine['kernels']}, torch {measured['versions']['torch']} ",
         f"{results['qlora']['steps']} steps of {options['batch_size']} sequences, rank {options['rank']}.",
-        f"Python and its libraries are {found['library_memory'] / 2**20:.0f} MiB",
+        f"Python and its libraries are {measured['library_memory'] / 2**20:.0f} MiB",
         f"{results['full']['trainable'] / 1e6:.1f} million parameters",
     ):
         assert phrase in flat, phrase
@@ -168,9 +168,9 @@ def test_the_levels_in_formats_are_the_code_s():
 def test_formats_on_disk_have_their_names_in_the_code():
     text = (ROOT / "docs/design/formats.md").read_text() + (ROOT / "CHANGELOG.md").read_text()
     code = "".join(path.read_text() for path in (ROOT / "qlora_kernels").rglob("*.py"))
-    found = set(re.findall(r"qlora_kernels\.(?:nf4|optim/\d+|finetune/\d+)(?=`)", text))
-    assert len(found) == 3
-    for name in found:
+    formats = set(re.findall(r"qlora_kernels\.(?:nf4|optim/\d+|finetune/\d+)(?=`)", text))
+    assert len(formats) == 3
+    for name in formats:
         assert f'"{name}"' in code, name
 
 
@@ -262,8 +262,8 @@ def test_the_reference_has_every_public_name_once():
     assert sorted(names) == sorted({*qlora_kernels.__all__, "reference"})
     for name in documented():
         value = qlora_kernels
-        for part in name.split("."):
-            value = getattr(value, part)
+        for attribute in name.split("."):
+            value = getattr(value, attribute)
         assert isinstance(value, str) or value.__doc__, name
 
 
@@ -311,9 +311,9 @@ def test_the_pages_build_without_a_warning(tmp_path):
 
     with open(tmp_path / "html" / "objects.inv", "rb") as file:
         inventory = InventoryFile.load(file, "", lambda base, path: path)
-    found = {name for kind in inventory if kind.startswith("py:") for name in inventory[kind]}
-    assert {f"qlora_kernels.{name}" for name in qlora_kernels.__all__} <= found
-    assert {f"qlora_kernels.{name}" for name in ("QLinear.merge", "PagedAdamW.save", "NF4Weight.dequantize")} <= found
+    indexed = {name for kind in inventory if kind.startswith("py:") for name in inventory[kind]}
+    assert {f"qlora_kernels.{name}" for name in qlora_kernels.__all__} <= indexed
+    assert {f"qlora_kernels.{name}" for name in ("QLinear.merge", "PagedAdamW.save", "NF4Weight.dequantize")} <= indexed
     pages = {
         path.relative_to(tmp_path / "html").with_suffix("").as_posix() for path in (tmp_path / "html").rglob("*.html")
     }

@@ -4,137 +4,70 @@
 
 #include <cstring>
 
-#include "bindings/marshal.h"
+#include "bindings/params.h"
 #include "cuda/optimizer/arena.h"
 #include "cuda/optimizer/optimizer_launch.h"
 
-static qlk::cuda::Stream stream_of(Fields& f) {
+static qlk::cuda::Stream read_stream(Fields& f) {
     const int device = static_cast<int>(f.integer("device"));
     return {device, f.pointer<void>("stream")};
 }
 
-static void quantize(const py::dict& given) {
-    Fields f(given);
-    const qlk::QuantizeParams params = {
-        f.pointer<const void>("weight"),
-        f.pointer<uint8_t>("packed"),
-        f.pointer<float>("absmax"),
-        f.integer("count"),
-        f.dtype("dtype"),
-        0,
-    };
+static void quantize(const py::dict& arguments) {
+    Fields f(arguments);
+    const qlk::QuantizeParams params = quantize_params(f, Device::kCuda);
     auto* sums = f.pointer<double>("sums");
-    const qlk::cuda::Stream stream = stream_of(f);
+    const qlk::cuda::Stream stream = read_stream(f);
     f.end();
     py::gil_scoped_release released;
     qlk::cuda::quantize(params, sums, stream);
 }
 
-static void quantize_absmax(const py::dict& given) {
-    Fields f(given);
-    const qlk::QuantizeAbsmaxParams params = {
-        f.pointer<const float>("absmax"),
-        f.pointer<const float>("table"),
-        f.pointer<uint8_t>("code"),
-        f.pointer<float>("nested_absmax"),
-        f.pointer<float>("offset"),
-        f.integer("count"),
-        0,
-    };
+static void quantize_absmax(const py::dict& arguments) {
+    Fields f(arguments);
+    const qlk::QuantizeAbsmaxParams params = quantize_absmax_params(f, Device::kCuda);
     auto* sums = f.pointer<double>("sums");
     const bool summed = f.flag("summed");
-    const qlk::cuda::Stream stream = stream_of(f);
+    const qlk::cuda::Stream stream = read_stream(f);
     f.end();
     py::gil_scoped_release released;
     qlk::cuda::quantize_absmax(params, sums, summed, stream);
 }
 
-static void dequantize(const py::dict& given) {
-    Fields f(given);
-    const qlk::DequantizeParams params = {
-        f.weight("weight"), f.pointer<void>("out"), f.integer("row_begin"), f.integer("row_end"), f.dtype("dtype"), 0,
-    };
-    const qlk::cuda::Stream stream = stream_of(f);
+static void dequantize(const py::dict& arguments) {
+    Fields f(arguments);
+    const qlk::DequantizeParams params = dequantize_params(f, Device::kCuda);
+    const qlk::cuda::Stream stream = read_stream(f);
     f.end();
     py::gil_scoped_release released;
     qlk::cuda::dequantize(params, stream);
 }
 
-static void linear_forward(const py::dict& given) {
-    Fields f(given);
-    const qlk::LinearForwardParams params = {
-        f.weight("weight"),
-        f.pointer<const void>("x"),
-        f.pointer<const void>("lora_a"),
-        f.pointer<const void>("lora_b"),
-        f.pointer<const float>("bias"),
-        f.pointer<void>("y"),
-        f.pointer<void>("u"),
-        f.integer("m"),
-        f.integer("r"),
-        static_cast<float>(f.number("scaling")),
-        f.number("dropout"),
-        0,
-        f.dtype("dtype"),
-        0,
-        f.pointer<const void>("narrow_bias"),
-        f.flag("wide_a"),
-        f.flag("wide_b"),
-    };
+static void linear_forward(const py::dict& arguments) {
+    Fields f(arguments);
+    const qlk::LinearForwardParams params = linear_forward_params(f, Device::kCuda);
     const auto* seed = f.pointer<const int64_t>("seed");
     auto* scratch = f.pointer<void>("scratch");
-    const qlk::cuda::Stream stream = stream_of(f);
+    const qlk::cuda::Stream stream = read_stream(f);
     f.end();
     py::gil_scoped_release released;
     qlk::cuda::linear_forward(params, seed, scratch, stream);
 }
 
-static void linear_backward(const py::dict& given) {
-    Fields f(given);
-    const qlk::LinearBackwardParams params = {
-        f.weight("weight"),
-        f.pointer<const void>("dy"),
-        f.pointer<const void>("x"),
-        f.pointer<const void>("u"),
-        f.pointer<const void>("lora_a"),
-        f.pointer<const void>("lora_b"),
-        f.pointer<void>("dx"),
-        f.pointer<float>("da"),
-        f.pointer<float>("db"),
-        f.integer("m"),
-        f.integer("r"),
-        static_cast<float>(f.number("scaling")),
-        f.number("dropout"),
-        0,
-        f.dtype("dtype"),
-        0,
-        f.flag("wide_a"),
-        f.flag("wide_b"),
-        f.pointer<void>("narrow_da"),
-        f.pointer<void>("narrow_db"),
-    };
+static void linear_backward(const py::dict& arguments) {
+    Fields f(arguments);
+    const qlk::LinearBackwardParams params = linear_backward_params(f, Device::kCuda);
     const auto* seed = f.pointer<const int64_t>("seed");
     auto* v = f.pointer<void>("v");
     auto* scratch = f.pointer<void>("scratch");
-    const qlk::cuda::Stream stream = stream_of(f);
+    const qlk::cuda::Stream stream = read_stream(f);
     f.end();
     py::gil_scoped_release released;
     qlk::cuda::linear_backward(params, seed, v, scratch, stream);
 }
 
-void bind_cuda(py::module_ m) {
+static void bind_arena(py::module_& m) {
     using Released = py::call_guard<py::gil_scoped_release>;
-    if (!py::hasattr(m, "Weight")) bind_weight(m);
-    m.def("quantize", &quantize);
-    m.def("quantize_absmax", &quantize_absmax);
-    m.def("dequantize", &dequantize);
-    m.def("linear_forward", &linear_forward);
-    m.def("linear_backward", &linear_backward);
-    m.def("linear_scratch", [](int64_t m, int64_t n, int64_t k, int64_t r, int dtype, bool wide_a, bool wide_b,
-                               bool backward, int device) {
-        return qlk::cuda::linear_scratch(m, n, k, r, dtype_of(dtype), wide_a, wide_b, backward, device);
-    });
-
     // begin, end, arrive, leave, staged, stays: see csrc/cuda/optimizer/arena.h.
     using Plan = std::vector<
         std::tuple<int64_t, int64_t, qlk::cuda::Intervals, qlk::cuda::Intervals, std::vector<int64_t>, bool>>;
@@ -171,6 +104,20 @@ void bind_cuda(py::module_ m) {
         .def("wait", &Arena::wait, Released())
         .def_property_readonly("broken", &Arena::broken)
         .def("resident_bytes", &Arena::resident_bytes);
+}
+
+void bind_cuda(py::module_ m) {
+    if (!py::hasattr(m, "Weight")) bind_weight(m);
+    m.def("quantize", &quantize);
+    m.def("quantize_absmax", &quantize_absmax);
+    m.def("dequantize", &dequantize);
+    m.def("linear_forward", &linear_forward);
+    m.def("linear_backward", &linear_backward);
+    m.def("linear_scratch", [](int64_t m, int64_t n, int64_t k, int64_t r, int dtype, bool wide_a, bool wide_b,
+                               bool backward, int device) {
+        return qlk::cuda::linear_scratch(m, n, k, r, dtype_of(dtype), wide_a, wide_b, backward, device);
+    });
+    bind_arena(m);
     m.def("free_memory", &qlk::cuda::free_bytes, "Bytes that a device has left.");
     m.def("pages_managed", &qlk::cuda::can_page, "Whether a device and the host may use managed memory together.");
     m.def("dynamic_maps", [] {

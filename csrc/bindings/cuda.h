@@ -3,5 +3,5 @@
 
 #include <pybind11/pybind11.h>
 
-// Adds the operations, whose params end with a device's ordinal and a stream's address.
+// Adds the operations. Their dicts end with a device's ordinal and a stream's address.
 void bind_cuda(pybind11::module_ m);

@@ -1,7 +1,7 @@
-// What the pybind11 files have in common: params structs, read from dicts.
+// Reads the fields of a Python dict, one after another, and binds the class Weight.
 //
 // An operation is called with one dict, whose keys are the names of its struct's fields in their order (kernels.h).
-// That costs the host less than as many arguments, and a field that is missing, or at another's place, is an error.
+// That costs the host less than passing each field as an argument, and a missing or misplaced field is an error.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,7 +28,7 @@ inline qlk::DType dtype_of(int code) {
 // The values of a dict, one after another.
 class Fields {
   public:
-    explicit Fields(const py::dict& given) : dict_(given.ptr()) {}
+    explicit Fields(const py::dict& dict) : dict_(dict.ptr()) {}
 
     template <class T>
     T* pointer(const char* name) {
@@ -61,7 +61,7 @@ class Fields {
     // A Weight of this extension.
     qlk::WeightView weight(const char* name) { return py::handle(next(name)).cast<const qlk::WeightView&>(); }
 
-    // Throws when there is another value.
+    // Throws if a field is left over.
     void end() {
         PyObject *key, *value;
         QLK_CHECK(PyDict_Next(dict_, &position_, &key, &value) == 0, "there is no field '" + text(key) + "'");
@@ -72,9 +72,9 @@ class Fields {
         PyObject *key, *value;
         QLK_CHECK(PyDict_Next(dict_, &position_, &key, &value) != 0,
                   "the field '" + std::string(name) + "' is missing");
-        const char* found = PyUnicode_AsUTF8(key);
-        if (found == nullptr) throw py::error_already_set();
-        QLK_CHECK(std::strcmp(found, name) == 0,
+        const char* key_name = PyUnicode_AsUTF8(key);
+        if (key_name == nullptr) throw py::error_already_set();
+        QLK_CHECK(std::strcmp(key_name, name) == 0,
                   "the field '" + std::string(name) + "' is missing, or '" + text(key) + "' comes before it");
         return value;
     }
@@ -87,8 +87,8 @@ class Fields {
 // The class Weight: a WeightView, made once for a weight and kept while its tensors stay where they are.
 // module_local: the emulator's module has one of its own.
 inline void bind_weight(py::module_& m) {
-    py::class_<qlk::WeightView>(m, "Weight", py::module_local()).def(py::init([](const py::dict& given) {
-        Fields f(given);
+    py::class_<qlk::WeightView>(m, "Weight", py::module_local()).def(py::init([](const py::dict& fields) {
+        Fields f(fields);
         const qlk::WeightView weight = {
             f.pointer<const uint8_t>("packed"),
             f.pointer<const float>("absmax"),
@@ -102,31 +102,4 @@ inline void bind_weight(py::module_& m) {
         f.end();
         return weight;
     }));
-}
-
-inline qlk::OptimizerParams optimizer_params(const py::dict& given, int threads) {
-    Fields f(given);
-    const int64_t algorithm = f.integer("algorithm");
-    QLK_CHECK(algorithm == 0 || algorithm == 1, "unknown optimizer " + std::to_string(algorithm));
-    const qlk::OptimizerParams params = {
-        static_cast<qlk::Algorithm>(algorithm),
-        static_cast<int>(f.integer("state_bits")),
-        f.pointer<const qlk::OptimizerChunk>("chunks"),
-        f.integer("all_chunks"),
-        f.pointer<const qlk::OptimizerTensor>("tensors"),
-        f.integer("tensor_count"),
-        f.pointer<const qlk::OptimizerGroup>("groups"),
-        f.pointer<qlk::OptimizerControl>("control"),
-        f.pointer<float>("steps"),
-        f.pointer<double>("partial"),
-        f.pointer<unsigned char>("header"),
-        f.pointer<unsigned char>("states"),
-        f.pointer<const float>("grad_scale"),
-        f.pointer<const float>("found_inf"),
-        f.number("max_grad_norm"),
-        f.flag("skip_nonfinite"),
-        threads,
-    };
-    f.end();
-    return params;
 }

@@ -7,7 +7,8 @@
 
 namespace qlk::cpu {
 
-// What one thread may use, bytes. The promise that a full-precision copy of a weight never exists rests on it.
+// The most bytes that one thread may use. The promise that a full-precision copy of a weight never exists depends on
+// it.
 constexpr size_t kScratchPerThread = 8u << 20;
 
 // At least `bytes` bytes, aligned to 64, valid until this thread asks again. threads: how many share it, for the

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_cases import POINT, POINTS, TINY, limits_case, measured
+from bench_runs.cases import POINT, POINTS, TINY, limits_case, measured
 
 from qlora_kernels.bench import command, options, worker
 from qlora_kernels.bench.case import OURS, Settings

@@ -16,7 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from bench_cases import POINT, TINY
+from bench_runs.cases import POINT, TINY
 
 from qlora_kernels.bench import worker
 from qlora_kernels.bench.case import OURS, DeviceLost

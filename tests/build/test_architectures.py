@@ -33,7 +33,7 @@ def test_lists(text, expected):
 @pytest.mark.parametrize(
     "text", ["sm_80", "8.0", "80a", "90f", "80+SASS", "hopper", "native;80", "80;all", "1000", "8", "90A"]
 )
-def test_what_is_no_list_is_one_sentence(text):
+def test_an_invalid_list_is_one_sentence(text):
     with pytest.raises(
         ValueError, match=r"^QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list .* is not a CUDA"
     ):
@@ -85,12 +85,12 @@ def test_names_of_wheels_are_versions():
         ("100f", (12, 0), False),
         ("100f+PTX", (12, 0), False),
         ("120f", (12, 1), True),
-        # PTX: all that come later, those of another major version as well, and systems on a chip.
+        # PTX: all later ones, those of another major version too, and systems on a chip.
         ("80+PTX", (9, 0), True),
         ("80+PTX", (12, 1), True),
         ("80+PTX", (7, 5), False),
         ("80+PTX", (8, 7), True),
-        # Systems on a chip run no code of a card's, nor the other way round.
+        # Systems on a chip run no code built for cards, nor the other way round.
         ("86", (8, 7), False),
         ("87", (8, 7), True),
         ("87", (8, 9), False),
@@ -134,19 +134,19 @@ def test_the_command_that_is_named_helps(card):
 def h100(monkeypatch):
     """A card that torch seems to see, and a build for the architectures that the test names."""
 
-    def of(built: str):
+    def built_for(built: str):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
         native = SimpleNamespace(build_info=lambda: {"cuda_archs": built}, cuda="the kernels")
         monkeypatch.setattr(choose, "native", lambda: native)
         backends.cuda.cache_clear()
 
-    yield of
+    yield built_for
     backends.cuda.cache_clear()
 
 
 @pytest.mark.parametrize(("built", "has"), [("80", "kernels for sm_80 alone"), ("", "no CUDA kernels")])
-def test_a_tensor_on_a_card_that_is_not_served_is_that_sentence(h100, built, has):
+def test_a_tensor_on_a_card_that_is_not_served_is_refused_with_that_sentence(h100, built, has):
     h100(built)
     tensor = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda:0"))
     for _ in range(2):  # the second time as well as the first

@@ -154,8 +154,8 @@ def objects() -> dict[str, Path]:
     if not folders:
         pytest.skip("the extension was not built in this tree: there are no object files to look into")
     # A build folder may hold objects of sources that have moved since.
-    found = sorted(folders[-1].rglob("*.cpp.o"), key=lambda path: path.stat().st_mtime)
-    return {path.name.removesuffix(".cpp.o"): path for path in found}
+    compiled = sorted(folders[-1].rglob("*.cpp.o"), key=lambda path: path.stat().st_mtime)
+    return {path.name.removesuffix(".cpp.o"): path for path in compiled}
 
 
 def test_no_instruction_set_shares_a_function_with_another(objects):
@@ -293,8 +293,8 @@ def assert_one_sentence(result: subprocess.CompletedProcess, *parts: str) -> Non
     assert "CMake" not in everything
     sentences = [line for line in result.stderr.splitlines() if "C++17" in line]
     assert len(sentences) == 1, everything
-    for part in parts:
-        assert part in sentences[0]
+    for piece in parts:
+        assert piece in sentences[0]
 
 
 def test_a_missing_compiler_is_one_sentence(build_ext, tmp_path):

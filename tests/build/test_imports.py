@@ -1,5 +1,5 @@
 """Imports of qlora_kernels and bench go one way: no module imports itself by a detour, and packages import only those
-below them. An import inside a function or under TYPE_CHECKING counts as any other."""
+below them. An import inside a function or under TYPE_CHECKING counts too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.readme.graph import Arrow, circles, imports, modules  # noqa: E402
 PACKAGES = ("qlora_kernels", "bench")
 
 #: The floors, lowest first. A room may import those below it, and not its neighbours on the same floor. A package's
-#: name stands for all of it but what has an entry of its own; "qlora_kernels" stands for its __init__ alone.
+#: name stands for all modules without an entry of their own; "qlora_kernels" stands for its __init__ alone.
 FLOORS = (
     ("qlora_kernels.errors", "qlora_kernels.version"),
     ("qlora_kernels.native", "qlora_kernels.storage", "qlora_kernels.console"),
@@ -58,10 +58,10 @@ def room(module: str) -> str | None:
     return next((name for name in names if name in FLOOR and name != "qlora_kernels"), None)
 
 
-def upward(found: list[Arrow]) -> list[str]:
+def upward(arrows: list[Arrow]) -> list[str]:
     """Each import of a room that does not lie below."""
     wrong = []
-    for one in found:
+    for one in arrows:
         source, target = room(one.source), room(one.target)
         if source is None or target is None:
             wrong.append(f"{one}, and {one.source if source is None else one.target} has no floor")
@@ -71,9 +71,9 @@ def upward(found: list[Arrow]) -> list[str]:
 
 
 def test_no_module_imports_itself_by_a_detour():
-    found = the_imports()
-    assert len(found) > 300
-    assert not circles(found)
+    arrows = the_imports()
+    assert len(arrows) > 300
+    assert not circles(arrows)
 
 
 def test_packages_import_only_what_is_below_them():
@@ -102,7 +102,7 @@ def tree(tmp_path):
 
 
 def test_every_form_of_import_is_read(tree):
-    found = tree(
+    arrows = tree(
         {
             "qlora_kernels/__init__.py": "from .errors import E\n",
             "qlora_kernels/errors.py": "import os, qlora\nfrom torch import nn\n",
@@ -112,7 +112,7 @@ def test_every_form_of_import_is_read(tree):
             "bench/run.py": "from qlora_kernels.layers.q import f, g\nfrom .x import y\n",
         }
     )
-    assert [str(one) for one in found] == [
+    assert [str(one) for one in arrows] == [
         "qlora_kernels/__init__.py:1 imports qlora_kernels.errors",
         "qlora_kernels/layers/q.py:1 imports qlora_kernels.ops",
         "qlora_kernels/layers/q.py:1 imports qlora_kernels",
@@ -132,7 +132,7 @@ CHECKED = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a impo
 
 @pytest.mark.parametrize(("text", "line"), [("from .a import x\n", 1), (LAZY, 2), (CHECKED, 3)])
 def test_a_circle_is_found_wherever_the_import_stands(tree, text, line):
-    found = tree(
+    arrows = tree(
         {
             "qlora_kernels/ops/a.py": "from . import b\n",
             "qlora_kernels/ops/b.py": "import qlora_kernels.ops.c\n",
@@ -140,28 +140,28 @@ def test_a_circle_is_found_wherever_the_import_stands(tree, text, line):
             "qlora_kernels/ops/d.py": "from . import a, c\n",
         }
     )
-    assert circles(found) == [
+    assert circles(arrows) == [
         "qlora_kernels/ops/a.py:1 imports qlora_kernels.ops.b; qlora_kernels/ops/b.py:1 imports qlora_kernels.ops.c; "
         f"qlora_kernels/ops/c.py:{line} imports qlora_kernels.ops.a"
     ]
-    assert upward(found) == []
+    assert upward(arrows) == []
 
 
 def test_a_circle_by_way_of_a_packages_face_is_found(tree):
-    found = tree(
+    arrows = tree(
         {
             "qlora_kernels/ops/__init__.py": "from .a import f\n",
             "qlora_kernels/ops/a.py": "from ..ops import f\n",
         }
     )
-    assert len(circles(found)) == 1
+    assert len(circles(arrows)) == 1
 
 
 def test_two_ways_to_one_module_are_no_circle(tree):
     files = {"a.py": "from . import b, c\n", "b.py": "from . import d\n", "c.py": "from . import d\n", "d.py": ""}
-    found = tree({f"qlora_kernels/ops/{name}": text for name, text in files.items()})
-    assert len(found) == 4
-    assert circles(found) == []
+    arrows = tree({f"qlora_kernels/ops/{name}": text for name, text in files.items()})
+    assert len(arrows) == 4
+    assert circles(arrows) == []
 
 
 def test_an_import_upward_is_found(tree):

@@ -31,20 +31,20 @@ MAY_INCLUDE = {
 }
 
 
-def upward(found: list[Arrow]) -> list[str]:
+def upward(arrows: list[Arrow]) -> list[str]:
     """Each include that MAY_INCLUDE doesn't allow."""
     return [
         f"{one}, and {folder(one.source)} may not include {folder(one.target)}"
-        for one in found
+        for one in arrows
         if folder(one.target) not in (folder(one.source), *MAY_INCLUDE.get(folder(one.source), ()))
     ]
 
 
 def test_no_file_includes_itself_by_a_detour():
-    found = includes(ROOT / "csrc")
-    assert len(found) > 100
-    assert {one.source for one in found} >= {"bindings/module.cpp", "cuda/linear/launch.cu", "cpu/linear/forward.h"}
-    assert not circles(found)
+    arrows = includes(ROOT / "csrc")
+    assert len(arrows) > 100
+    assert {one.source for one in arrows} >= {"bindings/module.cpp", "cuda/linear/launch.cu", "cpu/linear/forward.h"}
+    assert not circles(arrows)
 
 
 def test_folders_include_only_what_is_below_them():
@@ -56,7 +56,7 @@ def test_every_folder_has_its_place_and_every_place_is_used():
 
 
 def test_the_declared_order_has_no_circle():
-    """Every folder names those alone that come before it."""
+    """Every folder names only folders before it."""
     order = list(MAY_INCLUDE)
     for place, (name, below) in enumerate(MAY_INCLUDE.items()):
         assert set(below) <= set(order[:place]), name
@@ -80,7 +80,7 @@ def tree(tmp_path):
 
 
 def test_a_circle_is_found(tree):
-    found = tree(
+    arrows = tree(
         {
             "cpu/a.h": '#pragma once\n#include "cpu/b.h"\n',
             "cpu/b.h": '#if defined(X)\n  #  include "cpu/c.h"\n#endif\n',
@@ -88,8 +88,8 @@ def test_a_circle_is_found(tree):
             "cpu/d.cpp": '#include "cpu/a.h"\n#include "cpu/c.h"\n',
         }
     )
-    assert circles(found) == ["csrc/cpu/b.h:2 includes cpu/c.h; csrc/cpu/c.h:3 includes cpu/b.h"]
-    assert upward(found) == []
+    assert circles(arrows) == ["csrc/cpu/b.h:2 includes cpu/c.h; csrc/cpu/c.h:3 includes cpu/b.h"]
+    assert upward(arrows) == []
 
 
 def test_a_file_that_includes_itself_is_a_circle(tree):

@@ -1,4 +1,4 @@
-"""What a build makes of QLORA_KERNELS_CUDA_ARCHS, the GPUs and the compiler that are there, or are not."""
+"""What is built for a given QLORA_KERNELS_CUDA_ARCHS, with or without GPUs and a compiler."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
-import cuda_wheel
 import pytest
-from cuda_wheel import ROOT, setup_cuda
+from cuda_code import cuda_wheel
+from cuda_code.cuda_wheel import ROOT, setup_cuda
 
 from qlora_kernels.version import BASE
 
@@ -28,7 +28,7 @@ def bare(monkeypatch, tmp_path):
 
 
 def nvcc_at(folder: Path, release: str = "13.0", codes: str = "75 80 86 89 90 100 120", runtime: bool = True) -> Path:
-    """A toolkit's folder with a stand-in for nvcc that answers as one of some release does."""
+    """A toolkit's folder with a fake nvcc that reports a given release."""
     (folder / "bin").mkdir(parents=True)
     (folder / "lib").mkdir()
     if runtime:
@@ -72,19 +72,19 @@ def test_without_gpu_or_with_none_the_cpu_part_is_built_alone(archs, tmp_path):
     ],
 )
 def test_lists_are_built_as_asked(archs, expected, local, tmp_path):
-    found = plan(archs, CUDACXX=nvcc_at(tmp_path / "cuda"))
-    assert (found.architectures, found.local_version, found.note) == (expected, local, "")
-    assert found.compiler.runtime == tmp_path / "cuda" / "lib" / "libcudart_static.a"
+    planned = plan(archs, CUDACXX=nvcc_at(tmp_path / "cuda"))
+    assert (planned.architectures, planned.local_version, planned.note) == (expected, local, "")
+    assert planned.compiler.runtime == tmp_path / "cuda" / "lib" / "libcudart_static.a"
 
 
 def test_all_is_what_the_compiler_knows(tmp_path):
-    found = plan("all", CUDACXX=nvcc_at(tmp_path / "cuda", "12.4", "70 75 80 86 89 90"))
-    assert found.architectures == ("75", "80", "86", "89", "90a")
-    assert found.note == "'all' without 100a, 120+PTX: nvcc from CUDA 12.4 does not support it"
+    planned = plan("all", CUDACXX=nvcc_at(tmp_path / "cuda", "12.4", "70 75 80 86 89 90"))
+    assert planned.architectures == ("75", "80", "86", "89", "90a")
+    assert planned.note == "'all' without 100a, 120+PTX: nvcc from CUDA 12.4 does not support it"
 
 
 @pytest.mark.parametrize("archs", ["", "fast", "80;sm_90"])
-def test_what_is_no_list_is_refused_before_any_compiler_is_asked(archs):
+def test_an_invalid_list_is_refused_before_any_compiler_is_asked(archs):
     with pytest.raises(ValueError, match="QLORA_KERNELS_CUDA_ARCHS should be native, none, all or a list"):
         plan(archs)
 
@@ -150,7 +150,7 @@ def test_nvcc_is_looked_for_from_the_nearest_to_the_farthest(tmp_path, monkeypat
 
 
 def test_packages_are_found_from_an_isolated_build(tmp_path):
-    """As in pip's: an interpreter of the environment, whose site-packages are off sys.path; and as in build's."""
+    """pip runs the environment's interpreter with its site-packages off sys.path; with build, VIRTUAL_ENV names it."""
     packages = tmp_path / "lib" / "python3.12" / "site-packages"
     packages.mkdir(parents=True)
     code = (
@@ -166,29 +166,29 @@ def test_packages_are_found_from_an_isolated_build(tmp_path):
 
 def test_native_is_the_gpus_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(setup_cuda, "cards", lambda: [(7, 0), (8, 9), (9, 0), (10, 0)])
-    found = plan(None, CUDACXX=nvcc_at(tmp_path / "cuda"))
-    assert found.architectures == ("89", "90a", "100a")  # none for 7.0, which the kernels do not serve
-    assert found.note == ""
+    planned = plan(None, CUDACXX=nvcc_at(tmp_path / "cuda"))
+    assert planned.architectures == ("89", "90a", "100a")  # none for 7.0, which the kernels do not serve
+    assert planned.note == ""
 
 
 def test_a_gpu_that_nothing_can_be_built_for_leaves_a_note(tmp_path, monkeypatch):
     monkeypatch.setattr(setup_cuda, "cards", lambda: [(9, 0)])
-    found = plan()
-    assert found.architectures == ()
+    planned = plan()
+    assert planned.architectures == ()
     assert re.match(
         r"found a GPU with architecture 90a, but only the CPU part is built, because there is no nvcc; install",
-        found.note,
+        planned.note,
     )
-    found = plan(CUDACXX=nvcc_at(tmp_path / "old", "11.8"))
-    assert found.architectures == ()
-    assert "only the CPU part is built: " in found.note
-    assert "needs CUDA 12.0" in found.note
-    found = plan(CUDACXX=nvcc_at(tmp_path / "few", "12.0", "75 80"))
-    assert found.architectures == ()
-    assert "from CUDA 12.0 does not support that architecture" in found.note
+    planned = plan(CUDACXX=nvcc_at(tmp_path / "old", "11.8"))
+    assert planned.architectures == ()
+    assert "only the CPU part is built: " in planned.note
+    assert "needs CUDA 12.0" in planned.note
+    planned = plan(CUDACXX=nvcc_at(tmp_path / "few", "12.0", "75 80"))
+    assert planned.architectures == ()
+    assert "from CUDA 12.0 does not support that architecture" in planned.note
 
 
-def test_gpus_without_a_driver_library_are_asked_of_nvidia_smi(tmp_path, monkeypatch):
+def test_without_a_driver_library_nvidia_smi_lists_the_gpus(tmp_path, monkeypatch):
     monkeypatch.undo()  # the real cards()
     monkeypatch.setattr(setup_cuda, "_cards_of_driver", lambda: None)
     smi = tmp_path / "nvidia-smi"
@@ -249,7 +249,7 @@ def test_setup_py_asks_the_driver(tmp_path):
     assert (done.stdout.strip(), done.stderr) == (f"{BASE}+cu130.sm90a", "")
     done = setup_py("--version", CUDACXX="/no/such/nvcc", **environment)
     assert (done.stdout.strip(), done.stderr) == (BASE, "")
-    # While building it is said, and said once. Without a C++ compiler this goes no further.
+    # The build prints the note, once. Without a C++ compiler the build ends after that.
     done = setup_py("build_ext", CUDACXX="/no/such/nvcc", CXX="/no/such/c++", **environment)
     said = [line for line in done.stderr.splitlines() if "nvcc" in line]
     assert len(said) == 1, done.stderr
@@ -259,8 +259,8 @@ def test_setup_py_asks_the_driver(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- CMake
 
 
-def test_ccache_is_used_where_it_is(tmp_path):
-    """For C++ and for CUDA, whose compiler here is a stand-in that makes nothing."""
+def test_ccache_is_used_where_it_is_installed(tmp_path):
+    """For C++ and for CUDA, whose compiler here is a fake that writes nothing."""
     pybind11 = pytest.importorskip("pybind11")
     tools, log, build = tmp_path / "tools", tmp_path / "log", tmp_path / "build"
     tools.mkdir()
@@ -275,7 +275,7 @@ def test_ccache_is_used_where_it_is(tmp_path):
             *("cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", "-DQLK_CUDA_ARCHS=80;90a"),
             *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
         ],
-        # Of the target's C++ files one; the CUDA files come before.
+        # One of the target's C++ files; the CUDA files come first.
         ["cmake", "--build", build, "--target", f"CMakeFiles/_C.dir/{source}.o"],
     ):
         done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=120)

@@ -9,9 +9,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import cuda_wheel
 import pytest
-from static_budgets import BUDGETS, MAX_SHARED, Budget, LoopBudget, budget_of, number_of
+from cuda_code import cuda_wheel
+from cuda_code.budgets import BUDGETS, MAX_SHARED, Budget, LoopBudget, budget_of, number_of
 
 from bench.compiled import sass, static
 from qlora_kernels.native import architectures
@@ -34,13 +34,13 @@ def code(module) -> list[sass.Function]:
 
 
 def broken(row: dict, budget: Budget) -> list[str]:
-    """What of a row of the table is not as the budget says."""
+    """What in a row of the table exceeds the budget."""
     trap = row["instructions"] <= static.MOST_OF_A_TRAP
     if not budget.runs(row):
         return [] if trap else [f"{row['instructions']} instructions, and it is never launched there"]
     if trap:
         return ["no code, and it is launched there"]
-    found = [
+    faults = [
         f"{row[key]} {what}"
         for key, what in (
             ("local_accesses", "accesses to local memory"),
@@ -51,34 +51,34 @@ def broken(row: dict, budget: Budget) -> list[str]:
     ]
     allowed = budget.registers(row["arch"])
     if row["registers"] > allowed:
-        found.append(f"{row['registers']} registers, {allowed} allowed: {budget.reason}")
+        faults.append(f"{row['registers']} registers, {allowed} allowed: {budget.reason}")
     # What the hardware keeps for itself counts as static from sm_90 on.
     own_static = row["shared_static"] - (1024 if int(number_of(row["arch"])) >= 90 else 0)
     if own_static > 0:
-        found.append(f"{own_static} bytes of static shared memory, none allowed")
+        faults.append(f"{own_static} bytes of static shared memory, none allowed")
     if row["shared_dynamic"] > budget.shared:
-        found.append(f"{row['shared_dynamic']} bytes of shared memory, {budget.shared} allowed: {budget.reason}")
+        faults.append(f"{row['shared_dynamic']} bytes of shared memory, {budget.shared} allowed: {budget.reason}")
     for key, promised in (("ldg128", budget.loads_128), ("stg128", budget.stores_128)):
         if row[key] < promised:
-            found.append(f"{row[key]} {key.upper()}, {promised} promised")
-    return found + broken_loop(row, budget)
+            faults.append(f"{row[key]} {key.upper()}, {promised} promised")
+    return faults + broken_loop(row, budget)
 
 
 def broken_loop(row: dict, budget: Budget) -> list[str]:
-    """What of the main loop is not as the budget says."""
+    """What in the main loop exceeds the budget."""
     if budget.loop is None:
         return ["state a budget of its main loop"] if "step_hmma" in row else []
     if not row.get("step_hmma"):
         return ["no loop with HMMA and decoding is found"]
-    found = []
+    faults = []
     hmma = budget.loop.hmma * (2 if int(number_of(row["arch"])) < 80 else 1)
     if row["step_hmma"] != hmma:
-        found.append(f"{row['step_hmma']:g} HMMA in a step of the main loop, {hmma} expected")
+        faults.append(f"{row['step_hmma']:g} HMMA in a step of the main loop, {hmma} expected")
     if not 0 < row["slots_per_weight"] <= budget.loop.slots:
-        found.append(f"{row['slots_per_weight']:.2f} instructions to decode a weight, {budget.loop.slots} allowed")
+        faults.append(f"{row['slots_per_weight']:.2f} instructions to decode a weight, {budget.loop.slots} allowed")
     if row["step_outside"] > budget.loop.outside:
-        found.append(f"{row['step_outside']:g} outside MMA and decoding in a step, {budget.loop.outside:g} allowed")
-    return found
+        faults.append(f"{row['step_outside']:g} outside MMA and decoding in a step, {budget.loop.outside:g} allowed")
+    return faults
 
 
 # ------------------------------------------------------------------------------------------------------------ gates
@@ -88,10 +88,10 @@ def broken_loop(row: dict, budget: Budget) -> list[str]:
 def test_every_kernel_of_every_architecture_is_within_its_budget(report):
     kernels = {row["kernel"] for row in report["kernels"]}
     without = sorted(kernel for kernel in kernels if budget_of(kernel) is None)
-    assert not without, f"state budgets in tests/support/static_budgets.py for {', '.join(without)}"
-    found = {id(budget_of(kernel)) for kernel in kernels}
-    unused = [pattern for pattern, budget in BUDGETS.items() if id(budget) not in found]
-    assert not unused, f"tests/support/static_budgets.py: there is no kernel {', '.join(unused)}"
+    assert not without, f"state budgets in tests/support/cuda_code/budgets.py for {', '.join(without)}"
+    used = {id(budget_of(kernel)) for kernel in kernels}
+    unused = [pattern for pattern, budget in BUDGETS.items() if id(budget) not in used]
+    assert not unused, f"tests/support/cuda_code/budgets.py: there is no kernel {', '.join(unused)}"
     assert len(report["kernels"]) == len(kernels) * len(cuda_wheel.built_for())
     problems = [
         f"{row['kernel']} for {row['arch']}: {problem}"
@@ -114,7 +114,7 @@ def test_no_thread_that_stores_128_bits_stores_fewer_at_a_time(code):
 
 
 @pytest.mark.slow
-def test_the_committed_table_is_of_this_code(report):
+def test_the_committed_table_describes_this_code(report):
     path = static.path_for(report["archs"])
     if cuda_wheel.built_for() != cuda_wheel.ARCHITECTURES and not path.exists():
         pytest.skip(f"only the table for {', '.join(cuda_wheel.ARCHITECTURES)} is kept")
@@ -136,7 +136,7 @@ def test_the_committed_table_is_of_this_code(report):
 
 @pytest.mark.slow
 def test_readmes_wheel_has_all_architectures_below_30_mib_and_no_spills(report):
-    """bench/results/wheel-all.json: not built here, but like what is built here."""
+    """bench/results/wheel-all.json: not built here, but checked against what is."""
     kept = json.loads((static.FOLDER / "wheel-all.json").read_text())
     assert kept["wheel_bytes"] < 30 * 2**20
     local = architectures.local_version("13.0", architectures.ALL)
@@ -238,9 +238,9 @@ Resource usage:
  Function _Zsample:
   REG:48 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[2]:8 CONSTANT[0]:528 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    (found,) = sass.parse_usage(text).items()
-    assert found[0] == ("sm_80", "_Zsample")
-    assert {key: found[1][key] for key in ("REG", "STACK", "SHARED", "LOCAL")} == {
+    (kernel,) = sass.parse_usage(text).items()
+    assert kernel[0] == ("sm_80", "_Zsample")
+    assert {key: kernel[1][key] for key in ("REG", "STACK", "SHARED", "LOCAL")} == {
         "REG": 48,
         "STACK": 16,
         "SHARED": 1024,
@@ -287,7 +287,7 @@ def test_each_gate_closes(change, message):
 
 
 def test_what_is_never_launched_has_no_code():
-    """For want of shared memory, or of tensor cores that take bf16."""
+    """Because shared memory is too small, or the tensor cores don't take bf16."""
     roomy = replace(BUDGET, shared=100 * 1024)
     for arch, shared, goes in (("sm_89", 99, True), ("sm_89", 100, False), ("sm_80", 100, True), ("sm_75", 65, False)):
         row = {**GOOD, "arch": arch, "shared_static": 0, "shared_dynamic": shared * 1024}
@@ -304,8 +304,8 @@ def test_what_is_never_launched_has_no_code():
         assert BUDGET.runs(row) == goes, row
 
 
-def test_the_hardwares_limits_are_those_that_kernels_are_left_out_by(tmp_path):
-    """static_budgets.py and most_shared() in dispatch.h say the same of every architecture."""
+def test_kernels_are_left_out_by_the_hardwares_limits(tmp_path):
+    """budgets.py and most_shared() in dispatch.h say the same of every architecture."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler")

@@ -79,9 +79,9 @@ def step(listing: str, rows: int = 128) -> loops.Step | None:
 
 
 def test_a_step_is_counted_by_class():
-    found = step(LISTING)
+    counted = step(LISTING)
     # 8 PRMT, the shift and the choice, every second step.
-    assert found.counts == {
+    assert counted.counts == {
         "hmma": 2,
         "decode": 5,
         "ldsm": 1,
@@ -91,8 +91,8 @@ def test_a_step_is_counted_by_class():
         # The barrier and a jump; 4 copies of 5; the jump around decoding; half of IMAD, a jump and LDG; the last jump.
         "other": 2 + 4 * 5 + 1 + 1.5 + 1,
     }
-    assert found.slots_per_weight == 10 / 8
-    assert found.outside == found.total - 2 - 5
+    assert counted.slots_per_weight == 10 / 8
+    assert counted.outside == counted.total - 2 - 5
 
 
 def test_copies_count_by_the_rows():
@@ -104,13 +104,13 @@ def test_copies_count_by_the_rows():
 
 
 def test_decoding_that_every_step_does_counts_fully():
-    found = step(LISTING.replace("    @P6 BRA decoded\n", ""))
-    assert found.counts["decode"] == 10
-    assert found.slots_per_weight == 10 / 8
+    counted = step(LISTING.replace("    @P6 BRA decoded\n", ""))
+    assert counted.counts["decode"] == 10
+    assert counted.slots_per_weight == 10 / 8
 
 
 def test_tables_in_shared_memory():
-    """Look-ups are loads then, and decoding may stand in one block of code with all the rest."""
+    """Look-ups are loads then, and decoding may share one block of code with the rest."""
     listing = """
 step:
     LDS.128 R20, [R9]
@@ -123,9 +123,9 @@ step:
     EXIT
 """
     kind = loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=8)
-    found = loops.step_of(assembled(listing), kind, [])
-    assert found.slots_per_weight == 11 / 8
-    assert found.counts == {"hmma": 1, "decode": 11, "ldsm": 0, "lds": 1, "sts": 0, "ldgsts": 0, "other": 1}
+    counted = loops.step_of(assembled(listing), kind, [])
+    assert counted.slots_per_weight == 11 / 8
+    assert counted.counts == {"hmma": 1, "decode": 11, "ldsm": 0, "lds": 1, "sts": 0, "ldgsts": 0, "other": 1}
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ step:
 )
 def test_what_is_added_shows(before, after, key, more):
     assert before in LISTING
-    found, old = step(LISTING.replace(before, after, 1)), step(LISTING)
-    assert found.counts == {**old.counts, key: old.counts[key] + more}
-    assert found.slots_per_weight == old.slots_per_weight + (more * 2 / 8 if key == "decode" else 0)
+    new, old = step(LISTING.replace(before, after, 1)), step(LISTING)
+    assert new.counts == {**old.counts, key: old.counts[key] + more}
+    assert new.slots_per_weight == old.slots_per_weight + (more * 2 / 8 if key == "decode" else 0)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_pre_commit_takes_tools_from_no_repository():
 
 
 def test_types_are_published():
-    """A package without py.typed has no types for others, whatever it says."""
+    """Type checkers ignore the annotations of a package without py.typed."""
     assert (ROOT / "qlora_kernels" / "py.typed").read_bytes() == b""
     assert 'package-data = { qlora_kernels = ["py.typed"] }' in PROJECT
 

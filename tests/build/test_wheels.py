@@ -11,9 +11,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import cuda_wheel
 import pytest
-from cuda_wheel import ROOT, built_for, setup_cuda
+from cuda_code import cuda_wheel
+from cuda_code.cuda_wheel import ROOT, built_for, setup_cuda
 
 from qlora_kernels.native import architectures
 from qlora_kernels.version import BASE
@@ -40,7 +40,7 @@ def output_of(*command: object) -> str:
 
 
 def inside(module: Path) -> set[str]:
-    """What machine code (sm_N) and PTX (compute_N) there is in an object, by cuobjdump."""
+    """The machine code (sm_N) and PTX (compute_N) in an object, by cuobjdump."""
     cuobjdump = cuda_wheel.tool("cuobjdump")
     code = re.findall(r"\.(sm_\w+)\.cubin", output_of(cuobjdump, "--list-elf", module))
     # A file without PTX is an error to it.
@@ -49,11 +49,11 @@ def inside(module: Path) -> set[str]:
 
 
 def claimed(name: str) -> set[str]:
-    """The same by the name of a wheel."""
+    """The same according to a wheel's name."""
     local = name.split("-")[1].partition("+")[2]
-    release, *parts = local.split(".")
+    release, *targets = local.split(".")
     assert re.fullmatch(r"cu\d+", release), name
-    return {re.sub(r"^(sm|compute)", r"\1_", part) for part in parts}
+    return {re.sub(r"^(sm|compute)", r"\1_", target) for target in targets}
 
 
 def has_driver() -> bool:
@@ -100,7 +100,7 @@ def test_every_file_of_kernels_has_every_architecture(extension):
 
 
 def test_ptx_goes_along_where_asked_for(tmp_path):
-    """One source file through CMake's rule for it: a whole wheel would tell no more."""
+    """One source file through CMake's rule: a whole wheel would show nothing more."""
     pybind11 = pytest.importorskip("pybind11")
     cuda_wheel.tool("nvcc")
     configure = [
@@ -109,12 +109,12 @@ def test_ptx_goes_along_where_asked_for(tmp_path):
     ]
     output_of(*configure)
     output_of("cmake", "--build", tmp_path, "--target", "cuda/quantize/quantize_absmax.cu.o")
-    found = inside(tmp_path / "cuda" / "quantize" / "quantize_absmax.cu.o")
-    assert found == set(architectures.names(["75", "90+PTX"])) == {"sm_75", "sm_90", "compute_90"}
+    embedded = inside(tmp_path / "cuda" / "quantize" / "quantize_absmax.cu.o")
+    assert embedded == set(architectures.names(["75", "90+PTX"])) == {"sm_75", "sm_90", "compute_90"}
 
 
 def test_the_kernels_for_conformance_on_a_card_build(tmp_path):
-    """What the gpu tests build there; its errors are exceptions here, too."""
+    """What the gpu tests build on a card's machine; compile errors are exceptions here too."""
     cuda_wheel.tool("nvcc")
     from bench.emulator import build, load
 
@@ -139,7 +139,7 @@ def test_neither_the_driver_nor_a_shared_runtime_is_linked(extension):
 
 
 def test_the_runtime_inside_is_out_of_reach_of_another(extension):
-    """torch has a CUDA runtime of its own: a symbol that both show would be the first one's for both."""
+    """torch has its own CUDA runtime: a symbol that both export would resolve to one runtime for both."""
     cuda_wheel.tool("nm")
     symbols = [line.split()[-1] for line in output_of("nm", "-D", extension).splitlines()]
     assert "PyInit__C" in symbols
@@ -155,8 +155,8 @@ def test_no_path_of_the_building_machine_is_inside(extension):
 
 
 def test_all_architectures_together_stay_below_30_mib(wheel):
-    """What else is in this wheel counts as if it were the architectures', too. bench/results/wheel-all.json has been
-    measured (test_static_gates.py)."""
+    """Counts the rest of this wheel as if it grew with the architectures. bench/results/wheel-all.json is measured
+    (test_static_gates.py)."""
     assert wheel.stat().st_size / len(built_for()) * len(architectures.ALL) < 30 * MIB
 
 
@@ -181,7 +181,7 @@ def test_the_driver_is_reached_only_by_a_cuda_call(tmp_path):
     done = python(
         """
 import os, torch, qlora_kernels as q
-from cuda_calls import call_kernels
+from cuda_code.calls import call_kernels
 from qlora_kernels.native.extension import native
 weight = q.quantize(torch.ones(2, 64))
 weight.dequantize(torch.bfloat16)
@@ -205,7 +205,7 @@ def test_without_a_driver_a_cuda_call_is_an_exception_and_the_process_lives_on(e
     done = python(
         """
 import torch, qlora_kernels as q
-from cuda_calls import call_kernels
+from cuda_code.calls import call_kernels
 from qlora_kernels.native.extension import native
 for _ in range(2):
     try:

@@ -8,7 +8,7 @@ import shutil
 import sys
 
 import pytest
-from small_model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
+from small.model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.cli.main import main
 
@@ -22,8 +22,8 @@ def test_quantize_then_finetune(tmp_path, model, capsys):
     assert sorted(metrics["results"]) == ["nf4", "qlora"]
     dense = ["finetune", *TINY, "--model", model, "--out", str(tmp_path / "dense")]
     assert main(dense) == 0
-    found = json.loads((tmp_path / "dense" / "metrics.json").read_text())["results"]
-    assert found["nf4"]["loss"] == metrics["results"]["nf4"]["loss"]
+    dense_results = json.loads((tmp_path / "dense" / "metrics.json").read_text())["results"]
+    assert dense_results["nf4"]["loss"] == metrics["results"]["nf4"]["loss"]
 
 
 BAD = [

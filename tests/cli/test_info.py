@@ -45,9 +45,9 @@ def test_dispatch_prints_which_kernel_runs(capsys, monkeypatch):
     assert ["897", "to", "1024", "tiles128wide", "1", "0.0"] in rows
     assert ["6401", "or", "more", "tiles128wide", "1", "0.0"] in rows
     assert main(["info", "--dispatch", "4096", "100", "--arch", "75", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["card"]["architecture"] == 75
-    assert {row["kernel"] for row in found["table"]} == {"floats"}, "K is no multiple of 64"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["card"]["architecture"] == 75
+    assert {row["kernel"] for row in printed["table"]} == {"floats"}, "K is no multiple of 64"
     monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "tiles64")
     assert main(["info", "--dispatch", "4096", "4096", "--arch", "80"]) == 0
     text = capsys.readouterr().out

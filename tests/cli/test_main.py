@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from small_model_folder import TINY, model_fixture  # noqa: F401 - fixtures
+from small.model_folder import TINY, model_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels import __version__
 from qlora_kernels.cli.main import main

@@ -7,14 +7,14 @@ import os
 import shutil
 
 import pytest
-from small_model_folder import TINY, model_fixture  # noqa: F401 - fixtures
+from small.model_folder import TINY, model_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.cli.main import main
 from qlora_kernels.cli.quantize import parse_size
 from qlora_kernels.errors import InputError
 
 
-def test_double_quantization_of_a_4_bit_folder_is_as_it_is(tmp_path, model, capsys):
+def test_double_quantization_of_a_4_bit_folder_cannot_be_turned_off(tmp_path, model, capsys):
     for name, flags in (("nested", []), ("plain", ["--no-double-quant"])):
         assert main(["quantize", model, str(tmp_path / name), "--quiet", *flags]) == 0
     capsys.readouterr()

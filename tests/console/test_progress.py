@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from small_model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
+from small.model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.console import progress
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from contract import make_weight, relative_error
-from cuda_calls import call_kernels, weight_of
+from cuda_code.calls import call_kernels, weight_of
 from emulated import counted, emulated, lines, module
 from engines import forced, on_the_cpu
 
@@ -38,14 +38,14 @@ def test_quantization_takes_two_launches_and_dequantization_one(dtype):
 def test_dequantize_moves_each_byte_once_in_whole_sectors(dtype):
     n, k = 64, 512
     quantized = make_weight(n, k)
-    found = counted(lambda: quantized.dequantize(dtype))
-    loads, stores = (lines(found["global"], "dequantize.cuh", kind) for kind in ("load", "store"))
+    counts = counted(lambda: quantized.dequantize(dtype))
+    loads, stores = (lines(counts["global"], "dequantize.cuh", kind) for kind in ("load", "store"))
     for accesses, size in ((loads, n * k // 2), (stores, n * k * torch.finfo(dtype).bits // 8)):
         assert sum(t["bytes"] for t in accesses.values()) == size
         for place, t in accesses.items():
             assert t["actual"] == t["minimum"] == t["bytes"] // 32, place
             assert t["bytes"] == 512 * t["requests"], f"{place}: not 16 bytes a lane"
-    shared = {**lines(found["shared"], "dequantize.cuh", "load"), **lines(found["shared"], "dequantize.cuh", "store")}
+    shared = {**lines(counts["shared"], "dequantize.cuh", "load"), **lines(counts["shared"], "dequantize.cuh", "store")}
     assert shared
     assert all(t["actual"] == t["minimum"] for t in shared.values()), "bank conflicts"
 
@@ -54,8 +54,8 @@ def test_dequantize_moves_each_byte_once_in_whole_sectors(dtype):
 def test_quantize_moves_each_byte_once_in_whole_sectors(dtype):
     n, k = 64, 512
     weight = torch.randn(n, k).to(dtype)
-    found = counted(lambda: quantize(weight, double_quant=False))
-    loads, stores = (lines(found["global"], "quantize.cuh", kind) for kind in ("load", "store"))
+    counts = counted(lambda: quantize(weight, double_quant=False))
+    loads, stores = (lines(counts["global"], "quantize.cuh", kind) for kind in ("load", "store"))
     assert sum(t["bytes"] for t in loads.values()) == weight.nbytes
     assert all(t["actual"] == t["minimum"] for t in (*loads.values(), *stores.values()))
     assert all(t["bytes"] == 512 * t["requests"] for t in loads.values()), "not 16 bytes a lane"
@@ -68,7 +68,7 @@ def test_quantize_moves_each_byte_once_in_whole_sectors(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [1, 3, 8])
-def test_tensors_that_lie_on_no_16_bytes(cuda_engine, dtype, offset):
+def test_tensors_not_aligned_to_16_bytes(cuda_engine, dtype, offset):
     n, k = 21, 192
     room = torch.randn(n * k + offset).to(dtype)
     weight = room[offset:].view(n, k)
@@ -87,7 +87,7 @@ def test_tensors_that_lie_on_no_16_bytes(cuda_engine, dtype, offset):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_more_weights_than_32_bits_count(cuda_engine, dtype):
-    # 2^31 + 3 * 2^16 weights, of which only the last rows are looked at: the rest is never touched.
+    # 2^31 + 3 * 2^16 weights. Only the last rows are decoded; the rest is never touched.
     n, k = 2**15 + 3, 2**16
     blocks = n * k // 64
     packed = torch.zeros(n * k // 2, dtype=torch.uint8)
@@ -98,9 +98,9 @@ def test_more_weights_than_32_bits_count(cuda_engine, dtype):
     nested[-8:] = torch.rand(8)
     table = default_nested_table(packed.device)
     weight = NF4Weight(packed, absmax, nested, torch.ones(1), table, torch.Size((n, k)))
-    found = weight.dequantize(dtype, row_begin=n - 2, row_end=n)
+    decoded = weight.dequantize(dtype, row_begin=n - 2, row_end=n)
     tail = (packed[-k:], absmax[-2 * k // 64 :], nested[-8:], weight.nested_offset, table)
-    assert torch.equal(found, reference.decode(tail, 2, k, dtype))
+    assert torch.equal(decoded, reference.decode(tail, 2, k, dtype))
 
 
 @pytest.mark.gpu
@@ -123,8 +123,8 @@ def test_a_launch_that_fails_is_an_exception_and_the_next_one_works():
     with emulated(max_shared_bytes=64), pytest.raises(RuntimeError, match="shared memory, of 64"):
         quantize(weight)
     with emulated():
-        found = quantize(weight)
-    assert all(torch.equal(a, b) for a, b in zip(found.pieces, quantize(weight).pieces, strict=True))
+        quantized = quantize(weight)
+    assert all(torch.equal(a, b) for a, b in zip(quantized.pieces, quantize(weight).pieces, strict=True))
 
 
 def test_errors_of_the_launchers_say_where(cuda_engine):
@@ -156,7 +156,7 @@ def test_errors_of_the_launchers_say_where(cuda_engine):
 
 
 def test_a_weight_that_is_not_finite_decodes_to_nan_and_no_neighbour_does(cuda_engine):
-    # What a captured graph would give, where nothing can be refused.
+    # As in a captured graph, which cannot refuse anything.
     weight = torch.randn(4, 256)
     weight[1, 70] = torch.inf
     packed, absmax = ops.quantize(weight, "weight")
@@ -209,15 +209,15 @@ def test_the_layer_on_cuda_agrees_with_the_cpu(cuda_engine, dtype):
         y.backward(given[3].to(device))
         return [t.double().cpu() for t in (y.detach(), x.grad, A.grad, B.grad)]
 
-    found = gradients(device)
+    actual = gradients(device)
     with on_the_cpu():
         expected = gradients("cpu")
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert relative_error(a, b) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_training_on_cuda_has_the_losses_of_the_cpu(cuda_engine, dtype):
+def test_training_on_cuda_gives_the_losses_of_the_cpu(cuda_engine, dtype):
     device = "cuda" if cuda_engine == "cuda" else "cpu"
     generator = torch.Generator(device="cpu").manual_seed(3)
 
@@ -238,20 +238,20 @@ def test_training_on_cuda_has_the_losses_of_the_cpu(cuda_engine, dtype):
             layers.append(layer)
         model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1])
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-        found = []
+        curve = []
         for _ in range(6):
             optimizer.zero_grad()
             loss = (model(x.to(device, dtype)) - wanted.to(device, dtype)).float().square().mean()
             loss.backward()
             optimizer.step()
-            found.append(loss.item())
-        return torch.tensor(found, device="cpu")
+            curve.append(loss.item())
+        return torch.tensor(curve, device="cpu")
 
-    found = losses(device)
+    actual = losses(device)
     with on_the_cpu():
         expected = losses("cpu")
-    assert (found[1:] < found[:-1]).all(), f"it learns nothing: {found}"
-    assert (found - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.max()
+    assert (actual[1:] < actual[:-1]).all(), f"it learns nothing: {actual}"
+    assert (actual - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.max()
 
 
 def test_scratch_holds_what_it_held_before():
@@ -275,7 +275,7 @@ def test_scratch_holds_what_it_held_before():
     assert all(torch.equal(results[0], y) for y in results[1:])
 
 
-def test_a_weight_that_rounds_to_infinity_stays_where_it_is(cuda_engine):
+def test_a_weight_that_rounds_to_infinity_affects_only_its_row(cuda_engine):
     # K = 192 and 320: the last 64 columns that a warp takes lie beyond it.
     for k in (192, 320):
         weight = torch.randn(9, k)
@@ -288,7 +288,7 @@ def test_a_weight_that_rounds_to_infinity_stays_where_it_is(cuda_engine):
             assert y[:, [0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
 
 
-def test_an_offset_of_the_constants_beyond_fp16_stays_out_of_what_is_outside(cuda_engine):
+def test_an_offset_of_the_constants_beyond_fp16_does_not_leak_past_the_edges(cuda_engine):
     # A block of 1e8 makes their mean 2e5. Rows of W beyond N = 9 have no constants, columns beyond K none that count.
     weight = torch.randn(9, 4096)
     weight[0, 5] = 1e8
@@ -305,7 +305,7 @@ def test_an_offset_of_the_constants_beyond_fp16_stays_out_of_what_is_outside(cud
         assert torch.equal(dx.isfinite(), (dy.double() @ dense.double()).half().isfinite())
 
 
-def test_a_constant_that_is_nan_stays_in_its_row_of_the_weight(cuda_engine):
+def test_a_constant_that_is_nan_affects_only_its_row_of_the_weight(cuda_engine):
     # K = 192: the last 64 columns that a warp takes lie beyond it. N = 9: rows lie beyond it, too.
     weight = torch.randn(9, 192)
     weight[0, 3] = torch.nan

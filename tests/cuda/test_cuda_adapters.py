@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from contract import make_weight, relative_error
-from cuda_calls import call_kernels
+from cuda_code.calls import call_kernels
 from emulated import counted, counters, emulated, module
 from engines import ORDERS
 
@@ -29,7 +29,7 @@ class Layer:
     def __init__(self, m, n, k, r, dropout=0.0, dtype=torch.bfloat16):
         self.weight = make_weight(n, k)
         self.x, self.dy, self.u = (torch.randn(*s).to(dtype) for s in ((m, k), (m, n), (m, r)))
-        # Of float32 are the gradients then, too.
+        # The gradients are float32 then, too.
         self.A, self.B = (torch.randn(*s).to(dtype).float() for s in ((r, k), (n, r)))
         self.seed, self.dropout, self.scaling = torch.tensor([SEED]), dropout, 0.7
         mask = reference.dropout_mask(m, k, dropout, self.seed, self.x.device)
@@ -52,7 +52,8 @@ class Layer:
         )  # fmt: skip
 
     def unsure_v(self):
-        """By how much the elements of v may differ that lie between two neighbours of its dtype, to float32 sums."""
+        """How much elements of v may differ that fall between two values of its dtype, within the error of float32
+        sums."""
         if self.x.dtype == torch.float32:
             return torch.zeros_like(self.exact_v)
         scale = self.scaling / (1 - self.dropout)
@@ -61,18 +62,18 @@ class Layer:
         return high - low
 
     def check(self, case: str, dA=True, dB=True) -> None:
-        # u and v are rounded once. dA is held against the v that has been rounded; where a sum in another order may
-        # fall to the other side, by as much as that makes.
+        # u and v are rounded once. dA is compared with the rounded v; where another order of summation may round to the
+        # other side, by that much more.
         epsilon = torch.finfo(self.x.dtype).eps
-        found = {"u": (self.forward(), self.exact_u, max(epsilon / 2 * 1.01, 1e-6))}
+        results = {"u": (self.forward(), self.exact_u, max(epsilon / 2 * 1.01, 1e-6))}
         _, da, db = self.backward(dA=dA, dB=dB)
         if dA:
             rounded = self.exact_v.to(self.x.dtype).double()
             exact = rounded.T @ self.masked
-            found["dA"] = (da, exact, (self.unsure_v().T @ self.masked.abs()).norm() / exact.norm() + 1e-6)
+            results["dA"] = (da, exact, (self.unsure_v().T @ self.masked.abs()).norm() / exact.norm() + 1e-6)
         if dB:
-            found["dB"] = (db, self.dy.double().T @ self.u.double(), 1e-6)
-        for name, (tensor, exact, bound) in found.items():
+            results["dB"] = (db, self.dy.double().T @ self.u.double(), 1e-6)
+        for name, (tensor, exact, bound) in results.items():
             assert tensor.shape == exact.shape
             error = relative_error(tensor, exact)
             assert error < bound, f"{case} {name}: {error:.2e}"
@@ -98,7 +99,7 @@ def test_every_shape(cuda_engine, shape, dtype):
 
 
 @pytest.mark.parametrize("shift", [1, 4])
-def test_tensors_that_lie_on_no_16_bytes(cuda_engine, shift):
+def test_tensors_not_aligned_to_16_bytes(cuda_engine, shift):
     layer = Layer(33, 72, 128, 16, 0.5)
     for name in ("x", "dy", "u", "A", "B"):
         tensor = getattr(layer, name).bfloat16()
@@ -136,8 +137,8 @@ def test_the_bits_do_not_depend_on_the_order(r, shared, multiprocessors):
 @pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors", [2, 64])
 def test_rows_that_take_more_than_one_launch(multiprocessors):
-    # Copies of v in scratch would exceed 16 MiB; the gradient of the second launch adds to the first one's, in place or
-    # in parts.
+    # Copies of v in scratch would exceed 16 MiB; the second launch adds its gradient to the first one's, in place or in
+    # parts.
     m, n, k, r = 16500, 64, 64, 256
     with emulated(find_races=False, multiprocessors=multiprocessors):
         layer = Layer(m, n, k, r)
@@ -171,10 +172,10 @@ def test_which_kernel_runs(dtype, architecture, tiled):
 def test_whole_sectors_without_bank_conflicts(backward, r, dropout):
     m, n, k = 256, 256, 512
     layer = Layer(m, n, k, r, dropout)
-    found = counted(layer.backward if backward else layer.forward, multiprocessors=4)
+    counts = counted(layer.backward if backward else layer.forward, multiprocessors=4)
     files = ("adapters.cuh", "adapters_tile.cuh", "parts.cuh", "dropout.cuh")
-    shared = {place: t for place, t in found["shared"].items() if place.startswith(files)}
-    memory = {place: t for place, t in found["global"].items() if place.startswith(files)}
+    shared = {place: t for place, t in counts["shared"].items() if place.startswith(files)}
+    memory = {place: t for place, t in counts["global"].items() if place.startswith(files)}
     assert shared
     assert memory
     for place, t in shared.items():
@@ -216,8 +217,8 @@ def test_scratch_is_at_most_16_mib():
                 # Copies of float32 adapters in 2 bytes, or sums in 4 of gradients that are not float32.
                 sizes = [(2 if wide >> i & 1 else 4 * backward) * r * side for i, side in enumerate((k, n))]
                 converted = sum(-(-size // 128) * 128 for size in sizes)
-                found = module().linear_scratch(m, n, k, r, 1, wide & 1 > 0, wide & 2 > 0, backward, 0)
-                assert converted <= found <= converted + 16 * 2**20
+                scratch = module().linear_scratch(m, n, k, r, 1, wide & 1 > 0, wide & 2 > 0, backward, 0)
+                assert converted <= scratch <= converted + 16 * 2**20
             assert module().linear_scratch(m, n, k, r, 0, True, True, True, 0) <= 16 * 2**20
 
 
@@ -227,7 +228,7 @@ def test_few_rows_spread_over_the_card():
         assert counted(call, multiprocessors=64)["blocks"] > 16
 
 
-def test_a_gradient_that_lies_on_no_8_bytes():
+def test_a_gradient_not_aligned_to_8_bytes():
     layer = Layer(64, 64, 64, 8)
     with emulated(architecture=90):
         weight = layer.weight.operand().native(module().Weight)
@@ -254,12 +255,12 @@ def test_a_gradient_that_lies_on_no_8_bytes():
                 wide_b=True,
                 scratch=scratch.data_ptr(),
             )
-            found = room[shift : shift + 64 * 8].view(64, 8)
-            assert relative_error(found, layer.dy.double().T @ layer.u.double()) < 1e-6
+            gradient = room[shift : shift + 64 * 8].view(64, 8)
+            assert relative_error(gradient, layer.dy.double().T @ layer.u.double()) < 1e-6
 
 
 def shifted(tensor):
-    """A copy that lies on the size of an element and no more."""
+    """A copy aligned to its element size and no more."""
     room = tensor.new_empty(tensor.numel() + 1)[1:]
     return room.copy_(tensor.flatten()).view(tensor.shape)
 
@@ -267,7 +268,7 @@ def shifted(tensor):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "k", "r"), [(64, 128, 8), (7, 101, 3), (33, 64, 1)])
 def test_adapters_in_another_type_are_rounded_as_a_cast_rounds(cuda_engine, dtype, n, k, r):
-    """And gradients come in the adapters' types, float32 ones unrounded; whichever of the two has which."""
+    """Gradients have the adapters' types, float32 ones unrounded, for any mix of the two."""
     layer = Layer(9, n, k, r, 0.3, dtype)
     layer.A, layer.B = (torch.randn(*s) for s in ((r, k), (n, r)))
     layer.A[0, 0] = -0.0
@@ -282,9 +283,9 @@ def test_adapters_in_another_type_are_rounded_as_a_cast_rounds(cuda_engine, dtyp
             gradients = [layer.backward(dx=True), (layer.backward(True, False, False)[0], *layer.backward(False)[1:])]
             for dx, dA, dB in gradients:
                 assert (dA.dtype, dB.dtype) == (layer.A.dtype, layer.B.dtype)
-                found = (y, u, dx, dA.to(dtype), dB.to(dtype))
-                expected = results.setdefault("all", found)
-                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), which
+                outputs = (y, u, dx, dA.to(dtype), dB.to(dtype))
+                expected = results.setdefault("all", outputs)
+                assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), which
                 for name, gradient in (("dA", dA), ("dB", dB)):
                     if gradient.dtype == torch.float32:
                         assert torch.equal(gradient, results.setdefault(name, gradient))

@@ -60,8 +60,8 @@ FIT_163 = {"middle32", "middle64", "tiles128", "tiles128wide"}
     ],
 )
 def test_what_has_no_code_on_an_architecture_cannot_be_forced(architecture, dtype, taken, monkeypatch):
-    """Not even where the card has the room, and the code is of an older one's PTX. That just these have code,
-    test_static_gates.py looks up in a wheel."""
+    """Not even on a card with enough shared memory that runs an older architecture's PTX. test_static_gates.py checks
+    in a wheel that exactly these have code."""
     weight = make_weight(64, 128)
     x = torch.randn(5, 128).to(dtype)
     refusals = {}

@@ -112,15 +112,15 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     n, k = 256, 1024
     weight = make_weight(n, k)
     x = torch.randn(m, k).bfloat16()
-    found = counted(
+    counts = counted(
         lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None), multiprocessors=2
     )
-    assert found["launches"] == 1
-    assert found["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
-    memory = {place: t for place, t in found["global"].items() if place.startswith("rows64.cuh")}
-    loads = lines(found["global"], "rows64.cuh", "load").values()
+    assert counts["launches"] == 1
+    assert counts["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
+    memory = {place: t for place, t in counts["global"].items() if place.startswith("rows64.cuh")}
+    loads = lines(counts["global"], "rows64.cuh", "load").values()
     assert [t["bytes"] for t in loads if t["bytes"] == 256 * t["requests"]] == [n * k // 2], "codes, once"
-    # Of eight rows 32 bytes each; x, 512 bytes of a row; results, 256 bytes of a row.
+    # 32 bytes from each of eight rows; x, 512 bytes of a row; results, 256 bytes of a row.
     for t in memory.values():
         if t["bytes"] >= 256 * t["requests"]:
             assert t["actual"] == t["minimum"], "sectors"
@@ -128,7 +128,7 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     # thread of two blocks reads the offset.
     rest = sum(t["bytes"] for t in memory.values() if t["bytes"] < 256 * t["requests"])
     assert rest == n * k // 64 * 9 + 2 * 256 * 4
-    shared = {place: t for place, t in found["shared"].items() if place.startswith("rows64.cuh")}
+    shared = {place: t for place, t in counts["shared"].items() if place.startswith("rows64.cuh")}
     pairs = max(shared.values(), key=lambda t: t["bytes"])
     assert pairs["requests"] == n * k // 2 // 32 * 7 // 8, "one row of eight is decoded in registers"
     for place, t in shared.items():
@@ -150,18 +150,18 @@ def test_middle_rows_of_tiles_that_are_cut_anywhere(case):
     weight = make_weight(n, k)
     dense = weight.dequantize(torch.bfloat16)
     x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
-    bias, found = torch.randn(n), []
+    bias, results = torch.randn(n), []
     for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
         with emulated(order, landing, seed=5, multiprocessors=multiprocessors, resident_blocks=resident):
             module().reset_counters()
             y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
             assert counters()["instructions"]["fence"] > 0
-            found.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
-    y, with_low_rank, u = found[0]
+            results.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
+    y, with_low_rank, u = results[0]
     exact = x.double() @ dense.double().T
     assert_within_contract(y, x @ dense.T, exact, f"{case}")
     assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
@@ -169,21 +169,21 @@ def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
     n, k, m = 256, 2048, 8
     weight = make_weight(n, k)
     x = torch.randn(m, k).bfloat16()
-    found = counted(lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None))
-    assert found["launches"] == 1
-    memory = lines(found["global"], "rows8.cuh", "load") | lines(found["global"], "rows8.cuh", "store")
+    counts = counted(lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None))
+    assert counts["launches"] == 1
+    memory = lines(counts["global"], "rows8.cuh", "load") | lines(counts["global"], "rows8.cuh", "store")
     codes = max(memory.values(), key=lambda t: t["bytes"])
-    # After its last group every lane asks four times for what is not there, and gets something else.
+    # After its last group every lane prefetches four times past the end; such a load goes to another address.
     assert codes["bytes"] == n * k // 2 + 2 * 512 * 4 * 16
     wide = {place: t for place, t in memory.items() if t["bytes"] == 512 * t["requests"]}
     assert len(wide) == 2, "codes and x"
     assert all(t["actual"] == t["minimum"] for t in wide.values())
-    shared = lines(found["shared"], "rows8.cuh", "load")
+    shared = lines(counts["shared"], "rows8.cuh", "load")
     pairs = max(shared.values(), key=lambda t: t["requests"])
     assert pairs["requests"] == n * k // 2 // 32
     x_loads = max((t for t in shared.values() if t is not pairs), key=lambda t: t["bytes"])
-    for t in (pairs, x_loads, *lines(found["shared"], "rows8.cuh", "store").values()):
+    for t in (pairs, x_loads, *lines(counts["shared"], "rows8.cuh", "store").values()):
         assert t["actual"] == t["minimum"], "bank conflicts"
-    # Of random codes: 16 of the 256 entries for each request.
+    # With random codes: 16 of the 256 entries for each request.
     constants = next(t for t in shared.values() if t["bytes"] == pairs["bytes"] // 16 // 4 * 2)
     assert constants["actual"] < 1.5 * constants["minimum"]

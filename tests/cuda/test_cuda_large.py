@@ -1,4 +1,4 @@
-"""The layer on a card at the sizes of a model's layers: what the emulator is too slow for."""
+"""The layer on a card at real model sizes, for which the emulator is too slow."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qlora_kernels.ops.backends import reference
 N = K = 4096
 ROWS = (1, 4, 16, 64, 512)
 REPEATS = 10
-#: Of a result in 16 bits with an adapter, whose u or v is rounded once more.
+#: For a 16-bit result with an adapter, whose u or v is rounded once more.
 ALLOWED = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 @pytest.fixture(autouse=True)
 def _whole_sums():
-    """torch's products add up in float32, as the contract's dense layer does, and not in their own dtype."""
+    """torch's products accumulate in float32, as the contract's dense layer does, not in their own dtype."""
     settings = torch.backends.cuda.matmul
     names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
     before = {name: getattr(settings, name) for name in names}
@@ -55,14 +55,14 @@ def test_a_large_layer(monkeypatch, dtype, r):
         exact_y, exact_dx = x.double() @ dense.double().T, dy.double() @ dense.double()
         if r:
             u64, v64 = x.double() @ A.double().T, dy.double() @ B.double()
-            for name, found, exact, allowed in (
+            for name, actual, exact, allowed in (
                 ("u", u, u64, ALLOWED[dtype]),
                 ("y", y, exact_y + u.double() @ B.double().T, ALLOWED[dtype]),
                 ("dx", dx, exact_dx + v64 @ A.double(), ALLOWED[dtype]),
                 ("dA", dA, v64.T @ x.double(), ALLOWED[dtype]),
                 ("dB", dB, dy.double().T @ u.double(), 1e-5 if dA.dtype == torch.float32 else ALLOWED[dtype]),
             ):
-                error = relative_error(found, exact)
+                error = relative_error(actual, exact)
                 assert error < allowed, f"{case} {name}: {error:.2e}"
         else:
             assert_within_contract(y, x @ dense.T, exact_y, case)
@@ -73,14 +73,14 @@ def test_a_large_layer(monkeypatch, dtype, r):
             patch.setenv("QLORA_KERNELS_CUDA_EARLY", "0")
             assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True)), f"{case}: early launches"
         streams = [torch.cuda.Stream() for _ in range(2)]
-        found: list[list] = [[], []]
+        by_stream: list[list] = [[], []]
         torch.cuda.synchronize()
         for _ in range(REPEATS // 2):
-            for stream, mine in zip(streams, found):
+            for stream, results in zip(streams, by_stream):
                 with torch.cuda.stream(stream):
-                    mine.append(step())
+                    results.append(step())
         torch.cuda.synchronize()
-        for other in (*found[0], *found[1]):
+        for other in (*by_stream[0], *by_stream[1]):
             assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True)), f"{case}: two streams at once"
 
 
@@ -128,7 +128,7 @@ def test_a_layer_of_more_weights_than_32_bits_count(m):
     exact = torch.zeros(m, 64, dtype=torch.float64, device="cuda")
     for begin in range(0, n, 8192):
         end = min(begin + 8192, n)
-        part = weight.dequantize(torch.bfloat16, row_begin=begin, row_end=end)[:, columns]
-        exact += dy[:, begin:end].double() @ part.double()
+        decoded = weight.dequantize(torch.bfloat16, row_begin=begin, row_end=end)[:, columns]
+        exact += dy[:, begin:end].double() @ decoded.double()
     error = relative_error(dx[:, columns], exact)
     assert error < ALLOWED[torch.bfloat16], f"M={m} dx: {error:.2e}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import make_weight, relative_error
-from cuda_calls import call_kernels
+from cuda_code.calls import call_kernels
 
 from bench.emulator import conformance_module
 from qlora_kernels import NF4Weight, default_nested_table, linear, ops, quantize
@@ -150,9 +150,9 @@ def test_the_layer_past_the_dispatcher(monkeypatch, dtype):
 
     monkeypatch.setattr(dispatcher, "is_idle", watched)
     for m in (3, 20, 70):
-        found = step(weight.to("cuda"), *operands(m, 72, 128, 8, dtype))
+        actual = step(weight.to("cuda"), *operands(m, 72, 128, 8, dtype))
         expected = step(weight, *operands(m, 72, 128, 8, dtype, "cpu"))
-        for name, one, other in zip(("y", "dx", "dbias", "dA", "dB"), found, expected, strict=True):
+        for name, one, other in zip(("y", "dx", "dbias", "dA", "dB"), actual, expected, strict=True):
             assert one.is_cuda
             error = relative_error(one.cpu(), other.double())
             assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5), f"{name} M={m} {dtype}: {error:.2e}"

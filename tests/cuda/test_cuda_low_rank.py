@@ -63,7 +63,7 @@ def test_dx_with_an_adapter_has_the_error_of_one_dense_product(monkeypatch, kern
     monkeypatch.setenv(FORCED, kernel)
     with emulated(ORDERS[r % 3], seed=r):
         dx = backward(dy, weight, k, x, torch.zeros(m, r, dtype=dtype), A, B)[0]
-    v = (0.5 * (dy.double() @ B.double())).to(dtype)  # as the kernel rounds it, but for a few of its last bits
+    v = (0.5 * (dy.double() @ B.double())).to(dtype)  # as the kernel rounds it, up to a few last bits
     both = torch.cat([dy, v], 1), torch.cat([weight.dequantize(dtype), A], 0)
     exact = both[0].double() @ both[1].double()
     assert_within_contract(dx, both[0] @ both[1], exact, f"{kernel}, r = {r}, {dtype}")
@@ -72,7 +72,7 @@ def test_dx_with_an_adapter_has_the_error_of_one_dense_product(monkeypatch, kern
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", TILES)
 def test_the_mask_of_dx_is_that_of_the_cpu(monkeypatch, kernel, dtype):
-    """Every element: with a weight of zeros dx is zero where the adapter's part is dropped, and only there."""
+    """Checks every element: with a weight of zeros, dx is zero exactly where the adapter's part is dropped."""
     m, n, k, r = TILES[kernel], 24, 320, 72
     weight = quantize(torch.zeros(n, k))
     x, dy, A, B, seed = layer(m, n, k, r, dtype)
@@ -87,7 +87,7 @@ def test_the_mask_of_dx_is_that_of_the_cpu(monkeypatch, kernel, dtype):
 
 
 @pytest.mark.parametrize("kernel", [*FORWARD, *TILES])
-def test_an_adapter_that_lies_on_no_16_bytes_gives_the_same_bits(monkeypatch, kernel):
+def test_an_adapter_not_aligned_to_16_bytes_gives_the_same_bits(monkeypatch, kernel):
     m, n, k, r = (FORWARD | TILES)[kernel], 72, 192, 24
     weight = make_weight(n, k)
     x, dy, A, B, _ = layer(m, n, k, r, torch.bfloat16)
@@ -110,15 +110,15 @@ def test_an_adapter_that_lies_on_no_16_bytes_gives_the_same_bits(monkeypatch, ke
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kernel", "k"), [*((name, 192) for name in (*FORWARD, *TILES)), ("floats", 100)])
-def test_a_bias_of_16_bits_is_read_as_it_is(monkeypatch, kernel, k, dtype):
+def test_a_16_bit_bias_gives_the_bits_of_its_float32_copy(monkeypatch, kernel, k, dtype):
     m, n = (FORWARD | TILES | {"floats": 9})[kernel], 72
     weight, x = make_weight(n, k), torch.randn(m, k).to(dtype)
     bias = torch.randn(n).to(dtype)
     monkeypatch.setenv(FORCED, kernel)
     with emulated():
-        y, plain = (forward(x, weight, n, b, None, None)[0] for b in (bias, None))
+        y, without_bias = (forward(x, weight, n, b, None, None)[0] for b in (bias, None))
         assert torch.equal(y, forward(x, weight, n, bias.float(), None, None)[0])
-    assert not torch.equal(y, plain)
+    assert not torch.equal(y, without_bias)
 
 
 @pytest.mark.parametrize("kernel", ["tiles32", "tiles128", "tiles128wide"])
@@ -132,8 +132,8 @@ def test_operands_of_the_adapter_move_whole_sectors_without_bank_conflicts(monke
         module().reset_counters()
         with emulated():
             call()
-        found = counters()
-        return [{p: t for p, t in found[s].items() if p.startswith("tiles")} for s in ("shared", "global")]
+        counts = counters()
+        return [{p: t for p, t in counts[s].items() if p.startswith("tiles")} for s in ("shared", "global")]
 
     def calls(A, B):
         u = torch.zeros(m, r, dtype=x.dtype)
@@ -170,8 +170,8 @@ def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, order, monk
         module().reset_counters()
         with emulated(order, seed=4, **options):
             y, u = forward(x, weight, n, None, A, B, 0.3, seed)
-            found = [y, u, *backward(dy, weight, k, x, u, A, B, 0.3, seed)]
-        return found, counters()["early"]
+            outputs = [y, u, *backward(dy, weight, k, x, u, A, B, 0.3, seed)]
+        return outputs, counters()["early"]
 
     in_order, count = results(early_launches=False)
     assert count == 0
@@ -209,7 +209,7 @@ def test_nothing_else_begins_early(dtype, architecture, k, r):
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (True, True, False), (True, False, True)])
 def test_dx_with_some_of_the_other_gradients(wanted):
-    """What comes right before it, and whether it makes v, differs."""
+    """The launch before it differs, and whether that computes v."""
     m, n, k, r = 60, 72, 192, 16
     weight = make_weight(n, k)
     x, dy, A, B, _ = layer(m, n, k, r, torch.bfloat16)

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize(("n", "k"), [(33, 64), (77, 192), (19, 4160)])
 def test_every_shape(n, k, m, dtype):
-    """Each result against float64 over the same operands, u and v as the kernels have rounded them."""
+    """Compares each result with float64 on the same operands, with u and v as the kernels rounded them."""
     r = RANKS[m]
     order = ORDERS[(m + k // 64) % 3]
     weight = make_weight(n, k)
@@ -42,9 +42,9 @@ def test_every_shape(n, k, m, dtype):
     assert_within_contract(dx, left @ right, left.double() @ right.double(), case + ": dx")
     # Sums over the rows, in float32, rounded once; v may have been rounded to the other side.
     eps = torch.finfo(dtype).eps
-    for name, found, wanted in (
+    for name, gradient, wanted in (
         ("dA", dA, v.double().T @ x.double()),
         ("dB", dB, dy.double().T @ u.double()),
     ):
-        error = ((found.double() - wanted).norm() / wanted.norm()).item()
+        error = ((gradient.double() - wanted).norm() / wanted.norm()).item()
         assert error < eps + 1e-6, f"{case}: {name} {error:.1e}"

@@ -48,7 +48,7 @@ def test_the_tensor_cores_kernels_keep_the_contract(cuda_engine, shape, dtype):
     "kernel", ["tiles16", "tiles32", "tiles64", "tiles128wide", "tiles128", "tiles128x3", "floats"]
 )
 def test_every_kernel_keeps_the_contract_where_it_is_forced(cuda_engine, monkeypatch, kernel):
-    # What the table would not choose for such a weight, too: two tiles down and three across, or less.
+    # Also where the table would not choose it: two tiles down and three across, or fewer.
     monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
     n, k, m = 264, 320, 131 if kernel != "tiles16" else 30
     weight = make_weight(n, k)
@@ -76,13 +76,13 @@ def test_the_tensor_cores_kernels_with_adapters(cuda_engine, r, dropout):
         mask = reference.dropout_mask(m, k, dropout, seed, x.device)
         u64 = scaling / (1 - dropout) * (x.double() * mask) @ A.double().T
         v64 = scaling / (1 - dropout) * dy.double() @ B.double()
-        for name, found, wanted in (
+        for name, actual, wanted in (
             ("y", y, x.double() @ dense.T + u64 @ B.double().T + bias.double()),
             ("dx", dx, dy.double() @ dense + mask * (v64 @ A.double())),
             ("dA", dA, v64.T @ (x.double() * mask)),
             ("dB", dB, dy.double().T @ u.double()),
         ):
-            error = relative_error(found, wanted)
+            error = relative_error(actual, wanted)
             assert error < 1e-2, f"{cuda_engine} {name} M={m} r={r} p={dropout}: {error:.2e}"
 
 
@@ -138,17 +138,17 @@ def test_blocks_that_share_a_tile_add_up_in_one_order(case):
     dense = weight.dequantize(torch.bfloat16)
     x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
     A, B = torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
-    found = []
+    results = []
     for order, resident in zip(ORDERS, (1, 5, 2)):
         with emulated(order, seed=11, multiprocessors=multiprocessors, resident_blocks=resident):
             module().reset_counters()
             y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
             assert counters()["instructions"]["fence"] > 0
             with_low_rank, u = ops.linear_forward(x, *weight.pieces, n, None, A, B, 1.0, 0.0, None)
-        found.append((y, with_low_rank))
+        results.append((y, with_low_rank))
     assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, f"{case}")
     assert relative_error(with_low_rank, x.double() @ dense.double().T + u.double() @ B.double().T) < 4e-3
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
     # The depth of dx is N: another weight, the other way round.
     turned = make_weight(k, 128)
     dy = torch.randn(m, k).bfloat16()
@@ -174,10 +174,10 @@ def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(monk
         else:
             ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
 
-    found = counted(call)
-    assert found["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
-    shared = {place: t for place, t in found["shared"].items() if place.startswith("tiles")}
-    memory = {place: t for place, t in found["global"].items() if place.startswith("tiles")}
+    counts = counted(call)
+    assert counts["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
+    shared = {place: t for place, t in counts["shared"].items() if place.startswith("tiles")}
+    memory = {place: t for place, t in counts["global"].items() if place.startswith("tiles")}
     assert shared
     assert memory
     for place, t in shared.items():

@@ -376,7 +376,11 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
             Start start = Start::kInOrder) {
     QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
     emu::launch(
-        {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes, [=] { kernel(params); },
+        {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes,
+        [=] {
+            kernel(params);
+            emu::count_kernel(reinterpret_cast<const void*>(kernel));
+        },
         start);
 }
 

@@ -84,6 +84,8 @@ struct Counters {
 // What has been counted since the last reset.
 Counters counters();
 void reset_counters();
+// The kernels of which a thread has run to its end since then.
+std::vector<const void*> kernels_run();
 
 // When a launch runs. kFollowed: held back until the next launch, which may be kEarly. kEarly: starts first; the launch
 // held back runs when a thread calls grid_wait, or, in random order, perhaps before. kInOrder: at once, after the
@@ -91,8 +93,8 @@ void reset_counters();
 enum class Start { kInOrder, kFollowed, kEarly };
 
 // Runs body() once for each thread of each block. Throws Error after unwinding all fibers. With kFollowed a copy of
-// body() runs later, so what it refers to has to live until then. cluster: so many consecutive blocks along x run at
-// the same time.
+// body() runs later, so what it refers to has to live until then. cluster: this many consecutive blocks along x run
+// at the same time.
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body,
             Start start = Start::kInOrder, unsigned cluster = 1);
 // Forgets a launch that is held back.
@@ -134,6 +136,8 @@ void exchange(Kind kind, const void* address, Site site);
 void fence(Site site);
 // Counts an instruction by class, once for each thread.
 void count(const char* instruction, Site site);
+// The running thread has come to the end of this kernel.
+void count_kernel(const void* kernel);
 
 // barrier.cta.sync id, threads: waits until that many threads have arrived (0: all threads of the block still running).
 void barrier(int id, int threads, Site site);
@@ -158,7 +162,7 @@ void grid_wait(Site site);
 // Lets other threads run. For a loop that waits for memory to change.
 void spin(Site site);
 
-// ------------------------------------------------------------------------------------------- of sm_90 and later
+// ------------------------------------------------------------------------------------------- sm_90 and later
 
 // mbarrier.init, .inval. An object belongs to the block in whose shared memory it lies.
 void mbarrier_init(void* mbarrier, uint32_t arrivals, Site site);

@@ -15,8 +15,8 @@ struct FoundBarrier {
 
 // The mbarrier at an address of the cluster's shared memory; fails if there is none.
 FoundBarrier find_barrier(void* at, Site site);
-// Checks an operation for races. Operations on mbarriers exclude each other, but not that one is made or ends
-// meanwhile. visits: the operation touches another block's shared memory.
+// Checks an operation for races. Operations on an mbarrier may overlap with each other, but not with its init or inval.
+// visits: the operation touches another block's shared memory.
 void use(const FoundBarrier& found, void* at, Site site, bool visits = true);
 // Ends the phase if all arrivals and bytes have come.
 void maybe_complete(Block& block, MBarrier& barrier);

@@ -1,5 +1,6 @@
 // The Python module _emulated: the kernels of csrc/cuda on the emulator, its options and counters, and kernels with and
 // without faults that test it.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -57,6 +58,19 @@ PYBIND11_MODULE(_emulated, m) {
     m.def("reset_paging", &emu::reset_paging);
     m.def("counters", [] { return emu::counters().json(); });
     m.def("reset_counters", &emu::reset_counters);
+    m.def(
+        "kernels_run",
+        [] {
+            Dl_info module{};
+            const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+            std::vector<uintptr_t> offsets;
+            for (const void* kernel : emu::kernels_run()) {
+                if (!dladdr(kernel, &module)) throw std::runtime_error("a kernel lies in no module");
+                offsets.push_back(address(kernel) - address(module.dli_fbase));
+            }
+            return offsets;
+        },
+        "The kernels that have run since reset_counters(), as addresses in the module's file: nm gives their names.");
     qlk::conformance::bind_conformance(m);
     qlk::conformance::bind_sm90(m);
     m.def("samples", &emu::samples, "Names of the kernels that test the emulator.");
@@ -66,6 +80,6 @@ PYBIND11_MODULE(_emulated, m) {
             return emu::run_sample(name, input, output, threads, blocks);
         },
         py::arg("name"), py::arg("input"), py::arg("output"), py::arg("threads") = 64, py::arg("blocks") = 1);
-    m.def("sm90_samples", &emu::sm90_samples, "Names of those for what came with sm_90.");
+    m.def("sm90_samples", &emu::sm90_samples, "Names of the samples for sm_90.");
     m.def("run_sm90_sample", &emu::run_sm90_sample, py::arg("name"), py::arg("input"));
 }

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# One thread each: a fork of a process that has had more would wait for threads that are not there.
+# One thread each: a child forked from a process with more would wait for threads that it lacks.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -87,13 +87,13 @@ class Place:
 
 
 def places(paths: list[Path]) -> list[Place]:
-    found = []
+    barriers = []
     for path in paths:
         for number, text in enumerate((ROOT / path).read_text().splitlines(), 1):
             match = ORDERING.match(text)
             if match:
-                found.append(Place(path, number, match.group(1)))
-    return found
+                barriers.append(Place(path, number, match.group(1)))
+    return barriers
 
 
 #: Holds the number of the place that is removed.
@@ -108,9 +108,9 @@ inline bool removed(int place) {{ return place == removed_place; }}
 """
 
 
-def make_removable(found: list[Place], copy: Path) -> None:
+def make_removable(barriers: list[Place], copy: Path) -> None:
     """Changes a copy of the sources so that each of these statements asks whether it is removed."""
-    for number, place in enumerate(found):
+    for number, place in enumerate(barriers):
         path = copy / place.path
         lines = path.read_text().splitlines(keepends=True)
         asking = f"{{ if (!::emu::removed({number})) {place.statement} }}"
@@ -197,21 +197,21 @@ def main() -> int:
         command = ["git", "diff", "--name-only", options.changed_since, "--", "csrc/cuda"]
         changed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
         files = [f for f in files if str(f) in changed]
-    found = places(files)
-    print(f"{len(found)} barriers, waits and fences in {len(files)} files")
+    barriers = places(files)
+    print(f"{len(barriers)} barriers, waits and fences in {len(files)} files")
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
         shutil.copytree(ROOT / "csrc", copy / "csrc")
         shutil.copytree(ROOT / "tests/emulator", copy / "tests/emulator")
-        make_removable(found, copy)
+        make_removable(barriers, copy)
         module = build(Path(folder, "build"), root=copy, QLK_EMULATOR="ON")
         # One test of each kind has to pass; the test suite checks the rest.
-        for file, expression in {TESTS.get(p.path.stem, QUANTIZATION)[0] for p in found}:
+        for file, expression in {TESTS.get(p.path.stem, QUANTIZATION)[0] for p in barriers}:
             if failing_test(module, [(first_test(file, expression), None)]):
                 print("a test fails before anything is removed")
                 return 1
-        for number, place in enumerate(tqdm(found, disable=None)):
+        for number, place in enumerate(tqdm(barriers, disable=None)):
             start = time.perf_counter()
             failed = failing_test(module, TESTS.get(place.path.stem, QUANTIZATION), number)
             if failed is None:
@@ -220,7 +220,7 @@ def main() -> int:
             tqdm.write(f"{place}: {'SURVIVES' if failed is None else 'seen by ' + failed} ({seconds:.0f} s)")
     for place in survivors:
         print(f"no test fails without {place}")
-    print(f"{len(found) - len(survivors)} seen, {len(survivors)} survive")
+    print(f"{len(barriers) - len(survivors)} seen, {len(survivors)} survive")
     return 1 if survivors else 0
 
 

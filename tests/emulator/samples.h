@@ -9,7 +9,7 @@
 
 namespace emu {
 
-// Exactly so many words, for AddressSanitizer: a vector may own more than it holds.
+// Exactly this many words. A vector may own more than it holds, and AddressSanitizer would miss accesses there.
 class Exact {
   public:
     explicit Exact(size_t words) {

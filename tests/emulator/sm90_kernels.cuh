@@ -1,6 +1,6 @@
 // Two small sm_90 kernels: a matrix product whose operands come by tensor copies, and blocks of a cluster that share a
 // copy and read each other's shared memory. They show what the emulator supports, and run on a card too. Each can leave
-// out one of its parts (kMissing), for the emulator to find.
+// out one of its parts (kMissing), which the emulator has to notice.
 #pragma once
 
 #include <ptx_sm90.cuh>

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory) -> Path:
-    """The program, built from copies: of the package there is nothing but headers."""
+    """The program, built from copies: the package contributes only headers."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
     [line] = re.findall(r"^    (g\+\+ .*)$", (ROOT / "tests/emulator/README.md").read_text(), re.MULTILINE)

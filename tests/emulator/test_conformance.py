@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from cuda_code.fragments import U32
 from emulated import ROOT, emulated, module
-from fragments import U32
 
 from bench.emulator import conformance_module
 
@@ -18,7 +18,7 @@ SPECIAL = (0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 1, 0x8000
 SPECIAL += (0x477FE000, 0x477FEFFF, 0x477FF000, 0x33800000, 0x33000000, 0x33000001, 0x387FC000, 0x38800000)
 ROUNDS = 64  # sets of operands for each
 ROUGH = 32  # of a product on tensor cores, those whose sums round; the others' are exact on any card
-#: Functions of ptx.cuh that have no kernel here, by how they begin, and why. They give no value: they say who waits.
+#: Functions of ptx.cuh without a kernel here, by prefix: they return no value, they only order execution.
 CONTROL = {
     "bar_": "named barriers are of several warps; the emulator's own samples (test_emulator.py) hold them",
     "griddep_": "what they order lies in two launches",
@@ -66,11 +66,11 @@ def operands(name: str) -> torch.Tensor:
 
 def run(kernels, name: str, given: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     given = given.to(device)
-    found = torch.full((ROUNDS, 32, words_of(name)[1]), -1, dtype=torch.int32, device=device)
+    results = torch.full((ROUNDS, 32, words_of(name)[1]), -1, dtype=torch.int32, device=device)
     queue = (0, torch.cuda.current_stream().cuda_stream) if device == "cuda" else (0, 0)
-    for one_in, one_out in zip(given, found, strict=True):
+    for one_in, one_out in zip(given, results, strict=True):
         kernels.run_conformance(name, one_in.data_ptr(), one_out.data_ptr(), *queue)
-    return found.cpu()
+    return results.cpu()
 
 
 def nearest_16_bits(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -183,8 +183,8 @@ def of_mma(x, dtype):
     """The operands of each round as float64 matrices: a [16, 16], b [16, 8], c [16, 8]."""
     g, t = np.arange(32) // 4, np.arange(32) % 4
     a, b = (
-        torch.from_numpy(np.ascontiguousarray(part).view(np.int16)).view(dtype).double().numpy()
-        for part in (x[..., :4], x[..., 4:6])
+        torch.from_numpy(np.ascontiguousarray(registers).view(np.int16)).view(dtype).double().numpy()
+        for registers in (x[..., :4], x[..., 4:6])
     )
     c = x[..., 6:].copy().view(np.float32).astype(np.float64)
     left, right, total = np.zeros((ROUNDS, 16, 16)), np.zeros((ROUNDS, 16, 8)), np.zeros((ROUNDS, 16, 8))
@@ -233,22 +233,23 @@ EXPECTED = {
 }
 
 
-def same(found: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) -> None:
-    """The same bits; of a float's NaN only that it is one, for processors differ in which.
+def same(actual: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) -> None:
+    """The same bits, except that any NaN matches any other: processors differ in which they produce.
 
     How tensor cores round within a product is not specified. A card aligns the addends to the largest, cuts off what
     lies below its last bits, and cuts the sum: each of 17 addends loses at most some 2^-24 of that. Where nothing is
-    cut, the bits.
+    cut, the bits match.
     """
     if name in DTYPES:
-        bound = of_lanes(sum_of_products(*(np.abs(part[:ROUGH]) for part in of_mma(given, DTYPES[name])))) * 2.0**-21
-        error = np.abs(found[:ROUGH].view(np.float32).astype(np.float64) - expected[:ROUGH].view(np.float32))
+        sizes = (np.abs(operand[:ROUGH]) for operand in of_mma(given, DTYPES[name]))
+        bound = of_lanes(sum_of_products(*sizes)) * 2.0**-21
+        error = np.abs(actual[:ROUGH].view(np.float32).astype(np.float64) - expected[:ROUGH].view(np.float32))
         assert (error <= bound).all(), f"{name}: {np.max(error / bound):.2f} times the error that cut addends explain"
-        found, expected = found[ROUGH:], expected[ROUGH:]
+        actual, expected = actual[ROUGH:], expected[ROUGH:]
     if name in ("widen", "mul_add", "round_down", *DTYPES):
-        both_nan = np.isnan(found.view(np.float32)) & np.isnan(expected.view(np.float32))
-        found, expected = np.where(both_nan, 0, found), np.where(both_nan, 0, expected)
-    assert np.array_equal(found, expected), f"{name}: {(found != expected).sum()} of {found.size} words differ"
+        both_nan = np.isnan(actual.view(np.float32)) & np.isnan(expected.view(np.float32))
+        actual, expected = np.where(both_nan, 0, actual), np.where(both_nan, 0, expected)
+    assert np.array_equal(actual, expected), f"{name}: {(actual != expected).sum()} of {actual.size} words differ"
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -256,9 +257,9 @@ def same(found: np.ndarray, expected: np.ndarray, name: str, given: np.ndarray) 
 def test_the_twins_do_what_the_isa_says(name, landing):
     given = operands(name)
     with emulated("random", landing):
-        found = run(module(), name, given)
+        results = run(module(), name, given)
     given = given.numpy().view(U32)
-    same(found.numpy().view(U32), EXPECTED[name](given), name, given)
+    same(results.numpy().view(U32), EXPECTED[name](given), name, given)
 
 
 @pytest.mark.gpu
@@ -297,7 +298,7 @@ def test_a_product_that_cuts_its_addends_passes_and_a_wrong_one_does_not(name):
 
 
 def test_every_function_of_ptx_has_a_twin_and_a_kernel_here():
-    """A new instruction does not go unseen."""
+    """So a new instruction cannot be forgotten."""
     cuda, twins, kernels = (
         (ROOT / path).read_text()
         for path in ("csrc/cuda/device/ptx.cuh", "tests/emulator/ptx.cuh", "tests/emulator/conformance.cu")

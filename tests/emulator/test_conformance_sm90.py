@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from cuda_code.fragments import U32, fragment
 from emulated import ROOT, emulated, module
-from fragments import U32, fragment
 
 from bench.emulator import conformance_module
 
@@ -59,10 +59,10 @@ def columns_of(name: str) -> int:
 def run(kernels, name: str, given: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     # Whole rows of 64 bytes for the tensor maps, on either side.
     given = given.to(device, copy=True)
-    found = torch.full((words_of(name)[1],), -1, dtype=torch.int32, device=device)
+    results = torch.full((words_of(name)[1],), -1, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
-    kernels.run_wide(name, given.data_ptr(), found.data_ptr(), 0, stream)
-    return found.cpu()
+    kernels.run_wide(name, given.data_ptr(), results.data_ptr(), 0, stream)
+    return results.cpu()
 
 
 # ---------------------------------------------------------------------------------------------- what they should give
@@ -88,7 +88,7 @@ def span_of(name: str) -> int:
 
 
 def order_in_shared_memory(name: str) -> np.ndarray:
-    """Of each 16-bit element of a box's memory, which of its elements lies there."""
+    """For each 16-bit slot of a box's memory, the element that lies there."""
     span = span_of(name)
     place = np.arange(BOX_ROWS * span // 2) * 2
     mask = 0 if "plain" in name else {32: 1, 64: 3, 128: 7}[span]
@@ -96,7 +96,7 @@ def order_in_shared_memory(name: str) -> np.ndarray:
 
 
 def boxes(name: str):
-    """Of each corner, the rows and columns of a box, and which of its elements are in the tensor."""
+    """For each corner, the rows and columns of a box, and which of its elements are in the tensor."""
     width = span_of(name) // 2
     for column, row in CORNERS:
         rows, columns = np.meshgrid(np.arange(BOX_ROWS) + row, np.arange(width) + column, indexing="ij")
@@ -148,7 +148,7 @@ def expected_product(name, x):
 
 
 def bound(name, x):
-    """Of the error, where each of the addends is cut to 24 bits of the largest, several times."""
+    """A bound on the error where each addend is cut to 24 bits of the largest, several times."""
     a, b, c = matrices(name, x)
     size = np.abs(a) @ np.abs(b).T
     if c is None:
@@ -166,14 +166,14 @@ def expected_bits(name, x):
         return np.roll(x, 128) + U32(1)
     if name == "cluster":
         sums = np.zeros(64, U32)
-        for part in x.reshape(2, 64, 4):
-            sums = sums * U32(31) + part @ np.array([1, 3, 5, 7], U32)
+        for block in x.reshape(2, 64, 4):
+            sums = sums * U32(31) + block @ np.array([1, 3, 5, 7], U32)
         return np.concatenate([sums + U32(1), sums])
     return (expected_tensor_load if "load" in name else expected_tensor_store)(name, x)
 
 
-def check(name: str, given: torch.Tensor, found: torch.Tensor, exact: bool) -> None:
-    x, bits = given.numpy().view(U32), found.numpy().view(U32)
+def check(name: str, given: torch.Tensor, results: torch.Tensor, exact: bool) -> None:
+    x, bits = given.numpy().view(U32), results.numpy().view(U32)
     if dtype_of(name) is None:
         wrong = bits != expected_bits(name, x)
         assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} words differ"
@@ -211,10 +211,10 @@ def test_a_wrong_bit_is_seen():
     name = "wgmma bf16 64 swizzled 128"
     for exact, bit in ((True, 1), (False, 1 << 8)):
         given = operands(name, exact)
-        found = run(module(), name, given)
-        found[77] ^= bit
+        results = run(module(), name, given)
+        results[77] ^= bit
         with pytest.raises(AssertionError, match="off by"):
-            check(name, given, found, exact)
+            check(name, given, results, exact)
 
 
 def test_every_function_of_ptx_sm90_has_a_twin_and_is_used_here():
@@ -227,7 +227,7 @@ def test_every_function_of_ptx_sm90_has_a_twin_and_is_used_here():
     )
     names = set(re.findall(r"^QLK_DEVICE [\w*]+ (\w+)\(", cuda, re.MULTILINE))
     assert {"wgmma_ss", "tensor_load", "mbarrier_wait", "cluster_map", "setmaxnreg_dec"} <= names
-    # Registers are nothing that a result shows.
+    # No result shows how many registers there are.
     unused = {"setmaxnreg_inc", "setmaxnreg_dec"}
     for name in sorted(names):
         assert re.search(rf"^(?:inline )?[\w*]+ {name}\(", twins, re.MULTILINE), f"{name} has no twin"

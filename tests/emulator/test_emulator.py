@@ -1,4 +1,4 @@
-"""The emulator itself: what it computes is right, what is wrong it finds, and what it counts is what happened."""
+"""The emulator itself: its results are right, it finds faults, and its counts are true."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(name, data=None, output=64, threads=64, blocks=1, **options):
 
 
 def every_way(landings=("latest",)):
-    """All orders and landings, several seeds where there is chance in it."""
+    """All orders and landings, with several seeds where they are random."""
     for order in ORDERS:
         for landing in landings:
             for seed in SEEDS if "random" in (order, landing) else (0,):
@@ -78,8 +78,8 @@ def test_right_kernels_are_right_every_way(name):
     data, expected = RIGHT[name]
     threads = 128 if name == "producer and consumer" else 64
     for options in every_way(LANDINGS if name == "pipeline" else ("latest",)):
-        found = run(name, data, len(expected), threads, **options)
-        assert found == expected, options
+        result = run(name, data, len(expected), threads, **options)
+        assert result == expected, options
 
 
 #: A kernel with one barrier or wait removed, and the right one.
@@ -148,8 +148,8 @@ def test_a_launch_that_begins_early_sees_what_the_one_before_has_made(early):
     data = list(range(1, 129))
     for options in every_way():
         module().reset_counters()
-        found = run("early", data, 128, blocks=2, early_launches=early, **options)
-        assert found == [data[i] + 3 * data[(i + 1) % 128] for i in range(128)]
+        result = run("early", data, 128, blocks=2, early_launches=early, **options)
+        assert result == [data[i] + 3 * data[(i + 1) % 128] for i in range(128)]
         assert (counters()["launches"], counters()["early"]) == (2, int(early))
 
 
@@ -176,7 +176,7 @@ FAULTS = {
 def test_faults_are_errors_with_their_place(name, order):
     with pytest.raises(module().EmulatorError, match=FAULTS[name]):
         run(name, threads=128, output=128, order=order)
-    # And the emulator goes on.
+    # And the emulator still works.
     assert run("reverse", DATA, order=order) == DATA[::-1]
 
 
@@ -213,8 +213,8 @@ def test_what_blocks_tell_each_other_needs_fences(resident_blocks):
     size = 2 + blocks * threads
     for order in ORDERS:
         options = {"blocks": blocks, "threads": threads, "output": size, "order": order}
-        found = run("last block adds", resident_blocks=resident_blocks, seed=5, **options)
-        assert found[:2] == [blocks - 1, blocks * sum(DATA) - 1]
+        result = run("last block adds", resident_blocks=resident_blocks, seed=5, **options)
+        assert result[:2] == [blocks - 1, blocks * sum(DATA) - 1]
         for missing, words in (("publishing", "no fence has published"), ("taking up", "not taken it up")):
             with pytest.raises(module().EmulatorError, match=rf"reads what thread .* stored at .*{words}"):
                 run(f"last block adds without {missing}", resident_blocks=resident_blocks, seed=5, **options)
@@ -236,8 +236,8 @@ def traffic(name, threads=32, **options):
     with emulated(**options):
         module().reset_counters()
         module().run_sample(name, list(range(4 * threads)), 40 * threads, threads, 1)
-        found = counters()
-    shared, memory = found["shared"], found["global"]
+        counts = counters()
+    shared, memory = counts["shared"], counts["global"]
     return tuple(next(t for place, t in space.items() if place.endswith("store")) for space in (shared, memory))
 
 
@@ -277,8 +277,8 @@ def test_counters_start_again():
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_a_block_has_read_is_overwritten_only_after_fences(order):
     options = {"output": 2 + 3 * 64, "blocks": 3, "order": order}
-    found = run("last block overwrites", **options)
-    assert found[2:] == DATA * 3
+    result = run("last block overwrites", **options)
+    assert result[2:] == DATA * 3
     with pytest.raises(RuntimeError, match="has read, which no fence has published"):
         run("last block overwrites without publishing", **options)
     with pytest.raises(RuntimeError, match="has read, and has not taken that up with a fence"):

@@ -1,4 +1,4 @@
-"""The emulator on what came with sm_90: mbarriers, bulk copies, clusters, products of warpgroups.
+"""The emulator on the features of sm_90: mbarriers, bulk copies, clusters, warpgroup products.
 
 Kernels that are right, the same with one of their parts missing, and small ones with one fault each.
 """
@@ -29,8 +29,8 @@ def words(tensor: torch.Tensor) -> list[int]:
 def cluster_operands() -> tuple[list[int], list[int]]:
     given = np.arange(1, 513, dtype=np.uint32)
     sums = np.zeros(64, np.uint32)
-    for part in given.reshape(2, 64, 4):
-        sums = sums * np.uint32(31) + part @ np.array([1, 3, 5, 7], np.uint32)
+    for block in given.reshape(2, 64, 4):
+        sums = sums * np.uint32(31) + block @ np.array([1, 3, 5, 7], np.uint32)
     return given.tolist(), [*(sums + 1).tolist(), *sums.tolist()]
 
 
@@ -56,7 +56,7 @@ def test_right_kernels_are_right_every_way(name):
         assert run(f"{name} kNone", **options) == OPERANDS[name][1], options
 
 
-#: What is said of a kernel that lacks a part, whatever the order.
+#: The error for a kernel that lacks a part, in any order.
 MISSING = {
     "product kInitFence": "no fence has made visible to the asynchronous proxy",
     "product kInitBarrier": "a race|has not initialised",
@@ -94,15 +94,15 @@ def test_a_missing_part_is_an_error_every_way(name):
             run(name, **options)
 
 
-#: Parts whose absence shows in what the kernel computes, for some order, even if races are not looked for.
+#: Waits whose absence shows in what the kernel computes, for some order, even if races are not looked for.
 SEEN_IN_RESULTS = ("kFull", "kEmpty", "kWait", "kStoreBarrier")
 
 
-@pytest.mark.parametrize("part", SEEN_IN_RESULTS)
-def test_a_missing_wait_gives_wrong_results(part):
+@pytest.mark.parametrize("wait", SEEN_IN_RESULTS)
+def test_a_missing_wait_gives_wrong_results(wait):
     def is_seen(options):
         try:
-            return run(f"product {part}", find_races=False, **options) != OPERANDS["product"][1]
+            return run(f"product {wait}", find_races=False, **options) != OPERANDS["product"][1]
         except module().EmulatorError:
             return True
 
@@ -142,7 +142,7 @@ FAULTS = {
     "arrives at one that may have ended": "uses shared memory of block 1 of the cluster, and nothing orders|has ended",
     "told only copies": "a race: it writes",
 }
-#: Seen only where copies and products are late: else they have ended before anybody could mind.
+#: Seen only where copies and products are late: otherwise they have ended before it matters.
 LATE = {"copy left", "sums too early", "fragment too early"}
 
 
@@ -167,14 +167,14 @@ def test_what_is_counted():
     with emulated():
         module().reset_counters()
         module().run_sm90_sample("product kNone", OPERANDS["product"][0])
-        found = counters()
+        counts = counters()
     # Each of the four warps reads its rows of a, the first all of b: 2 KiB each, in four products a step.
-    (place, products), *rest = [(p, t) for p, t in found["shared"].items() if t["requests"] == 20 * STEPS]
+    (place, products), *rest = [(p, t) for p, t in counts["shared"].items() if t["requests"] == 20 * STEPS]
     assert not rest
     assert "sm90_kernels.cuh" in place
     assert products["bytes"] == 4 * 4096 * STEPS
     assert products["actual"] == products["minimum"] == 128 * STEPS
-    loads = [t for place, t in found["global"].items() if place.endswith("load")]
+    loads = [t for place, t in counts["global"].items() if place.endswith("load")]
     assert sum(t["bytes"] for t in loads) == 2 * 64 * 64 * 2 * STEPS
     assert all(t["actual"] == t["minimum"] for t in loads)
-    assert found["instructions"]["wgmma"] == 128 * 4 * STEPS
+    assert counts["instructions"]["wgmma"] == 128 * 4 * STEPS

@@ -23,6 +23,7 @@ struct Tally {
     uint64_t launches = 0, blocks = 0, early = 0;
     std::vector<std::pair<const char*, uint64_t>> instructions;  // by the address of the name
     std::vector<Traffic> traffic;                                // by slot
+    std::vector<const void*> kernels;
 };
 Tally& tally() {
     static thread_local Tally all;
@@ -135,6 +136,11 @@ void count_launch(bool early) {
     tally().early += early;
 }
 void count_block() { ++tally().blocks; }
+void count_kernel(const void* kernel) {
+    auto& all = tally().kernels;
+    if (std::find(all.rbegin(), all.rend(), kernel) == all.rend()) all.push_back(kernel);
+}
+std::vector<const void*> kernels_run() { return tally().kernels; }
 
 void count(const char* instruction, Site) {
     auto& all = tally().instructions;

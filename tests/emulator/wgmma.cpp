@@ -15,7 +15,7 @@ struct Layout {
     size_t start, leading, stride;
     Swizzle swizzle;
 
-    static Layout of(uint64_t descriptor, Site site) {
+    static Layout from(uint64_t descriptor, Site site) {
         const auto bytes = [&](int at) { return static_cast<size_t>(descriptor >> at & 0x3fff) * 16; };
         if (descriptor >> 49 & 7) fail(site, "a matrix descriptor with a base offset: not emulated");
         if (descriptor & ~0xc00e3fff3fff3fffull) fail(site, "a matrix descriptor with unknown bits set");
@@ -85,7 +85,7 @@ void WarpGroup::note_reads(int warp, const Asked& asked) {
     const auto& groups = warps[warp].groups;
     const uint32_t number = site_number(asked.site);
     const auto one = [&](uint64_t descriptor, bool transposed, size_t first, size_t rows, bool counted) {
-        std::vector<size_t> all = runs(Layout::of(descriptor, asked.site), transposed, first, rows);
+        std::vector<size_t> all = runs(Layout::from(descriptor, asked.site), transposed, first, rows);
         for (const size_t at : all) {
             if (at + 16 > block.shared_size) {
                 fail(asked.site, "wgmma reads shared memory at offset " + std::to_string(at) + " of " +
@@ -181,7 +181,7 @@ void WarpGroup::execute_one(int warp, const Asked& asked, Sums& sums) {
             }
         }
     } else {
-        const Layout layout = Layout::of(p.a, asked.site);
+        const Layout layout = Layout::from(p.a, asked.site);
         for (size_t row = 0; row < 16; ++row) {
             for (size_t k = 0; k < kDepth; ++k) {
                 const size_t of_group = static_cast<size_t>(16 * warp) + row;
@@ -189,7 +189,7 @@ void WarpGroup::execute_one(int warp, const Asked& asked, Sums& sums) {
             }
         }
     }
-    const Layout layout = Layout::of(p.b, asked.site);
+    const Layout layout = Layout::from(p.b, asked.site);
     for (size_t column = 0; column < static_cast<size_t>(p.columns); ++column) {
         for (size_t k = 0; k < kDepth; ++k) {
             right[column * kDepth + k] = p.widen(element(block, layout.at(p.transposed_b, column, k)));

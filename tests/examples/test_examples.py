@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from small_llama import CONFIG, transformers
+from small.llama import CONFIG, transformers
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "examples"
@@ -23,7 +23,7 @@ def example(name: str):
 
 
 class ByteTokenizer:
-    """As much of a tokenizer as the examples use: a token is a byte."""
+    """The part of a tokenizer that the examples use: a token is a byte."""
 
     def __call__(self, text: str, return_tensors: str | None = None):
         ids = [byte % CONFIG.vocab_size for byte in text.encode()]

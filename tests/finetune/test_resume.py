@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-from small_runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.cli.main import main
 from qlora_kernels.finetune import run as run_module

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from small_runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.finetune import data
 from qlora_kernels.finetune.options import Options
@@ -27,10 +27,10 @@ def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(out / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
     assert not (out / "checkpoint.pt").exists()
-    found = metrics(out)
-    assert found["size"]["bits_per_weight"] == pytest.approx(4.127, abs=0.02)
-    assert found["size"]["base_bytes_nf4"] < found["size"]["base_bytes_16bit"]
-    results = found["results"]
+    report = metrics(out)
+    assert report["size"]["bits_per_weight"] == pytest.approx(4.127, abs=0.02)
+    assert report["size"]["base_bytes_nf4"] < report["size"]["base_bytes_16bit"]
+    results = report["results"]
     assert all(len(value) == 6 for value in losses(out).values())
     # The first step sees the base alone, B being zero: both bases have the same loss but for quantization.
     assert results["qlora"]["losses"][0] == pytest.approx(results["lora16"]["losses"][0], rel=0.02)
@@ -40,7 +40,7 @@ def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_nf4_recovers_what_16_bit_lora_gains(run, tmp_path, monkeypatch):
-    """QLoRA's claim, on held-out text, with enough training for a gain far above what the seed changes."""
+    """QLoRA's claim, on held-out text, trained until the gain is far above the differences between seeds."""
     small = [
         *("--tiny-hidden", "128", "--tiny-layers", "1", "--tiny-seq-len", "64", "--pretrain-steps", "60"),
         *("--steps", "140", "--seq-len", "64", "--batch-size", "4", "--rank", "8", "--save-every", "0"),
@@ -53,12 +53,12 @@ def test_nf4_recovers_what_16_bit_lora_gains(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "run", trained)
     assert run("--compare", small=small) == 0
-    found = metrics(tmp_path / "out")
-    loss = {key: result["loss"] for key, result in found["results"].items()}
+    report = metrics(tmp_path / "out")
+    loss = {key: result["loss"] for key, result in report["results"].items()}
     gain = loss["base16"] - loss["lora16"]
     assert gain > 0.2
     assert loss["base16"] - loss["qlora"] >= 0.95 * gain
-    assert found["recovery"] == pytest.approx((loss["base16"] - loss["qlora"]) / gain)
+    assert report["recovery"] == pytest.approx((loss["base16"] - loss["qlora"]) / gain)
 
 
 def test_the_adapter_on_disk_has_the_loss_that_was_reported(run, tmp_path):
@@ -71,15 +71,15 @@ def test_the_adapter_on_disk_has_the_loss_that_was_reported(run, tmp_path):
     litter.write_text("")
     assert run() == 0
     assert not litter.exists()
-    found = metrics(tmp_path / "out")
-    options = Options(**found["options"]).resolve()
+    report = metrics(tmp_path / "out")
+    options = Options(**report["options"]).resolve()
     source = Source(options)
     model = source.load()
     quantize(model, options)
     adapter_files.load_adapter(model, tmp_path / "out" / "adapter")
     held_out = data.load_data(None, source.encode, source.end, options.seq_len, 0.1, 0).held_out
     loss = held_out_loss(model, held_out, options.batch_size, options.eval_tokens, "cpu", "", True)
-    assert loss == pytest.approx(found["results"]["qlora"]["loss"], rel=1e-6)
+    assert loss == pytest.approx(report["results"]["qlora"]["loss"], rel=1e-6)
 
 
 def test_a_time_limit_and_what_is_compared(run, tmp_path):
@@ -105,8 +105,8 @@ def test_text_folder_and_a_hugging_face_model(run, tmp_path, hf_folder):
         (folder / f"{i}.txt").write_text(f"the quick brown fox number {i} jumps over the lazy dog again\n" * 40)
     more = ("--model", hf_folder, "--data", str(folder), "--target-modules", "q_proj,v_proj")
     assert run(*more) == 0
-    found = metrics(tmp_path / "out")
-    assert found["size"]["adapted_layers"] == 2
+    report = metrics(tmp_path / "out")
+    assert report["size"]["adapted_layers"] == 2
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == hf_folder
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from small_runs import cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
 
 @pytest.mark.gpu
@@ -19,8 +19,8 @@ def test_a_run_on_a_card(run, tmp_path, device):
     before = torch.cuda.max_memory_allocated()
     assert run("--device", device, out="card") == 0
     assert torch.cuda.max_memory_allocated() > before, "nothing of it was on the card"
-    found = metrics(tmp_path / "card")["results"]
-    assert found["qlora"]["loss"] < found["nf4"]["loss"]
+    results = metrics(tmp_path / "card")["results"]
+    assert results["qlora"]["loss"] < results["nf4"]["loss"]
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "card")["qlora"])
     # The same base, data and seeds: the CPU's run, but for rounding.
     assert run("--device", "cpu", out="host") == 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-from small_runs import SMALL, base_in, cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import SMALL, base_in, cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.cli.main import main
 from qlora_kernels.finetune import options, tiny
@@ -46,7 +46,7 @@ def test_the_first_of_two_runs_that_share_a_cache_writes_the_base(run, tmp_path,
     monkeypatch.setattr(Trainer, "run", trained)
     assert run("--pretrain-steps", "3", "--cache", str(tmp_path / "b"), out="second") == 0
     assert len(os.listdir(tmp_path / "b")) == 1, "litter"
-    # It went on from the other's base, which is still there, as is shown by another loss than its own would have.
+    # It continued from the other run's base, which is still there: its own would have another loss.
     first, second = (metrics(tmp_path / out)["results"]["base16"]["loss"] for out in ("out", "second"))
     assert first != second
     assert run("--pretrain-steps", "3", "--cache", str(tmp_path / "b"), out="third") == 0
@@ -76,7 +76,7 @@ def test_a_slow_machine_does_fewer_pretraining_steps(run, tmp_path):
 
 @pytest.mark.parametrize("has_instructions", [False, True])
 def test_pretraining_is_in_float32_without_bfloat16_instructions(run, tmp_path, monkeypatch, has_instructions):
-    """Whatever the run itself computes in; and a base of one type is not taken for one of the other."""
+    """Whatever the run's own dtype; and a base of one dtype is never used for the other."""
     monkeypatch.setattr(options, "multiplies_bfloat16", lambda device: has_instructions)
     types = {}
     original = Trainer.run

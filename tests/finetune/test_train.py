@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from small_runs import SMALL, base_in, cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import SMALL, base_in, cache_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.finetune.options import OPTIMIZERS, Options
@@ -78,7 +78,7 @@ def test_paged_adamw_trains_as_torch_does(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_lion"])
 def test_the_other_optimizers_learn(run, tmp_path, name):
-    """Whatever text this Python's library makes: the adapters gain 0.02 to 0.03 in 160 steps."""
+    """On whatever text this Python's library has: the adapters gain 0.02 to 0.03 in 160 steps."""
     small = [*SMALL, "--pretrain-steps", "40", "--steps", "160", "--save-every", "0", "--compare"]
     assert run("--optim", name, small=small, cached=False) == 0
     pretraining = json.loads((base_in(tmp_path / "out") / "pretraining.json").read_text())["losses"]

@@ -10,15 +10,15 @@ from qlora_kernels import NF4Weight, dequantize, quantize
 
 def test_storage_and_error_of_a_normal_weight():
     weight = torch.randn(1024, 1024)
-    quantized, plain = quantize(weight), quantize(weight, double_quant=False)
+    quantized, single_quant = quantize(weight), quantize(weight, double_quant=False)
     assert quantized.bits_per_weight == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)
     assert round(quantized.bits_per_weight, 3) == 4.127
-    assert plain.bits_per_weight == 4.5
+    assert single_quant.bits_per_weight == 4.5
     assert quantized.nbytes == quantized.numel() // 2 + 1024 * 16 + 4 * (64 + 1)
     # PEERS: 0.09198 with float32 constants, 0.09207 with E4M3 ones.
-    for result, error in ((plain, 0.09198), (quantized, 0.09207)):
-        found = ((result.dequantize() - weight).norm() / weight.norm()).item()
-        assert found == pytest.approx(error, rel=0.003)
+    for result, error in ((single_quant, 0.09198), (quantized, 0.09207)):
+        relative_error = ((result.dequantize() - weight).norm() / weight.norm()).item()
+        assert relative_error == pytest.approx(error, rel=0.003)
 
 
 def test_properties_and_moves():

@@ -99,7 +99,7 @@ def test_a_trunk_without_the_prefix_of_its_model(tmp_path):
 
 
 def peak_over_the_start(small: str, large: str, out: str, result: str) -> None:
-    """Quantizes a folder and writes how far memory rose meanwhile."""
+    """Quantizes a folder and writes how much memory rose meanwhile."""
     quantize_folder(small, out + "-small", progress=False)  # first calls
     with PeakMemory() as memory:
         quantize_folder(large, out, progress=False)
@@ -107,7 +107,7 @@ def peak_over_the_start(small: str, large: str, out: str, result: str) -> None:
 
 
 def test_one_weight_in_memory_at_a_time(tmp_path):
-    """The peak over the start stays below a few weights of 6 MiB, while the model has 20 of them."""
+    """The peak rises by a few 6 MiB weights at most, while the model has 20 of them."""
     small = llama(tmp_path / "small")
     config = transformers.LlamaConfig(
         vocab_size=64,

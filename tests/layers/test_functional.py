@@ -110,7 +110,7 @@ def test_a_gradient_of_the_weight_is_an_error(weight):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_nothing_of_the_size_of_the_weight_is_saved_and_no_dropped_copy_of_x(weight, dropout):
+def test_neither_a_dense_weight_nor_a_dropped_copy_of_x_is_saved(weight, dropout):
     x, *rest = leaves(64)
     saved = []
 
@@ -178,12 +178,12 @@ def test_shapes_and_strides_are_taken_as_by_nn_linear(weight, shape, view):
     x = torch.randn(shape, requires_grad=True)
     W = weight.dequantize()
     y = linear(view(x), weight, bias, A, B, scaling=SCALING)
-    plain = F.linear(view(x), W, bias) + SCALING * F.linear(F.linear(view(x), A), B)
-    assert y.shape == plain.shape
-    assert error(y, plain) < 1e-5
-    dy = torch.randn_like(plain).transpose(0, -1).contiguous().transpose(0, -1)  # not contiguous either
+    dense = F.linear(view(x), W, bias) + SCALING * F.linear(F.linear(view(x), A), B)
+    assert y.shape == dense.shape
+    assert error(y, dense) < 1e-5
+    dy = torch.randn_like(dense).transpose(0, -1).contiguous().transpose(0, -1)  # not contiguous either
     for grad, wanted in zip(
-        torch.autograd.grad(y, (x, bias, A, B), dy), torch.autograd.grad(plain, (x, bias, A, B), dy), strict=True
+        torch.autograd.grad(y, (x, bias, A, B), dy), torch.autograd.grad(dense, (x, bias, A, B), dy), strict=True
     ):
         assert grad.shape == wanted.shape
         assert error(grad, wanted) < 1e-5
@@ -231,9 +231,9 @@ def test_checkpointing_recomputes_the_same_dropout(weight, reentrant):
         y.square().sum().backward()
         return [y, *(tensor.grad for tensor in tensors)]
 
-    plain = run(lambda f, x: f(x))
+    unwrapped = run(lambda f, x: f(x))
     again = run(lambda f, x: checkpoint(f, x, use_reentrant=reentrant))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(unwrapped, again, strict=True))
 
 
 def test_dropout_follows_torchs_generator(weight):
@@ -354,7 +354,7 @@ def test_what_works_under_torch_func(weight):
 
 
 class Watched(torch.Tensor):
-    """A subclass that notes which operations it takes part in."""
+    """A subclass that records the operations it takes part in."""
 
     seen: ClassVar[set[str]] = set()
 
@@ -366,12 +366,12 @@ class Watched(torch.Tensor):
 
 
 def test_the_dispatcher_is_skipped_only_where_it_is_idle(weight, monkeypatch):
-    """Whoever looks at operations sees these, and gets the same numbers."""
+    """Modes and subclasses still see the operations, and results stay the same."""
     names = {"qlora_kernels::linear_forward", "qlora_kernels::linear_backward"}
     called = []
 
-    def watched(*arguments, plain=dispatcher.is_idle):
-        called.append(plain(*arguments))
+    def watched(*arguments, is_idle=dispatcher.is_idle):
+        called.append(is_idle(*arguments))
         return called[-1]
 
     monkeypatch.setattr(dispatcher, "is_idle", watched)
@@ -421,8 +421,8 @@ def test_the_seed_of_dropout_lies_with_x():
     expected = linear(x, weight, None, A, B, dropout=0.5)
     torch.manual_seed(3)
     with torch.device("meta"):
-        found = linear(x, weight, None, A, B, dropout=0.5)
-    assert torch.equal(found, expected)
+        y = linear(x, weight, None, A, B, dropout=0.5)
+    assert torch.equal(y, expected)
 
 
 def test_a_dense_weight_is_refused():

@@ -56,13 +56,13 @@ def test_selecting_changes_the_output_and_what_trains(layer):
 
 def test_a_new_adapter_is_active_only_when_none_is(layer):
     assert trainable(layer) == {"lora_A.default", "lora_B.default"}
-    plain = QLinear(96, 80, rank=0)
-    plain.add_adapter("first", rank=2)
-    assert plain.active_adapter == "first"
-    assert trainable(plain) == {"lora_A.first", "lora_B.first"}
-    y = plain(X)
-    with plain.disable_adapters():
-        assert torch.equal(plain(X), y)  # B starts at zero
+    bare = QLinear(96, 80, rank=0)
+    bare.add_adapter("first", rank=2)
+    assert bare.active_adapter == "first"
+    assert trainable(bare) == {"lora_A.first", "lora_B.first"}
+    y = bare(X)
+    with bare.disable_adapters():
+        assert torch.equal(bare(X), y)  # B starts at zero
 
 
 def test_disabling_is_nestable_and_survives_exceptions(layer):

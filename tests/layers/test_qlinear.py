@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import relative_error
-from small_layers import K, N, assert_same, dense, frozen_bits, layer
+from small.layers import K, N, assert_same, dense, frozen_bits, layer
 from torch import nn
 
 import qlora_kernels
@@ -36,8 +36,8 @@ def test_a_constant_that_double_quantization_rounds_to_infinity_is_refused(dtype
             QLinear.from_linear(linear, rank=0, name="up")
         assert share > 0.96
     assert refused
-    plain = QLinear.from_linear(linear, rank=0, double_quant=False)
-    assert plain.weight.dequantize().isfinite().all()
+    single_quant = QLinear.from_linear(linear, rank=0, double_quant=False)
+    assert single_quant.weight.dequantize().isfinite().all()
 
 
 def test_passes_for_nn_linear():
@@ -205,11 +205,11 @@ def test_any_floating_input_gives_its_own_dtype(dtype, x_dtype):
 
 def test_inputs_and_modes_of_nn_linear():
     made = layer()
-    plain = made.to_linear()
+    as_linear = made.to_linear()
     x = torch.randn(4, 2, K)
     for view in (x, x[:, 0], x.transpose(0, 1), x[0, 0], x[:0], x[..., :0, :]):
-        assert made(view).shape == plain(view).shape
-        assert torch.allclose(made(view), plain(view), atol=1e-5)
+        assert made(view).shape == as_linear(view).shape
+        assert torch.allclose(made(view), as_linear(view), atol=1e-5)
     with torch.no_grad():
         assert not made(x).requires_grad
     with torch.inference_mode():
@@ -282,7 +282,7 @@ def test_a_layer_without_data_cannot_be_merged():
     assert made.merged_adapter_name is None
 
 
-def test_what_is_kept_of_a_weight_goes_with_it():
+def test_what_is_cached_for_a_weight_goes_with_it():
     made, x = layer(), torch.randn(2, K)
     expected = made(x)
     kept = made._operand()

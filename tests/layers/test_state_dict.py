@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load, save
-from small_layers import K, N, assert_same, dense, frozen_bits, layer
+from small.layers import K, N, assert_same, dense, frozen_bits, layer
 from torch import nn
 
 from qlora_kernels import QLinear

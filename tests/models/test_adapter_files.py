@@ -10,7 +10,7 @@ import pytest
 import torch
 from contract import relative_error
 from safetensors.torch import load_file
-from small_llama import assert_unchanged, llama, logits, quantized, randomize, state
+from small.llama import assert_unchanged, llama, logits, quantized, randomize, state
 from torch import nn
 
 import qlora_kernels
@@ -189,15 +189,15 @@ def test_loading_under_a_new_name_leaves_the_active_one(tmp_path):
 
 def test_a_merged_adapter_can_be_saved_but_not_replaced(tmp_path):
     model = quantized()
-    save_adapter(model, tmp_path / "plain")
+    save_adapter(model, tmp_path / "unmerged")
     qlora_kernels.merge_adapters(model)
     save_adapter(model, tmp_path / "merged")
-    plain, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "merged"))
-    assert plain.keys() == merged.keys()
-    assert all(torch.equal(plain[key], merged[key]) for key in plain)
+    unmerged, merged = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("unmerged", "merged"))
+    assert unmerged.keys() == merged.keys()
+    assert all(torch.equal(unmerged[key], merged[key]) for key in unmerged)
     before = state(model)
     with pytest.raises(RuntimeError, match=r"adapter 'default' is merged into model\.layers\.0"):
-        load_adapter(model, tmp_path / "plain")
+        load_adapter(model, tmp_path / "unmerged")
     assert_unchanged(model, before)
 
 

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_llama import assert_unchanged, llama, logits, quantized, state
+from small.llama import assert_unchanged, llama, logits, quantized, state
 
 from qlora_kernels import load_adapter, save_adapter
 
@@ -72,8 +72,8 @@ Q9 = "base_model.model.model.layers.9.self_attn.q_proj"
 
 def _rename(old, new):
     def change(tensors):
-        for part in "AB":
-            tensors[f"{new}.lora_{part}.weight"] = tensors.pop(f"{old}.lora_{part}.weight")
+        for side in "AB":
+            tensors[f"{new}.lora_{side}.weight"] = tensors.pop(f"{old}.lora_{side}.weight")
 
     return _weights(change)
 
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_made(saved, tmp_path):
 
 
 class Kill(BaseException):
-    """Stands for a kill -9: no handler of the code under test may run to its good."""
+    """Stands for a kill -9: no handler of the code under test may clean up."""
 
 
 @pytest.mark.parametrize("foreign", [False, True])
@@ -261,7 +261,7 @@ def test_a_kill_between_two_files_leaves_the_old_or_the_new_or_an_error(tmp_path
 
 
 def _killed_at(point, monkeypatch, call) -> bool:
-    """Runs call, and stops it for good before its change number `point` of the folder; True when it came to its end."""
+    """Runs call and stops it before its `point`-th change to the folder; True if it finished."""
     count = 0
 
     def dying(function):

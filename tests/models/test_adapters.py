@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from contract import relative_error
-from small_blocks import IDS, LINEARS, Model, quantize, randomize
+from small.blocks import IDS, LINEARS, Model, quantize, randomize
 
 import qlora_kernels
 from qlora_kernels.models import targets
@@ -71,7 +71,7 @@ def test_a_merge_that_fails_in_one_layer_is_taken_back_in_all(model):
     with pytest.raises(ValueError, match="NaN"):
         qlora_kernels.merge_adapters(model)
     assert all(layer.merged_adapter_name is None for _, layer in targets.qlora_layers(model))
-    plain = Model()
-    quantize(plain, rank=0)
+    bare = Model()
+    quantize(bare, rank=0)
     with pytest.raises(RuntimeError, match="no layer of this model has an active adapter"):
-        qlora_kernels.merge_adapters(plain)
+        qlora_kernels.merge_adapters(bare)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import relative_error
-from small_blocks import IDS, LINEARS, Model, assert_unchanged, fingerprint, quantize, quantized, with_adapters
+from small.blocks import IDS, LINEARS, Model, assert_unchanged, fingerprint, quantize, quantized, with_adapters
 from torch import nn
 
 import qlora_kernels
@@ -26,7 +26,7 @@ def test_every_linear_but_the_head_becomes_4_bit_and_only_adapters_train():
     assert report.quantized == report.adapted == quantized(model) == LINEARS
     assert report.left_alone == {"lm_head": "named in skip"}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        f"{name}.lora_{part}.default" for name in LINEARS for part in "AB"
+        f"{name}.lora_{side}.default" for name in LINEARS for side in "AB"
     }
     assert not any(module.training for module in model.modules())
     for name in LINEARS:
@@ -184,12 +184,12 @@ def test_bad_input_changes_nothing(make, options, raised, message):
 
 
 def test_a_device_without_kernels_changes_nothing(monkeypatch):
-    def of(tensor):
+    def no_backend(tensor):
         raise RuntimeError("this build has no kernels for that device")
 
     model = Model()
     before = fingerprint(model)
-    monkeypatch.setattr(quantizing.backends, "backend_for", of)
+    monkeypatch.setattr(quantizing.backends, "backend_for", no_backend)
     for options in ({}, {"device": "cpu"}):
         with pytest.raises(RuntimeError, match="no kernels"):
             quantize(model, **options)
@@ -197,7 +197,7 @@ def test_a_device_without_kernels_changes_nothing(monkeypatch):
 
 
 def fail_at(monkeypatch, count, error):
-    """Lets quantization fail at its ``count``-th layer."""
+    """Makes quantization fail at its ``count``-th layer."""
     original, calls = QLinear.from_linear.__func__, []
 
     def from_linear(cls, *args, **kwargs):
@@ -299,7 +299,7 @@ def test_a_model_trains_with_checkpointing_and_autocast():
 
 
 def test_torchs_own_transformer_runs_in_both_modes():
-    """Its fast path for inference reads linear1.weight and linear2.weight past the modules."""
+    """Its fast path for inference reads linear1.weight and linear2.weight directly, bypassing the modules."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), num_layers=2)
     assert len(quantize(model).quantized) == 4
     x = torch.randn(5, 3, 64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_blocks import IDS, LINEARS, Model, quantize, quantized, with_adapters
+from small.blocks import IDS, LINEARS, Model, quantize, quantized, with_adapters
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -86,7 +86,7 @@ class Patched(nn.Linear):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_what_is_no_plain_linear_is_left_alone_with_a_reason():
+def test_other_modules_are_left_alone_with_a_reason():
     from transformers.pytorch_utils import Conv1D
 
     model = nn.ModuleDict(

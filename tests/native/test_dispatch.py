@@ -1,9 +1,8 @@
-"""Which CUDA kernel runs, as the tables say it."""
+"""The dispatch tables, and what they print."""
 
 from __future__ import annotations
 
 import torch
-from small_model_folder import TINY, damaged, model_fixture  # noqa: F401 - fixtures
 
 from qlora_kernels.native import dispatch
 

@@ -1,4 +1,4 @@
-"""Dequantization into a tensor that the caller has."""
+"""Dequantization into a tensor of the caller's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = ((1, 1), (3, 7), (1, 63), (2, 64), (1, 65), (5, 100), (7, 129), (64, 25
 def test_dequantize_into_a_given_tensor(engine, shape, dtype):
     weight = make_weight(*shape)
     expected = weight.dequantize(dtype)
-    # A slice of a larger tensor: what lies around it stays.
+    # A slice of a larger tensor: its surroundings stay unchanged.
     around = torch.full((shape[0] + 2, shape[1]), torch.nan, dtype=dtype)
     out = around[1:-1]
     assert weight.dequantize(dtype, out=out) is out
@@ -26,10 +26,10 @@ def test_dequantize_into_a_given_tensor(engine, shape, dtype):
     assert around[0].isnan().all()
     assert around[-1].isnan().all()
     begin = shape[0] // 2
-    part = torch.full((shape[0] - begin, shape[1]), torch.nan, dtype=dtype)
+    rows = torch.full((shape[0] - begin, shape[1]), torch.nan, dtype=dtype)
     assert dequantize(weight.to(dtype), out=around[1:-1]).data_ptr() == out.data_ptr()
-    assert torch.equal(weight.dequantize(dtype, row_begin=begin, out=part), expected[begin:])
-    assert weight.dequantize(dtype, row_begin=begin, row_end=begin, out=part[:0]).shape == (0, shape[1])
+    assert torch.equal(weight.dequantize(dtype, row_begin=begin, out=rows), expected[begin:])
+    assert weight.dequantize(dtype, row_begin=begin, row_end=begin, out=rows[:0]).shape == (0, shape[1])
 
 
 def test_a_given_tensor_counts_as_changed():
@@ -61,7 +61,7 @@ def test_a_given_tensor_through_torch_compile():
 
 def _bad_out():
     weight = quantize(torch.randn(4, 64), double_quant=False)
-    # The 128 bytes of packed codes lie within 1024 that would do for a result; the 4 constants in front of another.
+    # The 128 bytes of packed codes overlap 1024 that could hold a result; the 4 constants lie in front of another.
     memory = torch.zeros(256)
     bytes_ = memory.view(torch.uint8)
     bytes_[896:].copy_(weight.packed)

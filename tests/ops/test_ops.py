@@ -23,9 +23,8 @@ RANKS = (0, 1, 8, 17, 40, 130)
 
 
 def rows_for(engine: str, case: int, rows=ROWS) -> tuple[int, ...]:
-    """Fewer on the emulator, where threads take their turns: what differs there is the tile and its edge.
-
-    Each order takes one of these, and another one of the next case.
+    """Fewer on the emulator, which is slow: only the tile and its edge matter there. Each order takes one of these, a
+    different one in the next case.
     """
     if not engine.startswith("emulated-"):
         return rows
@@ -111,15 +110,15 @@ def test_low_rank_term_and_its_gradients(engine, r, dropout, dtype):
             # dB is judged on the u that was saved: u's own rounding is u's error.
             "dB": (dB, dy.double().T @ u.double()),
         }
-        for name, (found, wanted) in expected.items():
-            assert found.shape == wanted.shape
-            assert found.dtype == dtype
-            error = relative_error(found, wanted)
+        for name, (actual, wanted) in expected.items():
+            assert actual.shape == wanted.shape
+            assert actual.dtype == dtype
+            error = relative_error(actual, wanted)
             assert error < tolerance, f"{engine} {name} {dtype} M={m} r={r} p={dropout}: {error:.2e}"
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.9, 0.99999999])
-def test_the_mask_is_the_reference_s_to_the_last_element(engine, dropout):
+def test_the_mask_equals_the_reference_in_every_element(engine, dropout):
     # x and A of ones: u counts what was kept. The seed is one whose words come within 52 of the threshold of 0.3.
     m, k, seed = 40, 2048, torch.tensor([62])
     weight = make_weight(32, k)
@@ -143,7 +142,7 @@ def test_float32_adapters_get_float32_gradients(engine):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_result_for_a_row_whatever_comes_with_it(engine, dtype):
+def test_a_rows_result_does_not_depend_on_other_rows(engine, dtype):
     weight = make_weight(200, 256)
     dense = weight.dequantize(dtype)
     x = torch.randn(70, 256).to(dtype)
@@ -186,8 +185,8 @@ def test_rows_beyond_one_superblock(engine):
         lora = ops.LoraTerm(A.double(), B.double(), 0.5, 0.2, seed)
         y64, u64 = reference.linear_forward(x.double(), weight.operand(), None, lora, True)
         grads = reference.linear_backward(dy.double(), weight.operand(), x.double(), u64, lora, (True, True, True))
-        for name, found, wanted in zip(("y", "dx", "dA", "dB"), (y, dx, dA, dB), (y64, *grads), strict=True):
-            assert relative_error(found, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5), (engine, name)
+        for name, actual, wanted in zip(("y", "dx", "dA", "dB"), (y, dx, dA, dB), (y64, *grads), strict=True):
+            assert relative_error(actual, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5), (engine, name)
 
 
 # Whole blocks of 64, and rows that cut them and bytes.
@@ -215,14 +214,14 @@ def test_sums_whose_packed_rows_exceed_the_scratch(isa, dtype, long):
         v64 = scaling / (1 - dropout) * dy.double() @ B.double()
         y, u = forward(x, weight, None, A, B, scaling, dropout, seed)
         dx, dA, dB = backward(dy, weight, x, u, A, B, scaling, dropout, seed)
-        for name, found, wanted in (
+        for name, actual, wanted in (
             ("u", u, u64),
             ("y", y, x.double() @ exact.T + u64 @ B.double().T),
             ("dx", dx, dy.double() @ exact + mask * (v64 @ A.double())),
             ("dA", dA, v64.T @ masked),
             ("dB", dB, dy.double().T @ u.double()),
         ):
-            error = relative_error(found, wanted)
+            error = relative_error(actual, wanted)
             assert error < tolerance, f"{case} {name}: {error:.2e}"
 
 
@@ -234,15 +233,15 @@ def test_tiny_and_huge_constants(engine, scale):
         for m in (1, 4, 40):
             x = (torch.randn(m, 256) * min(1 / scale, 1e37)).to(dtype)
             dy = (torch.randn(m, 40) * min(1 / scale, 1e37)).to(dtype)
-            for found, wanted in (
+            for actual, wanted in (
                 (forward(x, weight)[0], x.double() @ dense.T),
                 (backward(dy, weight)[0], dy.double() @ dense),
             ):
-                # Processors' bf16 products flush subnormal inputs; what they lose must not be seen against normal ones.
+                # Processors' bf16 products flush subnormal inputs; against normal ones that loss must not show.
                 if scale < 1e-38 and dtype == torch.bfloat16:
-                    assert torch.isfinite(found).all()
+                    assert torch.isfinite(actual).all()
                 else:
-                    assert relative_error(found, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5), (
+                    assert relative_error(actual, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5), (
                         engine,
                         dtype,
                         m,
@@ -282,7 +281,7 @@ def test_scratch_stays_below_8_mib_a_thread(isa, m):
         assert 0 < native.scratch_peak_bytes(True) <= 8 << 20
 
 
-# Each dtype and each form of the constants once: what an operation is registered with asks for no more.
+# Each dtype and each form of the constants once: registration depends on nothing else.
 @pytest.mark.share(2)
 @pytest.mark.parametrize(("dtype", "double_quant"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_opcheck(dtype, double_quant):
@@ -321,8 +320,8 @@ def test_the_bare_operation_is_differentiable():
     dense = weight.dequantize(torch.float32)
     x2, A2, B2 = (t.detach().clone().requires_grad_() for t in (x, A, B))
     (x2 @ dense.T + 0.5 * x2 @ A2.T @ B2.T).square().sum().backward()
-    for ours, plain in ((x, x2), (A, A2), (B, B2)):
-        assert relative_error(ours.grad, plain.grad.double()) < 1e-5
+    for ours, theirs in ((x, x2), (A, A2), (B, B2)):
+        assert relative_error(ours.grad, theirs.grad.double()) < 1e-5
 
 
 def _bad_forward():

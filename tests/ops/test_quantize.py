@@ -38,7 +38,7 @@ def test_the_levels_are_the_published_ones():
     assert levels[7] == 0
     assert levels[15] == 1
     assert (levels.diff() > 0).all()
-    # Appendix E of arXiv 2305.14314 prints them to this many digits.
+    # Written out, not read from nf4.h: a wrong digit there must fail. Appendix E of arXiv 2305.14314 prints them so.
     assert levels[1].item() == pytest.approx(-0.6961928009986877, abs=1e-9)
     assert levels[8].item() == pytest.approx(0.07958029955625534, abs=1e-9)
 
@@ -126,11 +126,11 @@ def test_every_engine_gives_the_same_bits(engine, shape, dtype):
     weight[0, 5:] = 0
     for double_quant in (True, False):
         quantized = quantize(weight, double_quant)
-        found = [*quantized.pieces, *(quantized.dequantize(d) for d in DTYPES)]
+        actual = [*quantized.pieces, *(quantized.dequantize(d) for d in DTYPES)]
         with forced("portable"), on_the_cpu():
-            plain = quantize(weight.cpu(), double_quant)
-            expected = [*plain.pieces, *(plain.dequantize(d) for d in DTYPES)]
-        for a, b in zip(found, expected, strict=True):
+            portable = quantize(weight.cpu(), double_quant)
+            expected = [*portable.pieces, *(portable.dequantize(d) for d in DTYPES)]
+        for a, b in zip(actual, expected, strict=True):
             assert (a is None and b is None) or torch.equal(a.cpu(), b)
 
 
@@ -211,7 +211,7 @@ def test_the_table_of_cuda_is_that_of_the_current_card(monkeypatch):
     assert default_nested_table("cuda:0") is here
 
 
-def test_whether_a_graph_is_captured_is_asked_of_the_tensors_card(monkeypatch):
+def test_capture_is_checked_on_the_tensors_card(monkeypatch):
     current = [torch.device("cuda", 0)]
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What is kept of a weight from call to call: its checks, and the struct that the kernels are given."""
+"""What is cached for a weight between calls: its checks, and the struct that the kernels take."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_pieces_whose_data_is_exchanged_are_checked_again():
     weight.nested_absmax = None
     with pytest.raises(ValueError, match="come together"):
         linear(x, weight)
-    plain = quantize(torch.randn(8, 128), double_quant=False)
-    linear(x, plain)
-    plain.absmax.requires_grad_()
+    single_quant = quantize(torch.randn(8, 128), double_quant=False)
+    linear(x, single_quant)
+    single_quant.absmax.requires_grad_()
     with pytest.raises(RuntimeError, match="absmax asks for one"):
-        linear(x, plain)
+        linear(x, single_quant)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

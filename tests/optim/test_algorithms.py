@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import optimizer_reference as reference
 import pytest
 import torch
+from optimizers import reference
 
 from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.native import extension
@@ -276,22 +276,22 @@ def test_layouts_of_parameters_and_gradients(engine, state_bits):
     ]
 
     def in_memory(tensor):
-        """The elements in the order in which they lie in memory; blocks of 8-bit states run through that."""
+        """The elements in memory order, which the blocks of 8-bit states follow."""
         return tensor.detach().as_strided((tensor.numel(),), (1,))
 
-    plain = [torch.nn.Parameter(in_memory(p).clone()) for p in params]
+    twins = [torch.nn.Parameter(in_memory(p).clone()) for p in params]
     options = {"lr": 0.1, "state_bits": state_bits}
-    ours, theirs = PagedAdamW(params, **options), PagedAdamW(plain, **options)
+    ours, theirs = PagedAdamW(params, **options), PagedAdamW(twins, **options)
     for step in range(2):
-        set_gradients(plain, step)
-        for p, q in zip(params, plain):
+        set_gradients(twins, step)
+        for p, q in zip(params, twins):
             grad = torch.empty_like(p)
             in_memory(grad).copy_(q.grad)
             p.grad = grad.contiguous() if step else grad
         assert [p.grad.stride() == p.stride() for p in params] == [not step, not step, True]
         ours.step()
         theirs.step()
-    for p, q in zip(params, plain):
+    for p, q in zip(params, twins):
         assert torch.equal(in_memory(p), q)
         for name in ("exp_avg", "exp_avg_sq"):
             name += "" if state_bits == 32 else "_code"

@@ -1,4 +1,4 @@
-"""A paged optimizer whose parameters, states or process are no longer those that its arena was made for."""
+"""A paged optimizer whose parameters, states or process have changed since its arena was made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from engines import engine_named
-from optimizer_runs import bits, make_fixture, refused  # noqa: F401 - fixtures
+from optimizers.runs import bits, make_fixture, refused  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW
@@ -18,7 +18,7 @@ from qlora_kernels.optim import binding
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request):
-    """Where parameters and states are: new tensors are there by themselves."""
+    """Where parameters and states are; new tensors go there by default."""
     named = {"cpu": "portable", "emulated": "emulated-forward", "cuda": "cuda"}
     with engine_named(named[request.param]):
         yield request.param
@@ -40,7 +40,7 @@ def step(optimizer, params) -> None:
 
 
 def exact(optimizer) -> list:
-    """The states of each parameter in torch's form, without regard to the order in memory."""
+    """The states of each parameter in torch's form, whatever their order in memory."""
     return [{k: bits(v) for k, v in s.items()} for s in optimizer.torch_state_dict()["state"].values()]
 
 
@@ -113,13 +113,13 @@ def test_states_loaded_after_a_model_has_16_bits(place, make):
 
 
 def exact_of(saved, make, params) -> list:
-    """What a new optimizer makes of a state dict."""
+    """The states of a new optimizer that loads a state dict."""
     other = make([nn.Parameter(p.detach().clone()) for p in params])
     other.load_state_dict(saved)
     return list(other.torch_state_dict()["state"].values())
 
 
-def test_a_dict_without_states_after_a_change_takes_them_away(place, make):
+def test_a_dict_without_states_after_a_change_removes_them(place, make):
     params, optimizer = stepped(make, torch.randn(12, 5, 3, 3), torch.randn(300))
     change_a_little(params)
     params[-1].grad = None
@@ -172,7 +172,7 @@ def test_nothing_continues_from_a_load_that_failed_midway(place, make, monkeypat
     step(optimizer, params)
 
 
-def test_what_is_not_in_an_arena_is_not_looked_at(place):
+def test_views_outside_an_arena_are_refused(place):
     _, optimizer = stepped(PagedAdamW, torch.randn(300))
     made = optimizer._engine.arena
     for view in (made.view, made.host_view):
@@ -185,7 +185,7 @@ def test_what_is_not_in_an_arena_is_not_looked_at(place):
 @pytest.mark.parametrize("how", ["data", "another tensor", "none"])
 @pytest.mark.parametrize("key", [0, 1, -2, -1])
 def test_states_that_are_exchanged_count(place, make, key, how):
-    """As programs do that send them to the host and back; t.data = … leaves the tensor the same."""
+    """As programs do that move them to the host and back; t.data = … keeps the same tensor object."""
     params, optimizer = stepped(make, torch.randn(40), torch.randn(600).bfloat16(), master_weights=True)
     state = optimizer.state[params[1]]
     name = list(state)[key]
@@ -214,7 +214,7 @@ def test_states_that_are_exchanged_count(place, make, key, how):
 
 @pytest.mark.parametrize("elsewhere", ["meta", "cpu"])
 def test_another_default_device_is_not_that_of_states(place, make, tmp_path, elsewhere):
-    """Of "cpu" the states on a card are elsewhere; of "meta", whose tensors have no memory, all are."""
+    """With "cpu", states on a card are elsewhere; with "meta", whose tensors have no memory, all are."""
     params, source = stepped(make, torch.randn(700), torch.empty(0, 3))
     options = {"max_grad_norm": 1.0, "state_bits": 40 - source._options.state_bits}
     twins, expected = stepped(make, *[p.detach() for p in params], **options)

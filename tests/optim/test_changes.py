@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from optimizer_runs import (  # noqa: F401 - fixtures
+from optimizers.runs import (  # noqa: F401 - fixtures
     assert_close,
     assert_same,
     bits,
@@ -153,7 +153,7 @@ def test_a_model_changes_its_dtype_after_steps(make, dtype, master):
 
 
 def test_one_16_bit_dtype_after_the_other_at_the_same_place(make):
-    # What comes next may lie where the last one lay, so that the address says nothing.
+    # The next tensor may get the last one's address, so the address proves nothing.
     memory = torch.randn(64).half()
     p = nn.Parameter(memory)
     optimizer = make([p])
@@ -231,7 +231,7 @@ def test_a_square_parameter_transposed_in_its_place(make, stale):
 
 
 def train_square(model, optimizer, step: int, contiguous: bool = False) -> None:
-    """Gradients in the parameters' order in memory, as backward makes them, or in the usual one."""
+    """Gradients in the parameters' memory order, as backward makes them, or contiguous ones."""
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
         grad = torch.randn(p.shape, generator=generator)
@@ -277,7 +277,7 @@ def test_weights_loaded_into_the_model_count(make):
 
 
 def test_a_parameter_exchanged_for_another_with_its_states(make):
-    # As programs do that add or prune rows in mid-training.
+    # As programs do that add or prune rows during training.
     p = nn.Parameter(torch.randn(10, 256))
     optimizer = make([p])
     p.grad = torch.randn(10, 256)

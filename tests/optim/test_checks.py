@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from optimizer_runs import bits, loss_of, make_fixture, net, refused, states, train, trained, values  # noqa: F401 - fixtures
+from optimizers.runs import bits, loss_of, make_fixture, net, refused, states, train, trained, values  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion
@@ -54,7 +54,7 @@ def test_options_out_of_range(options, message):
 
 
 @pytest.mark.parametrize("name", ["master_weights", "skip_nonfinite"])
-def test_options_that_are_no_yes_or_no(name):
+def test_options_that_are_not_booleans(name):
     for value in ("no", 1, None, torch.ones(1)):
         with pytest.raises(TypeError, match=f"{name} should be True or False, found"):
             PagedAdamW(net().parameters(), **{name: value})

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from small_runs import base_in, cache_fixture, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import base_in, cache_fixture, metrics, run_fixture  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion
@@ -51,7 +51,7 @@ def test_8_bits_learn_as_well_as_32(kind):
 # Small enough that 150 steps take seconds, and large enough that a coarse second moment shows.
 TINY = [
     *("--tiny-hidden", "128", "--tiny-layers", "1", "--tiny-seq-len", "64", "--pretrain-steps", "100"),
-    *("--pretrain-seconds", "1000"),  # a busy machine should take as many steps
+    *("--pretrain-seconds", "1000"),  # the same number of steps on a busy machine
 ]
 
 

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from optimizer_runs import bits, device_fixture, net, states, train, trained, values  # noqa: F401 - fixtures
+from optimizers.runs import bits, device_fixture, net, states, train, trained, values  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion
@@ -114,7 +114,7 @@ def test_states_of_16_bits_from_torch():
         assert values(a) != before
 
 
-def test_what_others_left_in_the_state_is_not_for_torch():
+def test_foreign_entries_of_the_state_are_not_given_to_torch():
     p, frozen = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4), requires_grad=False)
     p.grad = torch.ones(4)
     ours = PagedAdamW([p, frozen])

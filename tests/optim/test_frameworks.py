@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from optimizer_runs import (  # noqa: F401 - fixtures
+from optimizers.runs import (  # noqa: F401 - fixtures
     assert_close,
     assert_same,
     bits,
@@ -32,9 +32,9 @@ from qlora_kernels import PagedAdamW, PagedLion
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-3])
 def test_a_scaler_of_a_power_of_two_changes_nothing(device, make, unscale, scale):
-    scaled, plain = net(), net()
+    scaled, unscaled = net(), net()
     options = {"max_grad_norm": 0.25, "skip_nonfinite": True}
-    a, b = make(scaled.parameters(), **options), make(plain.parameters(), **options)
+    a, b = make(scaled.parameters(), **options), make(unscaled.parameters(), **options)
     scaler = torch.amp.GradScaler(device, init_scale=scale, growth_interval=2)
     for step in range(4):
         a.zero_grad()
@@ -45,7 +45,7 @@ def test_a_scaler_of_a_power_of_two_changes_nothing(device, make, unscale, scale
         scaler.step(a)
         assert [bits(p.grad) for p in scaled.parameters()] == grads, "gradients are read only"
         scaler.update()
-        train(plain, b, [step])
+        train(unscaled, b, [step])
         assert_same(a, b)
         assert a.grad_norm == b.grad_norm > 0.25
     assert scaler.get_scale() == 4 * scale
@@ -79,10 +79,10 @@ def test_a_scaler_leaves_out_steps_that_overflow(device, make, unscale, dtype):
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_a_step_that_raises_leaves_no_scale_behind(device, make, unscale):
-    model, plain = net(), net()
-    optimizer, same = make(model.parameters(), max_grad_norm=1.0), make(plain.parameters(), max_grad_norm=1.0)
+    model, untouched = net(), net()
+    optimizer, same = make(model.parameters(), max_grad_norm=1.0), make(untouched.parameters(), max_grad_norm=1.0)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
-    for one, group in ((model, optimizer), (plain, same)):
+    for one, group in ((model, optimizer), (untouched, same)):
         train(one, group, [0])
         group.zero_grad()
     scaler.scale(loss_of(model, 1)).backward()
@@ -95,7 +95,7 @@ def test_a_step_that_raises_leaves_no_scale_behind(device, make, unscale):
     assert not hasattr(optimizer, "found_inf")
     optimizer.param_groups[0]["betas"] = betas
     scaler.step(optimizer)
-    train(plain, same, [1])
+    train(untouched, same, [1])
     assert_same(optimizer, same)
     assert optimizer.grad_norm == same.grad_norm > 0
 
@@ -147,77 +147,81 @@ def test_huggingface_trainer_trains_saves_and_resumes(tmp_path):
     assert resumed.arena_bytes > 0
 
 
-def test_lightning():
-    """Lightning is not a dependency; this does what its optimizer wrapper and its manual loop do.
+class LightningsWrapper:
+    """What lightning.pytorch.core.optimizer.LightningOptimizer does: it is no dependency. Attributes reach the inner
+    optimizer by __getattr__."""
 
-    Of lightning.pytorch.core.optimizer.LightningOptimizer: step(closure=...) where the closure runs forward, zero_grad
-    and backward; the parameters of the other optimizer have requires_grad off meanwhile (toggle_model); attributes
-    reach the inner optimizer by __getattr__. Checkpoints are deep copies of state_dict(), loaded into new optimizers.
-    """
+    def __init__(self, inner):
+        self._optimizer = inner
 
-    class Wrapper:
-        def __init__(self, inner):
-            self._optimizer = inner
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
 
-        def __getattr__(self, name):
-            return getattr(self._optimizer, name)
+    def step(self, closure=None, **more):
+        return self._optimizer.step(closure=closure, **more)
 
-        def step(self, closure=None, **more):
-            return self._optimizer.step(closure=closure, **more)
 
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = net(1), net(2)
+class TwoHalves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = net(1), net(2)
 
-        def forward(self, x):
-            return self.a(x) + self.b(x)
+    def forward(self, x):
+        return self.a(x) + self.b(x)
 
-    def begin(model):
-        # The first has all parameters in it; half of them are frozen while its arena is made.
-        kinds = PagedAdamW(model.parameters(), lr=1e-2), PagedLion(model.b.parameters(), lr=1e-3)
-        return [Wrapper(kind) for kind in kinds]
 
-    def go_on(model, optimizers, steps):
-        for step in steps:
-            active = optimizers[step % 2]
-            others = [p for p in model.parameters() if not any(p is q for q in model_half(model, step))]
-            for p in others:
-                p.requires_grad_(False)
+def wrapped_optimizers(model):
+    # The first has all parameters in it; half of them are frozen while its arena is made.
+    return [
+        LightningsWrapper(PagedAdamW(model.parameters(), lr=1e-2)),
+        LightningsWrapper(PagedLion(model.b.parameters(), lr=1e-3)),
+    ]
 
-            def closure(step=step, active=active):
-                loss = loss_of(model, step)
-                active.zero_grad()
-                loss.backward()
-                return loss
 
-            assert active.step(closure=closure).requires_grad
-            for p in others:
-                p.requires_grad_(True)
+def alternate(model, optimizers, steps):
+    """Lightning's manual loop with two optimizers: the closure runs forward, zero_grad and backward; the other half of
+    the model has requires_grad off meanwhile (toggle_model)."""
+    for step in steps:
+        active = optimizers[step % 2]
+        frozen = list((model.b, model.a)[step % 2].parameters())
+        for p in frozen:
+            p.requires_grad_(False)
 
-    def model_half(model, step):
-        return list((model.a, model.b)[step % 2].parameters())
+        def closure(step=step, active=active):
+            loss = loss_of(model, step)
+            active.zero_grad()
+            loss.backward()
+            return loss
 
-    straight, first = Two(), Two()
-    expected = begin(straight)
-    go_on(straight, expected, range(8))
-    optimizers = begin(first)
-    go_on(first, optimizers, range(4))
+        assert active.step(closure=closure).requires_grad
+        for p in frozen:
+            p.requires_grad_(True)
+
+
+def test_lightnings_two_optimizers_step_as_torch_s():
+    model, torchs = TwoHalves(), TwoHalves()
+    alternate(model, wrapped_optimizers(model), range(8))
+    adamw, lion = torch.optim.AdamW(torchs.parameters(), lr=1e-2), PagedLion(torchs.b.parameters(), lr=1e-3)
+    alternate(torchs, [adamw, lion], range(8))
+    assert_close(model, torchs)
+
+
+def test_lightnings_checkpoint_goes_on_as_if_it_had_not_ended():
+    """A checkpoint is a deep copy of state_dict(), loaded into new optimizers."""
+    straight, first, second = TwoHalves(), TwoHalves(), TwoHalves()
+    expected = wrapped_optimizers(straight)
+    alternate(straight, expected, range(8))
+    optimizers = wrapped_optimizers(first)
+    alternate(first, optimizers, range(4))
     saved = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-    second = Two()
     second.load_state_dict(first.state_dict())
-    resumed = begin(second)
+    resumed = wrapped_optimizers(second)
     for optimizer, state in zip(resumed, saved):
         optimizer.load_state_dict(state)
-    go_on(second, resumed, range(4, 8))
+    alternate(second, resumed, range(4, 8))
     for a, b in zip(resumed, expected):
         assert values(a) == values(b)
         assert all(got == want for got, want in zip(states(a), states(b)) if want)
-    theirs = Two()
-    go_on(
-        theirs, [torch.optim.AdamW(theirs.parameters(), lr=1e-2), PagedLion(theirs.b.parameters(), lr=1e-3)], range(8)
-    )
-    assert_close(straight, theirs)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -227,8 +231,8 @@ def test_lightnings_mixed_precision(device, make, scaled):
     It clips only where the optimizer does not say that it divides gradients by itself; then it divides them before
     torch.amp.GradScaler would.
     """
-    model, plain = net(), net()
-    optimizer, same = make(model.parameters()), make(plain.parameters())
+    model, by_hand = net(), net()
+    optimizer, same = make(model.parameters()), make(by_hand.parameters())
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=scaled)
     for step in range(3):
         optimizer.zero_grad()
@@ -240,8 +244,8 @@ def test_lightnings_mixed_precision(device, make, scaled):
         scaler.step(optimizer)
         scaler.update()
         same.zero_grad()
-        loss_of(plain, step).backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 0.25)
+        loss_of(by_hand, step).backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 0.25)
         same.step()
         assert_same(optimizer, same)
     optimizer.zero_grad()

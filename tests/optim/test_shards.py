@@ -1,4 +1,4 @@
-"""Paged optimizers of sharded parameters (DTensors, as in FSDP2); two processes run what shard_runs.py has."""
+"""Paged optimizers of sharded parameters (DTensors, as in FSDP2); two processes run the scenarios of shard_runs.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from engines import engine_named
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-import shard_runs
-from optimizer_runs import KINDS, bits
+from optimizers import shard_runs
+from optimizers.runs import KINDS, bits
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -26,7 +26,7 @@ from qlora_kernels.optim import shards
 
 @pytest.fixture(scope="module", name="folder")
 def folder_fixture(tmp_path_factory):
-    """Where two processes have done everything that shard_runs has."""
+    """The folder in which two processes ran all scenarios of shard_runs."""
     import torch.distributed.checkpoint as dcp
 
     folder = tmp_path_factory.mktemp("shards")
@@ -51,9 +51,9 @@ def folder_fixture(tmp_path_factory):
 @pytest.mark.parametrize("name", shard_runs.SCENARIOS)
 def test_two_processes(folder, name):
     outcomes = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    for rank, found in enumerate(outcomes):
-        assert name in found, f"process {rank} ended before: {list(found.values())[-1]}"
-        assert not found[name], f"process {rank}: {found[name]}"
+    for rank, outcome in enumerate(outcomes):
+        assert name in outcome, f"process {rank} ended before: {list(outcome.values())[-1]}"
+        assert not outcome[name], f"process {rank}: {outcome[name]}"
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from optimizer_runs import (  # noqa: F401 - fixtures
+from optimizers.runs import (  # noqa: F401 - fixtures
     assert_same,
     bits,
     device_fixture,
@@ -70,7 +70,7 @@ def test_loading_keeps_the_arena(make):
 
 
 @pytest.mark.usefixtures("device")
-def test_a_state_dict_of_no_states_takes_them_away(make):
+def test_a_state_dict_without_states_removes_them(make):
     for copied in (False, True):
         model, optimizer = trained(make)
         empty = make(net().parameters()).state_dict()
@@ -191,7 +191,7 @@ def of_another_shape(saved, key):
     entry[name] = torch.zeros(41, 8, dtype=entry[name].dtype)
 
 
-#: What is wrong, done to a state dict of AdamW's with 32 or 8 bits, and what the sentence says.
+#: A fault put into a state dict of AdamW with 32 or 8 bits, and what the error says.
 DAMAGES = {
     "shape": (
         lambda s: of_another_shape(s, 5),
@@ -247,12 +247,12 @@ def test_state_dicts_that_do_not_fit(damage, state_bits, begun):
     train(model, optimizer, [1])
 
 
-@pytest.mark.parametrize("form", ["sparse", "complex", "meta"])
-def test_moments_of_other_kinds(form):
+@pytest.mark.parametrize("kind", ["sparse", "complex", "meta"])
+def test_moments_of_other_kinds(kind):
     _, optimizer = trained(PagedAdamW)
     saved = copy.deepcopy(optimizer.state_dict())
     like = saved["state"][7]["exp_avg"]
-    other = {"sparse": like.to_sparse(), "complex": like.to(torch.complex64), "meta": like.to("meta")}[form]
+    other = {"sparse": like.to_sparse(), "complex": like.to(torch.complex64), "meta": like.to("meta")}[kind]
     saved["state"][7]["exp_avg"] = other
     with refused(optimizer, ValueError, "'exp_avg' of parameter 7 should be a dense tensor of real numbers"):
         optimizer.load_state_dict(saved)

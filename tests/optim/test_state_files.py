@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from optimizer_runs import assert_same, device_fixture, limited, make_fixture, net, refused, states, train, trained  # noqa: F401 - fixtures
+from optimizers.runs import assert_same, device_fixture, limited, make_fixture, net, refused, states, train, trained  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion

@@ -1,10 +1,10 @@
-"""Steps of a paged optimizer among what torch users have: schedulers, groups, gradients, closures, hooks."""
+"""Steps of a paged optimizer with schedulers, groups, gradients, closures and hooks, as torch users have them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_runs import assert_close, assert_same, bits, groups, loss_of, make_fixture, net, states, train, values  # noqa: F401 - fixtures
+from optimizers.runs import assert_close, assert_same, bits, groups, loss_of, make_fixture, net, states, train, values  # noqa: F401 - fixtures
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -115,13 +115,13 @@ def test_groups_have_settings_of_their_own():
 
 
 def test_named_parameters_keep_their_names():
-    model, plain = net(), net()
+    model, unnamed = net(), net()
     optimizer = PagedAdamW(model.named_parameters(), lr=0.01)
     names = [name for name, _ in model.named_parameters()]
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
-    other = PagedAdamW(plain.parameters(), lr=0.01)
+    other = PagedAdamW(unnamed.parameters(), lr=0.01)
     train(model, optimizer, range(2))
-    train(plain, other, range(2))
+    train(unnamed, other, range(2))
     assert_same(optimizer, other)
     other.load_state_dict(optimizer.state_dict())
     assert other.state_dict()["param_groups"][0]["param_names"] == names

@@ -46,7 +46,7 @@ def test_the_umask_decides_on_permissions_and_is_never_set(tmp_path, monkeypatch
 
 
 def test_many_writers_of_one_file(tmp_path):
-    """Each writes aside under a name of its own; what is there at the end is whole."""
+    """Each writes to a temporary file of its own; the final file is whole."""
     path, errors = tmp_path / "file.json", []
 
     def write(number):
@@ -98,7 +98,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_of_that_file(tmp_pat
     kept = [
         other,
         tmp_path / first.name.replace(f"-{dead}-", f"-{os.getpid()}-"),  # of a process that lives
-        tmp_path / first.name.replace(f"-{dead}-", "-1-"),  # of one that lives, and may be somebody else's
+        tmp_path / first.name.replace(f"-{dead}-", "-1-"),  # of a process that lives, perhaps another user's
         tmp_path / f".a.json.{'0' * 6}{first.name[14:]}",  # of another machine
         tmp_path / ".a.json.abcdefgh.part",
     ]

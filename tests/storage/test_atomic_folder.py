@@ -12,7 +12,7 @@ from qlora_kernels.storage import atomic_folder, formats
 from qlora_kernels.storage.atomic_folder import write_folder_atomically
 
 
-def test_of_two_writers_of_a_folder_the_first_wins(tmp_path):
+def test_the_first_of_two_writers_of_a_folder_wins(tmp_path):
     def slow(folder):
         write_folder_atomically(tmp_path / "folder", lambda inner: formats.save_json({"by": "first"}, f"{inner}/who"))
         formats.save_json({"by": "second"}, f"{folder}/who")

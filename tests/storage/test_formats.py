@@ -17,7 +17,7 @@ from qlora_kernels.storage import formats
         (b"\xff\xfe\xfd", r"file should hold a JSON object \("),
     ],
 )
-def test_what_is_no_json_object(tmp_path, text, message):
+def test_files_without_a_json_object(tmp_path, text, message):
     (tmp_path / "file").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         formats.load_json(tmp_path / "file")

@@ -33,9 +33,9 @@ def test_stream_writer_writes_what_the_library_reads(tmp_path):
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == set(tensors)
         for name, tensor in tensors.items():
-            found = file.get_tensor(name)
-            assert found.dtype == tensor.dtype
-            assert torch.equal(found, tensor)
+            stored = file.get_tensor(name)
+            assert stored.dtype == tensor.dtype
+            assert torch.equal(stored, tensor)
     for name, entry in read_header(path)[0].items():
         assert torch.equal(read(entry), tensors[name])
     with pytest.raises(ValueError, match="were not written"), Writer(path, {"a": Entry.like(torch.ones(1))}):

@@ -1,4 +1,4 @@
-"""The numerics contract, and weights to hold to it."""
+"""The numerics contract, and weights to test it with."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def worst_tile_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     sums = padded.view(padded.shape[0] // 64, 64, padded.shape[1] // 64, 64).sum((1, 3))
 
     def sizes(count: int) -> torch.Tensor:
-        """Of the tiles along one side: the last may be cut."""
+        """The sizes of the tiles along one side: the last may be cut."""
         return error.new_tensor([min(64, count - begin) for begin in range(0, count, 64)])
 
     worst = (sums / torch.outer(sizes(rows), sizes(columns))).max()
@@ -41,8 +41,8 @@ def assert_within_contract(actual: torch.Tensor, dense: torch.Tensor, exact: tor
     assert actual.shape == exact.shape, case
     for metric in (relative_error, worst_tile_error):
         ours, theirs = metric(actual, exact), metric(dense, exact)
-        # An ulp or two of float32 remain allowed, where torch happens to round nothing; more of them for a handful of
-        # outputs, all there are or those of the smallest tile, whose errors depend on the order of the sum by chance.
+        # An ulp or two of float32 are always allowed, because torch may happen to round nothing; more for a handful of
+        # outputs (all of them, or the smallest tile's), whose errors depend on the order of summation.
         few = math.prod(n if metric is relative_error else (n - 1) % 64 + 1 for n in exact.shape)
         slack = 1.5e-7 if few >= 64 else 1e-6
         assert ours <= 1.10 * theirs + slack, f"{case}: {metric.__name__} {ours:.3e}, dense {theirs:.3e}"

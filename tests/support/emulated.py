@@ -48,7 +48,7 @@ class Emulated(backends.CUDA):
     def expose(self, owner, address, count, dtype, device):
         return cuda.host_memory(owner, address, count, dtype)
 
-    #: What a test says of the caller's stream.
+    #: Whether the caller's stream counts as capturing.
     captures = False
     #: How often the host has waited for the device.
     waits = 0
@@ -71,12 +71,12 @@ def paging() -> dict:
 
 
 def counters() -> dict:
-    """What has been counted since reset_counters()."""
+    """The counts since reset_counters()."""
     return json.loads(module().counters())
 
 
 def counted(call: Callable[[], object], **options) -> dict:
-    """What a call on the emulator with these options counts."""
+    """The counts of a call on the emulator with these options."""
     with emulated(**options):
         module().reset_counters()
         call()
@@ -84,5 +84,5 @@ def counted(call: Callable[[], object], **options) -> dict:
 
 
 def lines(traffic: dict, file: str, kind: str) -> dict:
-    """Of counted traffic, that of one file's loads or stores, by place."""
+    """The part of counted traffic that one file's loads or stores cause, by place."""
     return {place: t for place, t in traffic.items() if place.startswith(f"{file}:") and place.endswith(kind)}

@@ -41,7 +41,7 @@ def engine_named(name: str):
 
 @contextlib.contextmanager
 def on_the_cpu():
-    """Within a test of another engine: tensors and operations of the CPU again."""
+    """Within a test of another engine: back to tensors and operations of the CPU."""
     with backends.forced(None), torch.device("cpu"):
         yield
 

@@ -1,7 +1,7 @@
-"""Processes that start in a moment, because they are forked from one that has imported everything.
+"""Processes that start quickly, because they are forked from one that has imported everything.
 
 A fresh interpreter takes seconds to import torch and transformers. The server that these processes are forked from has
-called nothing in them, so no thread of theirs exists there, and a fork is safe.
+only imported them, so it runs no threads of theirs, and a fork is safe.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def start(function: Callable[..., int | None], *arguments: Any, errors: os.PathLike | None = None):
-    """Calls a module's function in a new process, which exits with what it returns; ``errors`` gets its stderr."""
+    """Calls a module's function in a new process, which exits with the returned value; ``errors`` gets its stderr."""
     process = _CONTEXT.Process(target=_call, args=(errors, function, *arguments))
     process.start()
     return process

@@ -155,7 +155,7 @@ class Backward {
         return {E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad};
     }
 
-    // v for one block of rows, stored and packed for dx. dy: of the superblock.
+    // v for one block of rows, stored and packed for dx. dy: the superblock's.
     void through_b(const Thread& mine, const T* dy, int64_t mb, int64_t rows) const {
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         const int m_rows = rows_in(mb, rows);
@@ -205,7 +205,7 @@ class Backward {
         }
     };
 
-    // dx of a part. dy: of the superblock.
+    // dx of one part. dy: the superblock's.
     void input_gradient(const Thread& mine, const T* dy, const Part& part) const {
         // The low-rank term comes first, so that its mask can be applied to C alone.
         if (p.r > 0) {

@@ -17,7 +17,7 @@ namespace qlk::cpu::QLK_ISA {
 constexpr int kEdge = 32;    // rows and columns of a block of C
 constexpr int kPanel = 128;  // columns of a panel of W in backward: one cache line of codes
 
-// Type: of the activations.
+// Type: the activations' type.
 template <class Type>
 struct EngineF32 {
     using T = Type;
@@ -138,25 +138,25 @@ struct EngineF32 {
     // "Rounding in float32", has the errors.
     static void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int i_tiles,
                          int j_tiles, bool accumulate) {
-        alignas(64) float part[kEdge * kEdge];
+        alignas(64) float sums[kEdge * kEdge];
         if (accumulate) {
-            block<16>(a, lda, b, ldb, depth, part, i_tiles, j_tiles);
-            add(part, c, i_tiles, j_tiles, true);
+            block<16>(a, lda, b, ldb, depth, sums, i_tiles, j_tiles);
+            add(sums, c, i_tiles, j_tiles, true);
             return;
         }
         constexpr int64_t kFirst = 64;
         for (int64_t p = 0; p < depth; p += kFirst) {
-            block<8>(a + p, lda, b + p * ldb, ldb, depth - p < kFirst ? depth - p : kFirst, part, i_tiles, j_tiles);
-            add(part, c, i_tiles, j_tiles, p > 0);
+            block<8>(a + p, lda, b + p * ldb, ldb, depth - p < kFirst ? depth - p : kFirst, sums, i_tiles, j_tiles);
+            add(sums, c, i_tiles, j_tiles, p > 0);
         }
     }
 
   private:
-    // c = part, or c += part.
-    static QLK_INLINE void add(const float* part, float* c, int i_tiles, int j_tiles, bool accumulate) {
+    // c = sums, or c += sums.
+    static QLK_INLINE void add(const float* sums, float* c, int i_tiles, int j_tiles, bool accumulate) {
         for (int i = 0; i < 16 * i_tiles; ++i) {
             for (int j = 0; j < 16 * j_tiles; j += kWidth) {
-                const Vec sum = vload(part + i * kEdge + j);
+                const Vec sum = vload(sums + i * kEdge + j);
                 vstore(c + i * kEdge + j, accumulate ? vload(c + i * kEdge + j) + sum : sum);
             }
         }

@@ -142,7 +142,7 @@ inline void few_rows_run(const LinearForwardParams& p) {
     const int64_t share = w.n / (4 * p.threads) / 32 * 32;
     const int64_t run = share < 32 ? 32 : (share > 512 ? 512 : share);
     const int64_t blocks = w.k / kBlock;
-    const int64_t part = part_bytes() / (kM * 2 * kBlock * 2) * 2;  // blocks
+    const int64_t part_blocks = part_bytes() / (kM * 2 * kBlock * 2) * 2;
 
 #pragma omp parallel num_threads(p.threads)
     {
@@ -160,8 +160,8 @@ inline void few_rows_run(const LinearForwardParams& p) {
             const int64_t begin = group * kTogether;
             const int count = static_cast<int>(w.n - begin < kTogether ? w.n - begin : kTogether);
             float out[kTogether][16] = {};
-            for (int64_t k = 0; k < blocks; k += part) {
-                const int64_t end = blocks - k < part ? blocks : k + part;
+            for (int64_t k = 0; k < blocks; k += part_blocks) {
+                const int64_t end = blocks - k < part_blocks ? blocks : k + part_blocks;
                 for (int i = 0; i < count; ++i) row_products<kM>(w, begin + i, x, k, end, out[i]);
             }
             for (int i = 0; i < count; ++i) {

@@ -22,16 +22,16 @@ struct Words4 {
 // Whether any of these blocks may have subnormal bf16 values, which VCVTNE2PS2BF16 flushes: a constant below 2^-120,
 // and not zero. Asked once for many blocks: asked for each, it cost a tenth of the decoding.
 QLK_INLINE bool has_tiny(const float* absmax, int64_t count) {
-    __mmask16 found = 0;
+    __mmask16 tiny = 0;
     for (int64_t i = 0; i < count; i += 16) {
         const __mmask16 valid = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
         const __m512i bits = _mm512_maskz_loadu_epi32(valid, absmax + i);
         const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
         // Minus one, unsigned: zero becomes the largest.
         const __m512i less = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(1));
-        found |= _mm512_mask_cmplt_epu32_mask(valid, less, _mm512_set1_epi32((7 << 23) - 1));
+        tiny |= _mm512_mask_cmplt_epu32_mask(valid, less, _mm512_set1_epi32((7 << 23) - 1));
     }
-    return found != 0;
+    return tiny != 0;
 }
 
 // The tables of two blocks, in the low and the high half. tiny: has_tiny() of these blocks or more.

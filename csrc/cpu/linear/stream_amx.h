@@ -61,7 +61,7 @@ class Stream {
     struct Thread {
         uint16_t* a;    // [2][4 tiles], decoded weights
         float* c;       // [16 rows of W][32]
-        float* part;    // [16 rows of W][32]
+        float* spill;   // [16 rows of W][32], an accumulator on its way to c
         float* absmax;  // [16 rows][blocks of a row]
     };
 
@@ -76,7 +76,7 @@ class Stream {
         Thread mine;
         mine.a = area.take<uint16_t>(kBuffers * 4 * kTileElements);
         mine.c = area.take<float>(16 * kEdge);
-        mine.part = area.take<float>(16 * kEdge);
+        mine.spill = area.take<float>(16 * kEdge);
         mine.absmax = area.take<float>(16 * (w.k / kBlock));
         return mine;
     }
@@ -136,23 +136,23 @@ class Stream {
     QLK_INLINE void collect(const Thread& mine) const {
         constexpr int kStride = kEdge * sizeof(float);
         _tile_stored(0, mine.c, kStride);
-        _tile_stored(1, mine.part, kStride);
+        _tile_stored(1, mine.spill, kStride);
         if (wide) {
             _tile_stored(2, mine.c + 16, kStride);
-            _tile_stored(3, mine.part + 16, kStride);
+            _tile_stored(3, mine.spill + 16, kStride);
         }
         add(mine);
         if (!wide) {
-            _tile_stored(2, mine.part, kStride);
+            _tile_stored(2, mine.spill, kStride);
             add(mine);
-            _tile_stored(3, mine.part, kStride);
+            _tile_stored(3, mine.spill, kStride);
             add(mine);
         }
     }
 
     QLK_INLINE void add(const Thread& mine) const {
         for (int i = 0; i < 16 * kEdge; i += wide ? 16 : kEdge) {
-            vstore(mine.c + i, _mm512_add_ps(vload(mine.c + i), vload(mine.part + i)));
+            vstore(mine.c + i, _mm512_add_ps(vload(mine.c + i), vload(mine.spill + i)));
         }
     }
 

@@ -101,12 +101,12 @@ QLK_INLINE void ranks_of(const DynamicMap& map, const Search& search, const floa
         __m512i key =
             _mm512_sub_epi32(_mm512_srli_epi32(_mm512_castps_si512(x), DynamicMap::kShift), _mm512_set1_epi32(kLowest));
         key = _mm512_min_epi32(_mm512_max_epi32(key, _mm512_setzero_si512()), _mm512_set1_epi32(kLast));
-        __m512i found = _mm512_i32gather_epi32(key, search.start, 4);
+        __m512i below = _mm512_i32gather_epi32(key, search.start, 4);
         for (int step = 0; step < DynamicMap::kClimb; ++step) {
-            const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_i32gather_ps(found, map.midpoint, 4), _CMP_GT_OQ);
-            found = _mm512_mask_add_epi32(found, above, found, _mm512_set1_epi32(1));
+            const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_i32gather_ps(below, map.midpoint, 4), _CMP_GT_OQ);
+            below = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
         }
-        _mm512_storeu_si512(rank + i, found);
+        _mm512_storeu_si512(rank + i, below);
     }
 #elif defined(__AVX2__)
     for (; i + 8 <= count; i += 8) {
@@ -114,19 +114,19 @@ QLK_INLINE void ranks_of(const DynamicMap& map, const Search& search, const floa
         __m256i key =
             _mm256_sub_epi32(_mm256_srli_epi32(_mm256_castps_si256(x), DynamicMap::kShift), _mm256_set1_epi32(kLowest));
         key = _mm256_min_epi32(_mm256_max_epi32(key, _mm256_setzero_si256()), _mm256_set1_epi32(kLast));
-        __m256i found = _mm256_i32gather_epi32(search.start, key, 4);
+        __m256i below = _mm256_i32gather_epi32(search.start, key, 4);
         for (int step = 0; step < DynamicMap::kClimb; ++step) {
-            const __m256 above = _mm256_cmp_ps(x, _mm256_i32gather_ps(map.midpoint, found, 4), _CMP_GT_OQ);
-            found = _mm256_sub_epi32(found, _mm256_castps_si256(above));  // a true lane is -1
+            const __m256 above = _mm256_cmp_ps(x, _mm256_i32gather_ps(map.midpoint, below, 4), _CMP_GT_OQ);
+            below = _mm256_sub_epi32(below, _mm256_castps_si256(above));  // a true lane is -1
         }
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(rank + i), found);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(rank + i), below);
     }
 #endif
     for (; i < count; ++i) {
         const int key = static_cast<int>(bits_of(magnitude[i]) >> DynamicMap::kShift) - kLowest;
-        int found = search.start[key < 0 ? 0 : key < kLast ? key : kLast];
-        for (int step = 0; step < DynamicMap::kClimb; ++step) found += magnitude[i] > map.midpoint[found] ? 1 : 0;
-        rank[i] = found;
+        int below = search.start[key < 0 ? 0 : key < kLast ? key : kLast];
+        for (int step = 0; step < DynamicMap::kClimb; ++step) below += magnitude[i] > map.midpoint[below] ? 1 : 0;
+        rank[i] = below;
     }
 }
 
@@ -204,8 +204,8 @@ inline void step_typed(const OptimizerParams& a, const OptimizerChunk& chunk, co
         }
         if constexpr (!std::is_same_v<T, float>) {
             if (master) {
-                // If the parameter no longer is the rounded master copy, something else has written it, and that
-                // counts.
+                // If the parameter is no longer the rounded master copy, something else has written it, and what
+                // it wrote counts.
                 alignas(64) T rounded[kStateBlock];
                 p = master + at;
                 from_float(p, rounded, count);
@@ -267,9 +267,9 @@ inline double sum_of_squares_typed(const T* values, int64_t count) {
         for (int i = size; i < (size + 15) / 16 * 16; ++i) line[i] = 0;
         for (int i = 0; i < size; i += 16) {
             for (int half = 0; half < 2; ++half) {
-                Floats part;
-                std::memcpy(&part, line + i + 8 * half, sizeof part);
-                const Lanes wide = __builtin_convertvector(part, Lanes);
+                Floats floats;
+                std::memcpy(&floats, line + i + 8 * half, sizeof floats);
+                const Lanes wide = __builtin_convertvector(floats, Lanes);
                 sum[half] += wide * wide;
             }
         }

@@ -30,9 +30,9 @@ static void nearest_codes(const double* midpoints, const uint8_t* code, float sc
             const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_i32gather_ps(probe, threshold, 4), _CMP_GT_OQ);
             position = _mm512_mask_add_epi32(position, above, position, _mm512_set1_epi32(step));
         }
-        alignas(64) int32_t found[16];
-        _mm512_store_si512(found, position);
-        for (int j = 0; j < 16 && i + j < count; ++j) out[i + j] = code[found[j]];
+        alignas(64) int32_t positions[16];
+        _mm512_store_si512(positions, position);
+        for (int j = 0; j < 16 && i + j < count; ++j) out[i + j] = code[positions[j]];
     }
 #else
     for (int i = 0; i < kNestedBlock; ++i) threshold[i] = round_down(midpoints[i] * static_cast<double>(scale));

@@ -36,21 +36,21 @@ QLK_INLINE void block_codes(const float* w, float absmax, uint8_t* code) {
     const __m256 low = _mm512_cvt_roundpd_ps(_mm512_mul_pd(_mm512_loadu_pd(kMidpoints.value), scale), kDown);
     const __m256 high = _mm512_cvt_roundpd_ps(_mm512_mul_pd(_mm512_loadu_pd(kMidpoints.value + 8), scale), kDown);
     const __m512 threshold = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-    // Four steps: is w above threshold [7], then [found + 3], [found + 1], [found]?
+    // Four steps: is w above threshold [7], then [codes + 3], [codes + 1], [codes]?
     const __m512 middle = _mm512_permutexvar_ps(_mm512_set1_epi32(7), threshold);
     const __m512i ramp = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512 by3 = _mm512_permutexvar_ps(_mm512_add_epi32(ramp, _mm512_set1_epi32(3)), threshold);
     const __m512 by1 = _mm512_permutexvar_ps(_mm512_add_epi32(ramp, _mm512_set1_epi32(1)), threshold);
     for (int i = 0; i < kBlock; i += 16) {
         const __m512 x = _mm512_loadu_ps(w + i);
-        __m512i found = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x, middle, _CMP_GT_OQ), 8);
-        __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(found, by3), _CMP_GT_OQ);
-        found = _mm512_mask_add_epi32(found, above, found, _mm512_set1_epi32(4));
-        above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(found, by1), _CMP_GT_OQ);
-        found = _mm512_mask_add_epi32(found, above, found, _mm512_set1_epi32(2));
-        above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(found, threshold), _CMP_GT_OQ);
-        found = _mm512_mask_add_epi32(found, above, found, _mm512_set1_epi32(1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(code + i), _mm512_cvtepi32_epi8(found));
+        __m512i codes = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x, middle, _CMP_GT_OQ), 8);
+        __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(codes, by3), _CMP_GT_OQ);
+        codes = _mm512_mask_add_epi32(codes, above, codes, _mm512_set1_epi32(4));
+        above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(codes, by1), _CMP_GT_OQ);
+        codes = _mm512_mask_add_epi32(codes, above, codes, _mm512_set1_epi32(2));
+        above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(codes, threshold), _CMP_GT_OQ);
+        codes = _mm512_mask_add_epi32(codes, above, codes, _mm512_set1_epi32(1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(code + i), _mm512_cvtepi32_epi8(codes));
     }
 #else
     int32_t count[kBlock] = {0};

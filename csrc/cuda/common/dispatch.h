@@ -21,14 +21,15 @@ constexpr size_t most_shared(int architecture) {
                                                                                : 99 * 1024;
 }
 
-// What the choice depends on in a card.
+// The properties of a card that the choice depends on.
 struct Card {
-    int architecture;  // the kernels were compiled for: 90 for sm_90
+    int architecture;  // that the kernels were compiled for, 90 for sm_90
     int multiprocessors;
-    size_t shared_bytes;  // most that a block may have
+    size_t shared_bytes;  // the most that a block may have
 
-    // Code that the driver compiles from an older architecture's PTX lacks the kernels that did not fit there.
-    static Card of(int architecture, int multiprocessors, size_t shared_bytes) {
+    // Caps shared_bytes: code that the driver compiles from an older architecture's PTX lacks the kernels that did
+    // not fit there.
+    static Card capped(int architecture, int multiprocessors, size_t shared_bytes) {
         return {architecture, multiprocessors, std::min(shared_bytes, most_shared(architecture))};
     }
 };
@@ -56,8 +57,8 @@ struct Row {
     const char* name;
     Family family;
     int rows, columns;           // of a tile
-    int stages;                  // steps whose copies are under way
-    int64_t most;                // rows of x up to which it is chosen
+    int stages;                  // steps whose copies are in flight
+    int64_t most;                // chosen up to this many rows of x
     int least_bf16, least_fp16;  // oldest architectures
     bool full;                   // chosen only where its tiles, which are not shared, fill the card
 };
@@ -91,16 +92,16 @@ constexpr size_t tiles_shared(int rows, int columns, int stages) {
     return static_cast<size_t>(stages) * (rows * 128 + columns * 32) + 2 * columns * 128;
 }
 
-// Of rows8.cuh: two levels for each byte, for 32 lanes; the table of constants; x, its rows padded to 128 columns; two
-// groups' partial sums.
+// Shared memory of rows8.cuh: two levels for each byte, for 32 lanes; the table of constants; x, its rows padded to 128
+// columns; two groups' partial sums.
 constexpr int kFewWarps = 16;
 constexpr size_t few_shared(int64_t m, int64_t k) {
     return 65536 + 1024 + static_cast<size_t>((k + 127) / 128 * 256 * m) +
            static_cast<size_t>(2 * kFewWarps * 12 * 4 * m);
 }
 
-// Of rows64.cuh: the same table; two stages of x and of constants, or the sums of four slices, as many rows at a time
-// as fit there.
+// Shared memory of rows64.cuh: the same table; two stages of x and of constants, or the sums of four slices, as many
+// rows at a time as fit there.
 constexpr int kMiddleDepth = 4 * kBlock;
 constexpr int64_t kMiddleLongest = int64_t{1} << 27;  // eight rows of x stay within 2^32 bytes
 constexpr int middle_rows_at_once(int rows) { return rows > 8 ? rows / 2 : rows; }
@@ -160,7 +161,11 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         int64_t best = INT64_MAX;
         for (const int tiles : {4, 2, 1}) {
             const int64_t groups = over(all, tiles), rounds = over(groups, sms) * tiles;
-            if (rounds < best) best = rounds, plan.row_tiles = tiles, plan.tiles = groups;
+            if (rounds < best) {
+                best = rounds;
+                plan.row_tiles = tiles;
+                plan.tiles = groups;
+            }
         }
         return plan;
     }
@@ -176,7 +181,10 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     const auto take = [&](int splits, int64_t whole, int64_t shared, int64_t parts) {
         const int64_t bytes = parts * tile_bytes + ticket_bytes(plan.tiles - whole);
         if (bytes > kMostScratch) return false;
-        plan.splits = splits, plan.whole = whole, plan.shared = shared, plan.scratch = bytes;
+        plan.splits = splits;
+        plan.whole = whole;
+        plan.shared = shared;
+        plan.scratch = bytes;
         return true;
     };
     // In steps. Starting and ending a tile takes as long as 256 of depth: reasoned, not measured on a card.
@@ -190,7 +198,7 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         if (time < least && !(middle && whole > 0) && take(splits, whole, 1, rest * splits)) least = time;
     }
     if (middle) {
-        // Or all tiles' depths as one, cut evenly.
+        // Or treat all tiles' depths as one and cut that evenly.
         const int64_t all = plan.tiles * steps,
                       blocks = std::clamp<int64_t>(all * step / 512, 1, std::min(sms, int64_t{255}));
         const int64_t apart = whole / room * (steps + begin) + least;
@@ -212,8 +220,8 @@ inline bool fills(const Plan& plan, const Card& card) {
 inline Plan chosen(const Problem& p, const Card& card) {
     for (const Row& row : kDispatch) {
         if (p.m > row.most || refusal(row, p, card)) continue;
-        const Plan found = planned(row, p, card);
-        if (!row.full || fills(found, card)) return found;
+        const Plan candidate = planned(row, p, card);
+        if (!row.full || fills(candidate, card)) return candidate;
     }
     QLK_CHECK(false, "no kernel takes the problem");
 }

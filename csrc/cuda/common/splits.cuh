@@ -15,7 +15,7 @@ struct Splits {
     unsigned long long* ticket;  // [tiles]
     unsigned long long launch;   // the launch's number; its lowest byte is 0
     int count;                   // blocks that share `tiles`, at most 255
-    int tiles = 1;               // that they share
+    int tiles = 1;               // how many tiles they share
     int whole = 0;               // tiles that come first, with a block each; add_splits doesn't count them
 };
 

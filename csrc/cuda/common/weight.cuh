@@ -18,7 +18,7 @@ struct DeviceWeight {
     const float* nested_offset;  // [1]
     float levels[16];
 
-    static DeviceWeight of(const WeightView& view) {
+    static DeviceWeight from(const WeightView& view) {
         DeviceWeight w{view.packed,        view.absmax, view.absmax_code, view.nested_absmax, view.nested_table,
                        view.nested_offset, {}};
         for (int i = 0; i < 16; ++i) w.levels[i] = kLevels[i];

@@ -122,7 +122,7 @@ QLK_DEVICE T load_changing(const T* address) {
     return *address;
 }
 
-// What blocks exchange within a launch. Past L1, which may hold an older value.
+// For what blocks exchange within a launch. These bypass L1, which may hold an older value.
 template <class T>
 QLK_DEVICE T load_exchanged(const T* address) {
     return __ldcg(address);

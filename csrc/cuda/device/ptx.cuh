@@ -6,7 +6,7 @@
 
 namespace qlk::cuda {
 
-// Loads 16 bytes that are read once and not written while the kernel runs: past L1, whole L2 lines
+// Loads 16 bytes that are read once and not written while the kernel runs: bypasses L1, whole L2 lines
 // (ld.global.nc, 9.7.9.8; cache and prefetch hints, 9.7.9.2).
 QLK_DEVICE uint4 ld_global_once_16(const void* address) {
     uint4 v;
@@ -25,7 +25,7 @@ QLK_DEVICE void st_global_16(void* address, uint4 v) {
 }
 
 // Copies 16 bytes to shared memory without waiting, `valid` of them from global memory and zeros for the rest
-// (cp.async.cg, 9.7.9.25.3.1): past L1. From sm_80 on; below, a plain copy with the same result.
+// (cp.async.cg, 9.7.9.25.3.1): bypasses L1. From sm_80 on; below, a plain copy with the same result.
 QLK_DEVICE void cp_async_16(void* shared, const void* global, uint32_t valid = 16) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

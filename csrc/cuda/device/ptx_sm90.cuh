@@ -113,9 +113,9 @@ TensorMap make_tensor_map(T* memory, uint64_t rows, uint64_t columns, uint64_t r
     static_assert(sizeof(T) == 2);
     // Looked up by name, so that the extension does not link with the driver.
     void* encode = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    QLK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found));
-    QLK_CHECK(found == cudaDriverEntryPointSuccess, "the driver has no tensor maps: it is older than CUDA 12.0");
+    cudaDriverEntryPointQueryResult query;
+    QLK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &query));
+    QLK_CHECK(query == cudaDriverEntryPointSuccess, "the driver has no tensor maps: it is older than CUDA 12.0");
     constexpr CUtensorMapSwizzle ways[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
                                            CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
     const cuuint64_t sizes[] = {columns, rows}, strides[] = {row_bytes};

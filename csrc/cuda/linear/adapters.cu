@@ -15,10 +15,10 @@ constexpr int64_t kRows = 128, kColumns = 64;  // of a tile
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t four(int64_t count) { return parts_of(count, 4) * 4; }
 
-// What a block of one instantiation takes.
+// What a block of one instantiation needs.
 struct Shape {
     int rank, stages;  // ranks at a time, stages of copies
-    int blocks;        // on a multiprocessor, by their registers
+    int blocks;        // per multiprocessor, as far as registers allow
     size_t shared;     // bytes
 };
 
@@ -29,7 +29,7 @@ constexpr Shape shape_of() {
 
 template <class T>
 Card card_of(int device) {
-    return Card::of(compiled_for(adapter_sum_kernel<T>, device), multiprocessors(device), shared_limit(device));
+    return Card::capped(compiled_for(adapter_sum_kernel<T>, device), multiprocessors(device), shared_limit(device));
 }
 
 // Whether a card can run blocks of that shape.

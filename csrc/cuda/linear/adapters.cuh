@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     };
     typename Adapter<T, Traits>::Gradient gradient[Traits::kAcross];
 #pragma unroll
-    for (int part = 0; part < Traits::kAcross; ++part) {
+    for (int column_tile = 0; column_tile < Traits::kAcross; ++column_tile) {
 #pragma unroll
-        for (int j = 0; j < kRank / 16; ++j) adapter.clear(gradient[part][j]);
+        for (int j = 0; j < kRank / 16; ++j) adapter.clear(gradient[column_tile][j]);
     }
     typename Adapter<T, Traits>::Down down;
 #pragma unroll
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         if constexpr (Traits::kDown) adapter.multiply_down(stage, down);
         // Each tile across has its own registers and so its own code. The rest of the loop exists once.
 #pragma unroll
-        for (int part = 0; part < Traits::kAcross; ++part) {
-            if (part == across) adapter.multiply_gradient(stage, tile % 2, gradient[part]);
+        for (int column_tile = 0; column_tile < Traits::kAcross; ++column_tile) {
+            if (column_tile == across) adapter.multiply_gradient(stage, tile % 2, gradient[column_tile]);
         }
         stage = stage + 1 == kStages ? 0 : stage + 1;
         if (++across < a.across) continue;
@@ -189,16 +189,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
     float* const parts = a.gradient + row_split * a.gradient_stride;
 #pragma unroll
-    for (int part = 0; part < Traits::kAcross; ++part) {
-        if (part >= a.across) break;
+    for (int column_tile = 0; column_tile < Traits::kAcross; ++column_tile) {
+        if (column_tile >= a.across) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int64_t column = first_column + part * kColumns + warp % 4 * 16 + half * 8 + lane / 4;
+            const int64_t column = first_column + column_tile * kColumns + warp % 4 * 16 + half * 8 + lane / 4;
             if (column >= a.c) continue;
 #pragma unroll
             for (int j = 0; j < kRank / 16; ++j) {
                 const int64_t rank = adapter.first_rank + warp / 4 * (kRank / 2) + j * 8 + lane % 4 * 2;
-                float first = gradient[part][j][half * 2], second = gradient[part][j][half * 2 + 1];
+                float first = gradient[column_tile][j][half * 2], second = gradient[column_tile][j][half * 2 + 1];
                 if (a.gradient_by_rank) {
                     float* const to = parts + rank * a.c + column;
                     if (rank < a.r) store_global(to, a.add ? load_exchanged(to) + first : first);

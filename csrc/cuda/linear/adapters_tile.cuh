@@ -49,7 +49,7 @@ struct AdapterTraits {
     static constexpr int kThreads = 256;
     static constexpr int kRows = 128, kColumns = 64;
     static constexpr int kAcross = kGradient ? 8 : 1;  // most tiles across a block; its sums take 2 * kRank registers
-    static constexpr int kBlocks = kGradient && kRank == 32 ? 1 : 2;  // blocks on a multiprocessor, by their registers
+    static constexpr int kBlocks = kGradient && kRank == 32 ? 1 : 2;  // per multiprocessor, as registers allow
     static_assert(sizeof(T) == 2);
     static_assert(kRank == 16 || kRank == 32);
     static_assert(kRows == kThreads / 32 * 16, "down: 16 rows a warp");
@@ -65,7 +65,7 @@ struct AdapterTraits {
             Loop loop;
             float sums[kRows * kRank];
         };
-        int word;  // comes_last's
+        int word;  // for comes_last
     };
 };
 

@@ -29,12 +29,12 @@ int64_t converted_bytes(int64_t count, DType dtype, bool wide, bool backward) {
     return dtype == DType::kFloat32 ? 0 : over(count * (wide ? 2 : backward ? 4 : 0), 128) * 128;
 }
 
-// Room for both adapters, in front of the kernels' scratch.
-struct Converted {
+// Room for both adapters or their gradients, in front of the kernels' scratch.
+struct AdapterRoom {
     void *a, *b, *scratch;
 
     template <class Params>
-    static Converted in(void* scratch, const Params& p, int64_t r, bool backward) {
+    static AdapterRoom carve(void* scratch, const Params& p, int64_t r, bool backward) {
         char* const room = static_cast<char*>(scratch);
         const int64_t a = converted_bytes(r * p.weight.k, p.dtype, p.wide_a, backward);
         const int64_t b = converted_bytes(r * p.weight.n, p.dtype, p.wide_b, backward);
@@ -43,7 +43,7 @@ struct Converted {
     }
 };
 
-// Two conversions in one launch; null `from`: none.
+// Up to two conversions in one launch. A null `from` means none.
 template <class T>
 void narrow(const float* from, void* to, int64_t count, const float* from_2, void* to_2, int64_t count_2,
             const Stream& stream) {
@@ -62,9 +62,9 @@ Dropout dropout_of(double p, const int64_t* seed) {
     return {seed, dropout_threshold(p)};
 }
 
-Card card(int device) {
-    return Card::of(compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 128, 1, 4>>, device),
-                    multiprocessors(device), shared_limit(device));
+Card card_of(int device) {
+    return Card::capped(compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 128, 1, 4>>, device),
+                        multiprocessors(device), shared_limit(device));
 }
 
 // Tickets come first; their size is a multiple of 16, so the sums behind them are aligned.
@@ -115,31 +115,31 @@ void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& st
 
 // How the product is computed. Also sets the operands' alignment in `a`.
 template <bool kBackward, class T>
-Plan plan_of(GemmArguments<T>& a, const Card& here) {
+Plan plan_of(GemmArguments<T>& a, const Card& card) {
     constexpr DType dtype = std::is_same_v<T, bf16>   ? DType::kBFloat16
                             : std::is_same_v<T, fp16> ? DType::kFloat16
                                                       : DType::kFloat32;
     a.left_aligned = lies_on(a.left, 16) && (kBackward ? a.n : a.k) % 8 == 0;
     a.low_aligned = a.r % 8 == 0 && lies_on(a.low_left, 16) && lies_on(a.low_right, 16);
-    return plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16), a.left_aligned}, here);
+    return plan({a.m, a.n, a.k, dtype, kBackward, lies_on(a.weight.packed, 16), a.left_aligned}, card);
 }
 
 // Whether the product may start while its low-rank part is still being computed: its kernel has to wait for that
 // itself. QLORA_KERNELS_CUDA_EARLY=0 forbids it.
-bool may_be_early(const Plan& p, const Card& here) {
+bool may_be_early(const Plan& p, const Card& card) {
     const char* const allowed = std::getenv("QLORA_KERNELS_CUDA_EARLY");
-    return p.row.family != Family::kFloats && here.architecture >= 90 && (!allowed || std::string(allowed) != "0") &&
+    return p.row.family != Family::kFloats && card.architecture >= 90 && (!allowed || std::string(allowed) != "0") &&
            early_launches();
 }
 
 // Launches a tensor-core kernel if one takes the product; returns whether it did.
 template <bool kBackward, class T>
-bool gemm(GemmArguments<T> a, const Plan& p, const Card& here, void* scratch, const Stream& stream, Start start) {
+bool gemm(GemmArguments<T> a, const Plan& p, const Card& card, void* scratch, const Stream& stream, Start start) {
     if (p.row.family == Family::kFloats) return false;
     if constexpr (sizeof(T) == 2) {
         a.out_aligned = lies_on(a.out, 16) && (kBackward ? a.k : a.n) % 8 == 0;
         if (p.row.family == Family::kFew) {
-            if constexpr (!kBackward) few_launch(a, p, here.multiprocessors, stream, start);
+            if constexpr (!kBackward) few_launch(a, p, card.multiprocessors, stream, start);
             return true;
         }
         a.splits = splits_of(p, scratch);
@@ -177,8 +177,30 @@ bool gemm(GemmArguments<T> a, const Plan& p, const Card& here, void* scratch, co
     QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
 }
 
+// The adapters in T: as given, or float32 ones converted into `room`. need_a, need_b: whether a kernel reads them.
 template <class T>
-void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, const Stream& stream) {
+struct Adapters {
+    const T *a, *b;
+
+    template <class Params>
+    static Adapters convert(const AdapterRoom& room, const Params& p, int64_t r, bool need_a, bool need_b,
+                            const Stream& stream) {
+        Adapters adapters{static_cast<const T*>(p.lora_a), static_cast<const T*>(p.lora_b)};
+        if constexpr (sizeof(T) == 2) {
+            const float* const wide_a = p.wide_a && need_a ? static_cast<const float*>(p.lora_a) : nullptr;
+            const float* const wide_b = p.wide_b && need_b ? static_cast<const float*>(p.lora_b) : nullptr;
+            if (r > 0) narrow<T>(wide_a, room.a, r * p.weight.k, wide_b, room.b, r * p.weight.n, stream);
+            if (wide_a) adapters.a = static_cast<const T*>(room.a);
+            if (wide_b) adapters.b = static_cast<const T*>(room.b);
+        }
+        return adapters;
+    }
+};
+
+// --------------------------------------------------------------------------------------------------------- forward
+
+template <class T>
+void check_addresses(const LinearForwardParams& p, const int64_t* seed, const void* scratch) {
     require_aligned(p.weight);
     require_aligned(16, "scratch", scratch);
     require_aligned(sizeof(T), "x, u, y, lora_A and lora_B", p.x, p.u, p.y, p.lora_a, p.lora_b);
@@ -186,103 +208,108 @@ void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, c
     require_aligned(8, "the seed", seed);
     require_aligned(4, "the bias", p.bias);
     require_aligned(sizeof(T), "a bias of x's type", p.narrow_bias);
-    const Bias<T> bias{p.bias, static_cast<const T*>(p.narrow_bias)};
-    const T *const x = static_cast<const T*>(p.x), *a = static_cast<const T*>(p.lora_a),
-                   *b = static_cast<const T*>(p.lora_b);
+}
+
+// Computes u. early: the product may start before u is complete. Returns how to launch the product.
+template <class T>
+Start down(const LinearForwardParams& p, const T* lora_a, const int64_t* seed, bool early, void* scratch,
+           const Stream& stream) {
+    const T* const x = static_cast<const T*>(p.x);
     T* const u = static_cast<T*>(p.u);
-    const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
-    const DeviceGuard guard(stream.device);
-    if constexpr (sizeof(T) == 2) {
-        const Converted room = Converted::in(scratch, p, r, false);
-        const float* const wide_a = p.wide_a ? static_cast<const float*>(p.lora_a) : nullptr;
-        const float* const wide_b = p.wide_b ? static_cast<const float*>(p.lora_b) : nullptr;
-        if (r > 0) narrow<T>(wide_a, room.a, r * k, wide_b, room.b, r * n, stream);
-        if (wide_a) a = static_cast<const T*>(room.a);
-        if (wide_b) b = static_cast<const T*>(room.b);
-        scratch = room.scratch;
+    const int64_t k = p.weight.k;
+    const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
+    const Dropout dropout = dropout_of(p.dropout, seed);
+    if (adapter_down(x, lora_a, u, p.m, k, p.r, scale, dropout, scratch, stream,
+                     early ? Start::kFollowed : Start::kInOrder)) {
+        return early ? Start::kEarly : Start::kInOrder;
     }
-    const Card here = card(stream.device);
-    GemmArguments<T> tiled{DeviceWeight::of(p.weight), n,   k, x, u, b, bias, Dropout{nullptr, 0},
-                           static_cast<T*>(p.y),       p.m, r};
-    const Plan plan = plan_of<false>(tiled, here);
-    bool early = false;
-    if (r > 0) {
-        const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
-        const Dropout dropout = dropout_of(p.dropout, seed);
-        early = may_be_early(plan, here);
-        if (!adapter_down(x, a, u, p.m, k, r, scale, dropout, scratch, stream,
-                          early ? Start::kFollowed : Start::kInOrder)) {
-            early = false;
-            product_launch(DownProduct<T>{{p.m, r, {0, k}}, x, a, dropout, scale, u}, stream);
-        }
-    }
-    if (gemm<false>(tiled, plan, here, scratch, stream, early ? Start::kEarly : Start::kInOrder)) return;
-    product_launch(ForwardProduct<T>{{p.m, n, {r, k}}, DeviceWeight::of(p.weight), x, u, b, bias, static_cast<T*>(p.y)},
-                   stream);
+    product_launch(DownProduct<T>{{p.m, p.r, {0, k}}, x, lora_a, dropout, scale, u}, stream);
+    return Start::kInOrder;
 }
 
 template <class T>
-void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, void* scratch, const Stream& stream) {
+void forward(const LinearForwardParams& p, const int64_t* seed, void* scratch, const Stream& stream) {
+    check_addresses<T>(p, seed, scratch);
+    const Bias<T> bias{p.bias, static_cast<const T*>(p.narrow_bias)};
+    const T *const x = static_cast<const T*>(p.x), *const u = static_cast<const T*>(p.u);
+    T* const y = static_cast<T*>(p.y);
+    const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
+    const DeviceWeight weight = DeviceWeight::from(p.weight);
+    const DeviceGuard guard(stream.device);
+    const AdapterRoom room = AdapterRoom::carve(scratch, p, r, false);
+    const auto [lora_a, lora_b] = Adapters<T>::convert(room, p, r, true, true, stream);
+    const Card card = card_of(stream.device);
+    GemmArguments<T> product{weight, n, k, x, u, lora_b, bias, Dropout{nullptr, 0}, y, p.m, r};
+    const Plan plan = plan_of<false>(product, card);
+    const Start start = r > 0 ? down(p, lora_a, seed, may_be_early(plan, card), room.scratch, stream) : Start::kInOrder;
+    if (gemm<false>(product, plan, card, room.scratch, stream, start)) return;
+    product_launch(ForwardProduct<T>{{p.m, n, {r, k}}, weight, x, u, lora_b, bias, y}, stream);
+}
+
+// -------------------------------------------------------------------------------------------------------- backward
+
+template <class T>
+void check_addresses(const LinearBackwardParams& p, const int64_t* seed, const void* v, const void* scratch) {
     require_aligned(p.weight);
     require_aligned(16, "scratch", scratch);
-    require_aligned(sizeof(T), "dy, x, u, dx, lora_A and lora_B", p.dy, p.x, p.u, p.dx, p.lora_a, p.lora_b, v_room);
+    require_aligned(sizeof(T), "dy, x, u, dx, lora_A and lora_B", p.dy, p.x, p.u, p.dx, p.lora_a, p.lora_b, v);
     require_aligned(8, "the seed", seed);
     require_aligned(sizeof(T), "the gradients of the adapters", p.narrow_da, p.narrow_db);
     require_aligned(4, "adapters and gradients in float32", p.da, p.db, p.wide_a ? p.lora_a : nullptr,
                     p.wide_b ? p.lora_b : nullptr);
-    const T *const dy = static_cast<const T*>(p.dy), *b = static_cast<const T*>(p.lora_b),
-                   *a = static_cast<const T*>(p.lora_a);
-    T* const v = static_cast<T*>(v_room);
+}
+
+// Computes v and db, except where null. early, and the result: as in down().
+template <class T>
+Start up_gradient(const LinearBackwardParams& p, const T* lora_b, T* v, float* db, bool early, void* scratch,
+                  const Stream& stream) {
+    const T *const dy = static_cast<const T*>(p.dy), *const u = static_cast<const T*>(p.u);
+    const int64_t n = p.weight.n;
+    const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
+    if (adapter_up_gradient(dy, lora_b, u, v, db, p.m, n, p.r, scale, scratch, stream,
+                            early ? Start::kFollowed : Start::kInOrder)) {
+        return early ? Start::kEarly : Start::kInOrder;
+    }
+    if (v) product_launch(UpGradientProduct<T>{{p.m, p.r, {0, n}}, dy, lora_b, scale, v}, stream);
+    if (db) product_launch(AdapterGradientProduct<T>{{n, p.r, {0, p.m}}, dy, u, Dropout{nullptr, 0}, db}, stream);
+    return Start::kInOrder;
+}
+
+template <class T>
+void backward(const LinearBackwardParams& p, const int64_t* seed, void* v_room, void* scratch, const Stream& stream) {
+    check_addresses<T>(p, seed, v_room, scratch);
+    const T *const dy = static_cast<const T*>(p.dy), *const x = static_cast<const T*>(p.x);
+    T *const v = static_cast<T*>(v_room), *const dx = static_cast<T*>(p.dx);
     const int64_t r = p.lora_a ? p.r : 0, n = p.weight.n, k = p.weight.k;
+    const DeviceWeight weight = DeviceWeight::from(p.weight);
     const Dropout dropout = r > 0 ? dropout_of(p.dropout, seed) : Dropout{nullptr, 0};
-    const DeviceGuard guard(stream.device);
     const bool need_da = r > 0 && (p.da || p.narrow_da), need_db = r > 0 && (p.db || p.narrow_db);
     const bool need_v = r > 0 && (p.dx || need_da);
-    float *da = p.da, *db = p.db;
-    if constexpr (sizeof(T) == 2) {
-        const Converted room = Converted::in(scratch, p, r, true);
-        const float* const wide_a = p.wide_a && p.dx ? static_cast<const float*>(p.lora_a) : nullptr;
-        const float* const wide_b = p.wide_b && need_v ? static_cast<const float*>(p.lora_b) : nullptr;
-        if (r > 0) narrow<T>(wide_a, room.a, r * k, wide_b, room.b, r * n, stream);
-        if (wide_a) a = static_cast<const T*>(room.a);
-        if (wide_b) b = static_cast<const T*>(room.b);
-        if (p.narrow_da) da = static_cast<float*>(room.a);
-        if (p.narrow_db) db = static_cast<float*>(room.b);
-        scratch = room.scratch;
-    }
-    const Card here = card(stream.device);
-    T* const dx = static_cast<T*>(p.dx);
-    const DeviceWeight weight = DeviceWeight::of(p.weight);
-    GemmArguments<T> tiled{weight, n, k, dy, v, a, Bias<T>{}, dropout, dx, p.m, r, false, false};
+    QLK_CHECK(!need_v || v != nullptr, "the gradients of x and lora_A need room for v, [M, r]");
+    const DeviceGuard guard(stream.device);
+    const AdapterRoom room = AdapterRoom::carve(scratch, p, r, true);
+    const auto [lora_a, lora_b] = Adapters<T>::convert(room, p, r, p.dx != nullptr, need_v, stream);
+    // `room` holds a float32 adapter's copy or a 16-bit adapter's float32 gradient: never both.
+    constexpr bool kNarrow = sizeof(T) == 2;
+    float* const da = kNarrow && p.narrow_da ? static_cast<float*>(room.a) : p.da;
+    float* const db = kNarrow && p.narrow_db ? static_cast<float*>(room.b) : p.db;
+
+    const Card card = card_of(stream.device);
+    GemmArguments<T> product{weight, n, k, dy, v, lora_a, Bias<T>{}, dropout, dx, p.m, r, false, false};
     std::optional<Plan> plan;
-    if (dx) plan = plan_of<true>(tiled, here);
-    bool early = false;
+    if (dx) plan = plan_of<true>(product, card);
+    Start start = Start::kInOrder;
     if (need_v || need_db) {
-        QLK_CHECK(!need_v || v != nullptr, "the gradients of x and lora_A need room for v, [M, r]");
-        const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
-        const T* const u = static_cast<const T*>(p.u);
-        early = dx && may_be_early(*plan, here);
-        if (!adapter_up_gradient(dy, b, u, need_v ? v : nullptr, need_db ? db : nullptr, p.m, n, r, scale, scratch,
-                                 stream, early ? Start::kFollowed : Start::kInOrder)) {
-            early = false;
-            if (need_v) product_launch(UpGradientProduct<T>{{p.m, r, {0, n}}, dy, b, scale, v}, stream);
-            if (need_db) {
-                product_launch(AdapterGradientProduct<T>{{n, r, {0, p.m}}, dy, u, Dropout{nullptr, 0}, db}, stream);
-            }
-        }
+        start = up_gradient(p, lora_b, need_v ? v : nullptr, need_db ? db : nullptr, dx && may_be_early(*plan, card),
+                            room.scratch, stream);
     }
-    if (dx) {
-        if (!gemm<true>(tiled, *plan, here, scratch, stream, early ? Start::kEarly : Start::kInOrder)) {
-            product_launch(InputGradientProduct<T>{{p.m, k, {r, n}}, weight, dy, v, a, dropout, dx}, stream);
-        }
+    if (dx && !gemm<true>(product, *plan, card, room.scratch, stream, start)) {
+        product_launch(InputGradientProduct<T>{{p.m, k, {r, n}}, weight, dy, v, lora_a, dropout, dx}, stream);
     }
-    if (need_da) {
-        const T* const x = static_cast<const T*>(p.x);
-        if (!adapter_down_gradient(x, v, da, p.m, k, r, dropout, scratch, stream)) {
-            product_launch(AdapterGradientProduct<T>{{r, k, {0, p.m}}, v, x, dropout, da}, stream);
-        }
+    if (need_da && !adapter_down_gradient(x, v, da, p.m, k, r, dropout, room.scratch, stream)) {
+        product_launch(AdapterGradientProduct<T>{{r, k, {0, p.m}}, v, x, dropout, da}, stream);
     }
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (kNarrow) {
         narrow<T>(need_da && p.narrow_da ? da : nullptr, p.narrow_da, r * k, need_db && p.narrow_db ? db : nullptr,
                   p.narrow_db, r * n, stream);
     }
@@ -311,12 +338,12 @@ void linear_backward(const LinearBackwardParams& p, const int64_t* seed, void* v
 // The kernels of a pass run one after another and share their scratch.
 int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool wide_a, bool wide_b, bool backward,
                        int device) {
-    const Card here = card(device);
+    const Card card = card_of(device);
     const int64_t converted =
         converted_bytes(r * k, dtype, wide_a, backward) + converted_bytes(r * n, dtype, wide_b, backward);
     // Whether x is 16-byte aligned is not known yet.
-    return converted + std::max({plan({m, n, k, dtype, backward, true, true}, here).scratch,
-                                 chosen({m, n, k, dtype, backward, true, false}, here).scratch,
+    return converted + std::max({plan({m, n, k, dtype, backward, true, true}, card).scratch,
+                                 chosen({m, n, k, dtype, backward, true, false}, card).scratch,
                                  adapter_scratch(m, n, k, r, dtype, backward, device)});
 }
 

@@ -30,7 +30,7 @@ struct NarrowArguments {
 
 constexpr int kNarrowThreads = 256;
 
-// Four neighbours a thread, of the first tensor or else of the second.
+// Four neighbours a thread, from the first tensor or the second.
 // Grid: a thread for each four elements of either.
 template <class T>
 __global__ void __launch_bounds__(kNarrowThreads, 1) narrow_kernel(const __grid_constant__ NarrowArguments<T> a) {

@@ -11,8 +11,8 @@ namespace {
 
 // With less free memory than this, the driver may have evicted pages by itself.
 constexpr size_t kScarce = size_t{256} << 20;
-// Steps between two looks at free memory: a look takes longer than a launch, and so does prefetching pages that are
-// already here.
+// Steps between two checks of free memory: a check takes longer than a launch, and so does prefetching pages that are
+// already on the device.
 constexpr int kLook = 16;
 
 }  // namespace

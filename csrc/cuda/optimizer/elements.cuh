@@ -179,7 +179,8 @@ struct ChunkPointers {
         }
         if constexpr (sizeof(T) == 2) {
             if (!master) return;
-            // If the parameter no longer is the rounded master copy, something else has written it, and that counts.
+            // If the parameter is no longer the rounded master copy, something else has written it, and that value
+            // counts.
             alignas(16) float exact[kCount];
             load_row(master + at, count >= kCount, count, exact);
 #pragma unroll

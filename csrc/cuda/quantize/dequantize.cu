@@ -8,7 +8,7 @@ namespace {
 template <class T>
 void dequantize_launch(const DequantizeParams& p, const Stream& stream) {
     using Traits = DequantizeTraits<T>;
-    const DequantizeArguments arguments{DeviceWeight::of(p.weight), p.out, p.row_begin * p.weight.k,
+    const DequantizeArguments arguments{DeviceWeight::from(p.weight), p.out, p.row_begin * p.weight.k,
                                         p.row_end * p.weight.k};
     const int64_t count = arguments.end - arguments.begin;
     if (count == 0) return;

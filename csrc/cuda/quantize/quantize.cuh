@@ -3,7 +3,7 @@
 // Formula:
 //     absmax[b] = max |w| over block b of 64
 //     code[i] = the level nearest to w[i] / absmax, a tie to the lower
-//     sums[g] = the sum of absmax over 256 blocks, from which quantize_absmax forms the mean
+//     sums[g] = the sum of absmax over 256 blocks, from which quantize_absmax computes the mean
 //
 // Layout: a thread block takes 256 blocks of weights, 16384; a warp takes 32 of them. A lane loads 16 bytes, so 8 lanes
 //     (16-bit types) or 16 (float32) share a block and find its constant by shuffles.
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
     constexpr int kPerLane = Traits::kPerLane;
     auto& shared = shared_memory<typename Traits::Shared>();
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const int part = lane % Traits::kLanes;        // which part of its block this lane has
+    const int block_lane = lane % Traits::kLanes;  // this lane among those that share its block
     const int unit_block = lane / Traits::kLanes;  // its block in the warp's unit
     const int64_t group = blockIdx.x;
     const int64_t warp_first = group * Traits::kGroup + warp * (Traits::kGroup / Traits::kWarps);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
         const float absmax = __uint_as_float(finite ? largest : 0x7fc00000u);
         const int block = (warp * Traits::kUnits + unit) * Traits::kUnitBlocks + unit_block;  // in the group
         const bool exists = group * kNestedBlock + block < (a.count + kBlock - 1) / kBlock;
-        if (part == 0) {
+        if (block_lane == 0) {
             store_shared(&shared.absmax[block], exists ? absmax : 0.0f);
             if (exists) store_global(a.absmax + group * kNestedBlock + block, absmax);
         }
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
         float (&threshold)[Traits::kRow] = shared.threshold[warp][unit_block];
 #pragma unroll
         for (int i = 0; i < Traits::kThresholds; ++i) {
-            const int t = i * Traits::kLanes + part;
+            const int t = i * Traits::kLanes + block_lane;
             const double exact = __dmul_rn(a.midpoints[t], static_cast<double>(absmax));
             store_shared(&threshold[t], t == 15 ? __uint_as_float(0x7f800000u) : __double2float_rd(exact));
         }

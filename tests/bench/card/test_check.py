@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from check_runs import CLEAN, JUNIT, RACE_CLEAN, good, sleeping
+from bench_runs.check import CLEAN, JUNIT, RACE_CLEAN, good, sleeping
 
 from bench.card import check, facts, parsers, steps
 from bench.card.steps import Step
@@ -235,7 +235,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 import torch
 torch.cuda.is_available = lambda: True
 from bench.card import check, steps
-from check_runs import good, sleeping
+from bench_runs.check import good, sleeping
 steps.STEPS = (steps.Step("first", 100.0, good), steps.Step("second", 100.0, sleeping))
 sys.exit(check.main(["--out", {out!r}]))
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bench_cases import contender, limits_case
+from bench_runs.cases import contender, limits_case
 
 from bench.card import predictions, report
 from bench.compiled import predict

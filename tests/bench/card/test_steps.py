@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from bench_cases import limits_case
-from check_runs import CLEAN, JUNIT, RACE_CLEAN
+from bench_runs.cases import limits_case
+from bench_runs.check import CLEAN, JUNIT, RACE_CLEAN
 
 from bench.card import kernels, parsers, steps
 from bench.card.steps import StepFailed

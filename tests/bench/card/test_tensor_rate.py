@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_code.fragments import fragment
 from emulated import emulated, module
-from fragments import fragment
 
 from bench.card import tensor_rate
 

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from bench_cases import TINY
+from bench_runs.cases import TINY
+from bench_runs.steady_card import SteadyCard
 from emulated import emulated, paging
-from steady_card import SteadyCard
 
 from qlora_kernels import PagedAdamW, ops
 from qlora_kernels.bench.case import OURS

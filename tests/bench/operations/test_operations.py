@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from bench_cases import POINT, POINTS, TINY, WEIGHT, limits_case, measured
+from bench_runs.cases import POINT, POINTS, TINY, WEIGHT, limits_case, measured
 
 import qlora_kernels
 from qlora_kernels.bench import options

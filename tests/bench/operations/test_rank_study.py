@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from bench_cases import TINY, limits_case, measured
-from small_runs import cache_fixture  # noqa: F401 - a fixture
+from bench_runs.cases import TINY, limits_case, measured
+from small.runs import cache_fixture  # noqa: F401 - a fixture
 
 from qlora_kernels.bench import command
 from qlora_kernels.bench.operations import begin, rank_study

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bench_cases import contender, limits_case
+from bench_runs.cases import contender, limits_case
 
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import BNB, COPY, DENSE, EQUAL_COPY, LINK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench_cases import POINT, POINTS, TINY, contender, limits_case, measured
+from bench_runs.cases import POINT, POINTS, TINY, contender, limits_case, measured
 
 from qlora_kernels.bench.case import (
     OURS,

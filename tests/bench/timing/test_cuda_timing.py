@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from steady_card import FakeCard, SteadyCard
+from bench_runs.steady_card import FakeCard, SteadyCard
 
 from qlora_kernels.bench.timing import cuda_timing
 

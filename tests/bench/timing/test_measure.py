@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_cases import POINT, TINY, fake, measured_case
+from bench_runs.cases import POINT, TINY, fake, measured_case
 
 from qlora_kernels.bench.case import (
     OURS,

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from bench_cases import POINT, TINY
+from bench_runs.cases import POINT, TINY
 
 from qlora_kernels.bench.case import (
     OURS,

@@ -1,4 +1,4 @@
-"""The arena in the host's memory, and what the system has left of it."""
+"""The arena in host memory, and how much memory the system has left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_an_arena_is_zeros_at_first_and_views_share_it(tmp_path, in_file):
     assert view.tolist() == [1.0, 2.0, 3.0], "a view keeps the memory"
 
 
-def test_what_the_system_does_not_have_is_not_asked_for(monkeypatch, tmp_path):
+def test_more_memory_than_the_system_has_is_not_requested(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "memory_left", lambda: 1 << 20)
     monkeypatch.setattr(mmap, "MAP_ANONYMOUS", "not asked for")
     with pytest.raises(MemoryError, match=r"need 1048577 bytes \(0.00 GiB\) of memory.*1048576 bytes are left"):
@@ -37,7 +37,7 @@ def test_what_the_system_does_not_have_is_not_asked_for(monkeypatch, tmp_path):
     assert host.HostArena(1 << 20, tmp_path).nbytes == 1 << 20, "a file needs none"
 
 
-def test_what_the_system_has_left(tmp_path, monkeypatch):
+def test_the_memory_that_the_system_has_left(tmp_path, monkeypatch):
     left = memory.memory_left()
     with open("/proc/meminfo") as file:
         total = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
@@ -54,7 +54,7 @@ def test_what_the_system_has_left(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("page_file", [None, "/folder"])
-def test_advice_is_not_what_is_done_already(state_bits, page_file):
+def test_advice_names_only_options_not_in_use(state_bits, page_file):
     text = str(memory.out_of_memory(3 << 30, "of memory", "why", state_bits, page_file))
     assert text.startswith(
         "the optimizer's states need 3221225472 bytes (3.00 GiB) of memory, which cannot be allocated (why)"

@@ -123,7 +123,7 @@ def pages_of(intervals) -> set[int]:
 
 
 def follow(layout: Layout, plan, budget: int) -> int:
-    """Goes through a step as an engine does, and checks that what it touches is there. The most pages at a time."""
+    """Goes through a step as an engine does and checks that every page it touches is resident; returns the peak."""
     assert [s.begin for s in plan] + [layout.chunk_count] == [0] + [s.end for s in plan]
     header = set(range(layout.header // arena_layout.PAGE))
     here, arrived, most = set(), set(), 0
@@ -151,7 +151,7 @@ def test_a_step_stays_within_its_budget(monkeypatch, seed, page):
     monkeypatch.setattr(arena_layout, "PAGE", page)
     layout = random_layout(seed)
     rng = random.Random(seed)
-    # Small ones, which hold one chunk at least, leave most of a budget to what stays.
+    # Small stretches, of at least one chunk, leave most of a budget to what stays resident.
     monkeypatch.setattr(schedule, "STRETCH", rng.choice(((192 << 10) + 6 * page, 1 << 20, 64 << 20)))
     least = min(schedule.least_budget(layout), layout.nbytes)
     for budget in (least, least + 1, rng.randint(least, layout.nbytes), rng.randint(least, layout.nbytes)):
@@ -177,7 +177,7 @@ def test_a_large_budget_is_used():
         assert most * arena_layout.PAGE > 0.7 * budget
     moved = sum(len(pages_of(s.leave)) for s in plan)
     stays = layout.nbytes // arena_layout.PAGE - moved
-    # Beside what stays there is room for four stretches.
+    # Besides what stays there is room for four stretches.
     assert (stays + 4) * arena_layout.PAGE > budget - 4 * schedule.STRETCH - 64 * arena_layout.PAGE
 
 

@@ -12,7 +12,7 @@ import tempfile
 
 import pytest
 import torch
-from optimizer_runs import assert_same, bits, limited, loss_of, make_fixture, net, refused, states, train, trained  # noqa: F401 - fixtures
+from optimizers.runs import assert_same, bits, limited, loss_of, make_fixture, net, refused, states, train, trained  # noqa: F401 - fixtures
 from torch import nn
 
 from qlora_kernels import PagedAdamW
@@ -20,7 +20,7 @@ from qlora_kernels.optim.arena import host
 
 
 def mapped(folder, process="self") -> int:
-    """Files in a folder that lie in a process's memory."""
+    """Files in a folder that a process has mapped."""
     with open(f"/proc/{process}/maps") as maps:
         return sum(str(folder) in line for line in maps)
 
@@ -85,7 +85,7 @@ def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_what_was_sent_to_the_file_comes_back(tmp_path, state_bits):
-    """The folder has to lie on a disk: what a file system in memory holds is resident for good."""
+    """The folder has to be on a disk: files in a memory file system always stay resident."""
     p, q = (nn.Parameter(torch.linspace(-1, 1, 1_000_000)) for _ in range(2))
     paged = PagedAdamW([p], page_file=tmp_path, state_bits=state_bits)
     memory = PagedAdamW([q], state_bits=state_bits)
@@ -106,7 +106,7 @@ def test_what_was_sent_to_the_file_comes_back(tmp_path, state_bits):
     assert memory.resident_bytes() > 0.9 * memory.arena_bytes, "there is nowhere to go"
 
 
-def test_folders_that_are_none(tmp_path):
+def test_invalid_folders(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("nowhere", "file"):
         with pytest.raises(NotADirectoryError, match=f"page_file should be a folder; .*{name} is not one"):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from emulated import counters, emulated
 from emulated import module as emulator
-from optimizer_runs import bits, refused
-from paging_runs import STRICT, everything, landing_fixture, least, parameters, small_pages_fixture, steps  # noqa: F401 - fixtures
+from optimizers.paging import STRICT, everything, landing_fixture, least, parameters, small_pages_fixture, steps  # noqa: F401 - fixtures
+from optimizers.runs import bits, refused
 
 from qlora_kernels import PagedAdamW
 from qlora_kernels.ops import backends
@@ -93,7 +93,7 @@ def test_the_emulator_has_no_memory_in_a_capture():
 
 
 def broken(**options):
-    """An optimizer of which a step has gone through all stretches but the last, with the states from before it."""
+    """An optimizer whose step failed before the last stretch, and the states from before it."""
     params = parameters()
     ours = PagedAdamW(params, page_budget=least(PagedAdamW, parameters()), **options)
     steps(ours, params, 2)
@@ -136,10 +136,10 @@ def test_nothing_continues_from_a_step_that_failed_midway(landing, tmp_path):
         for p, value in zip(params, values):
             p.copy_(value)
     steps(ours, params, 1, 2)
-    plain = parameters()
-    reference = PagedAdamW(plain)
-    steps(reference, plain)
-    assert everything(ours, params) == everything(reference, plain)
+    untouched = parameters()
+    reference = PagedAdamW(untouched)
+    steps(reference, untouched)
+    assert everything(ours, params) == everything(reference, untouched)
 
 
 def test_after_a_step_that_failed_midway_states_can_start_from_zero(landing):
@@ -177,7 +177,7 @@ def test_no_memory_for_the_arena():
         assert ours.state[params[0]]["step"] == 1
 
 
-def test_what_is_no_lack_of_memory_is_not_called_so():
+def test_other_errors_are_not_reported_as_a_lack_of_memory():
     params = parameters(sizes=(100,))
     with emulated():
         for message, error in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulated import Emulated, emulated, paging
 from emulated import module as emulator
-from paging_runs import PAGE, STRICT, everything, landing_fixture, least, parameters, small_pages_fixture, steps  # noqa: F401 - fixtures
+from optimizers.paging import PAGE, STRICT, everything, landing_fixture, least, parameters, small_pages_fixture, steps  # noqa: F401 - fixtures
 
 from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.ops import backends
@@ -24,7 +24,7 @@ CASES = [
 
 @functools.cache
 def without_budget(case: int) -> tuple[list[bytes], int]:
-    """What three steps of a case give when everything stays on the device, and the arena's bytes."""
+    """The result of three steps with everything on the device, and the arena's bytes."""
     kind, options, dtype = CASES[case]
     params = parameters(dtype)
     optimizer = kind(params, **options)
@@ -54,10 +54,10 @@ def test_a_budget_is_kept_and_every_page_comes_before_it_is_used(landing, case, 
     steps(ours, params)  # with faults forbidden: a page that is late ends the test
     ours.page_in()
     assert everything(ours, params) == expected
-    found = paging()
-    assert found["faults"] == 0
-    assert found["resident_peak"] * PAGE <= budget
-    assert found["to_host"] > 0, "what is beyond the budget goes back"
+    pages = paging()
+    assert pages["faults"] == 0
+    assert pages["resident_peak"] * PAGE <= budget
+    assert pages["to_host"] > 0, "what is beyond the budget goes back"
     assert ours.resident_bytes() <= budget
 
 
@@ -83,14 +83,14 @@ def test_what_stays_does_not_move(landing):
     params = parameters()
     ours = PagedAdamW(params)
     steps(ours, params, 1)
-    found = paging()
+    moved = paging()
     pages = ours.arena_bytes // PAGE
-    assert found["to_device"] == found["resident"] == pages
+    assert moved["to_device"] == moved["resident"] == pages
     assert ours.resident_bytes() == ours.arena_bytes
     emulator().reset_paging()
     steps(ours, params, 3, 1)
-    found = paging()
-    assert found["to_device"] == found["to_host"] == found["prefetches"] == 0
+    moved = paging()
+    assert moved["to_device"] == moved["to_host"] == moved["prefetches"] == 0
 
 
 def test_half_a_budget_moves_only_the_other_half(landing, monkeypatch):
@@ -120,10 +120,10 @@ def test_page_out_and_page_in(landing):
         steps(ours, params, 1, step)
     ours.page_out()
     steps(ours, params, 1, 3)
-    plain = parameters()
-    reference = PagedAdamW(plain)
-    steps(reference, plain, 4)
-    assert everything(ours, params) == everything(reference, plain)
+    stayed = parameters()
+    reference = PagedAdamW(stayed)
+    steps(reference, stayed, 4)
+    assert everything(ours, params) == everything(reference, stayed)
 
 
 def test_page_out_comes_after_page_in(landing):
@@ -142,10 +142,10 @@ def test_stretches_that_share_their_last_page(landing, monkeypatch):
     monkeypatch.setattr(layout, "PAGE", 65536)
     emulator().configure(landing=landing, forbid_faults=True)
     sizes = (16384,) * 40
-    plain, params = parameters(sizes=sizes), parameters(sizes=sizes)
-    reference = PagedAdamW(plain)
-    steps(reference, plain)
-    expected = everything(reference, plain)
+    unpaged, params = parameters(sizes=sizes), parameters(sizes=sizes)
+    reference = PagedAdamW(unpaged)
+    steps(reference, unpaged)
+    expected = everything(reference, unpaged)
     del reference
     gc.collect()
     budget = least(PagedAdamW, parameters(sizes=sizes))

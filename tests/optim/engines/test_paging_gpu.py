@@ -1,6 +1,6 @@
 """A paged optimizer's memory, streams and graphs on a card, with a few MiB of managed memory at a time.
 
-Tests that the emulator can run, too, run on both.
+Tests that the emulator can run as well run on both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = [
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """Where the parameters are: on the CPU, whose tensors go to the emulator, and on a card."""
+    """Where the parameters are: on the CPU, for the emulator, or on a card."""
     monkeypatch.delenv("QLORA_KERNELS_MANAGED", raising=False)
     if request.param == "cuda":
         yield "cuda"
@@ -67,12 +67,12 @@ def everything(optimizer, params):
 
 
 def expected(kind, device, dtype, count=3, **options):
-    """What steps without a budget give, and the arena's bytes."""
+    """The result of steps without a budget, and the arena's bytes."""
     params = parameters(device, dtype)
-    plain = kind(params, **options)
-    steps(plain, params, count)
-    assert plain.paging == "managed memory"
-    return everything(plain, params), plain.arena_bytes
+    unbudgeted = kind(params, **options)
+    steps(unbudgeted, params, count)
+    assert unbudgeted.paging == "managed memory"
+    return everything(unbudgeted, params), unbudgeted.arena_bytes
 
 
 # ------------------------------------------------------------------------------------------------------------- pages
@@ -126,7 +126,7 @@ def test_pages_go_and_come(device):
 
 
 def asked_for(address: int, count: int) -> int:
-    """Where the driver was last asked to bring these bytes: the card's number, or -1 for the host."""
+    """Where the driver was last asked to move these bytes: the card's number, or -1 for the host."""
     where = ctypes.c_int(-3)
     last_prefetch_location = 4  # CU_MEM_RANGE_ATTRIBUTE_LAST_PREFETCH_LOCATION, cuda.h
     status = ctypes.CDLL("libcuda.so.1").cuMemRangeGetAttribute(
@@ -164,9 +164,9 @@ def test_the_driver_is_asked_to_move_pages():
 
 @pytest.mark.parametrize("paged_out", [False, True])
 def test_torch_reads_and_writes_states(device, paged_out):
-    params, plain = parameters(device), parameters(device)
-    ours, reference = PagedAdamW(params), torch.optim.AdamW(plain)
-    for optimizer, group in ((ours, params), (reference, plain)):
+    params, twins = parameters(device), parameters(device)
+    ours, reference = PagedAdamW(params), torch.optim.AdamW(twins)
+    for optimizer, group in ((ours, params), (reference, twins)):
         steps(optimizer, group, 2)
         if paged_out and optimizer is ours:
             ours.page_out()
@@ -176,7 +176,7 @@ def test_torch_reads_and_writes_states(device, paged_out):
             state["exp_avg"].mul_(-0.5)
             state["exp_avg_sq"].add_(0.25)
         steps(optimizer, group, 1, 2)
-    for p, q in zip(params, plain):
+    for p, q in zip(params, twins):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
         for name in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(ours.state[p][name], reference.state[q][name], rtol=1e-5, atol=1e-6)
@@ -315,13 +315,13 @@ def test_a_step_does_not_wait_for_the_device(options):
 @pytest.mark.parametrize("options", [{}, {"state_bits": 8, "max_grad_norm": 0.5, "skip_nonfinite": True}])
 def test_a_graph_of_a_step_is_a_step(options):
     params, ours, coming = ready(5, **options)
-    plain, eager, same = ready(5, **options)
+    ungraphed, eager, same = ready(5, **options)
 
     def set_gradients(group, grads):
         for p, grad in zip(group, grads):
             p.grad.copy_(grad)
 
-    for optimizer, group, grads in ((ours, params, coming[0]), (eager, plain, same[0])):
+    for optimizer, group, grads in ((ours, params, coming[0]), (eager, ungraphed, same[0])):
         set_gradients(group, grads)
         optimizer.step()
     graph = torch.cuda.CUDAGraph()
@@ -337,16 +337,16 @@ def test_a_graph_of_a_step_is_a_step(options):
         graph.replay()
     for step in range(1, 5):
         eager.param_groups[0]["lr"] = 0.1**step
-        set_gradients(plain, same[step])
+        set_gradients(ungraphed, same[step])
         eager.step()
-    assert everything(ours, params) == everything(eager, plain)
+    assert everything(ours, params) == everything(eager, ungraphed)
     assert ours.state[params[0]]["step"].item() == 5
     # An eager step goes on where the graph's have ended.
     set_gradients(params, coming[0])
-    set_gradients(plain, same[0])
+    set_gradients(ungraphed, same[0])
     ours.step()
     eager.step()
-    assert everything(ours, params) == everything(eager, plain)
+    assert everything(ours, params) == everything(eager, ungraphed)
 
 
 @pytest.mark.gpu

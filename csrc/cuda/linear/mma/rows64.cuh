@@ -1,5 +1,5 @@
-// The forward product on tensor cores for 5 to 64 rows of x, where decoding bounds the time: neither reading W nor the
-// products do.
+// The forward product on tensor cores for 5 to 64 rows of x, where decoding W takes longer than reading it or
+// multiplying.
 //
 // Formula: y = u B^T + x W^T + bias
 //
@@ -138,9 +138,9 @@ struct Middle {
     // Starts the copies of a step's x, by all threads. Rows past the end of x are not copied, since their sums are not
     // stored; neither is depth past K, which is not multiplied.
     QLK_DEVICE void copy_step(int step, int buffer) {
-        const int row = self / 32, part = self / 8 % 4;
-        const int rows = step * Traits::kSlices + part < blocks ? x_rows : 0;
-        uint4* const to = shared.loop.x[buffer][part] + row * 8 + self % 8;
+        const int row = self / 32, x_slice = self / 8 % 4;
+        const int rows = step * Traits::kSlices + x_slice < blocks ? x_rows : 0;
+        uint4* const to = shared.loop.x[buffer][x_slice] + row * 8 + self % 8;
         const unsigned char* const from = reinterpret_cast<const unsigned char*>(x_next);
         const uint32_t apart = static_cast<uint32_t>(a.k) * 8 * sizeof(T);
 #pragma unroll
@@ -362,8 +362,8 @@ struct Middle {
                 float4 all = load_shared(shared.sums[0][row] + quad_slot(row, at % 32));
 #pragma unroll
                 for (int s = 1; s < Traits::kSlices; ++s) {
-                    const float4 part = load_shared(shared.sums[s][row] + quad_slot(row, at % 32));
-                    all = make_float4(all.x + part.x, all.y + part.y, all.z + part.z, all.w + part.w);
+                    const float4 more = load_shared(shared.sums[s][row] + quad_slot(row, at % 32));
+                    all = make_float4(all.x + more.x, all.y + more.y, all.z + more.z, all.w + more.w);
                 }
                 float* const to = total + first / 2 + 4 * i;
                 to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;

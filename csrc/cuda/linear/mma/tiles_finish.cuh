@@ -56,8 +56,8 @@ QLK_DEVICE void Gemm<T, Traits>::copy_low_rank(int stage, int64_t first, int pie
     }
 }
 
-// Adds u B^T, or v A with dropout's mask on it, to the sums of the first slice. Uses a stage that no copy is on its
-// way to.
+// Adds u B^T, or v A with dropout's mask on it, to the sums of the first slice. Uses a stage that no copy is
+// writing.
 template <class T, class Traits>
 QLK_DEVICE void Gemm<T, Traits>::low_rank(int stage) {
     for (int64_t first = 0; first < a.r; first += Traits::kDepth) {

@@ -1,7 +1,7 @@
 // Products on the float32 units: for float32 tensors, and for whatever no tensor-core kernel takes.
 //
-// Formula: out[i, j] = sum over d of left[i, d] * right[d, j]; what left and right are, a product says element by
-//     element (layer_products.cuh)
+// Formula: out[i, j] = sum over d of left[i, d] * right[d, j]; a product defines left and right element by element
+//     (layer_products.cuh)
 //
 // Layout: a block makes 64 x 64 outputs, each thread 4 x 4, in panels of 32 of the depth.
 //

@@ -1,5 +1,5 @@
-"""What ``pytest`` runs and ``pytest -m ""`` adds: of each case one order of the emulator, of the CPU's instruction sets
-the best and the portable one, of a test marked ``share(n)`` one case in n.
+"""Chooses the tests of a quick run: each case in one order of the emulator, on the best and the portable instruction
+set of the CPU, and one case in n of a test marked ``share(n)``.
 
 What is left out differs from day to day, so that a month of quick runs sees all of it.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from engines import ISAS, ORDERS
 
-#: The day whose choice is made, as a number: for repeating a run of another day.
+#: The day that decides the choice, as a number: for repeating a run of another day.
 VARIABLE = "QLORA_KERNELS_TEST_DAY"
 
 
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     function: str
     """The test function, with its file."""
     values: str
-    """Its parameters but order and instruction set."""
+    """Its parameters, except order and instruction set."""
     order: str | None = None
     isa: str | None = None
     share: int = 1

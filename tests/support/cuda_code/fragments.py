@@ -8,7 +8,7 @@ U32 = np.uint32
 
 
 def fragment(columns: int):
-    """Row and column of what each thread has in each register: [128, N / 2]."""
+    """Row and column of the element in each of a thread's registers: [128, N / 2]."""
     thread, v = np.arange(128)[:, None], np.arange(columns // 2)[None]
     row = thread // 32 * 16 + thread % 32 // 4 + v // 2 % 2 * 8
     return row, v // 4 * 8 + thread % 4 * 2 + v % 2

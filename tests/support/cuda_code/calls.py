@@ -1,4 +1,4 @@
-"""Calls of the CUDA operations as the extension binds them: params field by field, zeros where a test says nothing."""
+"""Calls of the CUDA operations as the extension binds them: params field by field, zeros by default."""
 
 from __future__ import annotations
 

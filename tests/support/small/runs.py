@@ -1,4 +1,4 @@
-"""Runs of the fine-tuning command that take a moment: its options, its fixtures, and what it wrote."""
+"""Short runs of the fine-tuning command: options, fixtures, and what it wrote."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ SMALL = [
 
 @pytest.fixture(scope="session", name="cache")
 def cache_fixture(tmp_path_factory):
-    """A folder that keeps the pretrained base between tests.
-
-    What is imported by then is no garbage: the collections of each run, which look at all of it, need not.
+    """A folder that keeps the pretrained base between tests. Freezes what is imported by then, so that each run's
+    garbage collections skip it.
     """
     gc.collect()
     gc.freeze()
@@ -54,7 +53,7 @@ def losses(folder) -> dict[str, list[float]]:
 
 
 def base_in(folder):
-    [base] = [found for found in folder.iterdir() if found.name.startswith("tiny-base")]
+    [base] = [path for path in folder.iterdir() if path.name.startswith("tiny-base")]
     return base
 
 

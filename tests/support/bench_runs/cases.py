@@ -44,7 +44,7 @@ def measured(point: Point, settings: Settings = TINY) -> dict:
 
 
 def limits_case(gb_per_s: float = 10.0, tflop_per_s: float = 1.0) -> dict:
-    """A measured case of limits, as if by a machine of such speeds."""
+    """A measured case of limits, as if on a machine of the given speeds."""
     rows = ((COPY, gb_per_s * 1e6, 1.0), (PRODUCT, 1, 1.0))
     return {
         **Point("limits").as_dict(),

@@ -1,4 +1,4 @@
-"""A small model of two blocks in plain torch, and what a test compares of it."""
+"""A small model of two blocks in plain torch, and its state for comparison."""
 
 from __future__ import annotations
 

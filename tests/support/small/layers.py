@@ -1,4 +1,4 @@
-"""A small layer, and what a test compares of it."""
+"""A small layer, and its state for comparison."""
 
 from __future__ import annotations
 

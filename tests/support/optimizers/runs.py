@@ -59,7 +59,7 @@ def net(seed: int = 0, dtype: torch.dtype = torch.float32, **more) -> Net:
 
 
 def loss_of(model: nn.Module, step: int) -> torch.Tensor:
-    """Of the batch of a step."""
+    """The loss on a step's batch."""
     generator = torch.Generator().manual_seed(1000 + step)
     x, y = torch.randn(6, 8, generator=generator), torch.randn(6, 3, generator=generator)
     like = next(p for p in model.parameters() if p.numel())
@@ -83,7 +83,7 @@ def trained(make, steps=range(3), dtype=torch.float32, **options):
 
 
 def bits(value):
-    """A tensor's dtype, shape and bytes; of anything else, what it is."""
+    """A tensor's dtype, shape and bytes; anything else unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     flat = value.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
@@ -91,7 +91,7 @@ def bits(value):
 
 
 def states(optimizer, *without: str) -> list:
-    """Of each parameter, by name and in bits."""
+    """Each parameter's states, by name, as bits."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return [{k: bits(v) for k, v in optimizer.state.get(p, {}).items() if k not in without} for p in params]
 
@@ -101,13 +101,13 @@ def values(optimizer) -> list:
 
 
 def groups(optimizer) -> list:
-    plain = [{k: bits(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return [(plain[i], [id(p) for p in group["params"]]) for i, group in enumerate(optimizer.param_groups)]
+    options = [{k: bits(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [(options[i], [id(p) for p in group["params"]]) for i, group in enumerate(optimizer.param_groups)]
 
 
 @contextlib.contextmanager
 def refused(optimizer, error, match):
-    """Something that raises, and changes nothing: no parameter, no state, no setting."""
+    """Asserts that a call raises and changes nothing: no parameter, no state, no setting."""
     before = states(optimizer), values(optimizer), groups(optimizer), optimizer.skipped_steps, optimizer.grad_norm
     with pytest.raises(error, match=match):
         yield
@@ -128,7 +128,7 @@ def assert_same(a, b) -> None:
 
 @contextlib.contextmanager
 def limited(what: int, most: int):
-    """Of a resource of this process, for a while."""
+    """Limits a resource of this process temporarily."""
     soft, hard = resource.getrlimit(what)
     resource.setrlimit(what, (most, hard))
     try:

@@ -1,4 +1,4 @@
-"""Small Llama models, quantized, and what a test compares of them."""
+"""Small Llama models, quantized, and their state for comparison."""
 
 from __future__ import annotations
 

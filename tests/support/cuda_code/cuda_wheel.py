@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 if not (ROOT / "setup_cuda.py").exists():
     pytest.skip("there are no sources beside the tests", allow_module_level=True)
 sys.path.append(str(ROOT))
@@ -31,13 +31,13 @@ FOLDER = ROOT / "build" / "wheel"
 
 def tool(name: str) -> str:
     """The path of nvcc, cuobjdump, or one of binutils."""
-    found = setup_cuda.find_tool(name)
-    if found is None:
+    path = setup_cuda.find_tool(name)
+    if path is None:
         reason = f"{name} is not installed"
         if os.environ.get("QLORA_KERNELS_REQUIRE_NVCC"):
             pytest.fail(f"{reason}, and QLORA_KERNELS_REQUIRE_NVCC is set")
         pytest.skip(reason)
-    return found
+    return path
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,7 +58,7 @@ def _built() -> Path:
 
 
 def _build(out: Path) -> None:
-    # A copy, so that the tree's own build and metadata stay as they are; kept, so that only what changed is compiled.
+    # A copy, so that the tree's own build and metadata stay unchanged; kept, so that only changes are compiled.
     source = FOLDER / "source"
     for name in ("csrc", "qlora_kernels"):
         shutil.rmtree(source / name, ignore_errors=True)
@@ -76,8 +76,8 @@ def _build(out: Path) -> None:
 def built_for() -> tuple[str, ...]:
     """The architectures of the wheel, by its name: ARCHITECTURES, or what the wheel that was given names."""
     parts = wheel().name.split("-")[1].partition("+")[2].split(".")
-    ptx = {part.removeprefix("compute") for part in parts if part.startswith("compute")}
-    machine = [part.removeprefix("sm") for part in parts if part.startswith("sm")]
+    ptx = {target.removeprefix("compute") for target in parts if target.startswith("compute")}
+    machine = [target.removeprefix("sm") for target in parts if target.startswith("sm")]
     return tuple(one + ("+PTX" if one in ptx else "") for one in machine)
 
 
@@ -104,8 +104,8 @@ def unpacked() -> Path:
 
 def extension() -> Path:
     """Its _C."""
-    (found,) = (unpacked() / "qlora_kernels").glob("_C*.so")
-    return found
+    (path,) = (unpacked() / "qlora_kernels").glob("_C*.so")
+    return path
 
 
 # A stand-in for the driver: leaves a mark when it is loaded, and shows one card of compute capability 9.0.

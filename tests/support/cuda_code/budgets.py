@@ -58,7 +58,7 @@ class Budget:
         return REGISTERS // min(self.threads_on.get(number, self.threads), MAX_THREADS.get(number, 2048)) // 8 * 8
 
     def runs(self, row: dict) -> bool:
-        """Whether a kernel is ever launched on an architecture, by its row of the table. If not, it is to have no code
+        """Whether a kernel is ever launched on an architecture, by its row of the table. If not, it must have no code
         there (csrc/cuda/common/compiled.cuh)."""
         base, _, arguments = row["kernel"].partition("<")
         number = number_of(row["arch"])

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from optimizer_runs import KINDS, bits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from optimizers.runs import KINDS, bits
 from qlora_kernels import PagedAdamW, QLinear
 
 # Rows that two processes share unevenly, one row alone, none, more dimensions. In the second list blocks of 256 begin
@@ -47,7 +47,7 @@ def both(make, shapes, placements, mesh, dtype=torch.float32, **options):
 
 
 def give(whole, cut, step: int, integers: bool = False) -> None:
-    """The same gradients to both."""
+    """Sets the same gradients on both."""
     generator = torch.Generator().manual_seed(100 + step)
     for p, q in zip(whole, cut):
         grad = torch.randn(p.shape, generator=generator)
@@ -212,15 +212,15 @@ def run(model, optimizer, steps) -> None:
 def fsdp2_trains_adapters_of_4_bit_layers(rank, folder):
     for state_bits in (32, 8):
         model, optimizer = sharded(state_bits=state_bits, max_grad_norm=1.0)
-        plain = Small()
+        whole = Small()
         twin = PagedAdamW(
-            [p for p in plain.parameters() if p.requires_grad], lr=1e-2, state_bits=state_bits, max_grad_norm=1.0
+            [p for p in whole.parameters() if p.requires_grad], lr=1e-2, state_bits=state_bits, max_grad_norm=1.0
         )
-        start = {name: p.detach().clone() for name, p in plain.named_parameters()}
+        start = {name: p.detach().clone() for name, p in whole.named_parameters()}
         # Both processes have the same batches: their mean gradient is that of one.
         run(model, optimizer, range(4))
-        run(plain, twin, range(4))
-        for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+        run(whole, twin, range(4))
+        for (name, p), q in zip(whole.named_parameters(), model.parameters()):
             assert isinstance(q, DTensor)
             torch.testing.assert_close(full(q), p.detach(), rtol=1e-3, atol=2e-4 if state_bits == 32 else 1e-2)
             assert torch.equal(p, start[name]) != p.requires_grad, name
@@ -237,18 +237,18 @@ def fsdp2_over_tensor_parallel_layers(rank, folder):
         for _ in range(2):
             torch.manual_seed(0)
             models.append(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
-        model, plain = models
+        model, whole = models
         parallelize_module(model, mesh["y"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
         fully_shard(model, mesh=mesh["x"])
-        optimizer, twin = (PagedAdamW(m.parameters(), lr=1e-2, max_grad_norm=0.5) for m in (model, plain))
+        optimizer, twin = (PagedAdamW(m.parameters(), lr=1e-2, max_grad_norm=0.5) for m in (model, whole))
         for step in range(3):
             x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
-            for one, group in ((model, optimizer), (plain, twin)):
+            for one, group in ((model, optimizer), (whole, twin)):
                 group.zero_grad()
                 one(x).square().sum().backward()
                 group.step()
             assert abs(optimizer.grad_norm - twin.grad_norm) < 1e-4 * twin.grad_norm
-        for p, q in zip(plain.parameters(), model.parameters()):
+        for p, q in zip(whole.parameters(), model.parameters()):
             torch.testing.assert_close(full(q), p.detach(), rtol=1e-3, atol=1e-4)
         saved = {"state": copy.deepcopy(twin.state_dict()["state"]), "param_groups": twin.state_dict()["param_groups"]}
         optimizer.load_state_dict(saved)
@@ -275,13 +275,13 @@ def a_checkpoint_of_two_processes(rank, folder):
             assert {key for key, value in entry.items() if isinstance(value, DTensor)} == {"exp_avg", "exp_avg_sq"}
         dcp.save(state, checkpoint_id=f"{folder}/{name}")
         weights = {key: full(value) for key, value in model.state_dict().items()}
-        found = {
+        states = {
             key: {k: full(v).clone() for k, v in entry.items()} for key, entry in state["optimizer"]["state"].items()
         }
         if rank == 0:
-            torch.save({"model": weights, "states": found}, f"{folder}/{name}.pt")
+            torch.save({"model": weights, "states": states}, f"{folder}/{name}.pt")
         assert (whole_states(optimizer), [bits(full(p)) for p in model.parameters()]) == before
-        # A later run of two processes.
+        # Another run of two processes, later.
         later, resumed = sharded(**options)
         with torch.no_grad():
             for p, q in zip(later.parameters(), model.parameters()):
@@ -433,5 +433,5 @@ def work(rank: int, folder: str) -> None:
     Path(f"{folder}/{rank}.json").write_text(json.dumps(outcomes))
     if not any(outcomes.values()):
         dist.barrier()  # neither process leaves while the other still waits for an answer
-    # Without what happens at the end of Python: gloo's threads outlive their groups there, now and then, which aborts.
+    # Skips the interpreter's shutdown: gloo's threads sometimes outlive their groups there, which aborts.
     os._exit(0)

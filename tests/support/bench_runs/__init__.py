@@ -1,0 +1,1 @@
+"""Small benchmarks, and what a card would say, for the tests of both."""

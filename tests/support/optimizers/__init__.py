@@ -1,0 +1,1 @@
+"""Small runs of the optimizers, and a reference for their steps."""

@@ -1,0 +1,1 @@
+"""Which tests a quick run takes, and that collecting them builds nothing."""

@@ -1,0 +1,1 @@
+"""Small models, model folders and fine-tuning runs."""
