@@ -24,110 +24,104 @@ def of_weights(m):
 
 
 def test_a_row_by_hand():
-    prediction = predict.predict(H200, 32, 4096, 4096, backward=True)
-    assert prediction["bytes"] == of_weights(32)
-    assert prediction["memory_us"] == pytest.approx(9179136 / 4.3e12 * 1e6, abs=1e-3)
+    result = predict.predict(H200, 32, 4096, 4096, backward=True)
+    assert result["bytes"] == of_weights(32)
+    assert result["memory_us"] == pytest.approx(9179136 / 4.3e12 * 1e6, abs=1e-3)
     # 32 tiles, each shared by 8 thread blocks of 8 steps: 256 on 132 SMs, so that an SM has two.
-    assert (prediction["dispatch"], prediction["tile"], prediction["tiles"]) == ("tiles32", "32 x 128", 32)
-    assert (prediction["splits"], prediction["most_on_an_sm"]) == (8, 2)
+    assert (result["dispatch"], result["tile"], result["tiles"]) == ("tiles32", "32 x 128", 32)
+    assert (result["splits"], result["most_on_an_sm"]) == (8, 2)
     # Steps of 32 x 128 x 64 multiplications.
-    assert prediction["tensor_us"] == pytest.approx(
-        2 * 8 * 2 * 32 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3
-    )
+    assert result["tensor_us"] == pytest.approx(2 * 8 * 2 * 32 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
     # Of each of 64 steps, whichever block has it: 32 rows of 64 16-bit numbers, and 128 blocks of weights.
-    assert prediction["l2_us"] == pytest.approx(32 * 64 * (4096 + 128 * 64 * 4.126953125 / 8) / 5120 / 1830, abs=1e-3)
+    assert result["l2_us"] == pytest.approx(32 * 64 * (4096 + 128 * 64 * 4.126953125 / 8) / 5120 / 1830, abs=1e-3)
     # Of each step: x comes, codes come and are read, weights are written; 8 warps read all rows and 16 columns each.
     moved = 32 * 128 + 2 * 128 * 32 + 128 * 128 + 8 * (32 + 16) * 128
-    assert prediction["shared_us"] == pytest.approx(2 * 8 * moved / 128 / 1830, abs=1e-3)
+    assert result["shared_us"] == pytest.approx(2 * 8 * moved / 128 / 1830, abs=1e-3)
     # Both blocks at once, two copies ahead: every second step waits for one.
-    assert prediction["latency_us"] == pytest.approx((8 / 2 + 1) * 479 / 1830, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((8 / 2 + 1) * 479 / 1830, abs=1e-3)
     # 33.6 MB at 4.3 TB/s and x and y.
-    assert prediction["dense_us"] == pytest.approx((2 * 4096 * 4096 + 32 * 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
+    assert result["dense_us"] == pytest.approx((2 * 4096 * 4096 + 32 * 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
 
 
 def test_a_row_of_the_few_rows_kernel_by_hand():
-    prediction = predict.predict(H200, 1, 4096, 4096)
-    assert prediction["bytes"] == of_weights(1)
-    assert prediction["memory_us"] == pytest.approx(8671232 / 4.3e12 * 1e6, abs=1e-3)
+    result = predict.predict(H200, 1, 4096, 4096)
+    assert result["bytes"] == of_weights(1)
+    assert result["memory_us"] == pytest.approx(8671232 / 4.3e12 * 1e6, abs=1e-3)
     # 128 groups of 4 times 8 rows of W, one each on 128 SMs; four warps share 8 rows, 32 chunks of 128: 8 each.
-    assert (prediction["dispatch"], prediction["kernel"]) == ("few", "few_kernel<bf16, true>")
-    assert (prediction["tile"], prediction["tiles"], prediction["most_on_an_sm"]) == ("16 x 32", 128, 1)
+    assert (result["dispatch"], result["kernel"]) == ("few", "few_kernel<bf16, true>")
+    assert (result["tile"], result["tiles"], result["most_on_an_sm"]) == ("16 x 32", 128, 1)
     # Products have 16 rows, of which one is x.
-    assert prediction["tensor_us"] == pytest.approx(2 * 16 * 32 * 4096 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
+    assert result["tensor_us"] == pytest.approx(2 * 16 * 32 * 4096 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
     # All weights once, x once into each of 128 blocks.
-    assert prediction["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 128 * 8192) / 5120 / 1830, abs=1e-3)
+    assert result["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 128 * 8192) / 5120 / 1830, abs=1e-3)
     # 8 bytes of the table for the two weights of a byte; each of 16 warps reads the 256 bytes of x of its 8 chunks.
-    assert prediction["shared_us"] == pytest.approx((4 * 32 * 4096 + 16 * 8 * 256) / 128 / 1830, abs=1e-3)
+    assert result["shared_us"] == pytest.approx((4 * 32 * 4096 + 16 * 8 * 256) / 128 / 1830, abs=1e-3)
     # Two turns of four chunks, each asked for one turn before.
-    assert prediction["latency_us"] == pytest.approx((2 + 1) * 479 / 1830, abs=1e-3)
-    assert prediction["dense_us"] == pytest.approx((2 * 4096 * 4096 + 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((2 + 1) * 479 / 1830, abs=1e-3)
+    assert result["dense_us"] == pytest.approx((2 * 4096 * 4096 + 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
 
 
 def test_a_row_of_the_middle_rows_kernel_by_hand():
-    prediction = predict.predict(H200, 16, 4096, 4096)
+    result = predict.predict(H200, 16, 4096, 4096)
     # 32 tiles of 128 columns, four blocks share each, with 4 steps of 256.
-    assert (prediction["dispatch"], prediction["kernel"]) == (
+    assert (result["dispatch"], result["kernel"]) == (
         "middle16",
         "middle_kernel<bf16, MiddleTraits<bf16, 16, true>>",
     )
-    assert (prediction["tile"], prediction["tiles"], prediction["splits"], prediction["most_on_an_sm"]) == (
+    assert (result["tile"], result["tiles"], result["splits"], result["most_on_an_sm"]) == (
         "16 x 128",
         32,
         4,
         1,
     )
-    assert prediction["tensor_us"] == pytest.approx(2 * 4 * 16 * 128 * 256 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
-    assert prediction["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 32 * 16 * 8192) / 5120 / 1830, abs=1e-3)
+    assert result["tensor_us"] == pytest.approx(2 * 4 * 16 * 128 * 256 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
+    assert result["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 32 * 16 * 8192) / 5120 / 1830, abs=1e-3)
     # 8 bytes of the table for the two weights of a byte, of seven rows in eight; 8 KiB of x, once in and twice out; 512
     # constants.
     moved = 4 * 112 * 256 + 3 * 16 * 512 + 512 * 4 + 8 * 256
-    assert prediction["shared_us"] == pytest.approx(4 * moved / 128 / 1830, abs=1e-3)
+    assert result["shared_us"] == pytest.approx(4 * moved / 128 / 1830, abs=1e-3)
     # Four steps, each asked for one before.
-    assert prediction["latency_us"] == pytest.approx((4 + 1) * 479 / 1830, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((4 + 1) * 479 / 1830, abs=1e-3)
 
 
 def test_tiles_whose_depths_are_cut_as_one():
     # 112 tiles of 16 steps, 1792 steps on 132 SMs: at most 14 each.
-    prediction = predict.predict(H200, 16, 14336, 4096)
-    assert (prediction["tiles"], prediction["splits"], prediction["shared_tiles"], prediction["most_on_an_sm"]) == (
+    result = predict.predict(H200, 16, 14336, 4096)
+    assert (result["tiles"], result["splits"], result["shared_tiles"], result["most_on_an_sm"]) == (
         112,
         132,
         112,
         1,
     )
-    assert prediction["tensor_us"] == pytest.approx(2 * 14 * 16 * 128 * 256 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
-    assert prediction["latency_us"] == pytest.approx((14 + 1) * 479 / 1830, abs=1e-3)
+    assert result["tensor_us"] == pytest.approx(2 * 14 * 16 * 128 * 256 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((14 + 1) * 479 / 1830, abs=1e-3)
 
 
 def test_the_last_round_of_tiles_is_shared():
     # 448 tiles on 132 SMs: three rounds of 64 steps, and 52 tiles that two blocks share each, 32 steps.
-    prediction = predict.predict(H200, 512, 14336, 4096)
-    assert (prediction["dispatch"], prediction["tiles"], prediction["whole_tiles"], prediction["splits"]) == (
+    result = predict.predict(H200, 512, 14336, 4096)
+    assert (result["dispatch"], result["tiles"], result["whole_tiles"], result["splits"]) == (
         "tiles128",
         448,
         396,
         2,
     )
-    assert prediction["most_on_an_sm"] == 4
+    assert result["most_on_an_sm"] == 4
     steps = 3 * 64 + 32
-    assert prediction["tensor_us"] == pytest.approx(
-        steps * 2 * 128 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-2
-    )
+    assert result["tensor_us"] == pytest.approx(steps * 2 * 128 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-2)
     # One block at a time: each starts again, two copies ahead.
-    assert prediction["latency_us"] == pytest.approx((3 * (64 / 2 + 1) + 32 / 2 + 1) * 479 / 1830, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((3 * (64 / 2 + 1) + 32 / 2 + 1) * 479 / 1830, abs=1e-3)
 
 
 def test_chunks_beyond_the_depth_are_no_work():
     # On A100's 108 SMs groups are of 8 rows, and 16 warps have 2 of 32 chunks each, half a turn; 5 groups of 512.
-    prediction = predict.predict(predict.CARDS["a100"], 1, 4096, 4096)
-    assert (prediction["tile"], prediction["tiles"], prediction["most_on_an_sm"]) == ("16 x 8", 512, 5)
-    assert prediction["tensor_us"] == pytest.approx(
-        5 * 2 * 16 * 8 * 4096 / (312e12 * 790 / 989.4 / 108) * 1e6, abs=1e-3
-    )
-    assert prediction["shared_us"] == pytest.approx(5 * (4 * 8 * 4096 + 16 * 2 * 256) / 128 / 1410, abs=1e-3)
-    assert prediction["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 108 * 8192) / 5120 / 1410, abs=1e-3)
+    result = predict.predict(predict.CARDS["a100"], 1, 4096, 4096)
+    assert (result["tile"], result["tiles"], result["most_on_an_sm"]) == ("16 x 8", 512, 5)
+    assert result["tensor_us"] == pytest.approx(5 * 2 * 16 * 8 * 4096 / (312e12 * 790 / 989.4 / 108) * 1e6, abs=1e-3)
+    assert result["shared_us"] == pytest.approx(5 * (4 * 8 * 4096 + 16 * 2 * 256) / 128 / 1410, abs=1e-3)
+    assert result["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 108 * 8192) / 5120 / 1410, abs=1e-3)
     # A turn is waited for all the same.
-    assert prediction["latency_us"] == pytest.approx((5 + 1) * 466 / 1410, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((5 + 1) * 466 / 1410, abs=1e-3)
 
 
 def test_the_wide_tile_moves_less_through_shared_memory():
