@@ -82,10 +82,10 @@ def test_points_by_axes():
         Point("dequantize", n=4096, k=4096),
         Point("lion_step", "float32", rank=16, model="llama-2-7b"),
     ]
-    found = chosen("--shapes", "64x128,32x64", "--rows", "1,2", "--ranks", "0,8", "--dtypes", "float32")
-    assert len(found) == 9
-    assert found[0] == Point("limits", "float32")
-    assert Point("linear_forward", "float32", 32, 64, 2, 8) in found
+    points = chosen("--shapes", "64x128,32x64", "--rows", "1,2", "--ranks", "0,8", "--dtypes", "float32")
+    assert len(points) == 9
+    assert points[0] == Point("limits", "float32")
+    assert Point("linear_forward", "float32", 32, 64, 2, 8) in points
     assert chosen("--operations", "decode,quantize", "--ranks", "0,4", "--models", "tiny")[1:] == [
         Point("decode", m=1, rank=4, model="tiny"),
         Point("quantize", n=4096, k=4096),

@@ -71,10 +71,10 @@ def test_scratch_that_is_poisoned_changes_nothing(capsys):
     calls = []
     with emulated(), pytest.MonkeyPatch.context() as patch:
         # Zeros, where the emulator itself would give NaN: the option's bytes are what the kernels see.
-        plain = kernels.backends.CUDA._scratch
+        own_scratch = kernels.backends.CUDA._scratch
 
         def zeros(*arguments):
-            scratch = plain(*arguments)
+            scratch = own_scratch(*arguments)
             calls.append(scratch)
             return None if scratch is None else scratch.zero_()
 
@@ -100,18 +100,18 @@ def test_progress_says_where_it_is(monkeypatch, capsys):
 
 def test_the_cases_reach_every_kernel_of_the_table(monkeypatch):
     card = dispatch.CARDS[90]
-    found = set()
+    chosen = set()
     for dtype in kernels.DTYPES:
         for (n, k), m, _, _, names in kernels.LINEAR_SHAPES:
             for backward, kernel in enumerate(names if kernels.can_be_forced(dtype, "cpu") else ("", "")):
                 with kernels.forced_kernel(kernel):
-                    found.add(dispatch.choose(card, m, n, k, dtype, bool(backward))["kernel"])
+                    chosen.add(dispatch.choose(card, m, n, k, dtype, bool(backward))["kernel"])
     assert kernels.KERNEL not in os.environ
     monkeypatch.setenv(kernels.KERNEL, "?")
     with pytest.raises(RuntimeError) as problem:
         dispatch.choose(card, 1, 64, 64, torch.bfloat16, False)
     names = str(problem.value).rpartition("there are ")[2].partition(" (")[0]
-    assert found == set(names.split(", "))
+    assert chosen == set(names.split(", "))
 
 
 @pytest.mark.parametrize("wrong", [0, torch.nan])
@@ -158,8 +158,8 @@ def test_a_wrong_step_is_found(monkeypatch, capsys, what):
         if kernels.backends.forced_backend() is None:
             return
         p = self.param_groups[0]["params"][0]
-        found = {**self.state[p], "parameter": p.detach(), "norm": self._engine._norm}[what]
-        found.reshape(-1)[-1:].view(torch.uint8)[0] ^= 1
+        changed = {**self.state[p], "parameter": p.detach(), "norm": self._engine._norm}[what]
+        changed.reshape(-1)[-1:].view(torch.uint8)[0] ^= 1
 
     monkeypatch.setattr(kernels.PagedLion, "step", wrong)
     with emulated():
@@ -173,9 +173,9 @@ def test_optimizer_cases_reach_every_path():
     with kernels.cpu_kernels():
         results = {case.name: case.run("cpu") for case in kernels.cases() if case.kernel.startswith("optimizer")}
     assert len(results) == 20 + 2 * len(kernels.OPTIMIZER_EXTRAS) + 3
-    plain = next(found for name, found in results.items() if name.startswith("PagedAdamW 32"))
+    adamw32 = next(values for name, values in results.items() if name.startswith("PagedAdamW 32"))
     params = len(kernels.OPTIMIZER_COUNTS)
-    assert [found.item() for found in plain[params + 2 : -2 : 3]] == [3, 2, 3, 3, 3, 3, 0]
+    assert [value.item() for value in adamw32[params + 2 : -2 : 3]] == [3, 2, 3, 3, 3, 3, 0]
     for extra, more, scaler in kernels.OPTIMIZER_EXTRAS:
         norm, skipped = (one.item() for one in results[f"PagedAdamW 32 bits, float32, {extra}"][-2:])
         assert skipped == (3 if scaler and scaler[1] else 1 if "skip_nonfinite" in more else 0)

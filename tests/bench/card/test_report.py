@@ -16,13 +16,13 @@ from qlora_kernels.bench.report.bars import BARS
 def finished(bench: dict, device: str = "NVIDIA H200") -> dict:
     """A result with this benchmark."""
     counts = {"passed": 3, "failed": 1, "skipped": 1, "failures": [["t::a", "why"]], "skips": [["t::b", "one card"]]}
-    found = {
+    outcome = {
         "facts": {"device": device, "nvidia_smi": "unknown"},
         "tests": counts,
         "sanitizers": {"memcheck": {"errors": 0, "cases": 154}, "initcheck": {"seconds": 9.0}},
         "bench": bench,
     }
-    steps = [{"name": n, "status": "passed", "seconds": 3.0, "limit_s": 9.0, "found": f} for n, f in found.items()]
+    steps = [{"name": n, "status": "passed", "seconds": 3.0, "limit_s": 9.0, "found": f} for n, f in outcome.items()]
     steps[1].update(status="failed", reason="1 tests failed", tail="the end")
     return {"schema": 3, "date": "2026-01-02T03:04:05+00:00", "complete": True, "passed": False, "steps": steps}
 

@@ -36,19 +36,19 @@ def test_every_warp_multiplies_so_many_times():
                 b[2 * t + e + 8 * half, g] = given[:, register, e]
         total += a @ b
     lanes = torch.stack([total[g + i // 2 * 8, 2 * t + i % 2] for i in range(4)]).sum(0)
-    found = run(module().launch_rate).reshape(BLOCKS * 8, 32)
-    assert torch.allclose(found.double(), TURNS * lanes.expand(BLOCKS * 8, 32), rtol=1e-4, atol=1e-4)
+    sums = run(module().launch_rate).reshape(BLOCKS * 8, 32)
+    assert torch.allclose(sums.double(), TURNS * lanes.expand(BLOCKS * 8, 32), rtol=1e-4, atol=1e-4)
     assert module().RATE_FLOP == 8 * 8 * 2 * 16 * 8 * 16
 
 
 def test_every_warpgroup_does():
     given = tensor_rate.operands("cpu").double()
     swizzled = [((i // 8) * 8 + (i % 8 ^ i // 8 % 8)) for i in range(2**15 // 8)]
-    plain = given.reshape(-1, 8)[swizzled].reshape(-1, 64)
+    unswizzled = given.reshape(-1, 8)[swizzled].reshape(-1, 64)
     row, column = (torch.from_numpy(x) for x in fragment(256))
-    expected = [(plain[64 * w : 64 * w + 64] @ plain[128:384].T)[row, column].sum(1) for w in range(2)]
-    found = run(module().launch_wide_rate).reshape(BLOCKS, 256)
-    assert torch.allclose(found.double(), TURNS * torch.cat(expected).expand(BLOCKS, 256), rtol=1e-4, atol=1e-3)
+    expected = [(unswizzled[64 * w : 64 * w + 64] @ unswizzled[128:384].T)[row, column].sum(1) for w in range(2)]
+    sums = run(module().launch_wide_rate).reshape(BLOCKS, 256)
+    assert torch.allclose(sums.double(), TURNS * torch.cat(expected).expand(BLOCKS, 256), rtol=1e-4, atol=1e-3)
     assert module().WIDE_RATE_FLOP == 2 * 4 * 2 * 64 * 256 * 16
 
 
@@ -73,9 +73,9 @@ def test_rates_are_work_by_time(monkeypatch):
     def launch(turns):
         now[0] += turns * 1e-3  # milliseconds: a microsecond each
 
-    found = tensor_rate.time_one(launch, 5e6, 3)
-    assert found["tflops"] == pytest.approx(5.0)
-    assert found["turns"] == pytest.approx(100_000, rel=1e-3)
+    timing = tensor_rate.time_one(launch, 5e6, 3)
+    assert timing["tflops"] == pytest.approx(5.0)
+    assert timing["turns"] == pytest.approx(100_000, rel=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a card")

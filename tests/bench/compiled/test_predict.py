@@ -24,86 +24,104 @@ def of_weights(m):
 
 
 def test_a_row_by_hand():
-    found = predict.predict(H200, 32, 4096, 4096, backward=True)
-    assert found["bytes"] == of_weights(32)
-    assert found["memory_us"] == pytest.approx(9179136 / 4.3e12 * 1e6, abs=1e-3)
+    result = predict.predict(H200, 32, 4096, 4096, backward=True)
+    assert result["bytes"] == of_weights(32)
+    assert result["memory_us"] == pytest.approx(9179136 / 4.3e12 * 1e6, abs=1e-3)
     # 32 tiles, each shared by 8 thread blocks of 8 steps: 256 on 132 SMs, so that an SM has two.
-    assert (found["dispatch"], found["tile"], found["tiles"]) == ("tiles32", "32 x 128", 32)
-    assert (found["splits"], found["most_on_an_sm"]) == (8, 2)
+    assert (result["dispatch"], result["tile"], result["tiles"]) == ("tiles32", "32 x 128", 32)
+    assert (result["splits"], result["most_on_an_sm"]) == (8, 2)
     # Steps of 32 x 128 x 64 multiplications.
-    assert found["tensor_us"] == pytest.approx(2 * 8 * 2 * 32 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
+    assert result["tensor_us"] == pytest.approx(2 * 8 * 2 * 32 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
     # Of each of 64 steps, whichever block has it: 32 rows of 64 16-bit numbers, and 128 blocks of weights.
-    assert found["l2_us"] == pytest.approx(32 * 64 * (4096 + 128 * 64 * 4.126953125 / 8) / 5120 / 1830, abs=1e-3)
+    assert result["l2_us"] == pytest.approx(32 * 64 * (4096 + 128 * 64 * 4.126953125 / 8) / 5120 / 1830, abs=1e-3)
     # Of each step: x comes, codes come and are read, weights are written; 8 warps read all rows and 16 columns each.
     moved = 32 * 128 + 2 * 128 * 32 + 128 * 128 + 8 * (32 + 16) * 128
-    assert found["shared_us"] == pytest.approx(2 * 8 * moved / 128 / 1830, abs=1e-3)
+    assert result["shared_us"] == pytest.approx(2 * 8 * moved / 128 / 1830, abs=1e-3)
     # Both blocks at once, two copies ahead: every second step waits for one.
-    assert found["latency_us"] == pytest.approx((8 / 2 + 1) * 479 / 1830, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((8 / 2 + 1) * 479 / 1830, abs=1e-3)
     # 33.6 MB at 4.3 TB/s and x and y.
-    assert found["dense_us"] == pytest.approx((2 * 4096 * 4096 + 32 * 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
+    assert result["dense_us"] == pytest.approx((2 * 4096 * 4096 + 32 * 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
 
 
 def test_a_row_of_the_few_rows_kernel_by_hand():
-    found = predict.predict(H200, 1, 4096, 4096)
-    assert found["bytes"] == of_weights(1)
-    assert found["memory_us"] == pytest.approx(8671232 / 4.3e12 * 1e6, abs=1e-3)
+    result = predict.predict(H200, 1, 4096, 4096)
+    assert result["bytes"] == of_weights(1)
+    assert result["memory_us"] == pytest.approx(8671232 / 4.3e12 * 1e6, abs=1e-3)
     # 128 groups of 4 times 8 rows of W, one each on 128 SMs; four warps share 8 rows, 32 chunks of 128: 8 each.
-    assert (found["dispatch"], found["kernel"]) == ("few", "few_kernel<bf16, true>")
-    assert (found["tile"], found["tiles"], found["most_on_an_sm"]) == ("16 x 32", 128, 1)
+    assert (result["dispatch"], result["kernel"]) == ("few", "few_kernel<bf16, true>")
+    assert (result["tile"], result["tiles"], result["most_on_an_sm"]) == ("16 x 32", 128, 1)
     # Products have 16 rows, of which one is x.
-    assert found["tensor_us"] == pytest.approx(2 * 16 * 32 * 4096 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
+    assert result["tensor_us"] == pytest.approx(2 * 16 * 32 * 4096 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
     # All weights once, x once into each of 128 blocks.
-    assert found["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 128 * 8192) / 5120 / 1830, abs=1e-3)
+    assert result["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 128 * 8192) / 5120 / 1830, abs=1e-3)
     # 8 bytes of the table for the two weights of a byte; each of 16 warps reads the 256 bytes of x of its 8 chunks.
-    assert found["shared_us"] == pytest.approx((4 * 32 * 4096 + 16 * 8 * 256) / 128 / 1830, abs=1e-3)
+    assert result["shared_us"] == pytest.approx((4 * 32 * 4096 + 16 * 8 * 256) / 128 / 1830, abs=1e-3)
     # Two turns of four chunks, each asked for one turn before.
-    assert found["latency_us"] == pytest.approx((2 + 1) * 479 / 1830, abs=1e-3)
-    assert found["dense_us"] == pytest.approx((2 * 4096 * 4096 + 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((2 + 1) * 479 / 1830, abs=1e-3)
+    assert result["dense_us"] == pytest.approx((2 * 4096 * 4096 + 2 * 8192) / 4.3e12 * 1e6, abs=1e-3)
 
 
 def test_a_row_of_the_middle_rows_kernel_by_hand():
-    found = predict.predict(H200, 16, 4096, 4096)
+    result = predict.predict(H200, 16, 4096, 4096)
     # 32 tiles of 128 columns, four blocks share each, with 4 steps of 256.
-    assert (found["dispatch"], found["kernel"]) == ("middle16", "middle_kernel<bf16, MiddleTraits<bf16, 16, true>>")
-    assert (found["tile"], found["tiles"], found["splits"], found["most_on_an_sm"]) == ("16 x 128", 32, 4, 1)
-    assert found["tensor_us"] == pytest.approx(2 * 4 * 16 * 128 * 256 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
-    assert found["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 32 * 16 * 8192) / 5120 / 1830, abs=1e-3)
+    assert (result["dispatch"], result["kernel"]) == (
+        "middle16",
+        "middle_kernel<bf16, MiddleTraits<bf16, 16, true>>",
+    )
+    assert (result["tile"], result["tiles"], result["splits"], result["most_on_an_sm"]) == (
+        "16 x 128",
+        32,
+        4,
+        1,
+    )
+    assert result["tensor_us"] == pytest.approx(2 * 4 * 16 * 128 * 256 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
+    assert result["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 32 * 16 * 8192) / 5120 / 1830, abs=1e-3)
     # 8 bytes of the table for the two weights of a byte, of seven rows in eight; 8 KiB of x, once in and twice out; 512
     # constants.
     moved = 4 * 112 * 256 + 3 * 16 * 512 + 512 * 4 + 8 * 256
-    assert found["shared_us"] == pytest.approx(4 * moved / 128 / 1830, abs=1e-3)
+    assert result["shared_us"] == pytest.approx(4 * moved / 128 / 1830, abs=1e-3)
     # Four steps, each asked for one before.
-    assert found["latency_us"] == pytest.approx((4 + 1) * 479 / 1830, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((4 + 1) * 479 / 1830, abs=1e-3)
 
 
 def test_tiles_whose_depths_are_cut_as_one():
     # 112 tiles of 16 steps, 1792 steps on 132 SMs: at most 14 each.
-    found = predict.predict(H200, 16, 14336, 4096)
-    assert (found["tiles"], found["splits"], found["shared_tiles"], found["most_on_an_sm"]) == (112, 132, 112, 1)
-    assert found["tensor_us"] == pytest.approx(2 * 14 * 16 * 128 * 256 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
-    assert found["latency_us"] == pytest.approx((14 + 1) * 479 / 1830, abs=1e-3)
+    result = predict.predict(H200, 16, 14336, 4096)
+    assert (result["tiles"], result["splits"], result["shared_tiles"], result["most_on_an_sm"]) == (
+        112,
+        132,
+        112,
+        1,
+    )
+    assert result["tensor_us"] == pytest.approx(2 * 14 * 16 * 128 * 256 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((14 + 1) * 479 / 1830, abs=1e-3)
 
 
 def test_the_last_round_of_tiles_is_shared():
     # 448 tiles on 132 SMs: three rounds of 64 steps, and 52 tiles that two blocks share each, 32 steps.
-    found = predict.predict(H200, 512, 14336, 4096)
-    assert (found["dispatch"], found["tiles"], found["whole_tiles"], found["splits"]) == ("tiles128", 448, 396, 2)
-    assert found["most_on_an_sm"] == 4
+    result = predict.predict(H200, 512, 14336, 4096)
+    assert (result["dispatch"], result["tiles"], result["whole_tiles"], result["splits"]) == (
+        "tiles128",
+        448,
+        396,
+        2,
+    )
+    assert result["most_on_an_sm"] == 4
     steps = 3 * 64 + 32
-    assert found["tensor_us"] == pytest.approx(steps * 2 * 128 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-2)
+    assert result["tensor_us"] == pytest.approx(steps * 2 * 128 * 128 * 64 / (0.629 * 989.4e12 / 132) * 1e6, abs=1e-2)
     # One block at a time: each starts again, two copies ahead.
-    assert found["latency_us"] == pytest.approx((3 * (64 / 2 + 1) + 32 / 2 + 1) * 479 / 1830, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((3 * (64 / 2 + 1) + 32 / 2 + 1) * 479 / 1830, abs=1e-3)
 
 
 def test_chunks_beyond_the_depth_are_no_work():
     # On A100's 108 SMs groups are of 8 rows, and 16 warps have 2 of 32 chunks each, half a turn; 5 groups of 512.
-    found = predict.predict(predict.CARDS["a100"], 1, 4096, 4096)
-    assert (found["tile"], found["tiles"], found["most_on_an_sm"]) == ("16 x 8", 512, 5)
-    assert found["tensor_us"] == pytest.approx(5 * 2 * 16 * 8 * 4096 / (312e12 * 790 / 989.4 / 108) * 1e6, abs=1e-3)
-    assert found["shared_us"] == pytest.approx(5 * (4 * 8 * 4096 + 16 * 2 * 256) / 128 / 1410, abs=1e-3)
-    assert found["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 108 * 8192) / 5120 / 1410, abs=1e-3)
+    result = predict.predict(predict.CARDS["a100"], 1, 4096, 4096)
+    assert (result["tile"], result["tiles"], result["most_on_an_sm"]) == ("16 x 8", 512, 5)
+    assert result["tensor_us"] == pytest.approx(5 * 2 * 16 * 8 * 4096 / (312e12 * 790 / 989.4 / 108) * 1e6, abs=1e-3)
+    assert result["shared_us"] == pytest.approx(5 * (4 * 8 * 4096 + 16 * 2 * 256) / 128 / 1410, abs=1e-3)
+    assert result["l2_us"] == pytest.approx((2**24 * 4.126953125 / 8 + 108 * 8192) / 5120 / 1410, abs=1e-3)
     # A turn is waited for all the same.
-    assert found["latency_us"] == pytest.approx((5 + 1) * 466 / 1410, abs=1e-3)
+    assert result["latency_us"] == pytest.approx((5 + 1) * 466 / 1410, abs=1e-3)
 
 
 def test_the_wide_tile_moves_less_through_shared_memory():
@@ -133,8 +151,8 @@ def test_issue_slots_come_from_the_static_table(monkeypatch, m, steps, warps):
 
 
 def test_a_large_dense_product_runs_at_the_rate_that_was_reached():
-    found = predict.predict(H200, 4096, 14336, 4096)
-    assert found["dense_us"] == pytest.approx(2 * 4096 * 14336 * 4096 / 790e12 * 1e6, abs=1e-2)
+    prediction = predict.predict(H200, 4096, 14336, 4096)
+    assert prediction["dense_us"] == pytest.approx(2 * 4096 * 14336 * 4096 / 790e12 * 1e6, abs=1e-2)
 
 
 @pytest.mark.parametrize("card", predict.CARDS.values(), ids=predict.CARDS)
@@ -212,9 +230,9 @@ def test_it_says_what_it_is(capsys, tmp_path):
     assert predict.main(["--card", "a100", "--shape", "256", "512", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "A100 80 GB, forward, N = 256, K = 512: prediction, no card has shown this" in printed
-    found = json.loads(out.read_text())
-    assert found["label"] == predict.LABEL == "prediction, no card has shown this"
-    assert len(found["rows"]) == len(predict.CARDS) * 2 * len(predict.ROWS)
+    result = json.loads(out.read_text())
+    assert result["label"] == predict.LABEL == "prediction, no card has shown this"
+    assert len(result["rows"]) == len(predict.CARDS) * 2 * len(predict.ROWS)
 
 
 def test_the_committed_file_is_of_the_committed_table():

@@ -39,11 +39,11 @@ def test_kernels_without_code_are_told_apart():
 @pytest.fixture
 def commit(monkeypatch):
     """A commit as it is, and a table in place of what nvcc's tools find."""
-    found = {"commit": "0123456789abcdef", "modified": False}
-    monkeypatch.setattr(wheel, "describe_commit", lambda: found)
+    commit = {"commit": "0123456789abcdef", "modified": False}
+    monkeypatch.setattr(wheel, "describe_commit", lambda: commit)
     report = {"nvcc": "13.0.88", "extension_bytes": 3 * 2**20, "kernels": ROWS}
     monkeypatch.setattr(static, "report", lambda module: report)
-    return found
+    return commit
 
 
 def test_the_commit_is_built_and_described(commit, monkeypatch, tmp_path, capsys):
@@ -69,12 +69,12 @@ def test_the_commit_is_built_and_described(commit, monkeypatch, tmp_path, capsys
     assert pip[0][:4] == [sys.executable, "-m", "pip", "wheel"]
     assert pip[1]["env"]["QLORA_KERNELS_CUDA_ARCHS"] == "75;80"
     assert pip[1]["env"]["CCACHE_DISABLE"] == "1"
-    found = json.loads((tmp_path / "wheel.json").read_text())
-    assert (found["wheel"], found["modified"], found["complete"]) == (NAME, False, True)
-    assert found["archs"] == static.by_architecture(ROWS)
-    assert found["build_seconds"] >= 0
+    result = json.loads((tmp_path / "wheel.json").read_text())
+    assert (result["wheel"], result["modified"], result["complete"]) == (NAME, False, True)
+    assert result["archs"] == static.by_architecture(ROWS)
+    assert result["build_seconds"] >= 0
     table = capsys.readouterr().out
-    assert table.strip() == tables.wheel_table(found, "wheel.json")
+    assert table.strip() == tables.wheel_table(result, "wheel.json")
     assert table.startswith(
         f"`{NAME}`: 1.0 MiB, 3.0 unpacked, built in 0 s of processor time, all cores together, on some (v"
     )

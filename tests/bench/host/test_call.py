@@ -11,10 +11,10 @@ from qlora_kernels.ops import backends
 def test_all_calls_are_timed(tmp_path, capsys):
     assert call.main(["--out", str(tmp_path / "host.json"), "--repeats", "1", "--number", "1"]) == 0
     assert backends.forced_backend() is None
-    found = json.loads((tmp_path / "host.json").read_text())["cases"]
-    assert len(found) == len(call.ADAPTERS) * 9
-    assert all(case["us"] > 0 for case in found)
-    launches = {(case["call"], case["adapter"]): case["launches"] for case in found}
+    cases = json.loads((tmp_path / "host.json").read_text())["cases"]
+    assert len(cases) == len(call.ADAPTERS) * 9
+    assert all(case["us"] > 0 for case in cases)
+    launches = {(case["call"], case["adapter"]): case["launches"] for case in cases}
     # The product; u before it. In backward dx; v and dB with their sum, and dA.
     assert launches["forward, no_grad", "none"] == launches["backward alone", "none"] == 1
     assert launches["forward, no_grad", "bfloat16"] == 2

@@ -160,9 +160,9 @@ def test_adapters_of_the_latency_table():
         assert count == pytest.approx(11e6, rel=0.01)
         model = gpt2_forward.base_model(gpt2_forward.SIZES["tiny"], 8)
         gpt2_forward.add_adapters(model, gpt2_forward.SIZES["tiny"], houlsby)
-        found = [module for module in model.modules() if isinstance(module, gpt2_forward.Adapter)]
-        assert len(found) == len(model.h) * (2 if houlsby else 1)
-        assert all((one.norm is None) == houlsby for one in found)
+        adapters = [module for module in model.modules() if isinstance(module, gpt2_forward.Adapter)]
+        assert len(adapters) == len(model.h) * (2 if houlsby else 1)
+        assert all((one.norm is None) == houlsby for one in adapters)
 
 
 def test_base_of_the_latency_table_computes_what_gpt2_does():

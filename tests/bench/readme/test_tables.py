@@ -33,12 +33,12 @@ def test_the_documents_show_the_newest_results():
     assert not stale, f"{', '.join(stale)}: out of date; run: python -m bench.readme.tables"
     for pattern, page in tables.PAGES.items():
         path = tables.newest(pattern)
-        found = page.load(path)
+        result = page.load(path)
         for name, table in page.tables.items():
             document = tables.page_of(name, texts)
-            assert table(found, tables.link(path, document)) in texts[document]
-        assert found["complete"]
-        assert found["modified"] is False, "a result that is quoted is of a commit"
+            assert table(result, tables.link(path, document)) in texts[document]
+        assert result["complete"]
+        assert result["modified"] is False, "a result that is quoted is of a commit"
 
 
 def test_readme_has_the_headline_and_no_other_table():

@@ -83,8 +83,8 @@ def sampled(noise: Callable[[], float], name: str, median: float, rounds: int, c
     """A contender with samples of some noise about the median; it may be the same for all calls of a round."""
     seconds = []
     for _ in range(rounds):
-        found = [noise()] * calls if shared else [noise() for _ in range(calls)]
-        seconds += [median * (1 + one) for one in found]
+        noises = [noise()] * calls if shared else [noise() for _ in range(calls)]
+        seconds += [median * (1 + one) for one in noises]
     q = quantiles_of(seconds)
     return contender(name, q[50], samples=len(seconds), q20_ms=q[20], q80_ms=q[80])
 
@@ -305,8 +305,8 @@ def test_a_file_that_was_cut_off_is_refused_wherever(tmp_path):
 
 def block_step(*peaks: int | None) -> dict:
     parts = {"weights": 4_000_000, "adapters": 10, "gradients": 10, "optimizer states": 40}
-    found = [contender(f"{i}", 1.0, peak_allocated=peak, parts=parts) for i, peak in enumerate(peaks)]
-    return run_of(case_of(*found, point=Point("block_step", m=16, rank=4, model="tiny")))
+    contenders = [contender(f"{i}", 1.0, peak_allocated=peak, parts=parts) for i, peak in enumerate(peaks)]
+    return run_of(case_of(*contenders, point=Point("block_step", m=16, rank=4, model="tiny")))
 
 
 class Axes:

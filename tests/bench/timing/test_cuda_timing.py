@@ -62,10 +62,10 @@ def test_a_call_that_cannot_be_captured_is_timed_by_events():
             function()
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    found = cuda_timing.measure(Refusing(), [cuda_timing.Timed("a", lambda i: None, 3, 1000)], 0.0)[0]
-    assert found["no_graph"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
-    assert found["graph_us"] is None
-    assert found["us"] == found["event_us"]["median"] == 1.0
+    timing = cuda_timing.measure(Refusing(), [cuda_timing.Timed("a", lambda i: None, 3, 1000)], 0.0)[0]
+    assert timing["no_graph"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
+    assert timing["graph_us"] is None
+    assert timing["us"] == timing["event_us"]["median"] == 1.0
 
 
 def test_copies_exceed_the_cache_several_times():

@@ -86,9 +86,9 @@ def test_where_this_package_fails_in_a_timed_call_others_are_measured():
     measurement = Measurement(case, TINY, POINT)
     measurement.runners[0].ready = replace(measurement.runners[0].ready, call=lambda i: 1 / 0)
     assert math.isnan(measurement.round())
-    found = measurement.result()
-    assert failed_ours(found) == "ZeroDivisionError: division by zero"
-    assert found["contenders"][1]["samples"] == Measurement.CALLS
+    result = measurement.result()
+    assert failed_ours(result) == "ZeroDivisionError: division by zero"
+    assert result["contenders"][1]["samples"] == Measurement.CALLS
 
 
 def test_where_everybody_fails_each_reason_is_told():
