@@ -58,7 +58,9 @@ def test_a_wrong_answer_is_found(monkeypatch, name, twist, problem):
     clean = dict(case.operands)
     case.operands[name], case.twists[name] = any_tensor.ANYTHING[twist](rng, clean[name]), twist
     product = qk.linear
-    monkeypatch.setattr(qk, "linear", lambda x, w, b, A, B, **rest: product(clean["x"], w, b, clean["lora_A"], B, **rest))
+    monkeypatch.setattr(
+        qk, "linear", lambda x, w, b, A, B, **rest: product(clean["x"], w, b, clean["lora_A"], B, **rest)
+    )
     assert problem in any_tensor.run(case)
 
 
@@ -71,7 +73,12 @@ def freed(tensor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_freed_memory_is_refused_by_name(freed_name, dtype):
     weight = qk.quantize(torch.randn(32, 64), nested_table=qk.default_nested_table().clone())
-    operands = {"x": torch.randn(2, 64), "bias": torch.randn(32), "lora_A": torch.randn(4, 64), "lora_B": torch.randn(32, 4)}
+    operands = {
+        "x": torch.randn(2, 64),
+        "bias": torch.randn(32),
+        "lora_A": torch.randn(4, 64),
+        "lora_B": torch.randn(32, 4),
+    }
     operands = {name: operand.to(dtype) for name, operand in operands.items()}
     qk.linear(weight=weight, **operands)  # the weight has been checked, and is remembered
     freed(operands[freed_name] if freed_name in operands else getattr(weight, freed_name))
@@ -131,6 +138,8 @@ def test_negatives_and_zeros_without_memory():
     assert torch.equal(qk.linear(torch._neg_view(-x), weight, imaginary), expected)
     zeros = torch._efficientzerotensor(x.shape)
     assert torch.equal(qk.linear(zeros, weight, bias), bias.expand(2, 32))
-    negative = qk.NF4Weight(*weight.pieces[:2], torch._neg_view(-weight.nested_absmax), *weight.pieces[3:], weight.shape)
+    negative = qk.NF4Weight(
+        *weight.pieces[:2], torch._neg_view(-weight.nested_absmax), *weight.pieces[3:], weight.shape
+    )
     assert torch.equal(qk.linear(x, negative, bias), expected)
     assert torch.equal(negative.dequantize(), weight.dequantize())

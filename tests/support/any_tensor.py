@@ -214,7 +214,12 @@ OPERATIONS = ("forward", "forward", "backward", "backward", "quantize", "dequant
 
 def make_case(rng: random.Random) -> Case:
     dtype = rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    sizes = rng.choice((0, 1, 2, 5, 17)), rng.choice((1, 3, 33, 64)), rng.choice((1, 7, 64, 65, 192)), rng.choice((1, 4, 9))
+    sizes = (
+        rng.choice((0, 1, 2, 5, 17)),
+        rng.choice((1, 3, 33, 64)),
+        rng.choice((1, 7, 64, 65, 192)),
+        rng.choice((1, 4, 9)),
+    )
     case = Case(rng.choice(OPERATIONS), sizes, dtype)
     case.operands = _clean_operands(rng, case.operation, sizes, dtype)
     present = [name for name, operand in case.operands.items() if operand is not None]
@@ -225,7 +230,7 @@ def make_case(rng: random.Random) -> Case:
             continue  # torch's own operations do not look for that either, and read what lies behind
         try:
             case.operands[name] = kinds[twist](rng, case.operands[name])
-        except Exception:  # noqa: BLE001 - torch has no such form of this tensor
+        except Exception:
             continue
         case.twists[name] = twist
     return case
@@ -295,7 +300,7 @@ def _expected(case: Case, values: dict[str, Tensor | None]) -> list[Tensor] | No
         x, bias, A, B = leaves
         y = dense_linear(x, dense.double(), bias) + 0.5 * dense_linear(dense_linear(x, A), B)
         return [y] if case.operation == "forward" else [y, *torch.autograd.grad(y, leaves, values["dy"].double())]
-    except Exception:  # noqa: BLE001 - torch's answer is that there is none
+    except Exception:
         return None
 
 
@@ -330,7 +335,7 @@ def run(case: Case) -> str | None:
         if case.may_be_refused:
             return None if str(error).strip() else f"an error without a word: {type(error).__name__}"
         return f"refused: {type(error).__name__}: {error}"
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is reported
+    except BaseException as error:
         return f"raised {type(error).__name__}: {error}"
     for name, before in values.items():
         if name == "out" or before is None:
