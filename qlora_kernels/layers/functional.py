@@ -233,8 +233,9 @@ def linear(
     """
     if not isinstance(weight, NF4Weight):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"weight should be an NF4Weight, as quantize() gives, found {type(weight).__name__}")
-    for name, tensor in (("x", x), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B), ("seed", seed)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or tensor is x):
+    given = (("x", x), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B), ("seed", seed))
+    for name, tensor in given:
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
             raise TypeError(f"{name} should be a tensor, found {type(tensor).__name__}")
     if lora_A is None and lora_B is None and 0.0 < dropout < 1.0:
         dropout = 0.0  # nothing to drop, and no seed to ask for
