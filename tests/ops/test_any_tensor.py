@@ -3,9 +3,11 @@
 More cases than here, from a seed of one's own: ``python tests/support/any_tensor.py SEED FIRST LAST``.
 """
 
+import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import any_tensor
 import pytest
@@ -17,7 +19,8 @@ import qlora_kernels as qk
 def attack(seed, first, last):
     """Runs cases in a process of its own; returns what went wrong, or an empty string."""
     command = [sys.executable, any_tensor.__file__, str(seed), str(first), str(last)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"PYTHONPATH": str(Path(qk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     lines = done.stdout.splitlines()
     wrong = [line for line in lines if line.startswith("WRONG")]
     if done.returncode not in (0, 1):
@@ -58,9 +61,11 @@ def test_a_wrong_answer_is_found(monkeypatch, name, twist, problem):
     clean = dict(case.operands)
     case.operands[name], case.twists[name] = any_tensor.ANYTHING[twist](rng, clean[name]), twist
     product = qk.linear
-    monkeypatch.setattr(
-        qk, "linear", lambda x, w, b, A, B, **rest: product(clean["x"], w, b, clean["lora_A"], B, **rest)
-    )
+
+    def careless(x, weight, bias, lora_A, lora_B, **rest):
+        return product(clean["x"], weight, bias, clean["lora_A"], lora_B, **rest)
+
+    monkeypatch.setattr(qk, "linear", careless)
     assert problem in any_tensor.run(case)
 
 
@@ -73,13 +78,8 @@ def freed(tensor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_freed_memory_is_refused_by_name(freed_name, dtype):
     weight = qk.quantize(torch.randn(32, 64), nested_table=qk.default_nested_table().clone())
-    operands = {
-        "x": torch.randn(2, 64),
-        "bias": torch.randn(32),
-        "lora_A": torch.randn(4, 64),
-        "lora_B": torch.randn(32, 4),
-    }
-    operands = {name: operand.to(dtype) for name, operand in operands.items()}
+    shapes = {"x": (2, 64), "bias": (32,), "lora_A": (4, 64), "lora_B": (32, 4)}
+    operands = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
     qk.linear(weight=weight, **operands)  # the weight has been checked, and is remembered
     freed(operands[freed_name] if freed_name in operands else getattr(weight, freed_name))
     with pytest.raises(RuntimeError, match=rf"{freed_name} needs \d+ bytes of memory, and its storage holds 0"):
@@ -143,3 +143,12 @@ def test_negatives_and_zeros_without_memory():
     )
     assert torch.equal(qk.linear(x, negative, bias), expected)
     assert torch.equal(negative.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes_of_pieces_do_not_matter(dtype, double_quant):
+    """Constants as a column, for one."""
+    weight = qk.quantize(torch.randn(2, 192), double_quant)
+    columns = (None if piece is None else piece[:, None] for piece in weight.pieces)
+    assert torch.equal(qk.NF4Weight(*columns, weight.shape).dequantize(dtype), weight.dequantize(dtype))
