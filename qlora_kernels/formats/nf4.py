@@ -326,7 +326,7 @@ def quantize(
         ValueError,
         "nested_table was given, but double_quant=False has no use for it",
     )
-    weight = weight.detach().contiguous()
+    weight = dispatcher.contiguous(name, weight.detach())
     if double_quant:
         if nested_table is None:
             nested_table = default_nested_table(weight.device)

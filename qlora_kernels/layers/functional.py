@@ -65,9 +65,10 @@ def _compute_gradients(
     bias_dtype: torch.dtype | None,
 ) -> _Gradients:
     need_dx, need_dbias, need_dA, need_dB = needs
-    dy = dy.contiguous()
+    dy = dispatcher.contiguous("the gradient of the output", dy)
     dx = dbias = dA = dB = None
     if need_dbias:
+        dispatcher.require_memory("the gradient of the output", dy)
         rows = dy if dy.dim() == 2 else dy.reshape(-1, weight.n)
         dbias = rows.sum(0, dtype=torch.float32 if dy.dtype != torch.float64 else None).to(bias_dtype)
     if need_dx or need_dA or need_dB:
@@ -92,7 +93,7 @@ class _Linear(torch.autograd.Function):
         weight: ops.Operand,
         lora: LoraTerm | None,
     ) -> Tensor:
-        x = x.contiguous()
+        x = dispatcher.contiguous("x", x)
         needs: _Needs = ctx.needs_input_grad[:4]
         y, u = fused.forward(x, weight, bias, lora, needs[3])
         _, _, scaling, dropout, seed = NO_LORA if lora is None else lora
@@ -232,6 +233,10 @@ def linear(
     """
     if not isinstance(weight, NF4Weight):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"weight should be an NF4Weight, as quantize() gives, found {type(weight).__name__}")
+    given = (("x", x), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B), ("seed", seed))
+    for name, tensor in given:
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
+            raise TypeError(f"{name} should be a tensor, found {type(tensor).__name__}")
     if lora_A is None and lora_B is None and 0.0 < dropout < 1.0:
         dropout = 0.0  # nothing to drop, and no seed to ask for
     return linear_on(x, weight.operand(), bias, make_term(lora_A, lora_B, scaling, dropout, seed))
@@ -256,7 +261,7 @@ def linear_on(x: Tensor, weight: ops.Operand, bias: Tensor | None = None, lora: 
         or (bias is not None and bias.requires_grad)
     )
     if not wanted:
-        return fused.forward(x.contiguous(), weight, bias, lora, False)[0]
+        return fused.forward(dispatcher.contiguous("x", x), weight, bias, lora, False)[0]
     if compiling:
         lora_A, lora_B, scaling, dropout, seed = NO_LORA if lora is None else lora
         rows = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
@@ -291,12 +296,12 @@ def _autocast(x: Tensor, bias: Tensor | None, lora: LoraTerm | None) -> tuple[Te
         return x, bias, lora
     dtype = torch.get_autocast_dtype(device)
     if bias is not None:
-        bias = _cast(bias, dtype)
+        bias = _cast("bias", bias, dtype)
     if lora is not None:
-        lora = lora._replace(A=_cast(lora.A, dtype), B=_cast(lora.B, dtype))
-    return x.to(dtype), bias, lora
+        lora = lora._replace(A=_cast("lora_A", lora.A, dtype), B=_cast("lora_B", lora.B, dtype))
+    return dispatcher.convert("x", x, dtype), bias, lora
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """To autocast's dtype, unless it is float32, which the kernels take and cast inside."""
-    return tensor if tensor.dtype == torch.float32 else tensor.to(dtype)
+    return tensor if tensor.dtype == torch.float32 else dispatcher.convert(name, tensor, dtype)

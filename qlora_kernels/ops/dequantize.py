@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, dispatcher
 from .library import LINEAR_DTYPES, WEIGHT, define, fake
 from .weight import Operand, check_weight
 
@@ -70,6 +70,7 @@ def _dequantize_out(*arguments: Any) -> None:
     weight = Operand(tuple(pieces), n, k)
     weight.check()
     _check_dequantize_out(weight, row_begin, row_end, out)
+    dispatcher.require_memory("out", out)
     begin, end = _address_range(out)
     for piece in pieces:
         if piece is not None:

@@ -55,15 +55,77 @@ def are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
 
 def is_idle(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
     """Whether the dispatcher has only to find the kernel for operands on the CPU or a CUDA device: all of them are
-    ordinary tensors, and no mode, transform, tracer or profiler is watching."""
-    return (
-        not _is_compiling()
-        and (x.is_cpu or x.is_cuda)
-        and _len_torch_dispatch_stack() == 0
-        and _len_torch_function_stack() == 0
-        and innermost_transform() is None
-        and _get_tracing_state() is None
-        and not _profiler_enabled()
-        and type(x) in _PLAIN
-        and _PLAIN.issuperset(map(type, others))
-    )
+    ordinary tensors in memory, and no mode, transform, tracer or profiler is watching.
+
+    Not so where the storage has been freed, where a tensor of zeros never had one, and where a bit says that the
+    numbers are the negatives of those in memory (``torch._neg_view``, the imaginary part of a conjugate).
+    """
+    if (
+        _is_compiling()
+        or not (x.is_cpu or x.is_cuda)
+        or _len_torch_dispatch_stack() != 0
+        or _len_torch_function_stack() != 0
+        or innermost_transform() is not None
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+        or type(x) not in _PLAIN
+        or not _PLAIN.issuperset(map(type, others))
+    ):
+        return False
+    try:
+        for t in (x, *others):
+            if t is not None and (t.is_neg() or (t.data_ptr() == 0 and t.numel() != 0)):
+                return False
+    except RuntimeError:  # from a tensor without storage: a sparse one, or the wrapper that a transform has left
+        return False
+    return True
+
+
+def require_memory(name: str, tensor: Tensor | None) -> None:
+    """Refuses a tensor whose storage has been freed or cut, where torch itself would read what isn't there.
+
+    To be called before torch copies a tensor, and before a kernel gets its address; not on the way of every call.
+
+    Raises:
+        RuntimeError: naming the tensor.
+    """
+    if (
+        tensor is None
+        or type(tensor) not in _PLAIN
+        or _is_compiling()
+        or tensor.layout is not torch.strided
+        or tensor.is_meta
+        or tensor._is_zerotensor()
+        or _C._functorch.is_functorch_wrapped_tensor(tensor)
+        or tensor.numel() == 0
+    ):
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    held = tensor.untyped_storage().nbytes()
+    if held < needed:
+        raise RuntimeError(
+            f"{name} needs {needed} bytes of memory, and its storage holds {held}: it was freed or made smaller "
+            "(untyped_storage().resize_), as FSDP frees parameters between passes"
+        )
+
+
+def contiguous(name: str, tensor: Tensor) -> Tensor:
+    """``tensor.contiguous()``, after :func:`require_memory` where that copies."""
+    if tensor.is_contiguous():
+        return tensor
+    require_memory(name, tensor)
+    return tensor.contiguous()
+
+
+def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, after :func:`require_memory` where that copies."""
+    if tensor.dtype is dtype:
+        return tensor
+    require_memory(name, tensor)
+    return tensor.to(dtype)
+
+
+def with_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or if it is one of zeros without memory a copy: the dispatcher makes one with strides of 0."""
+    return tensor.clone() if not _is_compiling() and tensor._is_zerotensor() else tensor

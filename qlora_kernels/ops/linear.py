@@ -34,6 +34,13 @@ def _check_activation(name: str, x: Tensor, columns: int, device: torch.device) 
         raise ValueError(f"{name} should be contiguous")
 
 
+def _require_memory(lora: LoraTerm | None, **operands: Tensor | None) -> None:
+    if lora is not None:
+        operands |= {"lora_A": lora.A, "lora_B": lora.B, "the seed": lora.seed}
+    for name, operand in operands.items():
+        dispatcher.require_memory(name, operand)
+
+
 # ------------------------------------------------------------------------------------------------------------ forward
 
 
@@ -84,6 +91,7 @@ def _forward_operands(
 
 def _linear_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, weight, bias, lora = _forward_operands(*arguments)
+    _require_memory(lora, x=x, bias=bias)
     y, u = _run_forward(x, weight, bias, lora, True)
     return y, x.new_empty(x.shape[0], 0) if u is None else u
 
@@ -179,6 +187,7 @@ def _backward_operands(
 
 def _linear_backward(*arguments: Any) -> tuple[Tensor, ...]:
     dy, weight, x, u, lora, needs = _backward_operands(*arguments)
+    _require_memory(lora, dy=dy, x=x, u=u)
     gradients = _run_backward(dy, weight, x, u, lora, needs)
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -220,6 +229,7 @@ def forward(
     others = (bias,) if lora is None else (bias, lora.A, lora.B, lora.seed)
     if dispatcher.is_idle(x, others) and weight.is_plain():
         return _run_forward(x, weight, bias, lora, keep_u)
+    x = dispatcher.with_memory(x)
     rows = x if x.dim() == 2 else x.reshape(-1, weight.k)
     arguments = (rows, *weight.pieces, weight.n, bias, *(NO_LORA if lora is None else lora))
     if torch.compiler.is_compiling():
@@ -237,9 +247,10 @@ def backward(
     others = (x, u) if lora is None else (x, u, lora.A, lora.B, lora.seed)
     if dispatcher.is_idle(dy, others) and weight.is_plain():
         return _run_backward(dy, weight, x, u, lora, needs)
+    dy = dispatcher.with_memory(dy)
     rows = dy if dy.dim() == 2 else dy.reshape(-1, weight.n)
-    if x is not None and x.dim() != 2:
-        x = x.reshape(-1, weight.k)
+    if x is not None:
+        x = dispatcher.with_memory(x).reshape(-1, weight.k)
     term = NO_LORA if lora is None else lora
     dx, dA, dB = linear_backward(rows, *weight.pieces, weight.k, x, u, *term, *needs)
     if dy.dim() != 2 and needs[0]:

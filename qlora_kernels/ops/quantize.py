@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import backends
+from . import backends, dispatcher
 from .library import define, fake
 
 
@@ -22,6 +22,7 @@ def _check_quantize(weight: Tensor) -> None:
 
 def _quantize(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     _check_quantize(weight)
+    dispatcher.require_memory(name, weight)
     return backends.backend_for(weight).quantize(weight, name)
 
 
@@ -78,6 +79,8 @@ def _check_quantize_absmax(absmax: Tensor, nested_table: Tensor) -> None:
 
 def _quantize_absmax(absmax: Tensor, nested_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_quantize_absmax(absmax, nested_table)
+    dispatcher.require_memory("absmax", absmax)
+    dispatcher.require_memory("nested_table", nested_table)
     return backends.backend_for(absmax).quantize_absmax(absmax, nested_table)
 
 
@@ -107,6 +110,8 @@ def _quantize_nested(
     weight: Tensor, nested_table: Tensor, name: str = "weight"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_quantize_nested(weight, nested_table)
+    dispatcher.require_memory(name, weight)
+    dispatcher.require_memory("nested_table", nested_table)
     return backends.backend_for(weight).quantize_nested(weight, nested_table, name)
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from .dispatcher import are_plain
+from .dispatcher import are_plain, require_memory
 
 #: packed, absmax, nested_absmax, nested_offset and nested_table; the last three None without double quantization.
 Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+_NAMES = ("packed", "absmax", "nested_absmax", "nested_offset", "nested_table")
 
 
 def _blocks(n: int, k: int) -> int:
@@ -118,6 +119,26 @@ def _explain_weight(
             raise RuntimeError(f"an NF4 weight is frozen and has no gradient, but {name} asks for one")
 
 
+def _is_lazy(piece: Tensor | None) -> bool:
+    """Whether its elements are computed as they are read: negatives, or zeros without memory."""
+    return piece is not None and (piece.is_neg() or piece._is_zerotensor())
+
+
+def _check_memory(pieces: Pieces) -> None:
+    """Checks that the kernels find the pieces' elements at their addresses.
+
+    Raises:
+        RuntimeError: for a piece without its memory.
+        ValueError: for one whose elements are the negatives of those in memory, or a tensor of zeros without memory.
+    """
+    for name, piece in zip(_NAMES, pieces, strict=True):
+        if piece is None:
+            continue
+        require_memory(name, piece)
+        if _is_lazy(piece):
+            raise ValueError(f"{name} is computed when it is read, and has no elements in memory; give {name}.clone()")
+
+
 def same_pieces(left: Pieces, right: Pieces) -> bool:
     """Whether these are the same tensors: objects, not values."""
     return (
@@ -134,7 +155,7 @@ class Operand:
 
     Checking the pieces takes as long as launching a kernel, and they hardly ever change. So a check stays valid while
     the pieces keep their addresses and sizes, and so does the struct passed to the kernels. Replacing their data
-    (``.data = ...``, a move to another device, a freed storage) changes the addresses.
+    (``.data = ...``, a move to another device) changes the addresses, and so does freeing or resizing a storage.
 
     Attributes:
         pieces: see :data:`Pieces`.
@@ -145,10 +166,13 @@ class Operand:
     __slots__ = ("_checked", "_is_plain", "_native", "device", "k", "n", "pieces")
 
     def __init__(self, pieces: Pieces, n: int, k: int) -> None:
+        for name, piece in zip(_NAMES, pieces, strict=True):
+            if not isinstance(piece, Tensor) and (piece is not None or name in ("packed", "absmax")):
+                raise TypeError(f"{name} of a quantized weight should be a tensor, found {type(piece).__name__}")
         self.pieces, self.n, self.k = pieces, n, k
         #: Where the pieces lie.
         self.device = pieces[0].device
-        # The addresses, then the elements of packed and absmax, that a check has found to be right.
+        # The pieces' addresses, then their bytes, that a check has found to be right.
         self._checked: tuple[int, ...] | None = None
         # The struct for the kernels, its class, and what of _checked it was made from.
         self._native: tuple[Any, Any, tuple[int, ...]] | None = None
@@ -163,7 +187,12 @@ class Operand:
         packed, absmax, nested_absmax, nested_offset, nested_table = self.pieces
         # Bytes cannot ask for a gradient.
         if nested_absmax is None or nested_offset is None or nested_table is None:
-            place = (packed.data_ptr(), absmax.data_ptr(), packed.numel(), absmax.numel())
+            place = (
+                packed.data_ptr(),
+                absmax.data_ptr(),
+                packed.nbytes,
+                absmax.nbytes,
+            )
             if place == self._checked and not absmax.requires_grad:
                 return
         else:
@@ -173,14 +202,18 @@ class Operand:
                 nested_absmax.data_ptr(),
                 nested_offset.data_ptr(),
                 nested_table.data_ptr(),
-                packed.numel(),
-                absmax.numel(),
+                packed.nbytes,
+                absmax.nbytes,
+                nested_absmax.nbytes,
+                nested_offset.nbytes,
+                nested_table.nbytes,
             )
             if place == self._checked and not (
                 nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad
             ):
                 return
         check_weight(*self.pieces, self.n, self.k)
+        _check_memory(self.pieces)
         self.device = packed.device
         self._checked = place
 
@@ -193,7 +226,7 @@ class Operand:
         if checked is None:
             self.check()
             return self.native(kind)
-        packed, absmax, *nested = checked[:-2]
+        packed, absmax, *nested = checked[: len(checked) // 2]
         nested_absmax, nested_offset, nested_table = nested or (0, 0, 0)
         made = kind(
             {
@@ -211,8 +244,9 @@ class Operand:
         return made
 
     def is_plain(self) -> bool:
-        """Whether the pieces are ordinary tensors; subclasses may intercept operations."""
-        self._is_plain = self._is_plain or are_plain(self.pieces)
+        """Whether the pieces are ordinary tensors in memory: subclasses may intercept operations, and negatives and
+        zeros without memory are the dispatcher's to resolve."""
+        self._is_plain = self._is_plain or (are_plain(self.pieces) and not any(map(_is_lazy, self.pieces)))
         return self._is_plain
 
     def versions(self) -> tuple[int, ...] | None:

@@ -30,15 +30,18 @@ def levels() -> Tensor:
 
 def decode_absmax(pieces: Pieces) -> Tensor:
     """The float32 constants [blocks]: table[code] * nested_absmax + offset, a rounded multiply, then a rounded add."""
+    # The kernels see elements, not shapes: a piece may be [blocks, 1], as bitsandbytes has some.
     _, absmax, nested_absmax, nested_offset, nested_table = pieces
+    absmax = absmax.flatten()
     if nested_absmax is None or nested_offset is None or nested_table is None:
         return absmax
-    return nested_table[absmax.long()] * nested_absmax.repeat_interleave(256)[: absmax.numel()] + nested_offset
+    scales = nested_absmax.flatten().repeat_interleave(256)[: absmax.numel()]
+    return nested_table.flatten()[absmax.long()] * scales + nested_offset.flatten()
 
 
 def decode(pieces: Pieces, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """The dense weight [n, k]: round_to_dtype(float32(level) * float32(absmax))."""
-    packed = pieces[0]
+    packed = pieces[0].flatten()
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: n * k].long()
     scales = decode_absmax(pieces).repeat_interleave(64)[: n * k]
     return (levels().to(packed.device)[codes] * scales).to(dtype).view(n, k)
