@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_runs.cases import POINT, POINTS, TINY, limits_case, measured
+from bench_runs.cases import POINT, TINY, limits_case, measured, small_point
 
 from qlora_kernels.bench import command, options, worker
 from qlora_kernels.bench.case import OURS, Settings
@@ -120,6 +120,7 @@ def no_processes(monkeypatch):
     return Here
 
 
+DEQUANTIZE, DEQUANTIZE_HALF = small_point("dequantize"), small_point("dequantize", dtype="float16")
 TINY_ARGUMENTS = [
     "--operations",
     "dequantize,linear_step",
@@ -170,7 +171,9 @@ def test_who_ends_it_leaves_what_was_measured(end, code, tmp_path, capsys, monke
 
     monkeypatch.setattr(no_processes, "measure", interrupted)
     arguments = [*TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]
-    monkeypatch.setattr(options, "points_of", lambda namespace: [POINTS[2], POINTS[12], POINTS[3]])
+    monkeypatch.setattr(
+        options, "points_of", lambda namespace: [DEQUANTIZE, small_point("linear_step", rank=4), DEQUANTIZE_HALF]
+    )
     assert main(["bench", *arguments]) == code
     run = results.load(tmp_path / "x.jsonl")
     assert not run["complete"]
@@ -193,7 +196,7 @@ def test_ctrl_c_before_the_first_case_leaves_an_old_result(tmp_path, capsys, mon
 
 def test_failure_of_this_package_is_the_commands(tmp_path, capsys, monkeypatch, no_processes):
     def failing(self, point, *more):
-        case = {**measured(POINTS[2]), **point.as_dict()}
+        case = {**measured(DEQUANTIZE), **point.as_dict()}
         return {**case, "contenders": [{"name": OURS, "failed": "out of luck"}, *case["contenders"][1:]]}
 
     monkeypatch.setattr(no_processes, "measure", failing)
@@ -291,7 +294,7 @@ def test_time_is_kept(monkeypatch):
     """What no longer fits is named, not forgotten."""
     clock = itertools.chain([0.0], itertools.repeat(59.0))
     monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
-    cases = list(command.run([POINTS[2], POINTS[3]], TINY, minutes=1.0))
+    cases = list(command.run([DEQUANTIZE, DEQUANTIZE_HALF], TINY, minutes=1.0))
     assert all(case["left_out"] for case in cases)
     assert cases[0]["failed"] == "left out: the 1 minutes were over"
 
@@ -303,11 +306,18 @@ def test_shares_of_the_time(monkeypatch, no_processes):
     def measure(self, point, settings, progress, without):
         given.append((settings.seconds, self.deadline))
         now[0] += 30.0
-        return {**measured(POINTS[2]), "other_processes": 0.9}
+        return {**measured(DEQUANTIZE), "other_processes": 0.9}
 
     monkeypatch.setattr(no_processes, "measure", measure)
     monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
-    cases = list(command.run([*POINTS[2:4], POINTS[4]], replace(TINY, seconds=100.0), minutes=1.2, retries=9))
+    cases = list(
+        command.run(
+            [DEQUANTIZE, DEQUANTIZE_HALF, small_point("dequantize_out")],
+            replace(TINY, seconds=100.0),
+            minutes=1.2,
+            retries=9,
+        )
+    )
     # 72 seconds for three cases, half of a share for its preparation. The first is measured three times, and no more.
     assert given == [(12.0, 72.0)] * 3
     assert ["left_out" in case for case in cases] == [False, True, True]
@@ -338,9 +348,9 @@ def test_an_attempt_that_fails_is_not_the_quietest(monkeypatch, no_processes):
 def test_an_attempt_in_which_this_package_fails_is_not_the_quietest(monkeypatch, no_processes):
     cases = iter(
         [
-            {**measured(POINTS[2]), "other_processes": 0.4},
-            {**measured(POINTS[2]), "other_processes": 0.1, "contenders": [{"name": OURS, "failed": "why"}]},
-            {**measured(POINTS[2]), "other_processes": None},
+            {**measured(DEQUANTIZE), "other_processes": 0.4},
+            {**measured(DEQUANTIZE), "other_processes": 0.1, "contenders": [{"name": OURS, "failed": "why"}]},
+            {**measured(DEQUANTIZE), "other_processes": None},
         ]
     )
     monkeypatch.setattr(no_processes, "measure", lambda self, *more: next(cases))

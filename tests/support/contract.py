@@ -37,7 +37,7 @@ def worst_tile_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_within_contract(actual: torch.Tensor, dense: torch.Tensor, exact: torch.Tensor, case: str) -> None:
-    """DESIGN's contract: at most 1.10 times the error of torch's dense layer, over all and in the worst tile."""
+    """At most 1.10 times the error of torch's dense layer, over all and in the worst tile (docs/design/numerics.md)."""
     assert actual.shape == exact.shape, case
     for metric in (relative_error, worst_tile_error):
         ours, theirs = metric(actual, exact), metric(dense, exact)

@@ -45,6 +45,7 @@ CARD_POINTS = (
     Point("adamw_step", "float32", rank=1, model="tiny"),
     *(Point(name, "float32", rank=10, model="tiny") for name in CARD_OPERATIONS),
 )
+POINT_OF = {point.operation: point for point in CARD_POINTS}
 #: Who takes part in these beside the peers that a CPU has, too.
 ONLY_HERE = {
     "quantize": {KERNEL, EQUAL_COPY},
@@ -111,7 +112,7 @@ def test_a_cards_cases_on_the_emulator(point):
 
 
 def test_a_copy_moves_as_many_bytes_as_this_package():
-    contenders = {one["name"]: one for one in measured(CARD_POINTS[1])["contenders"]}
+    contenders = {one["name"]: one for one in measured(POINT_OF["dequantize"])["contenders"]}
     assert abs(contenders[EQUAL_COPY]["bytes"] - contenders[OURS]["bytes"]) < 8
     blocks = 24 * 64 // 64
     assert contenders[OURS]["bytes"] == 24 * 64 * 2 + 24 * 64 // 2 + blocks + 4 + 4
@@ -122,7 +123,7 @@ def test_missing_bitsandbytes_says_so(monkeypatch):
 
     for name in ("bitsandbytes", "bitsandbytes.functional"):
         monkeypatch.setitem(sys.modules, name, None)
-    contenders = {one["name"]: one for one in measured(CARD_POINTS[1])["contenders"]}
+    contenders = {one["name"]: one for one in measured(POINT_OF["dequantize"])["contenders"]}
     assert contenders[BNB] == {"name": BNB, "failed": "not installed (bitsandbytes)"}
     assert "failed" not in contenders[OURS]
 
@@ -139,7 +140,7 @@ def test_a_gradient_that_is_wrong_is_not_timed(result, value, monkeypatch):
         return tuple(gradients)
 
     monkeypatch.setattr(ops, "linear_backward", wrong)
-    [ours] = measured(CARD_POINTS[6], only=OURS)["contenders"]
+    [ours] = measured(POINT_OF["linear_backward"], only=OURS)["contenders"]
     assert ours["failed"].startswith("wrong result")
 
 
@@ -155,12 +156,12 @@ def test_a_step_that_forgets_what_was_paged_out_is_not_timed(name, monkeypatch):
                 p.add_(1.0)
 
     monkeypatch.setattr(PagedAdamW, "page_out", forgetful)
-    [ours] = measured(CARD_POINTS[9], only=name)["contenders"]
+    [ours] = measured(POINT_OF["adamw_paged_step"], only=name)["contenders"]
     assert ours["failed"].startswith("wrong result")
 
 
 def test_what_the_link_copies_is_what_is_paged():
-    point = CARD_POINTS[9]
+    point = POINT_OF["adamw_paged_step"]
     with emulated(page_bytes=PAGE, forbid_faults=True):
         lab = lab_of(point)
         states = 8 * lab.adapter_tensors.count
@@ -191,7 +192,7 @@ def _native_of(ready):
 
 def test_a_full_card_is_left_alone(monkeypatch):
     monkeypatch.setattr(Lab, "free_bytes", lambda self: 10_000)
-    for point in CARD_POINTS[-3:]:
+    for point in (POINT_OF[name] for name in ("adamw_step", *CARD_OPERATIONS)):
         [ours] = measured(point, only=OURS)["contenders"]
         assert ours["failed"] == "RuntimeError: too little of the card is free"
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from bench_runs.cases import POINT, POINTS, TINY, WEIGHT, limits_case, measured
+from bench_runs.cases import POINT, POINTS, TINY, WEIGHT, limits_case, measured, small_point
 
 import qlora_kernels
 from qlora_kernels.bench import options
@@ -234,7 +234,7 @@ def test_an_optimizer_that_does_something_else_is_not_timed(case, changed, monke
 
 def test_a_layer_that_forgets_its_adapter_is_not_timed(monkeypatch):
     monkeypatch.setattr(qlora_kernels.QLinear, "forward", lambda self, x: qlora_kernels.linear(x, self.weight))
-    for point in (POINTS[8], POINTS[13], POINTS[-1]):
+    for point in (small_point("linear_forward", rank=4), small_point("decode"), small_point("gpt2_forward")):
         begun = begin(TINY, point)
         assert begun.runners[0].failure.startswith("wrong result")
 

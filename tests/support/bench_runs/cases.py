@@ -32,7 +32,18 @@ POINTS = (
     Point("linear_backward", m=20, rank=4, **WEIGHT),
     Point("gpt2_forward", m=6, rank=4, model="tiny", batch=3),
 )
-POINT = POINTS[5]
+
+
+def small_point(operation: str, **wanted) -> Point:
+    """The first of these points with an operation, and with attributes that are asked for."""
+    return next(
+        point
+        for point in POINTS
+        if point.operation == operation and all(getattr(point, name) == value for name, value in wanted.items())
+    )
+
+
+POINT = small_point("linear_forward", m=1)
 
 
 def measured(point: Point, settings: Settings = TINY) -> dict:
