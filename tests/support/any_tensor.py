@@ -310,8 +310,8 @@ def _expected(case: Case, values: dict[str, Tensor | None]) -> list[Tensor] | No
         return None
 
 
-#: Of the largest element of a result; a product's terms add up in float32 from operands of the dtype.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+#: Of the largest element of a result, or of 1. Wide: it tells wrong operands, not rounding, which other tests hold.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 0.1}
 
 
 def _differs(result: Any, expected: Tensor, tolerance: float) -> str | None:
