@@ -1,10 +1,11 @@
-"""What a card should take at least, beside what was measured: a prediction until a card has shown it."""
+"""What a card should take, beside what was measured: a prediction until a card has shown it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bench.compiled import predict
+from bench.compiled import model
+from bench.compiled.cards import CARDS, Card
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import DENSE, LINK
 from qlora_kernels.bench.report.ratios import find_contender
@@ -15,17 +16,20 @@ LAUNCH_US = 5.0
 STREAMS = ("quantize", "dequantize", "dequantize_out", "adamw_step", "adamw_8bit_step", "lion_step")
 
 
-def card_named(device: str) -> predict.Card | None:
+def card_named(device: str) -> Card | None:
     """The card that bench/compiled/predict.py knows by a device's name; None for others."""
     words = device.lower().replace("-", " ").split()
-    return next((card for name, card in predict.CARDS.items() if name in words), None)
+    return next((card for name, card in CARDS.items() if name in words), None)
 
 
-def predicted_us(case: dict[str, Any], contender: dict[str, Any], card: predict.Card) -> float | None:
-    """The least that a contender's call can take by a card's rates, in microseconds; None where there is no model."""
+def predicted_us(case: dict[str, Any], contender: dict[str, Any], card: Card) -> float | None:
+    """What a contender's call should take by a card's rates, in microseconds; None where there is no model.
+
+    For a dense product, and for what only moves bytes, it is the least that the call can take.
+    """
     operation, name = case["operation"], contender["name"]
     if operation == "linear_forward" and not case["rank"] and not case["k"] % 64 and name in (OURS, DENSE):
-        rates = predict.predict(card, case["m"], case["n"], case["k"])
+        rates = model.predict(card, case["m"], case["n"], case["k"])
         return rates["us" if name == OURS else "dense_us"]
     if operation in STREAMS and contender.get("bytes"):
         launch = 0.0 if operation.endswith("quantize") or operation.startswith("dequantize") else LAUNCH_US

@@ -9,6 +9,11 @@ issues in a step when all rows are aligned and no tile reaches past an edge:
 - both sides of a branch count;
 - on sm_120, a NOP between two HMMA does not count: the compiler inserts one when it has nothing else to issue, and the
   tensor core is busy for longer.
+
+A step is also cut into parts, because a barrier keeps some of its work from overlapping. What a warp issues after a
+barrier and before its first product is "alone": the tensor cores wait for it, as all warps leave the barrier together.
+What lies between its first and its last product is "beside" them. "decode" is decoding, wherever it lies, and all that
+only the decoding team does. Without a barrier in the loop, warps drift apart, and everything is "beside".
 """
 
 from __future__ import annotations
@@ -24,6 +29,16 @@ _DECODES = 8
 #: Classes by the first word of an opcode; Kind.decode tells which of the others decode.
 CLASSES = {"HMMA": "hmma", "LDSM": "ldsm", "LDS": "lds", "STS": "sts", "LDGSTS": "ldgsts"}
 _ALL = (*CLASSES.values(), "decode", "other")
+PARTS = ("alone", "beside", "decode")
+#: Opcodes by the pipe that executes them, by their first word: the integer and logic unit (ALU), and the unit that
+#: multiplies floats (FMA). Loads, jumps and the uniform datapath take issue slots alone.
+ALU = frozenset(
+    {"BMSK", "F2FP", "FMNMX", "FSEL", "FSETP", "I2FP", "IABS", "IADD", "IADD3", "IMNMX", "ISETP", "LEA", "LOP3", "MOV"}
+    | {"PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD", "VIMNMX"}
+)
+FMA = frozenset(["FADD", "FFMA", "FMUL", "HADD2", "HFMA2", "HMUL2"])
+#: IMAD also moves, shifts and adds; the compiler takes it to relieve the ALU. Half of them count for either pipe.
+SPLIT = frozenset(["IMAD"])
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,20 @@ class Graph:
         return seen
 
 
+@dataclass
+class Pipes:
+    """Instructions, and how many of them go through a pipe that takes fewer than 32 lanes a clock and scheduler."""
+
+    issue: float = 0.0
+    alu: float = 0.0
+    fma: float = 0.0
+
+    def add(self, name: str, times: float) -> None:
+        self.issue += times
+        self.alu += times * (name in ALU or 0.5 * (name in SPLIT))
+        self.fma += times * (name in FMA or 0.5 * (name in SPLIT))
+
+
 @dataclass(frozen=True)
 class Step:
     """What a warp issues in a step of the main loop, on average.
@@ -144,14 +173,18 @@ class Step:
     Attributes:
         counts: instructions by class: the values of CLASSES, "decode" and "other".
         slots_per_weight: instructions that decode, for each weight that a thread decodes.
+        parts: the same instructions by part of the step: PARTS.
+        decode_beside: which share of the decoding lies between products.
     """
 
     counts: dict[str, float]
     slots_per_weight: float
+    parts: dict[str, Pipes]
+    decode_beside: float
 
     @classmethod
     def nothing(cls) -> Step:
-        return cls(dict.fromkeys(_ALL, 0.0), 0.0)
+        return cls(dict.fromkeys(_ALL, 0.0), 0.0, {part: Pipes() for part in PARTS}, 0.0)
 
     @property
     def total(self) -> float:
@@ -182,9 +215,12 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
     if main is None:
         return None
     decoding &= main.blocks
-    times = _times(graph, main, decoding, kind, numbers)
+    times, team = _times(graph, main, decoding, kind, numbers)
+    between = _between_products([graph.blocks[start] for start in times])
     counts = dict.fromkeys(_ALL, 0.0)
+    parts = {part: Pipes() for part in PARTS}
     slots = 0
+    decoded_beside = 0.0
     padded = function.architecture.startswith("sm_12")
     for start, executions in times.items():
         instructions = graph.blocks[start].instructions
@@ -192,17 +228,48 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
         for i, one in enumerate(instructions):
             if padded and names[i : i + 3] == ["HMMA", "NOP", "HMMA"]:
                 continue
-            if start in decoding and _is_decoding(kind, one):
+            decodes = start in decoding and _is_decoding(kind, one)
+            if decodes:
                 counts["decode"] += executions
                 slots += 1
+                decoded_beside += executions * (one.address in between)
             else:
                 # "@!PT LDS" is padding that never loads.
                 counts["other" if one.predicate == "!PT" else CLASSES.get(one.name, "other")] += executions
-    return Step(counts, slots / kind.weights)
+            part = "decode" if decodes or start in team else "beside" if one.address in between else "alone"
+            parts[part].add(one.name, executions)
+    return Step(counts, slots / kind.weights, parts, decoded_beside / counts["decode"])
 
 
-def _times(graph: Graph, main: Loop, decoding: set[int], kind: Kind, numbers: list[int]) -> dict[int, float]:
-    """How often each block of the main loop runs in a step, on average."""
+def _between_products(blocks: list[Block]) -> set[int]:
+    """Addresses of a loop's instructions from the first to the last product after a barrier; all, if it has none.
+
+    Args:
+        blocks: of the loop, by address.
+    """
+    code = [one for block in blocks for one in block.instructions]
+    barriers = [i for i, one in enumerate(code) if one.name == "BAR"]
+    if not barriers:
+        return {one.address for one in code}
+    # The stretch after the last barrier goes on at the loop's beginning.
+    code = code[barriers[-1] :] + code[: barriers[-1]]
+    stretches: list[list[sass.Instruction]] = []
+    for one in code:
+        if one.name == "BAR":
+            stretches.append([])
+        stretches[-1].append(one)
+    between = set()
+    for stretch in stretches:
+        products = [i for i, one in enumerate(stretch) if one.name == "HMMA"]
+        if products:
+            between |= {one.address for one in stretch[products[0] : products[-1] + 1]}
+    return between
+
+
+def _times(
+    graph: Graph, main: Loop, decoding: set[int], kind: Kind, numbers: list[int]
+) -> tuple[dict[int, float], set[int]]:
+    """How often each block of the main loop runs in a step, on average, and the blocks that only a team enters."""
     copies = {start for start in main.blocks if graph.blocks[start].count("LDGSTS")}
     inner = [loop for loop in graph.loops if loop.blocks < main.blocks and loop.header != main.header]
     unaligned = {start for loop in inner if not loop.blocks & (copies | decoding) for start in loop.blocks}
@@ -218,9 +285,12 @@ def _times(graph: Graph, main: Loop, decoding: set[int], kind: Kind, numbers: li
                 times[start] *= kind.copies(numbers) / in_loop
     # Blocks that only decoding steps enter: those dominated by the highest optional block above the decoding.
     always = frozenset.intersection(*(graph.dominators[latch] for latch in main.latches))
+    team = set()
     for block in decoding - always:
         entry = min(graph.dominators[block] - always, key=lambda start: len(graph.dominators[start]))
         for start in kept:
             if entry in graph.dominators[start] and times[start] == 1.0:
                 times[start] = 1.0 / kind.every(numbers)
-    return times
+                if kind.every(numbers) > 1:
+                    team.add(start)
+    return times, team

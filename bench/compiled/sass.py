@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _FUNCTION = re.compile(r"^\s*Function : (\S+)")
 _ARCHITECTURE = re.compile(r"^\s*code for (sm_\w+)")
+_LANE_INDEX = re.compile(r"\[R\d")
 _TARGET = re.compile(r"(?:^|[\s(`])(0x[0-9a-f]+)\)?$")
 
 
@@ -49,6 +50,11 @@ class Function:
     def local_accesses(self) -> list[Instruction]:
         """Loads and stores in local memory: spilled registers, or arrays that did not fit into registers."""
         return self.named("LDL", "STL")
+
+    @property
+    def indexed_constants(self) -> list[Instruction]:
+        """Loads of constants whose address is in a register of the lane's own: a pass for each different address."""
+        return [one for one in self.named("LDC") if _LANE_INDEX.search(one.operands)]
 
     @property
     def count(self) -> int:

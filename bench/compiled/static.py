@@ -160,6 +160,9 @@ def rows(module: Path) -> list[dict[str, Any]]:
                 "stg128": wide["STG"],
                 "ldg": len(one.named("LDG")),
                 "stg": len(one.named("STG")),
+                "ldc_indexed": len(one.indexed_constants),
+                "membar_sc": sum(1 for i in one.named("MEMBAR") if ".SC" in i.opcode),
+                "cluster_barriers": len(one.named("UCGABAR_ARV")),
                 **loop_figures(names[one.symbol], one),
             }
         )
@@ -185,6 +188,8 @@ def loop_figures(kernel: str, code: sass.Function) -> dict[str, float]:
         **{f"step_{name}": count for name, count in step.counts.items()},
         "step_outside": step.outside,
         "slots_per_weight": step.slots_per_weight,
+        **{f"{part}_{pipe}": count for part in loops.PARTS for pipe, count in vars(step.parts[part]).items()},
+        "decode_beside": step.decode_beside,
     }
 
 
@@ -252,6 +257,9 @@ COLUMNS = {
     "ldg": "of LDG",
     "stg128": "STG.128",
     "stg": "of STG",
+    "ldc_indexed": "LDC by lane",
+    "membar_sc": "MEMBAR.SC",
+    "cluster_barriers": "cluster barriers",
 }
 
 LOOP_COLUMNS = {
@@ -265,6 +273,8 @@ LOOP_COLUMNS = {
     "step_outside": "outside",
     "slots_per_weight": "decode / weight",
 }
+
+PIPES = {"issue": "all", "alu": "ALU", "fma": "FMA"}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -287,6 +297,21 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["kernels"]:
         if "slots_per_weight" in row:
             cells = (f"{row[key]:.2f}".rstrip("0").rstrip(".") for key in LOOP_COLUMNS)
+            lines.append(f"| {row['kernel']} | {row['arch']} | {' | '.join(cells)} |")
+    columns = {f"{part}_{pipe}": f"{part}, {word}" for part in loops.PARTS for pipe, word in PIPES.items()}
+    columns["decode_beside"] = "decode beside"
+    lines += [
+        "\n## Main loops by pipe\n",
+        "The same instructions by part of a step: `alone` before the first product after a barrier, or after the last,",
+        "`beside` from the first product to the last, `decode` all decoding. ALU: integer and logic operations and",
+        "half of IMAD. FMA: float operations and the other half. The last column: the share of decoding that lies",
+        "between products.\n",
+        f"| kernel | arch | {' | '.join(columns.values())} |",
+        f"|{'---|' * 2}{'---:|' * len(columns)}",
+    ]
+    for row in result["kernels"]:
+        if "decode_beside" in row:
+            cells = (f"{row[key]:.2f}".rstrip("0").rstrip(".") for key in columns)
             lines.append(f"| {row['kernel']} | {row['arch']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

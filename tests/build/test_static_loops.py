@@ -184,3 +184,97 @@ def test_without_a_main_loop_there_is_none(before, after):
 def test_the_innermost_loop_is_taken():
     around = LISTING.replace("    EXIT", "    MOV R1, R2\n    @P3 BRA low\n    EXIT")
     assert step(around).counts == step(LISTING).counts
+
+
+# ---------------------------------------------------------------------------------------------- parts and pipes
+
+
+def test_a_step_is_cut_by_its_barrier_and_its_products():
+    parts = step(LISTING).parts
+    # The barrier and its jump, four copies of five; the jump around decoding and LDSM; the last jump.
+    assert vars(parts["alone"]) == {"issue": 2 + 4 * 6 + 2 + 1, "alu": 4, "fma": 0}
+    # Two products, and nothing between them.
+    assert vars(parts["beside"]) == {"issue": 2, "alu": 0, "fma": 0}
+    # Half of what the team does: 8 PRMT, LOP3, half of IMAD.SHL and of IMAD; LDS, STS, a jump and LDG go elsewhere.
+    assert vars(parts["decode"]) == {"issue": 0.5 * 15, "alu": 0.5 * 10, "fma": 0.5 * 1}
+    counted = step(LISTING)
+    assert sum(part.issue for part in parts.values()) == counted.total
+    assert counted.decode_beside == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "change"),
+    [
+        # Between the products; before them; in the team's part; after the loop.
+        ("    HMMA.16816.F32.BF16 R12", "    SHF.R.U32 R1, R2\n    HMMA.16816.F32.BF16 R12", ("beside", 1, 1, 0)),
+        ("    HMMA.16816.F32.BF16 R12", "    FFMA R1, R2\n    HMMA.16816.F32.BF16 R12", ("beside", 1, 0, 1)),
+        ("    HMMA.16816.F32.BF16 R12", "    LDSM.16.M88.4 R1, [R2]\n    HMMA.16816.F32.BF16 R12", ("beside", 1, 0, 0)),
+        ("decoded:", "decoded:\n    ISETP.GE.AND P1, R2", ("alone", 1, 1, 0)),
+        ("decoded:", "decoded:\n    IMAD.MOV.U32 R1, R2", ("alone", 1, 0.5, 0.5)),
+        ("decoded:", "decoded:\n    UIADD3 UR1, UR2", ("alone", 1, 0, 0)),
+        ("    @P2 BRA step", "    IADD3 R1, R2\n    @P2 BRA step", ("alone", 1, 1, 0)),
+        ("    STS.128 [R9], R24", "    STS.128 [R9], R24\n    PRMT R1, R2", ("decode", 0.5, 0.5, 0)),
+        ("    EXIT", "    IADD3 R1, R2\n    EXIT", ("alone", 0, 0, 0)),
+    ],
+)
+def test_what_is_added_goes_to_its_part_and_pipe(before, after, change):
+    assert LISTING.count(before) == 1
+    part, issue, alu, fma = change
+    old, new = step(LISTING).parts, step(LISTING.replace(before, after)).parts
+    more = {"issue": issue, "alu": alu, "fma": fma}
+    for name in loops.PARTS:
+        expected = {key: count + (more[key] if name == part else 0) for key, count in vars(old[name]).items()}
+        assert vars(new[name]) == expected, name
+
+
+ALL_DECODE = """
+step:
+    IADD3 R1, R1, R2
+    HMMA.16816.F32.BF16 R8, R4, R6, R8
+    HMMA.16816.F32.BF16 R12, R4, R6, R12
+    BAR.SYNC 0x0
+    PRMTS
+    MOV R1, R2
+    @P2 BRA step
+    EXIT
+"""
+
+
+def test_the_stretch_after_a_barrier_goes_on_at_the_loops_beginning():
+    kind = loops.Kind(decode=("PRMT",), weights=8)
+    apart = loops.step_of(assembled(ALL_DECODE), kind, [])
+    assert apart.decode_beside == 0
+    assert [apart.parts[name].issue for name in loops.PARTS] == [4, 2, 8]
+    # A second barrier before the products changes nothing: both stretches hold them, or none.
+    again = loops.step_of(assembled(ALL_DECODE.replace("    IADD3", "    BAR.SYNC 0x0\n    IADD3")), kind, [])
+    assert [again.parts[name].issue for name in loops.PARTS] == [5, 2, 8]
+
+
+def test_decoding_between_products_shows():
+    kind = loops.Kind(decode=("PRMT",), weights=8)
+    mixed = ALL_DECODE.replace("    PRMTS\n", "").replace(
+        "    HMMA.16816.F32.BF16 R12", "    PRMTS\n    HMMA.16816.F32.BF16 R12"
+    )
+    mixed = mixed.replace("    BAR.SYNC 0x0", "    BAR.SYNC 0x0\n    PRMT R26, R20, 0x9d8c, R24")
+    assert loops.step_of(assembled(mixed), kind, []).decode_beside == 8 / 9
+
+
+def test_without_a_barrier_nothing_is_alone():
+    kind = loops.Kind(decode=("PRMT",), weights=8)
+    free = loops.step_of(assembled(ALL_DECODE.replace("    BAR.SYNC 0x0\n", "")), kind, [])
+    assert free.decode_beside == 1
+    assert [free.parts[name].issue for name in loops.PARTS] == [0, 5, 8]
+
+
+def test_constants_are_found_whose_address_is_a_lanes_own():
+    code = assembled(
+        """
+    LDC R1, c[0x0][0x28]
+    LDC.64 R2, c[0x0][UR4+0x10]
+    LDC R3, c[0x3][R5]
+    LDC.64 R4, c[0x0][R5+0x210]
+    LDG.E R6, [R5]
+    EXIT
+"""
+    )
+    assert [one.address for one in code.indexed_constants] == [0x20, 0x30]

@@ -6,7 +6,8 @@ import pytest
 from bench_runs.cases import contender, limits_case
 
 from bench.card import predictions, report
-from bench.compiled import predict
+from bench.compiled import model
+from bench.compiled.cards import CARDS
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY, LINK
 from qlora_kernels.bench.points import Point
@@ -82,11 +83,11 @@ def test_the_tables():
     text = report.markdown(finished(sample()))
     rows = rows_of(text)
     ours = next(row for row in rows if row[:2] == ["dequantize, 8192 x 8192", OURS])
-    h200 = predict.CARDS["h200"]
+    h200 = CARDS["h200"]
     predicted = 190_000_000 / h200.copy_rate * 1e6
     assert ours[2:] == ["50.0", "49.5-50.5", "graph", "3800", "95%", "100.0", "7.0", "200.0", f"{predicted:.1f}", ""]
     dense = next(row for row in rows if row[1] == DENSE)
-    rates = predict.predict(h200, 1, 4096, 4096)
+    rates = model.predict(h200, 1, 4096, 4096)
     assert (dense[10], dense[11]) == (f"{rates['dense_us']:.1f}", "2.40")
     forward = next(row for row in rows if row[:2] == ["linear_forward, 4096 x 4096, M = 1, r = 0", OURS])
     assert forward[10] == f"{rates['us']:.1f}"
@@ -105,16 +106,16 @@ def test_the_tables():
 
 
 def test_other_cards_have_no_predictions():
-    assert predictions.card_named("NVIDIA H100 80GB HBM3") is predict.CARDS["h100"]
-    assert predictions.card_named("NVIDIA A100-SXM4-80GB") is predict.CARDS["a100"]
-    assert predictions.card_named("NVIDIA GeForce RTX 4090") is predict.CARDS["4090"]
+    assert predictions.card_named("NVIDIA H100 80GB HBM3") is CARDS["h100"]
+    assert predictions.card_named("NVIDIA A100-SXM4-80GB") is CARDS["a100"]
+    assert predictions.card_named("NVIDIA GeForce RTX 4090") is CARDS["4090"]
     assert predictions.card_named("NVIDIA L40S") is None
     rows = rows_of(report.markdown(finished(sample(), device="a card")))
     assert next(row for row in rows if row[:2] == ["dequantize, 8192 x 8192", OURS])[10] == ""
 
 
 def test_a_paged_step_is_its_bytes_after_or_while_its_pages_come():
-    h200 = predict.CARDS["h200"]
+    h200 = CARDS["h200"]
     moved = 28 * 40_000_000
     on_device = moved / h200.copy_rate * 1e6 + predictions.LAUNCH_US
     ours, link = on_card(OURS, 8000.0, moved), {**on_card(LINK, 6400.0), "wall_ms": 6.4}

@@ -1,0 +1,68 @@
+"""What else a layer's products can be computed with, by the same rates: bitsandbytes, and a layer of separate steps.
+
+Their times are what they must at least read, write and multiply: no tiles, no fill, no tail. So they are lower bounds,
+and comparisons with them lean to the other side.
+"""
+
+from __future__ import annotations
+
+from bench.compiled import model
+from bench.compiled.cards import Card
+from bench.compiled.terms import BETWEEN_US, MEMBAR_US
+
+#: Bytes that a launch moves for each block of 64 weights.
+_CONSTANTS = (1 + 4, 4 + 4)  # absmax from 8 bits to float32; adding the offset to it
+
+
+def _copy_us(card: Card, moved: float) -> float:
+    return moved / card.copy_rate * 1e6
+
+
+def _flops_us(card: Card, flops: float) -> float:
+    return flops / card.dense_rate * 1e6
+
+
+def bitsandbytes_us(card: Card, m: int, n: int, k: int) -> float:
+    """Three launches that dequantize (constants, their offset, weights), then a dense product; for one row its own
+    product by packed weights after the first two."""
+    blocks = n * k / 64
+    constants = [_copy_us(card, blocks * each) for each in _CONSTANTS]
+    if m == 1:
+        steps = [*constants, _copy_us(card, n * k / 2 + blocks * 4 + 2 * (n + k))]
+    else:
+        weights = _copy_us(card, n * k / 2 + blocks * 4 + 2 * n * k)
+        steps = [*constants, weights, model.dense_us(card, m, n, k)]
+    return sum(steps) + (len(steps) - 1) * BETWEEN_US
+
+
+def separate_us(card: Card, m: int, n: int, k: int, r: int) -> float:
+    """Forward and backward of a layer with an adapter: one launch that dequantizes (each way), cuBLAS, and separate
+    products for the adapter."""
+    dequantized = _copy_us(card, n * k * (model.BITS_PER_WEIGHT / 8 + 2))
+    dense = model.dense_us(card, m, n, k)
+
+    def product(reads: float, adds_to: float = 0) -> float:
+        """One of the adapter's: elements of 16 bits that it reads, and those that it adds to."""
+        return _copy_us(card, 2 * (reads + 2 * adds_to + m * r + r * max(n, k)))
+
+    forward = [dequantized, dense, product(m * k), product(0, adds_to=m * n)]
+    # v and dB each read dy; dx is added to; dA reads x.
+    backward = [dequantized, dense, product(m * n), product(m * n), product(0, adds_to=m * k), product(m * k)]
+    return sum(forward) + sum(backward) + (len(forward) + len(backward) - 2) * BETWEEN_US
+
+
+def ours_us(card: Card, m: int, n: int, k: int, r: int) -> float:
+    """The same by this package: u, y; v and dB, dx, dA. The adapter's own kernels by their bytes, and their fill and
+    tail; the products have the ranks as more steps."""
+    ends = 2 * card.latency / card.hertz * 1e6 + MEMBAR_US
+    down = _copy_us(card, 2 * (m * k + r * k + m * r)) + ends
+    # Parts of sums are at most 16 MiB, and stay in L2.
+    backward = _copy_us(card, 2 * (m * n + 2 * r * n + 2 * m * r)) + ends
+    backward += _copy_us(card, 2 * (m * k + r * k + m * r)) + ends
+    products = 0.0
+    for way in (False, True):
+        found = model.predict(card, m, n, k, way)
+        # In steps of 64, by each tile's first block (or last step).
+        more = -(-r // 64) * found["step_clocks"] / card.hertz * 1e6
+        products += found["us"] + more * -(-found["tiles"] // card.sms)
+    return down + backward + products + 3 * BETWEEN_US
