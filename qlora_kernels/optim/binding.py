@@ -165,8 +165,6 @@ class Binding:
                 if _geometry(p) != self._locations[i][1:] or p.device != self.engine.device:
                     return None
                 self._locations[i] = (address, count, dtype, shape, strides)
-            if address < SUSPICIOUS_ADDRESS and count:
-                require_own_memory(f"parameter {i}", p)
             grad = whole.grad
             if grad is None:
                 addresses += (address, 0)
@@ -185,29 +183,38 @@ class Binding:
                 grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
                 copies.append(grad)
             grad_address = grad.data_ptr()
-            if grad_address < SUSPICIOUS_ADDRESS and count:
-                if grad.device != p.device:
-                    raise bad_gradient(i, p, grad)
-                if grad._is_zerotensor():
-                    grad = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    copies.append(grad)
-                    grad_address = grad.data_ptr()
-                else:
-                    require_own_memory(f"the gradient of parameter {i}", grad)
             addresses += (address, grad_address or 1)  # an empty gradient's address is 0, which would mean none
         table = np.array(addresses, dtype=np.int64)
-        for i in self._in_parameters(table.reshape(-1, 2)):
-            whole, p = self.params[i], local_part(self.params[i])
-            grad = whole.grad
-            assert grad is not None
-            grad = local_gradient(grad, whole, i)[0] if is_shard(whole) else grad
-            grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
-            copies.append(grad)
-            table[2 * i + 1] = grad.data_ptr()
+        for i, shared in self._suspicious(table.reshape(-1, 2)):
+            grad = self._usable_gradient(i, shared)
+            if grad is not None:
+                copies.append(grad)
+                table[2 * i + 1] = grad.data_ptr()
         return table, copies
 
-    def _in_parameters(self, addresses: np.ndarray) -> list[int]:
-        """The parameters whose gradients share memory with any parameter, which the step would change as it reads."""
+    def _usable_gradient(self, i: int, shared: bool) -> Tensor | None:
+        """A copy of a gradient if it needs one, after a close look at it and its parameter."""
+        whole, p = self.params[i], local_part(self.params[i])
+        require_own_memory(f"parameter {i}", p)
+        grad = whole.grad
+        if grad is None:
+            return None
+        if is_shard(whole):
+            if is_shard(grad) and grad.placements != whole.placements:
+                return None  # tensor_table has made a copy
+            grad = local_gradient(grad, whole, i)[0]
+        if grad.device != p.device:
+            raise bad_gradient(i, p, grad)
+        zeros = grad._is_zerotensor()
+        if not zeros:
+            require_own_memory(f"the gradient of parameter {i}", grad)
+        return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad) if zeros or shared else None
+
+    def _suspicious(self, addresses: np.ndarray) -> list[tuple[int, bool]]:
+        """Parameters that may have no memory, or whose gradients may have none or share a parameter's.
+
+        Shared memory would change while the step reads it; it is marked with True.
+        """
         begins, grads = addresses[:, 0], addresses[:, 1]
         if not np.array_equal(begins, self._begins):
             order = np.argsort(begins)
@@ -215,8 +222,10 @@ class Binding:
             self._sorted = begins[order], np.maximum.accumulate((begins + self._sizes)[order])
         starts, ends = self._sorted
         before = np.searchsorted(starts, grads + self._sizes)  # parameters that begin before the gradient ends
-        shared = (ends[before - 1] > grads) & (before > 0) & (grads != 0) & (self._sizes > 0)
-        return np.flatnonzero(shared).tolist() if shared.any() else []
+        shared = (ends[before - 1] > grads) & (before > 0) & (grads != 0)
+        low = (begins < SUSPICIOUS_ADDRESS) | (grads < SUSPICIOUS_ADDRESS) & (grads != 0)
+        found = (shared | low) & (self._sizes > 0)
+        return [(int(i), bool(shared[i])) for i in np.flatnonzero(found)] if found.any() else []
 
     def step(
         self,

@@ -113,6 +113,23 @@ def require_own_memory(what: str, tensor: Tensor) -> None:
         raise no_memory_of_its_own(what, tensor)
 
 
+def checked_scale(name: str, value: Any) -> Tensor | None:
+    """What torch.amp.GradScaler hands over, as a tensor that the kernels can read.
+
+    Raises:
+        ValueError: for anything but a tensor with one element.
+        RuntimeError: if its memory was freed.
+    """
+    if value is None:
+        return None
+    single = isinstance(value, Tensor) and value.layout is torch.strided and value.numel() == 1
+    require(single, ValueError, f"{name} should be a tensor with one element, found {type(value).__name__}")
+    if value._is_zerotensor():
+        return torch.zeros(1, dtype=value.dtype, device=value.device)
+    require_own_memory(name, value)
+    return value.resolve_neg()
+
+
 def no_memory_of_its_own(what: str, tensor: Tensor) -> Exception:
     return TypeError(
         f"{what}, a {type(tensor).__name__} of shape {list(tensor.shape)}, has no memory of its own: wrappers around "

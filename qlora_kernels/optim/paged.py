@@ -17,7 +17,7 @@ from ..native import extension
 from . import state_dict as state_dicts
 from .arena.layout import Layout, Slot
 from .binding import Binding, split_parameters
-from .checks import check_parameter, check_settings, checked_entry, one_device, require_own_memory
+from .checks import check_parameter, check_settings, checked_entry, checked_scale, one_device, require_own_memory
 from .engines import choose
 from .engines.contract import Engine
 from .groups import group_table
@@ -238,7 +238,7 @@ class Paged(torch.optim.Optimizer):
             assert table is not None  # the arena was made for the parameters as they are
             self._adopt(binding)
         tensors, copies = table
-        scaler = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        scaler = [checked_scale(name, getattr(self, name, None)) for name in ("grad_scale", "found_inf")]
         binding.step(tensors, groups, *scaler, self._options.needs_norm)
         del copies  # of gradients; their memory may be reused once the step is queued
         return loss

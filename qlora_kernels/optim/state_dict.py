@@ -162,6 +162,8 @@ def read_file(path: str | os.PathLike, optimizer: str, folder: str | os.PathLike
 def _loaded(source: Any, name: str, mmap: bool) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes can lead to any error
         raise ValueError(f"{name} is not a complete optimizer file ({sentence(error)})") from None
 
