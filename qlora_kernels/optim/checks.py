@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Number, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def check_settings(group: Mapping[str, Any], optimizer: str, where: str = "") ->
     require_number(f"weight_decay{where}", setting(group["weight_decay"]), lambda x: x >= 0, "at least 0")
     betas = group["betas"]
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    betas = list(map(setting, betas)) if isinstance(betas, (tuple, list)) else setting(betas)
+    betas = tuple(map(setting, betas)) if isinstance(betas, (tuple, list)) and len(betas) < 4 else setting(betas)
     require(pair, ValueError, f"betas{where} should be two numbers, found {betas!r}")
     for i, beta in enumerate(betas):
         require_number(f"betas[{i}]{where}", beta, lambda x: 0 <= x < 1, "at least 0 and below 1")
@@ -39,12 +40,14 @@ def check_settings(group: Mapping[str, Any], optimizer: str, where: str = "") ->
 
 
 def setting(value: Any) -> Any:
-    """A setting that is a tensor as the number in it, or as text for an error if it can't be read.
+    """A setting that is a tensor as the number in it; one that can't be a number as text for an error.
 
-    Even printing a tensor reads its memory, which may have been freed.
+    Even printing a tensor reads its memory, which may have been freed, so no error may print what holds one.
     """
-    if not isinstance(value, Tensor):
+    if value is None or isinstance(value, (Number, np.generic, str)):
         return value
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
     try:
         if value.numel() == 1 and not value.is_complex():
             require_own_memory("a setting", value)
@@ -227,8 +230,7 @@ def _step_count(value: Any, what: str) -> float:
             return float(value)
     except OverflowError:  # an integer beyond any float
         pass
-    found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-    raise ValueError(f"{what} has no step count among its states, found {found}")
+    raise ValueError(f"{what} has no step count among its states, found {setting(value)!r}")
 
 
 @functools.cache

@@ -238,8 +238,8 @@ class Paged(torch.optim.Optimizer):
             assert table is not None  # the arena was made for the parameters as they are
             self._adopt(binding)
         tensors, copies = table
-        scaler = [checked_scale(name, getattr(self, name, None)) for name in ("grad_scale", "found_inf")]
-        binding.step(tensors, groups, *scaler, self._options.needs_norm)
+        scale, inf = (checked_scale(name, getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
+        binding.step(tensors, groups, scale, inf, self._options.needs_norm)
         del copies  # of gradients; their memory may be reused once the step is queued
         return loss
 
