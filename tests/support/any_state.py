@@ -1,4 +1,4 @@
-"""Random steps and loads of paged optimizers with every kind of tensor that torch has as gradients, states and settings.
+"""Random steps and loads of paged optimizers, with every kind of tensor that torch has in gradients and state dicts.
 
 Each gives what the same values as ordinary tensors give, or is refused; then the optimizer goes on as if nothing had
 been tried. Run as a program, as any_tensor is::
@@ -183,7 +183,8 @@ def _twist_states(rng: random.Random, case: Case) -> None:
 
 
 def _twist_tensor(rng: random.Random, case: Case, index: int) -> None:
-    assert case.saved is not None and case.clean is not None
+    assert case.saved is not None
+    assert case.clean is not None
     entry = case.saved["state"][index]
     tensors = [
         name
