@@ -69,6 +69,8 @@ def check_parameter(p: Tensor, what: str) -> None:
         TypeError,
         f"{what} is {p.dtype}; only float32, bfloat16 and float16 parameters can be optimized",
     )
+    negative = "holds the negatives of what is in memory; resolve_neg() makes an ordinary tensor"
+    require(not p.is_neg(), TypeError, f"{what} {negative}")
     # Without holes or overlaps, the elements in the order of memory are one flat array.
     require(
         p.numel() == 0 or torch.empty_like(p, device="meta").stride() == p.stride(),

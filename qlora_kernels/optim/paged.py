@@ -201,8 +201,9 @@ class Paged(torch.optim.Optimizer):
             What the closure returns, or None.
 
         Raises:
-            RuntimeError: for a sparse gradient, or one whose dtype, shape or device is not its parameter's. Nothing
-                has changed then.
+            RuntimeError: for a sparse gradient, one whose dtype, shape or device is not its parameter's, or a parameter
+                or gradient whose memory was freed. Nothing has changed then.
+            TypeError: for a parameter or gradient that never had memory of its own. Nothing has changed then.
             ValueError: for a setting of a group that is out of range (nothing has changed then), or a parameter that
                 no longer has the shape of its states.
             MemoryError: at the first step, if there is not enough memory for the states.
@@ -284,6 +285,8 @@ class Paged(torch.optim.Optimizer):
         result, params = self.state_dict(), self._all_params()
         for index, entry in result["state"].items():
             if "step" in entry:  # without it, someone else's entry, or one that was only looked at
+                for name, value in entry.items():
+                    state_dicts.require_readable(value, f"{name!r} of the state of parameter {index}")
                 result["state"][index] = state_dicts.entry_for_torch(entry, params[index], self._algorithm.moments)
         return result
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..errors import require, sentence
 from ..storage.digest import digest
 from ..storage.formats import save_torch
 from .arena.memory import memory_left
-from .checks import check_loadable, check_structure, checked_entry, setting
+from .checks import check_loadable, check_structure, checked_entry, require_own_memory, setting
 from .convert import decode_moment, without_numpy
 from .schema import Moment
 from .shards import as_dtensor, is_shard, local_part
@@ -100,13 +100,36 @@ def matched(
     return groups, states
 
 
+def _holders(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The groups and entries of a state dict, and what they are called."""
+    for i, group in enumerate(state_dict["param_groups"]):
+        yield f"group {i}", group
+    for key, entry in state_dict["state"].items():
+        yield f"the state of parameter {key}", entry
+
+
+def require_readable(value: Any, what: str) -> None:
+    """Refuses a tensor without memory, and lists and tuples that hold one: copying such a tensor ends the process."""
+    if isinstance(value, Tensor) and not is_shard(value):
+        if value.layout is torch.strided and not value.is_meta and not value._is_zerotensor():
+            require_own_memory(what, value)
+    elif type(value) in (list, tuple):
+        for inner in value:
+            if inner is not value:
+                require_readable(inner, what)
+
+
 def write_file(state_dict: dict[str, Any], optimizer: str, path: str | os.PathLike) -> None:
     """Writes a state dict to a file that is the old one or the new one, even if the process is killed.
 
     Raises:
         OSError: if the file cannot be written.
         ValueError: if the state dict holds values that torch.load refuses.
+        RuntimeError: if it holds a tensor whose memory was freed.
     """
+    for where, holder in _holders(state_dict):
+        for key, value in holder.items():
+            require_readable(value, f"{key!r} of {where}")
     try:
         content = without_numpy(state_dict)
         check_loadable(content)

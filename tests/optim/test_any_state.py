@@ -187,6 +187,25 @@ def test_states_of_two_parameters_can_be_exchanged_without_a_copy(state_bits):
     assert [{k: bits(v) for k, v in ours.state[p].items()} for p in params] == expected
 
 
+@pytest.mark.parametrize(("saved_bits", "into"), [(32, 32), (8, 8), (8, 32)])
+def test_states_that_only_have_to_be_copied_are_not_copied_twice(saved_bits, into):
+    """Staging refers to the caller's tensors: large states are in memory once, and in the arena."""
+    params, ours = stepped(state_bits=into)
+    _, source = stepped(state_bits=saved_bits, steps=3)
+    saved = copy.deepcopy(source.state_dict())
+    entry = saved["state"][0]
+    commit = ours._stage({params[0]: {**entry, "step": 3.0}})
+    entry["exp_avg" if saved_bits == 32 else "exp_avg_code"].fill_(200)
+    before = ours.torch_state_dict()["state"][0]["exp_avg"]
+    commit()
+    after = ours.torch_state_dict()["state"][0]["exp_avg"]
+    assert bits(after) != bits(before)
+    if saved_bits == 32:
+        assert bits(after) == bits(torch.full((3, 200), 200.0))
+    else:
+        assert len(after.unique()) <= 3, "each block has one value"
+
+
 @pytest.mark.parametrize("into", [32, 8])
 @pytest.mark.parametrize("form", ["every other element", "embedded", "negative bit"])
 def test_codes_in_other_memory_are_the_same(form, into):
@@ -273,6 +292,37 @@ def test_gradients_in_other_memory(form, state_bits):
         twin.step()
         assert any_state._difference(ours, twin) is None
         assert bits(pair[0]) == bits(pair[1])
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_parameter_that_becomes_a_negative_view_is_refused(begun):
+    params, ours = stepped(steps=2 * begun)
+    params[1].data = torch._neg_view(params[1].data)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with refused(ours, TypeError, "parameter 1 holds the negatives"):
+        ours.step()
+    params[1].data = params[1].data.resolve_neg()
+    ours.step()
+
+
+@pytest.mark.parametrize("holder", ["group", "state", "a moment"])
+def test_freed_tensors_are_not_written(tmp_path, holder):
+    params, ours = stepped()
+    ours.save(tmp_path / "file")
+    old = (tmp_path / "file").read_bytes()
+    if holder == "group":
+        ours.param_groups[0]["tag"] = [freed(torch.ones(3))]
+    else:
+        ours.state[params[1]]["tag" if holder == "state" else "exp_avg"] = freed(params[1])
+    with pytest.raises(RuntimeError, match=r"of (group 0|the state of parameter 1) needs .* bytes of memory"):
+        ours.save(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == old
+    if holder == "a moment":
+        with pytest.raises(RuntimeError, match="'exp_avg' of the state of parameter 1 needs"):
+            ours.torch_state_dict()
+        with pytest.raises(RuntimeError, match="'exp_avg' of parameter 1 needs"):
+            step(ours)
 
 
 def test_a_gradient_in_another_parameters_memory():
