@@ -161,10 +161,10 @@ class Binding:
         for i, (whole, (known, count, dtype, shape, strides)) in enumerate(zip(self.params, self._locations)):
             p = local_part(whole) if self._sharded else whole
             address = p.data_ptr()
-            same = address == known and p.numel() == count and p.stride() == strides and p.dtype is dtype
-            if not same or p.is_neg():
+            changed = address != known or p.numel() != count or p.stride() != strides or p.dtype is not dtype
+            if changed or p.is_neg():
                 if _geometry(p) != self._locations[i][1:] or p.device != self.engine.device or p.is_neg():
-                    return None  # and a new arena is made, or the parameter refused
+                    return None  # a negative view is refused when a new arena is made
                 self._locations[i] = (address, count, dtype, shape, strides)
             grad = whole.grad
             if grad is None:
