@@ -32,7 +32,10 @@ def require_number(name: str, value: Any, in_range: Callable[[float], bool], exp
 
 def _finite(value: Any) -> TypeGuard[float]:
     # NumPy's scalars and fractions pass too; they compare as floats do.
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
 
 
 def missing_extra(package: str, extra: str) -> ImportError:

@@ -51,6 +51,8 @@ class PagedAdamW(Paged):
         NotImplementedError: for max_grad_norm or skip_nonfinite with DTensors on a CUDA device.
     """
 
+    _algorithm = ADAMW
+
     def __init__(
         self,
         params: Iterable,
@@ -75,7 +77,7 @@ class PagedAdamW(Paged):
             skip_nonfinite=skip_nonfinite,
             page_file=page_file,
         )
-        super().__init__(params, defaults, ADAMW, options)
+        super().__init__(params, defaults, options)
 
 
 class PagedLion(Paged):
@@ -87,6 +89,8 @@ class PagedLion(Paged):
         betas: decay rates in the update and of the moment.
         weight_decay: decoupled; about ten times AdamW's.
     """
+
+    _algorithm = LION
 
     def __init__(
         self,
@@ -111,4 +115,4 @@ class PagedLion(Paged):
             skip_nonfinite=skip_nonfinite,
             page_file=page_file,
         )
-        super().__init__(params, defaults, LION, options)
+        super().__init__(params, defaults, options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..native import extension
 from ..ops import backends
 from .arena.layout import STATE_BLOCK
+from .checks import require_own_memory
 from .shards import is_shard, local_part, local_part_as
 
 
@@ -36,17 +38,21 @@ def _flat_as(tensor: Tensor, like: Tensor) -> Tensor:
     return out.as_strided((like.numel(),), (1,)) if like.numel() else out.reshape(-1)
 
 
+def _table(name: str) -> Tensor:
+    """What a moment's 8-bit codes stand for."""
+    return torch.tensor(extension.native().dynamic_map(name == "exp_avg"), dtype=torch.float32, device="cpu")
+
+
 def decode_moment(entry: Mapping[str, Tensor], name: str) -> Tensor:
     """A moment in float32 and the parameter's shape. One that had 8 bits is on the CPU."""
     if name in entry:
         return entry[name].detach().float()
     code = entry[f"{name}_code"]
-    table = torch.tensor(extension.native().dynamic_map(name == "exp_avg"), dtype=torch.float32, device="cpu")
     flat = _flat_as(code, code)
     absmax = entry[f"{name}_absmax"].detach().cpu().reshape(-1).repeat_interleave(STATE_BLOCK)[: flat.numel()]
     values = torch.empty_strided(code.shape, code.stride(), dtype=torch.float32, device="cpu")
     if code.numel():
-        values.as_strided((code.numel(),), (1,)).copy_(table[flat.long()] * absmax)
+        values.as_strided((code.numel(),), (1,)).copy_(_table(name)[flat.long()] * absmax)
     return values
 
 
@@ -73,27 +79,72 @@ def local_entry(entry: Mapping[str, Any], p: Tensor) -> Mapping[str, Any]:
     return local
 
 
-def fill_states(views: dict[str, Tensor], entry: Mapping[str, Any], p: Tensor) -> None:
-    """Fills a parameter's states from an entry in any form, or with zeros if the entry is empty."""
-    views["step"].fill_(float(entry.get("step", 0.0)))
+#: Elements of 8-bit states that are decoded at a time.
+_PIECE = 1 << 20
+
+#: A write into an arena: everything that can fail has been done before.
+Write = Callable[[], object]
+
+
+def state_writes(
+    views: Mapping[str, Tensor], entry: Mapping[str, Any], p: Tensor, in_use: Container[int] = ()
+) -> list[Write]:
+    """What fills a parameter's states from a checked entry in any form, or with zeros if the entry is empty.
+
+    Values that have to be encoded or put into another order are computed here; others are only referred to.
+
+    Args:
+        in_use: addresses of storages that other writes change. What lies there is copied first.
+    """
+
+    def copied(target: Tensor, source: Tensor) -> Write:
+        if source.numel() and source.untyped_storage().data_ptr() in in_use:
+            itself = source.data_ptr() == target.data_ptr() and source.dtype == target.dtype
+            if not (itself and source.stride() == target.stride() and not source.is_neg()):
+                source = source.clone()
+        return lambda: target.copy_(source)
+
+    writes: list[Write] = [functools.partial(views["step"].fill_, entry.get("step", 0.0))]
     for name in ("exp_avg", "exp_avg_sq"):
         if name in views:
-            views[name].copy_(decode_moment(entry, name)) if entry else views[name].zero_()
+            view = views[name]
+            if not entry:
+                writes.append(view.zero_)
+            elif name in entry:
+                writes.append(copied(view, entry[name]))
+            elif _same_order(entry[f"{name}_code"], view):
+                writes.append(
+                    functools.partial(_decode_into, view, entry[f"{name}_code"], entry[f"{name}_absmax"], name)
+                )
+            else:
+                writes.append(copied(view, decode_moment(entry, name)))
         elif f"{name}_code" in views:
-            _fill_8_bits(views[f"{name}_code"], views[f"{name}_absmax"], entry, name, p)
+            code, absmax = views[f"{name}_code"], views[f"{name}_absmax"]
+            if not entry:
+                zero = extension.native().dynamic_map(name == "exp_avg").index(0.0)
+                writes += [functools.partial(code.fill_, zero), absmax.zero_]
+            elif f"{name}_code" in entry and _same_order(entry[f"{name}_code"], code):
+                writes += [copied(code, entry[f"{name}_code"]), copied(absmax, entry[f"{name}_absmax"])]
+            else:
+                flat, constants = encode_moment(_flat_as(decode_moment(entry, name), p), name == "exp_avg")
+                in_memory_order = code.as_strided((p.numel(),), (1,)) if p.numel() else code.reshape(-1)
+                writes += [copied(in_memory_order, flat), copied(absmax, constants)]
     if "master" in views:
-        views["master"].copy_(entry["master"] if "master" in entry else p.detach())
+        if "master" not in entry:
+            require_own_memory("a parameter whose master copy is to be made", p)
+        writes.append(copied(views["master"], entry["master"] if "master" in entry else p.detach()))
+    return writes
 
 
-def _fill_8_bits(code: Tensor, absmax: Tensor, entry: Mapping[str, Any], name: str, p: Tensor) -> None:
-    if not entry:
-        code.fill_(extension.native().dynamic_map(name == "exp_avg").index(0.0))
-        absmax.zero_()
-    elif f"{name}_code" in entry and _same_order(entry[f"{name}_code"], code):
-        code.copy_(entry[f"{name}_code"])
-        absmax.copy_(entry[f"{name}_absmax"].reshape(-1))
-    else:
-        flat, constants = encode_moment(_flat_as(decode_moment(entry, name), p), name == "exp_avg")
-        if p.numel():
-            code.as_strided((p.numel(),), (1,)).copy_(flat)
-        absmax.copy_(constants)
+def _decode_into(view: Tensor, code: Tensor, absmax: Tensor, name: str) -> None:
+    """Decodes 8-bit states piece by piece; ``code`` lies in memory in the order of ``view``."""
+    count = code.numel()
+    if count == 0:
+        return
+    values, codes = view.as_strided((count,), (1,)), code.as_strided((count,), (1,))
+    table = _table(name)
+    for first in range(0, count, _PIECE):
+        piece = codes[first : first + _PIECE].cpu()
+        constants = absmax[first // STATE_BLOCK : (first + _PIECE) // STATE_BLOCK].cpu()
+        scales = constants.repeat_interleave(STATE_BLOCK)[: len(piece)]
+        values[first : first + _PIECE].copy_(table[piece.long()] * scales)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,13 +17,14 @@ from ..native import extension
 from . import state_dict as state_dicts
 from .arena.layout import Layout, Slot
 from .binding import Binding, split_parameters
-from .checks import check_entry, check_parameter, check_settings, no_memory_of_its_own, one_device
+from .checks import check_parameter, check_settings, checked_entry, checked_scale, one_device, require_own_memory
 from .engines import choose
 from .engines.contract import Engine
 from .groups import group_table
+from .interrupts import uninterrupted
 from .options import Options
 from .schema import STATE_NAMES, Algorithm, StateSchema
-from .shards import is_shard, local_address, local_part
+from .shards import is_shard, local_part
 
 
 class Paged(torch.optim.Optimizer):
@@ -34,12 +36,14 @@ class Paged(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters or groups, as for torch.optim.
         defaults: settings for groups that do not give their own.
-        algorithm: what the kernels compute.
         options: how states are kept and gradients are treated.
     """
 
-    def __init__(self, params, defaults: dict[str, Any], algorithm: Algorithm, options: Options):
-        self._algorithm, self._options = algorithm, options
+    #: What the kernels compute.
+    _algorithm: Algorithm
+
+    def __init__(self, params, defaults: dict[str, Any], options: Options):
+        self._options = options
         self._binding: Binding | None = None
         self._last_control = (0.0, 0)  # norm and skipped steps, until there is an arena
         super().__init__(params, defaults)
@@ -78,7 +82,7 @@ class Paged(torch.optim.Optimizer):
             trainable = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
             one_device(trainable, "; use an optimizer for each device")
             if self._binding is not None:
-                self._bind()
+                self._adopt(self._bind())
         except BaseException:
             self.param_groups.pop()
             raise
@@ -99,9 +103,9 @@ class Paged(torch.optim.Optimizer):
     # ----------------------------------------------------------------------------------------------------- arena
 
     def _bind(self, loaded: Mapping[Tensor, Any] | None = None) -> Binding:
-        """Makes an arena for the parameters as they are now, fills it, and drops the old one.
+        """Makes an arena for the parameters as they are now, and fills it with ``loaded`` or the present states.
 
-        It is filled with ``loaded``, or else with the present states.
+        The optimizer keeps its old one until _adopt.
         """
         if loaded is None:
             self._require_consistent()
@@ -111,10 +115,13 @@ class Paged(torch.optim.Optimizer):
 
         params, group_indices, frozen = split_parameters(self.param_groups, has_states)
         self._check_bindable(params)
-        if loaded is None:
-            for i, p in enumerate(params):
-                if self.state.get(p):
-                    check_entry(self.state[p], self._algorithm.moments, p, f"parameter {i}", self._name)
+        states = loaded
+        if states is None:
+            states = {
+                p: checked_entry(self.state[p], self._algorithm.moments, p, f"parameter {i}", self._name)
+                for i, p in enumerate(params)
+                if self.state.get(p)
+            }
         options = self._options
         schema = StateSchema(self._algorithm.moments, options.state_bits, options.master_weights)
         slots = [
@@ -127,10 +134,13 @@ class Paged(torch.optim.Optimizer):
         if self._engine is not None:
             self._engine.arena.synchronize()
         binding = Binding(engine, schema, self.param_groups, params, frozen)
-        binding.fill(self.state if loaded is None else loaded)
+        binding.fill(states)
+        return binding
+
+    def _adopt(self, binding: Binding) -> None:
+        """Replaces the arena, and drops the old one."""
         self._expose(binding.states)
         self._binding = binding
-        return binding
 
     def _check_bindable(self, params: list[Tensor]) -> None:
         require(bool(params), ValueError, "no parameter of the optimizer requires a gradient")
@@ -144,8 +154,7 @@ class Paged(torch.optim.Optimizer):
         )
         choose.refuse_in_capture(params[0])
         for i, p in enumerate(params):
-            if local_part(p).numel() and not local_address(p):
-                raise no_memory_of_its_own(f"parameter {i}", p)
+            require_own_memory(f"parameter {i}", local_part(p))
 
     def _expose(self, states: dict[Tensor, dict[str, Tensor]]) -> None:
         """Puts views of the arena into ``state``, beside what others keep there."""
@@ -192,8 +201,9 @@ class Paged(torch.optim.Optimizer):
             What the closure returns, or None.
 
         Raises:
-            RuntimeError: for a sparse gradient, or one whose dtype, shape or device is not its parameter's. Nothing
-                has changed then.
+            RuntimeError: for a sparse gradient, one whose dtype, shape or device is not its parameter's, or a parameter
+                or gradient whose memory was freed. Nothing has changed then.
+            TypeError: for a parameter or gradient that never had memory of its own. Nothing has changed then.
             ValueError: for a setting of a group that is out of range (nothing has changed then), or a parameter that
                 no longer has the shape of its states.
             MemoryError: at the first step, if there is not enough memory for the states.
@@ -227,9 +237,10 @@ class Paged(torch.optim.Optimizer):
             binding = self._bind()
             table = binding.tensor_table()
             assert table is not None  # the arena was made for the parameters as they are
+            self._adopt(binding)
         tensors, copies = table
-        scaler = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        binding.step(tensors, groups, *scaler, self._options.needs_norm)
+        scale, inf = (checked_scale(name, getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
+        binding.step(tensors, groups, scale, inf, self._options.needs_norm)
         del copies  # of gradients; their memory may be reused once the step is queued
         return loss
 
@@ -274,49 +285,55 @@ class Paged(torch.optim.Optimizer):
         result, params = self.state_dict(), self._all_params()
         for index, entry in result["state"].items():
             if "step" in entry:  # without it, someone else's entry, or one that was only looked at
+                for name, value in entry.items():
+                    state_dicts.require_readable(value, f"{name!r} of the state of parameter {index}")
                 result["state"][index] = state_dicts.entry_for_torch(entry, params[index], self._algorithm.moments)
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads states and settings from this class, with 32 or 8 bits, or from torch.optim.
 
-        States are copied into the arena and stay paged.
+        States are copied into the arena and stay paged. All of them are checked before the first is copied, so none is
+        held twice. Only those that have to change from 32 to 8 bits, or their order in memory, take memory besides.
 
         Raises:
-            ValueError: if it belongs to another model or another optimizer. Nothing has changed then.
+            ValueError: if it belongs to another model or another optimizer, or holds what can be no state or setting.
+            RuntimeError: if the memory of a state was freed.
+            MemoryError: if there is not enough memory.
+
+        Nothing has changed then: the optimizer goes on with its own states and settings. Ctrl-C waits for the copy.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             # Torch's annotation asks for a dict; a hook gets whatever mapping the caller gave.
             replaced = hook(self, cast(dict[str, Any], state_dict))
             state_dict = state_dict if replaced is None else replaced
-        groups, states = state_dicts.matched(state_dict, self.param_groups, self._algorithm.moments, self._name)
-        before = [dict(group) for group in self.param_groups]
-        try:
-            for group, saved in zip(self.param_groups, groups):
-                # Copied, so that an lr that is a tensor is not shared.
-                group.update(copy.deepcopy(state_dicts.settings_of(saved)))
-                self._check_group(group)
-            self._load_states(states)
-        except BaseException:
-            for group, old in zip(self.param_groups, before):
-                group.clear()
-                group.update(old)
-            raise
+        saved, states = state_dicts.matched(state_dict, self.param_groups, self._algorithm.moments, self._name)
+        groups = [{**group, **state_dicts.settings_of(other)} for group, other in zip(self.param_groups, saved)]
+        for group in groups:
+            self._check_group(group)
+        settings = list(map(state_dicts.copied_settings, saved))
+        commit = self._stage(states)  # the last that can fail
+        with uninterrupted():
+            commit()
+            for group, new in zip(self.param_groups, settings):
+                group.update(new)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _load_states(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Fills the present arena, or a new one if the parameters no longer fit it."""
+    def _stage(self, states: Mapping[Tensor, Mapping[str, Any]]) -> Callable[[], None]:
+        """What fills the present arena, or puts a new one in its place if the parameters no longer fit it."""
         binding = self._valid_binding()
         if binding is not None and (binding.parameters_changed() or binding.engine.broken):
             binding = None
         if binding is None and not states:
-            self.state.clear()
-            self._binding = None
-        elif binding is None or any(p in states for p in binding.frozen):
-            self._bind(states)
-        else:
-            binding.fill(states)
+            return self._drop_states
+        if binding is None or any(p in states for p in binding.frozen):
+            return functools.partial(self._adopt, self._bind(states))
+        return binding.stage(states)
+
+    def _drop_states(self) -> None:
+        self.state.clear()
+        self._binding = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the state dict to a file that is the old one or the new one, even if the process is killed.
@@ -339,21 +356,42 @@ class Paged(torch.optim.Optimizer):
     def load(self, path: str | os.PathLike) -> None:
         """Loads a file that save() wrote.
 
+        The file is read whole before anything changes, so another process may replace or cut it meanwhile: into
+        memory, or, if it would take more than half of what is left, into a file without a name, in ``page_file`` or
+        beside it.
+
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged, or belongs to another model or optimizer. Nothing has changed then.
+            OSError: if there is no such file, or it cannot be read or copied.
+            ValueError: if it is damaged, or belongs to another model or optimizer.
+
+        Nothing has changed then.
         """
-        self.load_state_dict(state_dicts.read_file(path, self._name))
+        self.load_state_dict(state_dicts.read_file(path, self._name, self._options.page_file))
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_consistent()
         if self._engine is not None:
             self._engine.arena.synchronize()
-        own = {"_algorithm": self._algorithm, "_options": self._options, "_last_control": self._read_control()}
+        # Plain values, so that a pickle names no class but the optimizer's own.
+        own = {"_options": dataclasses.asdict(self._options), "_last_control": self._read_control()}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle or a deep copy, of this version: save() writes files that later versions read, too.
+
+        Raises:
+            ValueError: for a pickle of another version.
+        """
+        options = state.get("_options")
+        try:
+            options = options if isinstance(options, Options) else Options(**cast(dict[str, Any], options))
+        except TypeError:
+            raise ValueError(
+                f"this {self._name} was pickled whole by another version of qlora_kernels: only that version can read "
+                "it; there, save() writes a file that this one can load"
+            ) from None
         # The states arrive as ordinary tensors; the next step makes an arena for them.
+        state = {name: value for name, value in state.items() if name != "_algorithm"} | {"_options": options}
         self._binding = None
         super().__setstate__(state)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +16,8 @@ from torch import Tensor
 from ..errors import require, sentence
 from ..storage.digest import digest
 from ..storage.formats import save_torch
-from .checks import check_entry, check_loadable, check_structure
+from .arena.memory import memory_left
+from .checks import check_loadable, check_structure, checked_entry, require_own_memory, setting
 from .convert import decode_moment, without_numpy
 from .schema import Moment
 from .shards import as_dtensor, is_shard, local_part
@@ -45,16 +50,29 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params" and key not in _TORCH_ONLY}
 
 
+def copied_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the same, which shares nothing with the state dict, such as an lr that is a tensor.
+
+    Raises:
+        ValueError: for settings that are nested too deeply.
+    """
+    try:
+        return copy.deepcopy(settings_of(group))
+    except RecursionError:
+        raise ValueError("a group of the state dict has a setting that is nested too deeply") from None
+
+
 def matched(
     state_dict: Mapping[str, Any],
     param_groups: Sequence[Mapping[str, Any]],
     moments: Sequence[Moment],
     optimizer: str,
 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
-    """The groups of a state dict, and its states by parameter.
+    """The groups of a state dict, and its states by parameter, checked.
 
     Raises:
         ValueError: if it belongs to another model or another optimizer.
+        RuntimeError: if the memory of a state was freed.
     """
     check_structure(state_dict)
     groups, saved = list(state_dict["param_groups"]), state_dict["state"]
@@ -73,13 +91,32 @@ def matched(
             f"optimizer's {len(mine['params'])}",
         )
         for name in ("amsgrad", "maximize"):
-            require(not theirs.get(name), ValueError, f"the state dict comes from an optimizer with {name}=True")
+            foreign = f"the state dict comes from an optimizer with {name}=True"
+            require(not setting(theirs.get(name)), ValueError, foreign)
         for p, key in zip(mine["params"], theirs["params"]):
             if key not in saved or (isinstance(saved[key], Mapping) and not saved[key]):
                 continue
-            check_entry(saved[key], moments, p, f"parameter {key}", optimizer)
-            states[p] = saved[key]
+            states[p] = checked_entry(saved[key], moments, p, f"parameter {key}", optimizer)
     return groups, states
+
+
+def _holders(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The groups and entries of a state dict, and what they are called."""
+    for i, group in enumerate(state_dict["param_groups"]):
+        yield f"group {i}", group
+    for key, entry in state_dict["state"].items():
+        yield f"the state of parameter {key}", entry
+
+
+def require_readable(value: Any, what: str) -> None:
+    """Refuses a tensor without memory, and lists and tuples that hold one: copying such a tensor ends the process."""
+    if isinstance(value, Tensor) and not is_shard(value):
+        if value.layout is torch.strided and not value.is_meta and not value._is_zerotensor():
+            require_own_memory(what, value)
+    elif type(value) in (list, tuple):
+        for inner in value:
+            if inner is not value:
+                require_readable(inner, what)
 
 
 def write_file(state_dict: dict[str, Any], optimizer: str, path: str | os.PathLike) -> None:
@@ -88,32 +125,80 @@ def write_file(state_dict: dict[str, Any], optimizer: str, path: str | os.PathLi
     Raises:
         OSError: if the file cannot be written.
         ValueError: if the state dict holds values that torch.load refuses.
+        RuntimeError: if it holds a tensor whose memory was freed.
     """
-    content = without_numpy(state_dict)
-    check_loadable(content)
+    for where, holder in _holders(state_dict):
+        for key, value in holder.items():
+            require_readable(value, f"{key!r} of {where}")
+    try:
+        content = without_numpy(state_dict)
+        check_loadable(content)
+    except RecursionError:
+        raise ValueError("a group or a state holds a value that is nested too deeply, or in itself") from None
     try:
         save_torch({"format": _FORMAT, "optimizer": optimizer, "sha256": digest(content), **content}, path)
     except RuntimeError as error:  # torch's writer does not pass on what the system said
         raise OSError(f"{os.fspath(path)} cannot be written; is the disk full? ({sentence(error)})") from error
 
 
-def read_file(path: str | os.PathLike, optimizer: str) -> dict[str, Any]:
-    """The state dict that write_file wrote for an optimizer of this class.
+def read_file(path: str | os.PathLike, optimizer: str, folder: str | os.PathLike | None = None) -> dict[str, Any]:
+    """The state dict that write_file wrote for an optimizer of this class, in memory that no other process can change.
+
+    Args:
+        folder: where a copy of the file goes if it would take more than half of the memory left; None: beside it.
 
     Raises:
-        OSError: if the file cannot be opened.
+        OSError: if the file cannot be read or copied.
         ValueError: if it is damaged, or belongs to another optimizer.
     """
-    with open(path, "rb"):
-        pass  # raises what keeps the file from being read; torch reports damage as an OSError, too
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged bytes can lead to any error
-        raise ValueError(f"{os.fspath(path)} is not a complete optimizer file ({sentence(error)})") from None
+    name = os.fspath(path)
+    # A pipe would wait for a writer.
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        require(stat.S_ISREG(status.st_mode), ValueError, f"{name} is not a file with an optimizer's states")
+        left = memory_left()
+        if left is None or status.st_size <= left // 2:
+            value = _loaded(file, name, mmap=False)
+        else:
+            # Mapped, because then the system can drop its pages; a mapping of the file itself would kill the process if
+            # someone cut the file. The copy has no name, so nobody else can open it.
+            with tempfile.TemporaryFile(
+                dir=os.path.dirname(os.path.abspath(name)) if folder is None else folder
+            ) as own:
+                shutil.copyfileobj(file, own, 1 << 24)
+                own.flush()
+                value = _loaded(f"/proc/self/fd/{own.fileno()}", name, mmap=True)
     has_format = isinstance(value, dict) and value.pop("format", None) == _FORMAT
-    require(has_format, ValueError, f"{os.fspath(path)} is not an optimizer's file")
+    require(has_format, ValueError, f"{name} is not an optimizer's file")
     saved_by = value.pop("optimizer", None)
-    require(saved_by == optimizer, ValueError, f"{os.fspath(path)} was saved by {saved_by}, not by {optimizer}")
-    intact = value.pop("sha256", None) == digest(value)
-    require(intact, ValueError, f"{os.fspath(path)} is damaged: its digest is not the one that was saved with it")
+    require(saved_by == optimizer, ValueError, f"{name} was saved by {saved_by}, not by {optimizer}")
+    saved_digest = value.pop("sha256", None)
+    try:
+        _refuse_inflated(value, status.st_size)
+        intact = saved_digest == digest(value)
+    except Exception as error:  # tensors of kinds that write_file refuses, and values that hold themselves
+        raise ValueError(f"{name} holds what no optimizer saves ({sentence(error)})") from None
+    require(intact, ValueError, f"{name} is damaged: its digest is not the one that was saved with it")
     return value
+
+
+def _loaded(source: Any, name: str, mmap: bool) -> Any:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes can lead to any error
+        raise ValueError(f"{name} is not a complete optimizer file ({sentence(error)})") from None
+
+
+def _refuse_inflated(value: Any, limit: int) -> None:
+    """Refuses tensors of more bytes than their file has, such as expanded ones, which a digest would write out."""
+    if isinstance(value, Tensor):
+        nbytes = value.numel() * value.itemsize
+        require(nbytes <= limit, ValueError, f"a tensor of {nbytes} bytes in a file of {limit}")
+    elif isinstance(value, dict):
+        for inner in value.values():
+            _refuse_inflated(inner, limit)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _refuse_inflated(inner, limit)

@@ -146,21 +146,41 @@ def test_a_load_that_finds_no_memory_changes_nothing(place, make, monkeypatch):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_nothing_continues_from_a_load_that_failed_midway(place, make, monkeypatch, tmp_path):
+def test_a_load_whose_conversion_fails_changes_nothing(place, make, monkeypatch):
+    params, optimizer = stepped(make, torch.randn(12, 5), torch.randn(300))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.5
+    step(optimizer, params)
+
+    def fail(views, entry, p, in_use, original=binding.state_writes):
+        if p is params[1]:
+            raise MemoryError("no memory to encode")
+        return original(views, entry, p, in_use)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(binding, "state_writes", fail)
+        with refused(optimizer, MemoryError, "no memory to encode"):
+            optimizer.load_state_dict(saved)
+    step(optimizer, params)
+
+
+def test_nothing_continues_from_a_copy_that_failed_midway(place, make, monkeypatch, tmp_path):
+    """As when a device fails: everything else has been checked before."""
     params, optimizer = stepped(make, torch.randn(12, 5), torch.randn(300))
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["lr"] = 0.5
     step(optimizer, params)
     before, lr = [bits(p) for p in params], optimizer.param_groups[0]["lr"]
 
-    def fail(views, entry, p, original=binding.fill_states):
-        if p is params[1]:
-            raise OSError("a page of the loaded file cannot be read")
-        original(views, entry, p)
+    def failing():
+        raise OSError("the device is gone")
+
+    def stage(views, entry, p, in_use, original=binding.state_writes):
+        return [failing] if p is params[1] else original(views, entry, p, in_use)
 
     with monkeypatch.context() as patch:
-        patch.setattr(binding, "fill_states", fail)
-        with pytest.raises(OSError, match="cannot be read"):
+        patch.setattr(binding, "state_writes", stage)
+        with pytest.raises(OSError, match="is gone"):
             optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == lr
     for action in (optimizer.step, optimizer.state_dict, lambda: optimizer.save(tmp_path / "file")):

@@ -16,6 +16,7 @@ from optimizers.runs import assert_same, device_fixture, limited, make_fixture, 
 from torch import nn
 
 from qlora_kernels import PagedAdamW, PagedLion
+from qlora_kernels.optim import state_dict
 from qlora_kernels.storage import atomic_file
 
 # ------------------------------------------------------------------------------------------------------ what is written
@@ -205,3 +206,89 @@ def test_a_file_with_one_bit_changed_is_refused(tmp_path, make):
     path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
     with refused(ours, ValueError, "its digest is not the one"):
         ours.load(path)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("how", ["cut", "overwritten"])
+def test_a_file_that_changes_once_it_was_read_is_loaded_as_it_was(tmp_path, make, monkeypatch, how, short):
+    """Where memory is short, from a copy in page_file. Reading a mapping of a file that was cut kills the process."""
+    (tmp_path / "pages").mkdir()
+    _, ours = trained(make, page_file=tmp_path / "pages")
+    expected = states(ours)
+    path = tmp_path / "file"
+    ours.save(path)
+
+    def change(value):
+        result = digest(value)
+        if how == "cut":
+            os.truncate(path, 10)
+        else:
+            path.write_bytes(b"\x55" * path.stat().st_size)
+        return result
+
+    digest = state_dict.digest
+    with monkeypatch.context() as patch:
+        patch.setattr(state_dict, "digest", change)
+        if short:
+            patch.setattr(state_dict, "memory_left", lambda: 0)
+        _, other = trained(make, range(1), page_file=tmp_path / "pages")
+        other.load(path)
+    assert states(other) == expected
+    assert os.listdir(tmp_path / "pages") == []
+    with refused(ours, ValueError, "file is not a complete optimizer file"):
+        ours.load(path)
+
+
+def test_a_file_that_is_cut_while_it_is_copied_is_refused(tmp_path, monkeypatch):
+    _, ours = trained(PagedAdamW)
+    path = tmp_path / "file"
+    ours.save(path)
+    monkeypatch.setattr(state_dict, "memory_left", lambda: 0)
+    ours.load(path)
+    whole, copy = path.stat().st_size, state_dict.shutil.copyfileobj
+
+    def cut(source, target, length):
+        os.truncate(path, whole // 2)
+        copy(source, target, length)
+
+    monkeypatch.setattr(state_dict.shutil, "copyfileobj", cut)
+    with refused(ours, ValueError, "file is not a complete optimizer file"):
+        ours.load(path)
+    assert os.listdir(tmp_path) == ["file"], "the copy had no name"
+
+
+def test_a_copy_that_finds_no_room_changes_nothing(tmp_path, monkeypatch):
+    _, ours = trained(PagedAdamW)
+    ours.save(tmp_path / "file")
+    monkeypatch.setattr(state_dict, "memory_left", lambda: 0)
+    with limited(resource.RLIMIT_FSIZE, 1000), refused(ours, OSError, "too large"):
+        ours.load(tmp_path / "file")
+    ours.load(tmp_path / "file")
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    _, ours = trained(PagedAdamW)
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with refused(ours, ValueError, f"{path} is not a file with an optimizer's states"):
+            ours.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
+def test_files_with_tensors_that_no_optimizer_saves(tmp_path):
+    _, ours = trained(PagedAdamW)
+    endless: list = []
+    endless.append(endless)
+    hostile = {
+        "expanded": torch.ones(1).expand(1 << 45),
+        "sparse": torch.ones(3).to_sparse(),
+        "meta": torch.ones(1 << 40, device="meta"),
+        "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+        "endless": endless,
+    }
+    for name, value in hostile.items():
+        saved = {"format": "qlora_kernels.optim/1", "optimizer": "PagedAdamW", "sha256": "0", **ours.state_dict()}
+        torch.save({**saved, "tag": [value]}, tmp_path / name)
+        with refused(ours, ValueError, f"{name} (holds what no optimizer saves|is damaged)"):
+            ours.load(tmp_path / name)
