@@ -53,6 +53,15 @@ def are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
     return _PLAIN.issuperset(map(type, tensors))
 
 
+#: No memory that torch allocates lies this low, unless Python itself is loaded there. The address of a tensor whose
+#: storage was freed is its offset into the storage.
+SUSPICIOUS_ADDRESS = 1 << 40
+
+
+def _lacks_storage(tensor: Tensor) -> bool:
+    return tensor.numel() != 0 and tensor.untyped_storage().data_ptr() == 0
+
+
 def is_idle(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
     """Whether the dispatcher has only to find the kernel for operands on the CPU or a CUDA device: all of them are
     ordinary tensors in memory, and no mode, transform, tracer or profiler is watching.
@@ -74,7 +83,7 @@ def is_idle(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
         return False
     try:
         for t in (x, *others):
-            if t is not None and (t.is_neg() or (t.data_ptr() == 0 and t.numel() != 0)):
+            if t is not None and (t.is_neg() or (t.data_ptr() < SUSPICIOUS_ADDRESS and _lacks_storage(t))):
                 return False
     except RuntimeError:  # from a tensor without storage: a sparse one, or the wrapper that a transform has left
         return False

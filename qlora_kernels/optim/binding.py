@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import SUSPICIOUS_ADDRESS, bad_gradient, require_own_memory
+from ..ops.dispatcher import SUSPICIOUS_ADDRESS
+from .checks import bad_gradient, require_own_memory
 from .convert import Write, local_entry, state_writes
 from .engines.contract import Engine
 from .schema import StateSchema

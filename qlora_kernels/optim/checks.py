@@ -88,11 +88,6 @@ def one_device(params: Sequence[Tensor], advice: str = "") -> str:
     return devices[0] if devices else ""
 
 
-#: No memory that torch allocates lies this low, unless Python itself is loaded there. The address of a tensor whose
-#: storage was freed is its offset into the storage.
-SUSPICIOUS_ADDRESS = 1 << 40
-
-
 _NO_DISPATCH = getattr(Tensor, "__torch_dispatch__")  # noqa: B009
 
 

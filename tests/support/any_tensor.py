@@ -87,7 +87,8 @@ SAME_VALUES: dict[str, Callable[[random.Random, Tensor], Tensor]] = {
 
 
 def _freed(rng: random.Random, t: Tensor) -> Tensor:
-    t = t.clone()
+    """Its address is then its offset into the storage, not always 0."""
+    t = _embedded(rng, t) if rng.random() < 0.5 else t.clone()
     t.untyped_storage().resize_(0)
     return t
 
