@@ -288,12 +288,10 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     save_adapter(quantized(rank=4, alpha=8), tmp_path)
     files = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
-    def full(tensors, path, metadata=None):
-        with open(path, "wb") as file:
-            file.write(b"some bytes")
-        raise OSError(28, "No space left on device", path)
+    def full(self, name, tensor):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("qlora_kernels.storage.safetensors_stream.Writer.write", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(quantized(rank=2, alpha=32), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == files
