@@ -235,10 +235,11 @@ def _fit(
             f"{folder}: an adapter for another model: {listed(unknown, 3)} "
             f"{'are' if len(unknown) > 1 else 'is'} not among its QLinear layers, such as {listed(layers, 2)}"
         )
-    configs, misfits = {}, []
+    configs, misfits, steps = {}, [], peft_config.steps(folder)
+    ranks = peft_config.Values(config.get("rank_pattern"), config["r"], steps)
+    alphas = peft_config.Values(config.get("alpha_pattern"), config["lora_alpha"], steps)
     for name, pair in pairs.items():
-        rank = peft_config.value_for(config.get("rank_pattern"), name, config["r"])
-        alpha = peft_config.value_for(config.get("alpha_pattern"), name, config["lora_alpha"])
+        rank, alpha = ranks.for_layer(name), alphas.for_layer(name)
         layer = layers[name]
         wanted = ([rank, layer.in_features], [layer.out_features, rank])
         shapes = (list(pair["A"].shape), list(pair["B"].shape))
@@ -251,7 +252,8 @@ def _fit(
         configs[name].check(layer.out_features, layer.in_features, f"{folder}: {name}")
     if misfits:
         raise ValueError(f"{folder}: an adapter for another model, or of another rank: {listed(misfits, 3)}")
-    uncovered = [name for name in layers if name not in pairs and peft_config.targets(name, config)]
+    targets = peft_config.Targets(config, steps)
+    uncovered = [name for name in layers if name not in pairs and targets.has(name)]
     if uncovered:
         raise ValueError(
             f"{folder}: an adapter for another model, or an incomplete one: target_modules covers "
