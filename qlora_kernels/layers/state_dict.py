@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..formats.nf4 import PIECES
+from ..formats.nf4 import PIECES, check_constants
 from .adapters.named import Adapters
 
 
@@ -150,4 +150,9 @@ def _check_pieces(layer: Adapters, state: Mapping[str, Tensor], prefix: str, req
                 f'"{prefix}{name}" of a weight {weight} should have shape {list(piece.shape)}, '
                 f"found {list(tensor.shape)}."
             )
+    if not misfits:
+        try:
+            check_constants({prefix + name: state[prefix + name] for name in present})
+        except ValueError as error:
+            misfits.append(f"{error}.")
     return misfits

@@ -107,7 +107,8 @@ class Expression:
         if kind is op.SUBPATTERN:
             return self._sequence(argument[3], name, places, steps)
         if kind in _REPEATS:
-            return self._repeat(*argument, name, places, steps)
+            least, most, inner = argument
+            return self._repeat(least, most, inner, name, places, steps)
         if kind is op.AT:
             return {place for place in places if self._at(argument, name, place)}
         if kind in _ASSERTIONS:
@@ -154,7 +155,7 @@ class Expression:
             return argument not in codes
         negated = argument[0][0] is op.NEGATE
         members = argument[1:] if negated else argument
-        return any(_in_set(*member, code) for member in members for code in codes) != negated
+        return any(_in_set(member[0], member[1], code) for member in members for code in codes) != negated
 
     @staticmethod
     def _at(where: Any, name: str, place: int) -> bool:

@@ -225,3 +225,23 @@ def test_pieces_that_are_not_contiguous_can_be_assigned(double_quant):
     other.unmerge()
     made.unmerge()
     assert torch.equal(other(x), made(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_constants_that_are_not_finite_are_not_loaded(assign, double_quant):
+    source, target = layer(double_quant=double_quant), layer(double_quant=double_quant)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    for name in ("nested_absmax", "nested_offset", "nested_table") if double_quant else ("absmax",):
+        state = {key: value.clone() for key, value in source.state_dict().items()}
+        state[f"weight_{name}"][0] = float("nan")
+        with pytest.raises(RuntimeError, match=f"'weight_{name}' holds NaN or infinity"):
+            target.load_state_dict(state, assign=assign)
+        assert_same(target.state_dict(), before)
+    merged = layer(double_quant=double_quant)
+    merged.merge()
+    state = {key: value.clone() for key, value in merged.state_dict().items()}
+    state["unmerged_nested_absmax" if double_quant else "unmerged_absmax"][0] = float("inf")
+    with pytest.raises(RuntimeError, match="'unmerged_.*absmax' holds NaN or infinity"):
+        target.load_state_dict(state, assign=assign)
+    assert_same(target.state_dict(), before)
