@@ -130,5 +130,5 @@ def test_constants_that_overflow_together_are_refused():
         .isfinite()
         .all()
     )
-    with pytest.raises(ValueError, match="'nested_absmax' holds 3e.38, with which the weight's constants overflow"):
+    with pytest.raises(ValueError, match=r"'nested_absmax' holds 3e.38, with which the weight's constants overflow"):
         NF4Weight.from_state_dict(state)

@@ -242,6 +242,6 @@ def test_constants_that_are_not_finite_are_not_loaded(assign, double_quant):
     merged.merge()
     state = {key: value.clone() for key, value in merged.state_dict().items()}
     state["unmerged_nested_absmax" if double_quant else "unmerged_absmax"][0] = float("inf")
-    with pytest.raises(RuntimeError, match="'unmerged_.*absmax' holds NaN or infinity"):
+    with pytest.raises(RuntimeError, match=r"'unmerged_.*absmax' holds NaN or infinity"):
         target.load_state_dict(state, assign=assign)
     assert_same(target.state_dict(), before)
