@@ -100,7 +100,7 @@ def _nested(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain_name(name: Any) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    return isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not set(name) & {*"/\\\0"}
 
 
 def refuse_outer_link(folder: str, name: str) -> None:
@@ -133,7 +133,7 @@ def read_entries(folder: str) -> dict[str, Entry]:
         foreign = [name for name in names if not _is_plain_name(name)]
         if foreign:
             raise InputError(
-                f"{index} is not an index of safetensors files in the same folder; it names {foreign[0]!r}"
+                f"{index} is not an index of safetensors files in the same folder; it names {foreign[0]!r:.100}"
             )
     elif os.path.isfile(os.path.join(folder, "model.safetensors")):
         names = {"model.safetensors"}
