@@ -326,7 +326,9 @@ def test_nothing_complex_loses_its_imaginary_part():
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_traced_layer_computes_and_trains_as_the_layer(trained):
-    made = layer().requires_grad_(trained)
+    made = layer()
+    if not trained:
+        made.requires_grad_(False)
     x = torch.randn(2, 3, K, requires_grad=True)
     traced = torch.jit.trace(made, (x,))
     gradients = []

@@ -18,9 +18,9 @@ INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
-# Keys of a config that say how many modules there are, and more of them than any model has.
-_COUNT = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|groups?|stages?)$")
-_MOST_MODULES = 10_000
+# Keys of a config that say how many modules (or names of labels) to make, and more than any model has.
+_COUNT = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|groups?|stages?|labels?)$")
+_MOST_MODULES = 100_000
 
 # The cache of huggingface_hub holds files by their digest, and folders of links to them.
 _BLOB = re.compile(r"/(models|datasets|spaces)--[^/]+/blobs/([0-9a-f]{40}|[0-9a-f]{64})")

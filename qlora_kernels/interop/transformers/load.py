@@ -54,8 +54,10 @@ def load_quantized(
         dtype = config_dtype(config) if dtype is None else dtype
         model = skeleton(config, dtype)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
-    skip = settings.get("modules_to_not_convert", skipped(model))
-    planned = plan(model, adapter, target_modules, skip, settings.get("double_quant", True))
+    skip, double_quant = settings.get("modules_to_not_convert", skipped(model)), settings.get("double_quant", True)
+    with readable(folder):  # what is wrong without adapters, the folder is to blame for
+        plan(model, AdapterConfig(rank=0, alpha=1), skip=skip, double_quant=double_quant)
+    planned = plan(model, adapter, target_modules, skip, double_quant)
     swap_layers(model, replace(planned, adapted=()))  # adapters come when there is memory to put values in
     _load(model, read_entries(folder), folder)
     cast_parameters(model, dtype)
