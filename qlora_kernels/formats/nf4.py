@@ -230,14 +230,25 @@ class NF4Weight:
         Raises:
             KeyError: when a piece is missing.
             ValueError, TypeError: when a piece's shape or dtype is not that of the format, or a constant is not finite.
+            RuntimeError: when the memory of one was freed.
         """
         for name in ("packed", "absmax", "shape"):
             if prefix + name not in state:
                 raise KeyError(f"no tensor '{prefix + name}': not an NF4 weight, or one that is incomplete")
+        for name in (*PIECES, "shape"):
+            tensor = state.get(prefix + name)
+            if tensor is None and name in PIECES[2:]:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"'{prefix}{name}' should be a tensor, found {type(tensor).__name__}")
+            if tensor.layout is not torch.strided:
+                raise ValueError(f"'{prefix}{name}' should be a dense tensor, found {tensor.layout}")
+            dispatcher.require_memory(f"'{prefix}{name}'", tensor)
         shape = state[prefix + "shape"]
-        if shape.dtype != torch.int64 or shape.numel() != 2:
-            raise ValueError(f"'{prefix}shape' should be int64 [2], found {shape.dtype} {list(shape.shape)}")
-        n, k = (int(size) for size in shape)
+        if shape.dtype != torch.int64 or shape.numel() != 2 or shape.is_meta:
+            found = f"{shape.dtype} {list(shape.shape)} on {shape.device}"
+            raise ValueError(f"'{prefix}shape' should be int64 [2] with its data, found {found}")
+        n, k = (int(size) for size in shape.flatten())
         nested_absmax, nested_offset, nested_table = (state.get(prefix + name) for name in PIECES[2:])
         weight = cls(
             state[prefix + "packed"],

@@ -132,3 +132,19 @@ def test_constants_that_overflow_together_are_refused():
     )
     with pytest.raises(ValueError, match=r"'nested_absmax' holds 3e.38, with which the weight's constants overflow"):
         NF4Weight.from_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["packed", "absmax", "nested_absmax", "nested_offset", "nested_table", "shape"])
+def test_pieces_that_are_no_dense_tensors_with_memory_are_refused(name):
+    state = quantize(torch.randn(10, 64)).state_dict()
+    freed = state[name].clone()
+    freed.untyped_storage().resize_(0)
+    for bad, raised, message in (
+        (5, TypeError, "should be a tensor, found int"),
+        (state[name].to_sparse(), ValueError, "should be a dense tensor, found torch.sparse_coo"),
+        (freed, RuntimeError, "it was freed or made smaller"),
+    ):
+        with pytest.raises(raised, match=f"'{name}' .*{message}"):
+            NF4Weight.from_state_dict({**state, name: bad})
+    with pytest.raises(ValueError, match=r"'shape' should be int64 \[2\] with its data, found .* on meta"):
+        NF4Weight.from_state_dict({**state, "shape": state["shape"].to("meta")})

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -245,3 +246,33 @@ def test_constants_that_are_not_finite_are_not_loaded(assign, double_quant):
     with pytest.raises(RuntimeError, match=r"'unmerged_.*absmax' holds NaN or infinity"):
         target.load_state_dict(state, assign=assign)
     assert_same(target.state_dict(), before)
+
+
+def load_freed_memory(assign: bool, key: str) -> int:
+    """torch itself reads freed memory when it copies a state dict, and the process ends."""
+    target = layer()
+    state = {name: value.clone() for name, value in layer().state_dict().items()}
+    state[key].untyped_storage().resize_(0)
+    try:
+        target.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        return 0 if f'"{key}" needs' in str(error) and "it was freed or made smaller" in str(error) else 2
+    return 1
+
+
+@pytest.mark.parametrize("key", ["bias", "weight_packed", "weight_nested_table", "lora_A.default"])
+def test_freed_memory_is_not_loaded(key):
+    for assign in (False, True):
+        process = forked.start(load_freed_memory, assign, key)
+        process.join()
+        assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_sparse_tensors_are_not_loaded(assign):
+    target = layer()
+    state = {key: value.clone() for key, value in target.state_dict().items()}
+    for key in state:
+        with pytest.raises(RuntimeError, match=rf'"{key}" should be a dense tensor, found torch\.sparse_coo'):
+            target.load_state_dict({**state, key: state[key].to_sparse()}, assign=assign)
+    assert_same(target.state_dict(), state)
