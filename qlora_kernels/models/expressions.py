@@ -2,8 +2,8 @@
 
 Python's ``re`` goes back and tries again, so an expression of ten characters can keep it busy for years. The matcher
 here follows all ways through an expression at once, as Thompson's does (1968, doi 10.1145/363347.363387): it knows the
-set of places that a part can have reached, never how it got there. It cannot say what a group matched, which nobody
-asks of a pattern for layers' names. Python's own parser reads the expressions, so their syntax is that of ``re``.
+set of places that a part can have reached, not how it got there. It can't say what a group matched, which patterns for
+layer names don't need. Python's own parser reads the expressions, so their syntax is that of ``re``.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def load_quantized(
         device: where to put the model.
 
     Raises:
-        InputError: for a folder that quantize_folder did not write, or that is damaged or incomplete.
+        InputError: for a folder that quantize_folder did not write, or that is damaged or incomplete, or whose
+            parameters or constants are not finite.
         ValueError: for adapters that do not fit.
     """
     folder = os.fspath(folder)

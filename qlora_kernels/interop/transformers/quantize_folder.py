@@ -76,8 +76,9 @@ def quantize_folder(
         progress: show a bar.
 
     Raises:
-        InputError: for a model that is missing, damaged, already 4-bit or not finite, for an ``out`` that is not empty
-            or cannot be written, and for a ``max_shard_size`` below 1.
+        InputError: for a model that is missing, damaged, already 4-bit or not finite, for links to files outside its
+            folder (the cache of huggingface_hub excepted), for an ``out`` that is not empty or cannot be written, and
+            for a ``max_shard_size`` below 1.
     """
     if not max_shard_size >= 1:
         raise InputError(f"max_shard_size should be at least 1 byte, found {max_shard_size}")
