@@ -12,7 +12,7 @@ from torch import nn
 from ..console.quiet import quiet_transformers
 from ..errors import InputError, readable, sentence
 from ..interop.transformers.folder import METHOD, read_config
-from ..interop.transformers.skeleton import cast_parameters, dtype_argument, skeleton, skipped
+from ..interop.transformers.skeleton import cast_parameters, dtype_argument, load_config, skeleton, skipped
 from ..layers.adapters.config import AdapterConfig
 from ..models.quantize import QuantizeReport, quantize_model
 from ..models.targets import plan, qlora_layers
@@ -96,7 +96,7 @@ class Source:
         with readable(f"--model {name}"), quiet_transformers():
             # A tuple with output_loading_info, though annotated as a model.
             model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
-                name, output_loading_info=True, **dtype_argument(torch.bfloat16)
+                name, output_loading_info=True, trust_remote_code=False, **dtype_argument(torch.bfloat16)
             )
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -190,17 +190,15 @@ def digest(model: nn.Module) -> str:
 
 
 def _load_config(model: str):
-    from transformers import AutoConfig
-
     with readable(f"--model {model}"):
-        return AutoConfig.from_pretrained(model)
+        return load_config(model)
 
 
 def _load_tokenizer(model: str):
     from transformers import AutoTokenizer
 
     with readable(f"--model {model} has no usable tokenizer"):
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
 
 def _check_device(device: str) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -228,15 +229,26 @@ class NF4Weight:
 
         Raises:
             KeyError: when a piece is missing.
-            ValueError, TypeError: when a piece's shape or dtype is not that of the format.
+            ValueError, TypeError: when a piece's shape or dtype is not that of the format, or a constant is not finite.
+            RuntimeError: when the memory of one was freed.
         """
         for name in ("packed", "absmax", "shape"):
             if prefix + name not in state:
                 raise KeyError(f"no tensor '{prefix + name}': not an NF4 weight, or one that is incomplete")
+        for name in (*PIECES, "shape"):
+            tensor = state.get(prefix + name)
+            if tensor is None and name in PIECES[2:]:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"'{prefix}{name}' should be a tensor, found {type(tensor).__name__}")
+            if tensor.layout is not torch.strided:
+                raise ValueError(f"'{prefix}{name}' should be a dense tensor, found {tensor.layout}")
+            dispatcher.require_memory(f"'{prefix}{name}'", tensor)
         shape = state[prefix + "shape"]
-        if shape.dtype != torch.int64 or shape.numel() != 2:
-            raise ValueError(f"'{prefix}shape' should be int64 [2], found {shape.dtype} {list(shape.shape)}")
-        n, k = (int(size) for size in shape)
+        if shape.dtype != torch.int64 or shape.numel() != 2 or shape.is_meta:
+            found = f"{shape.dtype} {list(shape.shape)} on {shape.device}"
+            raise ValueError(f"'{prefix}shape' should be int64 [2] with its data, found {found}")
+        n, k = (int(size) for size in shape.flatten())
         nested_absmax, nested_offset, nested_table = (state.get(prefix + name) for name in PIECES[2:])
         weight = cls(
             state[prefix + "packed"],
@@ -248,6 +260,7 @@ class NF4Weight:
             dtype,
         )
         ops.check_weight(*weight.pieces, *weight.shape)
+        check_constants({prefix + name: piece for name, piece in zip(PIECES, weight.pieces, strict=True)})
         return weight
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -261,14 +274,15 @@ class NF4Weight:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: for a truncated or foreign file.
+            OSError: when it cannot be read.
+            ValueError: for a truncated or foreign file, and for constants that are not finite.
         """
         from ..storage.formats import load_safetensors
 
         tensors, metadata = load_safetensors(path)
         try:
             weight = cls.from_state_dict(tensors)
-        except KeyError as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{os.fspath(path)}: {error.args[0]}") from None
         name = metadata.get("dtype", "torch.float32")
         if name not in _DTYPES:
@@ -388,6 +402,43 @@ def check_range(weight: NF4Weight, name: str) -> None:
             f"{name} holds values so near the largest {weight.dtype}, {limit:.5g}, that double quantization rounds "
             "them to infinity; use double_quant=False"
         )
+
+
+def check_constants(pieces: Mapping[str, Tensor | None]) -> None:
+    """Checks that the constants of a weight are finite; of its codes, the 4-bit ones are not read.
+
+    Args:
+        pieces: the weight's, in the order of :data:`PIECES`, by the names to use in errors. Without data, as on the
+            meta device, nothing is checked.
+
+    Raises:
+        ValueError: naming the piece.
+    """
+    tensors = [piece for piece in pieces.values() if piece is not None]
+    if not all(map(_has_data, tensors)):
+        return
+    largest: list[float] = []
+    for name, piece in pieces.items():
+        if piece is None or not piece.is_floating_point() or not piece.numel():
+            continue
+        largest.append(torch.stack(torch.aminmax(piece.detach())).abs().max().item())
+        if not math.isfinite(largest[-1]):
+            raise ValueError(f"'{name}' holds NaN or infinity; the constants of a 4-bit weight are finite")
+    if len(largest) < 3:
+        return
+    scale, offset, entry = largest
+    # No constant exceeds this sum; which of them come near it, only the codes say.
+    if scale * entry + offset <= torch.finfo(torch.float32).max:
+        return
+    packed, absmax, nested_absmax, nested_offset, nested_table = tensors
+    decoded = reference.decode_absmax((packed, absmax, nested_absmax, nested_offset, nested_table))
+    if not decoded.isfinite().all():
+        raise ValueError(f"'{list(pieces)[2]}' holds {scale:.5g}, with which the weight's constants overflow float32")
+
+
+def _has_data(tensor: Tensor) -> bool:
+    # Subclasses are DTensors, whose values lie elsewhere too, and the tensors of tracers, which have none.
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not dispatcher.has_mode()
 
 
 def meta_weight(n: int, k: int, double_quant: bool) -> NF4Weight:

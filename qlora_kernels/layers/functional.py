@@ -260,7 +260,8 @@ def linear_on(x: Tensor, weight: ops.Operand, bias: Tensor | None = None, lora: 
         or (lora is not None and (lora.A.requires_grad or lora.B.requires_grad))
         or (bias is not None and bias.requires_grad)
     )
-    if not wanted:
+    # torch.jit.trace fails on Functions. The operation that it records is differentiable too.
+    if not wanted or dispatcher.tracing_state() is not None:
         return fused.forward(dispatcher.contiguous("x", x), weight, bias, lora, False)[0]
     if compiling:
         lora_A, lora_B, scaling, dropout, seed = NO_LORA if lora is None else lora

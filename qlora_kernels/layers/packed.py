@@ -114,6 +114,8 @@ class PackedLayer(nn.Module):
             return (moved if moved.dtype == torch.uint8 else data.to(moved.device)).view(tensor.dtype)
 
         dtype = fn(torch.empty(0, dtype=self._dtype, device=self.weight_packed.device)).dtype
+        if dtype.is_complex:
+            raise TypeError(f"a layer on a 4-bit weight is real and cannot be cast to {dtype}")
         cast(Any, super())._apply(apply, recurse)
         self._forget_operand()
         if dtype != self._dtype and dtype.is_floating_point:

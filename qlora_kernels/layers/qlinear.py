@@ -127,7 +127,7 @@ class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
             name: what to call the weight in errors.
 
         Raises:
-            TypeError: when ``linear`` is not a dense nn.Linear, or its dtype cannot be quantized.
+            TypeError: when ``linear`` is not a dense nn.Linear, its dtype cannot be quantized, or its bias is complex.
             ValueError: for a weight with NaN or infinity, or with values so near the largest of its type that double
                 quantization rounds them to infinity, and as for :class:`QLinear`.
         """
@@ -166,7 +166,13 @@ class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> QLinear:
-        """A layer on a weight [N, K] that is quantized already; ``bias`` is copied, its ``requires_grad`` kept."""
+        """A layer on a weight [N, K] that is quantized already; ``bias`` is copied, its ``requires_grad`` kept.
+
+        Raises:
+            TypeError: for a complex bias, of which only the real part would remain.
+        """
+        if bias is not None:
+            require(not bias.is_complex(), TypeError, f"bias should be real, found {bias.dtype}")
         layer = cls.__new__(cls)
         dtype = weight.dtype if dtype is None else dtype
         copy = None if bias is None else bias.detach().to(dtype=dtype, device=weight.device, copy=True)

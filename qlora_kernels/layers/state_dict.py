@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..formats.nf4 import PIECES
+from ..formats.nf4 import PIECES, check_constants
+from ..ops import dispatcher
 from .adapters.named import Adapters
 
 
@@ -94,7 +95,7 @@ def _trained(layer: Adapters) -> dict[str, Tensor]:
 
 
 def _check_tensors(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: bool) -> list[str]:
-    """That everything is a tensor, and one with data where it is to be copied."""
+    """That everything is a dense tensor, and one with data where it is to be copied."""
     names = [f"{kind}_{name}" for kind in ("weight", "unmerged") for name in PIECES]
     misfits: list[str] = []
     for key in (prefix + name for name in (*names, "merged_adapter", *_trained(layer))):
@@ -104,6 +105,13 @@ def _check_tensors(layer: Adapters, state: Mapping[str, Tensor], prefix: str, as
             misfits.append(f'"{key}" should be a tensor, found {type(state[key]).__name__}.')
         elif state[key].is_meta and not assign and not layer.weight_packed.is_meta:
             misfits.append(f'"{key}" is on the meta device and has no data to copy.')
+        elif state[key].layout is not torch.strided:
+            misfits.append(f'"{key}" should be a dense tensor, found {state[key].layout}.')
+        else:
+            try:
+                dispatcher.require_memory(f'"{key}"', state[key])
+            except RuntimeError as error:
+                misfits.append(f"{error}.")
     return misfits
 
 
@@ -150,4 +158,9 @@ def _check_pieces(layer: Adapters, state: Mapping[str, Tensor], prefix: str, req
                 f'"{prefix}{name}" of a weight {weight} should have shape {list(piece.shape)}, '
                 f"found {list(tensor.shape)}."
             )
+    if not misfits:
+        try:
+            check_constants({prefix + name: state[prefix + name] for name in present})
+        except ValueError as error:
+            misfits.append(f"{error}.")
     return misfits

@@ -16,8 +16,8 @@ from ..layers.adapters.config import AdapterConfig
 from ..layers.adapters.named import adapter_options, check_adapter_name, put_adapter
 from ..layers.qlinear import QLinear
 from ..storage.atomic_file import write_atomically
-from ..storage.formats import load_json, load_safetensors, parse_json, save_json, save_safetensors
-from ..storage.safetensors_stream import read_header
+from ..storage.formats import load_json, parse_json, save_json, save_safetensors
+from ..storage.safetensors_stream import DTYPES, Entry, read, read_header
 from . import peft_config
 from .adapters import no_adapter
 from .peft_config import CONFIG_NAME
@@ -111,11 +111,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
-    config, tensors = _read(folder)
+    config, entries = _read(folder)
     peft_config.check(config, os.path.join(folder, CONFIG_NAME))
     layers = _layers(_unwrapped(model))
-    pairs = _pair(tensors, folder)
-    configs = _fit(layers, pairs, config, folder)
+    found = _pair(entries, folder)
+    configs = _fit(layers, found, config, folder)
+    pairs = {name: {letter: _finite(entry, name, letter) for letter, entry in found[name].items()} for name in configs}
     active = {layer.active_adapter for layer in layers.values()}
     activate = adapter_name in active or active <= {None}
     for name, layer in layers.items():
@@ -173,20 +174,20 @@ def _contradicts(path: str, config: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the weights, which must belong together."""
+def _read(folder: str) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """The configuration, and what the file of weights holds; they must belong together."""
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
     config = load_json(config_path) if os.path.exists(config_path) else None
     if not os.path.exists(weights_path):
         other = os.path.join(folder, "adapter_model.bin")
         hint = f"; {other} is a pickle, save it again as safetensors" if os.path.exists(other) else ""
         raise FileNotFoundError(f"{weights_path}: no such file{hint}")
-    tensors, metadata = load_safetensors(weights_path)
+    entries, metadata = read_header(weights_path)
     copy = parse_json(metadata[_COPY], f"{weights_path}: the metadata {_COPY}") if _COPY in metadata else None
     if config is None:
         if copy is None:
             raise FileNotFoundError(f"{config_path}: no such file; not an adapter's folder, or an incomplete one")
-        return copy, tensors
+        return copy, entries
     if copy is not None:
         different = peft_config.differences(copy, config)
         if different:
@@ -194,39 +195,48 @@ def _read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"{config_path} and {weights_path} do not belong together ({'; '.join(different)}): a save was "
                 f"interrupted, or one was edited. Remove {CONFIG_NAME} to use the copy that the weights carry"
             )
-    return config, tensors
+    return config, entries
 
 
-def _pair(tensors: Mapping[str, Tensor], folder: str) -> dict[str, dict[str, Tensor]]:
-    """The two matrices of each layer, {layer: {"A": ..., "B": ...}}: complete, floating and finite."""
+def _pair(entries: Mapping[str, Entry], folder: str) -> dict[str, dict[str, Entry]]:
+    """The two matrices of each layer, {layer: {"A": ..., "B": ...}}: complete, and floating."""
     path = os.path.join(folder, WEIGHTS_NAME)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    names = {key: match.groups() for key in tensors if (match := _KEY.fullmatch(key))}
-    foreign = [key for key in tensors if key not in names]
-    if not tensors:
+    pairs: dict[str, dict[str, Entry]] = {}
+    names = {key: match.groups() for key in entries if (match := _KEY.fullmatch(key))}
+    foreign = [key for key in entries if key not in names]
+    if not entries:
         raise ValueError(f"{path} holds no tensors")
     if foreign:
         raise ValueError(
             f"{path}: keys should be base_model.model.<layer>.lora_A.weight and lora_B.weight, found "
             f"{listed(foreign, 3)}"
         )
-    for key, tensor in tensors.items():
-        if tensor.dim() != 2 or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key} should be a floating matrix, found {tensor.dtype} {list(tensor.shape)}")
-        if tensor.element_size() == 1:
-            tensor = tensor.float()  # float8 can be converted, and nothing else
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity")
+    for key, entry in entries.items():
+        dtype = DTYPES.get(entry.dtype)
+        if len(entry.shape) != 2 or dtype is None or not dtype.is_floating_point:
+            raise ValueError(
+                f"{path}: {key} should be a floating matrix, found {dtype or entry.dtype} {list(entry.shape)}"
+            )
         layer, letter = names[key]
-        pairs.setdefault(layer, {})[letter] = tensor
+        pairs.setdefault(layer, {})[letter] = entry
     lone = [layer for layer, pair in pairs.items() if len(pair) < 2]
     if lone:
         raise ValueError(f"{path}: lora_A and lora_B come together, but one is missing for {listed(lone, 3)}")
     return pairs
 
 
+def _finite(entry: Entry, layer: str, letter: str) -> Tensor:
+    """The values of a matrix."""
+    tensor = read(entry)
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # float8 can be converted, and nothing else
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{entry.file}: lora_{letter} of {layer} holds NaN or infinity")
+    return tensor
+
+
 def _fit(
-    layers: Mapping[str, QLinear], pairs: Mapping[str, dict[str, Tensor]], config: Mapping[str, Any], folder: str
+    layers: Mapping[str, QLinear], pairs: Mapping[str, dict[str, Entry]], config: Mapping[str, Any], folder: str
 ) -> dict[str, AdapterConfig]:
     """The adapter's configuration for each of its layers, after checking that all of them fit the model."""
     unknown = [name for name in pairs if name not in layers]
@@ -235,10 +245,11 @@ def _fit(
             f"{folder}: an adapter for another model: {listed(unknown, 3)} "
             f"{'are' if len(unknown) > 1 else 'is'} not among its QLinear layers, such as {listed(layers, 2)}"
         )
-    configs, misfits = {}, []
+    configs, misfits, steps = {}, [], peft_config.steps(folder)
+    ranks = peft_config.Values(config.get("rank_pattern"), config["r"], steps)
+    alphas = peft_config.Values(config.get("alpha_pattern"), config["lora_alpha"], steps)
     for name, pair in pairs.items():
-        rank = peft_config.value_for(config.get("rank_pattern"), name, config["r"])
-        alpha = peft_config.value_for(config.get("alpha_pattern"), name, config["lora_alpha"])
+        rank, alpha = ranks.for_layer(name), alphas.for_layer(name)
         layer = layers[name]
         wanted = ([rank, layer.in_features], [layer.out_features, rank])
         shapes = (list(pair["A"].shape), list(pair["B"].shape))
@@ -251,7 +262,8 @@ def _fit(
         configs[name].check(layer.out_features, layer.in_features, f"{folder}: {name}")
     if misfits:
         raise ValueError(f"{folder}: an adapter for another model, or of another rank: {listed(misfits, 3)}")
-    uncovered = [name for name in layers if name not in pairs and peft_config.targets(name, config)]
+    targets = peft_config.Targets(config, steps)
+    uncovered = [name for name in layers if name not in pairs and targets.has(name)]
     if uncovered:
         raise ValueError(
             f"{folder}: an adapter for another model, or an incomplete one: target_modules covers "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -10,12 +12,19 @@ from typing import Any
 from torch import nn
 
 from ..layers.qlinear import QLinear
+from .expressions import Expression, Steps, ends
 from .targets import matches
 
 CONFIG_NAME = "adapter_config.json"
 
 # Names that wrappers put into module paths: torch.compile, activation checkpointing, FSDP.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+# Of all patterns together. Names of 2,000 layers, in full, have about 100,000.
+_MOST_CHARACTERS = 1_000_000
+
+# Of matching all patterns with all layers: some seconds.
+_MOST_STEPS = 20_000_000
 
 # The keys that decide how the weights are used; a difference in any other is harmless.
 _DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -142,19 +151,26 @@ def _check_patterns(config: Mapping[str, Any], path: str) -> None:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             raise ValueError(f"{path}: {key} should be an object, found {patterns!r}")
-        for expression, value in patterns.items():
+        for pattern, value in patterns.items():
             if not _is_number(value, whole):
-                raise ValueError(f"{path}: {key}[{expression!r}] should be {_a_number(whole)}, found {value!r}")
+                raise ValueError(f"{path}: {key}[{pattern!r}] should be {_a_number(whole)}, found {value!r}")
         expressions += patterns
-    for expression in expressions:
+    if sum(len(pattern) + 1 for pattern in expressions) > _MOST_CHARACTERS:
+        raise ValueError(f"{path}: the patterns have more than {_MOST_CHARACTERS:,} characters together")
+    for pattern in expressions:
         try:
-            re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"{path}: {expression!r} is not a regular expression ({error})") from None
+            Expression(pattern)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def _is_number(value: Any, whole: bool = False) -> bool:
-    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _a_number(whole: bool) -> str:
@@ -165,17 +181,38 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def targets(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT would put this adapter on the layer; False where that depends on more than target_modules."""
-    patterns = config.get("target_modules")
-    if not patterns or patterns == "all-linear" or config.get("layers_to_transform") or config.get("exclude_modules"):
-        return False
-    return matches(name, patterns)
+class Targets:
+    """target_modules: which layers PEFT would put an adapter on, as far as target_modules alone decides that."""
+
+    def __init__(self, config: Mapping[str, Any], steps: Steps) -> None:
+        patterns = config.get("target_modules")
+        more = config.get("layers_to_transform") or config.get("exclude_modules")
+        self._patterns = [] if more or patterns == "all-linear" else patterns or []
+        if not isinstance(self._patterns, str):
+            self._patterns = frozenset(self._patterns)
+        self._steps = steps
+
+    def has(self, name: str) -> bool:
+        return matches(name, self._patterns, self._steps)
 
 
-def value_for(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value for a layer. PEFT's rule: a pattern is a regular expression for the end of the name, from any dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+class Values:
+    """rank_pattern or alpha_pattern: a value for each layer."""
+
+    def __init__(self, patterns: Mapping[str, Any] | None, default: Any, steps: Steps) -> None:
+        self._values = [(Expression(pattern), value) for pattern, value in (patterns or {}).items()]
+        self._default = default
+        self._steps = steps
+
+    def for_layer(self, name: str) -> Any:
+        """PEFT's rule: a pattern is a regular expression for the end of the name, from any dot; the first counts."""
+        starts = ends(name)
+        for pattern, value in self._values:
+            if pattern.matches(name, starts, self._steps):
+                return value
+        return self._default
+
+
+def steps(folder: str) -> Steps:
+    """What matching all patterns of the adapter in a folder with a model's layers may take."""
+    return Steps(_MOST_STEPS, f"{os.path.join(folder, CONFIG_NAME)}: ")

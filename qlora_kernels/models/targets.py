@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 from ..errors import listed
 from ..layers.adapters.config import AdapterConfig
 from ..layers.qlinear import QLinear
+from .expressions import Steps, ends, expression
 
 _QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,19 +91,23 @@ def qlora_layers(model: nn.Module) -> Iterator[tuple[str, QLinear]]:
             yield name, module
 
 
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the full name, a list holds full names or their ends."""
+def matches(name: str, patterns: str | Iterable[str], steps: Steps | None = None) -> bool:
+    """PEFT's rule: a string is a regular expression for the full name, a list holds full names or their ends.
+
+    Raises:
+        ValueError: for an expression that is not one, or takes too long to match.
+    """
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+        return expression(patterns).matches(name, steps=steps)
+    return not {name[end:] for end in ends(name)}.isdisjoint(patterns)
 
 
 def _check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
     if isinstance(patterns, str):
         try:
-            re.compile(patterns)
-        except re.error as error:
-            raise ValueError(f"{argument}: {patterns!r} is not a regular expression ({error})") from None
+            expression(patterns)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from None
     elif not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument} should be a regular expression or a list of names, found {patterns!r}")
 

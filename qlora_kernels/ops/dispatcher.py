@@ -16,7 +16,6 @@ _C = cast(Any, torch._C)
 _is_compiling = torch.compiler.is_compiling
 _len_torch_dispatch_stack = _C._len_torch_dispatch_stack
 _len_torch_function_stack = _C._len_torch_function_stack
-_get_tracing_state = _C._get_tracing_state
 _profiler_enabled = cast(Any, torch.autograd)._profiler_enabled
 
 #: The innermost transform of torch.func, or None.
@@ -29,6 +28,8 @@ is_any_autocast_enabled: Any = _C._is_any_autocast_enabled
 parse_to: Any = _C._nn._parse_to
 #: The address of a CUDA device's current stream, by its ordinal; None in builds of torch without CUDA.
 raw_stream_of: Callable[[int], int] | None = getattr(_C, "_cuda_getCurrentRawStream", None)
+#: What torch.jit.trace is recording, or None.
+tracing_state: Any = _C._get_tracing_state
 #: A context in which operations skip their autograd layer.
 below_autograd: Any = _C._AutoDispatchBelowAutograd
 
@@ -75,7 +76,7 @@ def is_idle(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
         or _len_torch_dispatch_stack() != 0
         or _len_torch_function_stack() != 0
         or innermost_transform() is not None
-        or _get_tracing_state() is not None
+        or tracing_state() is not None
         or _profiler_enabled()
         or type(x) not in _PLAIN
         or not _PLAIN.issuperset(map(type, others))
@@ -128,9 +129,15 @@ def contiguous(name: str, tensor: Tensor) -> Tensor:
 
 
 def convert(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, after :func:`require_memory` where that copies."""
+    """``tensor.to(dtype)``, after :func:`require_memory` where that copies.
+
+    Raises:
+        TypeError: for a complex tensor, of which only the real part would remain.
+    """
     if tensor.dtype is dtype:
         return tensor
+    if tensor.is_complex() and not dtype.is_complex:
+        raise TypeError(f"{name} should be real, found {tensor.dtype}")
     require_memory(name, tensor)
     return tensor.to(dtype)
 

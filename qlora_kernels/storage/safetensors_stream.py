@@ -7,13 +7,14 @@ the end of the header), the data without gaps. https://github.com/huggingface/sa
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..errors import missing_extra
+from .regular_file import open_regular
 
 DTYPES = {
     "C64": torch.complex64,
@@ -65,34 +66,29 @@ def read_header(path: str) -> tuple[dict[str, Entry], dict[str, str]]:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is truncated or not a safetensors file.
+        OSError: when it cannot be read.
+        ValueError: when it is truncated or not a safetensors file, or a pipe or a device.
     """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise missing_extra("safetensors", "finetune") from None
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt"):  # checks the header, the offsets and the file's size
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", None) or {}
-    entries = {
-        name: Entry(
-            value["dtype"],
-            tuple(value["shape"]),
-            value["data_offsets"][1] - value["data_offsets"][0],
-            path,
-            8 + length + value["data_offsets"][0],
-        )
-        for name, value in header.items()
-    }
-    return entries, metadata
+        try:
+            with safe_open(path, framework="pt"):  # checks the header, the offsets and the file's size
+                pass
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", None) or {}
+            return {name: _entry(value, path, 8 + length) for name, value in header.items()}, metadata
+        # The second reading may find what the first did not: Python's parser is another one, and files change.
+        except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def _entry(value: Any, path: str, data: int) -> Entry:
+    begin, end = value["data_offsets"]
+    return Entry(value["dtype"], tuple(value["shape"]), end - begin, path, data + begin)
 
 
 def read(entry: Entry) -> torch.Tensor:
@@ -104,7 +100,7 @@ def read(entry: Entry) -> torch.Tensor:
     if entry.dtype not in DTYPES:
         raise ValueError(f"{entry.file} holds a tensor of the type {entry.dtype}, which cannot be read")
     data = bytearray(entry.nbytes)
-    with open(entry.file, "rb") as file:
+    with open_regular(entry.file) as file:
         file.seek(entry.begin)
         if file.readinto(data) != entry.nbytes:
             raise ValueError(f"{entry.file} ends early")
@@ -121,11 +117,13 @@ class Writer:
     Args:
         path: the file, created or replaced.
         entries: what it will hold; only dtype, shape and nbytes of each matter.
+        metadata: strings to store beside the tensors, by default that they are for PyTorch.
     """
 
-    def __init__(self, path: str, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, path: str, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
         order = sorted(entries, key=lambda name: (-_element_size(entries[name].dtype), name))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        metadata = {"format": "pt"} if metadata is None else dict(metadata)
+        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
         offset, self._begin, self._left = 0, {}, dict(entries)
         for name in order:
             entry = entries[name]
@@ -150,7 +148,8 @@ class Writer:
             raise ValueError(f"{name} should be {entry.dtype} {list(entry.shape)}, found {tensor.dtype} {tensor.shape}")
         self._file.seek(self._start + self._begin[name])
         if tensor.numel():
-            self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
     def copy(self, name: str, source: Entry) -> None:
         """Copies the bytes of a tensor from another file."""
@@ -158,10 +157,13 @@ class Writer:
         if (source.dtype, source.shape) != (entry.dtype, entry.shape):
             raise ValueError(f"{name} should be {entry.dtype} {list(entry.shape)}, found {source.dtype} {source.shape}")
         self._file.seek(self._start + self._begin[name])
-        with open(source.file, "rb") as file:
+        with open_regular(source.file) as file:
             file.seek(source.begin)
             for size in _chunk_sizes(source.nbytes):
-                self._file.write(file.read(size))
+                data = file.read(size)
+                if len(data) != size:
+                    raise ValueError(f"{source.file} ends early")
+                self._file.write(data)
 
     def close(self) -> None:
         """Closes the file.

@@ -95,3 +95,56 @@ def test_a_weight_can_be_inspected_like_a_frozen_parameter():
         _ = weight.data
     with pytest.raises((RuntimeError, AttributeError)):
         weight.data = torch.zeros(4, 64)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_constants_that_are_not_finite_are_refused(tmp_path, double_quant, value):
+    from safetensors.torch import save_file
+
+    state = quantize(torch.randn(10, 64), double_quant).state_dict("w.")
+    assert NF4Weight.from_state_dict(state, "w.").double_quant == double_quant
+    for name in ("w.nested_absmax", "w.nested_offset", "w.nested_table") if double_quant else ("w.absmax",):
+        bad = {key: tensor.clone() for key, tensor in state.items()}
+        bad[name][-1] = value
+        with pytest.raises(ValueError, match=f"'{name}' holds NaN or infinity"):
+            NF4Weight.from_state_dict(bad, "w.")
+        save_file({key.removeprefix("w."): tensor for key, tensor in bad.items()}, tmp_path / "bad")
+        with pytest.raises(ValueError, match=f"bad: '{name[2:]}' holds NaN or infinity"):
+            NF4Weight.load(tmp_path / "bad")
+        NF4Weight.from_state_dict(
+            {key: tensor.to("meta") if "shape" not in key else tensor for key, tensor in bad.items()}, "w."
+        )
+
+
+def test_constants_that_overflow_together_are_refused():
+    state = quantize(torch.randn(10, 64)).state_dict()
+    state["nested_absmax"].fill_(3e38)
+    state["nested_offset"].fill_(3e38)
+    state["absmax"].zero_()  # entry 0 of the table is 0
+    assert NF4Weight.from_state_dict(state).dequantize().isfinite().all()
+    state["absmax"][3] = 126  # 1, the largest
+    assert (
+        not NF4Weight(**{k: v for k, v in state.items() if k != "shape"}, shape=torch.Size((10, 64)))
+        .dequantize()
+        .isfinite()
+        .all()
+    )
+    with pytest.raises(ValueError, match=r"'nested_absmax' holds 3e.38, with which the weight's constants overflow"):
+        NF4Weight.from_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["packed", "absmax", "nested_absmax", "nested_offset", "nested_table", "shape"])
+def test_pieces_that_are_no_dense_tensors_with_memory_are_refused(name):
+    state = quantize(torch.randn(10, 64)).state_dict()
+    freed = state[name].clone()
+    freed.untyped_storage().resize_(0)
+    for bad, raised, message in (
+        (5, TypeError, "should be a tensor, found int"),
+        (state[name].to_sparse(), ValueError, "should be a dense tensor, found torch.sparse_coo"),
+        (freed, RuntimeError, "it was freed or made smaller"),
+    ):
+        with pytest.raises(raised, match=f"'{name}' .*{message}"):
+            NF4Weight.from_state_dict({**state, name: bad})
+    with pytest.raises(ValueError, match=r"'shape' should be int64 \[2\] with its data, found .* on meta"):
+        NF4Weight.from_state_dict({**state, "shape": state["shape"].to("meta")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 
 import pytest
@@ -298,3 +299,48 @@ def test_what_is_cached_for_a_weight_goes_with_it():
     other = layer()
     assert torch.equal(torch.func.functional_call(copied, dict(other.state_dict()), (x,)), other(x))
     assert torch.equal(copied(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_nothing_complex_loses_its_imaginary_part():
+    linear = dense()
+    linear.bias = nn.Parameter(torch.randn(N, dtype=torch.complex64))
+    made = layer()
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    for call in (
+        lambda: QLinear.from_linear(linear),
+        lambda: QLinear.from_nf4(made.weight, linear.bias),
+        lambda: made.to(torch.complex64),
+    ):
+        with pytest.raises(TypeError, match=r"complex64"):
+            call()
+    assert_same(made.state_dict(), before)
+    for name, owner in (("bias", made), ("default", made.lora_A)):
+        kept = getattr(owner, name)
+        setattr(owner, name, nn.Parameter(kept.to(torch.complex64)))
+        with pytest.raises(TypeError, match=r"(bias|lora_A) should be real, found torch\.complex64"):
+            made(torch.randn(2, K, dtype=torch.bfloat16))
+        setattr(owner, name, kept)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_computes_and_trains_as_the_layer(trained):
+    made = layer()
+    if not trained:
+        made.requires_grad_(False)
+    x = torch.randn(2, 3, K, requires_grad=True)
+    traced = torch.jit.trace(made, (x,))
+    gradients = []
+    for forward in (made, traced):
+        x.grad = None
+        made.zero_grad()
+        y = forward(x)
+        y.square().sum().backward()
+        gradients.append([y, *(p.grad for p in (x, *made.parameters()) if p.grad is not None)])
+    assert len(gradients[0]) == (5 if trained else 2)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    stored = io.BytesIO()
+    torch.jit.save(traced, stored)
+    stored.seek(0)
+    assert torch.equal(torch.jit.load(stored)(x), made(x))

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -225,3 +226,53 @@ def test_pieces_that_are_not_contiguous_can_be_assigned(double_quant):
     other.unmerge()
     made.unmerge()
     assert torch.equal(other(x), made(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_constants_that_are_not_finite_are_not_loaded(assign, double_quant):
+    source, target = layer(double_quant=double_quant), layer(double_quant=double_quant)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    for name in ("nested_absmax", "nested_offset", "nested_table") if double_quant else ("absmax",):
+        state = {key: value.clone() for key, value in source.state_dict().items()}
+        state[f"weight_{name}"][0] = float("nan")
+        with pytest.raises(RuntimeError, match=f"'weight_{name}' holds NaN or infinity"):
+            target.load_state_dict(state, assign=assign)
+        assert_same(target.state_dict(), before)
+    merged = layer(double_quant=double_quant)
+    merged.merge()
+    state = {key: value.clone() for key, value in merged.state_dict().items()}
+    state["unmerged_nested_absmax" if double_quant else "unmerged_absmax"][0] = float("inf")
+    with pytest.raises(RuntimeError, match=r"'unmerged_.*absmax' holds NaN or infinity"):
+        target.load_state_dict(state, assign=assign)
+    assert_same(target.state_dict(), before)
+
+
+def load_freed_memory(assign: bool, key: str) -> int:
+    """torch itself reads freed memory when it copies a state dict, and the process ends."""
+    target = layer()
+    state = {name: value.clone() for name, value in layer().state_dict().items()}
+    state[key].untyped_storage().resize_(0)
+    try:
+        target.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        return 0 if f'"{key}" needs' in str(error) and "it was freed or made smaller" in str(error) else 2
+    return 1
+
+
+@pytest.mark.parametrize("key", ["bias", "weight_packed", "weight_nested_table", "lora_A.default"])
+def test_freed_memory_is_not_loaded(key):
+    for assign in (False, True):
+        process = forked.start(load_freed_memory, assign, key)
+        process.join()
+        assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_sparse_tensors_are_not_loaded(assign):
+    target = layer()
+    state = {key: value.clone() for key, value in target.state_dict().items()}
+    for key in state:
+        with pytest.raises(RuntimeError, match=rf'"{key}" should be a dense tensor, found torch\.sparse_coo'):
+            target.load_state_dict({**state, key: state[key].to_sparse()}, assign=assign)
+    assert_same(target.state_dict(), state)

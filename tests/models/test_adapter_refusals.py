@@ -102,6 +102,38 @@ BAD_FOLDERS = {
     "pissa": (_config(init_lora_weights="pissa"), ValueError, "'pissa' changes the base weights"),
     "no rank": (_config(r=None), ValueError, "r should be a whole number, found None"),
     "alpha text": (_config(lora_alpha="8"), ValueError, "lora_alpha should be a number, found '8'"),
+    "alpha huge": (_config(lora_alpha=10**400), ValueError, r"config\.json: lora_alpha should be a number, found 1000"),
+    "alpha of infinite scaling": (_config(lora_alpha=1e308), ValueError, r"q_proj: alpha 1e\+308 is too large: the sc"),
+    "alpha infinite": (_config(lora_alpha=float("inf")), ValueError, r"lora_alpha should be a number, found inf"),
+    "dropout huge": (_config(lora_dropout=10**400), ValueError, r"config\.json: lora_dropout should be a number"),
+    "pattern with late flags": (
+        _config(alpha_pattern={"x(?i)": 8}),
+        ValueError,
+        r"config\.json: 'x\(\?i\)' is not a regular expression",
+    ),
+    "patterns without end": (
+        _config(rank_pattern={f"{i}{'a' * 1000}": 8 for i in range(1000)}),
+        ValueError,
+        r"config\.json: the patterns have more than 1,000,000 characters",
+    ),
+    "repeated key": (
+        _text("adapter_config.json", '{"r": 4, "r": 8}'),
+        ValueError,
+        r"config\.json should hold a JSON object \(the key 'r' occurs twice\)",
+    ),
+    "pipe": (
+        lambda f: (_remove("adapter_config.json")(f), os.mkfifo(f / "adapter_config.json")),
+        ValueError,
+        r"adapter_config\.json is not a regular file",
+    ),
+    "device": (
+        lambda f: (
+            _remove("adapter_model.safetensors")(f),
+            os.symlink("/dev/zero", f / "adapter_model.safetensors"),
+        ),
+        ValueError,
+        r"adapter_model\.safetensors is not a regular file",
+    ),
     "alpha zero": (_config(lora_alpha=0), ValueError, r"q_proj: alpha should be positive"),
     "dropout": (_config(lora_dropout=1.0), ValueError, "dropout should be in"),
     "dropout list": (
@@ -288,12 +320,10 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     save_adapter(quantized(rank=4, alpha=8), tmp_path)
     files = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
-    def full(tensors, path, metadata=None):
-        with open(path, "wb") as file:
-            file.write(b"some bytes")
-        raise OSError(28, "No space left on device", path)
+    def full(self, name, tensor):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("qlora_kernels.storage.safetensors_stream.Writer.write", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(quantized(rank=2, alpha=32), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == files
@@ -325,3 +355,17 @@ def test_other_floating_types_load(saved, tmp_path, dtype):
     expected = weights[f"base_model.model.{first}.lora_A.weight"].to(dtype).float()
     assert expected.abs().max() > 0
     assert torch.equal(model.get_submodule(first).lora_A["other"].float(), expected)
+
+
+def test_patterns_that_would_take_years_are_matched_or_refused(saved, tmp_path, monkeypatch):
+    folder, model = saved
+    for name in os.listdir(folder):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    hostile = "([a-z._0-9]+)+!"  # a name of 30 characters would keep re busy for minutes, and each more for twice that
+    _config(rank_pattern={hostile: 8}, alpha_pattern={hostile: 8}, target_modules=hostile)(tmp_path)
+    assert len(load_adapter(model, tmp_path, "other")) == 4
+    monkeypatch.setattr("qlora_kernels.models.peft_config._MOST_STEPS", 1000)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"config\.json: '.*' takes too long to match; write it more simply"):
+        load_adapter(model, tmp_path, "third")
+    assert_unchanged(model, before)

@@ -7,15 +7,16 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import InputError, readable
+from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from ...layers.adapters.config import AdapterConfig
 from ...models.quantize import swap_layers
 from ...models.targets import plan, qlora_layers
-from ...storage.safetensors_stream import Entry, read
+from ...storage.safetensors_stream import DTYPES, Entry, read
 from .folder import METHOD, read_config, read_entries
-from .skeleton import cast_parameters, config_dtype, same_parameter, skeleton, skipped
+from .skeleton import cast_parameters, config_dtype, load_config, same_parameter, skeleton, skipped
 
 
 def load_quantized(
@@ -40,22 +41,24 @@ def load_quantized(
         device: where to put the model.
 
     Raises:
-        InputError: for a folder that quantize_folder did not write, or that is damaged or incomplete.
+        InputError: for a folder that quantize_folder did not write, or that is damaged or incomplete, or whose
+            parameters or constants are not finite.
         ValueError: for adapters that do not fit.
     """
     folder = os.fspath(folder)
     settings = read_config(folder).get("quantization_config") or {}
     if settings.get("quant_method") != METHOD:
         raise InputError(f"{folder} is not a 4-bit folder of 'qlora-kernels quantize'")
+    _check_settings(settings, folder)
     with readable(folder):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder)
+        config = load_config(folder)
         dtype = config_dtype(config) if dtype is None else dtype
         model = skeleton(config, dtype)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
-    skip = list(settings.get("modules_to_not_convert", skipped(model)))
-    planned = plan(model, adapter, target_modules, skip, bool(settings.get("double_quant", True)))
+    skip, double_quant = settings.get("modules_to_not_convert", skipped(model)), settings.get("double_quant", True)
+    with readable(folder):  # what is wrong without adapters, the folder is to blame for
+        plan(model, AdapterConfig(rank=0, alpha=1), skip=skip, double_quant=double_quant)
+    planned = plan(model, adapter, target_modules, skip, double_quant)
     swap_layers(model, replace(planned, adapted=()))  # adapters come when there is memory to put values in
     _load(model, read_entries(folder), folder)
     cast_parameters(model, dtype)
@@ -65,13 +68,33 @@ def load_quantized(
     return model.to(device)
 
 
+def _check_settings(settings: dict[str, Any], folder: str) -> None:
+    """
+    Raises:
+        InputError: naming the key.
+    """
+
+    def require(key: str, usable: bool, expected: str) -> None:
+        if key in settings and not usable:
+            where = f"{os.path.join(folder, 'config.json')}: {key} in quantization_config"
+            raise InputError(f"{where} should be {expected}, found {settings[key]!r:.100}")
+
+    skip = settings.get("modules_to_not_convert")
+    names = isinstance(skip, list) and all(isinstance(name, str) for name in skip)
+    require("modules_to_not_convert", names, "a list of names")
+    require("double_quant", isinstance(settings.get("double_quant"), bool), "true or false")
+    for key, size in (("block_size", BLOCK_SIZE), ("nested_block_size", NESTED_BLOCK_SIZE)):
+        require(key, settings.get(key) == size, str(size))
+
+
 def _load(model: nn.Module, entries: dict[str, Entry], folder: str) -> None:
     """Gives a model on the meta device its tensors from a folder; tied parameters need to be there only once."""
     state = model.state_dict()
     unexpected = sorted(set(entries) - set(state))
     if unexpected:
         raise InputError(f"{folder} holds {unexpected[0]}, which its model does not have")
-    values = {key: read(entry) for key, entry in entries.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    values = {key: _read(key, entry, state[key], key in parameters, folder) for key, entry in entries.items()}
     missing = sorted(set(state) - set(values))
     for key in list(missing):
         twin = next((k for k in values if same_parameter(model, k, key)), None)
@@ -82,6 +105,32 @@ def _load(model: nn.Module, entries: dict[str, Entry], folder: str) -> None:
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} tensors of its model, first {missing[0]}")
     with readable(folder):
-        model.load_state_dict(values, strict=False, assign=True)
+        try:
+            model.load_state_dict(values, strict=False, assign=True)
+        except RuntimeError as error:  # a heading, and a line for each misfit
+            raise InputError(f"{folder}: {str(error).strip().splitlines()[-1].strip()}") from None
     cast(Any, model).tie_weights()  # a method of transformers' models
     model.requires_grad_(False)
+
+
+def _read(key: str, entry: Entry, expected: Tensor, parameter: bool, folder: str) -> Tensor:
+    """A tensor from a file, which is read only if it fits.
+
+    Raises:
+        InputError: when it does not fit, or is a parameter with NaN or infinity. Constants of 4-bit weights are checked
+            together, by their layers.
+    """
+    if entry.shape != tuple(expected.shape):
+        raise InputError(f"{folder}: {key} should be {list(expected.shape)}, found {list(entry.shape)}")
+    dtype = DTYPES.get(entry.dtype)
+    floating = expected.is_floating_point() and dtype is not None and dtype.is_floating_point
+    if dtype != expected.dtype and not floating:
+        raise InputError(f"{folder}: {key} should be {expected.dtype}, found {entry.dtype}")
+    with readable(folder):
+        value = read(entry)
+    # The extremes show NaN and infinity in one pass, with no copy. float8 has no such function, and no large tensors.
+    if parameter and floating and value.numel():
+        extremes = torch.aminmax(value.float() if value.element_size() == 1 else value)
+        if not torch.isfinite(torch.stack(extremes)).all():
+            raise InputError(f"{folder}: {key} holds NaN or infinity; only finite weights can be used")
+    return value

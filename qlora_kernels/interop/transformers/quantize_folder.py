@@ -18,8 +18,8 @@ from ...storage.atomic_folder import new_folder, write_folder_atomically
 from ...storage.formats import save_json
 from ...storage.safetensors_stream import DTYPES, Entry, Writer, read
 from ...version import BASE
-from .folder import INDEX, METHOD, copy_other_files, read_config, read_entries
-from .skeleton import same_parameter, skeleton, skipped
+from .folder import INDEX, METHOD, copy_other_files, other_files, read_config, read_entries, refuse_outer_link
+from .skeleton import load_config, same_parameter, skeleton, skipped
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def quantize_folder(
         progress: show a bar.
 
     Raises:
-        InputError: for a model that is missing, damaged, already 4-bit or not finite, for an ``out`` that is not empty
-            or cannot be written, and for a ``max_shard_size`` below 1.
+        InputError: for a model that is missing, damaged, already 4-bit or not finite, for links to files outside its
+            folder (the cache of huggingface_hub excepted), for an ``out`` that is not empty or cannot be written, and
+            for a ``max_shard_size`` below 1.
     """
     if not max_shard_size >= 1:
         raise InputError(f"max_shard_size should be at least 1 byte, found {max_shard_size}")
@@ -86,6 +87,8 @@ def quantize_folder(
     _check_dense(model, config)
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise InputError(f"{out} exists already and is not an empty folder")
+    for name in other_files(model):
+        refuse_outer_link(model, name)
     planned, conversions = _plan_conversions(model, double_quant)
     shards = _shards(conversions, max_shard_size)
 
@@ -154,9 +157,7 @@ def _plan_conversions(model: str, double_quant: bool) -> tuple[Plan, list[_Conve
     """Which layers of the model in a folder become 4-bit, and what becomes of each tensor in its files."""
     entries = read_entries(model)
     with readable(model):
-        from transformers import AutoConfig
-
-        bones = skeleton(AutoConfig.from_pretrained(model))
+        bones = skeleton(load_config(model))
     names = _match_names(model, bones, entries)
     with readable(model):
         planned = plan(bones, AdapterConfig(rank=0, alpha=1), skip=skipped(bones), double_quant=double_quant)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import InputError
+
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The keyword for a model's dtype: transformers renamed ``torch_dtype`` to ``dtype`` in 4.56."""
@@ -18,16 +20,28 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
 
 
+# More than any model has: one of 10,000 layers.
+_MOST_PARAMETERS = 200_000
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """A context in which modules are created with their parameters on the meta device, but with real buffers.
 
     Buffers that a checkpoint does not hold (the frequencies of rotary embeddings) are computed when a module is
     created; on the meta device they would be lost.
+
+    Raises:
+        InputError: when there are so many that a config must be wrong.
     """
     register = nn.Module.register_parameter
+    left = _MOST_PARAMETERS
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise InputError(f"its config.json asks for more than {_MOST_PARAMETERS:,} parameters")
         # One that is already on meta may be tied to another: it must stay the same object.
         if param is not None and not param.is_meta:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
@@ -38,6 +52,14 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register
+
+
+def load_config(folder: str) -> Any:
+    """transformers' config of a model in a folder, or of one with an id. Code that comes with it is never run."""
+    from transformers import AutoConfig
+
+    # Without the argument, transformers asks on the terminal.
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
@@ -54,7 +76,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     if dtype is None:
         dtype = config_dtype(config)
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, **dtype_argument(dtype))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype_argument(dtype))
     model.tie_weights()
     return model.eval()
 
@@ -63,7 +85,10 @@ def config_dtype(config: Any) -> torch.dtype:
     """The dtype that a config names, or float32."""
     # Where the new name exists, reading the old one prints a warning.
     dtype = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"the config's dtype should be the name of a floating type, found {dtype}")
+    return dtype
 
 
 def skipped(model: nn.Module) -> list[str]:

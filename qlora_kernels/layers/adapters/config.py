@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+_LARGEST_SCALING = (2 - 2**-23) * 2.0**127  # the largest float32, which is what the kernels take
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -45,7 +47,16 @@ class AdapterConfig:
             raise ValueError(
                 f"{where}rank {self.rank} is larger than the layer: a weight [{n}, {k}] takes at most {min(n, k)}"
             )
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not (_is_finite(self.alpha) and self.alpha > 0):
             raise ValueError(f"{where}alpha should be positive and finite, found {self.alpha}")
+        if self.rank and self.scaling > _LARGEST_SCALING:
+            raise ValueError(f"{where}alpha {self.alpha} is too large: the scaling {self.scaling:.3g} exceeds float32")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"{where}dropout should be in [0, 1), found {self.dropout}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
