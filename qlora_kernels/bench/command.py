@@ -277,6 +277,8 @@ def _check_writable(out: str) -> None:
     if not os.path.isdir(folder):
         raise InputError(f"--out {out}: there is no folder {folder}")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(out)  # raises for a name that is too long
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
         raise InputError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
