@@ -43,6 +43,8 @@ def _claimed(out: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(new_folder(os.path.dirname(out)))
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(out)  # raises for a name that is too long, now and not after the work
             stack.enter_context(claimed(claim_of(out), out))
         except OSError as error:
             raise InputError(f"the output folder {out} cannot be written: {error.strerror or error}") from None

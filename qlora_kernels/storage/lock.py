@@ -52,7 +52,7 @@ def claimed(path: str, what: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(path)
-        os.close(descriptor)
+        _release(descriptor)
 
 
 def _open_locked(path: str, what: str) -> int:
@@ -89,6 +89,13 @@ def _lock(descriptor: int, path: str, what: str) -> None:
         ) from None
 
 
+def _release(descriptor: int) -> None:
+    # Closing is not enough where a child was forked meanwhile: it shares the lock.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
 def _read(descriptor: int) -> dict:
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
@@ -118,4 +125,4 @@ def exclusive(folder: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        _release(descriptor)

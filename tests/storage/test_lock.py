@@ -146,3 +146,24 @@ def test_turns(tmp_path):
         thread.join()
     assert most == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["exclusive", "claimed"])
+def test_a_child_that_was_forked_meanwhile_keeps_nothing(tmp_path, kind):
+    def context():
+        return exclusive(str(tmp_path)) if kind == "exclusive" else claimed(str(tmp_path / ".running"), "out")
+
+    with context():
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        with context():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
