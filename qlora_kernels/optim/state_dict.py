@@ -91,7 +91,10 @@ def write_file(state_dict: dict[str, Any], optimizer: str, path: str | os.PathLi
     """
     content = without_numpy(state_dict)
     check_loadable(content)
-    save_torch({"format": _FORMAT, "optimizer": optimizer, "sha256": digest(content), **content}, path)
+    try:
+        save_torch({"format": _FORMAT, "optimizer": optimizer, "sha256": digest(content), **content}, path)
+    except RuntimeError as error:  # torch's writer does not pass on what the system said
+        raise OSError(f"{os.fspath(path)} cannot be written; is the disk full? ({sentence(error)})") from error
 
 
 def read_file(path: str | os.PathLike, optimizer: str) -> dict[str, Any]:
