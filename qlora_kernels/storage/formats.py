@@ -75,13 +75,13 @@ def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
         try:
             torch.save(value, temporary)
         except RuntimeError as error:
-            if not re.search("inline_container|PytorchStreamWriter", str(error)):
-                raise
             # torch's writer does not pass on what the system said, so it is asked again.
             with open(temporary, "ab") as file:
                 file.write(bytes(1 << 20))
                 file.flush()
                 os.fsync(file.fileno())
+            if not re.search("inline_container|PytorchStreamWriter|iostream", str(error)):
+                raise
             raise OSError(f"{os.fspath(path)} cannot be written ({sentence(error)})") from error
 
     write_atomically(path, write)

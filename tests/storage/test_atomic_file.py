@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import signal
 import stat
@@ -193,6 +194,27 @@ def test_a_disk_too_small_is_an_oserror(tmp_path, write):
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
     assert (tmp_path / "file").read_bytes() == before
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534",
+        "PytorchStreamWriter failed writing file data/2: file write failed",
+        "basic_ios::clear: iostream error",  # when the very last bytes find no room
+    ],
+)
+def test_a_failed_write_of_torch_is_an_oserror(tmp_path, monkeypatch, said):
+    def save(value, path):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=rf"file cannot be written \({re.escape(said)}"):
+        formats.save_torch({}, tmp_path / "file")
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("another matter")))
+    with pytest.raises(RuntimeError, match="another matter"):
+        formats.save_torch({}, tmp_path / "file")
+    assert os.listdir(tmp_path) == []
 
 
 def test_odd_paths(tmp_path):
