@@ -49,6 +49,12 @@ def sentence(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def sentence_of(error: OSError) -> str:
+    """What the system refused, with the file's name."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or sentence(error)}"
+
+
 def listed(items: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
     """Items for a sentence, the first of them by name: "a, b and 5 more"."""
     items = list(items)

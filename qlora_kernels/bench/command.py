@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import InputError
+from ..storage.lock import claim_of, claimed
 from . import options
 from .case import OURS, QUIET, Settings
 from .points import Point
@@ -55,6 +56,12 @@ def command(namespace: argparse.Namespace) -> int:
     out = namespace.out or f"bench-{settings.device}-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
     out = os.path.realpath(out) if os.path.islink(out) else out
     _check_writable(out)
+    with claimed(claim_of(os.path.abspath(out)), out):
+        return _measure(namespace, points, settings, out)
+
+
+def _measure(namespace: argparse.Namespace, points: list[Point], settings: Settings, out: str) -> int:
+    """Measures, and writes to ``out``; returns the exit code."""
     minutes = options.minutes_of(namespace, settings.device)
     show = _progress(len(points), namespace.quiet)
     results = result_files.begin(settings, options.sweep_of(namespace))
@@ -270,7 +277,9 @@ def _check_writable(out: str) -> None:
     if not os.path.isdir(folder):
         raise InputError(f"--out {out}: there is no folder {folder}")
     try:
-        tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(out)).close()
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(out)  # raises for a name that is too long
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
         raise InputError(f"--out {out} cannot be written: {problem.strerror or problem}") from None
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ..bench.options import add_arguments as add_bench_arguments
 from ..console.cores import restart_if_cores_are_busy
-from ..errors import InputError, missing_extra, sentence
+from ..errors import InputError, missing_extra, sentence, sentence_of
 from ..finetune.arguments import add_arguments, from_arguments
 from ..native.build_info import version
 from .info import run_info
@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"qlora-kernels {options.command}: {_missing(error)}", file=sys.stderr)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"qlora-kernels {options.command}: {where}{error.strerror or sentence(error)}", file=sys.stderr)
+        print(f"qlora-kernels {options.command}: {sentence_of(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"qlora-kernels {options.command}: interrupted", file=sys.stderr)
         return 130

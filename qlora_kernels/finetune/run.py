@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..console.signals import Interrupted, StopSignal
-from ..errors import InputError
+from ..errors import InputError, sentence_of
 from ..interop.transformers.skeleton import cast_parameters, recompute_activations
 from ..models.adapter_files import save_adapter
 from ..models.adapters import disable_adapters
@@ -56,6 +56,10 @@ def finetune(settings: Settings, arguments: list[str]) -> int:
         try:
             _Run(settings, stop).go()
             return 0
+        except OSError as error:
+            if not os.path.isfile(ckpt.path_in(settings.out)):
+                raise
+            raise InputError(f"{sentence_of(error)}; --resume goes on from {ckpt.path_in(settings.out)}") from error
         except Interrupted as interrupted:
             print(f"\n{_farewell(settings.out, interrupted, arguments)}", file=sys.stderr)
             return 128 + interrupted.signum
@@ -107,13 +111,19 @@ class _Run:
     def go(self) -> None:
         for package in ("transformers", "safetensors", "tqdm", "matplotlib"):  # to fail now, not after the training
             importlib.import_module(package)
-        resumed = ckpt.load(self.settings.out) if self.settings.resume else None
-        self._prepare()
-        if resumed is not None:
-            ckpt.check_same_run(resumed, self.settings, self.identity)
-        settings = self.settings
-        self.outputs.check_unobstructed(self.source.folder if settings.is_tiny else None)
-        with self.outputs.writable(settings.cache):
+        with contextlib.ExitStack() as stack:
+            exists = os.path.isdir(self.outputs.folder)
+            if exists:  # claimed before anything is read, so that the checkpoint stays the one that is read
+                stack.enter_context(self.outputs.claimed())
+            resumed = ckpt.load(self.settings.out) if self.settings.resume else None
+            self._prepare()
+            if resumed is not None:
+                ckpt.check_same_run(resumed, self.settings, self.identity)
+            settings = self.settings
+            self.outputs.check_unobstructed(self.source.folder if settings.is_tiny else None)
+            stack.enter_context(self.outputs.writable(settings.cache))
+            if not exists:
+                stack.enter_context(self.outputs.claimed())
             self._phases(resumed)
 
     def _prepare(self) -> None:

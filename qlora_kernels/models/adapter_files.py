@@ -17,6 +17,7 @@ from ..layers.adapters.named import adapter_options, check_adapter_name, put_ada
 from ..layers.qlinear import QLinear
 from ..storage.atomic_file import write_atomically
 from ..storage.formats import load_json, parse_json, save_json, save_safetensors
+from ..storage.lock import exclusive
 from ..storage.safetensors_stream import DTYPES, Entry, read, read_header
 from . import peft_config
 from .adapters import no_adapter
@@ -74,17 +75,8 @@ def save_adapter(
             raise ValueError(f"{key} of adapter {adapter_name!r} holds NaN or infinity and is not saved")
 
     os.makedirs(folder, exist_ok=True)
-    config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
-    # A configuration that contradicts the new weights is removed before they arrive; the old weights carry a copy.
-    obsolete = os.path.exists(config_path) and _carries_copy(weights_path) and _contradicts(config_path, config)
-
-    def write(temporary: str) -> None:
-        save_safetensors(tensors, temporary, metadata={"format": "pt", _COPY: json.dumps(config)})
-        if obsolete:
-            os.unlink(config_path)
-
-    write_atomically(weights_path, write)
-    save_json(config, config_path)
+    with exclusive(os.fspath(folder)):  # two saves at once would pair one's weights with the other's configuration
+        _write(os.fspath(folder), tensors, config)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> list[str]:
@@ -155,6 +147,20 @@ def _layers(model: nn.Module) -> dict[str, QLinear]:
 
 
 # ------------------------------------------------------------------------------------------------------- writing
+
+
+def _write(folder: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
+    # A configuration that contradicts the new weights is removed before they arrive; the old weights carry a copy.
+    obsolete = os.path.exists(config_path) and _carries_copy(weights_path) and _contradicts(config_path, config)
+
+    def write(temporary: str) -> None:
+        save_safetensors(tensors, temporary, metadata={"format": "pt", _COPY: json.dumps(config)})
+        if obsolete:
+            os.unlink(config_path)
+
+    write_atomically(weights_path, write)
+    save_json(config, config_path)
 
 
 def _carries_copy(path: str) -> bool:

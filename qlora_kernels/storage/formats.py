@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,8 +104,26 @@ def save_safetensors(
 
 
 def save_torch(value: Any, path: str | os.PathLike[str]) -> None:
-    """``torch.save``, whole or not at all."""
-    write_atomically(path, lambda temporary: torch.save(value, temporary))
+    """``torch.save``, whole or not at all.
+
+    Raises:
+        OSError: when the file cannot be written.
+    """
+
+    def write(temporary: str) -> None:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:
+            # torch's writer does not pass on what the system said, so it is asked again.
+            with open(temporary, "ab") as file:
+                file.write(bytes(1 << 20))
+                file.flush()
+                os.fsync(file.fileno())
+            if not re.search("inline_container|PytorchStreamWriter|iostream", str(error)):
+                raise
+            raise OSError(f"{os.fspath(path)} cannot be written ({sentence(error)})") from error
+
+    write_atomically(path, write)
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

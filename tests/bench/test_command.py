@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import resource
 import signal
 import time
 from dataclasses import replace
@@ -21,6 +22,7 @@ from qlora_kernels.bench.report import plots, results
 from qlora_kernels.bench.timing.measure import failed_ours
 from qlora_kernels.bench.worker import OutOfTime
 from qlora_kernels.cli.main import main
+from qlora_kernels.storage.lock import claim_of, claimed
 
 
 @pytest.mark.parametrize(
@@ -382,3 +384,32 @@ def test_a_whole_run_by_processes(tmp_path, capsys):
     for case in run["cases"]:
         assert failed_ours(case) is None
         assert case["rounds"] >= TINY.min_rounds
+
+
+def test_a_second_run_is_told_who_writes_the_file(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "result.jsonl"
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("it measures"))
+    with claimed(claim_of(str(out)), str(out)):
+        assert main(["bench", "--quick", "--quiet", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"{out} is being written by process {os.getpid()} on " in error
+    assert error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_keeps_the_last_whole_result(tmp_path, monkeypatch, capsys):
+    out, limits = tmp_path / "result.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run(*_):
+        yield limits_case()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        yield limits_case()
+
+    monkeypatch.setattr(command, "run", run)
+    try:
+        assert main(["bench", "--quick", "--quiet", "--out", str(out)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == f"qlora-kernels bench: {out}: File too large\n"
+    assert len(results.load(out)["cases"]) == 1
+    assert os.listdir(tmp_path) == ["result.jsonl"]

@@ -71,6 +71,11 @@ BAD = [
     ("nothing to resume", ["--resume"], "no run was interrupted"),
     ("output in a file", ["--out", "{t}/short.txt/out"], "cannot be written"),
     ("output that is a file", ["--out", "{t}/short.txt"], "cannot be written"),
+    ("output with a long name", ["--out", "{t}/" + 300 * "x"], "cannot be written: File name too long"),
+    ("output that is a device", ["--out", "/dev/null"], "cannot be written"),
+    ("output where nobody may write", ["--out", "/proc/sys"], "cannot be written"),
+    ("new output where nobody may write", ["--out", "/proc/new"], "cannot be written"),
+    ("cache where nobody may write", ["--cache", "/proc/sys"], "cannot be written"),
     ("cache in a file", ["--cache", "{t}/short.txt/cache"], "cannot be written"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from small.model_folder import TINY, model_fixture  # noqa: F401 - fixtures
 from qlora_kernels.cli.main import main
 from qlora_kernels.cli.quantize import parse_size
 from qlora_kernels.errors import InputError
+from qlora_kernels.storage.lock import claim_of, claimed
 
 
 def test_double_quantization_of_a_4_bit_folder_cannot_be_turned_off(tmp_path, model, capsys):
@@ -46,6 +48,10 @@ def test_double_quantization_of_a_4_bit_folder_cannot_be_turned_off(tmp_path, mo
         (["{t}/nowhere", "{t}/out"], "no such folder"),
         (["{m}", "{t}/full"], "exists already"),
         (["{m}", "{t}/full/file/out"], "cannot be written"),
+        (["{m}", "{t}/full/file"], "exists already"),
+        (["{m}", "/dev/null"], "exists already"),
+        (["{m}", "/proc/sys/out"], "cannot be written"),
+        (["{m}", "{t}/new/" + 300 * "x"], "cannot be written: File name too long"),
         (["{m}", "{t}/out", "--max-shard-size", "huge"], "--max-shard-size should be a size"),
         (["{m}", "{t}/out", "--max-shard-size", "0.1"], "--max-shard-size should be a size"),
     ],
@@ -60,6 +66,29 @@ def test_bad_input_of_quantize(tmp_path, model, capsys, arguments, expected):
     assert error.count("\n") == 1
     assert os.listdir(tmp_path) == ["full"]
     assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_a_second_command_is_told_who_writes_the_folder(tmp_path, model, capsys):
+    out = str(tmp_path / "out")
+    with claimed(claim_of(out), out):
+        assert main(["quantize", model, out, "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert f"{out} is being written by process {os.getpid()} on " in error
+        assert error.count("\n") == 1
+    assert main(["quantize", model, out, "--quiet"]) == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, model, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        assert main(["quantize", model, str(tmp_path / "out"), "--quiet"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error == f"qlora-kernels quantize: the output folder {tmp_path}/out cannot be written: File too large\n"
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

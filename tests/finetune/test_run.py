@@ -16,6 +16,7 @@ from small.runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics,
 from qlora_kernels.finetune import data
 from qlora_kernels.finetune.options import Options
 from qlora_kernels.finetune.train import Trainer
+from qlora_kernels.storage import leftovers
 
 
 def test_a_run_writes_what_it_promises(run, tmp_path, capsys):
@@ -66,9 +67,10 @@ def test_the_adapter_on_disk_has_the_loss_that_was_reported(run, tmp_path):
     from qlora_kernels.finetune.source import Source, quantize
     from qlora_kernels.models import adapter_files
 
-    litter = tmp_path / "out" / "adapter" / ".adapter_model.safetensors.abcdefgh.part"  # of a killed write
-    litter.parent.mkdir(parents=True)
-    litter.write_text("")
+    of_a_killed_write = f".adapter_model.safetensors.{leftovers.here()}-{'9' * 10}-0abcdef0.part"
+    litter = tmp_path / "out" / "adapter" / of_a_killed_write
+    litter.mkdir(parents=True)
+    (litter / ".tmpAbCdEf").write_text("safetensors's own")
     assert run() == 0
     assert not litter.exists()
     report = metrics(tmp_path / "out")

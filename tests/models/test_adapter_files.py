@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch import nn
 
 import qlora_kernels
 from qlora_kernels import load_adapter, quantize_model, save_adapter
-from qlora_kernels.models import peft_config, targets
+from qlora_kernels.models import adapter_files, peft_config, targets
 
 
 @pytest.fixture
@@ -231,3 +234,51 @@ def test_copies_do_not_share_adapters(tmp_path):
     assert not torch.equal(logits(other), y)
     load_adapter(model, tmp_path)
     assert torch.equal(logits(model), logits(other))
+
+
+def test_two_saves_at_once_take_turns(tmp_path, monkeypatch):
+    """The slow one writes its weights first and its configuration last, around all of the quick one's."""
+    slow, quick = quantized(rank=4), quantized(rank=8)
+    weights_are_written, original, saves = threading.Event(), adapter_files.save_json, []
+
+    def save_json(value, path):
+        weights_are_written.set()
+        if value["r"] == 4:
+            time.sleep(0.3)
+        original(value, path)
+        saves.append(value["r"])
+
+    monkeypatch.setattr(adapter_files, "save_json", save_json)
+    thread = threading.Thread(target=save_adapter, args=(slow, tmp_path / "adapter"))
+    thread.start()
+    assert weights_are_written.wait(10)
+    save_adapter(quick, tmp_path / "adapter")
+    thread.join()
+    assert saves == [4, 8]
+    read = quantized(rank=2)
+    load_adapter(read, tmp_path / "adapter")
+    assert {layer.lora_A["default"].shape[0] for _, layer in targets.qlora_layers(read)} == {8}
+    assert sorted(os.listdir(tmp_path / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path, at):
+    """Killed before each of the renames."""
+    model = quantized()
+    child = os.fork()
+    if child == 0:
+        calls, replace = [0], os.replace
+
+        def die_at(*_):
+            if calls[0] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls[0] += 1
+            replace(*_)
+
+        os.replace = die_at
+        save_adapter(model, tmp_path / "adapter")
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [name for name in os.listdir(tmp_path / "adapter") if name.startswith(".")]
+    save_adapter(model, tmp_path / "adapter")
+    assert sorted(os.listdir(tmp_path / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]

@@ -163,7 +163,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     optimizer.save(tmp_path / "file")
     old = (tmp_path / "file").read_bytes()
     train(model, optimizer, [3])
-    with limited(resource.RLIMIT_FSIZE, 1000), refused(optimizer, OSError, "file cannot be written"):
+    with limited(resource.RLIMIT_FSIZE, 1000), refused(optimizer, OSError, "File too large: .*file"):
         optimizer.save(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == old
     assert os.listdir(tmp_path) == ["file"]

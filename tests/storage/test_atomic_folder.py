@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from qlora_kernels.storage import atomic_folder, formats
+from qlora_kernels.storage import atomic_folder, formats, leftovers
 from qlora_kernels.storage.atomic_folder import write_folder_atomically
 
 
@@ -24,7 +24,7 @@ def test_the_first_of_two_writers_of_a_folder_wins(tmp_path):
 
 
 def test_a_folder_that_a_sweeper_looked_at_when_it_was_new_is_not_swept_later(tmp_path, monkeypatch):
-    original, releases = atomic_folder.make_beside, []
+    original, releases = leftovers.make_beside, []
 
     def make_beside(path, make):
         made = original(path, make)
@@ -35,12 +35,15 @@ def test_a_folder_that_a_sweeper_looked_at_when_it_was_new_is_not_swept_later(tm
         return made
 
     def write(folder):
-        formats.save_json({}, f"{folder}/file")
+        with open(f"{folder}/file", "w"):
+            pass
         releases[-1].join()
+        for old in (f"{folder}/file", folder):
+            os.utime(old, (0, 0))
         atomic_folder.sweep_folders(str(tmp_path), "folder")
         assert os.listdir(folder) == ["file"]
 
-    monkeypatch.setattr(atomic_folder, "make_beside", make_beside)
+    monkeypatch.setattr(leftovers, "make_beside", make_beside)
     write_folder_atomically(tmp_path / "folder", write)
     assert len(releases) == 1
     assert os.listdir(tmp_path / "folder") == ["file"]

@@ -86,7 +86,9 @@ def describe_commit() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    # Without the locks "status" writes nothing: killed, it would leave index.lock, which stops every later command.
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _cpuinfo() -> dict[str, str]:

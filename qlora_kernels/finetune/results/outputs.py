@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 from collections.abc import Iterator
 
@@ -11,6 +10,8 @@ from ...errors import InputError
 from ...models.adapter_files import WEIGHTS_NAME
 from ...models.peft_config import CONFIG_NAME
 from ...storage.atomic_folder import new_folder
+from ...storage.leftovers import sweep_of
+from ...storage.lock import claimed
 from ..checkpoint import NAME
 
 
@@ -20,6 +21,7 @@ class Outputs:
     Attributes:
         adapter: a folder.
         metrics, plot, checkpoint: files.
+        claim: the file that says which process has the folder, while one has.
     """
 
     def __init__(self, folder: str) -> None:
@@ -28,6 +30,7 @@ class Outputs:
         self.metrics = os.path.join(folder, "metrics.json")
         self.plot = os.path.join(folder, "loss.png")
         self.checkpoint = os.path.join(folder, NAME)
+        self.claim = os.path.join(folder, ".running")
 
     def _files(self) -> list[str]:
         adapter = [os.path.join(self.adapter, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
@@ -48,6 +51,20 @@ class Outputs:
         for file in self._files():
             if os.path.isdir(file):
                 raise InputError(f"{file} cannot be written: it should be a file, and is a folder")
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other runs out of the folder, which exists.
+
+        Raises:
+            InputError: when another run has it, or it cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(claimed(self.claim, f"the output folder {self.folder}"))
+            except OSError as error:
+                raise InputError(f"the output folder {self.folder} cannot be written: {error.strerror}") from None
+            yield
 
     @contextlib.contextmanager
     def writable(self, cache: str | None) -> Iterator[None]:
@@ -72,8 +89,6 @@ class Outputs:
             yield
 
     def sweep(self) -> None:
-        """Removes what a kill in the middle of a write left beside the files."""
+        """Removes what killed writers left beside the files."""
         for file in self._files():
-            folder, name = os.path.split(file)
-            for temporary in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.*.part")):
-                os.unlink(temporary)
+            sweep_of(os.path.abspath(file))
