@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..errors import require, sentence
 from ..storage.digest import digest
 from ..storage.formats import save_torch
+from ..storage.regular_file import open_regular
 from .arena.memory import memory_left
 from .checks import check_loadable, check_structure, checked_entry, require_own_memory, setting
 from .convert import decode_moment, without_numpy
@@ -152,10 +152,8 @@ def read_file(path: str | os.PathLike, optimizer: str, folder: str | os.PathLike
         ValueError: if it is damaged, or belongs to another optimizer.
     """
     name = os.fspath(path)
-    # A pipe would wait for a writer.
-    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+    with open_regular(path) as file:
         status = os.fstat(file.fileno())
-        require(stat.S_ISREG(status.st_mode), ValueError, f"{name} is not a file with an optimizer's states")
         left = memory_left()
         if left is None or status.st_size <= left // 2:
             value = _loaded(file, name, mmap=False)

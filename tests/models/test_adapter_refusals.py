@@ -297,12 +297,12 @@ def _killed_at(point, monkeypatch, call) -> bool:
     count = 0
 
     def dying(function):
-        def wrapped(*args):
+        def wrapped(*args, **kwargs):
             nonlocal count
             if count == point:
                 raise Kill
             count += 1
-            return function(*args)
+            return function(*args, **kwargs)
 
         return wrapped
 
