@@ -90,10 +90,10 @@ class _Watch:
                 self._note(f"reads {os.fsdecode(path)!r}, outside the folder")
         elif event == "os.mkdir" and os.path.isdir(args[0]):  # makedirs tries
             return
-        elif event.startswith("shutil.copy"):
-            self._note(f"{event} {args!r:.300}", args[1])
+        elif event.startswith("shutil."):
+            self._note(f"{event} {args!r:.300}", args[1] if "copy" in event else args[0])
         elif _EVENTS.fullmatch(event):
-            self._note(f"{event} {args!r:.300}", *(a for a in args if isinstance(a, (str, bytes, os.PathLike))))
+            self._note(f"{event} {args!r:.300}", *_paths(args))
 
     def _note(self, what: str, *paths: object) -> None:
         case = self.case
@@ -103,6 +103,15 @@ class _Watch:
         self.case = None  # what follows is this program's
         self.seen.append((what, _place("".join(traceback.format_stack(sys._getframe(1))))))
         self.case = case
+
+
+def _paths(args: tuple) -> list[object]:
+    """The paths in an audit event's arguments; a descriptor comes first, and that of a folder last."""
+    if args and isinstance(args[0], int):
+        return [os.readlink(f"/proc/self/fd/{args[0]}")]
+    paths = [os.fsdecode(a) for a in args if isinstance(a, (str, bytes, os.PathLike))]
+    folder = os.readlink(f"/proc/self/fd/{args[-1]}") if args and isinstance(args[-1], int) and args[-1] >= 0 else ""
+    return [os.path.join(folder, path) for path in paths]
 
 
 def _inside(path: object, folder: Path) -> bool:
@@ -141,8 +150,7 @@ def judge(target: Target, folder: Path, watch: _Watch | None = None) -> Outcome:
     if problem is None:
         return Outcome("accepted")
     if isinstance(problem, Wrong):
-        short = re.sub(r"\(.*|[\d.]+\w*", "", message.split(" (")[0]).strip()
-        return Outcome(f"wrong: {short}", message, place, trace)
+        return Outcome(f"wrong: {problem.what}", message, place, trace)
     if not isinstance(problem, target.refusals):
         return Outcome(f"undocumented {type(problem).__name__}", message, place, trace)
     names = (str(folder), *(name for name in os.listdir(folder)))
@@ -158,7 +166,9 @@ def _address_space() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-def _child(target: Target, make: Callable[[int], Files], first: int, last: int | None, root: Path, seconds: float, pipe: int) -> None:
+def _child(
+    target: Target, make: Callable[[int], Files], first: int, last: int | None, root: Path, seconds: float, pipe: int
+) -> None:
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and kills

@@ -39,10 +39,46 @@ VALUES: tuple[Any, ...] = (
     *(0.0, -0.0, 0.5, 1.5, 5e-324, 1e38, 1e39, 1e308, -1e308),
     *(float("nan"), float("inf"), float("-inf"), _raw("1e400"), _raw("1" * 5000)),
     *("", " ", "x", "0", "1", "nan", "true", "None", "\0", "a\0b", "\ud800", "\u202e\u0000", "\N{SNOWMAN}", "x" * 5000),
-    *("..", "../x", "../outside", "../outside.safetensors", "/etc/passwd", "/dev/zero", "./", "a/b", "\\", "%s%n", "{}"),
-    *("(", "(?i)x", "(?i)q_proj", "(a+)+!", "(.*)*$", "(.|.)*!", "(.*.*)*!", ".*", "[", "a{99999}", "x|", "(?P<a>.)(?P=a)"),
+    *(
+        "..",
+        "../x",
+        "../outside",
+        "../outside.safetensors",
+        "/etc/passwd",
+        "/dev/zero",
+        "./",
+        "a/b",
+        "\\",
+        "%s%n",
+        "{}",
+    ),
+    *(
+        "(",
+        "(?i)x",
+        "(?i)q_proj",
+        "(a+)+!",
+        "(.*)*$",
+        "(.|.)*!",
+        "(.*.*)*!",
+        ".*",
+        "[",
+        "a{99999}",
+        "x|",
+        "(?P<a>.)(?P=a)",
+    ),
     *("((.*)*)*!", "^(\\w+\\.?)*!$", "(?:(?:[a-z0-9_]+)+\\.?)+!"),
-    *("torch.float32", "float64", "float16", "bfloat16", "int8", "complex64", "float8_e4m3fn", "nn", "load", "all-linear"),
+    *(
+        "torch.float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        "int8",
+        "complex64",
+        "float8_e4m3fn",
+        "nn",
+        "load",
+        "all-linear",
+    ),
     *([], [[]], {}, [None], [1, "x"], ["x"], ["q_proj"], {"": 0}, {"a": 1}, {"x": {"y": [None]}}, {"__proto__": 1}),
     *([0] * 1000, [""] * 100, {str(i): i for i in range(300)}),
     *(_raw("[" * 100_000), _raw("[" * 5000 + "]" * 5000), _raw('{"a":' * 900 + "1" + "}" * 900)),
@@ -74,7 +110,9 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
 def _short(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor {value.dtype} {list(value.shape)} {value.layout} on {value.device}"
-    text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 70 else f"a number of {value.bit_length()} bits"
+    text = (
+        repr(value) if not isinstance(value, int) or abs(value) < 1 << 70 else f"a number of {value.bit_length()} bits"
+    )
     return text if len(text) < 60 else f"{text[:50]}... ({len(text)} characters)"
 
 
@@ -111,7 +149,7 @@ def change_tree(tree: Any, rng: random.Random, values: Sequence[Any] = VALUES, k
         holder[key] = rng.choice(([old], {"a": old}, [old, old], str(old)))
         return f"{key!r} = {_short(holder[key])}"
     if isinstance(old, int) and not isinstance(old, bool) and rng.random() < 0.4:
-        holder[key] = rng.choice((old + 1, old - 1, -old, old * 2, old * 1000, float(old)))
+        holder[key] = rng.choice((old + 1, old - 1, -old, old * 2, old * 100, float(old)))
     else:
         holder[key] = rng.choice(values)
     return f"{key!r} = {_short(holder[key])}"
@@ -167,7 +205,9 @@ def raw(*patterns: str) -> Mutation:
         elif kind == "prefix":
             data[:0] = rng.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b"PK\x03\x04", b"#!/bin/sh\n", b"\x80\x02"))
         else:
-            data[:] = rng.choice((b"", b"\0" * 8, b"\xff" * 64, b"{}", b"[]", b"null", b"\x80\x04N.", rng.randbytes(size)))
+            data[:] = rng.choice(
+                (b"", b"\0" * 8, b"\xff" * 64, b"{}", b"[]", b"null", b"\x80\x04N.", rng.randbytes(size))
+            )
         files[name] = bytes(data)
         return f"{name}: {kind} at {at}"
 
@@ -301,7 +341,18 @@ def _change_tensor(tensors: Tensors, rng: random.Random) -> str:
     if kind == "shape":
         count, size = len(content) // _SIZES.get(dtype, 1), _SIZES.get(dtype, 1)
         other = rng.choice(
-            (shape[::-1], [count], [1, *shape], [*shape, 1], [0], [], [0, 1 << 40], [count + 1], [max(count - 1, 0)], [1] * 70)
+            (
+                shape[::-1],
+                [count],
+                [1, *shape],
+                [*shape, 1],
+                [0],
+                [],
+                [0, 1 << 40],
+                [count + 1],
+                [max(count - 1, 0)],
+                [1] * 70,
+            )
         )
         wanted = 1
         for extent in other:
@@ -356,7 +407,9 @@ def safetensors_metadata(name: str, keys: Sequence[str], inner: str = "", inner_
                     note = f"without {key}"
                 else:
                     value = rng.choice(VALUES)
-                    metadata[key] = value if isinstance(value, str) and not value.startswith(_OPEN) else dump(value).decode()
+                    metadata[key] = (
+                        value if isinstance(value, str) and not value.startswith(_OPEN) else dump(value).decode()
+                    )
                     note = f"{key} = {_short(value)}"
             files[name] = join(header, body)
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -402,7 +455,18 @@ def _nasty_tensors() -> tuple[torch.Tensor, ...]:
 
 def _torch_values() -> tuple[Any, ...]:
     plain = tuple(v for v in VALUES if not (isinstance(v, str) and v.startswith(_OPEN)))
-    more = (b"", b"x" * 9, (1, 2), (), {1, "a"}, {1: 2, (3,): 4}, 1 + 2j, complex("nan"), torch.float32, torch.device("cpu"))
+    more = (
+        b"",
+        b"x" * 9,
+        (1, 2),
+        (),
+        {1, "a"},
+        {1: 2, (3,): 4},
+        1 + 2j,
+        complex("nan"),
+        torch.float32,
+        torch.device("cpu"),
+    )
     return (*plain, *more, *_nasty_tensors(), *_nasty_tensors())
 
 
@@ -410,7 +474,15 @@ def _bend(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """A tensor that is nearly the given one."""
     kind = rng.choice(("value", "value", "type", "expanded", "shape", "strided", "layout", "meta", "quantized", "many"))
     if kind == "type":
-        types = (torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
+        types = (
+            torch.float64,
+            torch.float16,
+            torch.int64,
+            torch.uint8,
+            torch.bool,
+            torch.complex64,
+            torch.float8_e4m3fn,
+        )
         return tensor.to(rng.choice(types))
     if kind == "expanded":
         return torch.ones(1, dtype=tensor.dtype).expand(tensor.shape)
@@ -487,7 +559,11 @@ def _evil(rng: random.Random) -> tuple[str, bytes]:
         "deep tuples": lambda: b"\x80\x02)" + b"\x85" * 50_000 + b".",
         "itself": lambda: b"\x80\x02]q\x00h\x00a.",
         "itself, a dict": lambda: b"\x80\x02}q\x00X\x05\x00\x00\x00stateh\x00s.",
-        "doubling": lambda: b"\x80\x02]" + b"".join(b"q" + bytes([i]) + b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60)) + b".",
+        "doubling": lambda: (
+            b"\x80\x02]"
+            + b"".join(b"q" + bytes([i]) + b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
+            + b"."
+        ),
         "no end": lambda: b"\x80\x02}",
         "memo": lambda: b"\x80\x02Nr\xff\xff\xff\x7f.",
         "text": lambda: b"\x80\x02X\xff\xff\xff\x7fx.",
@@ -500,7 +576,9 @@ def _evil(rng: random.Random) -> tuple[str, bytes]:
 
 def _change_numbers(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     """A pickle with other numbers: sizes, strides and offsets of its tensors are among them."""
-    spots = [(at, code.name) for code, _, at in pickletools.genops(data) if code.name in ("BININT", "BININT1", "BININT2")]
+    spots = [
+        (at, code.name) for code, _, at in pickletools.genops(data) if code.name in ("BININT", "BININT1", "BININT2")
+    ]
     if not spots:
         return "", data
     at, kind = rng.choice(spots)
@@ -526,7 +604,18 @@ def torch_archive(name: str) -> Mutation:
             at = rng.randrange(len(entries))
             pickled = next((i for i, (entry, _) in enumerate(entries) if entry.endswith("data.pkl")), at)
             kind = rng.choices(
-                ("evil", "numbers", "pickle bytes", "drop", "rename", "double", "bytes", "shorter", "compress", "byteorder"),
+                (
+                    "evil",
+                    "numbers",
+                    "pickle bytes",
+                    "drop",
+                    "rename",
+                    "double",
+                    "bytes",
+                    "shorter",
+                    "compress",
+                    "byteorder",
+                ),
                 (4, 6, 3, 1, 1, 1, 1, 2, 1, 1),
             )[0]
             method, note = zipfile.ZIP_STORED, kind
@@ -539,16 +628,22 @@ def torch_archive(name: str) -> Mutation:
             elif kind == "pickle bytes":
                 data = bytearray(entries[pickled][1])
                 for _ in range(rng.choice((1, 1, 2, 4))):
-                    data[rng.randrange(len(data))] = rng.choice((rng.randrange(256), ord("."), ord("R"), ord("0"), ord("c")))
+                    data[rng.randrange(len(data))] = rng.choice(
+                        (rng.randrange(256), ord("."), ord("R"), ord("0"), ord("c"))
+                    )
                 entries[pickled] = (entries[pickled][0], bytes(data))
             elif kind == "drop":
                 note = f"without {entries.pop(at)[0]}"
             elif kind == "rename":
-                new = rng.choice(("../x", "/x", "data.pkl", "x", "", "archive/data/0", "archive/.data/serialization_id"))
+                new = rng.choice(
+                    ("../x", "/x", "data.pkl", "x", "", "archive/data/0", "archive/.data/serialization_id")
+                )
                 note = f"{entries[at][0]} is called {new!r}"
                 entries[at] = (new, entries[at][1])
             elif kind == "double":
-                entries.append((entries[at][0], rng.choice((b"", rng.randbytes(9), entries[rng.randrange(len(entries))][1]))))
+                entries.append(
+                    (entries[at][0], rng.choice((b"", rng.randbytes(9), entries[rng.randrange(len(entries))][1])))
+                )
             elif kind == "bytes":
                 entries[at] = (entries[at][0], rng.choice((b"", rng.randbytes(9), entries[at][1] * 2)))
             elif kind == "shorter":
@@ -556,7 +651,9 @@ def torch_archive(name: str) -> Mutation:
                 entries[at] = (entry, data[: rng.randrange(len(data) + 1)])
                 note = f"{entry} is shorter"
             elif kind == "byteorder":
-                entries = [(e, rng.choice((b"big", b"middle", b""))) if e.endswith("byteorder") else (e, d) for e, d in entries]
+                entries = [
+                    (e, rng.choice((b"big", b"middle", b""))) if e.endswith("byteorder") else (e, d) for e, d in entries
+                ]
             else:
                 method = zipfile.ZIP_DEFLATED
             buffer = io.BytesIO()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import io
 import json
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -34,7 +36,11 @@ from .files import Files
 
 
 class Wrong(Exception):
-    """The call did something that no caller expects."""
+    """The call did something that no caller expects; ``what`` is the same for the same fault."""
+
+    def __init__(self, what: str, detail: str = "") -> None:
+        super().__init__(f"{what} ({detail})" if detail else what)
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def _scratch() -> Iterator[Path]:
 
 def _check_finite(what: str, tensor: torch.Tensor) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-        raise Wrong(f"loaded, with {what} not finite")
+        raise Wrong("loaded, with values that are not finite", what)
 
 
 # ------------------------------------------------------------------------------------------------- safetensors stream
@@ -103,7 +109,7 @@ def _read_stream(folder: Path) -> None:
     for name, entry in entries.items():
         tensor = safetensors_stream.read(entry)
         if safetensors_stream.Entry.like(tensor).nbytes != entry.nbytes or tuple(tensor.shape) != entry.shape:
-            raise Wrong(f"{name} was announced as {entry}, and read as {tensor.dtype} {list(tensor.shape)}")
+            raise Wrong("announced and read differently", f"{name}: {entry}, {tensor.dtype} {list(tensor.shape)}")
 
 
 # --------------------------------------------------------------------------------------------------------- NF4 weight
@@ -122,7 +128,7 @@ def _load_nf4(folder: Path) -> None:
     weight = NF4Weight.load(folder / "weight.safetensors")
     dense = weight.dequantize()
     if dense.shape != weight.shape or dense.dtype != weight.dtype:
-        raise Wrong(f"a weight {list(weight.shape)} {weight.dtype} decodes to {list(dense.shape)} {dense.dtype}")
+        raise Wrong("decodes to another shape or type", f"{weight}, {list(dense.shape)} {dense.dtype}")
     _check_finite("a weight", weight.dequantize(torch.float64))
 
 
@@ -136,9 +142,11 @@ class _Block(nn.Module):
 
 
 class _Small(nn.Module):
+    """With names as long as real ones are: how long a regular expression takes may depend on it."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([_Block(), _Block()])
+        self.layers_of_the_decoder = nn.ModuleList([nn.ModuleDict({"self_attention": _Block()}) for _ in range(2)])
 
 
 @functools.cache
@@ -146,7 +154,7 @@ def _small_template() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _Small()
-        for block in model.layers:
+        for block in [module for module in model.modules() if isinstance(module, _Block)]:
             for name, linear in list(block.named_children()):
                 setattr(block, name, QLinear.from_linear(linear, 2))
         for name, parameter in model.named_parameters():
@@ -175,9 +183,9 @@ def _adapter_seeds() -> list[Files]:
     header, body = m.split(data)
     plain = m.join({**header, "__metadata__": {"format": "pt"}}, body)
     fitted = json.loads(config) | {
-        "target_modules": r"layers\.\d+\.[qv]_proj",
+        "target_modules": r".*\.\d+\.self_attention\.[qv]_proj",
         "r": 4,
-        "rank_pattern": {r"layers\.0\.q_proj": 2, r"[qv]_proj": 2},
+        "rank_pattern": {r"0\.self_attention\.q_proj": 2, r"[qv]_proj": 2},
         "alpha_pattern": {"v_proj": 3.5},
         "lora_dropout": 0.1,
         "use_rslora": True,
@@ -192,6 +200,70 @@ _ADAPTER_KEYS = (
     *("layers_to_transform", "layers_pattern", "layer_replication", "target_parameters", "trainable_token_indices"),
     *("eva_config", "loftq_config", "use_qalora", "task_type", "base_model_name_or_path", "auto_mapping", "revision"),
 )
+
+
+#: Regular expressions that take exponential or polynomial time for a long name, or that are unusual.
+_PATTERNS = (
+    *(
+        "(.|.)*!",
+        "(.*)*!",
+        r"(\w+\.?)*!",
+        "([a-z]+)+!",
+        "(.+.+)+!",
+        "(?:[a-z0-9_.]|[a-z0-9_.])+!",
+        ".*.*.*.*.*.*.*.*.*.*!",
+    ),
+    *(
+        r"(?:(?:\w+)*\.)*!",
+        "(a?){60}a{60}",
+        "(.*?,){11}P",
+        "(?i)q_proj",
+        "(?x) q_proj # )",
+        "q_proj)|(?:x",
+        "(",
+        "",
+        "$",
+        "|",
+    ),
+    *(
+        r"\1",
+        "(?P<a>q)(?P<a>v)",
+        "(?=.*q)",
+        "(?#",
+        "x{1,4294967296}",
+        "[[:alpha:]]",
+        "q_proj\n",
+        "\0",
+        ".",
+        "(?a)x",
+        "\ud800",
+    ),
+    *("(" * 150 + ")" * 150, "(" * 3000 + ")" * 3000, "x" * 70_000, "|".join("ab" * 500)),
+)
+
+
+def _adapter_patterns(files: Files, rng: random.Random) -> str:
+    """An expression that a reader has to run on every layer's name."""
+    try:
+        config = json.loads(files["adapter_config.json"])  # type: ignore[arg-type]
+        key, pattern = rng.choice(("target_modules", "rank_pattern", "alpha_pattern")), rng.choice(_PATTERNS)
+        config[key] = pattern if key == "target_modules" else {pattern: 2, **(config.get(key) or {})}
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return ""
+    files["adapter_config.json"] = m.dump(config)
+    return f"adapter_config.json: {key} has {pattern[:60]!r}"
+
+
+def _skip_patterns(files: Files, rng: random.Random) -> str:
+    """The same in a 4-bit folder: the layers to leave alone."""
+    try:
+        config = json.loads(files["config.json"])  # type: ignore[arg-type]
+        pattern = rng.choice(_PATTERNS)
+        config["quantization_config"]["modules_to_not_convert"] = rng.choice((pattern, [pattern], ["lm_head", pattern]))
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return ""
+    files["config.json"] = m.dump(config)
+    return f"config.json: modules_to_not_convert has {pattern[:60]!r}"
 
 
 def _load_adapter(folder: Path) -> None:
@@ -230,7 +302,7 @@ def _dense_folder() -> Files:
         max_position_embeddings=32,
         tie_word_embeddings=False,
     )
-    with _scratch() as folder:
+    with _scratch() as folder, contextlib.redirect_stderr(io.StringIO()):  # it shows a bar
         LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
         return _files_of(folder)
 
@@ -269,18 +341,51 @@ def _four_bit_seeds() -> list[Files]:
 _CONFIG_KEYS = (
     *("quantization_config", "model_type", "architectures", "dtype", "torch_dtype", "hidden_size", "num_hidden_layers"),
     *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_scaling"),
-    *("rope_parameters", "rope_theta", "tie_word_embeddings", "hidden_act", "pad_token_id", "auto_map", "attn_implementation"),
-    *("_attn_implementation", "num_labels", "id2label", "trust_remote_code", "is_encoder_decoder", "use_bfloat16", "pruned_heads"),
-    *("quant_method", "double_quant", "modules_to_not_convert", "block_size", "max_position_embeddings", "_name_or_path"),
-    *("attention_bias", "mlp_bias", "rms_norm_eps", "initializer_range", "layer_types", "attribute_map", "transformers_version"),
+    *(
+        "rope_parameters",
+        "rope_theta",
+        "tie_word_embeddings",
+        "hidden_act",
+        "pad_token_id",
+        "auto_map",
+        "attn_implementation",
+    ),
+    *(
+        "_attn_implementation",
+        "num_labels",
+        "id2label",
+        "trust_remote_code",
+        "is_encoder_decoder",
+        "use_bfloat16",
+        "pruned_heads",
+    ),
+    *(
+        "quant_method",
+        "double_quant",
+        "modules_to_not_convert",
+        "block_size",
+        "max_position_embeddings",
+        "_name_or_path",
+    ),
+    *(
+        "attention_bias",
+        "mlp_bias",
+        "rms_norm_eps",
+        "initializer_range",
+        "layer_types",
+        "attribute_map",
+        "transformers_version",
+    ),
 )
 
 
-def _auto_map(files: Files, rng) -> str:
+def _auto_map(files: Files, rng: random.Random) -> str:
     """A configuration that asks for code in the folder, or elsewhere, to be run."""
     try:
         config = json.loads(files["config.json"])  # type: ignore[arg-type]
-        where = rng.choice(("modeling_x.X", "modeling_x", "someone/else--modeling_x.X", "../modeling_x.X", 5, ["modeling_x.X"]))
+        where = rng.choice(
+            ("modeling_x.X", "modeling_x", "someone/else--modeling_x.X", "../modeling_x.X", 5, ["modeling_x.X"])
+        )
         config["auto_map"] = {name: where for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModel")}
         if rng.random() < 0.7:
             config["model_type"] = rng.choice(("x", "nothing_known", "llama_x", None))
@@ -296,7 +401,7 @@ def _load_four_bit(folder: Path) -> None:
     model = load_quantized(folder, rank=2)
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
-            raise Wrong(f"loaded, with {name} on the meta device")
+            raise Wrong("loaded, with tensors on the meta device", name)
         _check_finite(name, tensor)
     # What the configuration makes of the model may fail; the process may not.
     with contextlib.suppress(Exception), torch.no_grad():
@@ -340,7 +445,9 @@ _OPTIMIZERS: dict[str, Callable[..., Any]] = {
 def _optimizer(kind: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(1)
     net = _Net()
-    optimizer = _OPTIMIZERS[kind]([{"params": list(net.linear.parameters())}, {"params": [net.scale], "weight_decay": 0.0}])
+    optimizer = _OPTIMIZERS[kind](
+        [{"params": list(net.linear.parameters())}, {"params": [net.scale], "weight_decay": 0.0}]
+    )
     _step(net, optimizer)
     return net, optimizer
 
@@ -396,7 +503,7 @@ def _load_optimizer(folder: Path) -> None:
             same = digest(optimizer.state_dict()) == before
             _step(net, optimizer)
         except Exception as error:
-            raise Wrong(f"a failed load has left the optimizer unusable ({type(error).__name__}: {error})") from None
+            raise Wrong("a failed load has left the optimizer unusable", f"{type(error).__name__}: {error}") from None
         if not same:
             raise Wrong("a failed load has changed the optimizer") from None
         raise
@@ -404,7 +511,7 @@ def _load_optimizer(folder: Path) -> None:
         _step(net, optimizer)
         optimizer.state_dict()
     except Exception as error:
-        raise Wrong(f"loaded, and unusable ({type(error).__name__}: {error})") from None
+        raise Wrong("loaded, and unusable", f"{type(error).__name__}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -472,7 +579,19 @@ def _read_pairs(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- all
 
 _OPTIMIZER_KEYS = (
-    *("state", "param_groups", "format", "optimizer", "params", "lr", "betas", "eps", "weight_decay", "step", "exp_avg"),
+    *(
+        "state",
+        "param_groups",
+        "format",
+        "optimizer",
+        "params",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "step",
+        "exp_avg",
+    ),
     *("exp_avg_sq", "exp_avg_code", "exp_avg_absmax", "exp_avg_sq_code", "exp_avg_sq_absmax", "master", "amsgrad"),
     *("maximize", "fused", "initial_lr", "foreach", "capturable"),
 )
@@ -516,15 +635,19 @@ TARGETS: dict[str, Target] = {
             _adapter_seeds,
             [
                 (12, m.json_file("adapter_config.json", _ADAPTER_KEYS)),
+                (4, _adapter_patterns),
                 (1, m.raw("adapter_config.json", "adapter_model.safetensors")),
                 (2, m.safetensors_header("adapter_model.safetensors")),
                 (5, m.safetensors_tensors("adapter_model.safetensors")),
-                (4, m.safetensors_metadata(
-                    "adapter_model.safetensors",
-                    ("format", "qlora_kernels.adapter_config"),
-                    "qlora_kernels.adapter_config",
-                    _ADAPTER_KEYS,
-                )),
+                (
+                    4,
+                    m.safetensors_metadata(
+                        "adapter_model.safetensors",
+                        ("format", "qlora_kernels.adapter_config"),
+                        "qlora_kernels.adapter_config",
+                        _ADAPTER_KEYS,
+                    ),
+                ),
                 (1, m.no_plain_file("adapter_config.json", "adapter_model.safetensors")),
             ],
             _load_adapter,
@@ -541,6 +664,7 @@ TARGETS: dict[str, Target] = {
                 (2, m.safetensors_header("*.safetensors")),
                 (8, m.safetensors_tensors("*.safetensors")),
                 (2, _auto_map),
+                (2, _skip_patterns),
                 (1, m.no_plain_file("config.json", "model.safetensors", "model.safetensors.index.json")),
             ],
             _load_four_bit,
