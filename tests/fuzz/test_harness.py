@@ -116,7 +116,7 @@ def test_a_run_ends_at_its_time():
 def test_a_check_that_is_left_out_is_found_and_made_small(monkeypatch, tmp_path):
     """adapter_config.json without its checks."""
     monkeypatch.setattr(peft_config, "check", lambda config, path: None)
-    tally = fuzz.campaign(TARGETS["adapter"], seed=1, count=120)
+    tally = fuzz.campaign(TARGETS["adapter"], seed=1, count=120, seconds=2)
     planted = [f for f in tally.findings.values() if f.outcome.kind.startswith("undocumented")]
     assert {f.outcome.where for f in planted} & {"models/adapter_files.py:_fit", "models/peft_config.py:value_for"}
     assert all(len(f.notes) == 1 for f in planted), [f.notes for f in planted]
@@ -134,8 +134,8 @@ def test_a_loader_that_runs_code_is_found(monkeypatch):
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **more: load(*args, **{**more, "weights_only": False}))
     target = dataclasses.replace(TARGETS["checkpoint"], mutations=[(1, mutations.torch_archive("checkpoint.pt"))])
-    tally = fuzz.campaign(target, seed=1, count=60)
-    assert any(signature.startswith("forbidden: os.system") for signature in tally.findings), tally.findings.keys()
+    tally = fuzz.campaign(target, seed=1, count=60, seconds=2)
+    assert any(signature.startswith("forbidden: ") for signature in tally.findings), tally.findings.keys()
 
 
 def test_a_load_that_changes_the_model_and_fails_is_found(monkeypatch):
@@ -146,8 +146,8 @@ def test_a_load_that_changes_the_model_and_fails_is_found(monkeypatch):
         return real(layers, *rest)
 
     monkeypatch.setattr(adapter_files, "_fit", early)
-    tally = fuzz.campaign(TARGETS["adapter"], seed=2, count=60)
-    assert any("a failed load has changed the model" in signature for signature in tally.findings)
+    tally = fuzz.campaign(TARGETS["adapter"], seed=2, count=60, seconds=2)
+    assert any("a failed load has changed the model" in signature for signature in tally.findings), tally
 
 
 @pytest.mark.parametrize("name", TARGETS)

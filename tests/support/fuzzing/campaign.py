@@ -72,9 +72,9 @@ def key_of(seed: int, target: str, number: int) -> str:
     return f"{seed}:{target}:{number}"
 
 
-def built(key: str, keep: set[int] | None = None) -> tuple[Files, Files, list[str]]:
-    """The case of a key: seed, files, notes."""
-    target = TARGETS[key.split(":")[1]]
+def built(key: str, keep: set[int] | None = None, target: Target | None = None) -> tuple[Files, Files, list[str]]:
+    """The case of a key: seed, files, notes. The key names the target, unless another is given."""
+    target = target or TARGETS[key.split(":")[1]]
     return mutations.build(target.seeds(), target.mutations, key, keep)
 
 
@@ -99,7 +99,13 @@ def campaign(
         tell: called with each new finding.
     """
     tally = Tally()
-    outcomes = run(target, lambda n: built(key_of(seed, target.name, n))[1], count=count, until=until, seconds=seconds)
+    outcomes = run(
+        target,
+        lambda n: built(key_of(seed, target.name, n), None, target)[1],
+        count=count,
+        until=until,
+        seconds=seconds,
+    )
     for number, outcome in outcomes:
         tally.cases += 1
         tally.accepted += outcome.kind == "accepted"
@@ -122,13 +128,13 @@ def _reason(outcome: Outcome) -> str:
 
 def _smaller(target: Target, key: str, outcome: Outcome, seconds: float) -> Finding:
     """The case with as few of its mutations, and as few changed files, as still give the same signature."""
-    seed, files, notes = built(key)
+    seed, files, notes = built(key, None, target)
     keep = {number for number, note in enumerate(notes) if note}
     for number in sorted(keep) if len(keep) > 1 else ():
-        fewer = built(key, keep - {number})[1]
+        fewer = built(key, keep - {number}, target)[1]
         if outcome_of(target, fewer, seconds).signature == outcome.signature:
             keep.discard(number)
-    seed, files, notes = built(key, keep)
+    seed, files, notes = built(key, keep, target)
     for name in sorted(set(files) | set(seed)):
         if files.get(name) != seed.get(name) and name in seed:
             restored = {**files, name: seed[name]}

@@ -67,8 +67,12 @@ class Outcome:
         return f"{self.kind} {self.where}"
 
 
+class Forbidden(RuntimeError):
+    """Raised in place of what a parser must not do, so that fuzzing harms nothing."""
+
+
 class _Watch:
-    """What the audit hook has seen while it was on."""
+    """What the audit hook has seen, and prevented, while it was on."""
 
     def __init__(self) -> None:
         self.case: Path | None = None
@@ -103,6 +107,7 @@ class _Watch:
         self.case = None  # what follows is this program's
         self.seen.append((what, _place("".join(traceback.format_stack(sys._getframe(1))))))
         self.case = case
+        raise Forbidden(what)
 
 
 def _paths(args: tuple) -> list[object]:
@@ -169,11 +174,12 @@ def _address_space() -> int:
 def _child(
     target: Target, make: Callable[[int], Files], first: int, last: int | None, root: Path, seconds: float, pipe: int
 ) -> None:
+    stacks = open(root / "stacks", "w")  # noqa: SIM115 - open until the process ends
+    faulthandler.enable(stacks)
+    faulthandler.dump_traceback_later(3 * seconds + 10, exit=True, file=stacks)
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and kills
-    stacks = open(root / "stacks", "w")  # noqa: SIM115 - open until the process ends
-    faulthandler.enable(stacks)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(nowhere, descriptor)
@@ -197,7 +203,7 @@ def _child(
         say({"begins": number})
         faulthandler.dump_traceback_later(seconds, exit=True, file=stacks)
         outcome = judge(target, case, watch)
-        faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback_later(3 * seconds + 10, exit=True, file=stacks)
         after = sorted(name for name in os.listdir(case) if name != target.output)
         if outcome.good and (after != before or os.listdir(root / "cwd")):
             new = set(after) ^ set(before) | set(os.listdir(root / "cwd"))
@@ -258,8 +264,10 @@ def run(
             if begun is not None and not (until is not None and time.monotonic() >= until and status == signal.SIGKILL):
                 number = begun + 1
                 yield begun, _died(status, root, seconds)
-            elif os.waitstatus_to_exitcode(status) == 3:
-                raise RuntimeError(f"the harness failed at case {number}: {(root / 'harness').read_text()}")
+            elif status and not (until is not None and time.monotonic() >= until):
+                notes = [root / name for name in ("harness", "stacks") if (root / name).exists()]
+                text = "".join(path.read_text(errors="replace")[-6000:] for path in notes)
+                raise RuntimeError(f"the harness failed before case {number} (status {status}): {text}")
         finally:
             os.close(receiver)
             if process:
@@ -273,7 +281,7 @@ def _lines(pipe: int, until: float | None, seconds: float) -> Iterator[dict]:
     buffer, heard = b"", time.monotonic()
     while until is None or time.monotonic() < until:
         if not select.select([pipe], [], [], 0.2)[0]:
-            if time.monotonic() - heard > 2 * seconds + 20:  # its own alarm failed
+            if time.monotonic() - heard > 4 * seconds + 20:  # its own alarm failed
                 return
             continue
         piece = os.read(pipe, 1 << 16)

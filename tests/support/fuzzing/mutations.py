@@ -22,6 +22,8 @@ import torch
 
 from .files import Files, Special
 
+_load = torch.load  # not what a test may have put in its place
+
 Mutation = Callable[[Files, random.Random], str]
 
 # A string that stands for text which json.dumps would not write.
@@ -95,12 +97,21 @@ class _Twin(str):
         return self is other
 
 
-def _places(tree: Any) -> list[tuple[Any, Any]]:
-    """All (container, key) in nested dicts and lists."""
-    found, todo = [], [tree]
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    """All (container, key) in nested dicts and lists.
+
+    Raises:
+        ValueError: for a container that is there twice: it may hold itself.
+    """
+    found, todo, seen = [], [tree], set()
     while todo:
         node = todo.pop()
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+        if items is None:
+            continue
+        if id(node) in seen:
+            raise ValueError("a container is there twice")
+        seen.add(id(node))
         for key, value in items:
             found.append((node, key))
             todo.append(value)
@@ -118,18 +129,18 @@ def _short(value: Any) -> str:
 
 def change_tree(tree: Any, rng: random.Random, values: Sequence[Any] = VALUES, keys: Sequence[str] = ()) -> str:
     """One change in nested dicts and lists: a value replaced, a key dropped, renamed, doubled or added."""
-    places = _places(tree)
+    spots = places(tree)
     kind = rng.choices(("value", "drop", "rename", "double", "add", "swap", "wrap"), (12, 3, 1, 1, 5, 1, 1))[0]
     if kind == "add" and keys:
         name = rng.choice(keys)
         # On the top floor mostly: there the known keys mean something.
-        dicts = [tree] * 3 + [c[k] for c, k in places if isinstance(c[k], dict)]
+        dicts = [tree] * 3 + [c[k] for c, k in spots if isinstance(c[k], dict)]
         holder = rng.choice([d for d in dicts if isinstance(d, dict)] or [{}])
         holder[name] = value = rng.choice(values)
         return f"{name} = {_short(value)}"
-    if not places:
+    if not spots:
         return ""
-    holder, key = rng.choice(places)
+    holder, key = rng.choice(spots)
     old = holder[key]
     if kind == "drop":
         del holder[key]
@@ -142,7 +153,7 @@ def change_tree(tree: Any, rng: random.Random, values: Sequence[Any] = VALUES, k
         holder[_Twin(key)] = value = rng.choice(values)
         return f"{key!r} twice, then {_short(value)}"
     if kind == "swap":
-        other, name = rng.choice(places)
+        other, name = rng.choice(spots)
         holder[key], other[name] = other[name], old
         return f"{key!r} and {name!r} swapped"
     if kind == "wrap":
@@ -467,7 +478,21 @@ def _torch_values() -> tuple[Any, ...]:
         torch.float32,
         torch.device("cpu"),
     )
-    return (*plain, *more, *_nasty_tensors(), *_nasty_tensors())
+    return (*plain, *more, _doubled(), _in_itself(), *_nasty_tensors(), *_nasty_tensors())
+
+
+def _doubled() -> list:
+    """A list of lists that takes forever to go through, and little room in a file."""
+    value: list = [0]
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+def _in_itself() -> list:
+    value: list = []
+    value.append(value)
+    return value
 
 
 def _bend(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -511,10 +536,10 @@ def torch_value(name: str, sign: Callable[[dict[str, Any]], dict[str, Any]], key
     def mutate(files: Files, rng: random.Random) -> str:
         data = _content(files, name)
         try:
-            value = torch.load(io.BytesIO(data or b""), weights_only=True)
-            places = [(c, k) for c, k in _places(value) if isinstance(c[k], torch.Tensor)]
-            if places and rng.random() < 0.4:
-                holder, key = rng.choice(places)
+            value = _load(io.BytesIO(data or b""), weights_only=True)
+            spots = [(c, k) for c, k in places(value) if isinstance(c[k], torch.Tensor)]
+            if spots and rng.random() < 0.4:
+                holder, key = rng.choice(spots)
                 holder[key] = _bend(holder[key], rng)
                 note = f"{key!r} = {_short(holder[key])}"
             else:

@@ -466,16 +466,24 @@ def _optimizer_seeds() -> list[Files]:
             net, optimizer = _optimizer(kind)
             _step(net, optimizer)
             optimizer.save(folder / kind)
-            cases.append({"optimizer.pt": (folder / kind).read_bytes(), "kind": kind.encode()})
+            cases.append({"optimizer.pt": _saved_again(folder / kind), "kind": kind.encode()})
     return cases
 
 
-def _elements(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel()
-    if isinstance(value, dict):
-        return sum(map(_elements, value.values()))
-    return sum(map(_elements, value)) if isinstance(value, (list, tuple)) else 0
+def _saved_again(path: Path) -> bytes:
+    """A file of torch with the same contents, and without the name of the temporary file that it was written as."""
+    buffer = io.BytesIO()
+    torch.save(torch.load(path, weights_only=True), buffer)
+    return buffer.getvalue()
+
+
+def _has_digest(value: Any) -> bool:
+    """Whether a digest can be computed in no time."""
+    try:
+        tensors = [inner for c, k in m.places(value) if isinstance(inner := c[k], torch.Tensor)]
+    except ValueError:
+        return False
+    return sum(tensor.numel() for tensor in tensors) < 1 << 20
 
 
 def _signed(unsigned: tuple[str, ...]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -485,7 +493,7 @@ def _signed(unsigned: tuple[str, ...]) -> Callable[[dict[str, Any]], dict[str, A
         content = {key: inner for key, inner in value.items() if key not in (*unsigned, "sha256")}
         head = {key: value[key] for key in unsigned if key in value}
         found = "0" * 64
-        if _elements(content) < 1 << 20:
+        if _has_digest(content):
             with contextlib.suppress(Exception):
                 found = digest(content)
         return {**head, "sha256": found, **content}
@@ -544,7 +552,7 @@ def _checkpoint_seeds() -> list[Files]:
         )
         for case in (running, between):
             checkpoint.save(case, str(folder))
-            cases.append({"checkpoint.pt": (folder / "checkpoint.pt").read_bytes()})
+            cases.append({"checkpoint.pt": _saved_again(folder / "checkpoint.pt")})
     return cases
 
 
