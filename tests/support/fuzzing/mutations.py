@@ -6,6 +6,7 @@ it could change.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import io
 import json
@@ -725,8 +726,10 @@ def build(
         own = random.Random(rng.getrandbits(64))
         [mutation] = own.choices([m for _, m in mutations], [w for w, _ in mutations])
         if keep is None or number in keep:
-            # Where a mutation found nothing to change, another roll of its dice may.
-            note = next(filter(None, (mutation(files, own) for _ in range(4))), "")
+            note = ""
+            for _ in range(4):  # where it finds nothing to change, another roll of the dice may
+                with contextlib.suppress(Exception):  # an earlier one has left no valid file
+                    note = note or mutation(files, own)
             notes.append(note)
         else:
             notes.append("")
