@@ -1,6 +1,8 @@
 """Fuzzes everything that reads files.
 
-    python tests/fuzz [--seconds S] [--target T ...] [--seed N] [--keep] [--case KEY]
+    python tests/fuzz [--seconds S] [--target T ...] [--seed N] [--keep]
+    python tests/fuzz --case KEY
+    python tests/fuzz --review
 
 Cases are valid files with a few mutations; a seed and a number decide each. What falls is made small and printed with
 the key that repeats it, and ``--keep`` adds it to the corpus in tests/fuzz/corpus. The exit code is 1 after findings.
@@ -24,7 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(ROOT / "tests" / "support"), str(ROOT)]
 
-from fuzzing.campaign import Finding, built, campaign, keep, outcome_of, split_time, unmended  # noqa: E402
+from fuzzing.campaign import Finding, built, campaign, keep, outcome_of, review, split_time, unmended  # noqa: E402
 from fuzzing.child import SECONDS  # noqa: E402
 from fuzzing.targets import TARGETS  # noqa: E402
 
@@ -38,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="add what falls to the corpus")
     parser.add_argument("--known", action="store_true", help="also report what is known and not mended")
     parser.add_argument("--case", metavar="KEY", help="run one case again, as a finding names it")
+    parser.add_argument("--review", action="store_true", help="run the corpus and rewrite corpus/unmended.txt")
     return parser.parse_args()
 
 
@@ -54,6 +57,12 @@ def main() -> int:
     warnings.simplefilter("ignore")  # torch's, about the tensors that the mutations make
     if given.case:
         return repeat(given.case)
+    if given.review:
+        stand, fall = review(seconds=given.limit)
+        print(
+            "\n".join([*(f"stands now: {name}" for name in stand), *(f"falls: {name}" for name in fall)]) or "no change"
+        )
+        return 1 if fall else 0
     seed = secrets.randbelow(10**9) if given.seed is None else given.seed
     targets = given.target or list(TARGETS)
     print(f"seed {seed}, {given.seconds:g} seconds for {', '.join(targets)}", flush=True)

@@ -254,6 +254,27 @@ def _adapter_patterns(files: Files, rng: random.Random) -> str:
     return f"adapter_config.json: {key} has {pattern[:60]!r}"
 
 
+def _adapter_settings(files: Files, rng: random.Random) -> str:
+    """A sound setting that may not fit the weights."""
+    choices = {
+        "r": (1, 2, 3, 4, 8, 9),
+        "lora_alpha": (1, 2.5, 16, 1e-30, 1e30),
+        "lora_dropout": (0, 0.5, 0.999, 1),
+        "use_rslora": (True, False),
+        "target_modules": (["q_proj"], ["v_proj", "q_proj"], "q_proj", ".*", "all-linear", None),
+        "rank_pattern": ({"q_proj": 3}, {".*": 2}, {"v_proj": 2, "q_proj": 2}),
+        "alpha_pattern": ({"q_proj": 3}, {".*": 2.5}, {"x": 1}),
+    }
+    try:
+        config = json.loads(files["adapter_config.json"])  # type: ignore[arg-type]
+        key = rng.choice(list(choices))
+        config[key] = rng.choice(choices[key])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return ""
+    files["adapter_config.json"] = m.dump(config)
+    return f"adapter_config.json: {key} is {config[key]!r}"
+
+
 def _skip_patterns(files: Files, rng: random.Random) -> str:
     """The same in a 4-bit folder: the layers to leave alone."""
     try:
@@ -644,6 +665,7 @@ TARGETS: dict[str, Target] = {
             [
                 (12, m.json_file("adapter_config.json", _ADAPTER_KEYS)),
                 (4, _adapter_patterns),
+                (4, _adapter_settings),
                 (1, m.raw("adapter_config.json", "adapter_model.safetensors")),
                 (2, m.safetensors_header("adapter_model.safetensors")),
                 (5, m.safetensors_tensors("adapter_model.safetensors")),
