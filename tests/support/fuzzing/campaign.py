@@ -200,7 +200,7 @@ def review(corpus: Path = CORPUS, path: Path = UNMENDED, seconds: float = SECOND
         if not outcome.good:
             reason = before.get(name, ("", "not mended yet: " + " ".join(outcome.message.split())[:120]))[1]
             rows[name] = (outcome.signature, reason)
-    head = "# Cases that fall and are not mended: name, signature, reason. `python tests/fuzz --review` writes this file.\n"
+    head = "# What falls and is not mended: name, signature, reason. `python tests/fuzz --review` writes this.\n"
     path.write_text(head + "".join(f"{name}\t{signature}\t{why}\n" for name, (signature, why) in rows.items()))
     return sorted(set(before) - set(rows)), sorted(set(rows) - set(before))
 
