@@ -198,7 +198,9 @@ def review(corpus: Path = CORPUS, path: Path = UNMENDED, seconds: float = SECOND
         outcome = outcome_of(TARGETS[target], corpus_case(target, folder), seconds)
         name = f"{target}/{folder.name}"
         if not outcome.good:
-            reason = before.get(name, ("", "not mended yet: " + " ".join(outcome.message.split())[:120]))[1]
+            reason = before.get(
+                name, ("", "not mended yet: " + " ".join((outcome.message or outcome.kind).split())[:120])
+            )[1]
             rows[name] = (outcome.signature, reason)
     head = "# What falls and is not mended: name, signature, reason. `python tests/fuzz --review` writes this.\n"
     path.write_text(head + "".join(f"{name}\t{signature}\t{why}\n" for name, (signature, why) in rows.items()))
