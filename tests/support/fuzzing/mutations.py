@@ -122,6 +122,9 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 def _short(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor {value.dtype} {list(value.shape)} {value.layout} on {value.device}"
+    inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    if any(isinstance(item, (torch.Tensor, list, dict)) for item in inner):  # may be without end
+        return f"a {type(value).__name__} of {len(inner)}"
     text = (
         repr(value) if not isinstance(value, int) or abs(value) < 1 << 70 else f"a number of {value.bit_length()} bits"
     )
@@ -158,7 +161,8 @@ def change_tree(tree: Any, rng: random.Random, values: Sequence[Any] = VALUES, k
         holder[key], other[name] = other[name], old
         return f"{key!r} and {name!r} swapped"
     if kind == "wrap":
-        holder[key] = rng.choice(([old], {"a": old}, [old, old], str(old)))
+        text = old if isinstance(old, (torch.Tensor, list, dict)) else f"{old!r:.100}"
+        holder[key] = rng.choice(([old], {"a": old}, [old, old], text))
         return f"{key!r} = {_short(holder[key])}"
     if isinstance(old, int) and not isinstance(old, bool) and rng.random() < 0.4:
         holder[key] = rng.choice((old + 1, old - 1, -old, old * 2, old * 100, float(old)))
