@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError, sentence
 from ..storage.digest import digest
 from ..storage.formats import save_torch
+from ..storage.regular_file import open_regular
 from .options import Settings
 
 NAME = "checkpoint.pt"
@@ -73,14 +74,55 @@ def load(out: str) -> Checkpoint:
         why = "the run there has finished" if finished else "no run was interrupted there"
         raise InputError(f"--resume: there is no {path}; {why}")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            value = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file the unpickler raises whatever its bytes happen to lead to
         raise InputError(f"--resume: {path} is not a whole checkpoint ({sentence(error)})") from None
     if not isinstance(value, dict) or value.pop("format", None) != _FORMAT or set(value) != _FIELDS | {"sha256"}:
         raise InputError(f"--resume: {path} is not a checkpoint of this command")
-    if value.pop("sha256") != digest(value):
+    saved_digest = value.pop("sha256")
+    try:
+        intact = saved_digest == digest(value, size)
+    except Exception as error:  # tensors without memory, lists that hold themselves: whatever was put into the file
+        raise InputError(f"--resume: {path} holds what no run saves ({sentence(error)})") from None
+    if not intact:
         raise InputError(f"--resume: {path} is damaged: its contents do not have the digest that was written with them")
-    return Checkpoint(**value)
+    checkpoint = Checkpoint(**value)
+    wrong = [name for name, fits in _fits(checkpoint).items() if not fits]
+    if wrong:
+        raise InputError(f"--resume: {path} is not a checkpoint of this command: {wrong[0]} is of another type")
+    return checkpoint
+
+
+def _fits(checkpoint: Checkpoint) -> dict[str, bool]:
+    """Whether each field has the type that it is declared with. A digest says that a file is whole, not who wrote it."""
+    c = checkpoint
+    return {
+        "options": _is_dict(c.options, (str, int, float, bool, list, tuple, type(None))),
+        "identity": _is_dict(c.identity, str),
+        "phase": isinstance(c.phase, str),
+        "step": _is_number(c.step, int) and c.step >= 0,
+        "total": _is_number(c.total, int) and c.total >= 0,
+        "losses": isinstance(c.losses, list) and all(_is_number(loss, float) for loss in c.losses),
+        "tensors": _is_dict(c.tensors, torch.Tensor) and all(map(_is_dense, c.tensors.values())),
+        "optimizer": isinstance(c.optimizer, dict),
+        "rng": _is_dict(c.rng, torch.Tensor) and "cpu" in c.rng and all(map(_is_dense, c.rng.values())),
+        "seconds": _is_number(c.seconds, float),
+        "results": isinstance(c.results, dict),
+    }
+
+
+def _is_dict(value: Any, of: type | tuple[type, ...]) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, of) for k, v in value.items())
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.is_contiguous()
 
 
 def check_same_run(checkpoint: Checkpoint, settings: Settings, identity: dict[str, str]) -> None:
@@ -128,6 +170,14 @@ def rng_state(device: str) -> dict[str, torch.Tensor]:
 
 
 def restore_rng(states: dict[str, torch.Tensor], device: str) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and device.startswith("cuda"):
-        torch.cuda.set_rng_state(states["cuda"], device)
+    """Sets torch's generators to saved states.
+
+    Raises:
+        InputError: when these are not states of a generator.
+    """
+    try:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and device.startswith("cuda"):
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"--resume: the checkpoint's random state cannot be used ({sentence(error)})") from None

@@ -8,12 +8,23 @@ from typing import Any
 import torch
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of everything in nested dicts and sequences, tensors byte for byte."""
+def digest(value: Any, largest: int | None = None) -> str:
+    """SHA-256 of everything in nested dicts and sequences, tensors byte for byte.
+
+    Args:
+        value: what to digest. Of a file that anyone may have written it can be anything: catch every exception then.
+        largest: the most bytes that a tensor may have; an expanded one of a small file could fill the memory.
+
+    Raises:
+        ValueError: when a tensor is larger.
+    """
     result = hashlib.sha256()
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
+            nbytes = value.numel() * value.itemsize
+            if largest is not None and nbytes > largest:
+                raise ValueError(f"a tensor of {nbytes} bytes, where at most {largest} can be")
             flat = value.detach().cpu().contiguous().flatten()
             result.update(f"{value.dtype}{list(value.shape)}".encode())
             result.update(flat.view(torch.uint8).numpy().data)

@@ -6,6 +6,7 @@ import json
 import os
 
 from ...errors import InputError, sentence
+from ...storage.regular_file import open_regular
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".text", ".tex", ".html", ".c", ".h", ".cpp", ".json", ".csv")
 
@@ -38,10 +39,12 @@ def read_text(path: str) -> str:
     if not os.path.exists(path):
         raise InputError(f"--data {path}: no such file or folder")
     try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            return file.read()
+        with open_regular(path) as file:
+            return file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise InputError(f"--data {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a pipe, say
+        raise InputError(f"--data: {error}; name a file or a folder") from None
 
 
 def read_documents(path: str | None) -> list[str]:
