@@ -96,7 +96,7 @@ def load(out: str) -> Checkpoint:
 
 
 def _fits(checkpoint: Checkpoint) -> dict[str, bool]:
-    """Whether each field has the type that it is declared with. A digest says that a file is whole, not who wrote it."""
+    """Whether each field has its declared type. A digest says that a file is whole, not who wrote it."""
     c = checkpoint
     return {
         "options": _is_dict(c.options, (str, int, float, bool, list, tuple, type(None))),
@@ -107,7 +107,7 @@ def _fits(checkpoint: Checkpoint) -> dict[str, bool]:
         "losses": isinstance(c.losses, list) and all(_is_number(loss, float) for loss in c.losses),
         "tensors": _is_dict(c.tensors, torch.Tensor) and all(map(_is_dense, c.tensors.values())),
         "optimizer": isinstance(c.optimizer, dict),
-        "rng": _is_dict(c.rng, torch.Tensor) and "cpu" in c.rng and all(map(_is_dense, c.rng.values())),
+        "rng": _is_dict(c.rng, torch.Tensor) and all(map(_is_dense, c.rng.values())),
         "seconds": _is_number(c.seconds, float),
         "results": isinstance(c.results, dict),
     }
@@ -179,5 +179,5 @@ def restore_rng(states: dict[str, torch.Tensor], device: str) -> None:
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and device.startswith("cuda"):
             torch.cuda.set_rng_state(states["cuda"], device)
-    except (RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"--resume: the checkpoint's random state cannot be used ({sentence(error)})") from None
