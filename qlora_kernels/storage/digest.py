@@ -8,23 +8,27 @@ from typing import Any
 import torch
 
 
-def digest(value: Any, largest: int | None = None) -> str:
+def digest(value: Any, file_size: int | None = None) -> str:
     """SHA-256 of everything in nested dicts and sequences, tensors byte for byte.
 
     Args:
         value: what to digest. Of a file that anyone may have written it can be anything: catch every exception then.
-        largest: the most bytes that a tensor may have; an expanded one of a small file could fill the memory.
+        file_size: of the file that the value was read from, in bytes. Values in a file can share their parts, so a small
+            one can stand for terabytes; more than eight times the file's size is not read.
 
     Raises:
-        ValueError: when a tensor is larger.
+        ValueError: when there is more.
     """
     result = hashlib.sha256()
+    left = None if file_size is None else 8 * file_size
 
     def add(value: Any) -> None:
+        nonlocal left
+        if left is not None:
+            left -= value.numel() * value.itemsize + 1 if isinstance(value, torch.Tensor) else 1
+            if left < 0:
+                raise ValueError("it stands for more than eight times the size of its file")
         if isinstance(value, torch.Tensor):
-            nbytes = value.numel() * value.itemsize
-            if largest is not None and nbytes > largest:
-                raise ValueError(f"a tensor of {nbytes} bytes, where at most {largest} can be")
             flat = value.detach().cpu().contiguous().flatten()
             result.update(f"{value.dtype}{list(value.shape)}".encode())
             result.update(flat.view(torch.uint8).numpy().data)
