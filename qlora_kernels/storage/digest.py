@@ -13,8 +13,8 @@ def digest(value: Any, file_size: int | None = None) -> str:
 
     Args:
         value: what to digest. Of a file that anyone may have written it can be anything: catch every exception then.
-        file_size: of the file that the value was read from, in bytes. Values in a file can share their parts, so a small
-            one can stand for terabytes; more than eight times the file's size is not read.
+        file_size: of the file that the value was read from, in bytes. Values in a file can share their parts, so a
+            small one can stand for terabytes; more than eight times the file's size is not read.
 
     Raises:
         ValueError: when there is more.
