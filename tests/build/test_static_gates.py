@@ -146,6 +146,30 @@ def test_lanes_do_not_take_turns_at_constants(code):
     assert once == {"dequantize_kernel", "few_kernel", "middle_kernel", "product_kernel", "quantize_kernel"}
 
 
+def late_starts(one: sass.Function) -> list[str]:
+    """What keeps an optimizer's block from its first elements: a jump table, or loads for the scalars that come only
+    after float64 arithmetic on others."""
+    barrier = next((i.address for i in one.named("BAR")), 0)
+    before = [i for i in one.instructions if i.address < barrier]
+    doubles = [i.address for i in before if i.name in ("DADD", "DMUL", "DFMA")]
+    faults = [f"{i.opcode} at {i.address:#x}" for i in one.named("BRX")]
+    if not barrier or not doubles:
+        return [*faults, "no float64 arithmetic before a barrier is found"]
+    return faults + [f"{i.opcode} at {i.address:#x}" for i in before if i.name == "LDG" and i.address > min(doubles)]
+
+
+@pytest.mark.slow
+def test_an_optimizers_block_has_its_scalars_soon(code):
+    names = static.readable([one.symbol for one in code])
+    of_steps = [one for one in code if re.fullmatch(r"optimizer_step_kernel<\w+, 32>", names[one.symbol])]
+    assert len(of_steps) == 2 * len(cuda_wheel.built_for())
+    for one in of_steps:
+        assert not late_starts(one), f"{names[one.symbol]} for {one.architecture}"
+        # Only AdamW divides and takes a root in float64.
+        slow = any("64H" in i.opcode for i in one.named("MUFU"))
+        assert slow == ("AdamW" in names[one.symbol]), f"{names[one.symbol]} for {one.architecture}"
+
+
 @pytest.mark.slow
 def test_the_committed_table_describes_this_code(report):
     path = static.path_for(report["archs"])
@@ -259,6 +283,14 @@ def test_a_jump_that_cannot_be_followed_is_an_error():
         sample.mixed_stores()
 
 
+def listed(lines: str) -> sass.Function:
+    """Code of these instructions and an EXIT, parsed."""
+    code = "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate([*lines.split("; "), "EXIT"]))
+    (one,) = sass.parse(f"\tcode for sm_90a\n\t\tFunction : _Zsample\n{code}")
+    assert len(one.instructions) == len(lines.split("; ")) + 1
+    return one
+
+
 @pytest.mark.parametrize(
     ("lines", "found"),
     [
@@ -271,10 +303,21 @@ def test_a_jump_that_cannot_be_followed_is_an_error():
     ],
 )
 def test_divergent_constants_are_found(lines, found):
-    code = "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate([*lines.split("; "), "EXIT"]))
-    (one,) = sass.parse(f"\tcode for sm_90a\n\t\tFunction : _Zsample\n{code}")
-    assert len(one.instructions) == len(lines.split("; ")) + 1
-    assert len(divergent_constants(one)) == found
+    assert len(divergent_constants(listed(lines))) == found
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("LDG.E R2, [R4]; DMUL R2, R2, R2; BAR.SYNC 0x0; LDG.E R2, [R4]", 0),
+        ("DMUL R2, R2, R2; LDG.E R2, [R4]; BAR.SYNC 0x0", 1),
+        ("LDG.E R2, [R4]; DMUL R2, R2, R2; BAR.SYNC 0x0; BRX R12 -0x20", 1),
+        ("LDG.E R2, [R4]; BAR.SYNC 0x0; DMUL R2, R2, R2", 1),
+        ("LDG.E R2, [R4]; DMUL R2, R2, R2", 1),
+    ],
+)
+def test_late_starts_are_found(lines, found):
+    assert len(late_starts(listed(lines))) == found
 
 
 def test_the_reader_of_resources():
