@@ -161,6 +161,7 @@ def late_starts(one: sass.Function) -> list[str]:
 @pytest.mark.slow
 def test_an_optimizers_block_has_its_scalars_soon(code):
     names = static.readable([one.symbol for one in code])
+    assert not [names[one.symbol] for one in code if one.named("BRX")], "a jump table"
     of_steps = [one for one in code if re.fullmatch(r"optimizer_step_kernel<\w+, 32>", names[one.symbol])]
     assert len(of_steps) == 2 * len(cuda_wheel.built_for())
     for one in of_steps:

@@ -95,16 +95,17 @@ QLK_DEVICE void store_scalars(const ScalarInputs& in, uint4 (&to)[kScalarUnits])
     }
 }
 
-// The type of a chunk's parameters, by bits of its code. The compiler makes a jump table of a switch, and of
-// comparisons with numbers too: a load from constant memory, and a jump that waits for it, before the first load of
-// elements.
+// The type of a chunk's parameters. kByBits: told by bits of its code. The compiler makes a jump table of comparisons
+// with numbers: a load from constant memory, and a jump that waits for it, before the first load of elements. With
+// 8-bit states it doesn't, and bits take a register too many on sm_75.
+template <bool kByBits>
 struct ChunkType {
     bool is_float, is_bf16;
 
     QLK_DEVICE explicit ChunkType(const OptimizerChunk& chunk)
-        : is_float((chunk.dtype & 3) == 0), is_bf16((chunk.dtype & 1) != 0) {
-        static_assert(static_cast<int>(DType::kFloat32) == 0 && static_cast<int>(DType::kBFloat16) == 1 &&
-                      static_cast<int>(DType::kFloat16) == 2);
+        : is_float(chunk.dtype == static_cast<int>(DType::kFloat32)),
+          is_bf16(kByBits ? (chunk.dtype & 1) != 0 : chunk.dtype == static_cast<int>(DType::kBFloat16)) {
+        static_assert(static_cast<int>(DType::kBFloat16) == 1 && static_cast<int>(DType::kFloat16) == 2);
     }
 };
 

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kOptimizerThreads, 1)
         const OptimizerChunk chunk = any ? a.p.chunks[blockIdx.x] : OptimizerChunk{};
         const uint64_t grad = any ? load_global(&a.p.tensors[chunk.tensor].grad) : 0;
         if (grad != 0) {
-            const ChunkType type(chunk);
+            const ChunkType<true> type(chunk);
             if (type.is_float) {
                 sum = sum_of_squares(reinterpret_cast<const float*>(grad) + chunk.first, chunk.count);
             } else if (type.is_bf16) {

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kOptimizerThreads, kBits == 32            ? 4
         Scalars s;
         memcpy(&s, units, sizeof s);
         if (s.skip == 0) {
-            const ChunkType type(chunk);
+            const ChunkType<kBits == 32> type(chunk);
             if (type.is_float) {
                 step_chunk<Rule, kBits, float>(a, chunk, tensor, s, shared);
             } else if (type.is_bf16) {
