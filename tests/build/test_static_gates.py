@@ -113,6 +113,64 @@ def test_no_thread_that_stores_128_bits_stores_fewer_at_a_time(code):
     assert checked == 3 * len(cuda_wheel.built_for())
 
 
+#: Kernels whose lanes choose between two only, and nearly always the same: the spans of narrow.cuh.
+_BY_SPAN = ("narrow_kernel",)
+#: An address in a launch's parameters that each lane has in a register of its own. (c[0x2] has jump tables.)
+_BY_LANE = re.compile(r"c\[0x0\]\[R\d")
+
+
+def divergent_constants(one: sass.Function) -> list[str]:
+    """Loads of parameters by an index of each lane, in a loop or more than once: lanes whose indices differ take turns.
+    A lane's value can be loaded once and go through shuffles."""
+    loads = [load for load in one.named("LDC") if _BY_LANE.search(load.operands)]
+    looping = [load for load in loads if load.address in one.after({load.address})]
+    return [
+        f"{load.opcode} {load.operands} at {load.address:#x}" for load in looping or (loads if len(loads) > 1 else [])
+    ]
+
+
+@pytest.mark.slow
+def test_lanes_do_not_take_turns_at_constants(code):
+    names = static.readable([one.symbol for one in code])
+    code = [one for one in code if names[one.symbol].partition("<")[0] not in _BY_SPAN]
+    problems = [
+        f"{names[one.symbol]} for {one.architecture}: {load}" for one in code for load in divergent_constants(one)
+    ]
+    assert not problems, "\n".join(problems)
+    # As many as the kernels that look levels up, so that the gate cannot pass by recognizing none.
+    once = {
+        names[one.symbol].partition("<")[0]
+        for one in code
+        if any(_BY_LANE.search(load.operands) for load in one.named("LDC"))
+    }
+    assert once == {"dequantize_kernel", "few_kernel", "middle_kernel", "product_kernel", "quantize_kernel"}
+
+
+def late_starts(one: sass.Function) -> list[str]:
+    """What keeps an optimizer's block from its first elements: a jump table, or loads for the scalars that come only
+    after float64 arithmetic on others."""
+    barrier = next((i.address for i in one.named("BAR")), 0)
+    before = [i for i in one.instructions if i.address < barrier]
+    doubles = [i.address for i in before if i.name in ("DADD", "DMUL", "DFMA")]
+    faults = [f"{i.opcode} at {i.address:#x}" for i in one.named("BRX")]
+    if not barrier or not doubles:
+        return [*faults, "no float64 arithmetic before a barrier is found"]
+    return faults + [f"{i.opcode} at {i.address:#x}" for i in before if i.name == "LDG" and i.address > min(doubles)]
+
+
+@pytest.mark.slow
+def test_an_optimizers_block_has_its_scalars_soon(code):
+    names = static.readable([one.symbol for one in code])
+    assert not [names[one.symbol] for one in code if one.named("BRX")], "a jump table"
+    of_steps = [one for one in code if re.fullmatch(r"optimizer_step_kernel<\w+, 32>", names[one.symbol])]
+    assert len(of_steps) == 2 * len(cuda_wheel.built_for())
+    for one in of_steps:
+        assert not late_starts(one), f"{names[one.symbol]} for {one.architecture}"
+        # Only AdamW divides and takes a root in float64.
+        slow = any("64H" in i.opcode for i in one.named("MUFU"))
+        assert slow == ("AdamW" in names[one.symbol]), f"{names[one.symbol]} for {one.architecture}"
+
+
 @pytest.mark.slow
 def test_the_committed_table_describes_this_code(report):
     path = static.path_for(report["archs"])
@@ -224,6 +282,43 @@ def test_a_jump_that_cannot_be_followed_is_an_error():
     (sample,) = sass.parse(SAMPLE.replace("BRA.DIV UR4, 0x90", "BRX R4 -0x90"))
     with pytest.raises(ValueError, match=r"_Zsample: BRX at 0x70 jumps to an address in a register"):
         sample.mixed_stores()
+
+
+def listed(lines: str) -> sass.Function:
+    """Code of these instructions and an EXIT, parsed."""
+    code = "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate([*lines.split("; "), "EXIT"]))
+    (one,) = sass.parse(f"\tcode for sm_90a\n\t\tFunction : _Zsample\n{code}")
+    assert len(one.instructions) == len(lines.split("; ")) + 1
+    return one
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("LDC R8, c[0x0][R3+0x160]", 0),
+        ("LDC R12, c[0x2][R27]; BRX R12 -0x20", 0),
+        ("LDC R8, c[0x0][R3+0x160]; LDC.64 R10, c[0x0][0x210]; LDC R9, c[0x0][UR4+0x160]", 0),
+        ("LDC R8, c[0x0][R3+0x160]; LDC R9, c[0x0][R4+0x190]", 2),
+        ("LDC R8, c[0x0][R3+0x160]; @P0 BRA 0x0", 1),
+        ("LDC R8, c[0x0][R3+0x160]; FADD R1, R1, R8; @P0 BRA 0x10", 0),
+    ],
+)
+def test_divergent_constants_are_found(lines, found):
+    assert len(divergent_constants(listed(lines))) == found
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("LDG.E R2, [R4]; DMUL R2, R2, R2; BAR.SYNC 0x0; LDG.E R2, [R4]", 0),
+        ("DMUL R2, R2, R2; LDG.E R2, [R4]; BAR.SYNC 0x0", 1),
+        ("LDG.E R2, [R4]; DMUL R2, R2, R2; BAR.SYNC 0x0; BRX R12 -0x20", 1),
+        ("LDG.E R2, [R4]; BAR.SYNC 0x0; DMUL R2, R2, R2", 1),
+        ("LDG.E R2, [R4]; DMUL R2, R2, R2", 1),
+    ],
+)
+def test_late_starts_are_found(lines, found):
+    assert len(late_starts(listed(lines))) == found
 
 
 def test_the_reader_of_resources():

@@ -124,7 +124,7 @@ def test_the_kernels_for_conformance_on_a_card_build(tmp_path):
         with pytest.raises(ValueError, match="no conformance kernel 'nonsense'"):
             run("nonsense", 0, 0, 0, 0)
     if not has_driver():
-        with pytest.raises(RuntimeError, match=r"device\.cuh:\d+: cudaError"):
+        with pytest.raises(RuntimeError, match=r"^there is no NVIDIA driver"):
             module.run_conformance("prmt", 0, 0, 0, 0)
 
 
@@ -217,5 +217,5 @@ print(q.quantize(torch.ones(2, 64)).dequantize().sum().item())
     )
     first, second, last = done.stdout.splitlines()
     assert first == second
-    assert re.match(r"csrc/cuda/device/device\.cuh:\d+: cudaError\w+: .*driver.*\(failed: cudaGetDevice", first)
+    assert first.startswith("there is no NVIDIA driver, and these kernels, built with CUDA ")
     assert float(last) == 128

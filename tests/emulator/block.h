@@ -225,6 +225,7 @@ class Device {
     size_t shared_size;
     unsigned cluster_size;
     Options options;
+    int ordinal = current_device();
     std::vector<std::shared_ptr<Bulk>> under_way;
     std::vector<std::shared_ptr<Bulk>> last_stores;  // that no thread waits for: done when the launch ends
     std::mt19937_64 random;

@@ -1,5 +1,6 @@
 // Launches: which blocks are on the device, and how a deadlock is found.
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 
 #include "block.h"
@@ -11,6 +12,53 @@ namespace emu {
 Options& options() {
     static thread_local Options all;
     return all;
+}
+
+namespace {
+
+struct Devices {
+    int current = 0;
+    bool made_current = false;  // a context, in this thread
+};
+Devices& devices() {
+    static thread_local Devices all;
+    return all;
+}
+std::atomic<bool> contexts[kDevices];  // of the process
+
+}  // namespace
+
+void forget_devices() {
+    devices() = {};
+    for (auto& context : contexts) context = false;
+}
+int current_device() { return devices().current; }
+bool has_context(int device) { return contexts[device]; }
+bool any_current_context() { return devices().made_current; }
+
+void require_device(int device) {
+    if (device >= 0 && device < kDevices) return;
+    throw Error("cudaErrorInvalidDevice: invalid device ordinal " + std::to_string(device));
+}
+
+void set_device(int device) {
+    require_device(device);
+    devices().current = device;
+    use_current_device();
+}
+
+void use_current_device() {
+    devices().made_current = true;
+    contexts[devices().current] = true;
+}
+
+void require_current(int device, const char* what) {
+    require_device(device);
+    if (device != current_device()) {
+        throw Error("cudaErrorInvalidResourceHandle: " + std::string(what) + " for device " + std::to_string(device) +
+                    ", while device " + std::to_string(current_device()) + " is current");
+    }
+    use_current_device();
 }
 
 Device::Device(Dim3 g, Dim3 b, size_t bytes, const std::function<void()>& kernel, unsigned cluster)
@@ -99,6 +147,7 @@ void Device::wake_spinning(uint64_t blocks_to_start) {
 }
 
 void Device::run() {
+    const OnDevice now(ordinal);
     const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z, clusters = blocks / cluster_size;
     const size_t resident = std::max<size_t>(options.resident_blocks, cluster_size);
     std::vector<uint64_t> shuffled;
@@ -193,8 +242,9 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
     count_launch(early);
     note_launch();
     if (start == Start::kFollowed && options().early_launches) {
-        held() = [=](Overtaking& next) {
+        held() = [=, ordinal = current_device()](Overtaking& next) {
             Device device(grid, block, shared_bytes, body, cluster);
+            device.ordinal = ordinal;
             device.overtaken = &next;
             device.run();
         };

@@ -269,6 +269,7 @@ inline Half round_half(float value) {
 
 // ------------------------------------------------------------------- the helpers of csrc/cuda/device/device.cuh
 
+#include "device_guard.h"
 #include "error.h"
 #include "kernels.h"
 
@@ -356,25 +357,41 @@ void store_exchanged(T* address, std::common_type_t<T> value, emu::Site s = emu:
     *address = value;
 }
 
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int) {}
+struct EmulatedDevices {
+    static int current() {
+        if (emu::options().driver_version < emu::kRuntimeVersion) {
+            fail_driver(emu::options().driver_version, emu::kRuntimeVersion);
+        }
+        return emu::current_device();
+    }
+    static void set(int device) { emu::set_device(device); }
+    static void restore(int device) { emu::set_device(device); }
+    static bool has_context(int device) { return emu::any_current_context() || emu::has_context(device); }
 };
+using DeviceGuard = DeviceGuardOf<EmulatedDevices>;
 
-inline int multiprocessors(int) { return emu::options().multiprocessors; }
+inline int multiprocessors(int device) {
+    emu::require_device(device);
+    return emu::options().multiprocessors;
+}
 template <class Params>
-int compiled_for(void (*)(Params), int) {
+int compiled_for(void (*)(Params), int device) {
+    const DeviceGuard guard(device);
     return emu::options().architecture;
 }
-inline size_t shared_limit(int) { return emu::options().max_shared_bytes; }
+inline size_t shared_limit(int device) {
+    emu::require_device(device);
+    return emu::options().max_shared_bytes;
+}
 
 inline bool early_launches() { return emu::options().early_launches; }
 using Start = emu::Start;
 
 template <class Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream, const Params& params,
-            Start start = Start::kInOrder) {
+void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
+            const Params& params, Start start = Start::kInOrder) {
     QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
+    emu::require_current(stream.device, "a launch");
     emu::launch(
         {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes,
         [=] {

@@ -37,6 +37,8 @@ enum class Order { kForward, kReverse, kRandom };
 // When asynchronous copies land: at once, at the last moment that the waits permit, or anywhere in between.
 enum class Landing { kEarliest, kLatest, kRandom };
 
+constexpr int kRuntimeVersion = 13000;  // cudaRuntimeGetVersion
+
 struct Options {
     Order order = Order::kForward;
     Landing landing = Landing::kLatest;
@@ -57,13 +59,29 @@ struct Options {
     size_t managed_limit = size_t{1} << 40;
     bool forbid_faults = false;
     size_t free_bytes = size_t{64} << 30;
-    bool capturing = false;      // the caller's stream is being captured
-    bool early_launches = true;  // a launch may start before the previous one has ended
-    bool executes = true;        // false: launches are only counted, and what remains is the host's work
+    bool capturing = false;                // the caller's stream is being captured
+    bool early_launches = true;            // a launch may start before the previous one has ended
+    bool executes = true;                  // false: launches are only counted, and what remains is the host's work
+    int driver_version = kRuntimeVersion;  // cudaDriverGetVersion; 0: there is no driver
 };
 
 // Options for later launches of this host thread.
 Options& options();
+
+// The devices, two of them, as this host thread sees them: which one is current, and which have a context.
+constexpr int kDevices = 2;
+// As if process and thread had just begun: device 0 is current, without a context.
+void forget_devices();
+int current_device();
+// cudaSetDevice: creates the device's context if there is none, and makes it current.
+void set_device(int device);
+bool has_context(int device);  // this device's, whether current or not
+bool any_current_context();    // a call has made one current in this thread
+// What most calls do first: create a context on the current device, unless there is one.
+void use_current_device();
+void require_device(int device);  // that it exists
+// Throws unless the device is current, whose default stream, memory or kernels a call is about.
+void require_current(int device, const char* what);
 
 // How one line of a kernel used memory, over all its warps.
 struct Traffic {
@@ -94,7 +112,7 @@ enum class Start { kInOrder, kFollowed, kEarly };
 
 // Runs body() once for each thread of each block. Throws Error after unwinding all fibers. With kFollowed a copy of
 // body() runs later, so what it refers to has to live until then. cluster: this many consecutive blocks along x run
-// at the same time.
+// at the same time. The kernel runs on the current device.
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body,
             Start start = Start::kInOrder, unsigned cluster = 1);
 // Forgets a launch that is held back.

@@ -12,6 +12,7 @@
 namespace emu {
 
 struct Queue {
+    int device = current_device();
     std::deque<std::function<void()>> operations;
     uint64_t done = 0;
     uint64_t launches = 0;  // in the caller's stream that it has waited for
@@ -22,6 +23,7 @@ namespace {
 struct Range {
     size_t bytes, page_bytes;
     bool managed;
+    int device = current_device();
     std::vector<bool> on_device;
     std::vector<uint64_t> used;  // the last launch that used each page
 
@@ -30,6 +32,7 @@ struct Range {
 };
 
 thread_local uint64_t launches = 0;
+thread_local int running_on = 0;              // the device of the kernel that is running
 thread_local const Queue* running = nullptr;  // the queue whose operation is running; null: the caller's stream
 
 // By the address of their first byte, which is page-aligned.
@@ -44,6 +47,12 @@ Paging& counts() {
 std::set<Queue*>& queues() {
     static thread_local std::set<Queue*> all;
     return all;
+}
+
+void require_own(const Range& range, int device, const std::string& what) {
+    if (range.device == device) return;
+    throw Error(what + " on device " + std::to_string(device) + " of memory that belongs to device " +
+                std::to_string(range.device));
 }
 
 std::pair<const uintptr_t, Range>* range_of(uintptr_t address) {
@@ -84,6 +93,7 @@ void run_until(Queue* queue, uint64_t position) {
 
 void* allocate(size_t bytes, bool managed) {
     refuse_in_capture();
+    use_current_device();
     const size_t page = options().page_bytes, pages = std::max<size_t>((bytes + page - 1) / page, 1);
     void* memory = nullptr;
     if (posix_memalign(&memory, page, pages * page) != 0) throw std::bad_alloc();
@@ -94,6 +104,7 @@ void* allocate(size_t bytes, bool managed) {
 }
 
 void release(void* memory) {
+    use_current_device();
     const auto found = ranges().find(reinterpret_cast<uintptr_t>(memory));
     if (found == ranges().end()) throw Error("memory is freed that was not allocated here");
     const Range& range = found->second;
@@ -117,6 +128,9 @@ void after_kernels(const Range& range, size_t first, size_t end) {
 }  // namespace
 
 thread_local bool any_managed = false;
+
+OnDevice::OnDevice(int device) : before_(running_on) { running_on = device; }
+OnDevice::~OnDevice() { running_on = before_; }
 
 void refuse_in_capture() {
     if (!options().capturing) return;
@@ -162,12 +176,20 @@ void copy(void* to, const void* from, size_t bytes) {
     std::memcpy(to, from, bytes);
 }
 
-void prefetch(const void* memory, size_t bytes, bool to_device) {
+void fill_zero(void* memory, size_t bytes, int device) {
+    if (const auto* const range = range_of(reinterpret_cast<uintptr_t>(memory))) {
+        require_own(range->second, device, "a memset");
+    }
+    std::memset(memory, 0, bytes);
+}
+
+void prefetch(const void* memory, size_t bytes, bool to_device, int device) {
     const auto address = reinterpret_cast<uintptr_t>(memory);
     auto* const range = range_of(address);
     if (bytes == 0 || !range || address + bytes > range->first + range->second.bytes) {
         throw Error("cudaErrorInvalidValue: a prefetch of " + std::to_string(bytes) + " bytes outside managed memory");
     }
+    require_own(range->second, device, "a prefetch");
     Paging& all = counts();
     ++all.prefetches;
     const size_t size = range->second.page_bytes;
@@ -182,6 +204,10 @@ void touch(const void* address, size_t bytes, Site site) {
     const auto at = reinterpret_cast<uintptr_t>(address);
     auto* const range = range_of(at);
     if (!range) return;
+    if (range->second.device != running_on) {
+        fail(site, "an access on device " + std::to_string(running_on) + " to memory that belongs to device " +
+                       std::to_string(range->second.device));
+    }
     const size_t size = range->second.page_bytes;
     for (size_t page = (at - range->first) / size; page <= (at - range->first + bytes - 1) / size; ++page) {
         range->second.used[page] = launches;
@@ -197,15 +223,26 @@ void touch(const void* address, size_t bytes, Site site) {
 // --------------------------------------------------------------------------------------------------------- streams
 
 Queue* make_queue() {
+    use_current_device();
     auto* const queue = new Queue;
     queues().insert(queue);
     return queue;
 }
 
 void destroy_queue(Queue* queue) {
+    use_current_device();
     drain(queue);
     queues().erase(queue);
     delete queue;
+}
+
+void require_stream(int device, const Queue* queue, const char* what, bool anywhere) {
+    if (queue && queue->device != device) {
+        throw Error(std::string(what) + " in a stream of device " + std::to_string(queue->device) + " for device " +
+                    std::to_string(device));
+    }
+    if (!anywhere || !queue) return require_current(device, what);
+    use_current_device();
 }
 
 void drain(Queue* queue) {

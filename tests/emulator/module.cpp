@@ -19,7 +19,7 @@ PYBIND11_MODULE(_emulated, m) {
         [](const std::string& order, const std::string& landing, uint64_t seed, bool find_races, int resident_blocks,
            int multiprocessors, int architecture, size_t max_shared_bytes, bool managed, size_t page_bytes,
            size_t managed_limit, bool forbid_faults, size_t free_bytes, bool capturing, bool early_launches,
-           bool executes) {
+           bool executes, int driver_version) {
             emu::Options o;
             const auto pick = [](const std::string& name, std::initializer_list<const char*> names) {
                 int i = 0;
@@ -45,15 +45,28 @@ PYBIND11_MODULE(_emulated, m) {
             o.capturing = capturing;
             o.early_launches = early_launches;
             o.executes = executes;
+            o.driver_version = driver_version;
             emu::options() = o;
             emu::forget_held();
+            emu::forget_devices();
+            emu::set_device(0);
         },
         py::arg("order") = "forward", py::arg("landing") = "latest", py::arg("seed") = 0, py::arg("find_races") = true,
         py::arg("resident_blocks") = 1, py::arg("multiprocessors") = 2, py::arg("architecture") = 90,
         py::arg("max_shared_bytes") = 227 * 1024, py::arg("managed") = true, py::arg("page_bytes") = 65536,
         py::arg("managed_limit") = size_t{1} << 40, py::arg("forbid_faults") = false,
         py::arg("free_bytes") = size_t{64} << 30, py::arg("capturing") = false, py::arg("early_launches") = true,
-        py::arg("executes") = true);
+        py::arg("executes") = true, py::arg("driver_version") = emu::kRuntimeVersion);
+    m.def("forget_devices", &emu::forget_devices, "As if process and thread had just begun.");
+    m.def("set_device", &emu::set_device);
+    m.def("current_device", &emu::current_device);
+    m.def("contexts", [] {
+        std::vector<int> devices;
+        for (int device = 0; device < emu::kDevices; ++device) {
+            if (emu::has_context(device)) devices.push_back(device);
+        }
+        return devices;
+    });
     m.def("paging", [] { return emu::paging().json(); });
     m.def("reset_paging", &emu::reset_paging);
     m.def("counters", [] { return emu::counters().json(); });
@@ -80,6 +93,8 @@ PYBIND11_MODULE(_emulated, m) {
             return emu::run_sample(name, input, output, threads, blocks);
         },
         py::arg("name"), py::arg("input"), py::arg("output"), py::arg("threads") = 64, py::arg("blocks") = 1);
+    m.def("device_samples", &emu::device_samples, "Names of calls that need their device to be current.");
+    m.def("run_device_sample", &emu::run_device_sample, py::arg("name"), py::arg("guarded"));
     m.def("sm90_samples", &emu::sm90_samples, "Names of the samples for sm_90.");
     m.def("run_sm90_sample", &emu::run_sm90_sample, py::arg("name"), py::arg("input"));
 }

@@ -1,7 +1,10 @@
 #include "samples.h"
 
+#include <memory>
+#include <optional>
 #include <stdexcept>
 
+#include <memory.cuh>
 #include <ptx.cuh>
 
 namespace emu {
@@ -331,6 +334,84 @@ std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint
         if (sample.before) run(sample.before, Start::kFollowed);
         run(sample.kernel, sample.before ? Start::kEarly : Start::kInOrder);
         return {out.words(), out.words() + output};
+    }
+    throw std::invalid_argument("no sample '" + name + "'");
+}
+
+// ---------------------------------------------------------------------------------------------------------- devices
+
+namespace {
+
+void writes(Arguments a) { store_global(a.out, 1u); }
+
+// A word of device 1's memory, freed in the end.
+using Word = std::unique_ptr<uint32_t, void (*)(void*)>;
+Word device_word() { return {static_cast<uint32_t*>(qlk::cuda::allocate_device(4, 1)), qlk::cuda::free_device}; }
+Word managed_word() { return {static_cast<uint32_t*>(qlk::cuda::allocate_managed(4, 1)), qlk::cuda::free_managed}; }
+
+struct DeviceSample {
+    const char* name;
+    void (*run)();
+};
+const DeviceSample kDeviceSamples[] = {
+    {"launch",
+     [] {
+         const Exact word(1);
+         qlk::cuda::launch(writes, 1, 1, 0, Stream{1, nullptr}, Arguments{nullptr, word.words(), nullptr});
+     }},
+    {"memory",
+     [] {
+         const Word word = device_word();
+         qlk::cuda::launch(writes, 1, 1, 0, Stream{current_device(), nullptr}, Arguments{nullptr, word.get(), nullptr});
+     }},
+    {"managed memory",
+     [] {
+         const Word word = managed_word();
+         qlk::cuda::launch(writes, 1, 1, 0, Stream{current_device(), nullptr}, Arguments{nullptr, word.get(), nullptr});
+     }},
+    {"prefetch",
+     [] {
+         const Word word = managed_word();
+         const SideStream stream(1);
+         qlk::cuda::prefetch(word.get(), 4, true, stream.get());
+     }},
+    {"memset",
+     [] {
+         const Word word = device_word();
+         const SideStream stream(1);
+         qlk::cuda::fill_zero(word.get(), 4, stream.get());
+     }},
+    {"event",
+     [] {
+         const SideStream stream(1);
+         Event(1).record(stream.get());
+     }},
+    {"another device's event",
+     [] {
+         const SideStream stream(current_device());
+         Event(1).record(stream.get());
+     }},
+    {"another device's stream",
+     [] {
+         const SideStream stream(current_device());
+         synchronize({1, stream.get().handle});
+     }},
+    {"default stream", [] { synchronize({1, nullptr}); }},
+};
+
+}  // namespace
+
+std::vector<std::string> device_samples() {
+    std::vector<std::string> names;
+    for (const DeviceSample& sample : kDeviceSamples) names.emplace_back(sample.name);
+    return names;
+}
+
+void run_device_sample(const std::string& name, bool guarded) {
+    for (const DeviceSample& sample : kDeviceSamples) {
+        if (name != sample.name) continue;
+        const DeviceGuard guard(guarded ? 1 : 0);
+        return sample.run();
     }
     throw std::invalid_argument("no sample '" + name + "'");
 }

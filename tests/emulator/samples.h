@@ -30,6 +30,9 @@ std::vector<std::string> samples();
 // Runs one on exactly sized copies of the input and returns its output; words that it did not write are 0xffffffff.
 std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint32_t>& input, size_t output,
                                  int threads, int blocks);
+// Calls that concern device 1. guarded: that device is current then; otherwise device 0 is, and each is an error.
+std::vector<std::string> device_samples();
+void run_device_sample(const std::string& name, bool guarded);
 // The kernels of sm90_kernels.cuh, complete and without one of their parts: a product, input [2][64][K] of 16-bit
 // elements, and a cluster. "product kFull" lacks that part. Tensors are exactly sized copies.
 std::vector<std::string> sm90_samples();

@@ -29,9 +29,13 @@ class Emulated(backends.CUDA):
     def _like(tensor, *sizes, dtype=None):
         return Emulated._empty(sizes, dtype or tensor.dtype, "cpu")
 
-    @staticmethod
-    def queue(device):
-        return 0, 0
+    def __init__(self, kernels, ordinal: int = 1):
+        super().__init__(kernels)
+        #: The device that everything is to run on. Device 0 is current, so that a missing guard is an error.
+        self.ordinal = ordinal
+
+    def queue(self, device):
+        return self.ordinal, 0
 
     def capturing(self, device):
         return self.captures

@@ -6,24 +6,37 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <atomic>
 #include <cstdint>
 #include <type_traits>
 
+#include "device_guard.h"
 #include "error.h"
 #include "kernels.h"
 
-// Throws with file, line and expression when a CUDA call fails. Clears the runtime's error, so that the next call
-// starts clean.
+namespace qlk::cuda {
+
+// Throws for a CUDA call that failed. Clears the runtime's error, so that the next call starts clean.
+[[noreturn]] inline void fail_call(cudaError_t status, const char* file, int line, const char* expression) {
+    (void)cudaGetLastError();
+    if (status == cudaErrorInsufficientDriver) {
+        int driver = 0, runtime = CUDART_VERSION;
+        (void)cudaDriverGetVersion(&driver);
+        (void)cudaRuntimeGetVersion(&runtime);
+        fail_driver(driver, runtime);
+    }
+    fail(file, line, expression, std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status));
+}
+
+}  // namespace qlk::cuda
+
+// Throws when a CUDA call fails.
 #define QLK_CUDA(expression)                                                                                \
     do {                                                                                                    \
         const cudaError_t qlk_status = (expression);                                                        \
-        if (qlk_status != cudaSuccess) {                                                                    \
-            (void)cudaGetLastError();                                                                       \
-            ::qlk::fail(__FILE__, __LINE__, #expression,                                                    \
-                        std::string(cudaGetErrorName(qlk_status)) + ": " + cudaGetErrorString(qlk_status)); \
-        }                                                                                                   \
+        if (qlk_status != cudaSuccess) ::qlk::cuda::fail_call(qlk_status, __FILE__, __LINE__, #expression); \
     } while (0)
 
 #define QLK_DEVICE __device__ __forceinline__
@@ -132,25 +145,42 @@ QLK_DEVICE void store_exchanged(T* address, T value) {
     __stcg(address, value);
 }
 
-// Makes a device current for its lifetime, then restores the previous one.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) {
-        QLK_CUDA(cudaGetDevice(&before_));
-        if (device == before_) return;
-        QLK_CUDA(cudaSetDevice(device));
-        changed_ = true;
+struct CudaDevices {
+    static int current() {
+        int device = 0;
+        QLK_CUDA(cudaGetDevice(&device));
+        return device;
     }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(before_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
+    static void set(int device) { QLK_CUDA(cudaSetDevice(device)); }
+    static void restore(int device) { (void)cudaSetDevice(device); }
 
-  private:
-    int before_ = 0;
-    bool changed_ = false;
+    // Whether a context is current in this thread, or the device has its primary one. Only the driver tells, and it is
+    // not linked: the runtime has loaded it by now, and asking the runtime might itself create a context.
+    static bool has_context(int device) {
+        struct Driver {
+            int (*current)(void**) = nullptr;
+            int (*state)(int, unsigned*, int*) = nullptr;
+        };
+        static const Driver driver = [] {
+            Driver found;
+            if (void* const library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD)) {
+                found.current = reinterpret_cast<int (*)(void**)>(dlsym(library, "cuCtxGetCurrent"));
+                found.state =
+                    reinterpret_cast<int (*)(int, unsigned*, int*)>(dlsym(library, "cuDevicePrimaryCtxGetState"));
+            }
+            return found;
+        }();
+        if (!driver.current || !driver.state) return true;
+        void* context = nullptr;
+        if (driver.current(&context) == 0 && context) return true;
+        unsigned flags = 0;
+        int active = 0;
+        return driver.state(device, &flags, &active) == 0 && active != 0;
+    }
 };
+
+// Makes a device current for its lifetime, then restores the previous one.
+using DeviceGuard = DeviceGuardOf<CudaDevices>;
 
 // An attribute of a device, queried once.
 template <cudaDeviceAttr kAttribute>

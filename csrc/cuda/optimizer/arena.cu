@@ -22,12 +22,13 @@ int64_t free_bytes(int device) { return static_cast<int64_t>(free_memory(device)
 
 Arena::Arena(int64_t bytes, int64_t header, int64_t staging, int device)
     : device_(device), bytes_(bytes), header_bytes_(header) {
-    in_ = std::make_unique<SideStream>(device);
-    out_ = std::make_unique<SideStream>(device);
-    for (auto* events : {&arrived_, &done_, &left_}) {
-        for (auto& event : *events) event = std::make_unique<Event>(device);
-    }
+    const DeviceGuard guard(device);
     try {
+        in_ = std::make_unique<SideStream>(device);
+        out_ = std::make_unique<SideStream>(device);
+        for (auto* events : {&arrived_, &done_, &left_}) {
+            for (auto& event : *events) event = std::make_unique<Event>(device);
+        }
         if (staging > 0) {
             header_ = static_cast<unsigned char*>(allocate_device(static_cast<size_t>(header), device));
             staging_ = static_cast<unsigned char*>(allocate_device(static_cast<size_t>(staging), device));
@@ -51,14 +52,19 @@ Arena::Arena(int64_t bytes, int64_t header, int64_t staging, int device)
 
 Arena::~Arena() {
     try {
-        wait();
+        const DeviceGuard guard(device_);
+        try {
+            wait();
+        } catch (...) {
+        }
+        release();
     } catch (...) {
     }
-    release();
 }
 
+// Frees what exists: the constructor may have failed halfway. Needs the arena's device to be current: freeing creates a
+// context on the current one.
 void Arena::release() {
-    // Frees what exists: the constructor may have failed halfway.
     if (states_ == header_) {
         if (states_) free_managed(states_);
     } else {
@@ -67,6 +73,11 @@ void Arena::release() {
         if (states_) free_pinned(states_ + header_bytes_);
     }
     staging_ = states_ = header_ = nullptr;
+    for (auto* events : {&arrived_, &done_, &left_}) {
+        for (auto& event : *events) event.reset();
+    }
+    in_.reset();
+    out_.reset();
 }
 
 void Arena::plan(std::vector<Stretch> stretches) {
@@ -200,6 +211,7 @@ void Arena::to_host(const Stream& main) {
 }
 
 void Arena::wait() {
+    const DeviceGuard guard(device_);
     synchronize(out_->get());
     synchronize(in_->get());
 }

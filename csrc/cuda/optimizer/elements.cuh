@@ -31,7 +31,8 @@ constexpr int kOptimizerThreads = 256;
 
 // A group's scalars, rounded once to float32; StepScalars in csrc/cpu/isa.h has their meaning.
 struct Scalars {
-    float decay, beta1, beta2, rest1, rest2, rate, root, eps, coefficient;
+    float decay, beta1, beta2, rest1, rest2, rate, eps, coefficient;
+    float root;
     uint32_t skip, unused[2];
 };
 constexpr int kScalarUnits = 3;
@@ -47,28 +48,66 @@ QLK_DEVICE double power(double base, uint32_t exponent) {
     return result;
 }
 
-// The scalars for a chunk's group and tensor. One thread of a block computes them.
-QLK_DEVICE Scalars scalars_of(const OptimizerArguments& a, const OptimizerChunk& chunk) {
-    const OptimizerGroup& group = a.p.groups[chunk.group];
-    const double lr = load_global(&group.lr), beta1 = load_global(&group.beta1), beta2 = load_global(&group.beta2);
-    Scalars s = {};
-    s.decay = __double2float_rn(__dadd_rn(1.0, -__dmul_rn(lr, load_global(&group.weight_decay))));
-    s.beta1 = __double2float_rn(beta1);
-    s.beta2 = __double2float_rn(beta2);
-    s.rest1 = __double2float_rn(__dadd_rn(1.0, -beta1));
-    s.rest2 = __double2float_rn(__dadd_rn(1.0, -beta2));
-    s.eps = __double2float_rn(load_global(&group.eps));
-    s.rate = __double2float_rn(lr);
-    s.root = 1.0f;
-    if (a.p.algorithm == Algorithm::kAdamW) {
-        const uint32_t step = static_cast<uint32_t>(load_exchanged(a.p.steps + chunk.tensor)) + 1;
-        s.rate = __double2float_rn(__ddiv_rn(lr, __dadd_rn(1.0, -power(beta1, step))));
-        s.root = __double2float_rn(__dsqrt_rn(__dadd_rn(1.0, -power(beta2, step))));
+// Two threads make a chunk's scalars, each in a warp of its own: one the step's rate and most others, one the root. So
+// neither waits for the other's float64 arithmetic, some hundred instructions that depend on each other.
+constexpr int kRateThread = 0, kRootThread = 32;
+
+// What they are made of. Loaded beside the tensor's addresses, not after them.
+struct ScalarInputs {
+    double lr, beta1, beta2, eps, weight_decay;
+    float step, coefficient;
+    uint32_t skip;
+
+    template <class Rule>
+    QLK_DEVICE static ScalarInputs load(const OptimizerArguments& a, const OptimizerChunk& chunk) {
+        const OptimizerGroup& group = a.p.groups[chunk.group];
+        return {load_global(&group.lr),
+                load_global(&group.beta1),
+                load_global(&group.beta2),
+                load_global(&group.eps),
+                load_global(&group.weight_decay),
+                Rule::kSecondMoment ? load_exchanged(a.p.steps + chunk.tensor) : 0.0f,
+                a.measured ? load_changing(&a.p.control->coefficient) : 1.0f,
+                a.measured ? load_changing(&a.p.control->skip) : 0};
     }
-    s.coefficient = a.measured ? load_changing(&a.p.control->coefficient) : 1.0f;
-    s.skip = a.measured ? load_changing(&a.p.control->skip) : 0;
-    return s;
+};
+
+// Stores this thread's part of the scalars.
+template <class Rule>
+QLK_DEVICE void store_scalars(const ScalarInputs& in, uint4 (&to)[kScalarUnits]) {
+    const auto bits = [](float value) { return __float_as_uint(value); };
+    const uint32_t step = static_cast<uint32_t>(in.step) + 1;
+    if (threadIdx.x == kRateThread) {
+        const float decay = __double2float_rn(__dadd_rn(1.0, -__dmul_rn(in.lr, in.weight_decay)));
+        const float beta1 = __double2float_rn(in.beta1), beta2 = __double2float_rn(in.beta2);
+        const float rest1 = __double2float_rn(__dadd_rn(1.0, -in.beta1));
+        const float rest2 = __double2float_rn(__dadd_rn(1.0, -in.beta2));
+        const double bias = Rule::kSecondMoment ? __dadd_rn(1.0, -power(in.beta1, step)) : 1.0;
+        const float rate = __double2float_rn(Rule::kSecondMoment ? __ddiv_rn(in.lr, bias) : in.lr);
+        store_shared(&to[0], make_uint4(bits(decay), bits(beta1), bits(beta2), bits(rest1)));
+        store_shared(&to[1],
+                     make_uint4(bits(rest2), bits(rate), bits(__double2float_rn(in.eps)), bits(in.coefficient)));
+    }
+    if (threadIdx.x == kRootThread) {
+        const double bias = Rule::kSecondMoment ? __dadd_rn(1.0, -power(in.beta2, step)) : 1.0;
+        const float root = Rule::kSecondMoment ? __double2float_rn(__dsqrt_rn(bias)) : 1.0f;
+        store_shared(&to[2], make_uint4(bits(root), in.skip, 0, 0));
+    }
 }
+
+// The type of a chunk's parameters. kByBits: told by bits of its code. The compiler makes a jump table of comparisons
+// with numbers: a load from constant memory, and a jump that waits for it, before the first load of elements. With
+// 8-bit states it doesn't, and bits take a register too many on sm_75.
+template <bool kByBits>
+struct ChunkType {
+    bool is_float, is_bf16;
+
+    QLK_DEVICE explicit ChunkType(const OptimizerChunk& chunk)
+        : is_float(chunk.dtype == static_cast<int>(DType::kFloat32)),
+          is_bf16(kByBits ? (chunk.dtype & 1) != 0 : chunk.dtype == static_cast<int>(DType::kBFloat16)) {
+        static_assert(static_cast<int>(DType::kBFloat16) == 1 && static_cast<int>(DType::kFloat16) == 2);
+    }
+};
 
 // -------------------------------------------------------------------------------------------------- one element
 

@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(kOptimizerThreads, 1)
         const OptimizerChunk chunk = any ? a.p.chunks[blockIdx.x] : OptimizerChunk{};
         const uint64_t grad = any ? load_global(&a.p.tensors[chunk.tensor].grad) : 0;
         if (grad != 0) {
-            const auto dtype = static_cast<DType>(chunk.dtype);
-            if (dtype == DType::kFloat32) {
+            const ChunkType<true> type(chunk);
+            if (type.is_float) {
                 sum = sum_of_squares(reinterpret_cast<const float*>(grad) + chunk.first, chunk.count);
-            } else if (dtype == DType::kBFloat16) {
+            } else if (type.is_bf16) {
                 sum = sum_of_squares(reinterpret_cast<const bf16*>(grad) + chunk.first, chunk.count);
             } else {
                 sum = sum_of_squares(reinterpret_cast<const fp16*>(grad) + chunk.first, chunk.count);

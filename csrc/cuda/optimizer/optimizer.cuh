@@ -189,13 +189,10 @@ __global__ void __launch_bounds__(kOptimizerThreads, kBits == 32            ? 4
     const bool any = a.begin + blockIdx.x < a.p.all_chunks;
     const OptimizerChunk chunk = any ? a.p.chunks[a.begin + blockIdx.x] : OptimizerChunk{};
     const OptimizerTensor tensor = any ? a.p.tensors[chunk.tensor] : OptimizerTensor{};
+    ScalarInputs inputs{};
+    if (any && (threadIdx.x == kRateThread || threadIdx.x == kRootThread)) inputs = ScalarInputs::load<Rule>(a, chunk);
     if (tensor.grad != 0) {
-        if (threadIdx.x == 0) {
-            const Scalars s = scalars_of(a, chunk);
-            uint4 units[kScalarUnits];
-            memcpy(units, &s, sizeof s);
-            for (int i = 0; i < kScalarUnits; ++i) store_shared(&shared.scalars[i], units[i]);
-        }
+        store_scalars<Rule>(inputs, shared.scalars);
         if constexpr (kBits == 8) {
             constexpr int kWords = sizeof(DynamicMap) * 2 / 4;
             uint32_t* const words = reinterpret_cast<uint32_t*>(shared.maps);
@@ -209,11 +206,10 @@ __global__ void __launch_bounds__(kOptimizerThreads, kBits == 32            ? 4
         Scalars s;
         memcpy(&s, units, sizeof s);
         if (s.skip == 0) {
-            // Not a switch: its jump table would have to be read before the first load.
-            const auto dtype = static_cast<DType>(chunk.dtype);
-            if (dtype == DType::kFloat32) {
+            const ChunkType<kBits == 32> type(chunk);
+            if (type.is_float) {
                 step_chunk<Rule, kBits, float>(a, chunk, tensor, s, shared);
-            } else if (dtype == DType::kBFloat16) {
+            } else if (type.is_bf16) {
                 step_chunk<Rule, kBits, bf16>(a, chunk, tensor, s, shared);
             } else {
                 step_chunk<Rule, kBits, fp16>(a, chunk, tensor, s, shared);

@@ -101,6 +101,15 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
     }
     __syncthreads();
 
+    // The midpoints of this lane's thresholds. Through shuffles, because the compiler would load them again in each
+    // unit, and lanes with different indices into constant memory take turns.
+    const double lane_midpoint = a.midpoints[lane % 16];
+    double midpoint[Traits::kThresholds];
+#pragma unroll
+    for (int i = 0; i < Traits::kThresholds; ++i) {
+        midpoint[i] = __shfl_sync(kAllLanes, lane_midpoint, i * Traits::kLanes + block_lane, 16);
+    }
+
     float next[kPerLane];
     load_weights<T>(a, warp_first + lane * kPerLane, next);
     for (int unit = 0; unit < Traits::kUnits; ++unit) {
@@ -132,7 +141,7 @@ __global__ void __launch_bounds__(QuantizeTraits<T>::kThreads)
 #pragma unroll
         for (int i = 0; i < Traits::kThresholds; ++i) {
             const int t = i * Traits::kLanes + block_lane;
-            const double exact = __dmul_rn(a.midpoints[t], static_cast<double>(absmax));
+            const double exact = __dmul_rn(midpoint[i], static_cast<double>(absmax));
             store_shared(&threshold[t], t == 15 ? __uint_as_float(0x7f800000u) : __double2float_rd(exact));
         }
         __syncwarp();

@@ -397,10 +397,12 @@ struct Middle {
     }
 };
 
-// Fills the table of level pairs, one byte's entry for each thread. Neighbouring lanes start at different banks.
+// Fills the table of level pairs, one byte's entry for each thread. Neighbouring lanes start at different banks. Why
+// the levels go through shuffles: see prepare() in rows8.cuh.
 template <class Shared>
 QLK_DEVICE void make_pairs(Shared& shared, const float* levels, int self) {
-    const float high = levels[self >> 4], low = levels[self & 15];
+    const float level = levels[self % 16];
+    const float high = __shfl_sync(kAllLanes, level, self >> 4, 16), low = __shfl_sync(kAllLanes, level, self & 15, 16);
     float4* const to = reinterpret_cast<float4*>(shared.pairs[self]);
 #pragma unroll
     for (int i = 0; i < 16; ++i) store_shared(to + (i + self) % 16, make_float4(high, low, high, low));

@@ -161,11 +161,14 @@ struct Few {
         }
     }
 
-    // Fills the tables, and lays out x in the order of the products.
+    // Fills the tables, and lays out x in the order of the products. The levels go through shuffles: the compiler would
+    // load levels[byte >> 4] again for each store, and lanes with different indices into constant memory take turns.
     QLK_DEVICE void prepare() {
         const int byte = self / 2;
-        const float2 levels = make_float2(a.weight.levels[byte >> 4], a.weight.levels[byte & 15]);
-        const float4 twice = make_float4(levels.x, levels.y, levels.x, levels.y);
+        const float level = a.weight.levels[lane % 16];
+        const float high = __shfl_sync(kAllLanes, level, byte >> 4, 16);
+        const float low = __shfl_sync(kAllLanes, level, byte & 15, 16);
+        const float4 twice = make_float4(high, low, high, low);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             // Neighbouring lanes start at different banks.

@@ -15,12 +15,13 @@
 
 namespace qlk::cuda {
 
-// Weight i of the flat tensor, rounded to T.
+// Weight i of the flat tensor, rounded to T. All lanes of a warp call it together, and bring lane_level, the level of
+// code lane % 16: lanes with different indices into constant memory would take turns.
 template <class T>
-QLK_DEVICE float decode_element(const DeviceWeight& w, int64_t i) {
+QLK_DEVICE float decode_element(const DeviceWeight& w, int64_t i, float lane_level) {
     const int byte = load_global(w.packed + i / 2);
-    const int code = i % 2 ? byte & 15 : byte >> 4;
-    return to_float(from_float<T>(__fmul_rn(w.levels[code], decode_absmax(w, i / kBlock))));
+    const float level = __shfl_sync(kAllLanes, lane_level, i % 2 ? byte & 15 : byte >> 4, 16);
+    return to_float(from_float<T>(__fmul_rn(level, decode_absmax(w, i / kBlock))));
 }
 
 template <class T>
@@ -35,6 +36,7 @@ struct OnePart {
     int64_t rows, columns;  // of the result
     int64_t depth[2];       // of the low-rank part (0: none), and of the main part
 
+    QLK_DEVICE float lane_level(int) const { return 0.0f; }
     QLK_DEVICE float between(int64_t, int64_t, float sum) const { return sum; }
 };
 
@@ -46,11 +48,12 @@ struct ForwardProduct : OnePart {
     Bias<T> bias;             // [n]
     T* y;
 
+    QLK_DEVICE float lane_level(int lane) const { return weight.levels[lane % 16]; }
     QLK_DEVICE float left(int part, int64_t i, int64_t d) const {
         return part == 0 ? element(u, i * depth[0] + d) : element(x, i * depth[1] + d);
     }
-    QLK_DEVICE float right(int part, int64_t d, int64_t j) const {
-        return part == 0 ? element(lora_b, j * depth[0] + d) : decode_element<T>(weight, j * depth[1] + d);
+    QLK_DEVICE float right(int part, int64_t d, int64_t j, float level) const {
+        return part == 0 ? element(lora_b, j * depth[0] + d) : decode_element<T>(weight, j * depth[1] + d, level);
     }
     QLK_DEVICE void store(int64_t i, int64_t j, float sum) const {
         store_global(y + i * columns + j, from_float<T>(bias.any() ? sum + bias.at(j) : sum));
@@ -66,11 +69,12 @@ struct InputGradientProduct : OnePart {
     Dropout dropout;           // of v A
     T* dx;
 
+    QLK_DEVICE float lane_level(int lane) const { return weight.levels[lane % 16]; }
     QLK_DEVICE float left(int part, int64_t i, int64_t d) const {
         return part == 0 ? element(v, i * depth[0] + d) : element(dy, i * depth[1] + d);
     }
-    QLK_DEVICE float right(int part, int64_t d, int64_t j) const {
-        return part == 0 ? element(lora_a, d * columns + j) : decode_element<T>(weight, d * columns + j);
+    QLK_DEVICE float right(int part, int64_t d, int64_t j, float level) const {
+        return part == 0 ? element(lora_a, d * columns + j) : decode_element<T>(weight, d * columns + j, level);
     }
     QLK_DEVICE float between(int64_t i, int64_t j, float sum) const {
         return dropout.keeps(i * columns + j) ? sum : 0.0f;
@@ -92,7 +96,7 @@ struct DownProduct : OnePart {
         const int64_t at = i * depth[1] + d;
         return dropout.keeps(at) ? element(x, at) : 0.0f;
     }
-    QLK_DEVICE float right(int, int64_t d, int64_t j) const { return element(lora_a, j * depth[1] + d); }
+    QLK_DEVICE float right(int, int64_t d, int64_t j, float) const { return element(lora_a, j * depth[1] + d); }
     QLK_DEVICE void store(int64_t i, int64_t j, float sum) const {
         store_global(u + i * columns + j, from_float<T>(scale * sum));
     }
@@ -107,7 +111,7 @@ struct UpGradientProduct : OnePart {
     T* v;
 
     QLK_DEVICE float left(int, int64_t i, int64_t d) const { return element(dy, i * depth[1] + d); }
-    QLK_DEVICE float right(int, int64_t d, int64_t j) const { return element(lora_b, d * columns + j); }
+    QLK_DEVICE float right(int, int64_t d, int64_t j, float) const { return element(lora_b, d * columns + j); }
     QLK_DEVICE void store(int64_t i, int64_t j, float sum) const {
         store_global(v + i * columns + j, from_float<T>(scale * sum));
     }
@@ -123,7 +127,7 @@ struct AdapterGradientProduct : OnePart {
     float* gradient;
 
     QLK_DEVICE float left(int, int64_t i, int64_t d) const { return element(left_matrix, d * rows + i); }
-    QLK_DEVICE float right(int, int64_t d, int64_t j) const {
+    QLK_DEVICE float right(int, int64_t d, int64_t j, float) const {
         const int64_t at = d * columns + j;
         return dropout.keeps(at) ? element(right_matrix, at) : 0.0f;
     }

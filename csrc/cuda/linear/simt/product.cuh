@@ -41,9 +41,9 @@ QLK_DEVICE void add(Outputs& to, const Outputs& what) {
 }
 
 // Product says what is multiplied: rows and columns of the result; for each of two parts, the first optional,
-// depth[part] and the elements left(part, i, d) and right(part, d, j); between(i, j, sum), applied after the first
-// part; store(i, j, sum). k<Left|Right>DepthFirst: the operand's neighbours in memory are neighbours along the depth.
-// Grid: a block for each 64 x 64 outputs.
+// depth[part] and the elements left(part, i, d) and right(part, d, j, lane_level(lane)), the latter called by whole
+// warps; between(i, j, sum), applied after the first part; store(i, j, sum). k<Left|Right>DepthFirst: the operand's
+// neighbours in memory are neighbours along the depth. Grid: a block for each 64 x 64 outputs.
 template <class Product>
 __global__ void __launch_bounds__(ProductTraits::kThreads, 1) product_kernel(const __grid_constant__ Product p) {
     using Traits = ProductTraits;
@@ -55,9 +55,10 @@ __global__ void __launch_bounds__(ProductTraits::kThreads, 1) product_kernel(con
     const int64_t first_column = static_cast<int64_t>(blockIdx.x % tiles_across) * kTile;
     const int my_row = self / (kTile / kEach) * kEach, my_column = self % (kTile / kEach) * kEach;
 
+    const float level = p.lane_level(self % 32);
     Outputs sum = {};
     for (int part = 0; part < 2; ++part) {
-        const int64_t depth = p.depth[part];
+        const int64_t depth = part == 0 ? p.depth[0] : p.depth[1];
         for (int64_t first = 0; first < depth; first += kDepth) {
             // Neighbouring threads take neighbours in memory, whichever way the operand lies there.
 #pragma unroll 1  // unrolled, the addresses of all rounds would be kept and spilled
@@ -70,9 +71,10 @@ __global__ void __launch_bounds__(ProductTraits::kThreads, 1) product_kernel(con
                              l_in ? p.left(part, first_row + l_tile, first + l_depth) : 0.0f);
                 const int r_tile = Product::kRightDepthFirst ? i / kDepth : across;
                 const int r_depth = Product::kRightDepthFirst ? i % kDepth : along;
-                const bool r_in = first_column + r_tile < p.columns && first + r_depth < depth;
-                store_shared(&shared.right[r_depth][r_tile],
-                             r_in ? p.right(part, first + r_depth, first_column + r_tile) : 0.0f);
+                // Outside, an element at the edge is read instead, so that no lane is missing.
+                const int64_t r_along = first + r_depth, r_across = first_column + r_tile;
+                const float right = p.right(part, min(r_along, depth - 1), min(r_across, p.columns - 1), level);
+                store_shared(&shared.right[r_depth][r_tile], r_along < depth && r_across < p.columns ? right : 0.0f);
             }
             __syncthreads();
             Outputs panel = {};
