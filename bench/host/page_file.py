@@ -165,12 +165,13 @@ def sentence(result: dict[str, Any]) -> str:
         return f"{later[len(later) // 2]:.2g}"
 
     read, written = (limited[f"{what}_bytes"] / len(limited["steps"]) / gib for what in ("read", "written"))
-    bits = "the same bits as in memory" if result["same"] else "OTHER BITS than in memory"
+    bits = "match" if result["same"] else "DO NOT MATCH"
     return (
         f"{limited['states_bytes'] / gib:.1f} GiB of states trained in a process that was allowed "
-        f"{limited['limit_bytes'] / gib:.2f} GiB in all ({machine['cpu']}, {machine['usable_cores']} cores): {bits}, a "
-        f"step in {seconds(LIMITED)} s, against {seconds(FILE)} s with room for the file and {seconds(MEMORY)} s in "
-        f"memory, {read:.1f} GiB read and {written:.1f} GiB written in each."
+        f"{limited['limit_bytes'] / gib:.2f} GiB in all ({machine['cpu']}, {machine['usable_cores']} cores): the results "
+        f"{bits} the in-memory run bit for bit. A step took {seconds(LIMITED)} s, against {seconds(FILE)} s with room "
+        f"for the file in memory and {seconds(MEMORY)} s without a file; each step read {read:.1f} GiB and wrote "
+        f"{written:.1f} GiB."
     )
 
 
