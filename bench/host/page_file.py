@@ -168,9 +168,9 @@ def sentence(result: dict[str, Any]) -> str:
     bits = "match" if result["same"] else "DO NOT MATCH"
     return (
         f"{limited['states_bytes'] / gib:.1f} GiB of states trained in a process that was allowed "
-        f"{limited['limit_bytes'] / gib:.2f} GiB in all ({machine['cpu']}, {machine['usable_cores']} cores): the results "
-        f"{bits} the in-memory run bit for bit. A step took {seconds(LIMITED)} s, against {seconds(FILE)} s with room "
-        f"for the file in memory and {seconds(MEMORY)} s without a file; each step read {read:.1f} GiB and wrote "
+        f"{limited['limit_bytes'] / gib:.2f} GiB in all ({machine['cpu']}, {machine['usable_cores']} cores): the "
+        f"results {bits} the in-memory run bit for bit. A step took {seconds(LIMITED)} s, against {seconds(FILE)} s with "
+        f"room for the file in memory and {seconds(MEMORY)} s without a file; each step read {read:.1f} GiB and wrote "
         f"{written:.1f} GiB."
     )
 
