@@ -169,9 +169,9 @@ def sentence(result: dict[str, Any]) -> str:
     return (
         f"{limited['states_bytes'] / gib:.1f} GiB of states trained in a process that was allowed "
         f"{limited['limit_bytes'] / gib:.2f} GiB in all ({machine['cpu']}, {machine['usable_cores']} cores): the "
-        f"results {bits} the in-memory run bit for bit. A step took {seconds(LIMITED)} s, against {seconds(FILE)} s with "
-        f"room for the file in memory and {seconds(MEMORY)} s without a file; each step read {read:.1f} GiB and wrote "
-        f"{written:.1f} GiB."
+        f"results {bits} the in-memory run bit for bit. "
+        f"A step took {seconds(LIMITED)} s, against {seconds(FILE)} s with room for the file in memory and "
+        f"{seconds(MEMORY)} s without a file; each step read {read:.1f} GiB and wrote {written:.1f} GiB."
     )
 
 
