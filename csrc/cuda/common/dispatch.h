@@ -60,7 +60,7 @@ struct Row {
     int stages;                  // steps whose copies are in flight
     int64_t most;                // chosen up to this many rows of x
     int least_bf16, least_fp16;  // oldest architectures
-    bool full;                   // chosen only where its tiles, which are not shared, fill the card
+    bool forced;                 // runs only where QLORA_KERNELS_CUDA_KERNEL names it, and doesn't share its tiles
 };
 
 constexpr int64_t kAnyRows = INT64_MAX;
@@ -76,6 +76,7 @@ constexpr Row kDispatch[] = {
     {"tiles16", Family::kTiles, 16, 128, 4, 16, 80, 75, false},
     {"tiles32", Family::kTiles, 32, 128, 4, 32, 80, 75, false},
     {"tiles64", Family::kTiles, 64, 128, 4, 64, 80, 75, false},
+    // On every card predicted to take longer than the next: all its warps decode at once, and the tensor cores wait.
     {"tiles128wide", Family::kTiles, 128, 256, 4, kAnyRows, 80, 75, true},
     {"tiles128", Family::kTiles, 128, 128, 4, kAnyRows, 80, 75, false},
     // Three stages fit the 99 KiB of sm_86, sm_89 and sm_120; 32 rows fit the 64 KiB of sm_75.
@@ -174,7 +175,7 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         return plan;
     }
     plan.tiles = over(p.m, row.rows) * over(p.columns(), row.columns);
-    if (row.full || plan.tiles == 0) return plan;
+    if (row.forced || plan.tiles == 0) return plan;
     const bool middle = row.family == Family::kMiddle;
     const int64_t step = middle ? kMiddleDepth : kTileDepth, steps = over(p.depth(), step);
     const int64_t tile_bytes = static_cast<int64_t>(row.rows) * row.columns * 4;
@@ -210,18 +211,10 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     return plan;
 }
 
-// Whether the tiles' rounds leave at most an eighth of the card idle.
-inline bool fills(const Plan& plan, const Card& card) {
-    const int64_t places = over(plan.tiles, card.multiprocessors) * card.multiprocessors;
-    return plan.tiles > 0 && 8 * (places - plan.tiles) <= places;
-}
-
 // The table's choice.
 inline Plan chosen(const Problem& p, const Card& card) {
     for (const Row& row : kDispatch) {
-        if (p.m > row.most || refusal(row, p, card)) continue;
-        const Plan candidate = planned(row, p, card);
-        if (!row.full || fills(candidate, card)) return candidate;
+        if (!row.forced && p.m <= row.most && !refusal(row, p, card)) return planned(row, p, card);
     }
     QLK_CHECK(false, "no kernel takes the problem");
 }

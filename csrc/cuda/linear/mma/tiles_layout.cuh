@@ -37,7 +37,7 @@ struct GemmTraits {
     static constexpr bool kBackward = kBackward_;
     static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpsDown = kWarpsDown_, kStages = kStages_;
     static constexpr int kThreads = 256;
-    static constexpr bool kSplits = kColumns == 128;  // tiles of 256 columns run only where they fill the card
+    static constexpr bool kSplits = kColumns == 128;  // tiles of 256 columns run only where they are asked for
     static constexpr int kDepth = kTileDepth;
     // Warps with the same outputs. Each takes its part of every step's depth.
     static constexpr int kSlices = kColumns == 128 && kRows >= 64 ? 2 : 1;
