@@ -345,6 +345,7 @@ def quantize(
         if nested_table is None:
             nested_table = default_nested_table(weight.device)
         elif isinstance(nested_table, torch.Tensor) and not backend_for(nested_table).capturing(nested_table.device):
+            dispatcher.require_memory("nested_table", nested_table)
             finite = nested_table.is_meta or bool(nested_table.isfinite().all())
             require(finite, ValueError, "nested_table holds a value that is not finite")
         packed, absmax, nested_absmax, nested_offset = ops.quantize_nested(weight, nested_table, name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..formats.nf4 import BLOCK_SIZE, NF4Weight
+from ..ops import dispatcher
 from .adapters.named import Adapters
 from .functional import linear
 
@@ -63,6 +64,7 @@ def merge(layer: Adapters, probe: Tensor | None) -> MergeReport:
     if layer.weight_packed.is_meta or layer.lora_A[name].is_meta or layer.lora_B[name].is_meta:
         raise RuntimeError("the layer is on the meta device and has no data to merge; load its state dict first")
     for kind, matrix in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
+        dispatcher.require_memory(kind, matrix)
         if not torch.isfinite(matrix).all():
             raise ValueError(f"{kind} of adapter '{name}' holds NaN or infinity and cannot be merged")
 
@@ -90,6 +92,7 @@ def unmerge(layer: Adapters) -> None:
 @torch.no_grad()
 def to_linear(layer: Adapters) -> nn.Linear:
     """See :meth:`QLinear.to_linear`."""
+    dispatcher.require_memory("bias", layer.bias)
     n, k = layer.out_features, layer.in_features
     adapter = None if layer.merged_adapter_name is not None or layer._disabled else layer.active_adapter
     weight = layer.weight

@@ -175,6 +175,7 @@ class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
             require(not bias.is_complex(), TypeError, f"bias should be real, found {bias.dtype}")
         layer = cls.__new__(cls)
         dtype = weight.dtype if dtype is None else dtype
+        dispatcher.require_memory("bias", bias)
         copy = None if bias is None else bias.detach().to(dtype=dtype, device=weight.device, copy=True)
         layer._set_up(weight, copy, AdapterConfig(rank, alpha, dropout, rslora), dtype, adapter_dtype)
         if bias is not None and layer.bias is not None:
@@ -188,6 +189,10 @@ class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
         double_quant = self.weight.double_quant
         if device.type == "meta":
             return
+        dispatcher.require_memory("bias", self.bias)
+        for kind, matrices in (("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+            for name, matrix in matrices.items():
+                dispatcher.require_memory(f"{kind}.{name}", matrix)
         # float64 is a type to compute in, not one to quantize from.
         dtype = torch.float32 if self._dtype == torch.float64 else self._dtype
         dense = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)

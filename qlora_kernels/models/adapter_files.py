@@ -15,6 +15,7 @@ from ..errors import listed
 from ..layers.adapters.config import AdapterConfig
 from ..layers.adapters.named import adapter_options, check_adapter_name, put_adapter
 from ..layers.qlinear import QLinear
+from ..ops import dispatcher
 from ..storage.atomic_file import write_atomically
 from ..storage.formats import load_json, parse_json, save_json, save_safetensors
 from ..storage.lock import exclusive
@@ -68,8 +69,10 @@ def save_adapter(
     config = peft_config.describe(model, layers, adapter_name, base_model_name_or_path)
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A[adapter_name].detach().cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B[adapter_name].detach().cpu()
+        for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            matrix = matrices[adapter_name].detach()
+            dispatcher.require_memory(f"{name}.{kind}.{adapter_name}", matrix)
+            tensors[f"base_model.model.{name}.{kind}.weight"] = matrix.cpu()
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} of adapter {adapter_name!r} holds NaN or infinity and is not saved")

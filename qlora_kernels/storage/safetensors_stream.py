@@ -142,10 +142,17 @@ class Writer:
         self._file.truncate(self._start + offset)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes one tensor."""
+        """Writes one tensor.
+
+        Raises:
+            ValueError: when it is another than was announced.
+            RuntimeError: when its storage was freed: numpy would write what lies in fresh memory instead.
+        """
         entry = self._left.pop(name)
         if Entry.like(tensor) != entry:
             raise ValueError(f"{name} should be {entry.dtype} {list(entry.shape)}, found {tensor.dtype} {tensor.shape}")
+        if tensor.numel() and not tensor._is_zerotensor() and tensor.untyped_storage().data_ptr() == 0:
+            raise RuntimeError(f"{name} cannot be written: its memory was freed")
         self._file.seek(self._start + self._begin[name])
         if tensor.numel():
             data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()

@@ -152,3 +152,36 @@ def test_shapes_of_pieces_do_not_matter(dtype, double_quant):
     weight = qk.quantize(torch.randn(2, 192), double_quant)
     columns = (None if piece is None else piece[:, None] for piece in weight.pieces)
     assert torch.equal(qk.NF4Weight(*columns, weight.shape).dequantize(dtype), weight.dequantize(dtype))
+
+
+def one_layer():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    qk.quantize_model(model, rank=4, progress=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("tensor", "call"),
+    [
+        ("lora_A.default", lambda model, folder: model[0].merge()),
+        ("lora_B.default", lambda model, folder: qk.save_adapter(model, folder)),
+        ("bias", lambda model, folder: model[0].to_linear()),
+        ("bias", lambda model, folder: model[0].reset_parameters()),
+        ("lora_A.default", lambda model, folder: model[0].reset_parameters()),
+        ("weight_packed", lambda model, folder: model[0].weight.save(folder / "weight.safetensors")),
+        ("weight_nested_absmax", lambda model, folder: model[0].weight.save(folder / "weight.safetensors")),
+        ("bias", lambda model, folder: qk.QLinear.from_nf4(model[0].weight, model[0].bias)),
+    ],
+)
+def test_freed_memory_is_not_read_by_what_a_layer_does(tensor, call, tmp_path):
+    """Nor is what lies in fresh memory written in its place."""
+    model = one_layer()
+    freed(dict(model[0].named_parameters()).get(tensor, getattr(model[0], tensor, None)).data)
+    with pytest.raises(RuntimeError, match=rf"{tensor.split('.')[0].removeprefix('weight_')}.* (needs|freed)"):
+        call(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_freed_table_is_refused():
+    with pytest.raises(RuntimeError, match="nested_table needs"):
+        qk.quantize(torch.randn(32, 64), nested_table=freed(torch.linspace(-1, 1, 256)))
