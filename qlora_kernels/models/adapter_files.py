@@ -109,7 +109,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
         raise FileNotFoundError(f"{folder}: no such folder")
     layers = _layers(_unwrapped(model))
     with unchanging(folder):
-        configs, pairs = _read(folder, layers)
+        configs, pairs = _read(folder, layers, adapter_name)
     active = {layer.active_adapter for layer in layers.values()}
     activate = adapter_name in active or active <= {None}
     for name, layer in layers.items():
@@ -121,9 +121,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 
     for name, layer in layers.items():
         if name in configs:
-            options = adapter_options(layer, adapter_name)
-            A, B = (pairs[name][letter].to(**options, copy=True) for letter in "AB")
-            put_adapter(layer, adapter_name, configs[name], A, B)
+            put_adapter(layer, adapter_name, configs[name], pairs[name]["A"], pairs[name]["B"])
         elif adapter_name in layer.adapters:
             layer.delete_adapter(adapter_name)
     if activate:
@@ -184,8 +182,10 @@ def _contradicts(path: str, config: Mapping[str, Any]) -> bool:
 _Pairs = dict[str, dict[str, Tensor]]  # {layer: {"A": ..., "B": ...}}
 
 
-def _read(folder: str, layers: Mapping[str, QLinear]) -> tuple[dict[str, AdapterConfig], _Pairs]:
+def _read(folder: str, layers: Mapping[str, QLinear], adapter_name: str) -> tuple[dict[str, AdapterConfig], _Pairs]:
     """The configuration and the matrices for each layer, all of one save, after checking that they fit.
+
+    The matrices have the layer's dtype and device: nothing that can fail is left for when the model changes.
 
     Programs other than this one take no lock when they write, and some file systems have none.
     """
@@ -193,7 +193,7 @@ def _read(folder: str, layers: Mapping[str, QLinear]) -> tuple[dict[str, Adapter
     for _ in range(_ATTEMPTS):
         before = [identity_of(path) for path in paths]
         try:
-            result = _read_once(folder, layers)
+            result = _read_once(folder, layers, adapter_name)
         except (OSError, ValueError):
             if [identity_of(path) for path in paths] == before:
                 raise
@@ -203,7 +203,9 @@ def _read(folder: str, layers: Mapping[str, QLinear]) -> tuple[dict[str, Adapter
     raise ValueError(f"{folder} is being written by another program; load it when that is done")
 
 
-def _read_once(folder: str, layers: Mapping[str, QLinear]) -> tuple[dict[str, AdapterConfig], _Pairs]:
+def _read_once(
+    folder: str, layers: Mapping[str, QLinear], adapter_name: str
+) -> tuple[dict[str, AdapterConfig], _Pairs]:
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
     config = load_json(config_path) if os.path.exists(config_path) else None
     if not os.path.exists(weights_path):
@@ -215,10 +217,10 @@ def _read_once(folder: str, layers: Mapping[str, QLinear]) -> tuple[dict[str, Ad
         peft_config.check(config, config_path)
         found = _pair(file.entries, folder)
         configs = _fit(layers, found, config, folder)
-        pairs = {
-            name: {letter: _finite(file, entry, name, letter) for letter, entry in found[name].items()}
-            for name in configs
-        }
+        pairs: _Pairs = {}
+        for name in configs:
+            options = adapter_options(layers[name], adapter_name)
+            pairs[name] = {letter: _finite(file, entry, name, letter, options) for letter, entry in found[name].items()}
     return configs, pairs
 
 
@@ -268,13 +270,20 @@ def _pair(entries: Mapping[str, Entry], folder: str) -> dict[str, dict[str, Entr
     return pairs
 
 
-def _finite(file: Reader, entry: Entry, layer: str, letter: str) -> Tensor:
-    """The values of a matrix."""
-    tensor = file.read(entry)
-    if tensor.element_size() == 1:
-        tensor = tensor.float()  # float8 can be converted, and nothing else
-    if not torch.isfinite(tensor).all():
+def _finite(file: Reader, entry: Entry, layer: str, letter: str, options: Mapping[str, Any]) -> Tensor:
+    """The values of a matrix, with a layer's dtype and device."""
+    stored = file.read(entry)
+    if stored.element_size() == 1:
+        stored = stored.float()  # float8 can be converted, and nothing else
+    tensor = stored.to(**options, copy=True)
+    if not tensor.is_meta and torch.isfinite(tensor).all():
+        return tensor
+    if not torch.isfinite(stored).all():
         raise ValueError(f"{entry.file}: lora_{letter} of {layer} holds NaN or infinity")
+    if not tensor.is_meta:
+        raise ValueError(
+            f"{entry.file}: lora_{letter} of {layer} holds values too large for the layer's {tensor.dtype}"
+        )
     return tensor
 
 

@@ -328,19 +328,19 @@ def test_a_folder_that_always_changes_is_refused(tmp_path, monkeypatch):
 
 def test_a_load_waits_for_a_save(tmp_path, monkeypatch):
     _save_filled(tmp_path, 1)
-    weights_are_written, original = threading.Event(), adapter_files.save_json
+    begun, original = threading.Event(), adapter_files.save_safetensors
 
-    def save_json(value, path):
-        weights_are_written.set()
+    def save_safetensors(*args, **options):
+        begun.set()
         time.sleep(0.2)
-        original(value, path)
+        original(*args, **options)
 
-    monkeypatch.setattr(adapter_files, "save_json", save_json)
+    monkeypatch.setattr(adapter_files, "save_safetensors", save_safetensors)
     thread = threading.Thread(target=_save_filled, args=(tmp_path, 2))
     thread.start()
-    assert weights_are_written.wait(10)
+    assert begun.wait(10)
     model = quantized()
-    load_adapter(model, tmp_path)  # between the renames the files do not belong together
+    load_adapter(model, tmp_path)
     thread.join()
     assert _numbers(model) == {2}
 
