@@ -198,6 +198,16 @@ def test_a_folder_without_constants_of_the_second_level_is_checked_too(folders, 
         load_quantized(tmp_path / "4bit")
 
 
+def test_weights_that_overflow_the_type_asked_for_are_refused(folders, tmp_path):
+    shutil.copytree(folders / "4bit", tmp_path / "4bit")
+    fill("model.norm.weight", 1e30)(tmp_path / "4bit")
+    load_quantized(tmp_path / "4bit", dtype=torch.bfloat16)
+    with pytest.raises(
+        InputError, match=r"model\.norm\.weight holds values too large for torch\.float16; load it with"
+    ):
+        load_quantized(tmp_path / "4bit", dtype=torch.float16)
+
+
 def test_more_parameters_than_any_model_has(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(skeleton, "_MOST_PARAMETERS", 100)
     change = config(num_hidden_layers=9999)
