@@ -139,7 +139,7 @@ def read(entry: Entry) -> torch.Tensor:
     """One tensor, in its own memory (not a map of the file, which would stay resident).
 
     Raises:
-        ValueError: when its type is unknown, or the file is now shorter.
+        ValueError: when its type is unknown, torch cannot make its shape, or the file is now shorter.
     """
     with open_regular(entry.file) as file:
         return _read(file, entry)
@@ -152,9 +152,13 @@ def _read(file: BufferedReader, entry: Entry) -> torch.Tensor:
     file.seek(entry.begin)
     if file.readinto(data) != entry.nbytes:
         raise ValueError(f"{entry.file} ends early")
-    if not data:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+    dtype = DTYPES[entry.dtype]
+    try:
+        return torch.frombuffer(data, dtype=dtype).view(entry.shape) if data else torch.empty(entry.shape, dtype=dtype)
+    # The header may have sizes that torch's integers cannot hold, beside a 0.
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f"{list(entry.shape)}"
+        raise ValueError(f"{entry.file} holds a tensor of the shape {shape:.100}, which cannot be made") from error
 
 
 class Writer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -67,3 +69,13 @@ def test_the_file_that_the_library_checks_is_the_one_that_is_read(tmp_path, monk
     assert torch.equal(formats.load_safetensors(path)[0]["a"], torch.zeros(4))
     assert len(opened) == 2
     assert all(file.closed for file in opened)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [2**63, 0], [0, 2**62, 2**62], [0, 2**64 - 1]])
+def test_a_shape_that_torch_cannot_make(tmp_path, shape):
+    path = tmp_path / "file.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert read_header(str(path))[0]["a"].shape == tuple(shape)
+    with pytest.raises(ValueError, match=r"file\.safetensors holds a tensor of the shape \[.*\], which cannot be made"):
+        formats.load_safetensors(path)
