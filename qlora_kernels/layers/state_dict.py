@@ -47,11 +47,11 @@ def keep(layer: Adapters, state: MutableMapping[str, Tensor], prefix: str) -> No
 
 
 def make_contiguous(state: MutableMapping[str, Tensor], prefix: str) -> None:
-    """For ``assign=True``: the kernels take a weight's pieces only as contiguous tensors."""
+    """For ``assign=True``: the kernels take a weight's pieces only as contiguous tensors with memory."""
     for name in PIECES:
         for key in (f"{prefix}weight_{name}", f"{prefix}unmerged_{name}"):
-            if key in state and not state[key].is_contiguous():
-                state[key] = state[key].detach().contiguous()
+            if key in state and (not state[key].is_contiguous() or state[key]._is_zerotensor()):
+                state[key] = dispatcher.with_memory(state[key].detach()).contiguous()
 
 
 def match_merged_state(layer: Adapters, state: Mapping[str, Tensor], prefix: str) -> None:
@@ -95,16 +95,23 @@ def _trained(layer: Adapters) -> dict[str, Tensor]:
 
 
 def _check_tensors(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: bool) -> list[str]:
-    """That everything is a dense tensor, and one with data where it is to be copied."""
+    """That everything is a dense tensor, and one with data where it is to be copied, or the weight has data."""
+    base = state.get(f"{prefix}weight_packed") if assign else None
+    base = base if isinstance(base, Tensor) else layer.weight_packed
     names = [f"{kind}_{name}" for kind in ("weight", "unmerged") for name in PIECES]
     misfits: list[str] = []
-    for key in (prefix + name for name in (*names, "merged_adapter", *_trained(layer))):
+    for name in (*names, "merged_adapter", *_trained(layer)):
+        key = prefix + name
         if key not in state:
             continue
         if not isinstance(state[key], Tensor):
             misfits.append(f'"{key}" should be a tensor, found {type(state[key]).__name__}.')
         elif state[key].is_meta and not assign and not layer.weight_packed.is_meta:
             misfits.append(f'"{key}" is on the meta device and has no data to copy.')
+        elif state[key].is_meta and not base.is_meta:
+            misfits.append(f'"{key}" is on the meta device, but the 4-bit weight has data.')
+        elif assign and name in names and base.is_meta and not state[key].is_meta:
+            misfits.append(f'"{key}" has data, but "{prefix}weight_packed" is on the meta device.')
         elif state[key].layout is not torch.strided:
             misfits.append(f'"{key}" should be a dense tensor, found {state[key].layout}.')
         else:

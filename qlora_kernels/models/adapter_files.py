@@ -18,8 +18,9 @@ from ..layers.qlinear import QLinear
 from ..ops import dispatcher
 from ..storage.atomic_file import write_atomically
 from ..storage.formats import load_json, parse_json, save_json, save_safetensors
-from ..storage.lock import exclusive
-from ..storage.safetensors_stream import DTYPES, Entry, read, read_header
+from ..storage.lock import exclusive, unchanging
+from ..storage.regular_file import identity_of
+from ..storage.safetensors_stream import DTYPES, Entry, Reader, read_header
 from . import peft_config
 from .adapters import no_adapter
 from .peft_config import CONFIG_NAME
@@ -32,6 +33,9 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # The weights' metadata carries a copy of the configuration. Two files cannot be replaced as one, so a kill between
 # them could pair new weights with an old configuration; the copy gives that away.
 _COPY = "qlora_kernels.adapter_config"
+
+# How often to start again when the files change while they are read.
+_ATTEMPTS = 10
 
 
 def save_adapter(
@@ -100,18 +104,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     Raises:
         FileNotFoundError: when the folder, or a file in it, does not exist.
         ValueError: for a truncated or foreign file, an adapter that is not plain LoRA, or one for another model (the
-            first layers that do not fit are named).
+            first layers that do not fit are named); for a folder that other programs keep writing to.
         RuntimeError: when the adapter to be replaced is merged, or when another is merged and this one would be active.
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
-    config, entries = _read(folder)
-    peft_config.check(config, os.path.join(folder, CONFIG_NAME))
     layers = _layers(_unwrapped(model))
-    found = _pair(entries, folder)
-    configs = _fit(layers, found, config, folder)
-    pairs = {name: {letter: _finite(entry, name, letter) for letter, entry in found[name].items()} for name in configs}
+    with unchanging(folder):
+        configs, pairs = _read(folder, layers, adapter_name)
     active = {layer.active_adapter for layer in layers.values()}
     activate = adapter_name in active or active <= {None}
     for name, layer in layers.items():
@@ -123,9 +124,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 
     for name, layer in layers.items():
         if name in configs:
-            options = adapter_options(layer, adapter_name)
-            A, B = (pairs[name][letter].to(**options, copy=True) for letter in "AB")
-            put_adapter(layer, adapter_name, configs[name], A, B)
+            put_adapter(layer, adapter_name, configs[name], pairs[name]["A"], pairs[name]["B"])
         elif adapter_name in layer.adapters:
             layer.delete_adapter(adapter_name)
     if activate:
@@ -183,20 +182,60 @@ def _contradicts(path: str, config: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def _read(folder: str) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """The configuration, and what the file of weights holds; they must belong together."""
+_Pairs = dict[str, dict[str, Tensor]]  # {layer: {"A": ..., "B": ...}}
+
+
+def _read(folder: str, layers: Mapping[str, QLinear], adapter_name: str) -> tuple[dict[str, AdapterConfig], _Pairs]:
+    """The configuration and the matrices for each layer, all of one save, after checking that they fit.
+
+    The matrices have the layer's dtype and device: nothing that can fail is left for when the model changes.
+
+    Programs other than this one take no lock when they write, and some file systems have none.
+    """
+    paths = [os.path.join(folder, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    for _ in range(_ATTEMPTS):
+        before = [identity_of(path) for path in paths]
+        try:
+            result = _read_once(folder, layers, adapter_name)
+        except (OSError, ValueError):
+            if [identity_of(path) for path in paths] == before:
+                raise
+        else:
+            if [identity_of(path) for path in paths] == before:
+                return result
+    raise ValueError(f"{folder} is being written by another program; load it when that is done")
+
+
+def _read_once(
+    folder: str, layers: Mapping[str, QLinear], adapter_name: str
+) -> tuple[dict[str, AdapterConfig], _Pairs]:
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
     config = load_json(config_path) if os.path.exists(config_path) else None
     if not os.path.exists(weights_path):
         other = os.path.join(folder, "adapter_model.bin")
         hint = f"; {other} is a pickle, save it again as safetensors" if os.path.exists(other) else ""
         raise FileNotFoundError(f"{weights_path}: no such file{hint}")
-    entries, metadata = read_header(weights_path)
+    with Reader(weights_path) as file:
+        config = _matching_config(config, file.metadata, config_path, weights_path)
+        peft_config.check(config, config_path)
+        found = _pair(file.entries, folder)
+        configs = _fit(layers, found, config, folder)
+        pairs: _Pairs = {}
+        for name in configs:
+            options = adapter_options(layers[name], adapter_name)
+            pairs[name] = {letter: _finite(file, entry, name, letter, options) for letter, entry in found[name].items()}
+    return configs, pairs
+
+
+def _matching_config(
+    config: dict[str, Any] | None, metadata: Mapping[str, str], config_path: str, weights_path: str
+) -> dict[str, Any]:
+    """The configuration, or the weights' copy of it where there is no other; both must be the same."""
     copy = parse_json(metadata[_COPY], f"{weights_path}: the metadata {_COPY}") if _COPY in metadata else None
     if config is None:
         if copy is None:
             raise FileNotFoundError(f"{config_path}: no such file; not an adapter's folder, or an incomplete one")
-        return copy, entries
+        return copy
     if copy is not None:
         different = peft_config.differences(copy, config)
         if different:
@@ -204,7 +243,7 @@ def _read(folder: str) -> tuple[dict[str, Any], dict[str, Entry]]:
                 f"{config_path} and {weights_path} do not belong together ({'; '.join(different)}): a save was "
                 f"interrupted, or one was edited. Remove {CONFIG_NAME} to use the copy that the weights carry"
             )
-    return config, entries
+    return config
 
 
 def _pair(entries: Mapping[str, Entry], folder: str) -> dict[str, dict[str, Entry]]:
@@ -234,13 +273,20 @@ def _pair(entries: Mapping[str, Entry], folder: str) -> dict[str, dict[str, Entr
     return pairs
 
 
-def _finite(entry: Entry, layer: str, letter: str) -> Tensor:
-    """The values of a matrix."""
-    tensor = read(entry)
-    if tensor.element_size() == 1:
-        tensor = tensor.float()  # float8 can be converted, and nothing else
-    if not torch.isfinite(tensor).all():
+def _finite(file: Reader, entry: Entry, layer: str, letter: str, options: Mapping[str, Any]) -> Tensor:
+    """The values of a matrix, with a layer's dtype and device."""
+    stored = file.read(entry)
+    if stored.element_size() == 1:
+        stored = stored.float()  # float8 can be converted, and nothing else
+    tensor = stored.to(**options, copy=True)
+    if not tensor.is_meta and torch.isfinite(tensor).all():
+        return tensor
+    if not torch.isfinite(stored).all():
         raise ValueError(f"{entry.file}: lora_{letter} of {layer} holds NaN or infinity")
+    if not tensor.is_meta:
+        raise ValueError(
+            f"{entry.file}: lora_{letter} of {layer} holds values too large for the layer's {tensor.dtype}"
+        )
     return tensor
 
 

@@ -94,6 +94,8 @@ class Expression:
     # --------------------------------------------------------------------- which places a part reaches from which
 
     def _sequence(self, items: Any, name: str, places: set[int], steps: Steps) -> set[int]:
+        if not items:  # an empty branch takes time too, and an expression can have thousands
+            steps.spend(len(places) + 1, self._pattern)
         for kind, argument in items:
             if not places:
                 break

@@ -13,7 +13,7 @@ import torch
 from ..errors import sentence
 from .atomic_file import write_atomically
 from .regular_file import open_regular
-from .safetensors_stream import NAMES, Entry, Writer, read, read_header
+from .safetensors_stream import NAMES, Entry, Reader, Writer
 
 # An index of a very large model has about 10 MB.
 _LARGEST_JSON = 100 << 20
@@ -134,5 +134,5 @@ def load_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
         OSError: when it cannot be read.
         ValueError: when it is truncated or not a safetensors file, or a pipe or a device.
     """
-    entries, metadata = read_header(os.fspath(path))
-    return {name: read(entry) for name, entry in entries.items()}, metadata
+    with Reader(os.fspath(path)) as file:
+        return {name: file.read(entry) for name, entry in file.entries.items()}, file.metadata

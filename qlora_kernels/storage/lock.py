@@ -126,3 +126,22 @@ def exclusive(folder: str) -> Iterator[None]:
         yield
     finally:
         _release(descriptor)
+
+
+@contextlib.contextmanager
+def unchanging(folder: str) -> Iterator[None]:
+    """A context for readers of a folder: nothing else is in :func:`exclusive` for it, but other readers may be here.
+
+    Where the folder cannot be opened or locked, it does not wait.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        _release(descriptor)

@@ -36,3 +36,12 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 def _require_regular(path: str, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is not a regular file")
+
+
+def identity_of(path: str) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written; None when it cannot be asked, as when there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

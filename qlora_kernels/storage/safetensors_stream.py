@@ -7,8 +7,10 @@ the end of the header), the data without gaps. https://github.com/huggingface/sa
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from typing import Any
 
 import torch
@@ -61,29 +63,71 @@ class Entry:
         return cls(NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
 
 
-def read_header(path: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a file by name, without their data, and its metadata.
+class Reader:
+    """A file held open: its header and its tensors are of one file, even if another takes its name meanwhile.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        entries: its tensors by name, without their data.
+        metadata: the strings stored beside them.
 
     Raises:
         FileNotFoundError: when there is no such file.
         OSError: when it cannot be read.
         ValueError: when it is truncated or not a safetensors file, or a pipe or a device.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise missing_extra("safetensors", "finetune") from None
-    with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+    def __init__(self, path: str) -> None:
         try:
-            with safe_open(path, framework="pt"):  # checks the header, the offsets and the file's size
-                pass
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", None) or {}
-            return {name: _entry(value, path, 8 + length) for name, value in header.items()}, metadata
+            from safetensors import SafetensorError, safe_open
+        except ImportError:
+            raise missing_extra("safetensors", "finetune") from None
+        self._file = open_regular(path)
+        try:
+            while True:
+                with safe_open(path, framework="pt"):  # checks the header, the offsets and the file's size
+                    pass
+                # The library opens files by their names only, so it may have checked another file than this one.
+                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+                    break
+                self._file.close()
+                self._file = open_regular(path)
+            length = int.from_bytes(self._file.read(8), "little")
+            header = json.loads(self._file.read(length))
+            self.metadata = header.pop("__metadata__", None) or {}
+            self.entries = {name: _entry(value, path, 8 + length) for name, value in header.items()}
         # The second reading may find what the first did not: Python's parser is another one, and files change.
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._file.close()
             raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """One of its tensors, as :func:`read` does."""
+        return _read(self._file, entry)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read_header(path: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a file by name, without their data, and its metadata.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as :class:`Reader`.
+    """
+    with Reader(path) as file:
+        return file.entries, file.metadata
 
 
 def _entry(value: Any, path: str, data: int) -> Entry:
@@ -95,18 +139,26 @@ def read(entry: Entry) -> torch.Tensor:
     """One tensor, in its own memory (not a map of the file, which would stay resident).
 
     Raises:
-        ValueError: when its type is unknown, or the file is now shorter.
+        ValueError: when its type is unknown, torch cannot make its shape, or the file is now shorter.
     """
+    with open_regular(entry.file) as file:
+        return _read(file, entry)
+
+
+def _read(file: BufferedReader, entry: Entry) -> torch.Tensor:
     if entry.dtype not in DTYPES:
         raise ValueError(f"{entry.file} holds a tensor of the type {entry.dtype}, which cannot be read")
     data = bytearray(entry.nbytes)
-    with open_regular(entry.file) as file:
-        file.seek(entry.begin)
-        if file.readinto(data) != entry.nbytes:
-            raise ValueError(f"{entry.file} ends early")
-    if not data:
-        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+    file.seek(entry.begin)
+    if file.readinto(data) != entry.nbytes:
+        raise ValueError(f"{entry.file} ends early")
+    dtype = DTYPES[entry.dtype]
+    try:
+        return torch.frombuffer(data, dtype=dtype).view(entry.shape) if data else torch.empty(entry.shape, dtype=dtype)
+    # The header may have sizes that torch's integers cannot hold, beside a 0.
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f"{list(entry.shape)}"
+        raise ValueError(f"{entry.file} holds a tensor of the shape {shape:.100}, which cannot be made") from error
 
 
 class Writer:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import resource
 import shutil
 import time
 
+import forked
 import pytest
 import torch
 import transformers
@@ -196,6 +198,56 @@ def test_a_folder_without_constants_of_the_second_level_is_checked_too(folders, 
     fill(f"{LAYER}.weight_absmax", torch.nan)(tmp_path / "4bit")
     with pytest.raises(InputError, match="weight_absmax' holds NaN or infinity"):
         load_quantized(tmp_path / "4bit")
+
+
+def test_weights_that_overflow_the_type_asked_for_are_refused(folders, tmp_path):
+    shutil.copytree(folders / "4bit", tmp_path / "4bit")
+    fill("model.norm.weight", 1e30)(tmp_path / "4bit")
+    load_quantized(tmp_path / "4bit", dtype=torch.bfloat16)
+    with pytest.raises(
+        InputError, match=r"model\.norm\.weight holds values too large for torch\.float16; load it with"
+    ):
+        load_quantized(tmp_path / "4bit", dtype=torch.float16)
+
+
+def refused_with_little_memory(folder, kind):
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"should be|but the config says|that no file holds"):
+        if kind == "dense":
+            quantize_folder(folder, f"{folder} 4bit", progress=False)
+        else:
+            load_quantized(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 200 << 10  # KiB
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "head_dim", "intermediate_size", "vocab_size"])
+@pytest.mark.parametrize("kind", ["dense", "4bit"])
+def test_widths_that_no_file_has_take_no_memory(folders, tmp_path, key, kind):
+    shutil.copytree(folders / kind, tmp_path / "model")
+    config(**{"head_dim": 32, key: 4 * 10**8})(tmp_path / "model")
+    process = forked.start(refused_with_little_memory, tmp_path / "model", kind)
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_buffers_that_no_file_has_are_refused():
+    class Module(torch.nn.Module):
+        def __init__(self, persistent):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((3, 1 << 25), 0.5))
+            self.register_buffer("small", torch.ones(3), persistent=False)
+            self.register_buffer("mask", torch.zeros(size=(3, 1 << 25)), persistent=persistent)
+
+    with skeleton._parameters_on_meta():
+        made = Module(persistent=True)  # the files have it
+        assert made.weight.is_meta
+        assert made.mask.is_meta
+        assert not made.small.is_meta
+        with pytest.raises(
+            InputError, match=r"its config\.json asks for tensors of 1e\+08 elements that no file holds"
+        ):
+            Module(persistent=False)
+    torch.nn.Module().register_buffer("mask", torch.zeros(1, device="meta"), persistent=False)
 
 
 def test_more_parameters_than_any_model_has(folders, tmp_path, monkeypatch):

@@ -211,6 +211,44 @@ def test_a_state_dict_without_data_is_refused():
     assert_same(frozen_bits(made), bits)
 
 
+@pytest.mark.parametrize(
+    "key", ["weight_packed", "weight_nested_absmax", "unmerged_nested_table", "bias", "lora_B.default"]
+)
+def test_a_layer_that_would_be_partly_without_data_is_not_assigned(key):
+    made, source = layer(), layer()
+    source.merge()
+    state = source.state_dict()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    with pytest.raises(RuntimeError, match="is on the meta device"):
+        made.load_state_dict({**state, key: state[key].to("meta")}, assign=True)
+    assert made.merged_adapter_name is None
+    assert_same(made.state_dict(), before)
+    with pytest.raises(RuntimeError, match=r'"lora_B\.default" is on the meta device, but the 4-bit weight has data'):
+        made.load_state_dict({"lora_B.default": state["lora_B.default"].to("meta")}, strict=False, assign=True)
+    assert_same(made.state_dict(), before)
+
+
+def test_a_layer_wholly_without_data_can_be_assigned_and_filled_in_two_steps():
+    made, source = layer(), layer()
+    made.load_state_dict({name: tensor.to("meta") for name, tensor in made.state_dict().items()}, assign=True)
+    assert all(tensor.is_meta for tensor in made.state_dict().values())
+    for adapters in (True, False):
+        part = {name: tensor for name, tensor in source.state_dict().items() if name.startswith("lora") == adapters}
+        made.load_state_dict(part, strict=False, assign=True)
+    x = torch.randn(2, K)
+    assert torch.equal(made(x), source(x))
+
+
+def test_zeros_without_memory_can_be_assigned():
+    made, other = layer(), layer()
+    state = {name: tensor.detach().clone() for name, tensor in made.state_dict().items()}
+    state["weight_nested_table"].zero_()
+    made.load_state_dict(state)
+    other.load_state_dict({**state, "weight_nested_table": torch._efficientzerotensor(256)}, assign=True)
+    x = torch.randn(2, K)
+    assert torch.equal(other(x), made(x))
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_pieces_that_are_not_contiguous_can_be_assigned(double_quant):
     made, other = layer(double_quant=double_quant), layer(double_quant=double_quant)

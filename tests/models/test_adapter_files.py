@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,13 +13,14 @@ import time
 import pytest
 import torch
 from contract import relative_error
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small.llama import assert_unchanged, llama, logits, quantized, randomize, state
 from torch import nn
 
 import qlora_kernels
 from qlora_kernels import load_adapter, quantize_model, save_adapter
 from qlora_kernels.models import adapter_files, peft_config, targets
+from qlora_kernels.storage import safetensors_stream
 
 
 @pytest.fixture
@@ -259,6 +261,88 @@ def test_two_saves_at_once_take_turns(tmp_path, monkeypatch):
     load_adapter(read, tmp_path / "adapter")
     assert {layer.lora_A["default"].shape[0] for _, layer in targets.qlora_layers(read)} == {8}
     assert sorted(os.listdir(tmp_path / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def _save_filled(folder, value):
+    """An adapter whose matrices and alpha are all one number."""
+    model = quantized(alpha=value)
+    with torch.no_grad():
+        for _, layer in targets.qlora_layers(model):
+            layer.lora_A["default"].fill_(value)
+            layer.lora_B["default"].fill_(value)
+    save_adapter(model, folder)
+
+
+def _numbers(model):
+    """What _save_filled saved: one number, if the files were of one save."""
+    layers = [layer for _, layer in targets.qlora_layers(model)]
+    matrices = {
+        value.item() for layer in layers for m in (layer.lora_A, layer.lora_B) for value in m["default"].view(-1)
+    }
+    return matrices | {layer.adapters["default"].alpha for layer in layers}
+
+
+@pytest.mark.parametrize("at", ["read_header", "read"])
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_load_never_mixes_two_saves(tmp_path, monkeypatch, at, copies):
+    """Another program, which takes no lock, replaces both files between two steps of the load."""
+    for value in (1, 2):
+        _save_filled(tmp_path / f"{value}", value)
+        if not copies:  # as PEFT writes them
+            path = tmp_path / f"{value}" / "adapter_model.safetensors"
+            save_file(load_file(path), path, metadata={"format": "pt"})
+    (tmp_path / "1").rename(tmp_path / "adapter")
+    calls, original = [0], safetensors_stream._read if at == "read" else adapter_files._pair
+
+    def step(*args):
+        calls[0] += 1
+        if calls[0] == 2 or at == "read_header":
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                if (tmp_path / "2" / name).exists():
+                    os.replace(tmp_path / "2" / name, tmp_path / "adapter" / name)
+        return original(*args)
+
+    monkeypatch.setattr(*((safetensors_stream, "_read") if at == "read" else (adapter_files, "_pair")), step)
+    model = quantized()
+    load_adapter(model, tmp_path / "adapter")
+    assert _numbers(model) == {2}
+
+
+def test_a_folder_that_always_changes_is_refused(tmp_path, monkeypatch):
+    _save_filled(tmp_path, 1)
+    original = adapter_files._pair
+
+    def step(*args):
+        path = tmp_path / "adapter_model.safetensors"
+        shutil.copy(path, tmp_path / "new")
+        os.replace(tmp_path / "new", path)
+        return original(*args)
+
+    monkeypatch.setattr(adapter_files, "_pair", step)
+    model = quantized()
+    before = state(model)
+    with pytest.raises(ValueError, match="is being written by another program; load it when that is done"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_a_load_waits_for_a_save(tmp_path, monkeypatch):
+    _save_filled(tmp_path, 1)
+    begun, original = threading.Event(), adapter_files.save_safetensors
+
+    def save_safetensors(*args, **options):
+        begun.set()
+        time.sleep(0.2)
+        original(*args, **options)
+
+    monkeypatch.setattr(adapter_files, "save_safetensors", save_safetensors)
+    thread = threading.Thread(target=_save_filled, args=(tmp_path, 2))
+    thread.start()
+    assert begun.wait(10)
+    model = quantized()
+    load_adapter(model, tmp_path)
+    thread.join()
+    assert _numbers(model) == {2}
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

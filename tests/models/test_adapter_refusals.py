@@ -357,6 +357,38 @@ def test_other_floating_types_load(saved, tmp_path, dtype):
     assert torch.equal(model.get_submodule(first).lora_A["other"].float(), expected)
 
 
+def test_a_value_that_overflows_the_layers_type_is_refused(tmp_path):
+    model = quantized()
+    save_adapter(model, tmp_path)
+    _put(f"{Q0}.lora_B.weight", torch.full((64, 4), 1e30))(tmp_path)
+    load_adapter(model, tmp_path)
+    model.model.layers[0].self_attn.q_proj.lora_B["default"].data.zero_()
+    model.half()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"lora_B of .*q_proj holds values too large for the layer's torch\.float16"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_a_load_without_the_memory_for_all_copies_changes_nothing(saved, monkeypatch):
+    folder, _ = saved
+    model = quantized(rank=2, target_modules=["q_proj", "v_proj"])
+    before, copies, original = state(model), [0], torch.Tensor.to
+
+    def to(tensor, *args, **options):
+        copies[0] += bool(options.get("copy"))
+        if copies[0] == 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_adapter(model, folder)
+    monkeypatch.undo()
+    assert_unchanged(model, before)
+    load_adapter(model, folder)
+
+
 def test_patterns_that_would_take_years_are_matched_or_refused(saved, tmp_path, monkeypatch):
     folder, model = saved
     for name in os.listdir(folder):

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from qlora_kernels.errors import InputError
-from qlora_kernels.storage.lock import claim_of, claimed, exclusive
+from qlora_kernels.storage.lock import claim_of, claimed, exclusive, unchanging
 
 
 def test_the_second_is_told_who_has_it_and_the_third_gets_it(tmp_path):
@@ -146,6 +146,26 @@ def test_turns(tmp_path):
         thread.join()
     assert most == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_readers_wait_for_a_writer_and_not_for_each_other(tmp_path):
+    events = []
+
+    def read():
+        with unchanging(str(tmp_path)):
+            events.append("read")
+
+    thread = threading.Thread(target=read)
+    with exclusive(str(tmp_path)):
+        thread.start()
+        time.sleep(0.1)
+        events.append("written")
+    thread.join()
+    with unchanging(str(tmp_path)):
+        read()
+    assert events == ["written", "read", "read"]
+    with unchanging(str(tmp_path / "nowhere")):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["exclusive", "claimed"])

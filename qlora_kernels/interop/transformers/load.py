@@ -16,7 +16,7 @@ from ...models.quantize import swap_layers
 from ...models.targets import plan, qlora_layers
 from ...storage.safetensors_stream import DTYPES, Entry, read
 from .folder import METHOD, read_config, read_entries
-from .skeleton import cast_parameters, config_dtype, load_config, same_parameter, skeleton, skipped
+from .skeleton import config_dtype, load_config, same_parameter, skeleton, skipped
 
 
 def load_quantized(
@@ -60,8 +60,7 @@ def load_quantized(
         plan(model, AdapterConfig(rank=0, alpha=1), skip=skip, double_quant=double_quant)
     planned = plan(model, adapter, target_modules, skip, double_quant)
     swap_layers(model, replace(planned, adapted=()))  # adapters come when there is memory to put values in
-    _load(model, read_entries(folder), folder)
-    cast_parameters(model, dtype)
+    _load(model, read_entries(folder), folder, dtype)
     layers = dict(qlora_layers(model))
     for name in planned.adapted:
         layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
@@ -87,14 +86,17 @@ def _check_settings(settings: dict[str, Any], folder: str) -> None:
         require(key, settings.get(key) == size, str(size))
 
 
-def _load(model: nn.Module, entries: dict[str, Entry], folder: str) -> None:
-    """Gives a model on the meta device its tensors from a folder; tied parameters need to be there only once."""
+def _load(model: nn.Module, entries: dict[str, Entry], folder: str, dtype: torch.dtype) -> None:
+    """Gives a model on the meta device its tensors from a folder; tied parameters need to be there only once.
+
+    Parameters get the type ``dtype``; buffers, such as rotary frequencies, keep theirs.
+    """
     state = model.state_dict()
     unexpected = sorted(set(entries) - set(state))
     if unexpected:
         raise InputError(f"{folder} holds {unexpected[0]}, which its model does not have")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    values = {key: _read(key, entry, state[key], key in parameters, folder) for key, entry in entries.items()}
+    types = dict.fromkeys(dict(model.named_parameters(remove_duplicate=False)), dtype)
+    values = {key: _read(key, entry, state[key], types.get(key), folder) for key, entry in entries.items()}
     missing = sorted(set(state) - set(values))
     for key in list(missing):
         twin = next((k for k in values if same_parameter(model, k, key)), None)
@@ -113,12 +115,15 @@ def _load(model: nn.Module, entries: dict[str, Entry], folder: str) -> None:
     model.requires_grad_(False)
 
 
-def _read(key: str, entry: Entry, expected: Tensor, parameter: bool, folder: str) -> Tensor:
+def _read(key: str, entry: Entry, expected: Tensor, cast_to: torch.dtype | None, folder: str) -> Tensor:
     """A tensor from a file, which is read only if it fits.
 
+    Args:
+        cast_to: for a parameter, the type to give it; its values are checked.
+
     Raises:
-        InputError: when it does not fit, or is a parameter with NaN or infinity. Constants of 4-bit weights are checked
-            together, by their layers.
+        InputError: when it does not fit, or is a parameter with NaN or infinity, before or after the cast. Constants of
+            4-bit weights are checked together, by their layers.
     """
     if entry.shape != tuple(expected.shape):
         raise InputError(f"{folder}: {key} should be {list(expected.shape)}, found {list(entry.shape)}")
@@ -127,10 +132,20 @@ def _read(key: str, entry: Entry, expected: Tensor, parameter: bool, folder: str
     if dtype != expected.dtype and not floating:
         raise InputError(f"{folder}: {key} should be {expected.dtype}, found {entry.dtype}")
     with readable(folder):
-        value = read(entry)
+        stored = read(entry)
+    if cast_to is None or not floating:
+        return stored
+    value = stored.to(cast_to)
+    if _is_finite(value):
+        return value
+    if not _is_finite(stored):
+        raise InputError(f"{folder}: {key} holds NaN or infinity; only finite weights can be used")
+    raise InputError(f"{folder}: {key} holds values too large for {cast_to}; load it with another dtype")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
     # The extremes show NaN and infinity in one pass, with no copy. float8 has no such function, and no large tensors.
-    if parameter and floating and value.numel():
-        extremes = torch.aminmax(value.float() if value.element_size() == 1 else value)
-        if not torch.isfinite(torch.stack(extremes)).all():
-            raise InputError(f"{folder}: {key} holds NaN or infinity; only finite weights can be used")
-    return value
+    extremes = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+    return bool(torch.isfinite(torch.stack(extremes)).all())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ...errors import InputError
 
@@ -23,18 +25,57 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 # More than any model has: one of 10,000 layers.
 _MOST_PARAMETERS = 200_000
 
+# Tensors of more elements are made without memory, since a config can ask for any size. No buffer that is computed
+# when a module is created is larger: the largest are masks of 8,192 times 8,192 positions.
+_LARGEST_WITH_MEMORY = 1 << 26
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """A context in which large tensors are created on the meta device: parameters, before they could be moved there.
+
+    Raises:
+        InputError: for a large tensor of numbers in order, which no parameter is; others are computed from it.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("device") is None and _count(func, args, kwargs) > _LARGEST_WITH_MEMORY:
+            kwargs["device"] = "meta"
+        if func is torch.arange and all(isinstance(number, (int, float)) for number in args):
+            start, end, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3] if args else (0, 0, 1)
+            if abs(end - start) > _LARGEST_WITH_MEMORY * abs(step):
+                raise _too_large(abs(end - start) // (abs(step) or 1))
+        return func(*args, **kwargs)
+
+
+def _count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many elements a call asks for."""
+    size = args if args else (kwargs.get("size", ()),)
+    if func is torch.full or isinstance(size[0], (tuple, list)):
+        size = size[0]
+    return math.prod(length for length in size if isinstance(length, int))
+
+
+def _too_large(count: float) -> InputError:
+    return InputError(f"its config.json asks for tensors of {count:.2g} elements that no file holds")
+
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """A context in which modules are created with their parameters on the meta device, but with real buffers.
 
+    Large tensors never have memory, not even for a moment.
+
     Buffers that a checkpoint does not hold (the frequencies of rotary embeddings) are computed when a module is
     created; on the meta device they would be lost.
 
     Raises:
-        InputError: when there are so many that a config must be wrong.
+        InputError: when there are so many, or such large buffers, that a config must be wrong.
     """
-    register = nn.Module.register_parameter
+    register, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
     left = _MOST_PARAMETERS
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -47,11 +88,17 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(self, name, param)
 
-    nn.Module.register_parameter = register_on_meta
+    def register_with_memory(self: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if tensor is not None and tensor.is_meta and not persistent:
+            raise _too_large(tensor.numel())
+        register_buffer(self, name, tensor, persistent)
+
+    nn.Module.register_parameter, nn.Module.register_buffer = register_on_meta, register_with_memory
     try:
-        yield
+        with _LargeOnMeta():
+            yield
     finally:
-        nn.Module.register_parameter = register
+        nn.Module.register_parameter, nn.Module.register_buffer = register, register_buffer
 
 
 def load_config(folder: str) -> Any:
