@@ -101,11 +101,14 @@ class Source:
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise InputError(f"--model {name} lacks {len(missing)} tensors of its architecture, first {missing[0]}")
+        # In float32 the values stay those of the 16-bit weights; float16 has no room for the largest.
+        model = cast_parameters(model, self.dtype)
         for key, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"--model {name}: {key} holds NaN or infinity; only finite weights can be used")
-        # In float32 the values stay those of the 16-bit weights.
-        return cast_parameters(model, self.dtype).to(self.settings.device).eval()
+                raise InputError(
+                    f"--model {name}: {key} holds NaN or infinity in {self.dtype}; only finite weights can be used"
+                )
+        return model.to(self.settings.device).eval()
 
     def _load_quantized(self) -> nn.Module:
         from ..interop.transformers.load import load_quantized
