@@ -20,8 +20,8 @@ except ImportError:  # Python 3.10
     import sre_constants as op
     import sre_parse as parser
 
-# A list of all a model's layers, joined by "|", has up to 100,000 characters. Python's parser takes quadratic time where
-# two alternatives begin alike: five seconds at this length.
+# A list of all a model's layers, joined by "|", has up to 100,000 characters. Python's parser takes quadratic time
+# where two alternatives begin alike: two seconds at this length.
 _LONGEST = 150_000
 # Of an expression with repeats; each of its characters can cost time at each character of a name.
 _LONGEST_COMPLEX = 10_000
