@@ -12,6 +12,7 @@ from ..errors import InputError, sentence
 from ..storage.digest import digest
 from ..storage.formats import save_torch
 from ..storage.regular_file import open_regular
+from ..storage.torch_file import ForeignContents, load_torch
 from .options import Settings
 
 NAME = "checkpoint.pt"
@@ -76,7 +77,9 @@ def load(out: str) -> Checkpoint:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            value = torch.load(file, map_location="cpu", weights_only=True)
+            value = load_torch(file)
+    except ForeignContents as error:
+        raise InputError(f"--resume: {path} holds what no run saves ({sentence(error)})") from None
     except Exception as error:  # of a damaged file the unpickler raises whatever its bytes happen to lead to
         raise InputError(f"--resume: {path} is not a whole checkpoint ({sentence(error)})") from None
     if not isinstance(value, dict) or value.pop("format", None) != _FORMAT or set(value) != _FIELDS | {"sha256"}:
