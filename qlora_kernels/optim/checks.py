@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import require, require_number, sentence
 from ..ops.dispatcher import require_memory
+from ..storage.torch_file import load_torch
 from .arena.layout import STATE_BLOCK
 from .schema import Moment
 from .shards import check_placements, is_shard, local_part
@@ -167,12 +168,11 @@ def check_structure(state_dict: Any) -> None:
 
 
 def _torch_load_accepts(value: Any) -> bool:
-    """Whether torch.load reads back, with weights_only, what torch.save makes of a value."""
+    """Whether load_torch reads back what torch.save makes of a value."""
     file = io.BytesIO()
     try:
         torch.save(value, file)
-        file.seek(0)
-        torch.load(file, map_location="cpu", weights_only=True)
+        load_torch(file)
     except Exception:  # an object's own code for pickling may raise anything
         return False
     return True

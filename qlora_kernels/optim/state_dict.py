@@ -170,7 +170,10 @@ def read_file(path: str | os.PathLike, optimizer: str, folder: str | os.PathLike
     has_format = isinstance(value, dict) and value.pop("format", None) == _FORMAT
     require(has_format, ValueError, f"{name} is not an optimizer's file")
     saved_by = value.pop("optimizer", None)
-    require(saved_by == optimizer, ValueError, f"{name} was saved by {saved_by}, not by {optimizer}")
+    if saved_by != optimizer:
+        # Anything else could be of any length.
+        writer = repr(saved_by[:100])[1:-1] if isinstance(saved_by, str) else "something else"
+        raise ValueError(f"{name} was saved by {writer}, not by {optimizer}")
     saved_digest = value.pop("sha256", None)
     try:
         intact = saved_digest == digest(value, status.st_size)

@@ -7,10 +7,9 @@ from typing import Any, BinaryIO
 import torch
 
 from .torch_archive import read_archive
+from .torch_pickle import ForeignContents, check_pickle
 
-
-class ForeignContents(ValueError):
-    """The file is whole, but holds what this package does not save."""
+__all__ = ["ForeignContents", "load_torch"]
 
 
 def load_torch(file: BinaryIO, name: str | None = None) -> Any:
@@ -21,9 +20,10 @@ def load_torch(file: BinaryIO, name: str | None = None) -> Any:
         name: of the same file, to map it into memory; None reads it.
 
     Raises:
-        ForeignContents: when its pickle makes anything but tensors, numbers, text and the containers for them.
+        ForeignContents: when it holds what :func:`check_pickle` refuses.
         Exception: of a damaged file whatever its bytes lead to.
     """
-    read_archive(file)
+    archive = read_archive(file)
+    check_pickle(archive.pickle, archive.storages)
     file.seek(0)
     return torch.load(file if name is None else name, map_location="cpu", weights_only=True, mmap=name is not None)
