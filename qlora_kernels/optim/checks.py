@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import require, require_number, sentence
 from ..ops.dispatcher import require_memory
+from ..storage.digest import digest
 from ..storage.torch_file import load_torch
 from .arena.layout import STATE_BLOCK
 from .schema import Moment
@@ -168,11 +169,11 @@ def check_structure(state_dict: Any) -> None:
 
 
 def _torch_load_accepts(value: Any) -> bool:
-    """Whether load_torch reads back what torch.save makes of a value."""
+    """Whether what torch.save makes of a value is read back: by load_torch, and within the limits of a digest."""
     file = io.BytesIO()
     try:
         torch.save(value, file)
-        load_torch(file)
+        digest(load_torch(file), len(file.getvalue()))
     except Exception:  # an object's own code for pickling may raise anything
         return False
     return True

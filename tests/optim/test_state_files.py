@@ -314,3 +314,13 @@ def test_calls_in_a_file_are_refused_by_name(tmp_path):
     ours.param_groups[0]["tag"] = collections.Counter("a")
     with refused(ours, ValueError, "^'tag' of group 0 holds a value that load.. would refuse"):
         ours.save(tmp_path / "file")
+
+
+def test_text_that_recurs_too_often_to_be_read_is_not_saved(tmp_path):
+    _, ours = trained(PagedAdamW)
+    ours.param_groups[0]["tag"] = ["x" * 10_000] * 100
+    with refused(ours, ValueError, "^'tag' of group 0 holds a value that load.. would refuse"):
+        ours.save(tmp_path / "file")
+    ours.param_groups[0]["tag"] = ["x" * 10_000] * 4
+    ours.save(tmp_path / "file")
+    ours.load(tmp_path / "file")
