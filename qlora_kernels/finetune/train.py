@@ -169,6 +169,11 @@ class Trainer:
         trained, total = Trained(), phase.steps
         if self.resumed is not None and self.resumed.phase == phase.name:
             saved = self.resumed
+            if saved.total > phase.steps:
+                raise InputError(
+                    f"--resume: {ckpt.path_in(settings.out)} wants {saved.total} steps of {phase.title}, and there "
+                    f"should be {phase.steps}"
+                )
             ckpt.restore_tensors(saved, parameters)
             with _arena():
                 optimizer.load_state_dict(saved.optimizer)
