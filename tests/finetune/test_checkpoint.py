@@ -93,8 +93,7 @@ def test_a_field_that_no_run_saves_is_refused(tmp_path, field, value):
         ckpt.load(str(tmp_path))
 
 
-def test_more_steps_than_asked_for_are_refused(run, tmp_path, monkeypatch, capsys):
-    """The run would train without end."""
+def stopped_after_two_steps(run, monkeypatch, *options: str) -> None:
     step = Trainer._step
 
     def interrupted(self, phase, optimizer, parameters, number, total):
@@ -104,7 +103,12 @@ def test_more_steps_than_asked_for_are_refused(run, tmp_path, monkeypatch, capsy
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", interrupted)
-        assert run("--save-every", "1") == 130
+        assert run(*options, "--save-every", "1") == 130
+
+
+def test_more_steps_than_asked_for_are_refused(run, tmp_path, monkeypatch, capsys):
+    """The run would train without end."""
+    stopped_after_two_steps(run, monkeypatch)
     out = str(tmp_path / "out")
     saved = ckpt.load(out)
     saved.total = 10**18
@@ -116,3 +120,15 @@ def test_more_steps_than_asked_for_are_refused(run, tmp_path, monkeypatch, capsy
     saved.total = 6
     ckpt.save(saved, out)
     assert run("--resume") == 0
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"state": 5, "param_groups": [{"params": []}]}, {"param_groups": 5}])
+def test_a_state_that_torch_cannot_load_is_refused(run, tmp_path, monkeypatch, capsys, optimizer):
+    stopped_after_two_steps(run, monkeypatch, "--optim", "adamw")
+    out = str(tmp_path / "out")
+    saved = ckpt.load(out)
+    saved.optimizer = optimizer
+    ckpt.save(saved, out)
+    capsys.readouterr()
+    assert run("--optim", "adamw", "--resume") == 2
+    assert capsys.readouterr().err.count("\n") == 1
