@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,10 +14,12 @@ from ..errors import InputError, sentence
 from ..storage.digest import digest
 from ..storage.formats import save_torch
 from ..storage.regular_file import open_regular
+from ..storage.torch_file import ForeignContents, load_torch
 from .options import Settings
 
 NAME = "checkpoint.pt"
 _FORMAT = "qlora_kernels.finetune/2"
+_PARAMETERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass
@@ -76,7 +80,9 @@ def load(out: str) -> Checkpoint:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            value = torch.load(file, map_location="cpu", weights_only=True)
+            value = load_torch(file)
+    except ForeignContents as error:
+        raise InputError(f"--resume: {path} holds what no run saves ({sentence(error)})") from None
     except Exception as error:  # of a damaged file the unpickler raises whatever its bytes happen to lead to
         raise InputError(f"--resume: {path} is not a whole checkpoint ({sentence(error)})") from None
     if not isinstance(value, dict) or value.pop("format", None) != _FORMAT or set(value) != _FIELDS | {"sha256"}:
@@ -91,34 +97,78 @@ def load(out: str) -> Checkpoint:
     checkpoint = Checkpoint(**value)
     wrong = [name for name, fits in _fits(checkpoint).items() if not fits]
     if wrong:
-        raise InputError(f"--resume: {path} is not a checkpoint of this command: {wrong[0]} is of another type")
+        raise InputError(f"--resume: {path} is not a checkpoint of this command: {wrong[0]} is not what a run saves")
     return checkpoint
 
 
 def _fits(checkpoint: Checkpoint) -> dict[str, bool]:
-    """Whether each field has its declared type. A digest says that a file is whole, not who wrote it."""
+    """Whether each field is one that a run could have saved. A digest says that a file is whole, not who wrote it."""
     c = checkpoint
     return {
         "options": _is_dict(c.options, (str, int, float, bool, list, tuple, type(None))),
         "identity": _is_dict(c.identity, str),
         "phase": isinstance(c.phase, str),
-        "step": _is_number(c.step, int) and c.step >= 0,
-        "total": _is_number(c.total, int) and c.total >= 0,
-        "losses": isinstance(c.losses, list) and all(_is_number(loss, float) for loss in c.losses),
-        "tensors": _is_dict(c.tensors, torch.Tensor) and all(map(_is_dense, c.tensors.values())),
+        "step": _is_count(c.step) and isinstance(c.losses, list) and c.step == len(c.losses),
+        "total": _is_count(c.total) and _is_count(c.step) and c.step <= c.total,
+        "losses": _are_losses(c.losses),
+        "tensors": _is_dict(c.tensors, torch.Tensor) and all(map(_is_parameter, c.tensors.values())),
         "optimizer": isinstance(c.optimizer, dict),
         "rng": _is_dict(c.rng, torch.Tensor) and all(map(_is_dense, c.rng.values())),
-        "seconds": _is_number(c.seconds, float),
-        "results": isinstance(c.results, dict),
+        "seconds": _is_amount(c.seconds),
+        "results": _is_dict(c.results, dict)
+        and all(_is_result(name, result) for name, result in c.results.items())
+        and ("qlora" not in c.results or "nf4" in c.results),
     }
+
+
+def _is_result(name: str, result: dict[Any, Any]) -> bool:
+    """Whether a phase's result has what the rest of the run and its report read."""
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "loss": _is_number,
+        "seconds": _is_amount,
+        "peak": lambda value: value is None or _is_amount(value),
+    }
+    if name in ("qlora", "lora16", "full"):
+        kinds |= {
+            "losses": _are_losses,
+            "steps": _is_count,
+            "trainable": _is_count,
+            "tokens_per_second": _is_amount,
+            "memory_method": _is_text,
+        }
+    if name in ("nf4", "qlora"):
+        kinds["sample"] = _is_text
+    whole = all(key in result and fits(result[key]) for key, fits in kinds.items())
+    return whole and ("steps" not in kinds or result["steps"] == len(result["losses"]))
 
 
 def _is_dict(value: Any, of: type | tuple[type, ...]) -> bool:
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, of) for k, v in value.items())
 
 
-def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, (int, kind)) and not isinstance(value, bool)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value >= 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_amount(value)
+
+
+def _are_losses(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(loss) and math.isfinite(loss) for loss in value)
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a trained parameter could be this tensor."""
+    return tensor.dtype in _PARAMETERS and _is_dense(tensor) and bool(tensor.isfinite().all())
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

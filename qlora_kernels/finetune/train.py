@@ -169,9 +169,20 @@ class Trainer:
         trained, total = Trained(), phase.steps
         if self.resumed is not None and self.resumed.phase == phase.name:
             saved = self.resumed
+            if saved.total > phase.steps:
+                raise InputError(
+                    f"--resume: {ckpt.path_in(settings.out)} wants {saved.total} steps of {phase.title}, and there "
+                    f"should be {phase.steps}"
+                )
             ckpt.restore_tensors(saved, parameters)
-            with _arena():
-                optimizer.load_state_dict(saved.optimizer)
+            try:
+                with _arena():
+                    optimizer.load_state_dict(saved.optimizer)
+            except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # torch's own checks little
+                path = ckpt.path_in(settings.out)
+                raise InputError(
+                    f"--resume: the optimizer's state in {path} cannot be used ({sentence(error)})"
+                ) from None
             ckpt.restore_rng(saved.rng, device)
             trained.losses, trained.seconds, trained.steps, total = saved.losses, saved.seconds, saved.step, saved.total
             note(f"resuming {phase.title} after step {saved.step} of {total}")

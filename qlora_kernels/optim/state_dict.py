@@ -16,6 +16,7 @@ from ..errors import require, sentence
 from ..storage.digest import digest
 from ..storage.formats import save_torch
 from ..storage.regular_file import open_regular
+from ..storage.torch_file import ForeignContents, load_torch
 from .arena.memory import memory_left
 from .checks import check_loadable, check_structure, checked_entry, require_own_memory, setting
 from .convert import decode_moment, without_numpy
@@ -156,7 +157,7 @@ def read_file(path: str | os.PathLike, optimizer: str, folder: str | os.PathLike
         status = os.fstat(file.fileno())
         left = memory_left()
         if left is None or status.st_size <= left // 2:
-            value = _loaded(file, name, left, mmap=False)
+            value = _loaded(file, name, left)
         else:
             # Mapped, because then the system can drop its pages; a mapping of the file itself would kill the process if
             # someone cut the file. The copy has no name, so nobody else can open it.
@@ -165,11 +166,14 @@ def read_file(path: str | os.PathLike, optimizer: str, folder: str | os.PathLike
             ) as own:
                 shutil.copyfileobj(file, own, 1 << 24)
                 own.flush()
-                value = _loaded(f"/proc/self/fd/{own.fileno()}", name, None, mmap=True)
+                value = _loaded(own, name, None, f"/proc/self/fd/{own.fileno()}")
     has_format = isinstance(value, dict) and value.pop("format", None) == _FORMAT
     require(has_format, ValueError, f"{name} is not an optimizer's file")
     saved_by = value.pop("optimizer", None)
-    require(saved_by == optimizer, ValueError, f"{name} was saved by {saved_by}, not by {optimizer}")
+    if saved_by != optimizer:
+        # Anything else could be of any length.
+        writer = repr(saved_by[:100])[1:-1] if isinstance(saved_by, str) else "something else"
+        raise ValueError(f"{name} was saved by {writer}, not by {optimizer}")
     saved_digest = value.pop("sha256", None)
     try:
         intact = saved_digest == digest(value, status.st_size)
@@ -179,13 +183,15 @@ def read_file(path: str | os.PathLike, optimizer: str, folder: str | os.PathLike
     return value
 
 
-def _loaded(source: Any, name: str, left: int | None, mmap: bool) -> Any:
+def _loaded(file: Any, name: str, left: int | None, mapped: str | None = None) -> Any:
     try:
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        return load_torch(file, mapped)
     except MemoryError:
         if left is None:
             raise
         # There is room for twice the file, so it asks for what it doesn't hold.
         raise ValueError(f"{name} asks for more memory than its contents take") from None
+    except ForeignContents as error:
+        raise ValueError(f"{name} holds what no optimizer saves ({sentence(error)})") from None
     except Exception as error:  # damaged bytes can lead to any error
         raise ValueError(f"{name} is not a complete optimizer file ({sentence(error)})") from None

@@ -99,15 +99,21 @@ def _release(descriptor: int) -> None:
 def _read(descriptor: int) -> dict:
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
-        return {**record, "process": int(record["process"])}
-    except (OSError, ValueError, TypeError, KeyError):
+        process = int(record["process"])
+        return {**record, "process": process} if 0 < process < 1 << 31 else {}
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):  # anyone may have written it
         return {}
 
 
 def _holder(record: dict) -> str:
     if not record:
         return "another process"
-    return f"process {record['process']} on {record.get('host')} since {record.get('since')}"
+    return f"process {record['process']} on {_shown(record.get('host'))} since {_shown(record.get('since'))}"
+
+
+def _shown(value: object) -> str:
+    """Text without control characters, which could change what a terminal shows."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value) if isinstance(value, str) else "?"
 
 
 @contextlib.contextmanager

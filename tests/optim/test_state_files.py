@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import os
 import resource
@@ -292,3 +293,34 @@ def test_files_with_tensors_that_no_optimizer_saves(tmp_path):
         torch.save({**saved, "tag": [value]}, tmp_path / name)
         with refused(ours, ValueError, f"{name} (holds what no optimizer saves|is damaged)"):
             ours.load(tmp_path / name)
+
+
+def test_the_class_in_a_file_may_be_anything(tmp_path):
+    _, ours = trained(PagedAdamW)
+    doubled: list = []
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    for writer, expected in ((doubled, "something else"), ("A\x1b[2J" + "b" * 10_000, r"A\\x1b\[2Jb{95}")):
+        torch.save({"format": "qlora_kernels.optim/1", "optimizer": writer}, tmp_path / "file")
+        with refused(ours, ValueError, f"file was saved by {expected}, not by PagedAdamW"):
+            ours.load(tmp_path / "file")
+
+
+def test_calls_in_a_file_are_refused_by_name(tmp_path):
+    _, ours = trained(PagedAdamW)
+    torch.save({"format": "qlora_kernels.optim/1", "tag": collections.Counter("a")}, tmp_path / "file")
+    with refused(ours, ValueError, "file holds what no optimizer saves .*collections.Counter"):
+        ours.load(tmp_path / "file")
+    ours.param_groups[0]["tag"] = collections.Counter("a")
+    with refused(ours, ValueError, "^'tag' of group 0 holds a value that load.. would refuse"):
+        ours.save(tmp_path / "file")
+
+
+def test_text_that_recurs_too_often_to_be_read_is_not_saved(tmp_path):
+    _, ours = trained(PagedAdamW)
+    ours.param_groups[0]["tag"] = ["x" * 10_000] * 100
+    with refused(ours, ValueError, "^'tag' of group 0 holds a value that load.. would refuse"):
+        ours.save(tmp_path / "file")
+    ours.param_groups[0]["tag"] = ["x" * 10_000] * 4
+    ours.save(tmp_path / "file")
+    ours.load(tmp_path / "file")

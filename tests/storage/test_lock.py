@@ -109,6 +109,7 @@ def test_without_locks_the_file_decides(tmp_path):
         (json.dumps({**mine, "process": 10**9}), True),  # has ended
         ("", True),
         ("{", True),
+        (json.dumps({**mine, "process": 10**300}), True),
         (json.dumps({**mine, "process": 10**9, "machine": "000000"}), False),  # cannot be known
     ):
         path.write_text(text)
@@ -187,3 +188,41 @@ def test_a_child_that_was_forked_meanwhile_keeps_nothing(tmp_path, kind):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 4000,
+        '{"process": Infinity}',
+        '{"process": 1e999}',
+        '{"process": NaN}',
+        "[1]",
+        '{"process": []}',
+        '{"process": 1e300}',
+    ],
+)
+def test_a_record_may_be_anything(tmp_path, text):
+    path = tmp_path / ".running"
+    with claimed(str(path), "out"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"^out is being written by another process$"), claimed(str(path), "out"):
+            pass
+
+
+def test_a_record_cannot_control_the_terminal(tmp_path):
+    path = tmp_path / ".running"
+    with claimed(str(path), "out"):
+        path.write_text(json.dumps({"process": 5, "host": "hö\x1b[2J\u202e\n", "since": "\x9b1\r"}))
+        expected = "out is being written by process 5 on hö\\x1b[2J\\u202e\\n since \\x9b1\\r"
+        with pytest.raises(InputError) as caught, claimed(str(path), "out"):
+            pass
+        assert str(caught.value) == expected
+
+
+def test_a_host_may_be_anything(tmp_path):
+    path = tmp_path / ".running"
+    with claimed(str(path), "out"):
+        path.write_text('{"process": 5, "host": ' + "[" * 900 + "]" * 900 + "}")
+        with pytest.raises(InputError, match=r"process 5 on \? since \?"), claimed(str(path), "out"):
+            pass
