@@ -76,7 +76,7 @@ def test_the_same_steps_in_memory_and_in_a_file(group, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_file, "run", run)
         assert page_file.main([*SMALL, *where]) == 1
-    assert "OTHER BITS" in capsys.readouterr().out
+    assert "DO NOT MATCH" in capsys.readouterr().out
 
 
 @pytest.mark.slow
