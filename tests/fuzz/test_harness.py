@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from fuzzing import campaign as fuzz
-from fuzzing import mutations
+from fuzzing import mutations, torch_mutations
 from fuzzing.files import Special
 from fuzzing.targets import TARGETS, Target, Wrong
 
@@ -137,7 +137,7 @@ def test_a_loader_that_runs_code_is_found(monkeypatch):
     load = torch.load
     monkeypatch.setattr(torch_file, "check_pickle", lambda *_: None)
     monkeypatch.setattr(torch, "load", lambda *args, **more: load(*args, **{**more, "weights_only": False}))
-    target = dataclasses.replace(TARGETS["checkpoint"], mutations=[(1, mutations.torch_archive("checkpoint.pt"))])
+    target = dataclasses.replace(TARGETS["checkpoint"], mutations=[(1, torch_mutations.torch_archive("checkpoint.pt"))])
     tally = fuzz.campaign(target, seed=1, count=60, seconds=2)
     assert any(signature.startswith("forbidden: ") for signature in tally.findings), tally.findings.keys()
 

@@ -3,42 +3,25 @@
 More cases than here, from a seed of one's own: ``python tests/support/any_tensor.py SEED FIRST LAST``.
 """
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import any_tensor
 import pytest
 import torch
+from attacks import attack
 
 import qlora_kernels as qk
 
 
-def attack(seed, first, last):
-    """Runs cases in a process of its own; returns what went wrong, or an empty string."""
-    command = [sys.executable, any_tensor.__file__, str(seed), str(first), str(last)]
-    environment = os.environ | {"PYTHONPATH": str(Path(qk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    lines = done.stdout.splitlines()
-    wrong = [line for line in lines if line.startswith("WRONG")]
-    if done.returncode not in (0, 1):
-        wrong.append(f"a crash ({done.returncode}) in {lines[-1] if lines else 'the start'}\n{done.stderr[-2000:]}")
-    elif done.returncode == 1 and not wrong:
-        wrong.append(done.stderr[-2000:])
-    return "\n".join(wrong)
-
-
 def test_a_fixed_sample_of_cases():
-    assert not attack(seed=1, first=0, last=600)
+    assert not attack(any_tensor, seed=1, first=0, last=600)
 
 
 @pytest.mark.slow
 def test_cases_of_a_new_seed():
     seed = random.SystemRandom().randrange(10**9)
     print(f"seed {seed}")
-    problems = attack(seed, 0, 20_000)
+    problems = attack(any_tensor, seed, 0, 20_000)
     assert not problems, f"seed {seed}: {problems}"
 
 

@@ -7,45 +7,28 @@ import copy
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import any_state
 import any_tensor
 import pytest
 import torch
+from attacks import attack
 from optimizers.runs import bits, refused
 from torch import nn
 
-import qlora_kernels as qk
 from qlora_kernels import PagedAdamW, PagedLion
 from qlora_kernels.optim import binding
 
 
-def attack(seed, first, last):
-    """Runs cases in a process of its own; returns what went wrong, or an empty string."""
-    command = [sys.executable, any_state.__file__, str(seed), str(first), str(last)]
-    environment = os.environ | {"PYTHONPATH": str(Path(qk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-    lines = done.stdout.splitlines()
-    wrong = [line for line in lines if line.startswith("WRONG")]
-    if done.returncode not in (0, 1):
-        wrong.append(f"a crash ({done.returncode}) in {lines[-1] if lines else 'the start'}\n{done.stderr[-2000:]}")
-    elif done.returncode == 1 and not wrong:
-        wrong.append(done.stderr[-2000:])
-    return "\n".join(wrong)
-
-
 def test_a_fixed_sample_of_cases():
-    assert not attack(seed=1, first=0, last=60)
+    assert not attack(any_state, seed=1, first=0, last=60)
 
 
 @pytest.mark.slow
 def test_cases_of_a_new_seed():
     seed = random.SystemRandom().randrange(10**9)
     print(f"seed {seed}")
-    problems = attack(seed, 0, 5_000)
+    problems = attack(any_state, seed, 0, 5_000)
     assert not problems, f"seed {seed}: {problems}"
 
 

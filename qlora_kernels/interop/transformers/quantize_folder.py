@@ -84,11 +84,9 @@ def quantize_folder(
         raise InputError(f"max_shard_size should be at least 1 byte, found {max_shard_size}")
     model, out = os.fspath(model), os.path.abspath(os.fspath(out))
     config = read_config(model)
-    _check_dense(model, config)
+    _check_source(model, config)
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise InputError(f"{out} exists already and is not an empty folder")
-    for name in other_files(model):
-        refuse_outer_link(model, name)
     planned, conversions = _plan_conversions(model, double_quant)
     shards = _shards(conversions, max_shard_size)
 
@@ -118,7 +116,9 @@ def quantize_folder(
     )
 
 
-def _check_dense(model: str, config: dict) -> None:
+def _check_source(model: str, config: dict) -> None:
+    for name in other_files(model):
+        refuse_outer_link(model, name)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "some method")
         raise InputError(f"{model} is quantized already (by {method}); a model with dense weights was expected")

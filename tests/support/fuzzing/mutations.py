@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import io
 import json
-import os
-import pickle
-import pickletools
 import random
 import struct
-import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,16 +18,14 @@ import torch
 
 from .files import Files, Special
 
-_load = torch.load  # not what a test may have put in its place
-
 Mutation = Callable[[Files, random.Random], str]
 
 # A string that stands for text which json.dumps would not write.
-_OPEN, _CLOSE = "<raw|", "|raw>"
+RAW_BEGIN, RAW_END = "<raw|", "|raw>"
 
 
 def _raw(text: str) -> str:
-    return _OPEN + text + _CLOSE
+    return RAW_BEGIN + text + RAW_END
 
 
 #: Values that a JSON file may hold and a parser may not expect.
@@ -119,7 +112,7 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor {value.dtype} {list(value.shape)} {value.layout} on {value.device}"
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -141,7 +134,7 @@ def change_tree(tree: Any, rng: random.Random, values: Sequence[Any] = VALUES, k
         dicts = [tree] * 3 + [c[k] for c, k in spots if isinstance(c[k], dict)]
         holder = rng.choice([d for d in dicts if isinstance(d, dict)] or [{}])
         holder[name] = value = rng.choice(values)
-        return f"{name} = {_short(value)}"
+        return f"{name} = {shortened(value)}"
     if not spots:
         return ""
     holder, key = rng.choice(spots)
@@ -152,10 +145,10 @@ def change_tree(tree: Any, rng: random.Random, values: Sequence[Any] = VALUES, k
     if kind == "rename" and isinstance(holder, dict):
         name = rng.choice([v for v in VALUES if isinstance(v, str)] + list(keys))
         holder[name] = holder.pop(key)
-        return f"{key!r} is called {_short(name)}"
+        return f"{key!r} is called {shortened(name)}"
     if kind == "double" and isinstance(holder, dict) and isinstance(key, str):
         holder[_Twin(key)] = value = rng.choice(values)
-        return f"{key!r} twice, then {_short(value)}"
+        return f"{key!r} twice, then {shortened(value)}"
     if kind == "swap":
         other, name = rng.choice(spots)
         holder[key], other[name] = other[name], old
@@ -163,21 +156,21 @@ def change_tree(tree: Any, rng: random.Random, values: Sequence[Any] = VALUES, k
     if kind == "wrap":
         text = old if isinstance(old, (torch.Tensor, list, dict)) else f"{old!r:.100}"
         holder[key] = rng.choice(([old], {"a": old}, [old, old], text))
-        return f"{key!r} = {_short(holder[key])}"
+        return f"{key!r} = {shortened(holder[key])}"
     if isinstance(old, int) and not isinstance(old, bool) and rng.random() < 0.4:
         holder[key] = rng.choice((old + 1, old - 1, -old, old * 2, old * 100, float(old)))
     else:
         holder[key] = rng.choice(values)
-    return f"{key!r} = {_short(holder[key])}"
+    return f"{key!r} = {shortened(holder[key])}"
 
 
 def dump(tree: Any) -> bytes:
     """JSON that may hold what json.dumps would not write."""
     text = json.dumps(tree)
-    return text.replace(f'"{_OPEN}', "").replace(f'{_CLOSE}"', "").encode()
+    return text.replace(f'"{RAW_BEGIN}', "").replace(f'{RAW_END}"', "").encode()
 
 
-def _content(files: Files, name: str) -> bytes | None:
+def content_of(files: Files, name: str) -> bytes | None:
     content = files.get(name)
     return content if isinstance(content, bytes) else None
 
@@ -196,7 +189,7 @@ def raw(*patterns: str) -> Mutation:
 
     def mutate(files: Files, rng: random.Random) -> str:
         name = _one_of(files, patterns, rng)
-        old = _content(files, name)
+        old = content_of(files, name)
         if old is None:
             return ""
         data = bytearray(old)
@@ -249,7 +242,7 @@ def json_file(name: str, keys: Sequence[str] = ()) -> Mutation:
     """One change in a JSON file; ``keys`` are names that mean something to its readers."""
 
     def mutate(files: Files, rng: random.Random) -> str:
-        data = _content(files, name)
+        data = content_of(files, name)
         try:
             tree = json.loads(data or b"")
             note = change_tree(tree, rng, keys=keys)
@@ -317,7 +310,7 @@ def safetensors_header(pattern: str) -> Mutation:
 
     def mutate(files: Files, rng: random.Random) -> str:
         name = _one_of(files, (pattern,), rng)
-        data = _content(files, name)
+        data = content_of(files, name)
         try:
             header, body = split(data or b"")
             if rng.random() < 0.15:
@@ -386,7 +379,7 @@ def _change_tensor(tensors: Tensors, rng: random.Random) -> str:
         return f"{key} and {other} swapped"
     new = rng.choice(("", "x", "\0", "\ud800", "../x", key + ".x", key.rpartition(".")[0], "x" * 2000, key.upper()))
     tensors[new] = tensors.pop(key) if kind == "rename" else tensors[key]
-    return f"{key} {'is called' if kind == 'rename' else 'also as'} {_short(new)}"
+    return f"{key} {'is called' if kind == 'rename' else 'also as'} {shortened(new)}"
 
 
 def safetensors_tensors(pattern: str) -> Mutation:
@@ -395,7 +388,7 @@ def safetensors_tensors(pattern: str) -> Mutation:
     def mutate(files: Files, rng: random.Random) -> str:
         name = _one_of(files, (pattern,), rng)
         try:
-            tensors, metadata = _unpack(_content(files, name) or b"")
+            tensors, metadata = _unpack(content_of(files, name) or b"")
             note = _change_tensor(tensors, rng)
             files[name] = _pack(tensors, metadata)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, struct.error, MemoryError):
@@ -410,7 +403,7 @@ def safetensors_metadata(name: str, keys: Sequence[str], inner: str = "", inner_
 
     def mutate(files: Files, rng: random.Random) -> str:
         try:
-            header, body = split(_content(files, name) or b"")
+            header, body = split(content_of(files, name) or b"")
             metadata = header.setdefault("__metadata__", {})
             if inner in metadata and rng.random() < 0.7:
                 tree = json.loads(metadata[inner])
@@ -424,293 +417,15 @@ def safetensors_metadata(name: str, keys: Sequence[str], inner: str = "", inner_
                 else:
                     value = rng.choice(VALUES)
                     metadata[key] = (
-                        value if isinstance(value, str) and not value.startswith(_OPEN) else dump(value).decode()
+                        value if isinstance(value, str) and not value.startswith(RAW_BEGIN) else dump(value).decode()
                     )
-                    note = f"{key} = {_short(value)}"
+                    note = f"{key} = {shortened(value)}"
             files[name] = join(header, body)
         except (ValueError, TypeError, AttributeError, RecursionError):
             return ""
         return f"{name}: metadata: {note}"
 
     return mutate
-
-
-# ---------------------------------------------------------------------------------------------------- files of torch
-
-
-def _nasty_tensors() -> tuple[torch.Tensor, ...]:
-    sparse = torch.eye(3).to_sparse()
-    return (
-        torch.tensor(float("nan")),
-        torch.tensor(1e300, dtype=torch.float64),
-        torch.tensor(float("inf")),
-        torch.tensor(-1.0),
-        torch.tensor(2**62),
-        torch.tensor(3.5),
-        torch.zeros(0),
-        torch.zeros(3, 0),
-        torch.zeros(2, 3),
-        torch.ones(8),
-        torch.ones(1).expand(40, 8),
-        torch.zeros(1, dtype=torch.uint8).expand(1 << 40),
-        torch.zeros(8, 40).t(),
-        torch.ones(4, dtype=torch.complex64),
-        torch.ones(4, dtype=torch.complex64).conj(),
-        torch.ones(4, dtype=torch.complex64).conj().imag,
-        torch.ones(4, dtype=torch.bool),
-        torch.ones(4, dtype=torch.int8),
-        torch.ones(4).to(torch.float8_e4m3fn),
-        torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
-        sparse,
-        torch.eye(3).to_sparse_csr(),
-        torch.ones(3, device="meta"),
-        torch.nn.Parameter(torch.ones(3)),
-        torch.full((4,), float("nan"), dtype=torch.bfloat16),
-    )
-
-
-def _torch_values() -> tuple[Any, ...]:
-    plain = tuple(v for v in VALUES if not (isinstance(v, str) and v.startswith(_OPEN)))
-    more = (
-        b"",
-        b"x" * 9,
-        (1, 2),
-        (),
-        {1, "a"},
-        {1: 2, (3,): 4},
-        1 + 2j,
-        complex("nan"),
-        torch.float32,
-        torch.device("cpu"),
-    )
-    return (*plain, *more, _doubled(), _in_itself(), *_nasty_tensors(), *_nasty_tensors())
-
-
-def _doubled() -> list:
-    """A list of lists that takes forever to go through, and little room in a file."""
-    value: list = [0]
-    for _ in range(60):
-        value = [value, value]
-    return value
-
-
-def _in_itself() -> list:
-    value: list = []
-    value.append(value)
-    return value
-
-
-def _bend(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """A tensor that is nearly the given one."""
-    kind = rng.choice(("value", "value", "type", "expanded", "shape", "strided", "layout", "meta", "quantized", "many"))
-    if kind == "type":
-        types = (
-            torch.float64,
-            torch.float16,
-            torch.int64,
-            torch.uint8,
-            torch.bool,
-            torch.complex64,
-            torch.float8_e4m3fn,
-        )
-        return tensor.to(rng.choice(types))
-    if kind == "expanded":
-        return torch.ones(1, dtype=tensor.dtype).expand(tensor.shape)
-    if kind == "many":
-        return torch.ones(1, dtype=tensor.dtype).expand(rng.choice((1 << 33, 1 << 40)))
-    if kind == "shape":
-        return rng.choice((tensor.reshape(-1), tensor[None], tensor[..., :0] if tensor.dim() else tensor[None][:0]))
-    if kind == "strided":
-        return torch.stack((tensor, tensor), -1)[..., 0]
-    if kind == "layout":
-        return tensor.to_sparse()
-    if kind == "meta":
-        return tensor.to("meta")
-    if kind == "quantized":
-        return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.quint8)
-    changed = tensor.clone().reshape(-1)
-    if changed.numel():
-        at = slice(None) if rng.random() < 0.3 else rng.randrange(changed.numel())
-        changed[at] = rng.choice((0, -1, 1e30, float("nan"), float("inf"), 255)) if changed.is_floating_point() else 255
-    return changed.reshape(tensor.shape)
-
-
-def torch_value(name: str, sign: Callable[[dict[str, Any]], dict[str, Any]], keys: Sequence[str]) -> Mutation:
-    """Another value in a file of torch, with a valid digest: ``sign`` puts it there."""
-
-    def mutate(files: Files, rng: random.Random) -> str:
-        data = _content(files, name)
-        try:
-            value = _load(io.BytesIO(data or b""), weights_only=True)
-            spots = [(c, k) for c, k in places(value) if isinstance(c[k], torch.Tensor)]
-            if spots and rng.random() < 0.4:
-                holder, key = rng.choice(spots)
-                holder[key] = _bend(holder[key], rng)
-                note = f"{key!r} = {_short(holder[key])}"
-            else:
-                note = change_tree(value, rng, _torch_values(), keys)
-            if isinstance(value, dict) and rng.random() < 0.95:
-                value = sign(value)
-            buffer = io.BytesIO()
-            torch.save(value, buffer, _use_new_zipfile_serialization=rng.random() < 0.95)
-        except Exception:  # torch can save this value no more
-            return ""
-        if buffer.tell() > 1 << 20:
-            return ""
-        files[name] = buffer.getvalue()
-        return f"{name}: {note}" if note else ""
-
-    return mutate
-
-
-class _Call:
-    """Unpickles to the result of a call."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.what = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.what
-
-
-def _evil(rng: random.Random) -> tuple[str, bytes]:
-    """A pickle that would run code, or fill memory, if anything followed it."""
-    storage = torch.UntypedStorage(4)
-    choices: dict[str, Callable[[], bytes]] = {
-        "os.system": lambda: pickle.dumps(_Call(os.system, "touch ran"), 2),
-        "eval": lambda: pickle.dumps(_Call(eval, "open('ran', 'w')"), 2),
-        "exec": lambda: pickle.dumps({"state": _Call(exec, "open('ran', 'w')")}, 2),
-        "open": lambda: pickle.dumps(_Call(open, "ran", "w"), 2),
-        "getattr": lambda: b"\x80\x02c__builtin__\ngetattr\nctorch\nos\nX\x06\x00\x00\x00system\x86R.",
-        "torch.load": lambda: b"\x80\x02ctorch.serialization\nload\nX\x01\x00\x00\x00x\x85R.",
-        "bytearray": lambda: pickle.dumps(_Call(bytearray, 1 << 40), 2),
-        "storage": lambda: pickle.dumps(_Call(type(storage), 1 << 40), 2),
-        "deep": lambda: b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b".",
-        "deep tuples": lambda: b"\x80\x02)" + b"\x85" * 50_000 + b".",
-        "itself": lambda: b"\x80\x02]q\x00h\x00a.",
-        "itself, a dict": lambda: b"\x80\x02}q\x00X\x05\x00\x00\x00stateh\x00s.",
-        "doubling": lambda: (
-            b"\x80\x02]"
-            + b"".join(b"q" + bytes([i]) + b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
-            + b"."
-        ),
-        "no end": lambda: b"\x80\x02}",
-        "memo": lambda: b"\x80\x02Nr\xff\xff\xff\x7f.",
-        "text": lambda: b"\x80\x02X\xff\xff\xff\x7fx.",
-        "long": lambda: b"\x80\x02\x8b\xff\xff\xff\x7f\x01.",
-        "empty": lambda: b"",
-    }
-    name = rng.choice(list(choices))
-    return name, choices[name]()
-
-
-def _change_numbers(data: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """A pickle with other numbers: sizes, strides and offsets of its tensors are among them."""
-    spots = [
-        (at, code.name) for code, _, at in pickletools.genops(data) if code.name in ("BININT", "BININT1", "BININT2")
-    ]
-    if not spots:
-        return "", data
-    at, kind = rng.choice(spots)
-    if kind == "BININT":
-        value = rng.choice((-1, -(1 << 31), (1 << 31) - 1, 1 << 20, 0))
-        return f"number at {at} = {value}", data[: at + 1] + struct.pack("<i", value) + data[at + 5 :]
-    width = 1 if kind == "BININT1" else 2
-    if rng.random() < 0.5:
-        value = rng.choice((-1, 1 << 31, 1 << 40, 1 << 62, -(1 << 63), 1 << 70))
-        coded = value.to_bytes(16, "little", signed=True)
-        return f"number at {at} = {value}", data[:at] + b"\x8a\x10" + coded + data[at + 1 + width :]
-    value = rng.choice((0, 1, 2, 3, 127, 255))
-    return f"number at {at} = {value}", data[: at + 1] + value.to_bytes(width, "little") + data[at + 1 + width :]
-
-
-def torch_archive(name: str) -> Mutation:
-    """The zip file around a pickle with other entries, and the pickle with other opcodes; all checksums are right."""
-
-    def mutate(files: Files, rng: random.Random) -> str:
-        try:
-            with zipfile.ZipFile(io.BytesIO(_content(files, name) or b"")) as archive:
-                entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
-            at = rng.randrange(len(entries))
-            pickled = next((i for i, (entry, _) in enumerate(entries) if entry.endswith("data.pkl")), at)
-            kind = rng.choices(
-                (
-                    "evil",
-                    "numbers",
-                    "pickle bytes",
-                    "drop",
-                    "rename",
-                    "double",
-                    "bytes",
-                    "shorter",
-                    "compress",
-                    "byteorder",
-                ),
-                (4, 6, 3, 1, 1, 1, 1, 2, 1, 1),
-            )[0]
-            method, note = zipfile.ZIP_STORED, kind
-            if kind == "evil":
-                note, data = _evil(rng)
-                entries[pickled] = (entries[pickled][0], data)
-            elif kind == "numbers":
-                note, data = _change_numbers(entries[pickled][1], rng)
-                entries[pickled] = (entries[pickled][0], data)
-            elif kind == "pickle bytes":
-                data = bytearray(entries[pickled][1])
-                for _ in range(rng.choice((1, 1, 2, 4))):
-                    data[rng.randrange(len(data))] = rng.choice(
-                        (rng.randrange(256), ord("."), ord("R"), ord("0"), ord("c"))
-                    )
-                entries[pickled] = (entries[pickled][0], bytes(data))
-            elif kind == "drop":
-                note = f"without {entries.pop(at)[0]}"
-            elif kind == "rename":
-                new = rng.choice(
-                    ("../x", "/x", "data.pkl", "x", "", "archive/data/0", "archive/.data/serialization_id")
-                )
-                note = f"{entries[at][0]} is called {new!r}"
-                entries[at] = (new, entries[at][1])
-            elif kind == "double":
-                entries.append(
-                    (entries[at][0], rng.choice((b"", rng.randbytes(9), entries[rng.randrange(len(entries))][1])))
-                )
-            elif kind == "bytes":
-                entries[at] = (entries[at][0], rng.choice((b"", rng.randbytes(9), entries[at][1] * 2)))
-            elif kind == "shorter":
-                entry, data = entries[at]
-                entries[at] = (entry, data[: rng.randrange(len(data) + 1)])
-                note = f"{entry} is shorter"
-            elif kind == "byteorder":
-                entries = [
-                    (e, rng.choice((b"big", b"middle", b""))) if e.endswith("byteorder") else (e, d) for e, d in entries
-                ]
-            else:
-                method = zipfile.ZIP_DEFLATED
-            buffer = io.BytesIO()
-            with zipfile.ZipFile(buffer, "w", method) as archive:
-                for entry, data in entries:
-                    archive.writestr(zipfile.ZipInfo(entry), data, method)
-        except Exception:  # an earlier mutation left no archive, or no pickle
-            return ""
-        files[name] = buffer.getvalue()
-        return f"{name}: {note}"
-
-    return mutate
-
-
-def bare_pickle(name: str) -> Mutation:
-    """A pickle without its archive, as torch wrote long ago, or as anybody may."""
-
-    def mutate(files: Files, rng: random.Random) -> str:
-        note, data = _evil(rng)
-        magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
-        files[name] = rng.choice((data, magic + pickle.dumps({"little_endian": True}, 2) + data))
-        return f"{name}: bare pickle, {note}"
-
-    return mutate
-
-
-# ------------------------------------------------------------------------------------------------------- whole cases
 
 
 def build(

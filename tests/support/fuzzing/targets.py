@@ -32,6 +32,7 @@ from qlora_kernels.storage import safetensors_stream
 from qlora_kernels.storage.digest import digest
 
 from . import mutations as m
+from . import torch_mutations as t
 from .files import Files
 
 
@@ -724,9 +725,9 @@ TARGETS: dict[str, Target] = {
             "load of PagedAdamW and PagedLion, with 32 and 8 bits",
             _optimizer_seeds,
             [
-                (12, m.torch_value("optimizer.pt", _signed(("format", "optimizer")), _OPTIMIZER_KEYS)),
-                (6, m.torch_archive("optimizer.pt")),
-                (1, m.bare_pickle("optimizer.pt")),
+                (12, t.torch_value("optimizer.pt", _signed(("format", "optimizer")), _OPTIMIZER_KEYS)),
+                (6, t.torch_archive("optimizer.pt")),
+                (1, t.bare_pickle("optimizer.pt")),
                 (2, m.raw("optimizer.pt")),
                 (1, m.no_plain_file("optimizer.pt")),
             ],
@@ -739,9 +740,9 @@ TARGETS: dict[str, Target] = {
             "finetune --resume: the checkpoint, its settings, tensors and generators",
             _checkpoint_seeds,
             [
-                (12, m.torch_value("checkpoint.pt", _signed(("format",)), _CHECKPOINT_KEYS)),
-                (6, m.torch_archive("checkpoint.pt")),
-                (1, m.bare_pickle("checkpoint.pt")),
+                (12, t.torch_value("checkpoint.pt", _signed(("format",)), _CHECKPOINT_KEYS)),
+                (6, t.torch_archive("checkpoint.pt")),
+                (1, t.bare_pickle("checkpoint.pt")),
                 (2, m.raw("checkpoint.pt")),
                 (1, m.no_plain_file("checkpoint.pt")),
             ],
