@@ -60,11 +60,22 @@ void observed() {
     self.exchange.observed = device.publications;
 }
 
+// What a thread knows itself, and by barriers. At a barrier for some threads, one that has waited there once also learns
+// what others bring to it later.
+static std::vector<Exchange*> known_to(Thread& self) {
+    std::vector<Exchange*> known{&self.exchange, &self.block->exchange};
+    for (int id = 0; id < 16; ++id) {
+        if (self.met >> id & 1) known.push_back(&self.block->barriers[id].exchange);
+    }
+    return known;
+}
+
 void exchange(Kind kind, const void* address, Site site) {
     Thread& self = this_thread();
     Block& block = *self.block;
     auto& [store, readers] = block.device.exchanged[reinterpret_cast<uintptr_t>(address)];
-    const uint64_t taken_up = std::max(self.exchange.taken_up, block.exchange.taken_up);
+    uint64_t taken_up = 0;
+    for (const Exchange* known : known_to(self)) taken_up = std::max(taken_up, known->taken_up);
     self.exchange.unpublished.push_back(reinterpret_cast<uintptr_t>(address));
     if (kind == Kind::kStore) {
         for (const auto& [reader, published] : readers) {
@@ -87,10 +98,10 @@ void exchange(Kind kind, const void* address, Site site) {
 void fence(Site site) {
     count("fence", site);
     Thread& self = this_thread();
-    Block& block = *self.block;
-    for (auto* stores : {&self.exchange.unpublished, &block.exchange.unpublished}) {
-        self.exchange.fenced.insert(self.exchange.fenced.end(), stores->begin(), stores->end());
-        stores->clear();
+    for (Exchange* known : known_to(self)) {
+        auto& stores = known->unpublished;
+        self.exchange.fenced.insert(self.exchange.fenced.end(), stores.begin(), stores.end());
+        stores.clear();
     }
     self.exchange.taken_up = self.exchange.observed;
 }

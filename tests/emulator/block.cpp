@@ -262,18 +262,20 @@ void Block::finish_requests() {
 
 // ----------------------------------------------------------------------------------------------------- barriers
 
+void Exchange::learn(Exchange& theirs) {
+    unpublished.insert(unpublished.end(), theirs.unpublished.begin(), theirs.unpublished.end());
+    theirs.unpublished.clear();
+    taken_up = std::max(taken_up, theirs.taken_up);
+}
+
 void Block::complete(Barrier& barrier) {
     ++device.progress;
     barrier.result = barrier.predicates;
     if (barrier.open_to_all) {
-        for (const auto& thread : threads) {
-            Exchange& theirs = thread->exchange;
-            exchange.unpublished.insert(exchange.unpublished.end(), theirs.unpublished.begin(),
-                                        theirs.unpublished.end());
-            theirs.unpublished.clear();
-            exchange.taken_up = std::max(exchange.taken_up, theirs.taken_up);
-        }
+        for (const auto& thread : threads) exchange.learn(thread->exchange);
     }
+    for (Thread* thread : barrier.arrivals) barrier.exchange.learn(thread->exchange);
+    barrier.arrivals.clear();
     if (races && barrier.open_to_all && cluster->blocks.size() == 1) {
         races->all_meet();
     } else if (races && barrier.open_to_all) {
@@ -305,6 +307,8 @@ void Block::arrive(int id, int count, bool wait, bool predicate, Site site) {
     barrier.open_to_all = count == 0;
     barrier.predicates += predicate;
     ++barrier.arrived;
+    if (count != 0) barrier.arrivals.push_back(&self);
+    if (count != 0 && wait) self.met |= 1u << id;
     if (races && count != 0) races->release(self.racer, barrier.clock);
     if (barrier.arrived >= (count == 0 ? live : count)) {
         if (races && count != 0 && wait) races->acquire(self.racer, barrier.clock);

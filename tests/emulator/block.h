@@ -34,6 +34,9 @@ struct Copy {
 struct Exchange {
     std::vector<uintptr_t> unpublished, fenced;  // addresses used; the fenced ones wait for an atomic operation
     uint64_t observed = 0, taken_up = 0;         // times, in the device's publications
+
+    // At a barrier: takes over what the other has yet to publish, and what it has taken up.
+    void learn(Exchange& theirs);
 };
 
 // A thread's bulk copies out of shared memory: those since the last commit, and the groups that are still reading
@@ -56,6 +59,7 @@ struct Thread {
     bool cancelled = false;
     bool waited = false;    // has called grid_wait
     bool let_next = false;  // has called grid_launch
+    uint32_t met = 0;       // barriers for some threads at which it has waited, a bit each
     const char* waiting_for = "";
     Site site{"", 0};
     std::exception_ptr error;
@@ -109,6 +113,8 @@ struct Barrier {
     bool open_to_all = false;
     std::vector<Thread*> waiting;
     Clock clock;  // what the arrived threads had seen
+    std::vector<Thread*> arrivals;  // at a barrier for some threads
+    Exchange exchange;              // what those of its last phases knew
 };
 
 // An mbarrier object.

@@ -379,6 +379,12 @@ int compiled_for(void (*)(Params), int device) {
     const DeviceGuard guard(device);
     return emu::options().architecture;
 }
+// The emulator doesn't know launch bounds: code for sm_90 counts as code for sm_90a.
+template <class Params>
+bool takes_threads(void (*)(Params), int, int device) {
+    const DeviceGuard guard(device);
+    return true;
+}
 inline size_t shared_limit(int device) {
     emu::require_device(device);
     return emu::options().max_shared_bytes;

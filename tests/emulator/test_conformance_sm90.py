@@ -21,7 +21,8 @@ KERNELS = (
     *("wgmma bf16 64 swizzled 32", "wgmma bf16 64 swizzled 32 a b", "wgmma bf16 64 swizzled 64"),
     *("wgmma bf16 64 swizzled 64 a b", "wgmma bf16 64 swizzled 128", "wgmma bf16 64 swizzled 128 a"),
     *("wgmma bf16 128 swizzled 128 b", "wgmma fp16 256 swizzled 128 a b"),
-    *("wgmma fp16 64 registers", "wgmma bf16 128 registers b", "wgmma bf16 256 registers"),
+    *(f"wgmma {dtype} {columns} registers" for dtype in ("bf16", "fp16") for columns in (16, 32, 64, 128)),
+    *("wgmma bf16 128 registers b", "wgmma bf16 256 registers"),
 )
 ROWS, BOX_ROWS, STEPS = 70, 24, 5
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

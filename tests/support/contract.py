@@ -8,12 +8,22 @@ import torch
 from torch.nn import functional as F
 
 from qlora_kernels import quantize
+from qlora_kernels.native import extension
 
 
 def make_weight(n: int, k: int, double_quant: bool = True, dtype: torch.dtype = torch.float32):
     """A quantized weight [n, k] whose rows differ in scale."""
     weight = torch.randn(n, k) * torch.logspace(-2, 1, n).unsqueeze(1)
     return quantize(weight.to(dtype), double_quant)
+
+
+def with_rounded_levels(weight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as kernels multiply it that leave levels and constants apart: levels rounded to `dtype`, constants
+    not. float64 [n, k]."""
+    levels = torch.tensor(extension.native().nf4_levels(), dtype=torch.float64)
+    codes = torch.stack([weight.pieces[0] >> 4, weight.pieces[0] & 15], -1).view(-1)[: weight.numel()]
+    ratio = torch.where(levels == 0, 0.0, levels.float().to(dtype).double() / levels)
+    return weight.dequantize(torch.float32).double() * ratio[codes.int()].view(weight.shape)
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

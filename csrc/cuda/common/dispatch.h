@@ -26,11 +26,12 @@ struct Card {
     int architecture;  // that the kernels were compiled for, 90 for sm_90
     int multiprocessors;
     size_t shared_bytes;  // the most that a block may have
+    bool wgmma = true;    // compiled for sm_90a, not for sm_90
 
     // Caps shared_bytes: code that the driver compiles from an older architecture's PTX lacks the kernels that did
     // not fit there.
     static Card capped(int architecture, int multiprocessors, size_t shared_bytes) {
-        return {architecture, multiprocessors, std::min(shared_bytes, most_shared(architecture))};
+        return {architecture, multiprocessors, std::min(shared_bytes, most_shared(architecture)), architecture == 90};
     }
 };
 
@@ -50,6 +51,7 @@ enum class Family {
     kFew,     // rows8.cuh: up to 8 rows of x; codes looked up in shared memory, products on tensor cores
     kMiddle,  // rows64.cuh: the same for up to 64 rows (16 with 99 KiB of shared memory), x in pieces
     kTiles,   // tiles.cuh: a tile of rows x columns for each block
+    kWarpgroup,  // warpgroups.cuh: the same on Hopper's own products, codes looked up in shared memory
     kFloats,  // product.cuh: float32 units, for whatever the others don't take
 };
 
@@ -69,6 +71,11 @@ constexpr int64_t kAnyRows = INT64_MAX;
 constexpr Row kDispatch[] = {
     // It takes 8 rows too, but there every warp reads all of x for each 8 rows of W, and the next kernel for each 64.
     {"few", Family::kFew, 8, 8, 4, 4, 80, 80, false},
+    // On sm_90a alone.
+    {"warpgroup16", Family::kWarpgroup, 16, 128, 4, 16, 90, 90, false},
+    {"warpgroup32", Family::kWarpgroup, 32, 128, 4, 32, 90, 90, false},
+    {"warpgroup64", Family::kWarpgroup, 64, 128, 6, 64, 90, 90, false},
+    {"warpgroup128", Family::kWarpgroup, 128, 128, 4, kAnyRows, 90, 90, false},
     {"middle8", Family::kMiddle, 8, 128, 2, 8, 80, 80, false},
     {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80, false},
     {"middle32", Family::kMiddle, 32, 128, 2, 32, 80, 80, false},
@@ -111,6 +118,16 @@ constexpr size_t middle_shared(int rows) {
            std::max<size_t>(2 * (rows * kMiddleDepth * 2 + 4 * 136 * 4), 4 * middle_rows_at_once(rows) * 128 * 4);
 }
 
+// warpgroups.cuh: blocks of W in a stage of x, stages, and shared memory: the stages; two levels for each byte, for 32
+// lanes, in rows twice as long; results; the table of constants and the rest.
+constexpr int kWarpgroupDepth = 4 * kBlock;
+constexpr int warpgroup_stage_blocks(int rows) { return rows <= 16 ? 4 : rows <= 32 ? 2 : 1; }
+constexpr int warpgroup_stages(int rows) { return rows == 64 ? 6 : 4; }
+constexpr size_t warpgroup_shared(int rows) {
+    return static_cast<size_t>(warpgroup_stages(rows) * warpgroup_stage_blocks(rows) * rows) * 128 + 65536 +
+           static_cast<size_t>(rows) * 272 + 1024 + 256;
+}
+
 struct Plan {
     Row row;
     int splits;       // blocks that share tiles, each with a part of the depth
@@ -136,19 +153,23 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
     if (p.k % kBlock != 0) return "K is no multiple of 64";
     if (std::max(p.n, p.k) > INT32_MAX - 4096) return "a side of the weight is beyond 32 bits";
     if (!p.weight_aligned) return "the packed weight does not lie on 16 bytes";
-    if (row.family == Family::kFew || row.family == Family::kMiddle) {
+    if (row.family == Family::kWarpgroup && (card.architecture != 90 || !card.wgmma)) return "it is for sm_90a";
+    if (row.family == Family::kFew || row.family == Family::kMiddle || row.family == Family::kWarpgroup) {
         if (p.backward) return "it computes no gradients";
         if (p.n * (p.k / kBlock) >= (int64_t{1} << 32) - 4096) return "more blocks than 32 bits count";
     }
     if (row.family == Family::kMiddle && p.k > kMiddleLongest) return "K is beyond 2^27";
-    if (row.family == Family::kMiddle && !p.left_aligned) return "x does not lie on 16 bytes";
+    if ((row.family == Family::kMiddle || row.family == Family::kWarpgroup) && !p.left_aligned) {
+        return "x does not lie on 16 bytes";
+    }
     if (row.family == Family::kFew) {
         if (p.m > row.rows) return "more than 8 rows";
         if (few_shared(p.m, p.k) > card.shared_bytes) return "x does not fit into shared memory";
         return nullptr;
     }
-    const size_t shared =
-        row.family == Family::kMiddle ? middle_shared(row.rows) : tiles_shared(row.rows, row.columns, row.stages);
+    const size_t shared = row.family == Family::kMiddle      ? middle_shared(row.rows)
+                          : row.family == Family::kWarpgroup ? warpgroup_shared(row.rows)
+                                                             : tiles_shared(row.rows, row.columns, row.stages);
     return shared > card.shared_bytes ? "its stages do not fit into shared memory" : nullptr;
 }
 
@@ -176,7 +197,7 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     }
     plan.tiles = over(p.m, row.rows) * over(p.columns(), row.columns);
     if (row.forced || plan.tiles == 0) return plan;
-    const bool middle = row.family == Family::kMiddle;
+    const bool middle = row.family == Family::kMiddle || row.family == Family::kWarpgroup;
     const int64_t step = middle ? kMiddleDepth : kTileDepth, steps = over(p.depth(), step);
     const int64_t tile_bytes = static_cast<int64_t>(row.rows) * row.columns * 4;
     const auto take = [&](int splits, int64_t whole, int64_t shared, int64_t parts) {

@@ -19,11 +19,17 @@ struct Splits {
     int whole = 0;               // tiles that come first, with a block each; add_splits doesn't count them
 };
 
+// The barrier of the threads that bring sums.
+struct BlockBarrier {
+    QLK_DEVICE void operator()() const { __syncthreads(); }
+};
+
 // Whether this block is the last of `parts` to arrive at a tile. If so, it sees what the others stored by
-// store_exchanged before they arrived. All threads of the block call it. word: in shared memory, not used for anything
-// else meanwhile.
-QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int parts, int* word) {
-    __syncthreads();
+// store_exchanged before they arrived. All threads that `barrier` is for call it. word: in shared memory, not used for
+// anything else meanwhile.
+template <class Barrier = BlockBarrier>
+QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int parts, int* word, Barrier barrier = {}) {
+    barrier();
     if (threadIdx.x == 0) {
         __threadfence();  // for the stores of all threads of the block, which the barrier has ordered before
         unsigned long long seen = load_exchanged(splits.ticket + tile), before;
@@ -36,16 +42,16 @@ QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int parts, int* w
         } while (seen != before);
         __threadfence();
     }
-    __syncthreads();
+    barrier();
     return load_shared(word) != 0;
 }
 
 // Every thread of the block brings its sums for part `part` of `parts` of a tile. In the last block to arrive they
 // become the sums of all parts, and the result is true; the other blocks are done with the tile. place(i): index of
 // part i among all parts in scratch. word: as in comes_last.
-template <int kThreads, int kSums, class Place>
+template <int kThreads, int kSums, class Place, class Barrier = BlockBarrier>
 QLK_DEVICE bool add_parts_of(const Splits& splits, int64_t tile, int part, int parts, Place place, float (&sum)[kSums],
-                             int* word) {
+                             int* word, Barrier barrier = {}) {
     static_assert(kSums % 4 == 0);
     if (parts == 1) return true;
     const auto at = [&](int which, int i) {
@@ -55,7 +61,7 @@ QLK_DEVICE bool add_parts_of(const Splits& splits, int64_t tile, int part, int p
     for (int i = 0; i < kSums / 4; ++i) {
         store_exchanged(at(part, i), make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
     }
-    if (!comes_last(splits, tile, parts, word)) return false;
+    if (!comes_last(splits, tile, parts, word, barrier)) return false;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sum[i] = 0.0f;
 #pragma unroll 1
@@ -106,14 +112,14 @@ struct Share {
 
     // add_parts_of for one of these tiles. A block shares at most two tiles with others. Its part of the tile in which
     // it begins is stored under the block's number; its part of the tile in which it ends comes after all of those.
-    template <int kThreads, int kSums>
-    QLK_DEVICE bool add(unsigned tile, float (&sum)[kSums], int* word) const {
+    template <int kThreads, int kSums, class Barrier = BlockBarrier>
+    QLK_DEVICE bool add(unsigned tile, float (&sum)[kSums], int* word, Barrier barrier = {}) const {
         const unsigned first = owner(tile * steps), last = owner((tile + 1) * steps - 1);
         const int64_t of_first = static_cast<int64_t>(blockIdx.x) - self() + first;
         const bool began_before = begin_of(first) < tile * steps;
         const auto place = [&](int part) { return of_first + part + (part == 0 && began_before ? gridDim.x : 0); };
         return add_parts_of<kThreads>(splits, number(tile), static_cast<int>(self() - first),
-                                      static_cast<int>(last - first + 1), place, sum, word);
+                                      static_cast<int>(last - first + 1), place, sum, word, barrier);
     }
 };
 

@@ -84,11 +84,12 @@ constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 constexpr int kArchitecture = 0;
 #endif
 
-// The block's dynamic shared memory, laid out by a struct. Kernels here use no other kind.
-extern "C" __shared__ __align__(128) unsigned char qlk_shared_bytes[];
+// The block's dynamic shared memory, laid out by a struct. Kernels here use no other kind. Swizzle patterns start at
+// multiples of 1024.
+extern "C" __shared__ __align__(1024) unsigned char qlk_shared_bytes[];
 template <class T>
 QLK_DEVICE T& shared_memory() {
-    static_assert(alignof(T) <= 128);
+    static_assert(alignof(T) <= 1024);
     return *reinterpret_cast<T*>(qlk_shared_bytes);
 }
 
@@ -208,6 +209,20 @@ int compiled_for(void (*kernel)(Params), int device) {
     QLK_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
     if (slot) slot->store(attributes.ptxVersion, std::memory_order_relaxed);
     return attributes.ptxVersion;
+}
+
+// Whether a kernel was compiled for blocks of that many threads, by its __launch_bounds__. Queried once for each device
+// and type of parameters: it costs a microsecond.
+template <class Params>
+bool takes_threads(void (*kernel)(Params), int threads, int device) {
+    static std::atomic<int> known[64] = {};
+    std::atomic<int>* const slot = device >= 0 && device < 64 ? &known[device] : nullptr;
+    if (slot && slot->load(std::memory_order_relaxed) > 0) return slot->load(std::memory_order_relaxed) >= threads;
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes = {};
+    QLK_CUDA(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+    if (slot) slot->store(attributes.maxThreadsPerBlock, std::memory_order_relaxed);
+    return attributes.maxThreadsPerBlock >= threads;
 }
 
 // The most shared memory that a block may ask for, bytes.

@@ -1,6 +1,6 @@
-// PTX from sm_90 on, and sm_90a's own: copies counted by mbarriers, clusters, warpgroup products. No kernel of this
-// package uses them yet. The emulator has a twin of each (tests/emulator/ptx_sm90.cuh), and
-// tests/emulator/test_conformance_sm90.py runs both on the same operands. Sections are those of the PTX ISA.
+// PTX from sm_90 on, and sm_90a's own: copies counted by mbarriers, clusters, warpgroup products. The
+// emulator has a twin of each (tests/emulator/ptx_sm90.cuh), and tests/emulator/test_conformance_sm90.py runs both on
+// the same operands. Sections are those of the PTX ISA.
 #pragma once
 
 #include <cuda.h>
@@ -269,6 +269,7 @@ QLK_DEVICE void wgmma_settle(float (&d)[kCount]) {
 #define QLK_D8(i)                                                                                               \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
+#define QLK_D16(i) QLK_D8(i), QLK_D8(i + 8)
 #define QLK_D32(i) QLK_D8(i), QLK_D8(i + 8), QLK_D8(i + 16), QLK_D8(i + 24)
 #define QLK_P0                                                               \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -282,9 +283,13 @@ QLK_DEVICE void wgmma_settle(float (&d)[kCount]) {
 #define QLK_P3                                                                                     \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define QLK_DN16 QLK_D8(0)
+#define QLK_DN32 QLK_D16(0)
 #define QLK_DN64 QLK_D32(0)
 #define QLK_DN128 QLK_D32(0), QLK_D32(32)
 #define QLK_DN256 QLK_D32(0), QLK_D32(32), QLK_D32(64), QLK_D32(96)
+#define QLK_PN16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define QLK_PN32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define QLK_PN64 QLK_P0
 #define QLK_PN128 QLK_P0 ", " QLK_P1
 #define QLK_PN256 QLK_P0 ", " QLK_P1 ", " QLK_P2 ", " QLK_P3
@@ -327,13 +332,18 @@ QLK_DEVICE void wgmma_ss(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool 
 // The same with a in registers; each warp has it as mma_16x8x16 does.
 template <class T, int kColumns, bool kTransposedB>
 QLK_DEVICE void wgmma_rs(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-    static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256, "a list of registers has to be written for it");
+    static_assert(kColumns == 16 || kColumns == 32 || kColumns == 64 || kColumns == 128 || kColumns == 256,
+                  "a list of registers has to be written for it");
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if constexpr (std::is_same_v<T, bf16>) {
+        if constexpr (kColumns == 16) QLK_WGMMA_RS(16, "bf16", 8, 9, 10, 11, 12, 13, 14);
+        if constexpr (kColumns == 32) QLK_WGMMA_RS(32, "bf16", 16, 17, 18, 19, 20, 21, 22);
         if constexpr (kColumns == 64) QLK_WGMMA_RS(64, "bf16", 32, 33, 34, 35, 36, 37, 38);
         if constexpr (kColumns == 128) QLK_WGMMA_RS(128, "bf16", 64, 65, 66, 67, 68, 69, 70);
         if constexpr (kColumns == 256) QLK_WGMMA_RS(256, "bf16", 128, 129, 130, 131, 132, 133, 134);
     } else {
+        if constexpr (kColumns == 16) QLK_WGMMA_RS(16, "f16", 8, 9, 10, 11, 12, 13, 14);
+        if constexpr (kColumns == 32) QLK_WGMMA_RS(32, "f16", 16, 17, 18, 19, 20, 21, 22);
         if constexpr (kColumns == 64) QLK_WGMMA_RS(64, "f16", 32, 33, 34, 35, 36, 37, 38);
         if constexpr (kColumns == 128) QLK_WGMMA_RS(128, "f16", 64, 65, 66, 67, 68, 69, 70);
         if constexpr (kColumns == 256) QLK_WGMMA_RS(256, "f16", 128, 129, 130, 131, 132, 133, 134);
@@ -343,14 +353,19 @@ QLK_DEVICE void wgmma_rs(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint6
 #endif
 }
 #undef QLK_D8
+#undef QLK_D16
 #undef QLK_D32
 #undef QLK_P0
 #undef QLK_P1
 #undef QLK_P2
 #undef QLK_P3
+#undef QLK_DN16
+#undef QLK_DN32
 #undef QLK_DN64
 #undef QLK_DN128
 #undef QLK_DN256
+#undef QLK_PN16
+#undef QLK_PN32
 #undef QLK_PN64
 #undef QLK_PN128
 #undef QLK_PN256

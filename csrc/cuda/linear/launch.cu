@@ -10,6 +10,7 @@
 #include "cuda/linear/mma/tiles.cuh"
 #include "cuda/linear/narrow.cuh"
 #include "cuda/linear/simt/layer_products.cuh"
+#include "cuda/linear/wgmma/warpgroups.cuh"
 #include "philox.h"
 
 namespace qlk::cuda {
@@ -63,8 +64,11 @@ Dropout dropout_of(double p, const int64_t* seed) {
 }
 
 Card card_of(int device) {
-    return Card::capped(compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 128, 1, 4>>, device),
-                        multiprocessors(device), shared_limit(device));
+    Card card = Card::capped(compiled_for(gemm_kernel<bf16, GemmTraits<bf16, false, 16, 128, 1, 4>>, device),
+                             multiprocessors(device), shared_limit(device));
+    using Traits = WarpgroupTraits<bf16, 16, true>;
+    card.wgmma = card.wgmma && takes_threads(warpgroup_kernel<bf16, Traits>, Traits::kThreads, device);
+    return card;
 }
 
 // Tickets come first; their size is a multiple of 16, so the sums behind them are aligned.
@@ -113,6 +117,14 @@ void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& st
     launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start);
 }
 
+template <class T, int kRows>
+void warpgroup_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
+    using Nested = WarpgroupTraits<T, kRows, true>;
+    const auto kernel =
+        a.weight.absmax ? warpgroup_kernel<T, WarpgroupTraits<T, kRows, false>> : warpgroup_kernel<T, Nested>;
+    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start);
+}
+
 // How the product is computed. Also sets the operands' alignment in `a`.
 template <bool kBackward, class T>
 Plan plan_of(GemmArguments<T>& a, const Card& card) {
@@ -150,6 +162,17 @@ bool gemm(GemmArguments<T> a, const Plan& p, const Card& card, void* scratch, co
                     case 16: middle_launch<T, 16>(a, p, stream, start); return true;
                     case 32: middle_launch<T, 32>(a, p, stream, start); return true;
                     case 64: middle_launch<T, 64>(a, p, stream, start); return true;
+                }
+            }
+            QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);
+        }
+        if (p.row.family == Family::kWarpgroup) {
+            if constexpr (!kBackward) {
+                switch (p.row.rows) {
+                    case 16: warpgroup_launch<T, 16>(a, p, stream, start); return true;
+                    case 32: warpgroup_launch<T, 32>(a, p, stream, start); return true;
+                    case 64: warpgroup_launch<T, 64>(a, p, stream, start); return true;
+                    case 128: warpgroup_launch<T, 128>(a, p, stream, start); return true;
                 }
             }
             QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);

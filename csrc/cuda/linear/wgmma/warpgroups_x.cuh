@@ -1,0 +1,110 @@
+// Brings x to shared memory for warpgroups.cuh, in the order in which W's codes lie in registers.
+//
+// Layout: a thread takes units: a row of x, and of a block's 64 columns the eight that begin at 16t + 8h, for t = 0 to 3
+//     and h its half. Word w of each of these four pieces has depth 2t and 2t + 1 of eight; together they are piece
+//     4h + w of the row's eight pieces in shared memory. So the order changes in registers, for nothing.
+#pragma once
+
+#include "cuda/linear/wgmma/warpgroups_layout.cuh"
+
+namespace qlk::cuda {
+
+// One thread's state and work. Traits: WarpgroupTraits.
+template <class T, class Traits>
+struct XSource {
+    static constexpr int kUnits = Traits::kUnits, kDeep = Traits::kDeep;
+
+    const GemmArguments<T>& a;
+    typename Traits::Shared& shared;
+    int self;  // among the threads that bring x
+
+    // Which stage is loaded next.
+    unsigned tile = 0, block = 0, end = 0;  // tile, block of its rows, end of this thread block's part
+    const T* from[kUnits] = {};             // this thread's pieces in its rows, at block 0
+    unsigned left = 0;                      // stages to be stored
+
+    uint4 pieces[kDeep][kUnits][4];  // on their way
+
+    // Unit i of this thread in a stage.
+    QLK_DEVICE int row(int i) const { return (self + i * Traits::kProducers) / 2 % Traits::kRows; }
+    QLK_DEVICE int half() const { return self % 2; }
+    QLK_DEVICE int within(int i) const { return (self + i * Traits::kProducers) / (2 * Traits::kRows); }
+
+    QLK_DEVICE void locate(const Share& share) {
+        const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
+        const int64_t first = static_cast<int64_t>(share.number(tile) % down) * Traits::kRows;
+        block = share.from(tile) * Traits::kBlocks;
+        end = share.to(tile) * Traits::kBlocks;
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+            // Rows past the end of x read its last row; their sums are not stored.
+            const int64_t at = first + row(i) < a.m ? first + row(i) : a.m - 1;
+            from[i] = a.left + at * a.k + half() * 8;
+        }
+    }
+
+    // Loads this thread's pieces of the next stage, zeros past K, and moves on. Past the last stage it does nothing.
+    QLK_DEVICE void load(const Share& share, uint4 (&to)[kUnits][4]) {
+        if (block == end) {
+            ++tile;
+            if (!share.reaches(tile)) return;
+            locate(share);
+        }
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+            const int64_t column = static_cast<int64_t>(block + within(i)) * kBlock;
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                to[i][t] = make_uint4(0, 0, 0, 0);
+                if (column < a.k) to[i][t] = load_global(reinterpret_cast<const uint4*>(from[i] + column + t * 16));
+            }
+        }
+        block += Traits::kStageBlocks;
+    }
+
+    QLK_DEVICE void store(int stage, const uint4 (&pieces)[kUnits][4]) {
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+            uint4* const to = shared.x[stage][within(i)] + row(i) * 8;
+            const auto put = [&](int w, uint32_t p, uint32_t q, uint32_t r, uint32_t s) {
+                store_shared(to + ((half() * 4 + w) ^ row(i) % 8), make_uint4(p, q, r, s));
+            };
+            const uint4 (&four)[4] = pieces[i];
+            put(0, four[0].x, four[1].x, four[2].x, four[3].x);
+            put(1, four[0].y, four[1].y, four[2].y, four[3].y);
+            put(2, four[0].z, four[1].z, four[2].z, four[3].z);
+            put(3, four[0].w, four[1].w, four[2].w, four[3].w);
+        }
+    }
+
+    QLK_DEVICE void begin(const Share& share) {
+        tile = share.first_tile();
+        locate(share);
+        left = (share.begin_of(share.self() + 1) - share.begin_of(share.self())) *
+               (Traits::kBlocks / Traits::kStageBlocks);
+#pragma unroll
+        for (int i = 0; i < kDeep; ++i) load(share, pieces[i]);
+    }
+
+    // All stages of this thread block.
+    QLK_DEVICE void run(const Share& share) {
+        Stage stage{0, 0};
+#pragma unroll 1
+        while (left > 0) {
+#pragma unroll
+            for (int i = 0; i < kDeep; ++i) {
+                if (left == 0) break;
+                // The phase before the first: an unused stage is empty.
+                mbarrier_wait(shared.empty[stage.index], stage.parity ^ 1);
+                store(stage.index, pieces[i]);
+                fence_proxy_async();
+                mbarrier_arrive(shared.full[stage.index]);
+                load(share, pieces[i]);
+                stage.advance(Traits::kStages);
+                --left;
+            }
+        }
+    }
+};
+
+}  // namespace qlk::cuda
