@@ -1,6 +1,6 @@
 """Finds the main loop of a kernel that decodes and multiplies in its machine code, and counts what a step issues.
 
-The main loop is the innermost loop with both HMMA and decoding; a step is one iteration. The count is what a warp
+The main loop is the innermost loop with both products (HMMA or HGMMA) and decoding; a step is one iteration. The count is what a warp
 issues in a step when all rows are aligned and no tile reaches past an edge:
 
 - code that only some steps enter, such as one team's decoding, counts by its share of the steps;
@@ -27,8 +27,10 @@ from bench.compiled import sass
 #: A block with this many PRMT decodes: addresses and halves of registers take only one or two.
 _DECODES = 8
 #: Classes by the first word of an opcode; Kind.decode tells which of the others decode.
-CLASSES = {"HMMA": "hmma", "LDSM": "ldsm", "LDS": "lds", "STS": "sts", "LDGSTS": "ldgsts"}
-_ALL = (*CLASSES.values(), "decode", "other")
+CLASSES = {"HMMA": "hmma", "HGMMA": "hmma", "LDSM": "ldsm", "LDS": "lds", "STS": "sts", "LDGSTS": "ldgsts"}
+_ALL = (*dict.fromkeys(CLASSES.values()), "decode", "other")
+#: Opcodes of products, by their first word.
+PRODUCTS = ("HMMA", "HGMMA")
 PARTS = ("alone", "beside", "decode")
 #: Opcodes by the pipe that executes them, by their first word: the integer and logic unit (ALU), and the unit that
 #: multiplies floats (FMA). Loads, jumps and the uniform datapath take issue slots alone.
@@ -51,12 +53,14 @@ class Kind:
         every: a thread decodes in one of this many steps; computed from the same numbers as ``copies``.
         copies: how many copies a thread issues in an inner loop in a step, on average, from the numbers among the
             template arguments.
+        unrolled: how often an iteration has that many weights, from the same numbers.
     """
 
     decode: tuple[str, ...]
     weights: int
     every: Callable[[list[int]], int] = lambda numbers: 1
     copies: Callable[[list[int]], float] = lambda numbers: 1.0
+    unrolled: Callable[[list[int]], int] = lambda numbers: 1
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
     """
     graph = Graph(function)
     decoding = {start for start, block in graph.blocks.items() if block.count("PRMT") >= _DECODES}
-    multiplying = {start for start, block in graph.blocks.items() if block.count("HMMA")}
+    multiplying = {start for start, block in graph.blocks.items() if any(block.count(name) for name in PRODUCTS)}
     main = next((loop for loop in graph.loops if loop.blocks & decoding and loop.blocks & multiplying), None)
     if main is None:
         return None
@@ -238,7 +242,7 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
                 counts["other" if one.predicate == "!PT" else CLASSES.get(one.name, "other")] += executions
             part = "decode" if decodes or start in team else "beside" if one.address in between else "alone"
             parts[part].add(one.name, executions)
-    return Step(counts, slots / kind.weights, parts, decoded_beside / counts["decode"])
+    return Step(counts, slots / (kind.weights * kind.unrolled(numbers)), parts, decoded_beside / counts["decode"])
 
 
 def _between_products(blocks: list[Block]) -> set[int]:
@@ -260,7 +264,7 @@ def _between_products(blocks: list[Block]) -> set[int]:
         stretches[-1].append(one)
     between = set()
     for stretch in stretches:
-        products = [i for i, one in enumerate(stretch) if one.name == "HMMA"]
+        products = [i for i, one in enumerate(stretch) if one.name in PRODUCTS]
         if products:
             between |= {one.address for one in stretch[products[0] : products[-1] + 1]}
     return between

@@ -42,6 +42,7 @@ SHARED = {
     "few_kernel": ("cuda/linear/mma/rows8.cuh", "few_shared(8, 4096)"),
     "middle_kernel": ("cuda/linear/mma/rows64.cuh", "sizeof(<second>::Shared)"),
     "gemm_kernel": ("cuda/linear/mma/tiles.cuh", "sizeof(<second>::Shared)"),
+    "warpgroup_kernel": ("cuda/linear/wgmma/warpgroups.cuh", "warpgroup_shared(<second>::kRows)"),
     "adapter_down_kernel": ("cuda/linear/adapters.cuh", "sizeof(<second>::Shared)"),
     "adapter_gradient_kernel": ("cuda/linear/adapters.cuh", "sizeof(<second>::Shared)"),
     "adapter_sum_kernel": ("cuda/common/parts.cuh", "size_t{0}"),
@@ -58,6 +59,10 @@ LOOPS = {
     "few_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=4 * 32),
     # 16 weights of each of eight rows.
     "middle_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=8 * 16),
+    # 32 weights of a block. An iteration has eight blocks, and for more rows (numbers[0]) four.
+    "warpgroup_kernel": loops.Kind(
+        decode=("PRMT", "LDS"), weights=32, unrolled=lambda numbers: 8 if numbers[0] <= 32 else 4
+    ),
     # 64 weights a thread; with 128 columns (numbers[1]) two teams take turns. A row takes 8 copies of the 256 threads;
     # where that is more than one a thread, they are unrolled.
     "gemm_kernel": loops.Kind(

@@ -60,8 +60,8 @@ void observed() {
     self.exchange.observed = device.publications;
 }
 
-// What a thread knows itself, and by barriers. At a barrier for some threads, one that has waited there once also learns
-// what others bring to it later.
+// What a thread knows itself, and by barriers. At a barrier for some threads, one that has waited there once also
+// learns what others bring to it later.
 static std::vector<Exchange*> known_to(Thread& self) {
     std::vector<Exchange*> known{&self.exchange, &self.block->exchange};
     for (int id = 0; id < 16; ++id) {

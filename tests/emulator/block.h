@@ -112,7 +112,7 @@ struct Barrier {
     int result = 0;
     bool open_to_all = false;
     std::vector<Thread*> waiting;
-    Clock clock;  // what the arrived threads had seen
+    Clock clock;                    // what the arrived threads had seen
     std::vector<Thread*> arrivals;  // at a barrier for some threads
     Exchange exchange;              // what those of its last phases knew
 };

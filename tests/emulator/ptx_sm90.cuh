@@ -12,6 +12,11 @@ inline uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - emu::shared_bytes());
 }
 
+template <class T>
+T* shared_pointer(uint32_t address) {
+    return reinterpret_cast<T*>(emu::shared_bytes() + address);
+}
+
 // ------------------------------------------------------------------------------------------------------- matrices
 
 inline uint32_t movmatrix_transposed(uint32_t a, emu::Site s = emu::Site::here()) {

@@ -48,11 +48,11 @@ struct Problem {
 };
 
 enum class Family {
-    kFew,     // rows8.cuh: up to 8 rows of x; codes looked up in shared memory, products on tensor cores
-    kMiddle,  // rows64.cuh: the same for up to 64 rows (16 with 99 KiB of shared memory), x in pieces
-    kTiles,   // tiles.cuh: a tile of rows x columns for each block
+    kFew,        // rows8.cuh: up to 8 rows of x; codes looked up in shared memory, products on tensor cores
+    kMiddle,     // rows64.cuh: the same for up to 64 rows (16 with 99 KiB of shared memory), x in pieces
+    kTiles,      // tiles.cuh: a tile of rows x columns for each block
     kWarpgroup,  // warpgroups.cuh: the same on Hopper's own products, codes looked up in shared memory
-    kFloats,  // product.cuh: float32 units, for whatever the others don't take
+    kFloats,     // product.cuh: float32 units, for whatever the others don't take
 };
 
 struct Row {
@@ -118,15 +118,11 @@ constexpr size_t middle_shared(int rows) {
            std::max<size_t>(2 * (rows * kMiddleDepth * 2 + 4 * 136 * 4), 4 * middle_rows_at_once(rows) * 128 * 4);
 }
 
-// warpgroups.cuh: blocks of W in a stage of x, stages, and shared memory: the stages; two levels for each byte, for 32
-// lanes, in rows twice as long; results; the table of constants and the rest.
-constexpr int kWarpgroupDepth = 4 * kBlock;
+// warpgroups.cuh: the depth of a step; blocks of W in a stage of x; and shared memory: 64 KiB for a step's stages and
+// the rest; two levels for each byte, for 32 lanes, in rows twice as long; above 64 rows the stages, 64 KiB, behind it.
+constexpr int warpgroup_depth(int rows) { return (rows <= 32 ? 8 : 4) * kBlock; }
 constexpr int warpgroup_stage_blocks(int rows) { return rows <= 16 ? 4 : rows <= 32 ? 2 : 1; }
-constexpr int warpgroup_stages(int rows) { return rows == 64 ? 6 : 4; }
-constexpr size_t warpgroup_shared(int rows) {
-    return static_cast<size_t>(warpgroup_stages(rows) * warpgroup_stage_blocks(rows) * rows) * 128 + 65536 +
-           static_cast<size_t>(rows) * 272 + 1024 + 256;
-}
+constexpr size_t warpgroup_shared(int rows) { return static_cast<size_t>(rows <= 64 ? 2 : 3) * 65536; }
 
 struct Plan {
     Row row;
@@ -198,7 +194,10 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     plan.tiles = over(p.m, row.rows) * over(p.columns(), row.columns);
     if (row.forced || plan.tiles == 0) return plan;
     const bool middle = row.family == Family::kMiddle || row.family == Family::kWarpgroup;
-    const int64_t step = middle ? kMiddleDepth : kTileDepth, steps = over(p.depth(), step);
+    const int64_t step = row.family == Family::kWarpgroup ? warpgroup_depth(row.rows)
+                         : middle                         ? kMiddleDepth
+                                                          : kTileDepth,
+                  steps = over(p.depth(), step);
     const int64_t tile_bytes = static_cast<int64_t>(row.rows) * row.columns * 4;
     const auto take = [&](int splits, int64_t whole, int64_t shared, int64_t parts) {
         const int64_t bytes = parts * tile_bytes + ticket_bytes(plan.tiles - whole);
@@ -210,7 +209,7 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         return true;
     };
     // In steps. Starting and ending a tile takes as long as 256 of depth: reasoned, not measured on a card.
-    const int64_t begin = 256 / step, room = sms * (row.rows <= 32 && !middle ? 2 : 1);
+    const int64_t begin = over(256, step), room = sms * (row.rows <= 32 && !middle ? 2 : 1);
     // Tiles of a last round that doesn't fill the card are shared, by the number of blocks that finishes first. Each
     // block has a depth of at least 512.
     const int64_t rest = plan.tiles % room, whole = plan.tiles - rest;

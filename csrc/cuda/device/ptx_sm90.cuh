@@ -13,6 +13,12 @@ QLK_DEVICE uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// The pointer to an address in shared memory.
+template <class T>
+QLK_DEVICE T* shared_pointer(uint32_t address) {
+    return reinterpret_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 // How 16-byte pieces of shared memory are swizzled: bits 4 and up of an address are XORed with bits 7 and up, 1, 2 or 3
 // of them (5.5.7). The pattern repeats every 256, 512 or 1024 bytes.
 enum class Swizzle { kNone, k32, k64, k128 };

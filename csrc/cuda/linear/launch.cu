@@ -122,7 +122,7 @@ void warpgroup_launch(const GemmArguments<T>& a, const Plan& plan, const Stream&
     using Nested = WarpgroupTraits<T, kRows, true>;
     const auto kernel =
         a.weight.absmax ? warpgroup_kernel<T, WarpgroupTraits<T, kRows, false>> : warpgroup_kernel<T, Nested>;
-    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start);
+    launch(kernel, plan.blocks(), Nested::kThreads, warpgroup_shared(kRows), stream, a, start);
 }
 
 // How the product is computed. Also sets the operands' alignment in `a`.

@@ -3,18 +3,21 @@
 // Formula: y = u B^T + sum over blocks b of constant[b] * (levels[b] x[b]^T) + bias
 //
 // Layout:
-//     block    kRows x 128 outputs; persistent where blocks share tiles. A step is 256 along K, four blocks of 64
+//     block    kRows x 128 outputs; persistent where blocks share tiles. A step is kBlocks blocks of 64 along K
 //     warps    two warpgroups that multiply, 64 columns of the result each, and one that brings x
 //     product  levels of W, 64 x 16, are the left operand, in registers; x, 16 x kRows, the right one, in shared memory
 //     lane     with w its warp in the warpgroup, g = lane / 4 and t = lane % 4: decodes rows 16w + g and 16w + g + 8 of
 //              W, and of each of their blocks codes 16t to 16t + 15, 8 bytes
-//     depth    product s of a block's four takes its columns 16t + 4s to 16t + 4s + 3 from each t. x is laid out in that
+//     depth    product s of a block's four takes its columns 16t + 4s to 16t + 4s + 3 from each t. x is laid out in
+//     that
 //              order, rows of 128 bytes for a block, swizzled
-//     ahead    kAhead blocks' codes under way in registers; the constants of the next step; kStages stages of x, and
-//              kDeep of them on their way to shared memory
+//     ahead    codes of the next kBlocks blocks under way in registers, constants of four; the kStages stages of x are
+//     a
+//              step, and kDeep pieces of each thread are on their way to them. So all addresses in a step are fixed
 //
-// Shared memory: warpgroup_shared(kRows) bytes: 64 KiB for a table of level pairs for each byte and lane, the stages of
-//     x, results.
+// Shared memory: warpgroup_shared(kRows) bytes: the stages of x, results, and 64 KiB for a table of level pairs for
+// each
+//     byte and lane.
 //
 // Why: docs/design/notes-cuda.md, "Warpgroups": levels are multiplied as they are and a block's constant is applied to
 //     its partial sum, in float32. So a weight costs half a PRMT and half a load from shared memory.
@@ -30,28 +33,28 @@ namespace qlk::cuda {
 // One multiplying thread's state and work. Traits: WarpgroupTraits.
 template <class T, class Traits>
 struct Warpgroup {
-    static constexpr int kBlocks = Traits::kBlocks, kAhead = Traits::kAhead;
+    static constexpr int kBlocks = Traits::kBlocks;
     static constexpr int kTiles = Traits::kRows / 8;  // of 8 rows of x
     static constexpr int kSums = Traits::kRows / 2;   // of a thread
 
     const GemmArguments<T>& a;
-    typename Traits::Shared& shared;
+    const typename Traits::Shared shared;
     int lane;
-    uint32_t blocks;     // in a row of W
-    float offset;        // mean of the constants, when they are double-quantized
-    Stage stage{0, 0};   // that is read next
+    uint32_t blocks;      // in a row of W
+    float offset;         // mean of the constants, when they are double-quantized
+    uint32_t parity = 0;  // of the phase in which the next step's stages are filled
 
     const uint8_t* codes_at[2] = {};  // this lane's first codes in its two rows of W
     uint32_t row_block[2] = {};       // index of these rows' first blocks
     uint32_t next_codes = 0;          // block of the row whose codes are fetched next
     uint32_t next_constants = 0;      // block of the row whose constants this lane fetches next
 
-    uint2 ahead[kAhead][2];  // codes under way
-    uint32_t left[2][4][4];  // levels of the block that is multiplied, and of the next
-    float part[kSums];       // sums over one block
+    uint2 ahead[kBlocks][2];  // codes under way
+    uint32_t left[2][4][4];   // levels of the block that is multiplied, and of the next
+    float part[kSums];        // sums over one block
     float sum[kTiles][4];
 
-    // Constants of one block in each of two rows, on their way. Lane t has block t of a step.
+    // Constants of one block in each of two rows, on their way. Lane t has block t of four.
     struct Constants {
         uint32_t code[2];  // without double quantization, the constants' bits
         float nested[2];
@@ -92,7 +95,7 @@ struct Warpgroup {
             codes_at[half] = a.weight.packed + row * blocks * (kBlock / 2) + at.lane % 4 * 8;
         }
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) fetch_codes(ahead[i]);
+        for (int i = 0; i < kBlocks; ++i) fetch_codes(ahead[i]);
         fetch_constants();
     }
 
@@ -118,53 +121,50 @@ struct Warpgroup {
                 constants.code[half] = __float_as_uint(load_global(a.weight.absmax + at));
             }
         }
-        next_constants += kBlocks;
+        next_constants += 4;
     }
 
     // Zero past K: there x is zero too, but a constant may be infinite.
     QLK_DEVICE float constant(int half, bool inside) const {
         if (!inside) return 0.0f;
         if constexpr (!Traits::kNested) return __uint_as_float(constants.code[half]);
-        const float entry = load_shared(shared.constants + constants.code[half]);
+        const float entry = load_shared(shared.front.constants + constants.code[half]);
         return __fadd_rn(__fmul_rn(entry, constants.nested[half]), offset);
     }
 
-    // The levels of byte kByte of `codes`. lane_bytes: 4 * lane.
+    // The levels of byte kByte of `codes`. mine: the lane's column of the table.
     template <int kByte>
-    QLK_DEVICE uint32_t pair(uint32_t codes, uint32_t lane_bytes) const {
-        // {0, 0, byte, 4 * lane}: offset of the byte's pair in this lane's copy of the table.
-        const uint32_t at = prmt(codes, lane_bytes, 0x5504 | kByte << 4);
-        return load_shared(
-            reinterpret_cast<const uint32_t*>(reinterpret_cast<const unsigned char*>(shared.pairs) + at));
+    QLK_DEVICE uint32_t pair(uint32_t codes, uint32_t mine) const {
+        return load_shared(shared_pointer<const uint32_t>(prmt(codes, mine, 0x7604 | kByte << 4)));
     }
 
     QLK_DEVICE void decode(const uint2 (&codes)[2], uint32_t (&to)[4][4]) const {
-        const uint32_t lane_bytes = static_cast<uint32_t>(lane) * 4;
+        const uint32_t mine = Traits::kTable | static_cast<uint32_t>(lane) * 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            to[0][half] = pair<0>(codes[half].x, lane_bytes);
-            to[0][half + 2] = pair<1>(codes[half].x, lane_bytes);
-            to[1][half] = pair<2>(codes[half].x, lane_bytes);
-            to[1][half + 2] = pair<3>(codes[half].x, lane_bytes);
-            to[2][half] = pair<0>(codes[half].y, lane_bytes);
-            to[2][half + 2] = pair<1>(codes[half].y, lane_bytes);
-            to[3][half] = pair<2>(codes[half].y, lane_bytes);
-            to[3][half + 2] = pair<3>(codes[half].y, lane_bytes);
+            to[0][half] = pair<0>(codes[half].x, mine);
+            to[0][half + 2] = pair<1>(codes[half].x, mine);
+            to[1][half] = pair<2>(codes[half].x, mine);
+            to[1][half + 2] = pair<3>(codes[half].x, mine);
+            to[2][half] = pair<0>(codes[half].y, mine);
+            to[2][half + 2] = pair<1>(codes[half].y, mine);
+            to[3][half] = pair<2>(codes[half].y, mine);
+            to[3][half + 2] = pair<3>(codes[half].y, mine);
         }
     }
 
-    // A step: four blocks, whose codes are `ahead` from kFirst on. While one is multiplied, the next is decoded.
+    // Four blocks of a step, from kFirst on. While one is multiplied, the next is decoded.
     template <int kFirst>
     QLK_DEVICE void multiply() {
-        const bool inside = next_constants - kBlocks < blocks;
+        const bool inside = next_constants - 4 < blocks;
         const float mine[2] = {constant(0, inside), constant(1, inside)};
         fetch_constants();
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-            const int within = i % Traits::kStageBlocks;
-            if (within == 0) mbarrier_wait(shared.full[stage.index], stage.parity);
-            const uint64_t right =
-                wgmma_descriptor(shared.x[stage.index][within], 16, 1024, Swizzle::k128);
+        for (int i = 0; i < 4; ++i) {
+            constexpr int kStageBlocks = Traits::kStageBlocks;
+            const int block = kFirst + i, stage = block / kStageBlocks, within = block % kStageBlocks;
+            if (within == 0) mbarrier_wait(shared.front.full[stage], parity);
+            const uint64_t right = wgmma_descriptor(shared.x()[stage][within], 16, 1024, Swizzle::k128);
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 4; ++s) {
@@ -172,15 +172,14 @@ struct Warpgroup {
                 wgmma_rs<T, Traits::kRows, false>(part, left[i % 2][s], right + 2 * s, s > 0);
             }
             wgmma_commit();
-            fetch_codes(ahead[(kFirst + i) % kAhead]);
-            decode(ahead[(kFirst + i + 1) % kAhead], left[(i + 1) % 2]);
+            fetch_codes(ahead[block]);
+            decode(ahead[(block + 1) % kBlocks], left[(i + 1) % 2]);
             const float of_block[2] = {__shfl_sync(kAllLanes, mine[0], i, 4), __shfl_sync(kAllLanes, mine[1], i, 4)};
             wgmma_wait<0>();
             wgmma_settle(part);
-            if (within + 1 == Traits::kStageBlocks) {
+            if (within + 1 == kStageBlocks) {
                 __syncwarp();
-                if (lane == 0) mbarrier_arrive(shared.empty[stage.index]);
-                stage.advance(Traits::kStages);
+                if (lane == 0) mbarrier_arrive(shared.front.empty[stage]);
             }
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
@@ -226,13 +225,13 @@ struct Warpgroup {
                                        pack_pair<T>(sum[j + 1][0] + bias[0], sum[j + 1][1] + bias[0]),
                                        pack_pair<T>(sum[j + 1][2] + bias[1], sum[j + 1][3] + bias[1])};
             const int row = (j + lane / 16) * 8 + lane % 8, at = group * 64 + warp * 16 + lane / 8 % 2 * 8;
-            stmatrix_x4<true>(&shared.out[row][at], pairs);
+            stmatrix_x4<true>(&shared.front.out[row][at], pairs);
         }
         Barrier()();
         for (int i = self; i < Traits::kRows * (Traits::kColumns / 8); i += Traits::kConsumers) {
             const int row = i / (Traits::kColumns / 8), at = i % (Traits::kColumns / 8) * 8;
             if (first_row + row >= a.m || first_column + at >= a.n) continue;
-            const T* const from = &shared.out[row][at];
+            const T* const from = &shared.front.out[row][at];
             T* const to = a.out + (first_row + row) * a.n + first_column + at;
             if (a.out_aligned) {
                 st_global_16(to, load_shared(reinterpret_cast<const uint4*>(from)));
@@ -260,15 +259,13 @@ struct Warpgroup {
 #pragma unroll 1
             for (unsigned step = 0; step < steps; ++step) {
                 multiply<0>();
-                if constexpr (kAhead > kBlocks) {
-                    if (++step == steps) break;
-                    multiply<kBlocks>();
-                }
+                if constexpr (kBlocks > 4) multiply<4>();
+                parity ^= 1;
             }
             griddep_wait();  // for u: the launch that makes it may still be running
             if (share.from(tile) == 0) low_rank(place(share, tile));
-            if (share.template add<Traits::kConsumers>(tile, reinterpret_cast<float (&)[kSums]>(sum), &shared.word,
-                                                       Barrier())) {
+            if (share.template add<Traits::kConsumers>(tile, reinterpret_cast<float (&)[kSums]>(sum),
+                                                       &shared.front.word, Barrier())) {
                 store(place(share, tile));
             }
         }
@@ -277,27 +274,27 @@ struct Warpgroup {
 
 // Fills the table of level pairs and that of the constants. Why the levels go through shuffles: see rows8.cuh.
 template <class T, class Traits>
-QLK_DEVICE void fill_tables(const DeviceWeight& weight, typename Traits::Shared& shared, int self) {
+QLK_DEVICE void fill_tables(const DeviceWeight& weight, const typename Traits::Shared& shared, int self) {
     const float level = weight.levels[self % 16];
 #pragma unroll 1
     for (int i = self; i < 256 * 8; i += Traits::kConsumers) {
         const int byte = i / 8;
-        const uint32_t pair = pack_pair<T>(__shfl_sync(kAllLanes, level, byte >> 4, 16),
-                                           __shfl_sync(kAllLanes, level, byte & 15, 16));
-        store_shared(reinterpret_cast<uint4*>(shared.pairs[byte]) + i % 8, make_uint4(pair, pair, pair, pair));
+        const uint32_t pair =
+            pack_pair<T>(__shfl_sync(kAllLanes, level, byte >> 4, 16), __shfl_sync(kAllLanes, level, byte & 15, 16));
+        store_shared(reinterpret_cast<uint4*>(shared.back.pairs[byte]) + i % 8, make_uint4(pair, pair, pair, pair));
     }
-    if (Traits::kNested) store_shared(shared.constants + self, load_global(weight.nested_table + self));
+    if (Traits::kNested) store_shared(shared.front.constants + self, load_global(weight.nested_table + self));
 }
 
 template <class T, class Traits>
 QLK_DEVICE void warpgroup_tiles(const GemmArguments<T>& a) {
-    auto& shared = shared_memory<typename Traits::Shared>();
+    const auto shared = Traits::Shared::find();
     const int self = static_cast<int>(threadIdx.x);
-    const Share share{a.splits, static_cast<unsigned>((a.k + kWarpgroupDepth - 1) / kWarpgroupDepth)};
+    const Share share{a.splits, static_cast<unsigned>((a.k + Traits::kDepth - 1) / Traits::kDepth)};
     if (self == 0) {
         for (int i = 0; i < Traits::kStages; ++i) {
-            mbarrier_init(shared.full[i], Traits::kProducers);
-            mbarrier_init(shared.empty[i], Traits::kConsumers / 32);
+            mbarrier_init(shared.front.full[i], Traits::kProducers);
+            mbarrier_init(shared.front.empty[i], Traits::kConsumers / 32);
         }
         fence_mbarrier_init();
     }
@@ -311,10 +308,7 @@ QLK_DEVICE void warpgroup_tiles(const GemmArguments<T>& a) {
         return;
     }
     if constexpr (Traits::kUneven) setmaxnreg_inc<Traits::kConsumerRegisters>();
-    Warpgroup<T, Traits> multiplier{a,
-                                    shared,
-                                    self % 32,
-                                    static_cast<uint32_t>(a.k / kBlock),
+    Warpgroup<T, Traits> multiplier{a, shared, self % 32, static_cast<uint32_t>(a.k / kBlock),
                                     Traits::kNested ? load_global(a.weight.nested_offset) : 0.0f};
     multiplier.begin(share, share.first_tile());
     fill_tables<T, Traits>(a.weight, shared, self);
@@ -329,10 +323,9 @@ constexpr int kWarpgroupThreads = 32;
 constexpr int kWarpgroupThreads = 384;
 #endif
 
-// Grid: Plan::blocks() blocks. Dynamic shared memory: sizeof(Traits::Shared).
+// Grid: Plan::blocks() blocks. Dynamic shared memory: warpgroup_shared(kRows).
 template <class T, class Traits>
-__global__ void __launch_bounds__(kWarpgroupThreads, 1)
-    warpgroup_kernel(const __grid_constant__ GemmArguments<T> a) {
+__global__ void __launch_bounds__(kWarpgroupThreads, 1) warpgroup_kernel(const __grid_constant__ GemmArguments<T> a) {
     if constexpr (kWarpgroupThreads == Traits::kThreads) {
         warpgroup_tiles<T, Traits>(a);
     } else {

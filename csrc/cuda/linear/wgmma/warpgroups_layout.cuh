@@ -16,31 +16,63 @@ struct WarpgroupTraits {
     static constexpr bool kNested = kNested_;
     static constexpr int kRows = kRows_, kColumns = 128;
     static constexpr int kConsumers = 256, kProducers = 128, kThreads = kConsumers + kProducers;
-    static constexpr int kBlocks = kWarpgroupDepth / kBlock;         // in a step
-    static constexpr int kStageBlocks = warpgroup_stage_blocks(kRows);  // in a stage
-    static constexpr int kStages = warpgroup_stages(kRows);
-    // Blocks whose codes are under way, 4 KiB each. More rows take longer for a block, and leave fewer registers.
-    static constexpr int kAhead = kRows <= 32 ? 8 : kRows <= 64 ? 4 : 2;
-    // A unit is half of a block's columns in a row of x. kUnits: of a stage, for each thread that brings x.
+    // Blocks in a step. All of their codes are under way: 4 KiB a block. More rows take longer for a block, and leave
+    // fewer registers.
+    static constexpr int kDepth = warpgroup_depth(kRows), kBlocks = kDepth / kBlock;
+    static constexpr int kStageBlocks = warpgroup_stage_blocks(kRows), kStages = kBlocks / kStageBlocks;
+    // A unit is half of a block's columns in a row of x. kUnits: of a stage, for each thread that brings x, 1 or 2.
     static constexpr int kUnits = kRows * kStageBlocks * 2 / kProducers;
-    static constexpr int kDeep = kRows == 64 ? 4 : 2;  // stages on their way, in registers
+    static constexpr int kDeep = kRows == 64 ? 4 : kRows == 128 ? 3 : 2;  // units on their way, in registers
     // With 128 rows the threads that multiply need more registers than a third of them each.
     static constexpr bool kUneven = kRows > 64;
-    static constexpr int kConsumerRegisters = 200, kProducerRegisters = 104;
+    static constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
     static constexpr int kPitch = kColumns + 8;  // of results: neither stmatrix nor reading them has bank conflicts
 
-    struct Shared {
-        uint4 x[kStages][kStageBlocks][kRows * 8];  // rows of 128 bytes, swizzled; see XSource
+    // In front of the table, and from kTable in the shared address space on. So the upper half of a lookup's address is
+    // always the same, and PRMT puts an address together from a byte of codes and a register of the lane's own.
+    struct Stages {
+        uint4 x[kStages][kStageBlocks][kRows * 8];  // rows of 128 bytes for a block, swizzled; see XSource
+    };
+    struct Table {
         uint32_t pairs[256][64];  // the levels of each byte, a copy for each lane; half of it unused: rows of 256 bytes
                                   // save a shift for each lookup
+    };
+    struct Rest {
         T out[kRows][kPitch];
         float constants[kNestedBlock];  // the table of double-quantized constants
         MBarrier full[kStages], empty[kStages];
         int word;  // for splits.cuh
     };
+    struct Nothing {};
+    static constexpr bool kStagesFirst = kRows <= 64;
+    struct Front : std::conditional_t<kStagesFirst, Stages, Nothing>, Rest {};
+    struct Back : Table, std::conditional_t<kStagesFirst, Nothing, Stages> {};
+    static constexpr uint32_t kTable = 0x10000;
+    // The block's memory begins at some 1 KiB, which the hardware takes for itself.
+    static constexpr size_t kMostBefore = kTable - sizeof(Front);
+    static_assert(kMostBefore > 8 * 1024 && alignof(Front) <= 1024);
     static_assert(sizeof(T) == 2 && kRows % 16 == 0 && kUnits * kProducers == kRows * kStageBlocks * 2);
-    static_assert(sizeof(Shared) <= warpgroup_shared(kRows) && sizeof(Shared) + 256 > warpgroup_shared(kRows));
     static_assert(2 * kConsumerRegisters + kProducerRegisters <= 512);
+    static_assert(kTable + sizeof(Back) == warpgroup_shared(kRows));
+
+    struct Shared {
+        Front& front;
+        Back& back;
+
+        QLK_DEVICE static Shared find() {
+            unsigned char* const bytes = &shared_memory<unsigned char>();
+            // Its first 1 KiB, or so, belongs to the hardware.
+            if (shared_address(bytes) > kMostBefore) trap();
+            return {*reinterpret_cast<Front*>(bytes), *shared_pointer<Back>(kTable)};
+        }
+        QLK_DEVICE auto& x() const {
+            if constexpr (kStagesFirst) {
+                return front.x;
+            } else {
+                return back.x;
+            }
+        }
+    };
 };
 
 // A stage of x, in turn, and the parity of the phase in which it is filled.
