@@ -38,6 +38,8 @@ ORDERING = re.compile(
     # For streams, in arena.cu.
     r"|\w+\[[^\]]*\]->hold\([^;]*\);)"
 )
+#: The second half of an atomic operation, from which only the acquiring is removed.
+ACQUIRING = re.compile(r"^(?!\s*//).*?(\batom_\w+_acquire)\(")
 #: Tests for each source, the quickest to fail first: a file, and what to select in it.
 QUANTIZATION = tuple(
     ("tests/ops/test_quantize.py", f"emulated and {words}")
@@ -90,7 +92,7 @@ def places(paths: list[Path]) -> list[Place]:
     barriers = []
     for path in paths:
         for number, text in enumerate((ROOT / path).read_text().splitlines(), 1):
-            match = ORDERING.match(text)
+            match = ORDERING.match(text) or ACQUIRING.match(text)
             if match:
                 barriers.append(Place(path, number, match.group(1)))
     return barriers
@@ -114,6 +116,8 @@ def make_removable(barriers: list[Place], copy: Path) -> None:
         path = copy / place.path
         lines = path.read_text().splitlines(keepends=True)
         asking = f"{{ if (!::emu::removed({number})) {place.statement} }}"
+        if not place.statement.endswith(";"):
+            asking = f"::emu::Weaken(::emu::removed({number})) << {place.statement}"
         assert lines[place.line - 1].count(place.statement) == 1, place
         lines[place.line - 1] = lines[place.line - 1].replace(place.statement, asking)
         path.write_text("".join(lines))

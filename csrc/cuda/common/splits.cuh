@@ -6,7 +6,7 @@
 // the number, because a captured graph replays its launches with the same one.
 #pragma once
 
-#include <device.cuh>
+#include <ptx.cuh>
 
 namespace qlk::cuda {
 
@@ -23,18 +23,19 @@ struct Splits {
 // store_exchanged before they arrived. All threads of the block call it. word: in shared memory, not used for anything
 // else meanwhile.
 QLK_DEVICE bool comes_last(const Splits& splits, int64_t tile, int parts, int* word) {
+    unsigned long long* const ticket = splits.ticket + tile;
+    // What the ticket holds comes in while the block's stores go out.
+    const unsigned long long seen = threadIdx.x == 0 ? load_exchanged(ticket) : 0;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();  // for the stores of all threads of the block, which the barrier has ordered before
-        unsigned long long seen = load_exchanged(splits.ticket + tile), before;
-        do {
-            before = seen;
-            const unsigned long long others = (before & ~0xffull) == splits.launch ? before & 0xff : 0;
-            const bool last = static_cast<int>(others) == parts - 1;
-            seen = atomicCAS(splits.ticket + tile, before, last ? 0ull : splits.launch | (others + 1));
-            store_shared(word, last ? 1 : 0);
-        } while (seen != before);
-        __threadfence();
+        fence_acq_rel();  // for the stores of all threads of the block, which the barrier has ordered before
+        // The first block replaces what an earlier launch has left. If that has changed since, then because another
+        // block of this launch was first. So no block tries more than twice, however many arrive together.
+        const bool first = (seen & ~0xffull) != splits.launch && atomicCAS(ticket, seen, splits.launch | 1) == seen;
+        const unsigned long long before = first ? splits.launch : atom_add_acquire(ticket, 1ull);
+        const bool last = static_cast<int>(before & 0xff) == parts - 1;
+        if (last) atomicExch(ticket, 0ull);
+        store_shared(word, last ? 1 : 0);
     }
     __syncthreads();
     return load_shared(word) != 0;
@@ -58,15 +59,28 @@ QLK_DEVICE bool add_parts_of(const Splits& splits, int64_t tile, int part, int p
     if (!comes_last(splits, tile, parts, word)) return false;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sum[i] = 0.0f;
+    // As many parts at a time as registers hold, where smaller tiles have two blocks on a multiprocessor.
+    constexpr int kUnderWay = (kSums >= 32 ? 128 : 64) / kSums;
 #pragma unroll 1
-    for (int which = 0; which < parts; ++which) {
+    for (int first = 0; first < parts; first += kUnderWay) {
+        float4 more[kUnderWay][kSums / 4];
 #pragma unroll
-        for (int i = 0; i < kSums / 4; ++i) {
-            const float4 more = load_exchanged(at(which, i));
-            sum[4 * i] += more.x;
-            sum[4 * i + 1] += more.y;
-            sum[4 * i + 2] += more.z;
-            sum[4 * i + 3] += more.w;
+        for (int which = 0; which < kUnderWay; ++which) {
+#pragma unroll
+            for (int i = 0; i < kSums / 4; ++i) {
+                more[which][i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (first + which < parts) more[which][i] = load_exchanged(at(first + which, i));
+            }
+        }
+#pragma unroll
+        for (int which = 0; which < kUnderWay; ++which) {
+#pragma unroll
+            for (int i = 0; i < kSums / 4; ++i) {
+                sum[4 * i] += more[which][i].x;
+                sum[4 * i + 1] += more[which][i].y;
+                sum[4 * i + 2] += more[which][i].z;
+                sum[4 * i + 3] += more[which][i].w;
+            }
         }
     }
     return true;
