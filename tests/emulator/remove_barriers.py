@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 #: Statements that order something: calls of these, on a line of their own, perhaps before a comment.
 ORDERING = re.compile(
     r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+"
-    r"|griddep_\w+)"
+    r"|griddep_\w+|cluster_(?:arrive|wait)\w*)"
     r"(?:<[^;]*>)?\([^;]*\);"
     # For streams, in arena.cu.
     r"|\w+\[[^\]]*\]->hold\([^;]*\);)"
@@ -47,6 +47,7 @@ QUANTIZATION = tuple(
 )
 _OPTIMIZER = (("tests/optim/test_algorithms.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),)
 _TILES = (
+    ("tests/cuda/test_cuda_clusters.py", "conflicts or dx"),
     ("tests/cuda/test_cuda_tiles.py", "emulated and tensor_cores"),
     ("tests/cuda/test_cuda_tiles.py", "pipeline or emulated"),
 )
@@ -59,10 +60,10 @@ TESTS = {
     "parts": (("tests/cuda/test_cuda_low_rank.py", "dx_with"),),
     "rows8": (("tests/cuda/test_cuda_few_rows.py", "emulated and test_few_rows"),),
     "rows64": (
-        ("tests/cuda/test_cuda_few_rows.py", "cut_anywhere"),
+        ("tests/cuda/test_cuda_clusters.py", "test"),
         ("tests/cuda/test_cuda_few_rows.py", "emulated and test_middle_rows"),
     ),
-    "splits": (("tests/cuda/test_cuda_tiles.py", "blocks_that_share_a_tile"),),
+    "splits": (("tests/cuda/test_cuda_clusters.py", "test"),),
     "arena": tuple(
         ("tests/optim/engines/test_paging.py", words)
         for words in ("page_out_and or page_out_comes", "budget_is_kept and case0", "copies_do")
