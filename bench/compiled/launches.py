@@ -25,6 +25,7 @@ class Launch:
         rows, columns, depth: of a thread block's tile, and of a step.
         ahead: steps whose copies are under way while another is worked on.
         splits: thread blocks that share a tile's depth, or that of several tiles.
+        cluster: those that share a tile form a cluster.
         warps: of a thread block.
         decode_bytes: moved through shared memory in a step by decoding.
         other_bytes: the same by all else.
@@ -54,6 +55,7 @@ class Launch:
     persistent: bool = False
     shared_tiles: int = 1
     whole_tiles: int = 0
+    cluster: bool = False
 
     @property
     def shared_bytes(self) -> float:
@@ -112,6 +114,7 @@ def _middle(plan: dict[str, Any], m: int, backward: bool) -> Launch:
     finish = 2 * 4 * rows * columns * 4  # the sums of four slices, written and read
     kernel = f"middle_kernel<bf16, MiddleTraits<bf16, {rows}, true>>"
     more = {"table_bytes": 65536, "finish_bytes": finish, "shared_tiles": plan["shared_tiles"]}
+    more["cluster"] = plan["cluster"]
     return Launch(
         *(plan["kernel"], kernel, rows, columns, depth, max(1, plan["stages"] - 1), plan["splits"], 8),
         *moved,
@@ -134,5 +137,7 @@ def _tiles(plan: dict[str, Any], m: int, backward: bool) -> Launch:
         *moved,
         finish_bytes=finish,
         teams=256 // columns,
+        shared_tiles=plan["shared_tiles"],
         whole_tiles=plan["whole_tiles"],
+        cluster=plan["cluster"],
     )

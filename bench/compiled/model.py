@@ -16,9 +16,11 @@ from bench.compiled.terms import (
     ALU_LANES,
     BARRIER_CLOCKS,
     CLUSTER_US,
+    EARLIER_TRIPS,
     LOADED,
     MEMBAR_US,
     PASSES,
+    SM_BYTES,
     TICKET_TRIPS,
 )
 
@@ -160,13 +162,21 @@ def _work(card: Card, launch: Launch, at_once: int, m: int, columns: int, depth:
     return _Work(tiles, whole, alone + sharing, alone * whole + sharing * share, starts)
 
 
-def _tail_us(card: Card, launch: Launch, row: dict[str, Any]) -> float:
-    """What blocks that share a tile take at its end."""
+def _tail_us(card: Card, launch: Launch, row: dict[str, Any], work: _Work) -> float:
+    """What blocks that share a tile take at its end, besides what every tile takes."""
     if launch.splits == 1:
         return 0.0
-    if row["cluster_barriers"]:
-        return CLUSTER_US
-    return MEMBAR_US if row["membar_sc"] else TICKET_TRIPS * card.latency / card.hertz * 1e6
+    # A block's sums, once through an SM's connection.
+    part = launch.rows * launch.columns * 4 / SM_BYTES / card.hertz * 1e6
+    if launch.cluster:
+        return CLUSTER_US + part
+    trip = card.latency / card.hertz * 1e6
+    ticket = MEMBAR_US if row["membar_sc"] else TICKET_TRIPS * trip
+    if launch.shared_tiles == 1:
+        return ticket + (1 + launch.splits) * part
+    # A block may share the tile in which it begins with others, and be the last in that in which it ends.
+    share = math.ceil(work.whole * launch.shared_tiles / launch.splits)
+    return EARLIER_TRIPS * trip + part + ticket + (2 + math.ceil(work.whole / share)) * part
 
 
 def _terms(card: Card, launch: Launch, row: dict[str, Any], work: _Work, m: int, k: int, moved: float) -> dict:
@@ -199,7 +209,7 @@ def _terms(card: Card, launch: Launch, row: dict[str, Any], work: _Work, m: int,
         "tail": end + card.latency,
     }
     us = {name: value / card.hertz * 1e6 for name, value in clocks.items()}
-    us["tail"] += _tail_us(card, launch, row)
+    us["tail"] += _tail_us(card, launch, row, work)
     us["memory"] = moved / card.copy_rate * 1e6
     us["L2"] = (work.tiles * work.whole * read + once) / (card.l2_bytes * card.hertz) * 1e6
     binds = max(("memory", "L2", "sm"), key=lambda name: us[name])
@@ -238,6 +248,7 @@ def predict(card: Card, m: int, n: int, k: int, backward: bool = False, kernel: 
         "code": row["arch"],
         "tile": f"{launch.rows} x {launch.columns}",
         "splits": launch.splits,
+        "cluster": launch.cluster,
         "shared_tiles": launch.shared_tiles,
         "whole_tiles": launch.whole_tiles,
         "tiles": work.tiles,

@@ -14,10 +14,16 @@ LOADED = 2.0
 BARRIER_CLOCKS = 80
 #: Passes of a constant load by lane: half of them read one address, half read 16. One clock each.
 PASSES = (1 + 16) / 2
-#: What the blocks that share a tile take to find out which is the last, and that one to add their sums.
+#: What the blocks that share a tile take to find out which is the last, with MEMBAR.SC; and two barriers of a cluster
+#: with a trip between its multiprocessors.
 MEMBAR_US, CLUSTER_US = 2.5, 0.6
-#: The same without MEMBAR.SC and clusters: so many trips to L2, one after the other.
-TICKET_TRIPS = 4
+#: The same with a ticket and fences that release and acquire (MEMBAR.ALL.GPU in compiled code): so many trips to
+#: memory, one after the other. Stores, the fence, two atomic operations, loads; L2 answers in about half that time.
+TICKET_TRIPS = 5
+#: Of these, what a block takes that is not the last.
+EARLIER_TRIPS = 3
+#: Bytes a clock that one multiprocessor reads from L2, or from another's shared memory.
+SM_BYTES = 64
 
 #: From one launch's end to the first load of the next, where that needs the first; of ours and of others.
 BETWEEN_US = 1.0
@@ -41,7 +47,11 @@ TERMS = {
     "latency": (ASSUMED, f"{LOADED:g} times the published one under load"),
     "fill": (ASSUMED, "loads that wait for each other, the table, the first decoding, one after the other"),
     "constants by lane": (ASSUMED, f"{PASSES} passes a load and warp, one clock each: the upper end of estimates"),
-    "tail": (ASSUMED, f"{MEMBAR_US} us with MEMBAR.SC, {CLUSTER_US} in a cluster, else {TICKET_TRIPS} trips to L2"),
+    "tail": (
+        ASSUMED,
+        f"{CLUSTER_US} us in a cluster, {TICKET_TRIPS} trips to memory with a ticket, {MEMBAR_US} us with MEMBAR.SC; "
+        f"sums of parts at {SM_BYTES} bytes a clock",
+    ),
     "clock": (ASSUMED, "the data sheet's, held under load"),
     "L2": (ASSUMED, "5120 bytes a clock, as A100's"),
     "launches": (ASSUMED, f"the first is left out; {BETWEEN_US:g} us from one to the next that needs it"),

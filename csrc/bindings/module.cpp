@@ -114,6 +114,7 @@ static py::dict dispatch(int64_t rows, int64_t n, int64_t k, int dtype, bool bac
     chosen["columns"] = plan.row.columns;
     chosen["stages"] = plan.row.stages;
     chosen["splits"] = plan.splits;
+    chosen["cluster"] = plan.cluster;
     chosen["shared_tiles"] = plan.shared;
     chosen["tiles"] = plan.tiles;
     chosen["whole_tiles"] = plan.whole;

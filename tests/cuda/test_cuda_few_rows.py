@@ -6,11 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import assert_within_contract, make_weight, relative_error
-from emulated import counted, counters, emulated, lines, module
+from emulated import counted, emulated, lines
 from engines import ORDERS
 
 from qlora_kernels import ops
-from qlora_kernels.native import extension
 
 
 @pytest.mark.share(2)
@@ -133,35 +132,6 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     assert pairs["requests"] == n * k // 2 // 32 * 7 // 8, "one row of eight is decoded in registers"
     for place, t in shared.items():
         assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
-
-
-#: M, N, K, multiprocessors, and where the steps of all tiles are cut: at 6, 12 and 18 of 5 times 5; at 12 of 3 times 8,
-#: so that a block has a tile and a half; at 6 and 13 of 2 times 10; at 8, 16 .. of 2 times 21, three blocks to a tile.
-CUT_ANYWHERE = ((16, 640, 1088, 4), (64, 300, 2048, 2), (31, 256, 2560, 3), (5, 136, 5376, 5))
-
-
-@pytest.mark.share(2)
-@pytest.mark.parametrize("case", CUT_ANYWHERE)
-def test_middle_rows_of_tiles_that_are_cut_anywhere(case):
-    m, n, k, multiprocessors = case
-    tiles = -(-n // 128)
-    plan = extension.native().dispatch(m, n, k, 1, False, 90, multiprocessors, 227 * 1024)
-    assert (plan["splits"], plan["shared_tiles"], plan["tiles"]) == (multiprocessors, tiles, tiles)
-    weight = make_weight(n, k)
-    dense = weight.dequantize(torch.bfloat16)
-    x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
-    bias, results = torch.randn(n), []
-    for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
-        with emulated(order, landing, seed=5, multiprocessors=multiprocessors, resident_blocks=resident):
-            module().reset_counters()
-            y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
-            assert counters()["instructions"]["fence"] > 0
-            results.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
-    y, with_low_rank, u = results[0]
-    exact = x.double() @ dense.double().T
-    assert_within_contract(y, x @ dense.T, exact, f"{case}")
-    assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):

@@ -1,16 +1,15 @@
 """The tiles of the tensor cores (csrc/cuda/linear/mma/tiles.cuh), and the float32 fallback where it is forced: results,
-the pipeline, tiles that blocks share, memory traffic."""
+the pipeline, memory traffic."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from contract import assert_within_contract, make_weight, relative_error
-from emulated import counted, counters, emulated, module
+from emulated import counted, emulated
 from engines import ORDERS
 
 from qlora_kernels import ops
-from qlora_kernels.native import extension
 from qlora_kernels.ops.backends import reference
 
 #: N and K that the tensor cores' kernels take: one tile and less; N that is odd, or even but no multiple of 8; tails
@@ -119,45 +118,6 @@ def test_every_tile_and_depth_of_the_pipeline(monkeypatch, rows, shared, kernel)
         assert relative_error(dx, dy.double() @ exact) < 4e-3
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-#: M, N, K, multiprocessors, and how many blocks share a tile, each with an odd number of steps. The last case has four
-#: tiles and shares only the last.
-SHARED_TILES = (
-    *((20, 136, 832, 8, 2), (64, 128, 1344, 3, 3), (100, 136, 1600, 6, 3)),
-    *((17, 24, 4416, 16, 9), (130, 136, 1088, 3, 2)),
-)
-
-
-@pytest.mark.share(2)
-@pytest.mark.parametrize("case", SHARED_TILES)
-def test_blocks_that_share_a_tile_add_up_in_one_order(case):
-    m, n, k, multiprocessors, blocks = case
-    assert extension.native().dispatch(m, n, k, 1, False, 90, multiprocessors, 227 * 1024)["splits"] == blocks
-    weight = make_weight(n, k)
-    dense = weight.dequantize(torch.bfloat16)
-    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
-    A, B = torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
-    results = []
-    for order, resident in zip(ORDERS, (1, 5, 2)):
-        with emulated(order, seed=11, multiprocessors=multiprocessors, resident_blocks=resident):
-            module().reset_counters()
-            y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
-            assert counters()["instructions"]["fence"] > 0
-            with_low_rank, u = ops.linear_forward(x, *weight.pieces, n, None, A, B, 1.0, 0.0, None)
-        results.append((y, with_low_rank))
-    assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, f"{case}")
-    assert relative_error(with_low_rank, x.double() @ dense.double().T + u.double() @ B.double().T) < 4e-3
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    # The depth of dx is N: another weight, the other way round.
-    turned = make_weight(k, 128)
-    dy = torch.randn(m, k).bfloat16()
-    with emulated("random", seed=2, multiprocessors=multiprocessors, resident_blocks=5):
-        dx, _, _ = ops.linear_backward(
-            dy, *turned.pieces, 128, None, None, None, None, 1.0, 0.0, None, True, False, False
-        )
-    dense = turned.dequantize(torch.bfloat16)
-    assert_within_contract(dx, dy @ dense, dy.double() @ dense.double(), f"{case} dx")
 
 
 @pytest.mark.parametrize("kernel", ["tiles16", "tiles64", "tiles128", "tiles128wide"])

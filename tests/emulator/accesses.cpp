@@ -106,6 +106,14 @@ void fence(Site site) {
     self.exchange.taken_up = self.exchange.observed;
 }
 
+void acquire() {
+    Thread& self = this_thread();
+    if (!self.exchange.weakened) self.exchange.taken_up = self.exchange.observed;
+    self.exchange.weakened = false;
+}
+
+Weaken::Weaken(bool removed) { this_thread().exchange.weakened = removed; }
+
 void Copy::land() {
     if (landed) return;
     landed = true;

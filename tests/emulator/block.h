@@ -34,6 +34,7 @@ struct Copy {
 struct Exchange {
     std::vector<uintptr_t> unpublished, fenced;  // addresses used; the fenced ones wait for an atomic operation
     uint64_t observed = 0, taken_up = 0;         // times, in the device's publications
+    bool weakened = false;                       // the next atomic operation acquires nothing
 
     // At a barrier: takes over what the other has yet to publish, and what it has taken up.
     void learn(Exchange& theirs);

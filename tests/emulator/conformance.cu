@@ -83,6 +83,19 @@ struct GlobalMemory {
         st_global_16(out + 4, make_uint4(high.x, high.y, low.x, low.y));
     }
 };
+struct AtomAdd {
+    static constexpr int kIn = 6, kOut = 8;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        st_global_16(out, make_uint4(in[0], 0, in[1], in[2]));
+        out[4] = atom_add_acquire(out, in[3]);
+        const auto two = [](uint32_t low, uint32_t high) { return static_cast<unsigned long long>(high) << 32 | low; };
+        const unsigned long long before =
+            atom_add_acquire(reinterpret_cast<unsigned long long*>(out + 2), two(in[4], in[5]));
+        out[5] = static_cast<uint32_t>(before);
+        out[6] = static_cast<uint32_t>(before >> 32);
+        out[7] = 0;
+    }
+};
 // Each lane's 16 bytes are a row.
 struct Ldmatrix {
     static constexpr int kIn = 4, kOut = 8;
@@ -189,6 +202,7 @@ const std::vector<Kernel>& kernels() {
         kernel<Shuffles>("shuffles"),
         kernel<Votes>("votes"),
         kernel<GlobalMemory>("global_memory"),
+        kernel<AtomAdd>("atom_add"),
         kernel<AsyncCopies>("async_copies"),
         kernel<Ldmatrix>("ldmatrix"),
         kernel<Mma<bf16>>("mma_bf16"),

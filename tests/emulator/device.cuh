@@ -395,7 +395,7 @@ using Start = emu::Start;
 
 template <class Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
-            const Params& params, Start start = Start::kInOrder) {
+            const Params& params, Start start = Start::kInOrder, unsigned cluster = 1) {
     QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
     emu::require_current(stream.device, "a launch");
     emu::launch(
@@ -404,7 +404,7 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
             kernel(params);
             emu::count_kernel(reinterpret_cast<const void*>(kernel));
         },
-        start);
+        start, cluster);
 }
 
 }  // namespace qlk::cuda

@@ -149,9 +149,20 @@ void observed();
 // block's fence and atomic operation came in between, and then an atomic operation and a fence of the reader. The same
 // goes for a store to what another block has loaded.
 void exchange(Kind kind, const void* address, Site site);
-// __threadfence: orders the thread's stores, and those it learned of at a barrier of the block, before its next atomic
-// operation, and takes up what its last one observed.
+// __threadfence and fence.acq_rel.gpu: order the thread's stores, and those it learned of at a barrier of the block,
+// before its next atomic operation, and take up what its last one observed.
 void fence(Site site);
+// The second half of an atomic operation with .acquire: takes up what it has observed.
+void acquire();
+// Takes .acquire from the running thread's next atomic operation, if it is to be `removed` (remove_barriers.py).
+// Written in front of it: Weaken(true) << atom_add_acquire(...).
+struct Weaken {
+    explicit Weaken(bool removed);
+    template <class T>
+    T operator<<(T result) const {
+        return result;
+    }
+};
 // Counts an instruction by class, once for each thread.
 void count(const char* instruction, Site site);
 // The running thread has come to the end of this kernel.

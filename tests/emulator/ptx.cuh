@@ -35,6 +35,14 @@ void cp_async_wait(emu::Site s = emu::Site::here()) {
 inline void bar_sync(int id, int threads, emu::Site s = emu::Site::here()) { emu::barrier(id, threads, s); }
 inline void bar_arrive(int id, int threads, emu::Site s = emu::Site::here()) { emu::barrier_arrive(id, threads, s); }
 
+inline void fence_acq_rel(emu::Site s = emu::Site::here()) { emu::fence(s); }
+template <class T>
+T atom_add_acquire(T* address, T value, emu::Site s = emu::Site::here()) {
+    const T before = emu::atomic(address, [=](T old) { return static_cast<T>(old + value); }, s);
+    emu::acquire();
+    return before;
+}
+
 inline void griddep_wait(emu::Site s = emu::Site::here()) { emu::grid_wait(s); }
 inline void griddep_launch(emu::Site s = emu::Site::here()) { emu::grid_launch(s); }
 

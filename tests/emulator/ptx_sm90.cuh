@@ -145,12 +145,9 @@ T* cluster_map(T* shared, unsigned rank, emu::Site s = emu::Site::here()) {
 }
 
 template <class Params>
-void launch_clusters(void (*kernel)(Params), unsigned cluster, int64_t blocks, int threads, size_t shared_bytes, Stream,
-                     const Params& params) {
-    QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
-    emu::launch(
-        {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes, [=] { kernel(params); },
-        emu::Start::kInOrder, cluster);
+void launch_clusters(void (*kernel)(Params), unsigned cluster, int64_t blocks, int threads, size_t shared_bytes,
+                     Stream stream, const Params& params) {
+    launch(kernel, blocks, threads, shared_bytes, stream, params, Start::kInOrder, cluster);
 }
 
 // ------------------------------------------------------------------------------------------------------ warpgroups

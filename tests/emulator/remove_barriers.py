@@ -33,11 +33,13 @@ sys.path.insert(0, str(ROOT))
 #: Statements that order something: calls of these, on a line of their own, perhaps before a comment.
 ORDERING = re.compile(
     r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+"
-    r"|griddep_\w+)"
+    r"|griddep_\w+|cluster_(?:arrive|wait)\w*)"
     r"(?:<[^;]*>)?\([^;]*\);"
     # For streams, in arena.cu.
     r"|\w+\[[^\]]*\]->hold\([^;]*\);)"
 )
+#: The second half of an atomic operation, from which only the acquiring is removed.
+ACQUIRING = re.compile(r"^(?!\s*//).*?(\batom_\w+_acquire)\(")
 #: Tests for each source, the quickest to fail first: a file, and what to select in it.
 QUANTIZATION = tuple(
     ("tests/ops/test_quantize.py", f"emulated and {words}")
@@ -45,6 +47,7 @@ QUANTIZATION = tuple(
 )
 _OPTIMIZER = (("tests/optim/test_algorithms.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),)
 _TILES = (
+    ("tests/cuda/test_cuda_clusters.py", "conflicts or dx"),
     ("tests/cuda/test_cuda_tiles.py", "emulated and tensor_cores"),
     ("tests/cuda/test_cuda_tiles.py", "pipeline or emulated"),
 )
@@ -57,10 +60,10 @@ TESTS = {
     "parts": (("tests/cuda/test_cuda_low_rank.py", "dx_with"),),
     "rows8": (("tests/cuda/test_cuda_few_rows.py", "emulated and test_few_rows"),),
     "rows64": (
-        ("tests/cuda/test_cuda_few_rows.py", "cut_anywhere"),
+        ("tests/cuda/test_cuda_clusters.py", "test"),
         ("tests/cuda/test_cuda_few_rows.py", "emulated and test_middle_rows"),
     ),
-    "splits": (("tests/cuda/test_cuda_tiles.py", "blocks_that_share_a_tile"),),
+    "splits": (("tests/cuda/test_cuda_clusters.py", "test"),),
     "arena": tuple(
         ("tests/optim/engines/test_paging.py", words)
         for words in ("page_out_and or page_out_comes", "budget_is_kept and case0", "copies_do")
@@ -90,7 +93,7 @@ def places(paths: list[Path]) -> list[Place]:
     barriers = []
     for path in paths:
         for number, text in enumerate((ROOT / path).read_text().splitlines(), 1):
-            match = ORDERING.match(text)
+            match = ORDERING.match(text) or ACQUIRING.match(text)
             if match:
                 barriers.append(Place(path, number, match.group(1)))
     return barriers
@@ -114,6 +117,8 @@ def make_removable(barriers: list[Place], copy: Path) -> None:
         path = copy / place.path
         lines = path.read_text().splitlines(keepends=True)
         asking = f"{{ if (!::emu::removed({number})) {place.statement} }}"
+        if not place.statement.endswith(";"):
+            asking = f"::emu::Weaken(::emu::removed({number})) << {place.statement}"
         assert lines[place.line - 1].count(place.statement) == 1, place
         lines[place.line - 1] = lines[place.line - 1].replace(place.statement, asking)
         path.write_text("".join(lines))

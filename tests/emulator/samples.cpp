@@ -200,9 +200,9 @@ void last_block_adds(Arguments a) {
     store_exchanged(left + blockIdx.x * size() + id(), load_global(a.in + id()));
     if (kMeet) __syncthreads();
     if (id() == 0) {
-        if (kPublish) __threadfence();
-        store_shared(words(), atomicAdd(a.out, 1u) + 2u == gridDim.x ? 1u : 0u);  // out starts as -1
-        if (kTakeUp) __threadfence();
+        if (kPublish) fence_acq_rel();
+        const uint32_t before = kTakeUp ? atom_add_acquire(a.out, 1u) : atomicAdd(a.out, 1u);
+        store_shared(words(), before + 2u == gridDim.x ? 1u : 0u);  // out starts as -1
     }
     __syncthreads();
     if (!load_shared(words())) return;

@@ -22,6 +22,7 @@ ROUGH = 32  # of a product on tensor cores, those whose sums round; the others' 
 CONTROL = {
     "bar_": "named barriers are of several warps; the emulator's own samples (test_emulator.py) hold them",
     "griddep_": "what they order lies in two launches",
+    "fence_": "what it orders lies in two blocks; the emulator's own samples hold it",
 }
 
 
@@ -212,6 +213,14 @@ def expected_mma(dtype):
     return lambda x: of_lanes(sum_of_products(*of_mma(x, dtype))).astype(np.float32).view(U32)
 
 
+def expected_atom_add(x: np.ndarray) -> np.ndarray:
+    """Memory holds words 0, then 1 and 2 as one number; added are word 3, and 4 and 5. What was there comes back."""
+    zero = np.zeros_like(x[..., 0])
+    low = x[..., 1] + x[..., 4]
+    high = x[..., 2] + x[..., 5] + (low < x[..., 1])
+    return np.stack([x[..., 0] + x[..., 3], zero, low, high, x[..., 0], x[..., 1], x[..., 2], zero], -1).astype(U32)
+
+
 DTYPES = {"mma_bf16": torch.bfloat16, "mma_fp16": torch.float16}
 
 
@@ -230,6 +239,7 @@ EXPECTED = {
     "votes": expected_votes,
     "global_memory": lambda x: np.concatenate([x, x[..., [2, 3, 0, 1]]], -1),
     "async_copies": expected_copies,
+    "atom_add": expected_atom_add,
 }
 
 

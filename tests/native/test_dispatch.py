@@ -31,7 +31,7 @@ def test_every_range_of_the_dispatch_is_what_runs():
                     if chosen["tiles"] <= card.multiprocessors or chosen["shared_tiles"] > 1:
                         assert all(chosen[key] == plan[key] for key in ("splits", "shared_tiles"))
                     assert 0 <= plan["scratch"] <= 2**24
-                    assert chosen["splits"] == 1 or chosen["scratch"] > 0
+                    assert (chosen["splits"] > 1 and not chosen["cluster"]) == (chosen["scratch"] > 0)
                     end = last
                 assert end is None
                 for m in (30000, 10**6):

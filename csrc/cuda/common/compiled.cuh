@@ -14,4 +14,7 @@ template <class T, size_t kShared>
 constexpr bool kRuns = kArchitecture == 0 ||
                        (kArchitecture >= (std::is_same_v<T, bf16> ? 80 : 75) && kShared <= most_shared(kArchitecture));
 
+// Whether the code being compiled may use clusters. Launchers ask for them nowhere else.
+constexpr bool kClusters = kArchitecture == 0 || has_clusters(kArchitecture);
+
 }  // namespace qlk::cuda

@@ -21,6 +21,10 @@ constexpr size_t most_shared(int architecture) {
                                                                                : 99 * 1024;
 }
 
+// Whether blocks may form clusters that read each other's shared memory. sm_120 has them too, but its cards are small:
+// what is gained there is not known.
+constexpr bool has_clusters(int architecture) { return architecture >= 90 && architecture < 120; }
+
 // The properties of a card that the choice depends on.
 struct Card {
     int architecture;  // that the kernels were compiled for, 90 for sm_90
@@ -127,6 +131,7 @@ constexpr size_t warpgroup_shared(int rows) { return static_cast<size_t>(rows <=
 struct Plan {
     Row row;
     int splits;       // blocks that share tiles, each with a part of the depth
+    bool cluster;     // the blocks that share a tile are a cluster
     int64_t shared;   // tiles that these share: one; or all, whose depths are then cut as one
     int64_t tiles;    // in all; for rows8.cuh, groups of row_tiles times 8 rows of W
     int64_t whole;    // how many tiles have a block of their own while others are shared
@@ -134,6 +139,7 @@ struct Plan {
     int64_t scratch;  // bytes
 
     int64_t blocks() const { return whole + (tiles - whole) / shared * splits; }
+    unsigned blocks_of_cluster() const { return cluster ? static_cast<unsigned>(splits) : 1u; }
 };
 
 constexpr int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -169,16 +175,58 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
     return shared > card.shared_bytes ? "its stages do not fit into shared memory" : nullptr;
 }
 
+// Clocks on sm_90, as bench/compiled predicts them. No card has shown them.
+struct Cost {
+    int64_t step;        // of the main loop
+    int64_t tile;        // to begin and to end a tile
+    int64_t tile_bytes;  // of its sums
+
+    static constexpr int64_t kTrip = 480;  // to memory and back
+    int64_t part() const { return tile_bytes / 64; }
+
+    // What sharing a tile adds. By tickets: trips for the stores, a fence, two atomic operations and the loads; one
+    // block reads all parts, at 64 bytes a clock.
+    int64_t ticket(int64_t parts) const { return 5 * kTrip + (1 + parts) * part(); }
+    // In a cluster: two barriers and a trip between multiprocessors; each block reads as much as it has written.
+    int64_t cluster() const { return 1100 + part(); }
+
+    // All of a launch whose blocks cut the tiles' depths as one. A block may share the tile in which it begins and the
+    // one in which it ends, and be the last in either.
+    int64_t together(int64_t tiles, int64_t steps, int64_t blocks) const {
+        const int64_t each = over(tiles * steps, blocks), parts = over(steps, each) + 1;
+        return each * step + (over(tiles, blocks) + 1) * tile + ticket(parts) + 3 * kTrip + part();
+    }
+};
+
+inline Cost cost_of(const Row& row) {
+    const int64_t rows = row.rows;
+    if (row.family == Family::kWarpgroup) {
+        return {warpgroup_depth(row.rows) / kBlock * std::max<int64_t>(190, rows * 23 / 4), 1600 + 20 * rows,
+                rows * row.columns * 4};
+    }
+    return {row.family == Family::kMiddle ? 1200 + 14 * rows : 700 + rows * 7 / 2, 1600 + 20 * rows,
+            rows * row.columns * 4};
+}
+
+// How many clusters of `size` blocks are on a card at once. They stay within a group of multiprocessors (GPC): 16 each
+// on Hopper, 18 in as many as make up the rest; an H200 has six and two. Cards differ, and where fewer fit, clusters
+// wait for their turn.
+constexpr int kMostOfCluster = 8;
+inline int64_t clusters_at_once(int64_t size, int64_t multiprocessors, int64_t blocks_at_once) {
+    const int64_t groups = std::max<int64_t>(multiprocessors / 16, 1), group = std::min<int64_t>(multiprocessors, 16);
+    const int64_t larger = std::min((multiprocessors - groups * group) / 2, groups);
+    return (groups - larger) * (group * blocks_at_once / size) + larger * ((group + 2) * blocks_at_once / size);
+}
+
 // How a row of the table would run a problem.
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
-    Plan plan{row, 1, 1, 0, 0, 1, 0};
-    const int64_t sms = card.multiprocessors;
+    Plan plan{row, 1, false, 1, 0, 0, 1, 0};
     if (row.family == Family::kFew) {
         // 4, 2 or 1 tiles of 8 rows at a time: the most that keeps the blocks' shares even.
         const int64_t all = over(p.n, 8);
         int64_t best = INT64_MAX;
         for (const int tiles : {4, 2, 1}) {
-            const int64_t groups = over(all, tiles), rounds = over(groups, sms) * tiles;
+            const int64_t groups = over(all, tiles), rounds = over(groups, card.multiprocessors) * tiles;
             if (rounds < best) {
                 best = rounds;
                 plan.row_tiles = tiles;
@@ -196,36 +244,44 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     const bool middle = row.family == Family::kMiddle || row.family == Family::kWarpgroup;
     const int64_t step = row.family == Family::kWarpgroup ? warpgroup_depth(row.rows)
                          : middle                         ? kMiddleDepth
-                                                          : kTileDepth,
-                  steps = over(p.depth(), step);
-    const int64_t tile_bytes = static_cast<int64_t>(row.rows) * row.columns * 4;
-    const auto take = [&](int splits, int64_t whole, int64_t shared, int64_t parts) {
-        const int64_t bytes = parts * tile_bytes + ticket_bytes(plan.tiles - whole);
+                                                          : kTileDepth;
+    const int64_t steps = over(p.depth(), step);
+    const Cost cost = cost_of(row);
+    const auto take = [&](int splits, bool cluster, int64_t whole, int64_t shared) {
+        const int64_t groups = (plan.tiles - whole) / shared, parts = groups * (splits + shared - 1);
+        const int64_t bytes = cluster ? 0 : parts * cost.tile_bytes + ticket_bytes(plan.tiles - whole);
         if (bytes > kMostScratch) return false;
         plan.splits = splits;
+        plan.cluster = cluster;
         plan.whole = whole;
         plan.shared = shared;
         plan.scratch = bytes;
         return true;
     };
-    // In steps. Starting and ending a tile takes as long as 256 of depth: reasoned, not measured on a card.
-    const int64_t begin = over(256, step), room = sms * (row.rows <= 32 && !middle ? 2 : 1);
     // Tiles of a last round that doesn't fill the card are shared, by the number of blocks that finishes first. Each
     // block has a depth of at least 512.
+    const int64_t at_once = row.rows <= 32 && !middle ? 2 : 1, room = card.multiprocessors * at_once;
     const int64_t rest = plan.tiles % room, whole = plan.tiles - rest;
-    int64_t least = rest > 0 ? steps + begin : 0;
+    int64_t least = rest > 0 ? steps * cost.step + cost.tile : 0;
     for (int splits = 2; rest > 0 && splits <= 16 && steps / splits * step >= 512; ++splits) {
-        const int64_t time = over(rest * splits, room) * (over(steps, splits) + begin);
-        if (time < least && !(middle && whole > 0) && take(splits, whole, 1, rest * splits)) least = time;
+        const int64_t alone = over(steps, splits) * cost.step + cost.tile;
+        const int64_t by_ticket = over(rest * splits, room) * (alone + cost.ticket(splits));
+        if (by_ticket < least && !(middle && whole > 0) && take(splits, false, whole, 1)) least = by_ticket;
+        // A cluster's blocks come and go together, so blocks that have a tile alone are in none.
+        const int64_t clusters = has_clusters(card.architecture) && whole == 0 && splits <= kMostOfCluster
+                                     ? clusters_at_once(splits, card.multiprocessors, at_once)
+                                     : 0;
+        if (clusters == 0) continue;
+        const int64_t by_cluster = over(rest, clusters) * (alone + cost.cluster());
+        if (by_cluster < least && take(splits, true, 0, 1)) least = by_cluster;
     }
     if (middle) {
         // Or treat all tiles' depths as one and cut that evenly.
-        const int64_t all = plan.tiles * steps,
-                      blocks = std::clamp<int64_t>(all * step / 512, 1, std::min(sms, int64_t{255}));
-        const int64_t apart = whole / room * (steps + begin) + least;
-        const int64_t together = over(all, blocks) + (over(plan.tiles, blocks) + 1) * begin;
-        if (blocks > 1 && together < apart && all * blocks < UINT32_MAX) {
-            take(static_cast<int>(blocks), 0, plan.tiles, 2 * blocks);
+        const int64_t all = plan.tiles * steps;
+        const int64_t blocks = std::clamp<int64_t>(all * step / 512, 1, std::min<int64_t>(card.multiprocessors, 255));
+        const int64_t apart = whole / room * (steps * cost.step + cost.tile) + least;
+        if (blocks > 1 && all * blocks < UINT32_MAX && cost.together(plan.tiles, steps, blocks) < apart) {
+            take(static_cast<int>(blocks), false, 0, plan.tiles);
         }
     }
     return plan;

@@ -3,7 +3,7 @@
 //
 // Formula: down = scale * sum of its parts; gradient = sum of its parts, plus what it held with `add`
 //
-// Layout of adapter_sum_kernel: four neighbours of v or of a gradient a thread, eight parts under way.
+// Layout of adapter_sum_kernel: four neighbours of v or of a gradient a thread, 16 parts under way.
 //
 // Shared memory: none.
 #pragma once
@@ -14,17 +14,17 @@ namespace qlk::cuda {
 
 // all += `count` parts, in their order. stride: from one part to the next, in float4.
 QLK_DEVICE void add_parts(float4& all, const float4* parts, int count, int64_t stride) {
-    constexpr int kUnderWay = 8;
+    constexpr int kUnderWay = 16;
 #pragma unroll 1
     for (int first = 0; first < count; first += kUnderWay) {
         float4 part[kUnderWay];
 #pragma unroll
         for (int i = 0; i < kUnderWay; ++i) {
+            part[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (first + i < count) part[i] = load_exchanged(parts + (first + i) * stride);
         }
 #pragma unroll
         for (int i = 0; i < kUnderWay; ++i) {
-            if (first + i >= count) break;
             all.x += part[i].x;
             all.y += part[i].y;
             all.z += part[i].z;

@@ -259,10 +259,10 @@ inline bool early_launches() {
 enum class Start { kInOrder, kFollowed, kEarly };
 
 // Launches kernel<<<blocks, threads, shared_bytes, stream>>>(params); throws when it cannot start. threads must match
-// the kernel's __launch_bounds__.
+// the kernel's __launch_bounds__. cluster: this many consecutive blocks run at the same time, up to 8; from sm_90 on.
 template <class Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, Stream stream,
-            const Params& params, Start start = Start::kInOrder) {
+            const Params& params, Start start = Start::kInOrder, unsigned cluster = 1) {
     QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
     if (shared_bytes > 48 * 1024) allow_all_shared(reinterpret_cast<const void*>(kernel), stream.device);
     cudaLaunchConfig_t config = {};
@@ -270,12 +270,17 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream.handle);
-    cudaLaunchAttribute early = {};
+    cudaLaunchAttribute attributes[2] = {};
+    config.attrs = attributes;
     if (start == Start::kEarly) {
+        cudaLaunchAttribute& early = attributes[config.numAttrs++];
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         early.val.programmaticStreamSerializationAllowed = 1;
-        config.attrs = &early;
-        config.numAttrs = 1;
+    }
+    if (cluster > 1) {
+        cudaLaunchAttribute& size = attributes[config.numAttrs++];
+        size.id = cudaLaunchAttributeClusterDimension;
+        size.val.clusterDim = {cluster, 1, 1};
     }
     QLK_CUDA(cudaLaunchKernelEx(&config, kernel, params));
 }

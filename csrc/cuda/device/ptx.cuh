@@ -79,6 +79,29 @@ QLK_DEVICE void bar_arrive(int id, int threads) {
     asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Orders what this thread, and others before a barrier, did before it with what comes after, for all of the device:
+// what precedes is seen by a thread that acquires what this one writes next (fence.acq_rel, 9.7.13.4). __threadfence()
+// is sequentially consistent besides, and takes longer.
+QLK_DEVICE void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// atomicAdd that acquires: after it, this thread sees what others released before they wrote what it has read (atom,
+// 9.7.13.5). T: 32 or 64 bits.
+template <class T>
+QLK_DEVICE T atom_add_acquire(T* address, T value) {
+    T before;
+    if constexpr (sizeof(T) == 8) {
+        asm volatile("atom.acquire.gpu.global.add.u64 %0, [%1], %2;"
+                     : "=l"(before)
+                     : "l"(__cvta_generic_to_global(address)), "l"(value)
+                     : "memory");
+    } else {
+        asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(__cvta_generic_to_global(address)), "r"(value)
+                     : "memory");
+    }
+    return before;
+}
+
 // Waits until the previous launch in the stream has ended and all its writes are visible
 // (griddepcontrol.wait, 9.7.13.13). If this launch was not an early one, or below sm_90, that holds from the start.
 QLK_DEVICE void griddep_wait() {

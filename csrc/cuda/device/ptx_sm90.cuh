@@ -1,6 +1,6 @@
-// PTX from sm_90 on, and sm_90a's own: copies counted by mbarriers, clusters, warpgroup products. The
-// emulator has a twin of each (tests/emulator/ptx_sm90.cuh), and tests/emulator/test_conformance_sm90.py runs both on
-// the same operands. Sections are those of the PTX ISA.
+// PTX from sm_90 on, and sm_90a's own: copies counted by mbarriers, clusters, warpgroup products. The emulator has a twin
+// of each (tests/emulator/ptx_sm90.cuh), and tests/emulator/test_conformance_sm90.py runs both on the same operands.
+// Sections are those of the PTX ISA.
 #pragma once
 
 #include <cuda.h>
@@ -208,19 +208,7 @@ QLK_DEVICE T* cluster_map(T* shared, unsigned rank) {
 template <class Params>
 void launch_clusters(void (*kernel)(Params), unsigned cluster, int64_t blocks, int threads, size_t shared_bytes,
                      Stream stream, const Params& params) {
-    QLK_CHECK(blocks > 0 && blocks <= 0x7fffffff, "a grid of " + std::to_string(blocks) + " blocks cannot be launched");
-    if (shared_bytes > 48 * 1024) allow_all_shared(reinterpret_cast<const void*>(kernel), stream.device);
-    cudaLaunchAttribute size = {};
-    size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim = {cluster, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream.handle);
-    config.attrs = &size;
-    config.numAttrs = 1;
-    QLK_CUDA(cudaLaunchKernelEx(&config, kernel, params));
+    launch(kernel, blocks, threads, shared_bytes, stream, params, Start::kInOrder, cluster);
 }
 
 // ------------------------------------------------------------------------------------------------------ warpgroups

@@ -74,6 +74,7 @@ Card card_of(int device) {
 // Tickets come first; their size is a multiple of 16, so the sums behind them are aligned.
 Splits splits_of(const Plan& plan, void* scratch) {
     if (plan.splits == 1) return {nullptr, nullptr, 0, 1};
+    if (plan.cluster) return {nullptr, nullptr, 0, plan.splits, 1, 0, true};
     QLK_CHECK(scratch != nullptr, "blocks that share a tile need scratch");
     char* const room = static_cast<char*>(scratch);
     return {reinterpret_cast<float4*>(room + ticket_bytes(plan.tiles - plan.whole)),
@@ -87,7 +88,8 @@ Splits splits_of(const Plan& plan, void* scratch) {
 template <class T, bool kBackward, int kRows, int kColumns, int kWarpsDown, int kStages>
 void gemm_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
     using Traits = GemmTraits<T, kBackward, kRows, kColumns, kWarpsDown, kStages>;
-    launch(gemm_kernel<T, Traits>, plan.blocks(), Traits::kThreads, sizeof(typename Traits::Shared), stream, a, start);
+    launch(gemm_kernel<T, Traits>, plan.blocks(), Traits::kThreads, sizeof(typename Traits::Shared), stream, a, start,
+           plan.blocks_of_cluster());
 }
 
 template <class T>
@@ -114,7 +116,8 @@ template <class T, int kRows>
 void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
     using Nested = MiddleTraits<T, kRows, true>;
     const auto kernel = a.weight.absmax ? middle_kernel<T, MiddleTraits<T, kRows, false>> : middle_kernel<T, Nested>;
-    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start);
+    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start,
+           plan.blocks_of_cluster());
 }
 
 template <class T, int kRows>
@@ -122,7 +125,8 @@ void warpgroup_launch(const GemmArguments<T>& a, const Plan& plan, const Stream&
     using Nested = WarpgroupTraits<T, kRows, true>;
     const auto kernel =
         a.weight.absmax ? warpgroup_kernel<T, WarpgroupTraits<T, kRows, false>> : warpgroup_kernel<T, Nested>;
-    launch(kernel, plan.blocks(), Nested::kThreads, warpgroup_shared(kRows), stream, a, start);
+    launch(kernel, plan.blocks(), Nested::kThreads, warpgroup_shared(kRows), stream, a, start,
+           plan.blocks_of_cluster());
 }
 
 // How the product is computed. Also sets the operands' alignment in `a`.

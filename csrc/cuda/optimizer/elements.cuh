@@ -5,7 +5,7 @@
 #pragma once
 
 #include <cstring>
-#include <device.cuh>
+#include <ptx.cuh>
 #include <type_traits>
 
 #include "cuda/common/weight.cuh"

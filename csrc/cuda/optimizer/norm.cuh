@@ -76,9 +76,8 @@ __global__ void __launch_bounds__(kOptimizerThreads, 1)
         sum = block_sum(sum, shared);
         if (threadIdx.x == 0) {
             store_exchanged(a.p.partial + blockIdx.x, sum);
-            __threadfence();
-            const uint32_t before = atomicAdd(&control.arrived, 1u);
-            __threadfence();
+            fence_acq_rel();
+            const uint32_t before = atom_add_acquire(&control.arrived, 1u);
             store_shared(&shared.last, before == gridDim.x - 1 ? 1 : 0);
         }
         __syncthreads();

@@ -218,9 +218,8 @@ __global__ void __launch_bounds__(kOptimizerThreads, kBits == 32            ? 4
     }
     if (!a.last) return;
     if (threadIdx.x == 0) {
-        __threadfence();  // after this block has read its tensor's count
-        const uint32_t before = atomicAdd(&a.p.control->arrived, 1u);
-        __threadfence();
+        fence_acq_rel();  // after this block has read its tensor's count
+        const uint32_t before = atom_add_acquire(&a.p.control->arrived, 1u);
         store_shared(&shared.last, before == gridDim.x - 1 ? 1 : 0);
     }
     __syncthreads();

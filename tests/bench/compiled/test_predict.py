@@ -90,14 +90,15 @@ def test_a_row_of_the_middle_rows_kernel_by_hand():
 
 
 def test_tiles_whose_depths_are_cut_as_one():
-    # 112 tiles of 16 steps, 1792 steps on 132 SMs: at most 14 each.
-    result = model.predict(H200, 16, 14336, 4096, kernel="middle16")
-    assert (result["tiles"], result["splits"], result["shared_tiles"]) == (112, 132, 112)
-    assert (result["most_on_an_sm"], result["steps"]) == (1, 14)
-    assert result["latency_us"] == pytest.approx(14 * 2 * 479 / 1830, abs=1e-3)
-    # It may begin in one tile and end in another.
-    card, launch = H200, launch_of(H200, 16, 14336, 4096, False, "middle16")
-    assert model._work(card, launch, 1, 16, 14336, 4096).starts == 2
+    # 112 tiles of 16 steps, 1792 steps on 108 SMs: at most 17 each.
+    card = CARDS["a100"]
+    result = model.predict(card, 16, 14336, 4096, kernel="middle16")
+    assert (result["tiles"], result["splits"], result["shared_tiles"]) == (112, 108, 112)
+    assert (result["most_on_an_sm"], result["steps"]) == (1, 17)
+    assert result["latency_us"] == pytest.approx(17 * 2 * 466 / 1410, abs=1e-3)
+    # It may begin in one tile, have another, and end in a third.
+    launch = launch_of(card, 16, 14336, 4096, False, "middle16")
+    assert model._work(card, launch, 1, 16, 14336, 4096).starts == 3
 
 
 def test_the_last_round_of_tiles_is_shared():
@@ -208,21 +209,34 @@ def test_constants_by_lane_delay_the_beginning(rows):
     assert result["us"] - without["us"] == pytest.approx(4352 / 1830, abs=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("membar_sc", "cluster_barriers", "us"), [(2, 0, 2.5), (0, 0, 4 * 479 / 1830), (0, 1, 0.6), (2, 1, 0.6)]
-)
-def test_blocks_that_share_a_tile_pay_at_its_end(rows, membar_sc, cluster_barriers, us):
-    row = rows["middle_kernel<bf16, MiddleTraits<bf16, 16, true>>", "sm_90a"]
-    row.update(membar_sc=membar_sc, cluster_barriers=cluster_barriers)
-    result = model.predict(H200, 16, 4096, 4096, kernel="middle16")
+#: The sums of a tile of 16 x 128, at 64 bytes a clock.
+PART = 16 * 128 * 4 / 64
+#: Card, N, fences that are sequentially consistent, and what a shared tile's end takes.
+TAILS = {
+    "a cluster": ("h200", 4096, 0, 0.6 + PART / 1830),
+    "a cluster, whatever fences there are": ("h200", 4096, 2, 0.6 + PART / 1830),
+    # Three blocks: each writes its part, the last reads all.
+    "a ticket": ("a100", 4096, 0, (5 * 466 + (1 + 3) * PART) / 1410),
+    "a ticket with fences that take long": ("a100", 4096, 2, 2.5 + (1 + 3) * PART / 1410),
+    # Tiles of 16 steps, cut every 17: at most two parts. A block writes a part, writes another and reads two.
+    "two tiles of a block": ("a100", 14336, 0, (3 * 466 + PART + 5 * 466 + (1 + 2) * PART) / 1410),
+}
+
+
+@pytest.mark.parametrize("case", TAILS)
+def test_blocks_that_share_a_tile_pay_at_its_end(rows, case):
+    name, n, membar_sc, us = TAILS[case]
+    card = CARDS[name]
+    rows["middle_kernel<bf16, MiddleTraits<bf16, 16, true>>", card.arch].update(membar_sc=membar_sc)
+    result = model.predict(card, 16, n, 4096, kernel="middle16")
     # Four slices' sums, written and read, and the results.
-    own = (2 * 4 * 16 * 128 * 4 / 128 + 479) / 1830
+    own = (2 * 4 * 16 * 128 * 4 / 128 + card.latency) / (card.clock * 1e3)
+    assert result["cluster"] == ("cluster" in case)
     assert result["tail_us"] == pytest.approx(own + us, abs=1e-3)
 
 
 def test_a_whole_tile_pays_no_tail(rows):
-    key = "gemm_kernel<bf16, GemmTraits<bf16, false, 128, 128, 2, 4>>", "sm_90a"
-    assert rows[key]["membar_sc"] > 0
+    rows["gemm_kernel<bf16, GemmTraits<bf16, false, 128, 128, 2, 4>>", "sm_90a"]["membar_sc"] = 2
     whole = model.predict(H200, 128, 128 * 132, 4096, kernel="tiles128")
     assert whole["splits"] == 1
     assert whole["tail_us"] == pytest.approx(((2 * 128 * 128 * 4 + 2 * 128 * 128 * 2) / 128 + 479) / 1830, abs=1e-3)
@@ -284,7 +298,8 @@ def test_more_work_takes_no_less_time(card, backward):
                 compared[name] += 1
                 for key in (*TIMES, "us"):
                     assert less[key] <= more[key], (m, name, key)
-    assert all(compared.values()), compared
+    # Twice the columns are nearly always cut another way.
+    assert compared["m"] and compared["depth"], compared
     assert sum(compared.values()) >= 12, compared
 
 

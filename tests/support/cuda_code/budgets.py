@@ -145,7 +145,7 @@ BUDGETS = {
     "adapter_gradient_kernel<*, AdapterTraits<*, 32, 4, *, true, true>>": Budget(
         256, 97 * 1024, "one block: 64 sums of the gradient a thread, 16 of v"
     ),
-    "adapter_sum_kernel<*>": Budget(512, 0, "two blocks: eight parts of four sums under way"),
+    "adapter_sum_kernel<*>": Budget(512, 0, "two blocks: 16 parts of four sums under way"),
     "narrow_kernel<*>": Budget(2048, 0, "all of a multiprocessor's threads: it waits for memory alone", loads_128=1),
     "product_kernel<InputGradientProduct<*>>": Budget(
         256, 17 * 1024, "one block: two parts, the second of decoded weights"

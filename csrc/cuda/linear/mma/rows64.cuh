@@ -371,29 +371,43 @@ struct Middle {
         }
     }
 
-    // Adds the bias, rounds and writes this thread's outputs.
-    QLK_DEVICE void store(float (&total)[kSums]) {
+    // Adds the bias, rounds and writes four outputs: number `at` of the tile, row after row.
+    QLK_DEVICE void store_four(int at, const float4& total) {
+        const int64_t row = first_row() + at / 32, column = first_column() + at % 32 * 4;
+        if (row >= a.m || column >= a.n) return;
+        float out[4] = {total.x, total.y, total.z, total.w};
 #pragma unroll
-        for (int i = 0; i < kSums / 4; ++i) {
-            const int at = self + i * Traits::kThreads;
-            const int64_t row = first_row() + at / 32, column = first_column() + at % 32 * 4;
-            if (row >= a.m || column >= a.n) continue;
-            float out[4];
+        for (int e = 0; e < 4; ++e) out[e] += column + e < a.n ? a.bias.at(column + e) : 0.0f;
+        T* const to = a.out + row * a.n + column;
+        if (a.out_aligned) {
+            store_global(reinterpret_cast<uint2*>(to),
+                         make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3])));
+        } else {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                out[e] = total[4 * i + e] + (column + e < a.n ? a.bias.at(column + e) : 0.0f);
-            }
-            T* const to = a.out + row * a.n + column;
-            if (a.out_aligned) {
-                store_global(reinterpret_cast<uint2*>(to),
-                             make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3])));
-            } else {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (column + e < a.n) store_global(to + e, from_float<T>(out[e]));
-                }
+                if (column + e < a.n) store_global(to + e, from_float<T>(out[e]));
             }
         }
+    }
+
+    QLK_DEVICE static float4 four(const float (&total)[kSums], int i) {
+        return make_float4(total[4 * i], total[4 * i + 1], total[4 * i + 2], total[4 * i + 3]);
+    }
+
+    // This thread's outputs.
+    QLK_DEVICE void store(float (&total)[kSums]) {
+#pragma unroll
+        for (int i = 0; i < kSums / 4; ++i) store_four(self + i * Traits::kThreads, four(total, i));
+    }
+
+    // The same for the blocks of a cluster, each of which adds and writes its share of the tile.
+    QLK_DEVICE void add_cluster_and_store(float (&total)[kSums]) {
+        float4* const room = reinterpret_cast<float4*>(&shared.loop);
+        __syncthreads();  // all reads of the slices' sums are done; these sums take their place
+#pragma unroll
+        for (int i = 0; i < kSums / 4; ++i) store_shared(room + self + i * Traits::kThreads, four(total, i));
+        add_cluster<Traits::kThreads, kSums / 4>(
+            a.splits, [&](int at) { return room + at; }, [&](int at, const float4& all) { store_four(at, all); });
     }
 };
 
@@ -421,6 +435,7 @@ QLK_DEVICE void middle_tiles(const GemmArguments<T>& a) {
         middle.run();
         float total[Middle<T, Traits>::kSums];
         middle.add_slices(total);
+        if (kClusters && a.splits.cluster) return middle.add_cluster_and_store(total);
         int* const word = reinterpret_cast<int*>(&shared.loop);
         if (middle.share().template add<Traits::kThreads>(tile, total, word)) middle.store(total);
         __syncthreads();  // sums and the word have been read; the next tile takes their place

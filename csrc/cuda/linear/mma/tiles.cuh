@@ -58,6 +58,7 @@ QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
     gemm.run();
     gemm.add_slices(shared.sums);
     if constexpr (Traits::kSplits) {
+        if (kClusters && a.splits.cluster) return gemm.add_cluster_and_store(shared.whole);
         // There is a barrier before the word is written, and another before the results are.
         using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
         if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - whole, split, reinterpret_cast<Sums&>(gemm.sum),

@@ -183,4 +183,45 @@ QLK_DEVICE void Gemm<T, Traits>::store(T* staged) {
     }
 }
 
+// The tile's sums of all blocks of a cluster, each of which stores its share of the results. whole: room for this
+// block's sums, row by row. Four neighbours a lane, so a warp's store covers a row of the tile.
+template <class T, class Traits>
+QLK_DEVICE void Gemm<T, Traits>::add_cluster_and_store(float* whole) {
+    const int first = down() + slice() * kOwnTiles * 16;
+    __syncthreads();  // all reads of the operands, or of the slices' sums, are done; these sums take their place
+#pragma unroll
+    for (int i = 0; i < kOwnTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < kAcrossTiles; ++j) {
+            float* const to = whole + (first + lane / 4 + i * 16) * Traits::kPitch + across() + lane % 4 * 2 + j * 8;
+            store_shared(reinterpret_cast<float2*>(to), make_float2(sum[i][j][0], sum[i][j][1]));
+            store_shared(reinterpret_cast<float2*>(to + 8 * Traits::kPitch), make_float2(sum[i][j][2], sum[i][j][3]));
+        }
+    }
+    constexpr int kFours = Traits::kColumns / 4;  // in a row
+    const auto slot = [&](int at) {
+        return reinterpret_cast<const float4*>(whole + at / kFours * Traits::kPitch + at % kFours * 4);
+    };
+    const int64_t columns = kBackward ? a.k : a.n;
+    add_cluster<Traits::kThreads, Traits::kRows * kFours / Traits::kThreads>(a.splits, slot, [&](int at, float4 all) {
+        const int64_t row = first_row + at / kFours, column = first_column + at % kFours * 4;
+        if (row >= a.m || column >= columns) return;
+        float out[4] = {all.x, all.y, all.z, all.w};
+        if (!kBackward && a.bias.any()) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) out[e] += column + e < a.n ? a.bias.at(column + e) : 0.0f;
+        }
+        T* const to = a.out + row * columns + column;
+        if (a.out_aligned) {
+            store_global(reinterpret_cast<uint2*>(to),
+                         make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3])));
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                if (column + e < columns) store_global(to + e, from_float<T>(out[e]));
+            }
+        }
+    });
+}
+
 }  // namespace qlk::cuda

@@ -45,7 +45,7 @@ struct GemmTraits {
     static constexpr int kWarpRows = kRows / kWarpsDown;
     static constexpr int kWarpColumns = kColumns / kWarpsAcross;
     static constexpr int kUnits = kColumns * kDepth / kBlock;  // blocks of weights in a step
-    static constexpr int kPitch = kColumns + 8;                // of a row of results in shared memory
+    static constexpr int kPitch = kColumns + 8;                // of a row of results or sums in shared memory
     static_assert(sizeof(T) == 2);
     static_assert(kDepth == kBlock, "a row of a forward tile is one block of weights");
     static constexpr int kTeams = kThreads / kUnits;  // groups of threads that take turns decoding
@@ -62,6 +62,7 @@ struct GemmTraits {
         Loop loop;
         float4 sums[kSlices == 1 ? 1 : kRows * kColumns / 4];  // sums that one slice hands to the other
         T out[kRows * kPitch];
+        float whole[kSplits ? kRows * kPitch : 1];  // sums that the blocks of a cluster read of each other
     };
     static_assert(sizeof(Shared) == tiles_shared(kRows, kColumns, kStages));
 };

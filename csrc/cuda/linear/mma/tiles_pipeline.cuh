@@ -243,6 +243,7 @@ struct Gemm {
     QLK_DEVICE void apply_dropout();
     QLK_DEVICE void add_slices(float4* room);
     QLK_DEVICE void store(T* staged);
+    QLK_DEVICE void add_cluster_and_store(float* whole);
 
     // All of the tile's sums. One barrier a step: after it, this step's weights are decoded, the next step's copies
     // have landed, and what the last step read may be overwritten.

@@ -242,6 +242,40 @@ struct Warpgroup {
         }
     }
 
+    // The tile's sums of all blocks of a cluster, each of which stores its share of the results. They take x's place.
+    QLK_DEVICE void add_cluster_and_store(const Place& place) {
+        float4* const room = reinterpret_cast<float4*>(&shared.x());
+        // Four neighbours of a row of the tile. Neither writing nor reading them has bank conflicts.
+        const auto slot = [=](int at) { return room + at / 32 * 32 + (at % 32 ^ at / 64 % 4 * 2); };
+        Barrier()();  // all products of this block have read x
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = j * 8 + place.lane % 4 * 2 + e % 2;
+                const int column = place.group * 64 + place.warp * 16 + place.lane / 4 + e / 2 * 8;
+                store_shared(reinterpret_cast<float*>(slot(row * 32 + column / 4)) + column % 4, sum[j][e]);
+            }
+        }
+        add_cluster<Traits::kConsumers, kSums / 4>(a.splits, slot, [&](int at, const float4& all) {
+            const int64_t row = place.first_row + at / 32, column = place.first_column + at % 32 * 4;
+            if (row >= a.m || column >= a.n) return;
+            float out[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) out[e] += column + e < a.n ? a.bias.at(column + e) : 0.0f;
+            T* const to = a.out + row * a.n + column;
+            if (a.out_aligned) {
+                store_global(reinterpret_cast<uint2*>(to),
+                             make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3])));
+            } else {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    if (column + e < a.n) store_global(to + e, from_float<T>(out[e]));
+                }
+            }
+        });
+    }
+
     // All tiles, or parts of tiles, of this thread block.
     QLK_DEVICE void run(const Share& share) {
 #pragma unroll
@@ -264,8 +298,9 @@ struct Warpgroup {
             }
             griddep_wait();  // for u: the launch that makes it may still be running
             if (share.from(tile) == 0) low_rank(place(share, tile));
-            if (share.template add<Traits::kConsumers>(tile, reinterpret_cast<float (&)[kSums]>(sum),
-                                                       &shared.front.word, Barrier())) {
+            if (kClusters && a.splits.cluster) return add_cluster_and_store(place(share, tile));
+            if (share.template add<Traits::kConsumers, Traits::kRoom>(tile, reinterpret_cast<float (&)[kSums]>(sum),
+                                                                      &shared.front.word, Barrier())) {
                 store(place(share, tile));
             }
         }

@@ -26,6 +26,7 @@ struct WarpgroupTraits {
     // With 128 rows the threads that multiply need more registers than a third of them each.
     static constexpr bool kUneven = kRows > 64;
     static constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
+    static constexpr int kRoom = kRows == 64 ? 64 : 0;  // registers for other blocks' sums, see splits.cuh
     static constexpr int kPitch = kColumns + 8;  // of results: neither stmatrix nor reading them has bank conflicts
 
     // In front of the table, and from kTable in the shared address space on. So the upper half of a lookup's address is
@@ -33,6 +34,7 @@ struct WarpgroupTraits {
     struct Stages {
         uint4 x[kStages][kStageBlocks][kRows * 8];  // rows of 128 bytes for a block, swizzled; see XSource
     };
+    static_assert(sizeof(Stages) >= kRows * kColumns * sizeof(float), "a cluster's blocks put their sums there");
     struct Table {
         uint32_t pairs[256][64];  // the levels of each byte, a copy for each lane; half of it unused: rows of 256 bytes
                                   // save a shift for each lookup

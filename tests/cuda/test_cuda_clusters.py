@@ -1,0 +1,138 @@
+"""Tiles whose depth several thread blocks share (csrc/cuda/common/splits.cuh): by a cluster's shared memory from sm_90
+on, by scratch and tickets before, or where tiles are cut anywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import assert_within_contract, make_weight, relative_error
+from emulated import counted, counters, emulated, module
+from engines import ORDERS
+
+from qlora_kernels import ops
+from qlora_kernels.native import extension
+
+#: M, N, K, multiprocessors, and how many blocks share a tile, some with a step more than others. All kernels and tiles
+#: that share; where the outputs cannot be dealt out evenly; the most blocks that a cluster has.
+SHARED = (
+    *((20, 136, 832, 8, 2), (64, 128, 1344, 3, 3), (100, 136, 1600, 6, 3)),
+    *((5, 20, 4096, 8, 8), (12, 130, 2560, 12, 5)),
+)
+#: The same for dx, whose depth is N.
+SHARED_BACKWARD = ((10, 1344, 128, 3, 2), (30, 1344, 64, 4, 2), (60, 1600, 136 // 64 * 64, 3, 3), (70, 1100, 128, 2, 2))
+
+
+def dispatch(m, n, k, backward, architecture, multiprocessors):
+    return extension.native().dispatch(m, n, k, 1, backward, architecture, multiprocessors, 227 * 1024)
+
+
+@pytest.mark.share(2)
+@pytest.mark.parametrize("case", SHARED)
+def test_blocks_that_share_a_tile_add_up_in_one_order(case):
+    m, n, k, multiprocessors, blocks = case
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16)
+    x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
+    bias, results = torch.randn(n), []
+    for architecture in (80, 90):
+        plan = dispatch(m, n, k, False, architecture, multiprocessors)
+        assert (plan["splits"], plan["cluster"], plan["scratch"] == 0) == (blocks, *[architecture == 90] * 2)
+        for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
+            options = {"architecture": architecture, "multiprocessors": multiprocessors, "resident_blocks": resident}
+            with emulated(order, landing, seed=11, **options):
+                module().reset_counters()
+                y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+                used = counters()["instructions"]
+                assert (used.get("fence", 0) > 0, "barrier.cluster" in used) == (architecture == 80, architecture == 90)
+                results.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
+    y, with_low_rank, u = results[0]
+    exact = x.double() @ dense.double().T
+    assert_within_contract(y, x @ dense.T, exact, f"{case}")
+    assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
+    # Whoever adds the sums, the order is the same.
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.share(2)
+@pytest.mark.parametrize("case", SHARED_BACKWARD)
+def test_blocks_that_share_a_tile_of_dx(case):
+    m, n, k, multiprocessors, blocks = case
+    weight = make_weight(n, k)
+    dense, dy = weight.dequantize(torch.bfloat16), torch.randn(m, n).bfloat16()
+    x, u = torch.randn(m, k).bfloat16(), torch.randn(m, 8).bfloat16()
+    A, B, seed = torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16(), torch.tensor([5])
+    results = []
+    for architecture, order in ((80, "random"), (90, "forward"), (90, "reverse"), (90, "random")):
+        plan = dispatch(m, n, k, True, architecture, multiprocessors)
+        assert (plan["splits"], plan["cluster"]) == (blocks, architecture == 90)
+        with emulated(order, seed=2, architecture=architecture, multiprocessors=multiprocessors, resident_blocks=5):
+            dx, _, _ = ops.linear_backward(
+                dy, *weight.pieces, k, None, None, None, None, 1.0, 0.0, None, True, False, False
+            )
+            both = ops.linear_backward(dy, *weight.pieces, k, x, u, A, B, 1.0, 0.5, seed, True, False, False)
+        results.append((dx, both[0]))
+    assert_within_contract(results[0][0], dy @ dense, dy.double() @ dense.double(), f"{case}")
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_tile_that_follows_whole_ones_is_shared_by_tickets():
+    m, n, k, multiprocessors = 130, 136, 1088, 3  # four tiles; blocks that have one alone are in no cluster
+    plan = dispatch(m, n, k, False, 90, multiprocessors)
+    assert (plan["splits"], plan["cluster"], plan["whole_tiles"]) == (2, False, 3)
+    weight, x = make_weight(n, k), torch.randn(m, k).bfloat16()
+    dense, results = weight.dequantize(torch.bfloat16), []
+    for order, resident in zip(ORDERS, (1, 5, 2)):
+        with emulated(order, seed=11, multiprocessors=multiprocessors, resident_blocks=resident):
+            results.append(ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)[0])
+    assert_within_contract(results[0], x @ dense.T, x.double() @ dense.double().T, "whole tiles first")
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+#: M, N, K, multiprocessors, architecture, and where the steps of all tiles are cut: at 10, 20 and 30 of 5 times 8; at
+#: 15 of 3 times 10, so that a block has a tile and a half; at 10 and 21 of 2 times 16; at 12, 25, 38 and 51 of 2 times
+#: 32, up to three blocks to a tile.
+CUT_ANYWHERE = ((16, 520, 2048, 4, 90), (64, 260, 2560, 2, 90), (31, 136, 4096, 3, 80), (5, 136, 8192, 5, 80))
+
+
+@pytest.mark.share(2)
+@pytest.mark.parametrize("case", CUT_ANYWHERE)
+def test_tiles_that_are_cut_anywhere(case):
+    m, n, k, multiprocessors, architecture = case
+    tiles = -(-n // 128)
+    plan = dispatch(m, n, k, False, architecture, multiprocessors)
+    assert (plan["splits"], plan["shared_tiles"], plan["tiles"]) == (multiprocessors, tiles, tiles)
+    weight = make_weight(n, k)
+    dense = weight.dequantize(torch.bfloat16)
+    x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
+    bias, results = torch.randn(n), []
+    for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
+        options = {"architecture": architecture, "multiprocessors": multiprocessors, "resident_blocks": resident}
+        with emulated(order, landing, seed=5, **options):
+            module().reset_counters()
+            y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
+            assert counters()["instructions"]["fence"] > 0
+            results.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
+    y, with_low_rank, u = results[0]
+    exact = x.double() @ dense.double().T
+    assert_within_contract(y, x @ dense.T, exact, f"{case}")
+    assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("m", "n", "k", "multiprocessors"), [(64, 128, 1344, 3), (128, 128, 1344, 2)])
+def test_a_clusters_sums_have_no_bank_conflicts_and_leave_in_whole_sectors(m, n, k, multiprocessors):
+    assert dispatch(m, n, k, False, 90, multiprocessors)["cluster"]
+    weight, x = make_weight(n, k), torch.randn(m, k).bfloat16()
+    counts = counted(
+        lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None),
+        multiprocessors=multiprocessors,
+    )
+    places = {place: t for place, t in counts["shared"].items() if place.startswith(("splits", "tiles", "rows64"))}
+    assert any(place.startswith("splits") for place in places)
+    for place, t in places.items():
+        assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
+    # Each sum is read once, by one block, and each result written once.
+    assert sum(t["bytes"] for place, t in places.items() if place.startswith("splits")) == m * n * 4 * multiprocessors
+    stores = [t for place, t in counts["global"].items() if place.endswith("store")]
+    assert sum(t["bytes"] for t in stores) == m * n * 2
+    assert all(t["actual"] == t["minimum"] for t in stores)
