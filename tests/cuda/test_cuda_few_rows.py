@@ -13,6 +13,11 @@ from qlora_kernels import ops
 from qlora_kernels.native import extension
 
 
+def references(weight, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight rounded to a type, and in float64 the product with the weight that is not rounded."""
+    return weight.dequantize(dtype), x.double() @ weight.dequantize(torch.float32).double().T
+
+
 @pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("n", "dtype", "double_quant"),
@@ -41,8 +46,8 @@ def test_few_rows(cuda_engine, monkeypatch, n, dtype, double_quant):
         A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
         bias = torch.randn(n)
         y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
-        dense = weight.dequantize(dtype)
-        exact = x.double() @ dense.double().T + bias.double()
+        dense, exact = references(weight, x, dtype)
+        exact += bias.double()
         if r:
             assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
         else:
@@ -74,8 +79,8 @@ def test_middle_rows(cuda_engine, case, double_quant):
         A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
         bias = torch.randn(n)
         y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
-        dense = weight.dequantize(dtype)
-        exact = x.double() @ dense.double().T + bias.double()
+        dense, exact = references(weight, x, dtype)
+        exact += bias.double()
         if r:
             assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
         else:
@@ -88,10 +93,10 @@ def test_middle_rows_in_several_tiles(cuda_engine, monkeypatch, kernel):
     monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
     n, k, m = 129, 448, 70
     weight = make_weight(n, k)
-    dense = weight.dequantize(torch.bfloat16)
     x = torch.randn(m, k).bfloat16()
+    dense, exact = references(weight, x, torch.bfloat16)
     y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
-    assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, kernel)
+    assert_within_contract(y, x @ dense.T, exact, kernel)
 
 
 def test_middle_rows_whenever_copies_land(monkeypatch):
@@ -148,8 +153,8 @@ def test_middle_rows_of_tiles_that_are_cut_anywhere(case):
     plan = extension.native().dispatch(m, n, k, 1, False, 90, multiprocessors, 227 * 1024)
     assert (plan["splits"], plan["shared_tiles"], plan["tiles"]) == (multiprocessors, tiles, tiles)
     weight = make_weight(n, k)
-    dense = weight.dequantize(torch.bfloat16)
     x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
+    dense, exact = references(weight, x, torch.bfloat16)
     bias, results = torch.randn(n), []
     for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
         with emulated(order, landing, seed=5, multiprocessors=multiprocessors, resident_blocks=resident):
@@ -158,7 +163,6 @@ def test_middle_rows_of_tiles_that_are_cut_anywhere(case):
             assert counters()["instructions"]["fence"] > 0
             results.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
     y, with_low_rank, u = results[0]
-    exact = x.double() @ dense.double().T
     assert_within_contract(y, x @ dense.T, exact, f"{case}")
     assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

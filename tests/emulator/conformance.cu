@@ -76,8 +76,12 @@ struct Votes {
     }
 };
 struct GlobalMemory {
-    static constexpr int kIn = 4, kOut = 4;
-    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) { st_global_16(out, ld_global_once_16(in)); }
+    static constexpr int kIn = 4, kOut = 8;
+    QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
+        st_global_16(out, ld_global_once_16(in));
+        const uint2 first = ld_global_once_8(in), second = ld_global_once_8(in + 2);
+        st_global_16(out + 4, make_uint4(first.x, first.y, second.x, second.y));
+    }
 };
 // Each lane's 16 bytes are a row.
 struct Ldmatrix {

@@ -16,6 +16,15 @@ QLK_DEVICE uint4 ld_global_once_16(const void* address) {
     return v;
 }
 
+// The same for 8 bytes.
+QLK_DEVICE uint2 ld_global_once_8(const void* address) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(__cvta_generic_to_global(address)));
+    return v;
+}
+
 // Stores 16 bytes (st.global, 9.7.9.11).
 QLK_DEVICE void st_global_16(void* address, uint4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
