@@ -247,7 +247,8 @@ struct Middle {
             const uint32_t codes[Traits::kPeriod] = {c.codes[i].x, c.codes[i].y, c.codes[i].z, c.codes[i].w};
 #pragma unroll
             for (int q = 0; q < Traits::kPeriod; ++q) {
-                store_shared(&shared.constants[self / 32][q][lane + i * 32], constant(i, q, codes[q]));
+                const float value = pair_constant<T>(constant(i, q, codes[q]));
+                store_shared(&shared.constants[self / 32][q][lane + i * 32], value);
             }
         }
     }
