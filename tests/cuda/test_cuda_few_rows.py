@@ -12,6 +12,11 @@ from engines import ORDERS
 from qlora_kernels import ops
 
 
+def references(weight, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight rounded to a type, and in float64 the product with the weight that is not rounded."""
+    return weight.dequantize(dtype), x.double() @ weight.dequantize(torch.float32).double().T
+
+
 @pytest.mark.share(2)
 @pytest.mark.parametrize(
     ("n", "dtype", "double_quant"),
@@ -40,8 +45,8 @@ def test_few_rows(cuda_engine, monkeypatch, n, dtype, double_quant):
         A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
         bias = torch.randn(n)
         y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
-        dense = weight.dequantize(dtype)
-        exact = x.double() @ dense.double().T + bias.double()
+        dense, exact = references(weight, x, dtype)
+        exact += bias.double()
         if r:
             assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
         else:
@@ -68,17 +73,22 @@ MIDDLE = (
 def test_middle_rows(cuda_engine, case, double_quant):
     n, k, m, r, shift = case
     for dtype in (torch.bfloat16, torch.float16):
-        weight = make_weight(n, k, dtype=dtype, double_quant=double_quant)
-        x = torch.randn(m * k + shift).to(dtype)[shift:].view(m, k)
-        A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
-        bias = torch.randn(n)
-        y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
-        dense = weight.dequantize(dtype)
-        exact = x.double() @ dense.double().T + bias.double()
-        if r:
-            assert relative_error(y, exact + u.double() @ B.double().T) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
-        else:
-            assert_within_contract(y, (x.float() @ dense.float().T + bias).to(dtype), exact, f"{case} {dtype}")
+        results = []
+        # Of a few dozen outputs the errors are a matter of luck, so several of such products are compared together.
+        for _ in range(1 if m * n > 128 else 4):
+            weight = make_weight(n, k, dtype=dtype, double_quant=double_quant)
+            x = torch.randn(m * k + shift).to(dtype)[shift:].view(m, k)
+            A, B = (torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)) if r else (None, None)
+            bias = torch.randn(n)
+            y, u = ops.linear_forward(x, *weight.pieces, n, bias, A, B, 0.5 if r else 1.0, 0.0, None)
+            dense, exact = references(weight, x, dtype)
+            exact += bias.double()
+            if r:
+                limit = 4e-3 if dtype == torch.bfloat16 else 5e-4
+                assert relative_error(y, exact + u.double() @ B.double().T) < limit
+            results.append((y, (x.float() @ dense.float().T + bias).to(dtype), exact))
+        if not r:
+            assert_within_contract(*map(torch.cat, zip(*results)), f"{case} {dtype}")
 
 
 @pytest.mark.parametrize("kernel", ["middle8", "middle16", "middle32", "middle64"])
@@ -87,10 +97,10 @@ def test_middle_rows_in_several_tiles(cuda_engine, monkeypatch, kernel):
     monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
     n, k, m = 129, 448, 70
     weight = make_weight(n, k)
-    dense = weight.dequantize(torch.bfloat16)
     x = torch.randn(m, k).bfloat16()
+    dense, exact = references(weight, x, torch.bfloat16)
     y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
-    assert_within_contract(y, x @ dense.T, x.double() @ dense.double().T, kernel)
+    assert_within_contract(y, x @ dense.T, exact, kernel)
 
 
 def test_middle_rows_whenever_copies_land(monkeypatch):
@@ -118,20 +128,23 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     assert counts["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
     memory = {place: t for place, t in counts["global"].items() if place.startswith("rows64.cuh")}
     loads = lines(counts["global"], "rows64.cuh", "load").values()
-    assert [t["bytes"] for t in loads if t["bytes"] == 256 * t["requests"]] == [n * k // 2], "codes, once"
-    # 32 bytes from each of eight rows; x, 512 bytes of a row; results, 256 bytes of a row.
+    assert sum(t["bytes"] for t in loads if t["bytes"] == 256 * t["requests"]) == n * k // 2, "codes, once"
+    # 32 bytes from each of eight rows; x, 512 bytes of a row; 16 steps' constants of 32 rows, which here lie together;
+    # results, 256 bytes of a row.
     for t in memory.values():
         if t["bytes"] >= 256 * t["requests"]:
             assert t["actual"] == t["minimum"], "sectors"
-    # Constants: a byte for each 64 weights and an entry of the table for each, and a float32 for 256 of them; each
-    # thread of two blocks reads the offset.
+    # A float32 for each warp and row, and the offset for each thread; the constants' table for each of two blocks.
+    tiles = n // 128
     rest = sum(t["bytes"] for t in memory.values() if t["bytes"] < 256 * t["requests"])
-    assert rest == n * k // 64 * 9 + 2 * 256 * 4
-    shared = {place: t for place, t in counts["shared"].items() if place.startswith("rows64.cuh")}
-    pairs = max(shared.values(), key=lambda t: t["bytes"])
-    assert pairs["requests"] == n * k // 2 // 32 * 7 // 8, "one row of eight is decoded in registers"
-    for place, t in shared.items():
-        assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
+    assert rest == tiles * (8 * 64 * 4 + 256 * 4) + 2 * 256 * 4
+    pairs = sum(t["requests"] for t in lines(counts["shared"], "pairs.cuh", "load").values())
+    assert pairs == n * k // 2 // 32
+    shared = {p: t for p, t in counts["shared"].items() if p.startswith(("rows64.cuh", "pairs.cuh"))}
+    conflicts = {place: t for place, t in shared.items() if t["actual"] != t["minimum"]}
+    # With random codes: where lanes look up constants in their table.
+    (constants,) = conflicts.values()
+    assert constants["requests"] == n * k // 64 // 32
 
 
 def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):

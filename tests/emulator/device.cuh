@@ -195,6 +195,7 @@ inline void __threadfence(emu::Site s = emu::Site::here()) { emu::fence(s); }
 // -------------------------------------------------------------------------------------------------- arithmetic
 
 inline float __fmul_rn(float a, float b) { return a * b; }  // compiled without contraction
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }

@@ -112,14 +112,15 @@ constexpr size_t few_shared(int64_t m, int64_t k) {
            static_cast<size_t>(2 * kFewWarps * 12 * 4 * m);
 }
 
-// Shared memory of rows64.cuh: the same table; two stages of x and of constants, or the sums of four slices, as many
-// rows at a time as fit there.
+// Shared memory of rows64.cuh: the same table, with x or the sums of four slices in its gaps, 128 bytes for a row of x,
+// slice and buffer; constants of eight warps, their table, and a word. At 64 rows there are twice as many gaps.
 constexpr int kMiddleDepth = 4 * kBlock;
 constexpr int64_t kMiddleLongest = int64_t{1} << 27;  // eight rows of x stay within 2^32 bytes
-constexpr int middle_rows_at_once(int rows) { return rows > 8 ? rows / 2 : rows; }
+constexpr int middle_rows_at_once(int rows) { return rows > 16 ? rows / 2 : rows; }
+constexpr int middle_buffers(int rows) { return rows > 16 ? 2 : 4; }
+constexpr int middle_pair_rows(int rows) { return rows > 32 ? 512 : 256; }
 constexpr size_t middle_shared(int rows) {
-    return 65536 +
-           std::max<size_t>(2 * (rows * kMiddleDepth * 2 + 4 * 136 * 4), 4 * middle_rows_at_once(rows) * 128 * 4);
+    return static_cast<size_t>(middle_pair_rows(rows)) * 256 + 8 * 4 * 64 * 4 + 256 * 4 + 16;
 }
 
 // warpgroups.cuh: the depth of a step; blocks of W in a stage of x; and shared memory: 64 KiB for a step's stages and

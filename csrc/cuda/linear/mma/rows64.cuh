@@ -20,9 +20,11 @@
 //     to 64 rows", has the clocks, the order of the depth, and why one row in eight is decoded in registers.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/common/compiled.cuh"
-#include "cuda/common/decode.cuh"
 #include "cuda/common/dispatch.h"
+#include "cuda/common/pairs.cuh"
 #include "cuda/common/splits.cuh"
 #include "cuda/linear/mma/tiles_layout.cuh"
 
@@ -35,33 +37,36 @@ template <class T, int kRows_, bool kNested_>
 struct MiddleTraits {
     static constexpr bool kNested = kNested_;
     static constexpr int kRows = kRows_, kColumns = 128, kThreads = 256;
-    static constexpr int kSlices = 4, kGroups = 2;        // warps along K, and across the columns
-    static constexpr int kDepth = kSlices * kBlock;       // of a step
-    static constexpr int kConstantsPitch = kColumns + 8;  // float32 numbers, so that rows start at different banks
+    static constexpr int kSlices = 4, kGroups = 2;  // warps along K, and across the columns
+    static constexpr int kDepth = kSlices * kBlock;  // of a step
+    static constexpr int kPair = kGroups * 32;       // threads that share x
+    static constexpr int kPeriod = 4;                // steps whose constants are decoded together
+    static constexpr int kAhead = kRows > 32 ? 1 : 2;  // steps whose codes are under way
+    static constexpr int kBuffers = middle_buffers(kRows);  // of x
     static_assert(sizeof(T) == 2 && kRows % 8 == 0);
     static_assert(kGroups * 64 == kColumns && kGroups * kSlices * 32 == kThreads);
 
     static constexpr int kRowsAtOnce = middle_rows_at_once(kRows);  // whose sums the slices add in one go
-    struct Loop {
-        uint4 x[2][kSlices][kRows * 8];                // of this step and the next
-        float constants[2][kSlices][kConstantsPitch];  // one for each column and slice
-    };
     struct Shared {
-        float2 pairs[256][32];  // the two levels of each byte, a copy for each lane; for all tiles
-        union {
-            Loop loop;
-            float4 sums[kSlices][kRowsAtOnce][kColumns / 4];
-        };
+        // The table; in the room beside it x, 128 bytes a row, buffer and slice, or the slices' sums.
+        PairRow rows[middle_pair_rows(kRows)];
+        float constants[kThreads / 32][kPeriod][64];  // of each warp's rows of W
+        float nested_table[kNestedBlock];
+        int word;  // for Share::add
     };
     static_assert(sizeof(Shared) == middle_shared(kRows));
+    static constexpr int kRoom = sizeof(Shared::rows) / sizeof(PairRow);
+    static_assert(kBuffers * kSlices * kRows <= kRoom && kSlices * kRowsAtOnce * 4 <= kRoom);
 };
 
 // One thread's state and work for one tile. Traits: MiddleTraits.
 template <class T, class Traits>
 struct Middle {
     static constexpr int kTiles = Traits::kRows / 8;  // 8 rows of x each
-    // Fetch the next step's codes halfway through a step: that is early enough, and takes fewer registers.
-    static constexpr bool kLate = Traits::kRows > 32;
+    // With 64 rows of x there are registers for x of half a block only, so the constants are applied to halves.
+    static constexpr int kParts = Traits::kRows > 32 ? 2 : 1;
+    // Where registers are short: addresses are computed where they are needed, and constants are not loaded ahead.
+    static constexpr bool kLazy = Traits::kRows > 16, kLazyConstants = Traits::kRows > 32;
     static constexpr int kOwn = 8;                                                     // rows of W that a lane decodes
     static constexpr int kSums = Traits::kRows * Traits::kColumns / Traits::kThreads;  // that a thread stores
 
@@ -69,9 +74,8 @@ struct Middle {
     typename Traits::Shared& shared;
     unsigned tile;                    // its number among the tiles that this block shares
     unsigned tile_down, tile_across;  // its place in the result, in tiles
-    int first_step, steps;            // this block's part of K, in steps of kDepth
-    int blocks;                       // in a row of W
-    float offset;                     // mean of the constants, when they are double-quantized
+    unsigned first_step, steps;       // this warp's part of K, in steps of kDepth
+    unsigned blocks;                  // in a row of W
     int self, lane, slice, group;  // thread in the block, lane in the warp; the warp's slice of K and group of columns
     float sum[kTiles][kOwn / 2][4];
 
@@ -79,10 +83,9 @@ struct Middle {
     const T* x_next = nullptr;            // first of its pieces, 8 rows apart
     int x_rows = 0;                       // how many of these rows exist
     const uint8_t* codes_next = nullptr;  // row 8g of the group's 64 rows of W
-    int own = 0;                          // how many of this lane's rows of W exist
-    uint32_t constant_next = 0;           // first of two blocks whose constants are fetched next, 64 rows apart
-    int constant_at = 0;                  // index of these blocks in their rows
-    int constant_rows = 0;                // how many of the two rows exist
+    uint32_t codes_apart = 0;             // from there to the next row, bytes
+    int last = 0;                         // of this lane's eight rows of W, or -1 where none exists
+    uint32_t constants_of[2] = {};        // first blocks of the two rows whose constants this lane decodes
 
     QLK_DEVICE static Share share(const GemmArguments<T>& a) {
         return {a.splits, (opaque(static_cast<unsigned>(a.k)) + Traits::kDepth - 1) / Traits::kDepth};
@@ -109,138 +112,204 @@ struct Middle {
     QLK_DEVICE static int piece_slot(int row, int half, int quarter) { return (half * 4 + quarter) ^ (row & 1) * 4; }
     QLK_DEVICE static int piece_at(int row, int at) { return at % 4 * 2 + (at / 4 ^ (row & 1)); }
 
+    // Row `row` of this warp's slice of x.
+    QLK_DEVICE PairRow* x_row(unsigned step, int row) const {
+        return shared.rows + (step % Traits::kBuffers * Traits::kSlices + slice) * Traits::kRows + row;
+    }
+
     // Sets the running addresses to this block's first step.
     QLK_DEVICE void start() {
         locate();
-        first_step = static_cast<int>(share().from(tile));
-        steps = static_cast<int>(share().to(tile)) - first_step;
-        blocks = static_cast<int>(a.k / kBlock);
-        offset = Traits::kNested ? load_global(a.weight.nested_offset) : 0.0f;
-        const int row = self / 32, column = group * 64 + lane / 4 * 8;
-        x_next = a.left + (first_row() + row) * a.k + first_step * Traits::kDepth + self / 8 % 4 * kBlock +
-                 piece_at(row, self % 8) * 8;
-        const auto within = [](int64_t left, int apart) { return static_cast<int>((left + apart - 1) / apart); };
-        x_rows = within(a.m - first_row() - row, 8);
-        const int64_t block = static_cast<int64_t>(first_step) * Traits::kSlices;
-        codes_next =
-            a.weight.packed + ((first_column() + column) * blocks + block + slice) * (kBlock / 2) + lane % 4 * 8;
-        own = within(a.n - first_column() - column, 1);
-        const int64_t constant_row = first_column() + self / Traits::kSlices;
-        constant_at = static_cast<int>(block) + self % Traits::kSlices;
-        constant_next = static_cast<uint32_t>(constant_row * blocks + constant_at);
-        constant_rows = within(a.n - constant_row, 64);
+        first_step = share().from(tile);
+        blocks = static_cast<unsigned>(a.k / kBlock);
+        // In the last step of a tile a slice may lie past K.
+        const unsigned within_k = (blocks + Traits::kSlices - 1 - slice) / Traits::kSlices;
+        const unsigned end = min(share().to(tile), within_k);
+        steps = end > first_step ? end - first_step : 0;
+        const int row = self % Traits::kPair / 8, column = group * 64 + lane / 4 * 8;
+        x_next = a.left + (first_row() + row) * a.k + static_cast<int64_t>(first_step) * Traits::kDepth +
+                 slice * kBlock + piece_at(row, self % 8) * 8;
+        const int64_t rows_left = a.m - first_row() - row, columns_left = a.n - first_column() - column;
+        x_rows = static_cast<int>((rows_left + 7) / 8);
+        codes_next = a.weight.packed + (first_column() + column) * (a.k / 2) +
+                     (static_cast<int64_t>(first_step) * Traits::kSlices + slice) * (kBlock / 2) + lane % 4 * 8;
+        codes_apart = opaque(static_cast<uint32_t>(a.k / 2));
+        last = static_cast<int>(columns_left > kOwn ? kOwn : columns_left) - 1;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int64_t of = first_column() + group * 64 + lane + i * 32;
+            constants_of[i] = static_cast<uint32_t>((of < a.n ? of : a.n - 1) * blocks);
+        }
     }
 
     // A product that one instruction adds to an address. The compiler would hoist running sums out of the loop, into
     // registers that aren't there.
     QLK_DEVICE static uint64_t wide_product(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 
-    // Starts the copies of a step's x, by all threads. Rows past the end of x are not copied, since their sums are not
-    // stored; neither is depth past K, which is not multiplied.
-    QLK_DEVICE void copy_step(int step, int buffer) {
-        const int row = self / 32, x_slice = self / 8 % 4;
-        const int rows = step * Traits::kSlices + x_slice < blocks ? x_rows : 0;
-        uint4* const to = shared.loop.x[buffer][x_slice] + row * 8 + self % 8;
+    // Starts the copies of this pair's x of a step. Rows past the end of x are not copied, since their sums are not
+    // stored.
+    QLK_DEVICE void copy_x(unsigned step) {
+        const int row = self % Traits::kPair / 8;
+        const int rows = step < steps ? x_rows : 0;
+        PairRow* const to = x_row(step, row);
         const unsigned char* const from = reinterpret_cast<const unsigned char*>(x_next);
         const uint32_t apart = static_cast<uint32_t>(a.k) * 8 * sizeof(T);
 #pragma unroll
         for (uint32_t i = 0; i < Traits::kRows / 8; ++i) {
-            if (static_cast<int>(i) < rows) cp_async_16(to + i * 64, from + wide_product(apart, i));
+            if (static_cast<int>(i) < rows) cp_async_16(to[i * 8].room + self % 8, from + wide_product(apart, i));
         }
         x_next += Traits::kDepth;
+        cp_async_commit();
     }
 
-    // Loads this lane's codes of a step: 16 from each of eight rows of W.
-    QLK_DEVICE void fetch_codes(int step, uint2 (&codes)[kOwn]) {
-        const int rows = step * Traits::kSlices + slice < blocks ? own : 0;
-        const uint32_t apart = static_cast<uint32_t>(a.k) / 2;
-#pragma unroll
-        for (uint32_t j = 0; j < kOwn; ++j) {
-            const uint8_t* const from = codes_next + wide_product(apart, j);
-            codes[j] = make_uint2(0, 0);
-            if (static_cast<int>(j) < rows) codes[j] = load_global(reinterpret_cast<const uint2*>(from));
-        }
-        codes_next += Traits::kSlices * (kBlock / 2);
+    // This lane's codes of row j of eight: 16 of a block. Rows past the end of W take the last row's, whose sums are
+    // not stored.
+    QLK_DEVICE const uint8_t* codes_at(int j) const {
+        const unsigned row = min(j, last);
+        return codes_next + wide_product(codes_apart, kLazy ? opaque(row) : row);
     }
 
-    // Constants on their way, one block in each of two rows. As in tiles_pipeline.cuh they are fetched two steps before
-    // they are needed and looked up in their table one step before. Four lanes have the four blocks of a row, so a
-    // request touches eight rows. Rows past the end decode to finite garbage, which is never stored.
+    // Constants on their way: two rows of W, and in each this warp's blocks of a period's four steps, four blocks
+    // apart. Rows past the end of W take the last row's.
     struct Constants {
-        uint32_t code[2];  // without double quantization, the constants' bits
-        float nested[2];
+        uint4 codes[2];      // of each step; without double quantization, the constants' bits
+        float nested[2][2];  // nested_absmax of the first step's and of the last step's block
     };
 
-    QLK_DEVICE Constants fetch_constants(bool wanted) {
-        Constants c{{0, 0}, {0.0f, 0.0f}};
-        const int rows = wanted && constant_at < blocks ? constant_rows : 0;
+    // Whether a period's 16 blocks in a row are 16 aligned bytes, of one group.
+    QLK_DEVICE bool constants_aligned() const {
+        return Traits::kNested &&
+               ((reinterpret_cast<uintptr_t>(a.weight.absmax_code) | static_cast<uintptr_t>(blocks)) & 15) == 0;
+    }
+
+    // period: number of steps / kPeriod.
+    QLK_DEVICE Constants fetch_constants(unsigned period) const {
+        Constants c{};
+        const unsigned first = period * (Traits::kPeriod * Traits::kSlices);
+        if (first + slice >= blocks) return c;
+        if (constants_aligned()) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t block = constants_of[i] + first;
+                c.codes[i] = load_global(reinterpret_cast<const uint4*>(a.weight.absmax_code + block));
+                c.nested[i][0] = load_global(a.weight.nested_absmax + block / kNestedBlock);
+            }
+            return c;
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (i >= rows) continue;
-            const uint32_t block = constant_next + i * 64 * static_cast<uint32_t>(blocks);
+            uint32_t* const to[4] = {&c.codes[i].x, &c.codes[i].y, &c.codes[i].z, &c.codes[i].w};
+#pragma unroll
+            for (int q = 0; q < Traits::kPeriod; ++q) {
+                const unsigned at = first + q * Traits::kSlices + slice;
+                if (at >= blocks) continue;
+                if constexpr (Traits::kNested) {
+                    *to[q] = load_global(a.weight.absmax_code + constants_of[i] + at);
+                } else {
+                    *to[q] = __float_as_uint(load_global(a.weight.absmax + constants_of[i] + at));
+                }
+            }
             if constexpr (Traits::kNested) {
-                c.code[i] = load_global(a.weight.absmax_code + block);
-                c.nested[i] = load_global(a.weight.nested_absmax + block / kNestedBlock);
-            } else {
-                c.code[i] = __float_as_uint(load_global(a.weight.absmax + block));
+                const unsigned end = min(first + (Traits::kPeriod - 1) * Traits::kSlices + slice, blocks - 1);
+                c.nested[i][0] = load_global(a.weight.nested_absmax + (constants_of[i] + first + slice) / kNestedBlock);
+                c.nested[i][1] = load_global(a.weight.nested_absmax + (constants_of[i] + end) / kNestedBlock);
             }
         }
-        constant_at += Traits::kSlices;
-        constant_next += Traits::kSlices;
         return c;
     }
 
-    QLK_DEVICE float table_entry(uint32_t code) const {
-        return Traits::kNested ? load_global(a.weight.nested_table + code) : __uint_as_float(code);
-    }
+    QLK_DEVICE float table_entry(uint32_t code) const { return load_shared(shared.nested_table + code); }
 
-    // Decodes constants from their table entries and stores them to a buffer.
-    QLK_DEVICE void store_constants(int buffer, const Constants& c, const float (&entries)[2]) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float value = Traits::kNested ? __fadd_rn(__fmul_rn(entries[i], c.nested[i]), offset) : entries[i];
-            float* const to = shared.loop.constants[buffer][self % Traits::kSlices] + self / Traits::kSlices + i * 64;
-            store_shared(to, value);
+    // Decodes a period's constants for this warp.
+    QLK_DEVICE void store_constants(unsigned period, const Constants& c) {
+        const float offset = Traits::kNested ? load_global(a.weight.nested_offset) : 0.0f;
+        if (constants_aligned()) {
+            each_constant(c, [&](int i, int, uint32_t code) {
+                const float entry = table_entry(prmt(code, 0, 0x4440 | slice));
+                return __fadd_rn(__fmul_rn(entry, c.nested[i][0]), offset);
+            });
+        } else {
+            each_constant(c, [&](int i, int q, uint32_t code) {
+                if (!Traits::kNested) return __uint_as_float(code);
+                const uint32_t first = constants_of[i] + period * (Traits::kPeriod * Traits::kSlices) + slice;
+                const bool crossed = (first + q * Traits::kSlices) / kNestedBlock != first / kNestedBlock;
+                const float nested = crossed ? c.nested[i][1] : c.nested[i][0];
+                return __fadd_rn(__fmul_rn(table_entry(code), nested), offset);
+            });
         }
     }
 
-    // The two weights of byte kByte of `codes`, rounded once, as dequantize rounds them; see rows8.cuh.
-    // lane_bytes: 8 * lane.
-    template <int kByte>
-    QLK_DEVICE uint32_t pair(uint32_t codes, uint32_t lane_bytes, float absmax) const {
-        const uint32_t at = prmt(codes, lane_bytes, 0x5504 | kByte << 4);
-        const float2 levels =
-            load_shared(reinterpret_cast<const float2*>(reinterpret_cast<const unsigned char*>(shared.pairs) + at));
-        return pack_pair<T>(__fmul_rn(levels.x, absmax), __fmul_rn(levels.y, absmax));
+    // Stores constant(row, step, code) for each row and step of a period.
+    template <class Constant>
+    QLK_DEVICE void each_constant(const Constants& c, Constant constant) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t codes[Traits::kPeriod] = {c.codes[i].x, c.codes[i].y, c.codes[i].z, c.codes[i].w};
+#pragma unroll
+            for (int q = 0; q < Traits::kPeriod; ++q) {
+                const float value = pair_constant<T>(constant(i, q, codes[q]));
+                store_shared(&shared.constants[self / 32][q][lane + i * 32], value);
+            }
+        }
     }
 
-    // sum += W x for half of a step: the first or the second eight of a lane's 16 columns along K. absmax: constants of
-    // its eight rows of W. last: the table that decodes the last of these rows.
-    template <int kHalf>
-    QLK_DEVICE void multiply(int buffer, const uint2 (&codes)[kOwn], const float (&absmax)[kOwn],
-                             const BlockTable<T>& last) {
-        const uint4 right = last.decode(kHalf ? codes[kOwn - 1].y : codes[kOwn - 1].x);
-        const uint32_t lane_bytes = static_cast<uint32_t>(lane) * 8;
-        const uint4* const from = shared.loop.x[buffer][slice] + lane / 4 * 8 + piece_slot(lane / 4, kHalf, lane % 4);
-        uint4 x[kTiles];
+    // The operands of W of two products: rows first and second of a lane, 8 codes of each.
+    QLK_DEVICE void left(uint32_t first, uint32_t second, uint32_t (&low)[4], uint32_t (&high)[4]) const {
+        const uint32_t lane_bytes = static_cast<uint32_t>(lane) * 4;
+        low[0] = pair_of<0>(shared.rows, first, lane_bytes);
+        low[1] = pair_of<0>(shared.rows, second, lane_bytes);
+        low[2] = pair_of<1>(shared.rows, first, lane_bytes);
+        low[3] = pair_of<1>(shared.rows, second, lane_bytes);
+        high[0] = pair_of<2>(shared.rows, first, lane_bytes);
+        high[1] = pair_of<2>(shared.rows, second, lane_bytes);
+        high[2] = pair_of<3>(shared.rows, first, lane_bytes);
+        high[3] = pair_of<3>(shared.rows, second, lane_bytes);
+    }
+
+    // sum += W x for a step, and loads codes from at(row) in place of those that were used, if there are more.
+    template <class At>
+    QLK_DEVICE void multiply(unsigned step, uint2 (&codes)[kOwn], At at, bool more) {
+        constexpr int kHalves = 2 / kParts, kRow = sizeof(PairRow) / sizeof(uint4);
+        const uint4* const x_from = x_row(step, lane / 4)->room;
+        const float2* const constants = reinterpret_cast<const float2*>(
+            shared.constants[self / 32][(first_step + step) % Traits::kPeriod] + lane / 4 * 8);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) x[i] = load_shared(from + i * 64);
+        for (int part = 0; part < kParts; ++part) {
+            uint4 x[kHalves][kTiles];
 #pragma unroll
-        for (int j = kOwn - 2; j >= 0; j -= 2) {
-            const uint32_t first = kHalf ? codes[j].y : codes[j].x, second = kHalf ? codes[j + 1].y : codes[j + 1].x;
-            const auto of_second = [&](auto byte, uint32_t decoded) {
-                return j + 2 == kOwn ? decoded : pair<decltype(byte)::value>(second, lane_bytes, absmax[j + 1]);
-            };
-            const uint32_t low[4] = {
-                pair<0>(first, lane_bytes, absmax[j]), of_second(std::integral_constant<int, 0>{}, right.x),
-                pair<1>(first, lane_bytes, absmax[j]), of_second(std::integral_constant<int, 1>{}, right.y)};
+            for (int h = 0; h < kHalves; ++h) {
+                const uint4* const from = x_from + piece_slot(lane / 4, part + h, lane % 4);
 #pragma unroll
-            for (int i = 0; i < kTiles; ++i) mma_16x8x16<T>(sum[i][j / 2], low, x[i].x, x[i].y);
-            const uint32_t high[4] = {
-                pair<2>(first, lane_bytes, absmax[j]), of_second(std::integral_constant<int, 2>{}, right.z),
-                pair<3>(first, lane_bytes, absmax[j]), of_second(std::integral_constant<int, 3>{}, right.w)};
+                for (int i = 0; i < kTiles; ++i) x[h][i] = load_shared(from + i * 8 * kRow);
+            }
 #pragma unroll
-            for (int i = 0; i < kTiles; ++i) mma_16x8x16<T>(sum[i][j / 2], high, x[i].z, x[i].w);
+            for (int j = 0; j < kOwn; j += 2) {
+                uint32_t low[kHalves][4], high[kHalves][4];
+#pragma unroll
+                for (int h = 0; h < kHalves; ++h) {
+                    const uint2 &first = codes[j], &second = codes[j + 1];
+                    left(part + h ? first.y : first.x, part + h ? second.y : second.x, low[h], high[h]);
+                }
+                if (part + 1 == kParts && more) {
+                    codes[j] = ld_global_once_8(at(j));
+                    codes[j + 1] = ld_global_once_8(at(j + 1));
+                }
+                const float2 absmax = load_shared(constants + j / 2);
+#pragma unroll
+                for (int i = 0; i < kTiles; ++i) {
+                    float products[4] = {};
+#pragma unroll
+                    for (int h = 0; h < kHalves; ++h) {
+                        mma_16x8x16<T>(products, low[h], x[h][i].x, x[h][i].y);
+                        mma_16x8x16<T>(products, high[h], x[h][i].z, x[h][i].w);
+                    }
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        float& to = sum[i][j / 2][e];
+                        to = __fmaf_rn(e < 2 ? absmax.x : absmax.y, products[e], to);
+                    }
+                }
+            }
         }
     }
 
@@ -268,8 +337,8 @@ struct Middle {
         }
     }
 
-    // All of the tile's sums, a slice of K in each warp.
-    QLK_DEVICE void run() {
+    // All of the tile's sums, a slice of K in each warp. first: of this block's tiles, so the tables are still missing.
+    QLK_DEVICE void run(bool first) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -279,51 +348,50 @@ struct Middle {
             }
         }
         start();
-        uint2 codes[kOwn] = {};
-        if (steps > 0) {
-            copy_step(first_step, 0);
-            fetch_codes(first_step, codes);
-        }
-        cp_async_commit();
-        Constants next = fetch_constants(steps > 0);
-        store_constants(0, next, {table_entry(next.code[0]), table_entry(next.code[1])});
-        next = fetch_constants(steps > 1);
-        cp_async_wait<0>();
-        __syncthreads();
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            const int buffer = step % 2, number = first_step + step;
-            const bool more = step + 1 < steps;
-            uint2 ahead[kOwn] = {};
-            float entries[2] = {0.0f, 0.0f};
-            if (more) {
-                copy_step(number + 1, buffer ^ 1);
-                if (!kLate) fetch_codes(number + 1, ahead);
-                entries[0] = table_entry(next.code[0]);
-                entries[1] = table_entry(next.code[1]);
-            }
-            cp_async_commit();
-            const float4* const constants =
-                reinterpret_cast<const float4*>(shared.loop.constants[buffer][slice] + group * 64 + lane / 4 * 8);
-            const float4 low = load_shared(constants), high = load_shared(constants + 1);
-            const float absmax[kOwn] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-            const bool inside = number * Traits::kSlices + slice < blocks;  // past K nothing is multiplied
-            BlockTable<T> last;
-            last.fill(a.weight.levels, absmax[kOwn - 1]);
-            if (inside) multiply<0>(buffer, codes, absmax, last);
-            if (more) {
-                if (kLate) fetch_codes(number + 1, ahead);
-                store_constants(buffer ^ 1, next, entries);
-                next = fetch_constants(step + 2 < steps);
-            }
-            // At 64 rows there are no registers to keep the table in.
-            if (kLate) last.fill(a.weight.levels, load_shared(constants + 1).w);
-            if (inside) multiply<1>(buffer, codes, absmax, last);
+        constexpr int kStepBytes = Traits::kSlices * (kBlock / 2);
+        uint2 codes[Traits::kAhead][kOwn] = {};
 #pragma unroll
-            for (int j = 0; j < kOwn; ++j) codes[j] = ahead[j];
-            // Now the next step's x and constants are there, and all reads of this step's are done.
-            cp_async_wait<0>();
-            __syncthreads();
+        for (int j = 0; j < kOwn; ++j) {
+#pragma unroll
+            for (unsigned i = 0; i < Traits::kAhead; ++i) {
+                if (i < steps && last >= 0) codes[i][j] = ld_global_once_8(codes_at(j) + i * kStepBytes);
+            }
+        }
+        unsigned period = first_step / Traits::kPeriod;
+        Constants constants = fetch_constants(period);
+#pragma unroll
+        for (unsigned i = 0; i < Traits::kBuffers - 1; ++i) copy_x(i);
+        if (first) {
+            fill_pairs<T, Traits::kThreads>(shared_memory<typename Traits::Shared>().rows, a.weight.levels, self);
+            if (Traits::kNested) store_shared(shared.nested_table + self, load_global(a.weight.nested_table + self));
+        }
+        __syncthreads();
+        store_constants(period++, constants);
+        if (!kLazyConstants) constants = fetch_constants(period);
+#pragma unroll 1
+        for (unsigned from = 0; from < steps; from += Traits::kAhead) {
+            codes_next += Traits::kAhead * kStepBytes;
+            const uint8_t* rows[kOwn];
+#pragma unroll
+            for (int j = 0; j < kOwn && !kLazy; ++j) rows[j] = codes_at(j);
+#pragma unroll
+            for (unsigned i = 0; i < Traits::kAhead; ++i) {
+                const unsigned step = from + i;
+                if (step >= steps) break;
+                cp_async_wait<Traits::kBuffers - 2>();
+                // Now this step's x and constants are there for both warps of the pair, and both have done the step
+                // before. Other warps are not waited for.
+                bar_sync(1 + slice, Traits::kPair);
+                copy_x(step + Traits::kBuffers - 1);
+                const auto at = [&](int j) { return (kLazy ? codes_at(j) : rows[j]) + i * kStepBytes; };
+                multiply(step, codes[i], at, step + Traits::kAhead < steps && last >= 0);
+                if ((first_step + step + 1) % Traits::kPeriod == 0 && step + 1 < steps) {
+                    __syncwarp();  // all lanes have read the old ones
+                    if (kLazyConstants) constants = fetch_constants(period);
+                    store_constants(period++, constants);
+                    if (!kLazyConstants) constants = fetch_constants(period);
+                }
+            }
         }
         griddep_wait();  // for u: the launch that makes it may still be running
         locate();
@@ -333,24 +401,30 @@ struct Middle {
     // Slot of four neighbouring columns in a row of sums: neither writing nor reading them has bank conflicts.
     QLK_DEVICE static int quad_slot(int row, int four) { return four ^ (row >> 1 & 1) ^ (row >> 2 & 1) << 2; }
 
+    // Four columns of a slice's sums. A row of sums takes the room of four rows of the table.
+    QLK_DEVICE float4* sums_at(int of, int row, int four) const {
+        const int slot = quad_slot(row, four);
+        PairRow* const rows = shared.rows + (of * Traits::kRowsAtOnce + row) * 4;
+        return reinterpret_cast<float4*>(rows[slot / 8].room + slot % 8);
+    }
+
     // Adds the slices' sums, in their order. This thread ends up with four columns of each of some rows.
     QLK_DEVICE void add_slices(float (&total)[kSums]) {
         locate();
         constexpr int kRows = Traits::kRowsAtOnce;
 #pragma unroll
         for (int first = 0; first < Traits::kRows; first += kRows) {
-            if (first > 0) __syncthreads();  // all reads of the earlier rows are done
+            __syncthreads();  // all reads of x, or of the earlier rows, are done
 #pragma unroll
             for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int row = i * 8 + lane % 4 * 2 + e;
-                    float4* const to = shared.sums[slice][row];
 #pragma unroll
                     for (int q = 0; q < 2; ++q) {  // columns 8g + 4q to 8g + 4q + 3
                         const float (&even)[4] = sum[first / 8 + i][q * 2];
                         const float (&odd)[4] = sum[first / 8 + i][q * 2 + 1];
-                        store_shared(to + quad_slot(row, group * 16 + lane / 4 * 2 + q),
+                        store_shared(sums_at(slice, row, group * 16 + lane / 4 * 2 + q),
                                      make_float4(even[e], even[e + 2], odd[e], odd[e + 2]));
                     }
                 }
@@ -359,10 +433,10 @@ struct Middle {
 #pragma unroll
             for (int i = 0; i < kRows / 8; ++i) {
                 const int at = self + i * Traits::kThreads, row = at / 32;
-                float4 all = load_shared(shared.sums[0][row] + quad_slot(row, at % 32));
+                float4 all = load_shared(sums_at(0, row, at % 32));
 #pragma unroll
                 for (int s = 1; s < Traits::kSlices; ++s) {
-                    const float4 more = load_shared(shared.sums[s][row] + quad_slot(row, at % 32));
+                    const float4 more = load_shared(sums_at(s, row, at % 32));
                     all = make_float4(all.x + more.x, all.y + more.y, all.z + more.z, all.w + more.w);
                 }
                 float* const to = total + first / 2 + 4 * i;
@@ -402,42 +476,30 @@ struct Middle {
 
     // The same for the blocks of a cluster, each of which adds and writes its share of the tile.
     QLK_DEVICE void add_cluster_and_store(float (&total)[kSums]) {
-        float4* const room = reinterpret_cast<float4*>(&shared.loop);
+        const auto slot = [&](int at) { return sums_at(0, at / 32, at % 32); };
         __syncthreads();  // all reads of the slices' sums are done; these sums take their place
 #pragma unroll
-        for (int i = 0; i < kSums / 4; ++i) store_shared(room + self + i * Traits::kThreads, four(total, i));
-        add_cluster<Traits::kThreads, kSums / 4>(
-            a.splits, [&](int at) { return room + at; }, [&](int at, const float4& all) { store_four(at, all); });
+        for (int i = 0; i < kSums / 4; ++i) store_shared(slot(self + i * Traits::kThreads), four(total, i));
+        add_cluster<Traits::kThreads, kSums / 4>(a.splits, slot,
+                                                 [&](int at, const float4& all) { store_four(at, all); });
     }
 };
-
-// Fills the table of level pairs, one byte's entry for each thread. Neighbouring lanes start at different banks. Why
-// the levels go through shuffles: see prepare() in rows8.cuh.
-template <class Shared>
-QLK_DEVICE void make_pairs(Shared& shared, const float* levels, int self) {
-    const float level = levels[self % 16];
-    const float high = __shfl_sync(kAllLanes, level, self >> 4, 16), low = __shfl_sync(kAllLanes, level, self & 15, 16);
-    float4* const to = reinterpret_cast<float4*>(shared.pairs[self]);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) store_shared(to + (i + self) % 16, make_float4(high, low, high, low));
-}
 
 // All tiles, or parts of tiles, of one block.
 template <class T, class Traits>
 QLK_DEVICE void middle_tiles(const GemmArguments<T>& a) {
     using Shared = typename Traits::Shared;
-    make_pairs(shared_memory<Shared>(), a.weight.levels, static_cast<int>(threadIdx.x));
-    unsigned tile = Middle<T, Traits>::share(a).first_tile();
+    const unsigned first = Middle<T, Traits>::share(a).first_tile();
+    unsigned tile = first;
 #pragma unroll 1
     do {
         auto& shared = opaque_shared_memory<Shared>();
         Middle<T, Traits> middle{a, shared, tile};
-        middle.run();
+        middle.run(tile == first);
         float total[Middle<T, Traits>::kSums];
         middle.add_slices(total);
         if (kClusters && a.splits.cluster) return middle.add_cluster_and_store(total);
-        int* const word = reinterpret_cast<int*>(&shared.loop);
-        if (middle.share().template add<Traits::kThreads>(tile, total, word)) middle.store(total);
+        if (middle.share().template add<Traits::kThreads>(tile, total, &shared.word)) middle.store(total);
         __syncthreads();  // sums and the word have been read; the next tile takes their place
     } while (Middle<T, Traits>::share(a).reaches(++tile));
 }

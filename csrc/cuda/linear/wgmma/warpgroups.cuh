@@ -1,6 +1,6 @@
 // The forward product on Hopper's tensor cores (wgmma), for 16-bit types and 5 and more rows of x.
 //
-// Formula: y = u B^T + sum over blocks b of constant[b] * (levels[b] x[b]^T) + bias
+// Formula: y = u B^T + sum over blocks b of constant[b] * (x[b] levels[b]^T) + bias
 //
 // Layout:
 //     block    kRows x 128 outputs; persistent where blocks share tiles. A step is kBlocks blocks of 64 along K
@@ -25,7 +25,7 @@
 // Files: warpgroups_layout.cuh (shape, shared memory), warpgroups_x.cuh (what brings x), this one (what multiplies).
 #pragma once
 
-#include "cuda/common/decode.cuh"
+#include "cuda/common/pairs.cuh"
 #include "cuda/linear/wgmma/warpgroups_x.cuh"
 
 namespace qlk::cuda {
@@ -127,9 +127,9 @@ struct Warpgroup {
     // Zero past K: there x is zero too, but a constant may be infinite.
     QLK_DEVICE float constant(int half, bool inside) const {
         if (!inside) return 0.0f;
-        if constexpr (!Traits::kNested) return __uint_as_float(constants.code[half]);
+        if constexpr (!Traits::kNested) return pair_constant<T>(__uint_as_float(constants.code[half]));
         const float entry = load_shared(shared.front.constants + constants.code[half]);
-        return __fadd_rn(__fmul_rn(entry, constants.nested[half]), offset);
+        return pair_constant<T>(__fadd_rn(__fmul_rn(entry, constants.nested[half]), offset));
     }
 
     // The levels of byte kByte of `codes`. mine: the lane's column of the table.
@@ -307,20 +307,6 @@ struct Warpgroup {
     }
 };
 
-// Fills the table of level pairs and that of the constants. Why the levels go through shuffles: see rows8.cuh.
-template <class T, class Traits>
-QLK_DEVICE void fill_tables(const DeviceWeight& weight, const typename Traits::Shared& shared, int self) {
-    const float level = weight.levels[self % 16];
-#pragma unroll 1
-    for (int i = self; i < 256 * 8; i += Traits::kConsumers) {
-        const int byte = i / 8;
-        const uint32_t pair =
-            pack_pair<T>(__shfl_sync(kAllLanes, level, byte >> 4, 16), __shfl_sync(kAllLanes, level, byte & 15, 16));
-        store_shared(reinterpret_cast<uint4*>(shared.back.pairs[byte]) + i % 8, make_uint4(pair, pair, pair, pair));
-    }
-    if (Traits::kNested) store_shared(shared.front.constants + self, load_global(weight.nested_table + self));
-}
-
 template <class T, class Traits>
 QLK_DEVICE void warpgroup_tiles(const GemmArguments<T>& a) {
     const auto shared = Traits::Shared::find();
@@ -346,7 +332,8 @@ QLK_DEVICE void warpgroup_tiles(const GemmArguments<T>& a) {
     Warpgroup<T, Traits> multiplier{a, shared, self % 32, static_cast<uint32_t>(a.k / kBlock),
                                     Traits::kNested ? load_global(a.weight.nested_offset) : 0.0f};
     multiplier.begin(share, share.first_tile());
-    fill_tables<T, Traits>(a.weight, shared, self);
+    fill_pairs<T, Traits::kConsumers>(shared.back.pairs, a.weight.levels, self);
+    if (Traits::kNested) store_shared(shared.front.constants + self, load_global(a.weight.nested_table + self));
     __syncthreads();
     multiplier.run(share);
 }

@@ -4,6 +4,7 @@
 #include <ptx_sm90.cuh>
 
 #include "cuda/common/dispatch.h"
+#include "cuda/common/pairs.cuh"
 #include "cuda/linear/mma/tiles_layout.cuh"
 
 namespace qlk::cuda {
@@ -36,8 +37,7 @@ struct WarpgroupTraits {
     };
     static_assert(sizeof(Stages) >= kRows * kColumns * sizeof(float), "a cluster's blocks put their sums there");
     struct Table {
-        uint32_t pairs[256][64];  // the levels of each byte, a copy for each lane; half of it unused: rows of 256 bytes
-                                  // save a shift for each lookup
+        PairRow pairs[256];
     };
     struct Rest {
         T out[kRows][kPitch];
