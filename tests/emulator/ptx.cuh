@@ -18,13 +18,6 @@ inline uint2 ld_global_once_8(const void* address, emu::Site s = emu::Site::here
     return v;
 }
 
-inline uint2 ld_global_once_8(const void* address, emu::Site s = emu::Site::here()) {
-    emu::access(emu::Space::kGlobal, emu::Kind::kLoad, address, 8, s);
-    uint2 v;
-    std::memcpy(&v, address, 8);
-    return v;
-}
-
 inline void st_global_16(void* address, uint4 v, emu::Site s = emu::Site::here()) {
     emu::access(emu::Space::kGlobal, emu::Kind::kStore, address, 16, s);
     std::memcpy(address, &v, 16);

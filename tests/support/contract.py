@@ -18,11 +18,12 @@ def make_weight(n: int, k: int, double_quant: bool = True, dtype: torch.dtype = 
 
 
 def with_rounded_levels(weight, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as kernels multiply it that leave levels and constants apart: levels rounded to `dtype`, constants
-    not. float64 [n, k]."""
+    """The weight as kernels multiply it that leave levels and constants apart (csrc/cuda/common/pairs.cuh): scaled levels
+    rounded to `dtype`, constants not rounded. float64 [n, k]."""
     levels = torch.tensor(extension.native().nf4_levels(), dtype=torch.float64)
+    scale = {torch.bfloat16: 1.43670654, torch.float16: 1.36619186}[dtype]
     codes = torch.stack([weight.pieces[0] >> 4, weight.pieces[0] & 15], -1).view(-1)[: weight.numel()]
-    ratio = torch.where(levels == 0, 0.0, levels.float().to(dtype).double() / levels)
+    ratio = torch.where(levels == 0, 0.0, (levels * scale).float().to(dtype).double() / (levels * scale))
     return weight.dequantize(torch.float32).double() * ratio[codes.int()].view(weight.shape)
 
 
