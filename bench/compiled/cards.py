@@ -13,6 +13,10 @@ DENSE_SHARE = 790 / 989.4
 #: an H800 (arXiv 2501.12084, as others quote it: 62.9%, and 65.3% for 16 x 8 x 16). One tool that multiplies zeros
 #: shows nearly all of it on an H100, so a card has to say; tensor_rate.py asks it.
 HOPPER_MMA_SYNC = 0.629
+#: wgmma's share where its left operand comes from registers and each block's sums are scaled by themselves: what
+#: DeepGEMM's FP8 products, built in the same way, are published to reach (1,350 of 1,979 TFLOP/s on an H800). cuBLAS
+#: reaches more.
+HOPPER_WGMMA = 0.68
 SCHEDULERS = 4
 
 
@@ -72,6 +76,11 @@ class Card:
         """FLOP a second of mma.sync. What keeps a dense product below the data sheet is power; it takes more of that
         than a slower instruction does."""
         return min(self.mma_sync * self.tensor * 1e12, self.dense_rate)
+
+    @property
+    def wgmma_rate(self) -> float:
+        """FLOP a second of wgmma with a scaled sum for each block of weights."""
+        return HOPPER_WGMMA * self.tensor * 1e12
 
 
 _KIB = 1024

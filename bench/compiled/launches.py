@@ -36,6 +36,7 @@ class Launch:
         persistent: whether a thread block takes tile after tile.
         shared_tiles: how many tiles are shared together.
         whole_tiles: those that a thread block has alone while others are shared.
+        turns: blocks of weights in a step, where two warpgroups multiply one after the other, each in turn.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Launch:
     shared_tiles: int = 1
     whole_tiles: int = 0
     cluster: bool = False
+    turns: int = 0
 
     @property
     def shared_bytes(self) -> float:
@@ -92,8 +94,8 @@ def launch_of(card: Card, m: int, n: int, k: int, backward: bool, kernel: str | 
     code = extension.code_of(torch.bfloat16)
     with forced(kernel):
         plan = extension.native().dispatch(m, n, k, code, backward, card.architecture, card.sms, card.shared[1])
-    family = _few if plan["kernel"] == "few" else _middle if plan["kernel"].startswith("middle") else _tiles
-    return family(plan, m, backward)
+    families = {"few": _few, "middle": _middle, "warpgroup": _warpgroup, "tiles": _tiles}
+    return next(family for name, family in families.items() if plan["kernel"].startswith(name))(plan, m, backward)
 
 
 def _few(plan: dict[str, Any], m: int, backward: bool) -> Launch:
@@ -120,6 +122,18 @@ def _middle(plan: dict[str, Any], m: int, backward: bool) -> Launch:
         *moved,
         **more,
     )
+
+
+def _warpgroup(plan: dict[str, Any], m: int, backward: bool) -> Launch:
+    rows, columns = plan["rows"], plan["columns"]
+    depth = 512 if rows <= 32 else 256
+    # 4 bytes of the table for each pair of weights. x as it comes, and into both warpgroups' products.
+    moved = (2 * columns * depth, 3 * rows * depth * 2)
+    finish = 2 * rows * columns * 2  # rounded results, written and read
+    kernel = f"warpgroup_kernel<bf16, WarpgroupTraits<bf16, {rows}, true>>"
+    more = {"table_bytes": 32768, "finish_bytes": finish, "chain": 1, "turns": depth // 64}
+    more |= {"shared_tiles": plan["shared_tiles"], "cluster": plan["cluster"]}
+    return Launch(plan["kernel"], kernel, rows, columns, depth, 1, plan["splits"], 8, *moved, **more)
 
 
 def _tiles(plan: dict[str, Any], m: int, backward: bool) -> Launch:

@@ -18,6 +18,7 @@ from bench.compiled.terms import (
     CLUSTER_US,
     EARLIER_TRIPS,
     LOADED,
+    LOOKUP_CLOCKS,
     MEMBAR_US,
     PASSES,
     SM_BYTES,
@@ -108,7 +109,7 @@ def step_of(card: Card, launch: Launch, row: dict[str, Any]) -> Step:
         return {"issue": issue * warps, "ALU": alu * warps * lanes / ALU_LANES, "FMA": fma * warps * lanes / card.fma}
 
     flops = 2 * launch.rows * launch.columns * launch.depth
-    tensor = flops / (card.mma_rate / card.sms) * card.hertz
+    tensor = flops / ((card.wgmma_rate if launch.turns else card.mma_rate) / card.sms) * card.hertz
     before = pipes(1, 0, 1 - beside) | {"shared": launch.decode_bytes * (1 - beside) / 128}
     during = pipes(0, 1, beside) | {
         "tensor": tensor,
@@ -116,10 +117,20 @@ def step_of(card: Card, launch: Launch, row: dict[str, Any]) -> Step:
     }
     if launch.teams > 1:
         during["decode, then multiply"] = max(pipes(0, 0, 1).values()) + tensor / launch.teams
+    if launch.turns:
+        during["products, then their sums"] = _turn(launch, row, tensor)
     alone = max(before.values()) + (BARRIER_CLOCKS if row["alone_issue"] else 0)
     binds = max(during, key=lambda name: during[name])
     every = {name: before.get(name, 0.0) + during[name] for name in ("issue", "ALU", "FMA", "shared", "tensor")}
     return Step(alone, during[binds], binds, every)
+
+
+def _turn(launch: Launch, row: dict[str, Any], tensor: float) -> float:
+    """Clocks of a step for one of two warpgroups. Of each block of weights it asks for the products, decodes the next
+    block meanwhile, waits for the sums, scales and adds them. A scheduler has one warp of each warpgroup."""
+    scaling = row["beside_fma"] / launch.turns
+    decoding = (row["beside_issue"] + row["decode_issue"]) / launch.turns + LOOKUP_CLOCKS
+    return launch.turns * (max(tensor / 2 / launch.turns, decoding) + BARRIER_CLOCKS + scaling)
 
 
 # -------------------------------------------------------------------------------------------------------- a product

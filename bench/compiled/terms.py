@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.compiled.cards import HOPPER_MMA_SYNC
+from bench.compiled.cards import HOPPER_MMA_SYNC, HOPPER_WGMMA
 
 LABEL = "prediction, no card has shown this"
 
@@ -12,6 +12,8 @@ ALU_LANES = 64
 LOADED = 2.0
 #: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product.
 BARRIER_CLOCKS = 80
+#: Clocks of a load from shared memory.
+LOOKUP_CLOCKS = 30
 #: Passes of a constant load by lane: half of them read one address, half read 16. One clock each.
 PASSES = (1 + 16) / 2
 #: What the blocks that share a tile take to find out which is the last, with MEMBAR.SC; and two barriers of a cluster
@@ -37,6 +39,7 @@ TERMS = {
     "rates of a card": (PUBLISHED, "data sheets and white papers; latency: arXiv 2402.13499"),
     "copies, dense": (PUBLISHED, "4.3 TB/s and 790 TFLOP/s on an H200"),
     "mma.sync": (PUBLISHED, f"{HOPPER_MMA_SYNC:.0%} of the tensor rate on Hopper; others say up to 75%"),
+    "wgmma": (ASSUMED, f"{HOPPER_WGMMA:.0%} of the tensor rate, as FP8 products of that kind are published to reach"),
     "ALU": (PUBLISHED, f"{ALU_LANES} lanes a clock and SM"),
     "IMAD": (ASSUMED, "half counts for the ALU, half for the FMA pipe"),
     "other cards": (ASSUMED, "reach an H200's shares of their data sheets, and mma.sync the rate of a dense product"),
@@ -44,6 +47,7 @@ TERMS = {
     "sm_86, sm_89, sm_120": (ASSUMED, "the code of sm_80, where the static table lacks theirs"),
     "overlap": (ASSUMED, "perfect within a part of a step, none between parts; schedulers issue in every clock"),
     "barrier": (ASSUMED, f"{BARRIER_CLOCKS} clocks until the tensor cores are busy again"),
+    "warpgroups": (ASSUMED, "a warpgroup's products, waiting for them and scaling their sums come one after the other"),
     "latency": (ASSUMED, f"{LOADED:g} times the published one under load"),
     "fill": (ASSUMED, "loads that wait for each other, the table, the first decoding, one after the other"),
     "constants by lane": (ASSUMED, f"{PASSES} passes a load and warp, one clock each: the upper end of estimates"),
