@@ -144,9 +144,8 @@ class _Work:
 
 def _work(card: Card, launch: Launch, at_once: int, m: int, columns: int, depth: int) -> _Work:
     tiles = math.ceil(m / launch.rows) * math.ceil(columns / launch.columns)
-    # Of a few-rows kernel's step of four chunks for each warp only those are counted that lie within the depth.
-    chunks = 4 if launch.persistent else 1
-    whole = math.ceil(depth * chunks / launch.depth) / chunks
+    # Of a few-rows kernel's step of some chunks for each warp only those are counted that lie within the depth.
+    whole = math.ceil(depth * launch.turn / launch.depth) / launch.turn
     # Thread blocks with a tile of their own, and those that share tiles; or the tiles of a persistent one.
     alone, rest = math.ceil(launch.whole_tiles / card.sms), tiles - launch.whole_tiles
     sharing = math.ceil(rest // launch.shared_tiles * launch.splits / card.sms)

@@ -129,10 +129,9 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
     for t in memory.values():
         if t["bytes"] >= 256 * t["requests"]:
             assert t["actual"] == t["minimum"], "sectors"
-    # A float32 for each warp and row, and the offset for each thread; the constants' table for each of two blocks.
-    tiles = n // 128
+    # A float32 for each warp and row; for each of two blocks the constants' table and their mean.
     rest = sum(t["bytes"] for t in memory.values() if t["bytes"] < 256 * t["requests"])
-    assert rest == tiles * (8 * 64 * 4 + 256 * 4) + 2 * 256 * 4
+    assert rest == n // 128 * 8 * 64 * 4 + 2 * (256 * 4 + 4)
     pairs = sum(t["requests"] for t in lines(counts["shared"], "pairs.cuh", "load").values())
     assert pairs == n * k // 2 // 32
     shared = {p: t for p, t in counts["shared"].items() if p.startswith(("rows64.cuh", "pairs.cuh"))}
