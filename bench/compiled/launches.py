@@ -12,6 +12,8 @@ import torch
 
 from bench.compiled.cards import Card
 
+#: FewTraits::kAhead, and MiddleTraits::kAhead.
+FEW_CHUNKS, MIDDLE_AHEAD = 2, 2
 KERNEL_VARIABLE = "QLORA_KERNELS_CUDA_KERNEL"
 
 
@@ -34,9 +36,10 @@ class Launch:
         teams: of a block's warps; they take turns at decoding.
         chain: loads that wait for one another before a tile's first step.
         persistent: whether a thread block takes tile after tile.
+        turn: into how many parts a step of a persistent one can be cut at the end of the depth.
         shared_tiles: how many tiles are shared together.
         whole_tiles: those that a thread block has alone while others are shared.
-        turns: blocks of weights in a step, where two warpgroups multiply one after the other, each in turn.
+        in_turn: whether two warpgroups multiply one after the other.
     """
 
     name: str
@@ -54,10 +57,11 @@ class Launch:
     teams: int = 1
     chain: int = 2
     persistent: bool = False
+    turn: int = 1
     shared_tiles: int = 1
     whole_tiles: int = 0
     cluster: bool = False
-    turns: int = 0
+    in_turn: bool = False
 
     @property
     def shared_bytes(self) -> float:
@@ -99,26 +103,27 @@ def launch_of(card: Card, m: int, n: int, k: int, backward: bool, kernel: str | 
 
 
 def _few(plan: dict[str, Any], m: int, backward: bool) -> Launch:
-    slices = 16 // plan["row_tiles"]  # warps that share rows, each with four chunks of 128 in a turn
-    columns, depth = 8 * plan["row_tiles"], 4 * 128 * slices
-    # For each weight 4 bytes of the table; x, 64 bytes for each row and piece of a chunk, comes to each warp.
-    moved = (4 * columns * depth, 16 * 4 * 4 * 64 * m)
-    finish = 2 * 16 * 8 * 4 * m  # a warp's eight sums of each row, written and read
-    more = {"table_bytes": 65536, "finish_bytes": finish, "chain": 1, "persistent": True}
-    return Launch("few", "few_kernel<bf16, true>", 16, columns, depth, 1, 1, 16, *moved, **more)
+    slices = 16 // plan["row_tiles"]  # warps that share rows, each with two chunks of 128 in a turn
+    columns, depth = 16 * plan["row_tiles"], FEW_CHUNKS * 128 * slices
+    # For each weight 2 bytes of the table. For each warp and chunk: four loads of x, taken to move 512 bytes each
+    # however few rows there are, the constants' table, taken to be read in two passes, and four shuffles.
+    moved = (2 * columns * depth, 16 * FEW_CHUNKS * (4 * 512 + 2 * 128 + 4 * 128))
+    finish = 2 * 16 * 16 * 4 * m  # a warp's sums of each row of x, written and read
+    more = {"table_bytes": 32768, "finish_bytes": finish, "chain": 1, "persistent": True, "turn": FEW_CHUNKS}
+    return Launch("few", "few_kernel<bf16, true>", 8, columns, depth, 1, 1, 16, *moved, **more)
 
 
 def _middle(plan: dict[str, Any], m: int, backward: bool) -> Launch:
     rows, columns, depth = plan["rows"], plan["columns"], 256
-    # The same table, for seven of eight weights; x as it comes, and into both groups of warps; the constants, written,
-    # and read by each warp.
-    moved = (7 / 8 * 4 * columns * depth, 3 * rows * depth * 2 + 4 * columns * 4 + 8 * 256)
+    # The same table; x as it comes, and into both groups of warps. For each warp, constants: two look-ups in their table,
+    # taken to be read in four passes, written, and read in four loads.
+    moved = (2 * columns * depth, 3 * rows * depth * 2 + 8 * (2 * 4 * 128 + 2 * 128 + 4 * 128))
     finish = 2 * 4 * rows * columns * 4  # the sums of four slices, written and read
     kernel = f"middle_kernel<bf16, MiddleTraits<bf16, {rows}, true>>"
-    more = {"table_bytes": 65536, "finish_bytes": finish, "shared_tiles": plan["shared_tiles"]}
+    more = {"table_bytes": 32768, "finish_bytes": finish, "shared_tiles": plan["shared_tiles"], "chain": 1}
     more["cluster"] = plan["cluster"]
     return Launch(
-        *(plan["kernel"], kernel, rows, columns, depth, max(1, plan["stages"] - 1), plan["splits"], 8),
+        *(plan["kernel"], kernel, rows, columns, depth, MIDDLE_AHEAD, plan["splits"], 8),
         *moved,
         **more,
     )
@@ -126,14 +131,15 @@ def _middle(plan: dict[str, Any], m: int, backward: bool) -> Launch:
 
 def _warpgroup(plan: dict[str, Any], m: int, backward: bool) -> Launch:
     rows, columns = plan["rows"], plan["columns"]
-    depth = 512 if rows <= 32 else 256
+    depth = 64
     # 4 bytes of the table for each pair of weights. x as it comes, and into both warpgroups' products.
     moved = (2 * columns * depth, 3 * rows * depth * 2)
     finish = 2 * rows * columns * 2  # rounded results, written and read
     kernel = f"warpgroup_kernel<bf16, WarpgroupTraits<bf16, {rows}, true>>"
-    more = {"table_bytes": 32768, "finish_bytes": finish, "chain": 1, "turns": depth // 64}
+    more = {"table_bytes": 32768, "finish_bytes": finish, "chain": 1, "in_turn": True}
     more |= {"shared_tiles": plan["shared_tiles"], "cluster": plan["cluster"]}
-    return Launch(plan["kernel"], kernel, rows, columns, depth, 1, plan["splits"], 8, *moved, **more)
+    ahead = 8 if rows <= 32 else 4
+    return Launch(plan["kernel"], kernel, rows, columns, depth, ahead, plan["splits"], 8, *moved, **more)
 
 
 def _tiles(plan: dict[str, Any], m: int, backward: bool) -> Launch:

@@ -7,13 +7,16 @@ issues in a step when all rows are aligned and no tile reaches past an edge:
 - an inner loop that copies counts as many iterations as the step's copies take;
 - any other inner loop handles unaligned rows and does not count;
 - both sides of a branch count;
+- code that an iteration may skip and that leads to no product is counted by its kernel's ``seldom``;
+- a loop that the compiler was told to unroll counts as many steps an iteration as have products of their own;
 - on sm_120, a NOP between two HMMA does not count: the compiler inserts one when it has nothing else to issue, and the
   tensor core is busy for longer.
 
 A step is also cut into parts, because a barrier keeps some of its work from overlapping. What a warp issues after a
 barrier and before its first product is "alone": the tensor cores wait for it, as all warps leave the barrier together.
 What lies between its first and its last product is "beside" them. "decode" is decoding, wherever it lies, and all that
-only the decoding team does. Without a barrier in the loop, warps drift apart, and everything is "beside".
+only the decoding team does. Without a barrier of all warps in the loop, they drift apart, and everything is "beside":
+a barrier of some of them, as that of two warps that share x, is not one.
 """
 
 from __future__ import annotations
@@ -48,12 +51,14 @@ class Kind:
     """What the main loop of a family of kernels does.
 
     Attributes:
-        decode: opcodes that decode, within blocks that decode; "IMAD.SHL" stands for every opcode with this prefix.
+        decode: opcodes that decode, within blocks that decode; "IMAD.SHL" stands for every opcode with this prefix, and
+            "=LDS" for this one alone.
         weights: how many a thread decodes in a step that decodes.
         every: a thread decodes in one of this many steps; computed from the same numbers as ``copies``.
         copies: how many copies a thread issues in an inner loop in a step, on average, from the numbers among the
             template arguments.
-        unrolled: how often an iteration has that many weights, from the same numbers.
+        unrolled: steps in an iteration of the loop, from the same numbers.
+        seldom: in how many of the steps it runs what an iteration may skip and what leads to no product.
     """
 
     decode: tuple[str, ...]
@@ -61,6 +66,7 @@ class Kind:
     every: Callable[[list[int]], int] = lambda numbers: 1
     copies: Callable[[list[int]], float] = lambda numbers: 1.0
     unrolled: Callable[[list[int]], int] = lambda numbers: 1
+    seldom: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,10 @@ class Step:
 
 
 def _is_decoding(kind: Kind, one: sass.Instruction) -> bool:
-    return any(one.opcode == opcode or one.opcode.startswith(opcode + ".") for opcode in kind.decode)
+    return any(
+        one.opcode == opcode[1:] if opcode[0] == "=" else one.opcode == opcode or one.opcode.startswith(opcode + ".")
+        for opcode in kind.decode
+    )
 
 
 def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | None:
@@ -220,6 +229,8 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
         return None
     decoding &= main.blocks
     times, team = _times(graph, main, decoding, kind, numbers)
+    unrolled = kind.unrolled(numbers)
+    times = {start: count / unrolled for start, count in times.items()}
     between = _between_products([graph.blocks[start] for start in times])
     counts = dict.fromkeys(_ALL, 0.0)
     parts = {part: Pipes() for part in PARTS}
@@ -242,24 +253,25 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
                 counts["other" if one.predicate == "!PT" else CLASSES.get(one.name, "other")] += executions
             part = "decode" if decodes or start in team else "beside" if one.address in between else "alone"
             parts[part].add(one.name, executions)
-    return Step(counts, slots / (kind.weights * kind.unrolled(numbers)), parts, decoded_beside / counts["decode"])
+    return Step(counts, slots / unrolled / kind.weights, parts, decoded_beside / counts["decode"])
 
 
 def _between_products(blocks: list[Block]) -> set[int]:
-    """Addresses of a loop's instructions from the first to the last product after a barrier; all, if it has none.
+    """Addresses of a loop's instructions from the first to the last product after a barrier; all, if it has none that
+    all warps wait at. Such a one has no number of threads beside its own number.
 
     Args:
         blocks: of the loop, by address.
     """
     code = [one for block in blocks for one in block.instructions]
-    barriers = [i for i, one in enumerate(code) if one.name == "BAR"]
+    barriers = [i for i, one in enumerate(code) if one.name == "BAR" and "," not in one.operands]
     if not barriers:
         return {one.address for one in code}
     # The stretch after the last barrier goes on at the loop's beginning.
     code = code[barriers[-1] :] + code[: barriers[-1]]
     stretches: list[list[sass.Instruction]] = []
     for one in code:
-        if one.name == "BAR":
+        if one.name == "BAR" and "," not in one.operands:
             stretches.append([])
         stretches[-1].append(one)
     between = set()
@@ -287,6 +299,12 @@ def _times(
         if in_loop:
             for start in loop.blocks & kept:
                 times[start] *= kind.copies(numbers) / in_loop
+    if kind.seldom != 1.0:
+        always = frozenset.intersection(*(graph.dominators[latch] for latch in main.latches))
+        products = {start for start in kept if graph.blocks[start].count("HMMA")}
+        for start in kept - always:
+            if not any(start in graph.dominators[product] for product in products):
+                times[start] *= kind.seldom
     # Blocks that only decoding steps enter: those dominated by the highest optional block above the decoding.
     always = frozenset.intersection(*(graph.dominators[latch] for latch in main.latches))
     team = set()

@@ -109,7 +109,7 @@ def step_of(card: Card, launch: Launch, row: dict[str, Any]) -> Step:
         return {"issue": issue * warps, "ALU": alu * warps * lanes / ALU_LANES, "FMA": fma * warps * lanes / card.fma}
 
     flops = 2 * launch.rows * launch.columns * launch.depth
-    tensor = flops / ((card.wgmma_rate if launch.turns else card.mma_rate) / card.sms) * card.hertz
+    tensor = flops / ((card.wgmma_rate if launch.in_turn else card.mma_rate) / card.sms) * card.hertz
     before = pipes(1, 0, 1 - beside) | {"shared": launch.decode_bytes * (1 - beside) / 128}
     during = pipes(0, 1, beside) | {
         "tensor": tensor,
@@ -117,20 +117,19 @@ def step_of(card: Card, launch: Launch, row: dict[str, Any]) -> Step:
     }
     if launch.teams > 1:
         during["decode, then multiply"] = max(pipes(0, 0, 1).values()) + tensor / launch.teams
-    if launch.turns:
-        during["products, then their sums"] = _turn(launch, row, tensor)
+    if launch.in_turn:
+        during["products, then their sums"] = _turn(row, tensor)
     alone = max(before.values()) + (BARRIER_CLOCKS if row["alone_issue"] else 0)
     binds = max(during, key=lambda name: during[name])
     every = {name: before.get(name, 0.0) + during[name] for name in ("issue", "ALU", "FMA", "shared", "tensor")}
     return Step(alone, during[binds], binds, every)
 
 
-def _turn(launch: Launch, row: dict[str, Any], tensor: float) -> float:
-    """Clocks of a step for one of two warpgroups. Of each block of weights it asks for the products, decodes the next
+def _turn(row: dict[str, Any], tensor: float) -> float:
+    """Clocks of a step for one of two warpgroups. It asks for the products of one block of weights, decodes the next
     block meanwhile, waits for the sums, scales and adds them. A scheduler has one warp of each warpgroup."""
-    scaling = row["beside_fma"] / launch.turns
-    decoding = (row["beside_issue"] + row["decode_issue"]) / launch.turns + LOOKUP_CLOCKS
-    return launch.turns * (max(tensor / 2 / launch.turns, decoding) + BARRIER_CLOCKS + scaling)
+    decoding = row["beside_issue"] + row["decode_issue"] + LOOKUP_CLOCKS
+    return max(tensor / 2, decoding) + BARRIER_CLOCKS + row["beside_fma"] + row["decode_fma"]
 
 
 # -------------------------------------------------------------------------------------------------------- a product
@@ -157,9 +156,8 @@ class _Work:
 
 def _work(card: Card, launch: Launch, at_once: int, m: int, columns: int, depth: int) -> _Work:
     tiles = math.ceil(m / launch.rows) * math.ceil(columns / launch.columns)
-    # Of a few-rows kernel's step of four chunks for each warp only those are counted that lie within the depth.
-    chunks = 4 if launch.persistent else 1
-    whole = math.ceil(depth * chunks / launch.depth) / chunks
+    # Of a few-rows kernel's step of some chunks for each warp only those are counted that lie within the depth.
+    whole = math.ceil(depth * launch.turn / launch.depth) / launch.turn
     # Thread blocks with a tile of their own, and those that share tiles; or the tiles of a persistent one.
     alone, rest = math.ceil(launch.whole_tiles / card.sms), tiles - launch.whole_tiles
     sharing = math.ceil(rest // launch.shared_tiles * launch.splits / card.sms)

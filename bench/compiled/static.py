@@ -55,13 +55,17 @@ SHARED = {
 
 #: Kernels whose main loop decodes and multiplies; ``numbers`` are the numbers among the template arguments.
 LOOPS = {
-    # A step is four chunks, and a thread has 32 weights of each.
-    "few_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=4 * 32),
-    # 16 weights of each of eight rows.
-    "middle_kernel": loops.Kind(decode=("PRMT", "LDS.64", "FMUL", "F2FP"), weights=8 * 16),
-    # 32 weights of a block. An iteration has eight blocks, and for more rows (numbers[0]) four.
+    # A step is two chunks, and a thread has 64 weights of each. FFMA applies constants to sums. What runs without
+    # products only loads, where a warp has no chunk left.
+    "few_kernel": loops.Kind(decode=("PRMT", "=LDS", "FFMA"), weights=2 * 64, seldom=0.0),
+    # 16 weights of each of eight rows; two steps an iteration. What an iteration may skip decodes the constants of four
+    # steps, in one of two ways; both are counted.
+    "middle_kernel": loops.Kind(
+        decode=("PRMT", "=LDS", "FFMA"), weights=8 * 16, unrolled=lambda numbers: 2, seldom=1 / 4
+    ),
+    # A step is a block of 64 in depth: 32 weights. An iteration has eight of them, and for more rows (numbers[0]) four.
     "warpgroup_kernel": loops.Kind(
-        decode=("PRMT", "LDS"), weights=32, unrolled=lambda numbers: 8 if numbers[0] <= 32 else 4
+        decode=("PRMT", "=LDS", "FFMA"), weights=32, unrolled=lambda numbers: 8 if numbers[0] <= 32 else 4
     ),
     # 64 weights a thread; with 128 columns (numbers[1]) two teams take turns. A row takes 8 copies of the 256 threads;
     # where that is more than one a thread, they are unrolled.

@@ -45,9 +45,9 @@ def test_a_kernel_can_be_forced(monkeypatch):
 
 
 #: Those that fit the 99 KiB of sm_86, sm_89 and sm_120; those that fit the 64 KiB of sm_75; the others.
-FIT_99 = {"few", "middle8", "middle16", "tiles64", "tiles128x3"}
+FIT_99 = {"few", "middle8", "middle16", "middle32", "tiles64", "tiles128x3"}
 FIT_64 = {"tiles16", "tiles32", "tiles32any"}
-FIT_163 = {"middle32", "middle64", "tiles128", "tiles128wide"}
+FIT_163 = {"middle64", "tiles128", "tiles128wide"}
 
 
 @pytest.mark.parametrize(

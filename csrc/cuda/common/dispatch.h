@@ -53,7 +53,7 @@ struct Problem {
 
 enum class Family {
     kFew,        // rows8.cuh: up to 8 rows of x; codes looked up in shared memory, products on tensor cores
-    kMiddle,     // rows64.cuh: the same for up to 64 rows (16 with 99 KiB of shared memory), x in pieces
+    kMiddle,     // rows64.cuh: the same for up to 64 rows (32 with 99 KiB of shared memory), x in pieces
     kTiles,      // tiles.cuh: a tile of rows x columns for each block
     kWarpgroup,  // warpgroups.cuh: the same on Hopper's own products, codes looked up in shared memory
     kFloats,     // product.cuh: float32 units, for whatever the others don't take
@@ -104,12 +104,16 @@ constexpr size_t tiles_shared(int rows, int columns, int stages) {
     return static_cast<size_t>(stages) * (rows * 128 + columns * 32) + 2 * columns * 128;
 }
 
-// Shared memory of rows8.cuh: two levels for each byte, for 32 lanes; the table of constants; x, its rows padded to 128
-// columns; two groups' partial sums.
+// Shared memory of rows8.cuh: two levels for each byte, for 32 lanes, with a gap of 128 bytes behind each; the table of
+// constants; two groups' partial sums. x takes 128 bytes for each row and block of 64 columns, its rows padded to 128: in
+// the gaps, or elsewhere if there are too few.
 constexpr int kFewWarps = 16;
+constexpr size_t few_x_bytes(int64_t m, int64_t k) {
+    const int64_t units = (k + 127) / 128 * 2 * m;
+    return units > 256 ? static_cast<size_t>(units) * 128 : 0;
+}
 constexpr size_t few_shared(int64_t m, int64_t k) {
-    return 65536 + 1024 + static_cast<size_t>((k + 127) / 128 * 256 * m) +
-           static_cast<size_t>(2 * kFewWarps * 12 * 4 * m);
+    return 65536 + 1024 + few_x_bytes(m, k) + static_cast<size_t>(2 * kFewWarps * 20 * 4 * m);
 }
 
 // Shared memory of rows64.cuh: the same table, with x or the sums of four slices in its gaps, 128 bytes for a row of x,
@@ -134,9 +138,9 @@ struct Plan {
     int splits;       // blocks that share tiles, each with a part of the depth
     bool cluster;     // the blocks that share a tile are a cluster
     int64_t shared;   // tiles that these share: one; or all, whose depths are then cut as one
-    int64_t tiles;    // in all; for rows8.cuh, groups of row_tiles times 8 rows of W
+    int64_t tiles;    // in all; for rows8.cuh, groups of row_tiles times 16 rows of W
     int64_t whole;    // how many tiles have a block of their own while others are shared
-    int row_tiles;    // rows8.cuh only: tiles of 8 rows of W in a group
+    int row_tiles;    // rows8.cuh only: tiles of 16 rows of W in a group
     int64_t scratch;  // bytes
 
     int64_t blocks() const { return whole + (tiles - whole) / shared * splits; }
@@ -223,8 +227,8 @@ inline int64_t clusters_at_once(int64_t size, int64_t multiprocessors, int64_t b
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     Plan plan{row, 1, false, 1, 0, 0, 1, 0};
     if (row.family == Family::kFew) {
-        // 4, 2 or 1 tiles of 8 rows at a time: the most that keeps the blocks' shares even.
-        const int64_t all = over(p.n, 8);
+        // 4, 2 or 1 tiles of 16 rows at a time: the most that keeps the blocks' shares even.
+        const int64_t all = over(p.n, 16);
         int64_t best = INT64_MAX;
         for (const int tiles : {4, 2, 1}) {
             const int64_t groups = over(all, tiles), rounds = over(groups, card.multiprocessors) * tiles;

@@ -105,6 +105,7 @@ void few_launch(const GemmArguments<T>& a, const Plan& plan, int multiprocessors
                               a.r,
                               static_cast<int>(a.m),
                               plan.row_tiles,
+                              static_cast<int>(few_x_bytes(a.m, a.k)),
                               a.left_aligned,
                               a.r % 4 == 0 && lies_on(a.low_left, 8) && lies_on(a.low_right, 8)};
     const auto kernel = a.weight.absmax ? few_kernel<T, false> : few_kernel<T, true>;

@@ -52,7 +52,8 @@ struct MiddleTraits {
         PairRow rows[middle_pair_rows(kRows)];
         float constants[kThreads / 32][kPeriod][64];  // of each warp's rows of W
         float nested_table[kNestedBlock];
-        int word;  // for Share::add
+        float offset;  // mean of the constants, when they are double-quantized
+        int word;      // for Share::add
     };
     static_assert(sizeof(Shared) == middle_shared(kRows));
     static constexpr int kRoom = sizeof(Shared::rows) / sizeof(PairRow);
@@ -222,7 +223,7 @@ struct Middle {
 
     // Decodes a period's constants for this warp.
     QLK_DEVICE void store_constants(unsigned period, const Constants& c) {
-        const float offset = Traits::kNested ? load_global(a.weight.nested_offset) : 0.0f;
+        const float offset = Traits::kNested ? load_shared(&shared.offset) : 0.0f;
         if (constants_aligned()) {
             each_constant(c, [&](int i, int, uint32_t code) {
                 const float entry = table_entry(prmt(code, 0, 0x4440 | slice));
@@ -363,7 +364,10 @@ struct Middle {
         for (unsigned i = 0; i < Traits::kBuffers - 1; ++i) copy_x(i);
         if (first) {
             fill_pairs<T, Traits::kThreads>(shared_memory<typename Traits::Shared>().rows, a.weight.levels, self);
-            if (Traits::kNested) store_shared(shared.nested_table + self, load_global(a.weight.nested_table + self));
+            if constexpr (Traits::kNested) {
+                store_shared(shared.nested_table + self, load_global(a.weight.nested_table + self));
+                if (self == 0) store_shared(&shared.offset, load_global(a.weight.nested_offset));
+            }
         }
         __syncthreads();
         store_constants(period++, constants);
