@@ -166,7 +166,7 @@ def _work(card: Card, launch: Launch, at_once: int, m: int, columns: int, depth:
         starts = 1
     else:
         # A block whose share of several tiles is one stretch begins in one and ends in another.
-        of_a_share = math.ceil(tiles / launch.splits) + 1 if launch.shared_tiles > 1 else 1
+        of_a_share = math.ceil(launch.shared_tiles / launch.splits) + 1 if launch.shared_tiles > 1 else 1
         starts = math.ceil(alone / at_once) + math.ceil(sharing / at_once) * of_a_share
     return _Work(tiles, whole, alone + sharing, alone * whole + sharing * share, starts)
 

@@ -63,9 +63,9 @@ def choose(card: Card, m: int, n: int, k: int, dtype: torch.dtype, backward: boo
 
     Returns:
         ``kernel`` (its name, as for QLORA_KERNELS_CUDA_KERNEL), a tile's ``rows`` and ``stages``, the number of
-        ``tiles``, ``splits`` (blocks that share tiles), ``shared_tiles`` (how many tiles they share: one or all),
-        ``whole_tiles`` (tiles that one block computes alone while others are shared), ``row_tiles`` and ``scratch``
-        (bytes).
+        ``tiles``, ``splits`` (blocks that share tiles), ``cluster`` (whether these are a thread block cluster),
+        ``shared_tiles`` (how many tiles they share: one or all that are shared), ``whole_tiles`` (tiles that one block
+        computes alone while others are shared), ``row_tiles`` and ``scratch`` (bytes).
 
     Raises:
         RuntimeError: if QLORA_KERNELS_CUDA_KERNEL names no kernel, or one that cannot handle this case.
@@ -91,8 +91,8 @@ def ranges(
             covered[-1] = (covered[-1][0], m, covered[-1][2])
             continue
         plan = choose(card, m, n, k, dtype, backward)
-        if plan["tiles"] > card.multiprocessors and plan["shared_tiles"] == 1:
-            plan["splits"] = 1
+        if plan["tiles"] > card.multiprocessors and (plan["shared_tiles"] == 1 or plan["whole_tiles"] > 0):
+            plan["splits"] = plan["shared_tiles"] = 1
         if covered and all(covered[-1][2][key] == plan[key] for key in ("kernel", "splits", "shared_tiles")):
             most = {key: max(plan[key], covered[-1][2][key]) for key in ("scratch", "whole_tiles")}
             covered[-1] = (covered[-1][0], m, plan | most)

@@ -28,7 +28,7 @@ def test_every_range_of_the_dispatch_is_what_runs():
                     assert first == end + 1
                     chosen = dispatch.choose(card, first, 1024, 2048, dtype, backward)
                     assert chosen["kernel"] == plan["kernel"]
-                    if chosen["tiles"] <= card.multiprocessors or chosen["shared_tiles"] > 1:
+                    if chosen["tiles"] <= card.multiprocessors or plan["shared_tiles"] > 1:
                         assert all(chosen[key] == plan[key] for key in ("splits", "shared_tiles"))
                     assert 0 <= plan["scratch"] <= 2**24
                     assert (chosen["splits"] > 1 and not chosen["cluster"]) == (chosen["scratch"] > 0)

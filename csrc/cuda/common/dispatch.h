@@ -223,6 +223,10 @@ inline int64_t clusters_at_once(int64_t size, int64_t multiprocessors, int64_t b
     return (groups - larger) * (group * blocks_at_once / size) + larger * ((group + 2) * blocks_at_once / size);
 }
 
+// Whether blocks may have parts of several tiles, whose depths are cut as one: rows64.cuh can, and tiles.cuh with so
+// many rows.
+constexpr bool cut_anywhere(int rows) { return rows >= 128; }
+
 // How a row of the table would run a problem.
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     Plan plan{row, 1, false, 1, 0, 0, 1, 0};
@@ -280,13 +284,13 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         const int64_t by_cluster = over(rest, clusters) * (alone + cost.cluster());
         if (by_cluster < least && take(splits, true, 0, 1)) least = by_cluster;
     }
-    if (middle) {
-        // Or treat all tiles' depths as one and cut that evenly.
-        const int64_t all = plan.tiles * steps;
+    if (middle || cut_anywhere(row.rows)) {
+        // Or treat the depths of all tiles, or of those of the last round, as one and cut that evenly.
+        const int64_t tiles = middle ? plan.tiles : rest, all = tiles * steps;
         const int64_t blocks = std::clamp<int64_t>(all * step / 512, 1, std::min<int64_t>(card.multiprocessors, 255));
-        const int64_t apart = whole / room * (steps * cost.step + cost.tile) + least;
-        if (blocks > 1 && all * blocks < UINT32_MAX && cost.together(plan.tiles, steps, blocks) < apart) {
-            take(static_cast<int>(blocks), false, 0, plan.tiles);
+        const int64_t apart = (middle ? whole / room * (steps * cost.step + cost.tile) : 0) + least;
+        if (blocks > 1 && tiles > 1 && all * blocks < UINT32_MAX && cost.together(tiles, steps, blocks) < apart) {
+            take(static_cast<int>(blocks), false, plan.tiles - tiles, tiles);
         }
     }
     return plan;

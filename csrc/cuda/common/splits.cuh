@@ -167,7 +167,8 @@ struct Share {
     unsigned steps;
 
     QLK_DEVICE unsigned count() const { return static_cast<unsigned>(splits.count); }
-    QLK_DEVICE unsigned self() const { return blockIdx.x % count(); }
+    QLK_DEVICE unsigned index() const { return blockIdx.x - static_cast<unsigned>(splits.whole); }
+    QLK_DEVICE unsigned self() const { return index() % count(); }
     // The planner makes sure that these products fit into 32 bits.
     QLK_DEVICE unsigned all() const { return steps * static_cast<unsigned>(splits.tiles); }
     QLK_DEVICE unsigned begin_of(unsigned block) const { return all() * block / count(); }
@@ -179,9 +180,9 @@ struct Share {
     // This block's part of a tile's steps.
     QLK_DEVICE unsigned from(unsigned tile) const { return max(begin_of(self()), tile * steps) - tile * steps; }
     QLK_DEVICE unsigned to(unsigned tile) const { return min(begin_of(self() + 1), (tile + 1) * steps) - tile * steps; }
-    // A tile's number among all tiles.
+    // A tile's number among all that are shared.
     QLK_DEVICE unsigned number(unsigned tile) const {
-        return blockIdx.x / count() * static_cast<unsigned>(splits.tiles) + tile;
+        return index() / count() * static_cast<unsigned>(splits.tiles) + tile;
     }
 
     // add_parts_of for one of these tiles. From one part to the next along the depths either the block or the tile
@@ -189,7 +190,7 @@ struct Share {
     template <int kThreads, int kRoom = 0, int kSums, class Barrier = BlockBarrier>
     QLK_DEVICE bool add(unsigned tile, float (&sum)[kSums], int* word, Barrier barrier = {}) const {
         const unsigned first = owner(tile * steps), last = owner((tile + 1) * steps - 1);
-        const unsigned tiles = static_cast<unsigned>(splits.tiles), group = blockIdx.x / count();
+        const unsigned tiles = static_cast<unsigned>(splits.tiles), group = index() / count();
         const int64_t of_first = static_cast<int64_t>(group) * (count() + tiles - 1) + first + tile;
         const auto place = [&](int part) { return of_first + part; };
         return add_parts_of<kThreads, kRoom>(splits, number(tile), static_cast<int>(self() - first),

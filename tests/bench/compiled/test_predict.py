@@ -299,8 +299,8 @@ def test_more_work_takes_no_less_time(card, backward):
                 for key in (*TIMES, "us"):
                     assert less[key] <= more[key], (m, name, key)
     # Twice the columns are nearly always cut another way.
-    assert compared["m"] and compared["depth"], compared
-    assert sum(compared.values()) >= 12, compared
+    assert min(compared["m"], compared["depth"]) > 0, compared
+    assert sum(compared.values()) >= 10, compared
 
 
 def test_one_tile_more_than_sms_is_shared_in_a_second_wave():

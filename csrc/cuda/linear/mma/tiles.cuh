@@ -29,51 +29,58 @@
 
 namespace qlk::cuda {
 
-// One block's tile, or its part of one. Tiles with a block of their own come first, then the shared ones; the blocks of
-// a shared tile follow each other. Tiles go down the rows first, so that those running together share weights in L2.
+// One block's tile, or its parts of one or more. Tiles with a block of their own come first, then the shared ones.
+// Tiles go down the rows first, so that those running together share weights in L2.
 template <class T, class Traits>
-QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
+QLK_DEVICE void gemm_tiles(const GemmArguments<T>& a) {
     auto& shared = shared_memory<typename Traits::Shared>();
-    const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
-    const unsigned whole = static_cast<unsigned>(a.splits.whole);
-    const bool alone = blockIdx.x < whole;
-    const unsigned count = alone ? 1 : static_cast<unsigned>(a.splits.count), shared_from = alone ? 0 : whole;
-    const unsigned tile = shared_from + (blockIdx.x - shared_from) / count;
-    const int split = static_cast<int>((blockIdx.x - shared_from) % count);
-    const int64_t depth = Traits::kBackward ? a.n : a.k;
-    const int64_t steps = (depth + Traits::kDepth - 1) / Traits::kDepth;
-    const int first_step = static_cast<int>(steps * split / count);
-    Gemm<T, Traits> gemm{a,
-                         shared.loop,
-                         static_cast<int64_t>(tile % down) * Traits::kRows,
-                         static_cast<int64_t>(tile / down) * Traits::kColumns,
-                         depth,
-                         first_step,
-                         static_cast<int>(steps * (split + 1) / count) - first_step,
-                         a.weight.absmax ? 0.0f : load_global(a.weight.nested_offset),
-                         static_cast<int>(threadIdx.x),
-                         static_cast<int>(threadIdx.x % 32),
-                         static_cast<int>(threadIdx.x / 32),
-                         {}};
-    gemm.run();
-    gemm.add_slices(shared.sums);
-    if constexpr (Traits::kSplits) {
-        if (kClusters && a.splits.cluster) return gemm.add_cluster_and_store(shared.whole);
-        // There is a barrier before the word is written, and another before the results are.
-        using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
-        if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - whole, split, reinterpret_cast<Sums&>(gemm.sum),
-                                                    reinterpret_cast<int*>(&shared))) {
-            return;
+    const auto share = [&]() -> Share {
+        const unsigned depth = opaque(static_cast<unsigned>(Traits::kBackward ? a.n : a.k));
+        return {a.splits, (depth + Traits::kDepth - 1) / Traits::kDepth};
+    };
+    const auto alone = [&] { return !Traits::kSplits || blockIdx.x < static_cast<unsigned>(a.splits.whole); };
+    unsigned tile = alone() || !Traits::kCuts ? 0 : share().first_tile();
+#pragma unroll 1
+    do {
+        const unsigned number = alone() ? blockIdx.x : a.splits.whole + share().number(tile);
+        const unsigned down = (opaque(static_cast<unsigned>(a.m)) + Traits::kRows - 1) / Traits::kRows;
+        const int first_step = alone() ? 0 : static_cast<int>(share().from(tile));
+        const int end = static_cast<int>(alone() ? share().steps : share().to(tile));
+        Gemm<T, Traits> gemm{a,
+                             shared.loop,
+                             static_cast<int64_t>(number % down) * Traits::kRows,
+                             static_cast<int64_t>(number / down) * Traits::kColumns,
+                             Traits::kBackward ? a.n : a.k,
+                             first_step,
+                             end - first_step,
+                             a.weight.absmax ? 0.0f : load_global(a.weight.nested_offset),
+                             static_cast<int>(threadIdx.x),
+                             static_cast<int>(threadIdx.x % 32),
+                             static_cast<int>(threadIdx.x / 32),
+                             {}};
+        gemm.run();
+        gemm.add_slices(shared.sums);
+        if constexpr (Traits::kSplits) {
+            if (kClusters && a.splits.cluster) return gemm.add_cluster_and_store(shared.whole);
+            // There is a barrier before the word is written, and another before the results are.
+            using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
+            if (alone() || share().template add<Traits::kThreads>(tile, reinterpret_cast<Sums&>(gemm.sum),
+                                                                  reinterpret_cast<int*>(&shared))) {
+                gemm.store(shared.out);
+            }
+            if constexpr (!Traits::kCuts) return;
+            __syncthreads();  // results and the word have been read; the next tile's operands take their place
+        } else {
+            gemm.store(shared.out);
         }
-    }
-    gemm.store(shared.out);
+    } while (Traits::kCuts && !alone() && share().reaches(++tile));
 }
 
 // Grid: Plan::blocks() blocks. Dynamic shared memory: sizeof(Traits::Shared).
 template <class T, class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) gemm_kernel(const __grid_constant__ GemmArguments<T> a) {
     if constexpr (kRuns<T, sizeof(typename Traits::Shared)>) {
-        gemm_tile<T, Traits>(a);
+        gemm_tiles<T, Traits>(a);
     } else {
         trap();
     }

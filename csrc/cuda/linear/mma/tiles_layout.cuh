@@ -38,6 +38,9 @@ struct GemmTraits {
     static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpsDown = kWarpsDown_, kStages = kStages_;
     static constexpr int kThreads = 256;
     static constexpr bool kSplits = kColumns == 128;  // tiles of 256 columns run only where they are asked for
+    // Blocks may have parts of several tiles (dispatch.h). It takes registers, which smaller tiles save for another
+    // block on the multiprocessor.
+    static constexpr bool kCuts = kSplits && cut_anywhere(kRows);
     static constexpr int kDepth = kTileDepth;
     // Warps with the same outputs. Each takes its part of every step's depth.
     static constexpr int kSlices = kColumns == 128 && kRows >= 64 ? 2 : 1;
