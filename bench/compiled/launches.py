@@ -133,6 +133,5 @@ def _tiles(plan: dict[str, Any], m: int, backward: bool) -> Launch:
         *(max(1, plan["stages"] - 2), plan["splits"], 8),
         *moved,
         finish_bytes=finish,
-        teams=256 // columns,
         whole_tiles=plan["whole_tiles"],
     )

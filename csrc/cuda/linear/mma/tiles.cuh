@@ -57,13 +57,11 @@ QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
                          {}};
     gemm.run();
     gemm.add_slices(shared.sums);
-    if constexpr (Traits::kSplits) {
-        // There is a barrier before the word is written, and another before the results are.
-        using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
-        if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - whole, split, reinterpret_cast<Sums&>(gemm.sum),
-                                                    reinterpret_cast<int*>(&shared))) {
-            return;
-        }
+    // There is a barrier before the word is written, and another before the results are.
+    using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
+    if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - whole, split, reinterpret_cast<Sums&>(gemm.sum),
+                                                reinterpret_cast<int*>(&shared))) {
+        return;
     }
     gemm.store(shared.out);
 }
