@@ -31,36 +31,59 @@ namespace qlk::cuda {
 
 // One block's tile, or its part of one. Tiles with a block of their own come first, then the shared ones; the blocks of
 // a shared tile follow each other. Tiles go down the rows first, so that those running together share weights in L2.
+template <class Traits>
+struct Place {
+    bool alone;
+    unsigned count, tile;  // blocks that share the tile; its number
+    int split;             // this block among them
+    int64_t first_row, first_column;
+
+    template <class T>
+    QLK_DEVICE static Place of(const GemmArguments<T>& a, unsigned block) {
+        const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
+        const unsigned whole = static_cast<unsigned>(a.splits.whole);
+        const bool alone = block < whole;
+        const unsigned count = alone ? 1 : static_cast<unsigned>(a.splits.count), shared_from = alone ? 0 : whole;
+        const unsigned tile = shared_from + (block - shared_from) / count;
+        return {alone,
+                count,
+                tile,
+                static_cast<int>((block - shared_from) % count),
+                static_cast<int64_t>(tile % down) * Traits::kRows,
+                static_cast<int64_t>(tile / down) * Traits::kColumns};
+    }
+};
+
 template <class T, class Traits>
 QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
     auto& shared = shared_memory<typename Traits::Shared>();
-    const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
-    const unsigned whole = static_cast<unsigned>(a.splits.whole);
-    const bool alone = blockIdx.x < whole;
-    const unsigned count = alone ? 1 : static_cast<unsigned>(a.splits.count), shared_from = alone ? 0 : whole;
-    const unsigned tile = shared_from + (blockIdx.x - shared_from) / count;
-    const int split = static_cast<int>((blockIdx.x - shared_from) % count);
+    const auto place = Place<Traits>::of(a, blockIdx.x);
     const int64_t depth = Traits::kBackward ? a.n : a.k;
     const int64_t steps = (depth + Traits::kDepth - 1) / Traits::kDepth;
-    const int first_step = static_cast<int>(steps * split / count);
+    const int first_step = static_cast<int>(steps * place.split / place.count);
     Gemm<T, Traits> gemm{a,
                          shared.loop,
-                         static_cast<int64_t>(tile % down) * Traits::kRows,
-                         static_cast<int64_t>(tile / down) * Traits::kColumns,
+                         place.first_row,
+                         place.first_column,
                          depth,
                          first_step,
-                         static_cast<int>(steps * (split + 1) / count) - first_step,
+                         static_cast<int>(steps * (place.split + 1) / place.count) - first_step,
                          a.weight.absmax ? 0.0f : load_global(a.weight.nested_offset),
                          static_cast<int>(threadIdx.x),
                          static_cast<int>(threadIdx.x % 32),
                          static_cast<int>(threadIdx.x / 32),
                          {}};
     gemm.run();
+    // Computed again: the main loop has no registers for it.
+    const auto [alone, count, tile, split, first_row, first_column] = Place<Traits>::of(a, opaque(blockIdx.x));
+    gemm.first_row = first_row;
+    gemm.first_column = first_column;
+    gemm.finish();
     gemm.add_slices(shared.sums);
     // There is a barrier before the word is written, and another before the results are.
     using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
-    if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - whole, split, reinterpret_cast<Sums&>(gemm.sum),
-                                                reinterpret_cast<int*>(&shared))) {
+    if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - a.splits.whole, split,
+                                                reinterpret_cast<Sums&>(gemm.sum), reinterpret_cast<int*>(&shared))) {
         return;
     }
     gemm.store(shared.out);

@@ -34,18 +34,19 @@ struct Gemm {
     static constexpr int kLeftCopies = (Traits::kRows * 8 + Traits::kThreads - 1) / Traits::kThreads;
     static constexpr int kCodeCopies = Traits::kUnits * 2 / Traits::kThreads;
     const T* left_next = nullptr;         // first of kLeftCopies pieces, 32 rows apart
-    unsigned left_rows = 0;               // bit i: piece i's row exists
     const uint8_t* codes_next = nullptr;  // first of kCodeCopies half blocks, 128 blocks of weights apart
-    unsigned code_columns = 0;            // bit i: half block i lies within the columns
-    int code_row = 0;                     // backward: its row of W
     uint32_t left_at = 0, right_at = 0;   // bytes from the start of a stage, and of a buffer of weights
     uint32_t packed_at = 0, decoded_at = 0;  // the same for the codes that this thread decodes, and their weights
 
+    // What exists of these: each bit is one of
+    //   kLeftRow << i: the row of the i-th piece of the left operand
+    //   kCodeColumns << i: the columns of the i-th half block that is copied
+    //   kConstantColumn: those of the block that is decoded
+    //   kBy16: forward; codes of 16 constants are fetched at once
+    unsigned flags = 0;
+    static constexpr unsigned kLeftRow = 1, kCodeColumns = 16, kConstantColumn = 64, kBy16 = 128;
     // The constant of the block that this thread decodes next.
     int64_t constant_next = 0;     // its block
-    int constant_row = 0;          // backward: its row of W
-    bool constant_column = false;  // it lies within the columns
-    bool constants_by_16 = false;  // forward: 16 codes are fetched at once
     uint4 codes = {0, 0, 0, 0};    // the next constant's code is the lowest byte; or, without double quantization, its bits
     float nested = 0.0f;
 
@@ -89,69 +90,62 @@ struct Gemm {
         locate_weights();
         const int row = self / 8, unit = self / 2;
         left_next = a.left + (first_row + row) * depth + first_step * Traits::kDepth + self % 8 * 8;
-        left_rows = 0;
+        flags = 0;
 #pragma unroll
-        for (int i = 0; i < kLeftCopies; ++i) left_rows |= (first_row + row + i * 32 < a.m ? 1u : 0u) << i;
+        for (int i = 0; i < kLeftCopies; ++i) flags |= first_row + row + i * 32 < a.m ? kLeftRow << i : 0;
         const int64_t blocks = a.k / kBlock;  // in a row of W
-        code_columns = 0;
         if constexpr (kBackward) {
-            code_row = first_step * Traits::kDepth + unit / kRowBlocks;
             const int64_t block = first_column / kBlock + unit % kRowBlocks;
-            codes_next =
-                a.weight.packed + (static_cast<int64_t>(code_row) * blocks + block) * (kBlock / 2) + self % 2 * 16;
-            code_columns = block < blocks ? 1 : 0;
-            constant_row = first_step * Traits::kDepth + decoded() / kRowBlocks;
+            codes_next = a.weight.packed + (row_of(first_step, unit) * blocks + block) * (kBlock / 2) + self % 2 * 16;
+            flags |= block < blocks ? kCodeColumns : 0;
             const int64_t column = first_column / kBlock + decoded() % kRowBlocks;
-            constant_next = constant_row * blocks + column;
-            constant_column = column < blocks;
+            constant_next = row_of(first_step, decoded()) * blocks + column;
+            flags |= column < blocks ? kConstantColumn : 0;
         } else {
-            code_row = constant_row = 0;
             codes_next = a.weight.packed + ((first_column + unit) * blocks + first_step) * (kBlock / 2) + self % 2 * 16;
 #pragma unroll
             for (int i = 0; i < kCodeCopies; ++i) {
-                code_columns |= (first_column + unit + i * (Traits::kThreads / 2) < a.n ? 1u : 0u) << i;
+                flags |= first_column + unit + i * (Traits::kThreads / 2) < a.n ? kCodeColumns << i : 0;
             }
             constant_next = (first_column + decoded()) * blocks + first_step;
-            constant_column = first_column + decoded() < a.n;
-            constants_by_16 = !a.weight.absmax && blocks % 16 == 0 &&
-                              reinterpret_cast<uintptr_t>(a.weight.absmax_code) % 16 == 0;
+            flags |= first_column + decoded() < a.n ? kConstantColumn : 0;
+            const bool aligned = blocks % 16 == 0 && reinterpret_cast<uintptr_t>(a.weight.absmax_code) % 16 == 0;
+            flags |= !a.weight.absmax && aligned ? kBy16 : 0;
         }
+    }
+
+    // Backward: the row of W of a block in a step. Both sides of W fit into 32 bits (dispatch.h).
+    QLK_DEVICE static int64_t row_of(int step, int unit) { return step * Traits::kDepth + unit / kRowBlocks; }
+    QLK_DEVICE bool row_exists(int step, int unit) const {
+        return !kBackward || step * Traits::kDepth + unit / kRowBlocks < static_cast<int>(a.n);
     }
 
     // Starts the copies of a step's left operand and codes. What lies outside the matrix becomes zeros, and
     // is not read.
-    QLK_DEVICE void copy_step(int step, int stage) {
+    QLK_DEVICE void copy_step(bool wanted, int step, int stage) {
         const int row = self / 8, piece = self % 8;
-        if (a.left_aligned && (Traits::kRows * 8 >= Traits::kThreads || self < Traits::kRows * 8)) {
-            const bool inside = !kBackward || step * Traits::kDepth + piece * 8 < static_cast<int>(depth);
-            T* const to = &shared.left[stage][swizzled<Traits::kDepth>(row, piece)];
-            const T* from = left_next;
+        const bool left = wanted && a.left_aligned && (Traits::kRows * 8 >= Traits::kThreads || self < Traits::kRows * 8);
+        const bool inside = !kBackward || step * Traits::kDepth + piece * 8 < static_cast<int>(depth);
+        T* const left_to = &shared.left[stage][swizzled<Traits::kDepth>(row, piece)];
+        const T* left_from = left_next;
 #pragma unroll
-            for (int i = 0; i < kLeftCopies; ++i) {
-                const bool valid = inside && (left_rows >> i & 1);
-                cp_async_16(to + i * 32 * Traits::kDepth, from, valid ? 16 : 0);
-                from += 32 * depth;
-            }
+        for (int i = 0; i < kLeftCopies; ++i) {
+            const bool valid = inside && (flags & kLeftRow << i);
+            cp_async_16_if(left, left_to + i * 32 * Traits::kDepth, left_from, valid ? 16 : 0);
+            left_from += 32 * depth;
         }
         left_next += Traits::kDepth;
-        const bool inside = !kBackward || code_row < a.n;
         // 128 blocks further. Backward these are other rows of W; how many, the tile's width says.
         const int64_t apart = a.k / 2 * (Traits::kThreads / 2 / kRowBlocks);
         const uint8_t* from = codes_next;
 #pragma unroll
         for (int i = 0; i < kCodeCopies; ++i) {
-            const bool valid = kBackward ? code_columns && code_row + i * (Traits::kThreads / 2 / kRowBlocks) < a.n
-                                         : inside && (code_columns >> i & 1);
-            cp_async_16(&shared.codes[stage][code_slot(self / 2 + i * (Traits::kThreads / 2), self % 2)],
-                        from, valid ? 16 : 0);
+            const int unit = self / 2 + i * (Traits::kThreads / 2);
+            const bool valid = kBackward ? flags & kCodeColumns && row_exists(step, unit) : flags & kCodeColumns << i;
+            cp_async_16_if(wanted, &shared.codes[stage][code_slot(unit, self % 2)], from, valid ? 16 : 0);
             from += apart;
         }
-        if constexpr (kBackward) {
-            codes_next += a.k / 2 * Traits::kDepth;
-            code_row += Traits::kDepth;
-        } else {
-            codes_next += kBlock / 2;
-        }
+        codes_next += kBackward ? a.k / 2 * Traits::kDepth : kBlock / 2;
     }
 
     // The left operand of a step element by element, where its rows are not aligned.
@@ -172,30 +166,26 @@ struct Gemm {
     // Fetches the constant at constant_next, of a step of the whole depth, for the next step to look up. Outside the
     // matrix it fetches nothing: those columns are not stored, and those rows get the constant 0.
     QLK_DEVICE void fetch_constant(int step, bool wanted) {
-        if (constants_by_16) {
-            if (step % 16 == 0 && wanted && constant_column) {
+        const bool exists = wanted && (flags & kConstantColumn);
+        if (flags & kBy16) {
+            if (step % 16 == 0 && exists) {
                 codes = load_global(reinterpret_cast<const uint4*>(a.weight.absmax_code + constant_next));
                 nested = load_global(a.weight.nested_absmax + static_cast<uint64_t>(constant_next) / kNestedBlock);
             } else {
                 next_of_16();
             }
-        } else if (wanted && constant_column && (!kBackward || constant_row < a.n)) {
+        } else if (!row_exists(step, decoded())) {
+            codes.x = 0;
+            nested = 0.0f;
+        } else if (exists) {
             if (a.weight.absmax) {
                 codes.x = __float_as_uint(load_global(a.weight.absmax + constant_next));
             } else {
                 codes.x = load_global(a.weight.absmax_code + constant_next);
                 nested = load_global(a.weight.nested_absmax + static_cast<uint64_t>(constant_next) / kNestedBlock);
             }
-        } else if (kBackward && constant_row >= a.n) {
-            codes.x = 0;
-            nested = 0.0f;
         }
-        if constexpr (kBackward) {
-            constant_next += a.k;
-            constant_row += Traits::kDepth;
-        } else {
-            constant_next += 1;
-        }
+        constant_next += kBackward ? a.k : 1;
     }
 
     QLK_DEVICE void next_of_16() {
@@ -207,7 +197,7 @@ struct Gemm {
 
     // The first fetch. A part of the depth may begin anywhere among 16 steps.
     QLK_DEVICE void fetch_first_constant() {
-        if (!constants_by_16) return fetch_constant(first_step, true);
+        if (!(flags & kBy16)) return fetch_constant(first_step, true);
         const int skipped = first_step % 16;
         constant_next -= skipped;
         fetch_constant(first_step - skipped, true);
@@ -220,12 +210,11 @@ struct Gemm {
         return a.weight.absmax ? __uint_as_float(codes.x) : load_global(a.weight.nested_table + (codes.x & 0xff));
     }
 
-    // The constant itself, from its table entry.
-    QLK_DEVICE float decode_constant(float entry) const {
-        // Rows past the end of W meet zeros; an offset that rounds to infinity would turn these into NaN. constant_row
-        // has moved on since the constant was fetched.
-        const bool beyond = kBackward && constant_row - Traits::kDepth >= a.n;
-        return a.weight.absmax ? entry : __fadd_rn(__fmul_rn(entry, nested), beyond ? 0.0f : offset);
+    // A step's constant itself, from its table entry.
+    QLK_DEVICE float decode_constant(int step, float entry) const {
+        // Rows past the end of W meet zeros; an offset that rounds to infinity would turn these into NaN.
+        const float more = row_exists(step, decoded()) ? offset : 0.0f;
+        return a.weight.absmax ? entry : __fadd_rn(__fmul_rn(entry, nested), more);
     }
 
     // This thread's codes of a step, the first 32 or the other 32 of a block.
@@ -234,10 +223,10 @@ struct Gemm {
         return load_shared(reinterpret_cast<const uint4*>(from + (packed_at ^ half * 16)));
     }
 
-    // Decodes one of this thread's kWords words of a step to shared memory.
-    QLK_DEVICE void decode_word(const BlockTable<T>& table, uint32_t word, int buffer, int which) {
+    // Stores the weights of one of this thread's kWords words of a step.
+    QLK_DEVICE void store_word(const uint4& weights, int buffer, int which) {
         auto* const to = reinterpret_cast<unsigned char*>(shared.weights[buffer]);
-        store_shared(reinterpret_cast<uint4*>(to + (decoded_at ^ which * 16)), table.decode(word));
+        store_shared(reinterpret_cast<uint4*>(to + (decoded_at ^ which * 16)), weights);
     }
 
     // First row and column of this warp's outputs in the tile, and its slice of a step's depth.
@@ -327,36 +316,37 @@ struct Gemm {
         multiply_step(stage, step % 2, [&](int turn) {
             // After the last step this decodes what nothing reads.
             if (turn == 0) {
-                if (ahead < steps) copy_step(first_step + ahead, last_stage);
+                if (!a.left_aligned && ahead < steps) copy_elements(first_step + ahead, last_stage);
+                copy_step(ahead < steps, first_step + ahead, last_stage);
                 cp_async_commit();
                 entry = table_entry();
                 packed = load_codes(next_stage, 0);
             }
             if (turn == kTableTurn) {
-                table.fill(a.weight.levels, decode_constant(entry));
+                entry = decode_constant(first_step + step + 1, entry);
                 fetch_constant(first_step + step + 2, step + 2 < steps);
+                table.fill(a.weight.levels, entry);
             }
 #pragma unroll
             for (int word = 0; word < Traits::kWords; ++word) {
                 if (turn != turn_of(word)) continue;
                 if (word == 4) packed = load_codes(next_stage, 1);
-                decode_word(table, word % 4 == 0 ? packed.x : word % 4 == 1 ? packed.y : word % 4 == 2 ? packed.z : packed.w,
-                            (step + 1) % 2, word);
+                const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+                store_word(table.decode(words[word % 4]), (step + 1) % 2, word);
             }
         });
-        if (!a.left_aligned && ahead < steps) copy_elements(first_step + ahead, last_stage);
     }
 
     // Decodes the first step. There are no products yet.
     QLK_DEVICE void decode_first() {
         BlockTable<T> table;
-        table.fill(a.weight.levels, decode_constant(table_entry()));
+        table.fill(a.weight.levels, decode_constant(first_step, table_entry()));
 #pragma unroll
         for (int half = 0; half < Traits::kWords / 4; ++half) {
             const uint4 packed = load_codes(0, half);
             const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) decode_word(table, words[i], 0, half * 4 + i);
+            for (int i = 0; i < 4; ++i) store_word(table.decode(words[i]), 0, half * 4 + i);
         }
     }
 
@@ -374,7 +364,7 @@ struct Gemm {
         start();
         for (int step = 0; step < Traits::kStages - 1; ++step) {
             if (step < steps) {
-                copy_step(first_step + step, step);
+                copy_step(true, first_step + step, step);
                 if (!a.left_aligned) copy_elements(first_step + step, step);
             }
             cp_async_commit();
@@ -396,9 +386,13 @@ struct Gemm {
             run_step(step, stage);
             stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
         }
+    }
+
+    // After run(): what remains of the sums.
+    QLK_DEVICE void finish() {
+        locate();
         if constexpr (!kBackward) {
             griddep_wait();
-            locate();
             if (first_step == 0) low_rank(0);
         }
     }
