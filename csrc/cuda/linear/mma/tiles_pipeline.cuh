@@ -301,7 +301,7 @@ struct Gemm {
     static constexpr int kTableTurn = kTurns >= 16 ? 2 : kTurns >= 8 ? 1 : 0;  // the first of two
     static constexpr int kFirstWord = kTurns >= 8 ? kTableTurn + 2 : 1;
     QLK_DEVICE static int turn_of(int word) {
-        return kFirstWord + word * (kTurns - 1 - kFirstWord) / Traits::kWords;
+        return min(kTurns - 2, kFirstWord + word * (kTurns - kFirstWord) / Traits::kWords);
     }
 
     // A step: products from its stage and buffer, and between them what comes next. A card's tensor cores would wait
