@@ -266,27 +266,27 @@ struct Gemm {
         }
     }
 
-    // All products of a step, and after each turn's beside(turn).
-    template <class Beside>
-    QLK_DEVICE void multiply_step(int stage, int buffer, Beside beside) {
+    // A turn's operands, and the next turn's.
+    struct Operands {
         uint32_t left[kDownTiles][4], right[2][4];
+    };
+
+    QLK_DEVICE void load_first(Operands& f, int stage, int buffer) const {
 #pragma unroll
-        for (int i = 0; i < kDownTiles; ++i) load_left(left[i], stage, 0, i);
-        load_right(right[0], buffer, 0, 0);
+        for (int i = 0; i < kDownTiles; ++i) load_left(f.left[i], stage, 0, i);
+        load_right(f.right[0], buffer, 0, 0);
+    }
+
+    // A turn's products, and the loads of the next turn's operands, from that turn's stage and buffer.
+    QLK_DEVICE void multiply_turn(Operands& f, int turn, int stage, int buffer) {
+        const int next = (turn + 1) % kTurns, piece = next / kTurnsOfPiece, j = turn % kTurnsOfPiece * 2;
+        load_right(f.right[next % 2], buffer, piece, next % kTurnsOfPiece * 2);
+        const uint32_t (&right)[4] = f.right[turn % 2];
 #pragma unroll
-        for (int turn = 0; turn < kTurns; ++turn) {
-            const int piece = turn / kTurnsOfPiece, j = turn % kTurnsOfPiece * 2;
-            if (turn + 1 < kTurns) {
-                load_right(right[(turn + 1) % 2], buffer, (turn + 1) / kTurnsOfPiece, (turn + 1) % kTurnsOfPiece * 2);
-            }
-            const uint32_t (&now)[4] = right[turn % 2];
-#pragma unroll
-            for (int i = 0; i < kDownTiles; ++i) {
-                mma_16x8x16<T>(sum[i][j], left[i], now[0], now[1]);
-                mma_16x8x16<T>(sum[i][j + 1], left[i], now[2], now[3]);
-                if (j + 2 == kAcrossTiles && piece + 1 < kPieces) load_left(left[i], stage, piece + 1, i);
-            }
-            beside(turn);
+        for (int i = 0; i < kDownTiles; ++i) {
+            mma_16x8x16<T>(sum[i][j], f.left[i], right[0], right[1]);
+            mma_16x8x16<T>(sum[i][j + 1], f.left[i], right[2], right[3]);
+            if (next % kTurnsOfPiece == 0) load_left(f.left[i], stage, piece, i);
         }
     }
 
@@ -297,23 +297,27 @@ struct Gemm {
     QLK_DEVICE void add_slices(float4* room);
     QLK_DEVICE void store(T* staged);
 
-    // When a step's other work is done: after this turn.
-    static constexpr int kTableTurn = kTurns >= 16 ? 2 : kTurns >= 8 ? 1 : 0;  // the first of two
-    static constexpr int kFirstWord = kTurns >= 8 ? kTableTurn + 2 : 1;
+    // After which turn a step's other work is done. It is spread so that decoding lies between products, and that what
+    // was loaded has arrived.
+    static constexpr int kTableTurn = Traits::kRows >= 128 ? 1 : 0;
+    static constexpr int kFirstWord = kTurns > 4 ? kTableTurn + 2 : 0;
     QLK_DEVICE static int turn_of(int word) {
-        return min(kTurns - 2, kFirstWord + word * (kTurns - kFirstWord) / Traits::kWords);
+        if (kTurns == 4) return word == 0 ? 0 : 1;
+        return kFirstWord + (2 * word * (kTurns - 1 - kFirstWord) + Traits::kWords) / (2 * Traits::kWords);
     }
 
     // A step: products from its stage and buffer, and between them what comes next. A card's tensor cores would wait
-    // for whatever lies before the first product.
-    QLK_DEVICE void run_step(int step, int stage) {
-        const int next_stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
+    // for whatever lies between a barrier and the next product. So the last turn's products, whose operands are in
+    // registers by then, come after it.
+    QLK_DEVICE void run_step(Operands& f, int step, int stage, int next_stage) {
         const int last_stage = stage == 0 ? Traits::kStages - 1 : stage - 1;
         const int ahead = step + Traits::kStages - 1;
         float entry = 0.0f;
         BlockTable<T> table;
         uint4 packed = {0, 0, 0, 0};
-        multiply_step(stage, step % 2, [&](int turn) {
+#pragma unroll
+        for (int turn = 0; turn < kTurns - 1; ++turn) {
+            multiply_turn(f, turn, stage, step % 2);
             // After the last step this decodes what nothing reads.
             if (turn == 0) {
                 if (!a.left_aligned && ahead < steps) copy_elements(first_step + ahead, last_stage);
@@ -334,7 +338,11 @@ struct Gemm {
                 const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
                 store_word(table.decode(words[word % 4]), (step + 1) % 2, word);
             }
-        });
+        }
+        // The copies of the step after the next one, whose codes are then decoded.
+        cp_async_wait<Traits::kStages - 3>();
+        __syncthreads();
+        multiply_turn(f, kTurns - 1, next_stage, (step + 1) % 2);
     }
 
     // Decodes the first step. There are no products yet.
@@ -378,13 +386,15 @@ struct Gemm {
         __syncthreads();
         decode_first();
         fetch_constant(first_step + 1, 1 < steps);
+        cp_async_wait<Traits::kStages - 3>();
+        __syncthreads();
+        Operands operands;
+        load_first(operands, 0, 0);
         int stage = 0;
         for (int step = 0; step < steps; ++step) {
-            // The next step's copies, whose codes are about to be decoded.
-            cp_async_wait<Traits::kStages - 3>();
-            __syncthreads();
-            run_step(step, stage);
-            stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
+            const int next_stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
+            run_step(operands, step, stage, next_stage);
+            stage = next_stage;
         }
     }
 
