@@ -156,7 +156,6 @@ def _tiles(plan: dict[str, Any], m: int, backward: bool) -> Launch:
         *(max(1, plan["stages"] - 2), plan["splits"], 8),
         *moved,
         finish_bytes=finish,
-        teams=256 // columns,
         shared_tiles=plan["shared_tiles"],
         whole_tiles=plan["whole_tiles"],
         cluster=plan["cluster"],

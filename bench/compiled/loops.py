@@ -53,7 +53,8 @@ class Kind:
     Attributes:
         decode: opcodes that decode, within blocks that decode; "IMAD.SHL" stands for every opcode with this prefix, and
             "=LDS" for this one alone.
-        weights: how many a thread decodes in a step that decodes.
+        weights: how many a thread decodes in a step that decodes; or that from the numbers among the
+            template arguments.
         every: a thread decodes in one of this many steps; computed from the same numbers as ``copies``.
         copies: how many copies a thread issues in an inner loop in a step, on average, from the numbers among the
             template arguments.
@@ -62,7 +63,7 @@ class Kind:
     """
 
     decode: tuple[str, ...]
-    weights: int
+    weights: int | Callable[[list[int]], int]
     every: Callable[[list[int]], int] = lambda numbers: 1
     copies: Callable[[list[int]], float] = lambda numbers: 1.0
     unrolled: Callable[[list[int]], int] = lambda numbers: 1
@@ -253,7 +254,8 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
                 counts["other" if one.predicate == "!PT" else CLASSES.get(one.name, "other")] += executions
             part = "decode" if decodes or start in team else "beside" if one.address in between else "alone"
             parts[part].add(one.name, executions)
-    return Step(counts, slots / unrolled / kind.weights, parts, decoded_beside / counts["decode"])
+    weights = kind.weights if isinstance(kind.weights, int) else kind.weights(numbers)
+    return Step(counts, slots / unrolled / weights, parts, decoded_beside / counts["decode"])
 
 
 def _between_products(blocks: list[Block]) -> set[int]:

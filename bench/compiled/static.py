@@ -67,12 +67,10 @@ LOOPS = {
     "warpgroup_kernel": loops.Kind(
         decode=("PRMT", "=LDS", "FFMA"), weights=32, unrolled=lambda numbers: 8 if numbers[0] <= 32 else 4
     ),
-    # 64 weights a thread; with 128 columns (numbers[1]) two teams take turns. A row takes 8 copies of the 256 threads;
-    # where that is more than one a thread, they are unrolled.
+    # Of 256 threads each decodes half a block, or with 256 columns (numbers[1]) a whole one.
     "gemm_kernel": loops.Kind(
         decode=("PRMT", "LOP3", "SHF", "IMAD.SHL", "F2FP", "FMUL"),
-        weights=64,
-        every=lambda numbers: 256 // numbers[1],
+        weights=lambda numbers: numbers[1] // 4,
     ),
 }
 

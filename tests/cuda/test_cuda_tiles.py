@@ -145,10 +145,13 @@ def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(monk
     wide = {place: t for place, t in memory.items() if t["bytes"] == 512 * t["requests"]}
     for place, t in wide.items():
         assert t["actual"] == t["minimum"], f"sectors: {place} {t}"
-    # The left operand, the codes, the results. The rest is constants: a byte for each 64 weights, whose neighbours in
-    # the row L1 has by then, an entry of the table for each, and a float32 for 256 of them.
+    # The left operand, the codes, the results. The rest is constants: a byte and a float32 for 256 of them, for each
+    # thread that decodes of a block; an entry of the table for each step, and one more than there are steps.
     assert len(wide) == 3
     constants = sum(t["bytes"] for place, t in memory.items() if place not in wide)
     down = m // {"tiles16": 16, "tiles64": 64}.get(kernel, 128)
     across = 256 // (256 if kernel == "tiles128wide" else 128)
-    assert constants == n * k // 64 * 9 * down + down * across * 256 * 4, "and each thread reads the offset"
+    threads = 1 if kernel == "tiles128wide" else 2
+    assert constants == n * k // 64 * 5 * down * threads + down * across * 256 * 4 * (n // 64 + 1 + 1), (
+        "and each thread reads the offset"
+    )

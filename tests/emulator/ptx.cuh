@@ -26,6 +26,10 @@ inline void st_global_16(void* address, uint4 v, emu::Site s = emu::Site::here()
 inline void cp_async_16(void* shared, const void* global, uint32_t valid = 16, emu::Site s = emu::Site::here()) {
     emu::copy_async(shared, global, 16, valid, s);
 }
+inline void cp_async_16_if(bool wanted, void* shared, const void* global, uint32_t valid = 16,
+                           emu::Site s = emu::Site::here()) {
+    if (wanted) emu::copy_async(shared, global, 16, valid, s);
+}
 inline void cp_async_commit(emu::Site s = emu::Site::here()) { emu::copy_commit(s); }
 template <int kPending>
 void cp_async_wait(emu::Site s = emu::Site::here()) {

@@ -105,8 +105,8 @@ constexpr size_t tiles_shared(int rows, int columns, int stages) {
 }
 
 // Shared memory of rows8.cuh: two levels for each byte, for 32 lanes, with a gap of 128 bytes behind each; the table of
-// constants; two groups' partial sums. x takes 128 bytes for each row and block of 64 columns, its rows padded to 128: in
-// the gaps, or elsewhere if there are too few.
+// constants; two groups' partial sums. x takes 128 bytes for each row and block of 64 columns, its rows padded to 128:
+// in the gaps, or elsewhere if there are too few.
 constexpr int kFewWarps = 16;
 constexpr size_t few_x_bytes(int64_t m, int64_t k) {
     const int64_t units = (k + 127) / 128 * 2 * m;
@@ -225,7 +225,7 @@ inline int64_t clusters_at_once(int64_t size, int64_t multiprocessors, int64_t b
 
 // Whether blocks may have parts of several tiles, whose depths are cut as one: rows64.cuh can, and tiles.cuh with so
 // many rows.
-constexpr bool cut_anywhere(int rows) { return rows >= 128; }
+constexpr bool cut_anywhere(int rows, int columns) { return rows >= 128 && columns == 128; }
 
 // How a row of the table would run a problem.
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
@@ -276,15 +276,17 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         const int64_t alone = over(steps, splits) * cost.step + cost.tile;
         const int64_t by_ticket = over(rest * splits, room) * (alone + cost.ticket(splits));
         if (by_ticket < least && !(middle && whole > 0) && take(splits, false, whole, 1)) least = by_ticket;
-        // A cluster's blocks come and go together, so blocks that have a tile alone are in none.
-        const int64_t clusters = has_clusters(card.architecture) && whole == 0 && splits <= kMostOfCluster
-                                     ? clusters_at_once(splits, card.multiprocessors, at_once)
-                                     : 0;
+        // A cluster's blocks come and go together, so blocks that have a tile alone are in none. Wide tiles leave no
+        // registers for it.
+        const int64_t clusters =
+            has_clusters(card.architecture) && whole == 0 && row.columns == 128 && splits <= kMostOfCluster
+                ? clusters_at_once(splits, card.multiprocessors, at_once)
+                : 0;
         if (clusters == 0) continue;
         const int64_t by_cluster = over(rest, clusters) * (alone + cost.cluster());
         if (by_cluster < least && take(splits, true, 0, 1)) least = by_cluster;
     }
-    if (middle || cut_anywhere(row.rows)) {
+    if (middle || cut_anywhere(row.rows, row.columns)) {
         // Or treat the depths of all tiles, or of those of the last round, as one and cut that evenly.
         const int64_t tiles = middle ? plan.tiles : rest, all = tiles * steps;
         const int64_t blocks = std::clamp<int64_t>(all * step / 512, 1, std::min<int64_t>(card.multiprocessors, 255));

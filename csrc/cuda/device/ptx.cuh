@@ -55,6 +55,20 @@ QLK_DEVICE void cp_async_16(void* shared, const void* global, uint32_t valid = 1
 #endif
 }
 
+// The same where `wanted`, without a jump around it: a jump would end the stretch of code in which the compiler can put
+// products between copies.
+QLK_DEVICE void cp_async_16_if(bool wanted, void* shared, const void* global, uint32_t valid = 16) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.cg.shared.global [%1], [%2], 16, %3;}"
+                 :
+                 : "r"(static_cast<uint32_t>(wanted)), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+                   "l"(__cvta_generic_to_global(global)), "r"(valid)
+                 : "memory");
+#else
+    if (wanted) cp_async_16(shared, global, valid);
+#endif
+}
+
 // Closes the group of copies issued since the last commit (cp.async.commit_group, 9.7.9.25.3.2).
 QLK_DEVICE void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800

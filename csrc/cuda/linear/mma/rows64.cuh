@@ -37,11 +37,11 @@ template <class T, int kRows_, bool kNested_>
 struct MiddleTraits {
     static constexpr bool kNested = kNested_;
     static constexpr int kRows = kRows_, kColumns = 128, kThreads = 256;
-    static constexpr int kSlices = 4, kGroups = 2;  // warps along K, and across the columns
-    static constexpr int kDepth = kSlices * kBlock;  // of a step
-    static constexpr int kPair = kGroups * 32;       // threads that share x
-    static constexpr int kPeriod = 4;                // steps whose constants are decoded together
-    static constexpr int kAhead = kRows > 32 ? 1 : 2;  // steps whose codes are under way
+    static constexpr int kSlices = 4, kGroups = 2;          // warps along K, and across the columns
+    static constexpr int kDepth = kSlices * kBlock;         // of a step
+    static constexpr int kPair = kGroups * 32;              // threads that share x
+    static constexpr int kPeriod = 4;                       // steps whose constants are decoded together
+    static constexpr int kAhead = kRows > 32 ? 1 : 2;       // steps whose codes are under way
     static constexpr int kBuffers = middle_buffers(kRows);  // of x
     static_assert(sizeof(T) == 2 && kRows % 8 == 0);
     static_assert(kGroups * 64 == kColumns && kGroups * kSlices * 32 == kThreads);

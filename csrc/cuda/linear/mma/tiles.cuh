@@ -38,18 +38,25 @@ QLK_DEVICE void gemm_tiles(const GemmArguments<T>& a) {
         const unsigned depth = opaque(static_cast<unsigned>(Traits::kBackward ? a.n : a.k));
         return {a.splits, (depth + Traits::kDepth - 1) / Traits::kDepth};
     };
-    const auto alone = [&] { return !Traits::kSplits || blockIdx.x < static_cast<unsigned>(a.splits.whole); };
+    const auto alone = [&] { return opaque(blockIdx.x) < static_cast<unsigned>(a.splits.whole); };
     unsigned tile = alone() || !Traits::kCuts ? 0 : share().first_tile();
 #pragma unroll 1
     do {
-        const unsigned number = alone() ? blockIdx.x : a.splits.whole + share().number(tile);
-        const unsigned down = (opaque(static_cast<unsigned>(a.m)) + Traits::kRows - 1) / Traits::kRows;
+        // Computed again behind the main loop, which has no registers for it.
+        const auto place = [&](int64_t& first_row, int64_t& first_column) {
+            const unsigned number = alone() ? opaque(blockIdx.x) : a.splits.whole + share().number(opaque(tile));
+            const unsigned down = (opaque(static_cast<unsigned>(a.m)) + Traits::kRows - 1) / Traits::kRows;
+            first_row = static_cast<int64_t>(number % down) * Traits::kRows;
+            first_column = static_cast<int64_t>(number / down) * Traits::kColumns;
+        };
         const int first_step = alone() ? 0 : static_cast<int>(share().from(tile));
         const int end = static_cast<int>(alone() ? share().steps : share().to(tile));
+        int64_t first_row, first_column;
+        place(first_row, first_column);
         Gemm<T, Traits> gemm{a,
                              shared.loop,
-                             static_cast<int64_t>(number % down) * Traits::kRows,
-                             static_cast<int64_t>(number / down) * Traits::kColumns,
+                             first_row,
+                             first_column,
                              Traits::kBackward ? a.n : a.k,
                              first_step,
                              end - first_step,
@@ -59,20 +66,20 @@ QLK_DEVICE void gemm_tiles(const GemmArguments<T>& a) {
                              static_cast<int>(threadIdx.x / 32),
                              {}};
         gemm.run();
+        place(gemm.first_row, gemm.first_column);
+        gemm.finish();
         gemm.add_slices(shared.sums);
-        if constexpr (Traits::kSplits) {
-            if (kClusters && a.splits.cluster) return gemm.add_cluster_and_store(shared.whole);
-            // There is a barrier before the word is written, and another before the results are.
-            using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
-            if (alone() || share().template add<Traits::kThreads>(tile, reinterpret_cast<Sums&>(gemm.sum),
-                                                                  reinterpret_cast<int*>(&shared))) {
-                gemm.store(shared.out);
-            }
-            if constexpr (!Traits::kCuts) return;
-            __syncthreads();  // results and the word have been read; the next tile's operands take their place
-        } else {
+        if constexpr (kClusters && Traits::kColumns == 128) {
+            if (a.splits.cluster) return gemm.add_cluster_and_store(shared.whole);
+        }
+        // There is a barrier before the word is written, and another before the results are.
+        using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
+        if (alone() || share().template add<Traits::kThreads>(tile, reinterpret_cast<Sums&>(gemm.sum),
+                                                              reinterpret_cast<int*>(&shared))) {
             gemm.store(shared.out);
         }
+        if constexpr (!Traits::kCuts) return;
+        __syncthreads();  // results and the word have been read; the next tile's operands take their place
     } while (Traits::kCuts && !alone() && share().reaches(++tile));
 }
 

@@ -37,10 +37,9 @@ struct GemmTraits {
     static constexpr bool kBackward = kBackward_;
     static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpsDown = kWarpsDown_, kStages = kStages_;
     static constexpr int kThreads = 256;
-    static constexpr bool kSplits = kColumns == 128;  // tiles of 256 columns run only where they are asked for
     // Blocks may have parts of several tiles (dispatch.h). It takes registers, which smaller tiles save for another
-    // block on the multiprocessor.
-    static constexpr bool kCuts = kSplits && cut_anywhere(kRows);
+    // block on the multiprocessor, and of which wide ones have none left.
+    static constexpr bool kCuts = cut_anywhere(kRows, kColumns);
     static constexpr int kDepth = kTileDepth;
     // Warps with the same outputs. Each takes its part of every step's depth.
     static constexpr int kSlices = kColumns == 128 && kRows >= 64 ? 2 : 1;
@@ -51,8 +50,8 @@ struct GemmTraits {
     static constexpr int kPitch = kColumns + 8;                // of a row of results or sums in shared memory
     static_assert(sizeof(T) == 2);
     static_assert(kDepth == kBlock, "a row of a forward tile is one block of weights");
-    static constexpr int kTeams = kThreads / kUnits;  // groups of threads that take turns decoding
-    static_assert(kUnits * kTeams == kThreads && kUnits % 32 == 0, "a thread decodes a block");
+    static constexpr int kWords = kUnits * 8 / kThreads;  // of eight codes, that a thread decodes in a step
+    static_assert(kWords == 4 || kWords == 8, "a thread decodes half a block, or a whole one");
     static_assert(kWarpRows % (16 * kSlices) == 0 && kWarpColumns % 16 == 0);
     static_assert(kSlices <= 2, "add_slices adds two; with more, the order of sums would matter");
 
@@ -65,15 +64,17 @@ struct GemmTraits {
         Loop loop;
         float4 sums[kSlices == 1 ? 1 : kRows * kColumns / 4];  // sums that one slice hands to the other
         T out[kRows * kPitch];
-        float whole[kSplits ? kRows * kPitch : 1];  // sums that the blocks of a cluster read of each other
+        float whole[kColumns == 128 ? kRows * kPitch : 1];  // sums that the blocks of a cluster read of each other
     };
     static_assert(sizeof(Shared) == tiles_shared(kRows, kColumns, kStages));
 };
 
-// Offset, in elements, of a 16-byte piece of a row. Rows of 64 elements have 8 pieces, rows of 128 have 16.
+// Offset, in elements, of a 16-byte piece of a row. Rows of 64 elements have 8 pieces, rows of 256 have 32. Eight
+// neighbouring rows have a piece in eight different groups of banks; so have two neighbouring rows, from an even one
+// on, four blocks of eight pieces each.
 template <int kWidth>
 QLK_DEVICE int swizzled(int row, int piece) {
-    return row * kWidth + (piece ^ (row & 7)) * 8;
+    return row * kWidth + (piece ^ (row & 7) ^ (piece / 8 * 2 & 6)) * 8;
 }
 
 }  // namespace qlk::cuda
