@@ -46,22 +46,15 @@ void Operands::writes(const char* name, const void* address, size_t bytes, int64
     add(name, address, bytes, number, true);
 }
 
-void Operands::check(Kind kind, const void* address, size_t bytes, uint32_t& last, uint32_t line) const {
-    const auto at = reinterpret_cast<uintptr_t>(address);
-    const auto holds = [&](const Operand& one) {
-        return at >= one.begin && at + bytes <= one.end && (kind == Kind::kLoad || one.writable);
-    };
-    if (last < all_.size() && holds(all_[last])) return;
-    const auto after =
-        std::upper_bound(all_.begin(), all_.end(), at, [](uintptr_t to, const Operand& one) { return to < one.begin; });
-    // Operands may overlap, so it need not be the last one that begins before.
-    for (auto one = after; one != all_.begin();) {
+uint32_t Operands::find(Kind kind, uintptr_t address, size_t bytes, uint32_t line) const {
+    // Operands may overlap, so it need not be the last one that begins before the access.
+    auto one = std::upper_bound(all_.begin(), all_.end(), address,
+                                [](uintptr_t at, const Operand& candidate) { return at < candidate.begin; });
+    while (one != all_.begin()) {
         --one;
-        if (!holds(*one)) continue;
-        last = static_cast<uint32_t>(one - all_.begin());
-        return;
+        if (one->holds(kind, address, bytes)) return static_cast<uint32_t>(one - all_.begin());
     }
-    explain(kind, at, bytes, site_of(line));
+    explain(kind, address, bytes, site_of(line));
 }
 
 void Operands::explain(Kind kind, uintptr_t address, size_t bytes, Site site) const {

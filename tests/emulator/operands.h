@@ -21,7 +21,11 @@ class Operands {
 
     // The running thread's access, at a site of that number. Throws unless one operand holds all of it. last: the
     // operand that the same line used last, which this changes.
-    void check(Kind kind, const void* address, size_t bytes, uint32_t& last, uint32_t line) const;
+    void check(Kind kind, const void* address, size_t bytes, uint32_t& last, uint32_t line) const {
+        const auto at = reinterpret_cast<uintptr_t>(address);
+        if (last < all_.size() && all_[last].holds(kind, at, bytes)) return;
+        last = find(kind, at, bytes, line);
+    }
     // Throws if an operand begins within a tensor and ends outside it.
     void check_tensor(uintptr_t address, size_t bytes) const;
 
@@ -33,8 +37,12 @@ class Operands {
         uintptr_t begin, end;
         bool writable;
         std::string text() const;
+        bool holds(Kind kind, uintptr_t at, size_t bytes) const {
+            return at >= begin && at + bytes <= end && (kind == Kind::kLoad || writable);
+        }
     };
     void add(const char* name, const void* address, size_t bytes, int64_t number, bool writable);
+    uint32_t find(Kind kind, uintptr_t address, size_t bytes, uint32_t line) const;
     [[noreturn]] void explain(Kind kind, uintptr_t address, size_t bytes, Site site) const;
 
     const char* call_;
