@@ -259,6 +259,14 @@ OPTIONS = {"multiprocessors": 8}
 CALLS = ROOT / "tests/emulator/calls.cpp"
 
 
+def test_every_operation_states_its_operands():
+    bindings = (ROOT / "csrc/bindings/cuda.cpp").read_text()
+    operations = re.findall(r'm\.def\("(\w+)", &(\w+)\);', bindings)
+    assert len(operations) == len(re.findall(r"^static void \w+\(const py::dict& \w+\)", bindings, re.MULTILINE)) > 0
+    for name, _ in operations:
+        assert getattr(module(), name) is not getattr(module().plain, name)
+
+
 def test_every_operand_has_a_case():
     stated = set(re.findall(r'(?:reads|writes|plane)\((?:qlk::\w+, )?"(\w+)"', CALLS.read_text()))
     tested = {name for family in FAMILIES.values() for name in family.rows}
