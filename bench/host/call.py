@@ -92,7 +92,7 @@ def cases(repeats: int, number: int) -> Iterator[dict[str, Any]]:
     module.configure(executes=False, multiprocessors=MULTIPROCESSORS)
     with contextlib.ExitStack() as stack:
         stack.callback(module.configure)
-        stack.enter_context(backends.forced(NoLaunches(module)))
+        stack.enter_context(backends.forced(NoLaunches(module.plain)))
         for adapter, layer in layers.items():
             for shape, sizes in SHAPES.items():
                 for name, (call, context) in calls_of(layer, sizes).items():

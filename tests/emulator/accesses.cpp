@@ -6,7 +6,7 @@
 
 namespace emu {
 
-void access(Space space, Kind kind, const void* address, size_t bytes, Site site) {
+void access(Space space, Kind kind, const void* address, size_t bytes, Site site, size_t used) {
     Thread& self = this_thread();
     Block& block = *self.block;
     if (block.device.options.order == Order::kRandom && block.device.random() % 8 == 0) {
@@ -31,12 +31,15 @@ void access(Space space, Kind kind, const void* address, size_t bytes, Site site
         }
     }
     if (space == Space::kGlobal && inside) fail(site, "a global access to shared memory");
-    if (any_managed && space == Space::kGlobal) touch(address, bytes, site);
+    const uint32_t number = site_number(site);
+    if (space == Space::kGlobal) {
+        if (block.device.operands) block.device.check_operands(kind, address, std::min(bytes, used), number);
+        if (any_managed) touch(address, bytes, site);
+    }
     if ((block.device.early || block.device.overtaken) && space == Space::kGlobal) {
         block.device.check_overtaking(self, kind, address, bytes, site);
     }
     if (kind == Kind::kStore) ++block.device.progress;
-    const uint32_t number = site_number(site);
     if (inside && inside != &block && block.races) {
         block.races->visit(static_cast<int>(inside->rank), self.racer, number);
     }
@@ -126,7 +129,7 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t valid, Si
     if (bytes != 4 && bytes != 8 && bytes != 16) fail(site, "cp.async copies 4, 8 or 16 bytes");
     if (valid > bytes) fail(site, "cp.async of more source bytes than it copies");
     access(Space::kShared, Kind::kStore, shared, bytes, site);
-    if (valid > 0) access(Space::kGlobal, Kind::kLoad, global, bytes, site);
+    if (valid > 0) access(Space::kGlobal, Kind::kLoad, global, bytes, site, valid);
     Thread& self = this_thread();
     Copy copy{shared, global, bytes, valid, false};
     const Landing landing = self.block->device.options.landing;
@@ -155,6 +158,11 @@ void copy_wait(int pending, Site site) {
         }
         self.groups.pop_front();
     }
+}
+
+void Device::check_operands(Kind kind, const void* address, size_t bytes, uint32_t line) {
+    if (operand_of_line.size() <= line) operand_of_line.resize(line + 1, 0);
+    operands->check(kind, address, bytes, operand_of_line[line], line);
 }
 
 void Device::check_overtaking(const Thread& thread, Kind kind, const void* address, size_t bytes, Site site) {

@@ -12,6 +12,7 @@
 
 #include "emulator.h"
 #include "fiber.h"
+#include "operands.h"
 #include "race.h"
 
 namespace emu {
@@ -219,7 +220,8 @@ class Device {
     ~Device();
     void run();
     void run_the_one_before();
-    // An access of a thread to global memory.
+    // Accesses of a thread to global memory. The first is called only if there are operands.
+    void check_operands(Kind kind, const void* address, size_t bytes, uint32_t line);
     void check_overtaking(const Thread& thread, Kind kind, const void* address, size_t bytes, Site site);
 
     Overtaking* early = nullptr;      // set if this launch is early
@@ -233,6 +235,8 @@ class Device {
     unsigned cluster_size;
     Options options;
     int ordinal = current_device();
+    std::shared_ptr<const Operands> operands = given();  // or null
+    std::vector<uint32_t> operand_of_line;               // that it used last, by site number
     std::vector<std::shared_ptr<Bulk>> under_way;
     std::vector<std::shared_ptr<Bulk>> last_stores;  // that no thread waits for: done when the launch ends
     std::mt19937_64 random;

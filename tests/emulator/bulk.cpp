@@ -37,8 +37,10 @@ void check_global(const std::vector<Piece>& pieces, Kind kind, Site site) {
     Device& device = self.block->device;
     for (const Piece& piece : pieces) {
         if (piece.bytes == 0) continue;
-        if (any_managed) touch(piece.global, piece.bytes, site);
-        if (device.early || device.overtaken) device.check_overtaking(self, kind, piece.global, piece.bytes, site);
+        const unsigned char* const from = piece.global + piece.skip;
+        if (device.operands) device.check_operands(kind, from, piece.bytes, site_number(site));
+        if (any_managed) touch(from, piece.bytes, site);
+        if (device.early || device.overtaken) device.check_overtaking(self, kind, from, piece.bytes, site);
     }
 }
 

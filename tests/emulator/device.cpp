@@ -242,9 +242,10 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
     count_launch(early);
     note_launch();
     if (start == Start::kFollowed && options().early_launches) {
-        held() = [=, ordinal = current_device()](Overtaking& next) {
+        held() = [=, ordinal = current_device(), operands = given()](Overtaking& next) {
             Device device(grid, block, shared_bytes, body, cluster);
             device.ordinal = ordinal;
+            device.operands = operands;
             device.overtaken = &next;
             device.run();
         };

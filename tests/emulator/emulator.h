@@ -137,9 +137,10 @@ size_t shared_size();
 enum class Space { kShared, kGlobal };
 enum class Kind { kLoad, kStore, kAtomic };
 
-// Checks an access of the running thread (alignment; shared addresses against the block's memory), counts it, and in
-// random order lets another thread run first.
-void access(Space space, Kind kind, const void* address, size_t bytes, Site site);
+// Checks an access of the running thread (alignment; shared addresses against the block's memory, global ones against
+// the launch's operands), counts it, and in random order lets another thread run first. used: how many of the bytes it
+// really uses, if not all.
+void access(Space space, Kind kind, const void* address, size_t bytes, Site site, size_t used = SIZE_MAX);
 // An atomic operation changed memory, so spinning threads have to look again.
 void changed();
 // An atomic operation of the running thread. It publishes what a fence has ordered before it, and lets the thread take

@@ -21,14 +21,19 @@ struct Queue {
 namespace {
 
 struct Range {
-    size_t bytes, page_bytes;
+    size_t bytes, page_bytes, asked;  // bytes: whole pages
     bool managed;
     int device = current_device();
     std::vector<bool> on_device;
     std::vector<uint64_t> used;  // the last launch that used each page
 
-    Range(size_t size, size_t page, bool moves)
-        : bytes(size), page_bytes(page), managed(moves), on_device(size / page, !moves), used(size / page, 0) {}
+    Range(size_t size, size_t page, size_t wanted, bool moves)
+        : bytes(size),
+          page_bytes(page),
+          asked(wanted),
+          managed(moves),
+          on_device(size / page, !moves),
+          used(size / page, 0) {}
 };
 
 thread_local uint64_t launches = 0;
@@ -60,6 +65,20 @@ std::pair<const uintptr_t, Range>* range_of(uintptr_t address) {
     if (after == ranges().begin()) return nullptr;
     --after;
     return address < after->first + after->second.bytes ? &*after : nullptr;
+}
+
+// Bytes that lie beyond the end of the memory in which they begin.
+size_t beyond(const std::pair<const uintptr_t, Range>& range, uintptr_t address, size_t bytes) {
+    const uintptr_t end = address + bytes, last = range.first + range.second.asked;
+    return end > last ? end - last : 0;
+}
+
+void require_within(const std::pair<const uintptr_t, Range>& range, uintptr_t address, size_t bytes,
+                    const std::string& what) {
+    if (const size_t more = beyond(range, address, bytes)) {
+        throw Error(what + " of " + std::to_string(bytes) + " bytes that end " + std::to_string(more) +
+                    " beyond memory of " + std::to_string(range.second.asked));
+    }
 }
 
 bool move(Range& range, size_t page, bool to_device) {
@@ -98,7 +117,7 @@ void* allocate(size_t bytes, bool managed) {
     void* memory = nullptr;
     if (posix_memalign(&memory, page, pages * page) != 0) throw std::bad_alloc();
     std::memset(memory, 0xff, pages * page);
-    ranges().emplace(reinterpret_cast<uintptr_t>(memory), Range(pages * page, page, managed));
+    ranges().emplace(reinterpret_cast<uintptr_t>(memory), Range(pages * page, page, bytes, managed));
     any_managed = true;
     return memory;
 }
@@ -169,6 +188,7 @@ void copy(void* to, const void* from, size_t bytes) {
         const auto address = reinterpret_cast<uintptr_t>(memory);
         const auto* const range = range_of(address);
         if (!range || bytes == 0) continue;
+        require_within(*range, address, bytes, "a copy");
         const size_t size = range->second.page_bytes;
         after_kernels(range->second, (address - range->first) / size,
                       (address - range->first + bytes + size - 1) / size);
@@ -179,6 +199,7 @@ void copy(void* to, const void* from, size_t bytes) {
 void fill_zero(void* memory, size_t bytes, int device) {
     if (const auto* const range = range_of(reinterpret_cast<uintptr_t>(memory))) {
         require_own(range->second, device, "a memset");
+        require_within(*range, reinterpret_cast<uintptr_t>(memory), bytes, "a memset");
     }
     std::memset(memory, 0, bytes);
 }
@@ -207,6 +228,10 @@ void touch(const void* address, size_t bytes, Site site) {
     if (range->second.device != running_on) {
         fail(site, "an access on device " + std::to_string(running_on) + " to memory that belongs to device " +
                        std::to_string(range->second.device));
+    }
+    if (const size_t more = beyond(*range, at, bytes)) {
+        fail(site, "an access that ends " + std::to_string(more) + " bytes beyond memory of " +
+                       std::to_string(range->second.asked));
     }
     const size_t size = range->second.page_bytes;
     for (size_t page = (at - range->first) / size; page <= (at - range->first + bytes - 1) / size; ++page) {

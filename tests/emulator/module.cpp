@@ -6,13 +6,16 @@
 
 #include "bind_conformance.h"
 #include "bindings/cuda.h"
+#include "calls.h"
 #include "emulator.h"
 #include "managed.h"
+#include "operands.h"
 #include "samples.h"
 
 PYBIND11_MODULE(_emulated, m) {
     namespace py = pybind11;
     bind_cuda(m);
+    state_operands(m);
     py::register_exception<emu::Error>(m, "EmulatorError", PyExc_RuntimeError);
     m.def(
         "configure",
@@ -48,6 +51,7 @@ PYBIND11_MODULE(_emulated, m) {
             o.driver_version = driver_version;
             emu::options() = o;
             emu::forget_held();
+            emu::forget_misstated();
             emu::forget_devices();
             emu::set_device(0);
         },
@@ -67,6 +71,8 @@ PYBIND11_MODULE(_emulated, m) {
         }
         return devices;
     });
+    m.def("misstate", &emu::misstate, py::arg("name"), py::arg("fewer") = 0, py::arg("read_only") = false,
+          "Operands of that name count as so many bytes shorter, or as only read, until configure() is called.");
     m.def("paging", [] { return emu::paging().json(); });
     m.def("reset_paging", &emu::reset_paging);
     m.def("counters", [] { return emu::counters().json(); });
@@ -95,6 +101,8 @@ PYBIND11_MODULE(_emulated, m) {
         py::arg("name"), py::arg("input"), py::arg("output"), py::arg("threads") = 64, py::arg("blocks") = 1);
     m.def("device_samples", &emu::device_samples, "Names of calls that need their device to be current.");
     m.def("run_device_sample", &emu::run_device_sample, py::arg("name"), py::arg("guarded"));
+    m.def("operand_samples", &emu::operand_samples, "Names of the kernels with an access outside their operands.");
+    m.def("run_operand_sample", &emu::run_operand_sample, py::arg("name"), py::arg("stated"));
     m.def("sm90_samples", &emu::sm90_samples, "Names of the samples for sm_90.");
     m.def("run_sm90_sample", &emu::run_sm90_sample, py::arg("name"), py::arg("input"));
 }

@@ -1,4 +1,5 @@
-"""Checks the check: if any one barrier, wait or fence is removed from a kernel, a test on the emulator has to fail.
+"""Checks the check: if any one barrier, wait or fence is removed from a kernel, a test on the emulator has to fail. So
+does one if a launcher no longer makes its device current, or device_guard.h leaves out a call.
 
     python tests/emulator/remove_barriers.py [--changed-since COMMIT] [FILE ...]
 
@@ -36,10 +37,16 @@ ORDERING = re.compile(
     r"|griddep_\w+|cluster_(?:arrive|wait)\w*)"
     r"(?:<[^;]*>)?\([^;]*\);"
     # For streams, in arena.cu.
-    r"|\w+\[[^\]]*\]->hold\([^;]*\);)"
+    r"|\w+\[[^\]]*\]->hold\([^;]*\);"
+    # In device_guard.h.
+    r"|Api::(?:set|restore)\([^;]*\);|restores_ = [^;]*;)"
 )
 #: The second half of an atomic operation, from which only the acquiring is removed.
 ACQUIRING = re.compile(r"^(?!\s*//).*?(\batom_\w+_acquire)\(")
+#: A guard in a launcher. It lasts as long as the block around it, so it is removed in another way.
+GUARD = re.compile(r"^\s*(const DeviceGuard guard\(([^;]*)\);)")
+#: The guards' own header is not among the kernels.
+GUARDS = Path("csrc/device_guard.h")
 #: Tests for each source, the quickest to fail first: a file, and what to select in it.
 QUANTIZATION = tuple(
     ("tests/ops/test_quantize.py", f"emulated and {words}")
@@ -51,6 +58,7 @@ _TILES = (
     ("tests/cuda/test_cuda_tiles.py", "emulated and tensor_cores"),
     ("tests/cuda/test_cuda_tiles.py", "pipeline or emulated"),
 )
+_DEVICES = (("tests/emulator/test_devices.py", "test"),)
 TESTS = {
     "adapters": (
         ("tests/cuda/test_cuda_low_rank.py", "dx_with"),
@@ -88,12 +96,17 @@ class Place:
     def __str__(self) -> str:
         return f"{self.path}:{self.line}  {self.statement}"
 
+    def tests(self) -> tuple[tuple[str, str], ...]:
+        if self.path == GUARDS or GUARD.match(self.statement):
+            return _DEVICES
+        return TESTS.get(self.path.stem, QUANTIZATION)
+
 
 def places(paths: list[Path]) -> list[Place]:
     barriers = []
     for path in paths:
         for number, text in enumerate((ROOT / path).read_text().splitlines(), 1):
-            match = ORDERING.match(text) or ACQUIRING.match(text)
+            match = ORDERING.match(text) or ACQUIRING.match(text) or GUARD.match(text)
             if match:
                 barriers.append(Place(path, number, match.group(1)))
     return barriers
@@ -101,9 +114,10 @@ def places(paths: list[Path]) -> list[Place]:
 
 #: Holds the number of the place that is removed.
 VARIABLE = "QLORA_KERNELS_EMULATOR_REMOVED"
-#: Appended to the copy of device.cuh, which all sources include.
+#: Goes before all else in the copy of device.cuh, which all sources include.
 QUESTION = f"""
 #include <cstdlib>
+#include <optional>
 namespace emu {{
 inline const int removed_place = std::getenv("{VARIABLE}") ? std::atoi(std::getenv("{VARIABLE}")) : -1;
 inline bool removed(int place) {{ return place == removed_place; }}
@@ -116,14 +130,18 @@ def make_removable(barriers: list[Place], copy: Path) -> None:
     for number, place in enumerate(barriers):
         path = copy / place.path
         lines = path.read_text().splitlines(keepends=True)
-        asking = f"{{ if (!::emu::removed({number})) {place.statement} }}"
-        if not place.statement.endswith(";"):
+        if guard := GUARD.match(place.statement):
+            kept = f"guard.emplace({guard.group(2)});"
+            asking = f"std::optional<DeviceGuard> guard; if (!::emu::removed({number})) {kept}"
+        elif not place.statement.endswith(";"):
             asking = f"::emu::Weaken(::emu::removed({number})) << {place.statement}"
+        else:
+            asking = f"{{ if (!::emu::removed({number})) {place.statement} }}"
         assert lines[place.line - 1].count(place.statement) == 1, place
         lines[place.line - 1] = lines[place.line - 1].replace(place.statement, asking)
         path.write_text("".join(lines))
     device = copy / "tests/emulator/device.cuh"
-    device.write_text(device.read_text() + QUESTION)
+    device.write_text(device.read_text().replace("#pragma once\n", "#pragma once\n" + QUESTION, 1))
 
 
 def failing_test(module: Path, tests=QUANTIZATION, removed: int = -1) -> str | None:
@@ -185,7 +203,7 @@ def first_test(file: str, expression: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="sources in csrc/cuda; all by default")
+    parser.add_argument("files", nargs="*", type=Path, help="sources in csrc/cuda, device_guard.h; all by default")
     parser.add_argument("--changed-since", metavar="COMMIT", help="only files that differ from that commit")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -195,15 +213,15 @@ def main() -> int:
     from bench.emulator import build
 
     files = [f.resolve().relative_to(ROOT) for f in options.files]
-    files = files or sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").rglob("*.cu*"))
+    files = files or [GUARDS, *sorted(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").rglob("*.cu*"))]
     # These files define the statements; they do not use them.
     files = [f for f in files if f.parent != Path("csrc/cuda/device")]
     if options.changed_since:
-        command = ["git", "diff", "--name-only", options.changed_since, "--", "csrc/cuda"]
+        command = ["git", "diff", "--name-only", options.changed_since, "--", "csrc/cuda", str(GUARDS)]
         changed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
         files = [f for f in files if str(f) in changed]
     barriers = places(files)
-    print(f"{len(barriers)} barriers, waits and fences in {len(files)} files")
+    print(f"{len(barriers)} barriers, waits, fences and guards in {len(files)} files")
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
@@ -212,13 +230,13 @@ def main() -> int:
         make_removable(barriers, copy)
         module = build(Path(folder, "build"), root=copy, QLK_EMULATOR="ON")
         # One test of each kind has to pass; the test suite checks the rest.
-        for file, expression in {TESTS.get(p.path.stem, QUANTIZATION)[0] for p in barriers}:
+        for file, expression in {place.tests()[0] for place in barriers}:
             if failing_test(module, [(first_test(file, expression), None)]):
                 print("a test fails before anything is removed")
                 return 1
         for number, place in enumerate(tqdm(barriers, disable=None)):
             start = time.perf_counter()
-            failed = failing_test(module, TESTS.get(place.path.stem, QUANTIZATION), number)
+            failed = failing_test(module, place.tests(), number)
             if failed is None:
                 survivors.append(place)
             seconds = time.perf_counter() - start

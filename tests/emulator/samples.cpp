@@ -1,5 +1,7 @@
 #include "samples.h"
 
+#include "operands.h"
+
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -178,7 +180,8 @@ void throws(Arguments) {
     if (id() == 3) throw std::runtime_error("from thread 3");
     __syncthreads();
 }
-void read_beyond_the_input(Arguments a) { store_global(a.out + id(), load_global(a.in + id() + 1)); }
+// By a plain access, of which the emulator learns nothing.
+void read_beyond_the_input(Arguments a) { store_global(a.out + id(), a.in[id() + 1]); }
 
 // Lanes meet in a shuffle between store and load, but a shuffle promises nothing about memory.
 void shuffle_for_a_barrier(Arguments a) {
@@ -229,6 +232,7 @@ struct Sample {
     const char* name;
     void (*kernel)(Arguments);
     void (*before)(Arguments) = nullptr;  // a launch that this one may overtake
+    bool overwrites = false;              // its input
 };
 
 // The first of two launches: between[i] = 3 in[i], in all blocks.
@@ -286,9 +290,9 @@ const Sample kSamples[] = {
     {"last block adds without a barrier", last_block_adds<false, true, true>},
     {"last block adds without publishing", last_block_adds<true, false, true>},
     {"last block adds without taking up", last_block_adds<true, true, false>},
-    {"last block overwrites", last_block_overwrites<true, true>},
-    {"last block overwrites without publishing", last_block_overwrites<false, true>},
-    {"last block overwrites without taking up", last_block_overwrites<true, false>},
+    {"last block overwrites", last_block_overwrites<true, true>, nullptr, true},
+    {"last block overwrites without publishing", last_block_overwrites<false, true>, nullptr, true},
+    {"last block overwrites without taking up", last_block_overwrites<true, false>, nullptr, true},
     {"stride 1", strided<1>},
     {"stride 2", strided<2>},
     {"stride 32", strided<32>},
@@ -326,6 +330,12 @@ std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint
         std::fill_n(out.words(), output, 0xffffffffu);
         std::fill_n(between.words(), input.size(), 0xffffffffu);
         const Arguments arguments{in.words(), out.words(), between.words()};
+        Operands all("a sample");
+        sample.overwrites ? all.writes("in", in.words(), 4 * input.size())
+                          : all.reads("in", in.words(), 4 * input.size());
+        all.writes("out", out.words(), 4 * output);
+        all.writes("between", between.words(), 4 * input.size());
+        const Given given(std::move(all));
         const auto run = [&](void (*kernel)(Arguments), Start start) {
             launch(
                 {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, 16 * 1024,

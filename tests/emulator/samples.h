@@ -33,6 +33,9 @@ std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint
 // Calls that concern device 1. guarded: that device is current then; otherwise device 0 is, and each is an error.
 std::vector<std::string> device_samples();
 void run_device_sample(const std::string& name, bool guarded);
+// Kernels with an access outside their operands. stated: the launch knows these, and the access is an error.
+std::vector<std::string> operand_samples();
+void run_operand_sample(const std::string& name, bool stated);
 // The kernels of sm90_kernels.cuh, complete and without one of their parts: a product, input [2][64][K] of 16-bit
 // elements, and a cluster. "product kFull" lacks that part. Tensors are exactly sized copies.
 std::vector<std::string> sm90_samples();

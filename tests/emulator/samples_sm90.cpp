@@ -1,6 +1,7 @@
 // The kernels of sm90_kernels.cuh with one part missing, and small kernels with one fault each.
 #include <stdexcept>
 
+#include "operands.h"
 #include "samples.h"
 #include "sm90_kernels.cuh"
 
@@ -394,6 +395,10 @@ std::vector<uint32_t> run_sm90_sample(const std::string& name, const std::vector
         const Exact in(input.size()), out(sample.output);
         std::copy(input.begin(), input.end(), in.words());
         std::fill_n(out.words(), sample.output, 0xffffffffu);
+        Operands all("a sample");
+        all.reads("in", in.words(), 4 * input.size());
+        all.writes("out", out.words(), 4 * sample.output);
+        const Given given(std::move(all));
         sample.run(in.words(), input.size(), out.words());
         return {out.words(), out.words() + sample.output};
     }

@@ -18,16 +18,15 @@ __all__ = ["ROOT", "VARIANT", "Emulated", "build", "counters", "emulated", "load
 class Emulated(backends.CUDA):
     """CPU tensors, CUDA kernels. What a kernel does not write stays NaN, and so does scratch."""
 
-    @staticmethod
-    def _empty(shape, dtype, device):
+    def _empty(self, shape, dtype, device):
         tensor = torch.empty(shape, dtype=dtype, device="cpu")
         if tensor.numel():
             tensor.view(-1).view(torch.uint8).fill_(255)
+            self.kernels.made.append(tensor)  # until the next call, which has to keep within it
         return tensor
 
-    @staticmethod
-    def _like(tensor, *sizes, dtype=None):
-        return Emulated._empty(sizes, dtype or tensor.dtype, "cpu")
+    def _like(self, tensor, *sizes, dtype=None):
+        return self._empty(sizes, dtype or tensor.dtype, "cpu")
 
     def __init__(self, kernels, ordinal: int = 1):
         super().__init__(kernels)
