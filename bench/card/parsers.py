@@ -84,6 +84,16 @@ def junit_counts(text: str | bytes) -> dict[str, Any]:
     }
 
 
+def tests_of(output: str) -> tuple[list[str], int]:
+    """From what ``pytest -v`` prints: the tests that have ended, and how many there are.
+
+    A test that was under way when the process ended is not among the first.
+    """
+    done = re.findall(r"^(\S+?\.py::.+?) (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", output, re.MULTILINE)
+    many = re.search(r"^collected (\d+) items?(?:[^\n]*?(\d+) selected)?", output, re.MULTILINE)
+    return list(dict.fromkeys(done)), int(many[2] or many[1]) if many else 0
+
+
 def _reason(element: ElementTree.Element) -> str:
     text = (element.get("message") or element.text or "").strip()
     return text.splitlines()[0][:300] if text else "no reason given"
