@@ -16,7 +16,7 @@ import pytest
 import torch
 from bench_runs.check import CLEAN, JUNIT, RACE_CLEAN, good, sleeping
 
-from bench.card import check, facts, parsers, steps
+from bench.card import check, facts, parsers, programs, steps
 from bench.card.steps import Step
 from qlora_kernels.bench.timing import machine
 
@@ -133,7 +133,7 @@ def gone(pid: int) -> bool:
 
 
 def bad(folder: Path, seconds: float) -> dict:
-    ended = steps.execute([sys.executable, "-c", "print('a clue'); raise SystemExit(7)"], folder / "b.log", seconds)
+    ended = programs.execute([sys.executable, "-c", "print('a clue'); raise SystemExit(7)"], folder / "b.log", seconds)
     steps.demand(ended, "the program", seconds, {"half": 1})
     raise AssertionError("not reached")
 
@@ -155,7 +155,7 @@ def test_failures_and_timeouts_are_recorded_and_the_rest_goes_on(tmp_path):
         Step("good", 0.1, good, needs="good-before"),
     ]
     steps.insert(0, Step("good-before", 0.1, good))
-    results = check.check(tmp_path, steps, 6.0)
+    results = check.check(check.Files(tmp_path), steps, 6.0)
     assert results == json.loads((tmp_path / "gpu_check.json").read_text())
     entries = {entry["name"]: entry for entry in results["steps"]}
     assert {name: entry["status"] for name, entry in entries.items()} == {
@@ -199,7 +199,7 @@ def test_what_a_step_leaves_the_next_ones_may_use(tmp_path):
         limits.append(seconds)
         return {}
 
-    check.check(tmp_path, [Step(name, 10.0, note) for name in "abc"], 300.0)
+    check.check(check.Files(tmp_path), [Step(name, 10.0, note) for name in "abc"], 300.0)
     assert limits == pytest.approx([100, 200, 300], abs=5)
 
 
@@ -207,7 +207,7 @@ def test_each_step_is_on_disk_before_the_next_begins(tmp_path):
     def look(folder, seconds):
         return {"statuses": [s["status"] for s in json.loads((folder.parent / "gpu_check.json").read_text())["steps"]]}
 
-    results = check.check(tmp_path, [Step(name, 1.0, look) for name in "abc"], 30.0)
+    results = check.check(check.Files(tmp_path), [Step(name, 1.0, look) for name in "abc"], 30.0)
     assert [s["found"]["statuses"] for s in results["steps"]] == [
         ["running", "waiting", "waiting"],
         ["passed", "running", "waiting"],
@@ -217,7 +217,7 @@ def test_each_step_is_on_disk_before_the_next_begins(tmp_path):
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    results = check.check(tmp_path, [Step("a", 1.0, good)], 30.0)
+    results = check.check(check.Files(tmp_path), [Step("a", 1.0, good)], 30.0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def crash(*_):
@@ -225,7 +225,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError):
-        check.write({**results, "date": "another"}, tmp_path)
+        check.write({**results, "date": "another"}, check.Files(tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
