@@ -54,7 +54,11 @@ def fault(device: str) -> str | None:
 
 
 def run(
-    of: Sequence[kernels.Case], begin: int, note: Callable[..., None], device: str, answers: Callable[[str], Any] = fault
+    of: Sequence[kernels.Case],
+    begin: int,
+    note: Callable[..., None],
+    device: str,
+    answers: Callable[[str], Any] = fault,
 ) -> bool:
     """Runs cases from the one with this number on; returns whether the end was reached."""
     for number, case in enumerate(of):
@@ -99,17 +103,17 @@ def main(argv: Sequence[str] | None = None, device: str = "cuda") -> int:
 # ---------------------------------------------------------------------------------------------------- what it wrote
 
 
-def outcome(lines: str, names: Sequence[str], ended: str) -> dict[str, Any]:
-    """Right, wrong and not run, from a report; a case that was at work at the end is wrong, for the reason given.
+def outcome(lines: str, names: Sequence[str]) -> dict[str, Any]:
+    """Right, wrong and not run, from a report.
 
     Args:
-        lines: the report, whose last line may be cut off.
+        lines: the report, whose last line may be cut off. Whoever started the process adds, when it has ended, a line
+            for the case that was at work.
         names: of all cases.
-        ended: how the process that was at work ended, or an empty string while it still is.
 
     Returns:
-        ``right`` and ``not_run`` (counts), ``wrong``: a list of (name, problem), ``next``: the first case that no
-        process has begun, and ``at_work``: whether one was begun that has not ended.
+        ``cases``, ``right`` and ``not_run`` (counts), ``wrong``: a list of (name, problem), ``next``: the first case
+        that no process has begun, and ``at_work``: the case that was begun and has not ended, or None.
     """
     wrong: dict[int, str] = {}
     right: set[int] = set()
@@ -117,24 +121,24 @@ def outcome(lines: str, names: Sequence[str], ended: str) -> dict[str, Any]:
     for text in lines.splitlines():
         try:
             line = json.loads(text)
-            number, state = line["case"], line["state"]
+            number, state = int(line["case"]), line["state"]
         except (ValueError, KeyError, TypeError):
             continue  # cut off
+        if not 0 <= number < len(names):
+            continue
         begun.add(number)
         if state == "right":
             right.add(number)
         elif state != "begun":
-            wrong[number] = line.get("problem", "") if number not in wrong else wrong[number]
-    at_work = sorted(begun - right - wrong.keys())
-    if ended:
-        wrong.update(dict.fromkeys(at_work, ended))
+            wrong.setdefault(number, str(line.get("problem", "")))
+    at_work = max(begun - right - wrong.keys(), default=None)
     return {
         "cases": len(names),
-        "right": len(right),
-        "wrong": [[names[number], wrong[number]] for number in sorted(wrong) if number < len(names)],
-        "not_run": len(names) - len(right) - len(wrong) - (0 if ended else len(at_work)),
+        "right": len(right - wrong.keys()),
+        "wrong": [[names[number], wrong[number]] for number in sorted(wrong)],
+        "not_run": len(names) - len(right | wrong.keys()),
         "next": max(begun, default=-1) + 1,
-        "at_work": bool(at_work),
+        "at_work": at_work,
     }
 
 

@@ -73,6 +73,7 @@ def check(
     budget: float,
     chosen: Sequence[str] | None = None,
     more: Callable[[], dict[str, Any]] = dict,
+    results: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Runs the steps, and writes what is known after each; while one runs, what it tells.
 
@@ -82,14 +83,17 @@ def check(
         budget: seconds for all of them, divided as their shares are. What one leaves, the next ones may use.
         chosen: names of the only ones to run; the others count as not passed.
         more: what else is known by now.
+        results: a dictionary to fill, for ``more`` to look at.
 
     Returns:
         ``schema``, ``date``, ``budget_s``, ``complete`` (whether the end was reached), ``passed`` (whether each step
         passed), ``steps``: for each ``name``, ``status`` ("passed", "failed", "not run", "running", "waiting"),
-        ``began`` and ``ended`` (by the clock on the wall), ``seconds``, ``limit_s``, ``reason``, ``tail`` (of its output, where it failed) and ``found``.
+        ``began`` and ``ended`` (by the clock on the wall), ``seconds``, ``limit_s``, ``reason``, ``tail`` (of its
+        output, where it failed) and ``found``.
     """
     scale = budget / sum(step.share for step in steps)
-    results: dict[str, Any] = {
+    results = {} if results is None else results
+    results |= {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "budget_s": budget,

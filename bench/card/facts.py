@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import qlora_kernels
 import setup_cuda
 from bench.card.parsers import nvcc_release, smi_rows
 from qlora_kernels.bench.timing.machine import ROOT, describe_commit, describe_machine, describe_versions
@@ -38,9 +41,20 @@ def output_of(*command: str, seconds: float = 10.0) -> str:
     """Runs a program and returns its stdout.
 
     Raises:
-        OSError, subprocess.SubprocessError: when it is missing, fails or takes too long.
+        OSError, subprocess.SubprocessError: when it is missing, fails or takes too long. It is killed then, and not
+            waited for: it may be stuck in the driver.
     """
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds).stdout
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return text
 
 
 def cards_now() -> list[dict[str, str]] | str:
@@ -99,3 +113,18 @@ def facts() -> dict[str, Any]:
         "system": machine["system"],
         "environment": machine["environment"],
     }
+
+
+def main() -> int:
+    """Prints the facts, and what the extension has, as a line of JSON."""
+    if not torch.cuda.is_available():
+        print(f"no CUDA device is seen by torch {torch.__version__}: there are no facts", file=sys.stderr)
+        return 2
+    found = facts()
+    found["build_info"] = qlora_kernels.build_info()
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,8 @@
-"""Parses what other programs print: compute-sanitizer, pytest (junit xml), nvidia-smi, nvcc."""
+"""Parses what other programs print: compute-sanitizer, pytest (junit xml), nvidia-smi, nvcc, ncu."""
 
 from __future__ import annotations
 
+import csv
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -115,3 +116,22 @@ def nvcc_release(text: str) -> str:
     """The release in the output of ``nvcc --version``, such as "13.0.48", or "unknown"."""
     match = re.search(r"release (\d+\.\d+)(?:, V([\d.]+))?", text)
     return "unknown" if match is None else match.group(2) or match.group(1)
+
+
+def profile_of(text: str) -> list[dict[str, Any]]:
+    """From what ``ncu --page details --csv`` writes: for each launch its ``kernel``, ``grid``, ``block`` and
+    ``metrics``, numbers with their units by name."""
+    rows = list(csv.reader(line for line in text.splitlines() if line.startswith('"')))
+    head = next((row for row in rows if "Metric Name" in row), None)
+    if head is None:
+        return []
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if len(row) != len(head) or row == head:
+            continue
+        cells = dict(zip(head, row, strict=True))
+        about = {"kernel": cells["Kernel Name"], "grid": cells.get("Grid Size"), "block": cells.get("Block Size")}
+        launch = found.setdefault(cells.get("ID", ""), {**about, "metrics": {}})
+        if cells["Metric Name"]:
+            launch["metrics"][cells["Metric Name"]] = f"{cells['Metric Value']} {cells['Metric Unit']}".strip()
+    return list(found.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -162,7 +161,7 @@ def run_tests(
     begin, at_once = time.monotonic(), 3 if cores() >= MANY_CORES else 1
     environment = {"OMP_NUM_THREADS": str(max(cores() // at_once, 1))}
     names = list(TEST_FILES if files is None else files)
-    last = [LAST_TEST_FILE] if files is None else []
+    last = [LAST_TEST_FILE] if files is None and LAST_TEST_FILE else []
     most = (0.75 if last else 1.0) * seconds
     wanted = [_test_program(file, folder, min(0.5 * seconds, most), environment) for file in names]
     all_ended: dict[str, Ended] = {}
@@ -294,9 +293,7 @@ def sanitizer_environment(name: str, at_once: int) -> dict[str, str]:
     return environment
 
 
-def run_sanitizers(
-    folder: Path, seconds: float, tell: Callable[[dict[str, Any]], None] = silent
-) -> dict[str, Any]:
+def run_sanitizers(folder: Path, seconds: float, tell: Callable[[dict[str, Any]], None] = silent) -> dict[str, Any]:
     """Runs compute-sanitizer's tools over the small cases, all at once where there are enough cores."""
     program = tool("compute-sanitizer")
     if program is None:

@@ -1,0 +1,127 @@
+"""What came back from a card: tables, files for bench/results/, and the next command."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.card import profiled, visit
+from bench.card.predictions import card_named, furthest
+from bench.card.report import cases_of, markdown, outcome_of
+from qlora_kernels.bench.report import results as result_files
+from qlora_kernels.errors import InputError
+from qlora_kernels.storage.atomic_file import write_atomically
+from qlora_kernels.storage.formats import load_json
+
+#: How many products the second command looks into.
+PROFILES = 3
+COMMANDS = tuple(visit.SECONDS)
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results by command, as far as they are there.
+
+    Raises:
+        InputError: for one that is damaged, or of something else.
+    """
+    found = {}
+    for command in COMMANDS:
+        path = next(iter(sorted(folder.rglob(f"visit-{command}.json"))), None)
+        if path is None:
+            continue
+        value = load_json(path)
+        steps = value.get("steps")
+        if value.get("visit") != command or not isinstance(steps, list) or not isinstance(value.get("date"), str):
+            raise InputError(f"{path} is no result of bench.card.visit --{command}")
+        found[command] = value
+    return found
+
+
+def name_of(results: dict[str, Any]) -> str:
+    """What files of a result begin with: card and date."""
+    device = outcome_of(results, "facts").get("device", "unknown card")
+    card = next((key for key in re.findall(r"[a-z0-9]+", device.lower()) if card_named(key)), None)
+    words = card or "-".join(re.findall(r"[a-z0-9]+", device.lower()))
+    return f"card-{words}-{results['date'][:10]}"
+
+
+def missing_steps(results: dict[str, Any]) -> list[str]:
+    """Steps that did not get to their end: waiting, running, out of time, or in part."""
+    return [
+        one["name"]
+        for one in results["steps"]
+        if one["status"] in ("waiting", "running", "not run")
+        or "took longer than" in one.get("reason", "")
+        or (one.get("found") or {}).get("not_run")
+    ]
+
+
+def next_command(found: dict[str, dict[str, Any]], carried: str) -> str:
+    """What to run on the card next, or a sentence."""
+    first, second = found.get("first"), found.get("second")
+    if first is None and second is None:
+        return visit.command_line("first", carried, "visit-results")
+    stand_in = any(one.get("stand_in") for one in found.values())
+    if second is None and first is not None:
+        device = outcome_of(first, "facts").get("device", "")
+        card = card_named(device)
+        points = furthest(cases_of(first)["cases"], card, PROFILES) if card else []
+        words = [" ".join(profiled.words_of(point)) for point, _ in points]
+        return visit.command_line("second", carried, "visit-results", profile=words, stand_in=stand_in)
+    for command, one in found.items():
+        left = missing_steps(one)
+        if left:
+            return visit.command_line(command, carried, "visit-results", steps=left, stand_in=stand_in)
+    return "nothing: both commands came to their end"
+
+
+def keep(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes what is worth keeping of a result: all of it as JSON and as Markdown, and its cases as a result of
+    `qlora-kernels bench`, for --show and --compare. An earlier visit on the same day keeps its files.
+
+    Raises:
+        InputError: for a rehearsal, which measured nothing.
+    """
+    if results.get("stand_in"):
+        raise InputError("these are times of a stand-in for a card, and no results: nothing is kept of them")
+    base = f"{name_of(results)}-{results['visit']}"
+    taken = 1
+    while any(folder.glob(f"{base}{f'-{taken}' if taken > 1 else ''}.*")):
+        taken += 1
+    base += f"-{taken}" if taken > 1 else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {f"{base}.json": json.dumps(results, indent=1) + "\n", f"{base}.md": markdown(results)}
+    written = []
+    for name, text in texts.items():
+        write_atomically(folder / name, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
+        written.append(folder / name)
+    runs = [outcome_of(results, name) for name in ("linear", "quantization", "optimizer")]
+    runs = [run for run in runs if run.get("cases")]
+    if runs:
+        path = folder / f"{base}.jsonl"
+        whole = len(runs) == 3 and all(run.get("complete") for run in runs)
+        run = {key: value for key, value in runs[0].items() if key != "nvidia_smi_after"}
+        result_files.save({**run, "sweep": "card", "cases": cases_of(results)["cases"], "complete": whole}, path)
+        written.append(path)
+    return written
+
+
+def read(folder: Path, results: Path, carried: str) -> int:
+    """Prints tables and the next command, and writes files to keep; 1 where there are none."""
+    try:
+        found = load(folder)
+        for one in found.values():
+            print(markdown(one))
+        written: Sequence[Path] = [path for one in found.values() for path in keep(one, results)]
+    except (InputError, OSError) as problem:
+        print(f"bench.card.visit --read: {problem}")
+        return 1
+    if not found:
+        print(f"bench.card.visit --read: {folder} has no visit-first.json and no visit-second.json")
+        return 1
+    print("To keep:", *(f"- {path}" for path in written), sep="\n")
+    print(f"\nNext: {next_command(found, carried)}")
+    return 0
