@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.card import sections
@@ -13,6 +14,8 @@ from qlora_kernels.bench.points import POINT_KEYS
 from qlora_kernels.bench.report.bars import BARS, judge
 from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, ratio_to_ours, sizes
 
+#: More tests than these with the same reason share a line.
+MANY = 5
 #: The steps whose cases compare this package with others.
 BENCHES = ("bench", "linear", "quantization", "optimizer")
 
@@ -97,9 +100,16 @@ def _figures(case: dict[str, Any], one: dict[str, Any], roof: float | None, card
         number(rate, ".0f"),
         "" if one["name"] in ROOFS or not rate or not roof else f"{rate / roof:.0%}",
         *(number(None if ms is None else ms * 1e3, ".1f") for ms in times),
-        "" if card is None else number(predicted_us(case, one, card), ".1f"),
+        "" if card is None else _predicted(case, one, card),
         "" if one["name"] == OURS else number(ratio_to_ours(case, one), ".2f"),
     ]
+
+
+def _predicted(case: dict[str, Any], one: dict[str, Any], card: Any) -> str:
+    try:
+        return number(predicted_us(case, one, card), ".1f")
+    except Exception:  # a table of compiled code that lacks a kernel is no reason to show no times
+        return "?"
 
 
 def _copy_rate(bench: dict[str, Any]) -> float | None:
@@ -125,6 +135,18 @@ def _note(entry: dict[str, Any]) -> str:
     if entry["name"] == "sanitizers":
         return "; ".join(f"{tool}: {_listed(result)}" for tool, result in what.items())
     return ""
+
+
+def _listed_by_reason(tests: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each test, or, of many with the same reason, one for them all."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in tests:
+        by_reason.setdefault(why, []).append(name)
+    lines = []
+    for why, names in by_reason.items():
+        many = len(names) > MANY
+        lines += [f"- {len(names)} tests, as {names[0]}: {why}"] if many else [f"- {name}: {why}" for name in names]
+    return lines
 
 
 def _listed(result: dict[str, Any]) -> str:
@@ -159,11 +181,12 @@ def markdown(results: dict[str, Any]) -> str:
         for s in results["steps"]
     ]
     lines += table(("", "", "s", "limit s", ""), rows, left=2)
-    lines += [f"- carried: {sentence}" for sentence in results.get("problems", [])]
+    if results.get("problems"):
+        lines += ["", *(f"- {sentence}" for sentence in results["problems"])]
     tests = outcome_of(results, "tests") or outcome_of(results, "launches")
     for title, key in (("Failed tests", "failures"), ("Skipped tests", "skips")):
         if tests.get(key):
-            lines += ["", f"## {title}", "", *(f"- {name}: {why}" for name, why in tests[key])]
+            lines += ["", f"## {title}", "", *_listed_by_reason(tests[key])]
     tails = [(s["name"], s["tail"]) for s in results["steps"] if s.get("tail")]
     for name, tail in tails:
         lines += ["", f"## The end of what {name} printed", "", *("    " + line for line in tail.splitlines())]

@@ -390,7 +390,7 @@ def measured(
         size = out.stat().st_size if out.exists() else 0
         if size != seen:
             seen = size
-            tell(results.load(out))
+            tell(results.load(out))  # it is renamed to its place, so always whole
 
     program = Program(name, command, folder / f"{name}.log", seconds)
     ended = programs.execute_all([program], seconds, 1, look=look)[name]

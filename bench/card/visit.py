@@ -57,7 +57,7 @@ def command_line(
 def prepare(arguments: argparse.Namespace) -> int:
     from bench.card import prepare as making
 
-    folder = Path(arguments.out or ROOT / CARRIED).resolve()
+    folder = Path(arguments.out or ROOT / f"{CARRIED}{'-stand-in' * arguments.stand_in}").resolve()
     archs = () if arguments.stand_in else tuple(arguments.archs.split(","))
     try:
         python = making.python_of(arguments.python)
@@ -142,6 +142,8 @@ def visit(command: str, arguments: argparse.Namespace) -> int:
             watch.log.rename(files.logs / watch.log.name)
         check.pack(files)
     print(report.markdown(results))
+    for step in results["steps"]:  # last, where the end of the output is all that is seen
+        print(f"{step['name']}: {step['status']}", *filter(None, [step.get("reason")]), sep=", ")
     return 0 if results["passed"] else 1
 
 

@@ -70,7 +70,8 @@ class _Family:
     def program(self, begin: int, seconds: float) -> Program:
         command = module("bench.card.cases", "--report", str(self.report), "--only", self.name, "--begin", str(begin))
         log = self.report.with_name(f"{self.report.stem}-{self.again}.log")
-        return Program(self.name, command, log, seconds, pulse=self.report, patience=PATIENCE)
+        threads = {"OMP_NUM_THREADS": str(max(programs.cores() // len(cases.FAMILIES), 1))}  # for the CPU's results
+        return Program(self.name, command, log, seconds, threads, pulse=self.report, patience=PATIENCE)
 
     def outcome(self) -> dict[str, Any]:
         text = self.report.read_text(errors="replace") if self.report.exists() else ""

@@ -143,7 +143,7 @@ def run(
     Yields:
         Cases, as :meth:`qlora_kernels.bench.timing.measure.Measurement.result` gives them.
     """
-    with Worker(begin=begin) as worker:
+    with Worker() if begin is None else Worker(begin=begin) as worker:
         if minutes is not None:
             worker.deadline = time.monotonic() + 60 * minutes
         for number, point in enumerate(points):
