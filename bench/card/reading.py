@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.card import profiled, visit
 from bench.card.predictions import card_named, furthest
 from bench.card.report import cases_of, markdown, outcome_of
+from bench.card.stand_in import DEVICE
 from qlora_kernels.bench.report import results as result_files
 from qlora_kernels.errors import InputError
 from qlora_kernels.storage.atomic_file import write_atomically
@@ -21,23 +21,25 @@ PROFILES = 3
 COMMANDS = tuple(visit.SECONDS)
 
 
-def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """Results by command, as far as they are there.
+def load(folder: Path, command: str) -> dict[str, Any] | None:
+    """A command's results; None where there are none.
 
     Raises:
-        InputError: for one that is damaged, or of something else.
+        InputError: for a file that is damaged, or of something else.
     """
-    found = {}
-    for command in COMMANDS:
-        path = next(iter(sorted(folder.rglob(f"visit-{command}.json"))), None)
-        if path is None:
-            continue
+    path = next(iter(sorted(folder.rglob(f"visit-{command}.json"))), None)
+    if path is None:
+        return None
+    try:
         value = load_json(path)
-        steps = value.get("steps")
-        if value.get("visit") != command or not isinstance(steps, list) or not isinstance(value.get("date"), str):
-            raise InputError(f"{path} is no result of bench.card.visit --{command}")
-        found[command] = value
-    return found
+        markdown(value)
+    except ValueError as problem:
+        raise InputError(str(problem)) from None
+    except (KeyError, TypeError, AttributeError):
+        value = {}
+    if value.get("visit") != command:
+        raise InputError(f"{path} is no result of bench.card.visit --{command}")
+    return value
 
 
 def name_of(results: dict[str, Any]) -> str:
@@ -85,7 +87,7 @@ def keep(results: dict[str, Any], folder: Path) -> list[Path]:
     Raises:
         InputError: for a rehearsal, which measured nothing.
     """
-    if results.get("stand_in"):
+    if results.get("stand_in") or DEVICE in outcome_of(results, "facts").get("device", ""):
         raise InputError("these are times of a stand-in for a card, and no results: nothing is kept of them")
     base = f"{name_of(results)}-{results['visit']}"
     taken = 1
@@ -110,18 +112,26 @@ def keep(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def read(folder: Path, results: Path, carried: str) -> int:
-    """Prints tables and the next command, and writes files to keep; 1 where there are none."""
-    try:
-        found = load(folder)
-        for one in found.values():
+    """Prints tables and the next command, and writes files to keep; 1 where something cannot be read or kept."""
+    found: dict[str, dict[str, Any]] = {}
+    written: list[Path] = []
+    problems = []
+    for command in COMMANDS:
+        try:
+            one = load(folder, command)
+            if one is None:
+                continue
             print(markdown(one))
-        written: Sequence[Path] = [path for one in found.values() for path in keep(one, results)]
-    except (InputError, OSError) as problem:
-        print(f"bench.card.visit --read: {problem}")
-        return 1
-    if not found:
-        print(f"bench.card.visit --read: {folder} has no visit-first.json and no visit-second.json")
-        return 1
-    print("To keep:", *(f"- {path}" for path in written), sep="\n")
-    print(f"\nNext: {next_command(found, carried)}")
-    return 0
+            found[command] = one
+            written += keep(one, results)
+        except (InputError, OSError) as problem:
+            problems.append(f"bench.card.visit --read: {problem}")
+    if not found and not problems:
+        problems = [f"bench.card.visit --read: {folder} has no visit-first.json and no visit-second.json"]
+    if written:
+        print("To keep:", *(f"- {path}" for path in written), sep="\n")
+    for sentence in problems:
+        print(sentence)
+    if found:
+        print(f"\nNext: {next_command(found, carried)}")
+    return int(bool(problems))
