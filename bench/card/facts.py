@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,14 @@ def cards_now() -> list[dict[str, str]] | str:
         return f"{UNKNOWN} ({type(problem).__name__})"
 
 
-def sources_digest() -> str:
+#: Sources that decide a result, and of these what is compiled.
+SOURCES = ("csrc/**/*", "qlora_kernels/**/*.py", "bench/**/*.py", "setup.py", "setup_cuda.py")
+COMPILED = ("csrc/**/*", "tests/emulator/*.c*", "tests/emulator/*.h")
+
+
+def sources_digest(patterns: Sequence[str] = SOURCES) -> str:
     """A hash of the sources that decide the result. Without .git, it shows which commit was measured."""
     digest = hashlib.sha256()
-    patterns = ("csrc/**/*", "qlora_kernels/**/*.py", "bench/**/*.py", "setup.py", "setup_cuda.py")
     files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
     for path in files:
         content = path.read_bytes()

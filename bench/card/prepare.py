@@ -19,7 +19,7 @@ from typing import Any
 
 import setup_cuda
 from bench import emulator
-from bench.card.facts import sources_digest
+from bench.card.facts import COMPILED, sources_digest
 from qlora_kernels.bench.timing.machine import ROOT, describe_commit
 from qlora_kernels.native import architectures
 from qlora_kernels.storage.formats import save_json
@@ -206,7 +206,7 @@ def prepare(
             "schema": SCHEMA,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **describe_commit(),
-            "sources": sources_digest(),
+            "sources": sources_digest(COMPILED),
             "version": BASE,
             "python": soabi(python),
             "archs": list(archs),
@@ -259,6 +259,13 @@ def check_size(folder: Path, tree: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- on the card
+
+
+def other_sources(manifest: dict[str, Any]) -> list[str]:
+    """A sentence where the tree is not the one that was compiled."""
+    if manifest["sources"] == sources_digest(COMPILED):
+        return []
+    return ["the modules were compiled from other sources than those that are here: prepare again"]
 
 
 def problems_of(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:

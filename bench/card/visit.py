@@ -87,17 +87,18 @@ def carried_by(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
     The extension is found by one of them, so they are set before anything needs it.
     """
-    from bench.card.prepare import MANIFEST, environment_of, problems_of
+    from bench.card.prepare import MANIFEST, environment_of, other_sources, problems_of
 
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         wrong = problems_of(folder, manifest)
         environment = environment_of(folder, manifest, list(wrong))
+        problems = [*wrong.values(), *other_sources(manifest), *manifest["left_out"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return {}, [f"{folder} has no list of what was brought: {problem}"]
     paths = [environment.pop("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ.update(environment, PYTHONPATH=os.pathsep.join(filter(None, paths)))
-    return manifest, [*wrong.values(), *manifest["left_out"]]
+    return manifest, problems
 
 
 def visit(command: str, arguments: argparse.Namespace) -> int:

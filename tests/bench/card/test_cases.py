@@ -130,7 +130,7 @@ def test_all_are_right(faulty):
     ("fault", "words"),
     [
         ("crash", "its process ended with exit code -6"),
-        ("hang", "got no further for"),
+        pytest.param("hang", "got no further for", marks=pytest.mark.slow),
         ("truncated", "its process ended with exit code 1"),
         ("lost", "an illegal access"),
         ("wrong", "bytes differ"),
@@ -155,6 +155,7 @@ def test_a_family_that_always_crashes_does_not_go_on_for_ever(faulty):
     assert f"{family['not_run']} did not run" in problem
 
 
+@pytest.mark.slow
 def test_what_has_no_time_is_not_run(faulty):
     found, problem, told = faulty({"optimizer": {3: "hang"}}, seconds=3.0, patience=60.0)
     family = found["families"]["optimizer"]
@@ -163,6 +164,7 @@ def test_what_has_no_time_is_not_run(faulty):
     assert told
 
 
+@pytest.mark.slow
 def test_a_card_that_is_not_there_leaves_all_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv(

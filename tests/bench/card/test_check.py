@@ -26,10 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # ----------------------------------------------------------------------------------------------------- without a card
 
 
-@pytest.mark.share(2)
-@pytest.mark.parametrize("module_name", ["bench.card.check", "bench.card.kernels", "bench.card.tensor_rate"])
-def test_without_a_card_one_sentence_and_nothing_done(tmp_path, module_name):
-    command = [sys.executable, "-m", module_name, *([] if module_name.endswith("kernels") else ["--out", "made"])]
+@pytest.mark.share(4)
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("check --out made", "kernels", "tensor_rate --out made", "facts", "cases --report made"),
+        *("variants early --out made", "profiled linear_forward 4096 4096 1 0"),
+    ],
+    ids=lambda words: words.split()[0],
+)
+def test_without_a_card_one_sentence_and_nothing_done(tmp_path, words):
+    command = [sys.executable, "-m", *f"bench.card.{words}".split()]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2

@@ -91,6 +91,15 @@ def test_what_is_damaged_or_missing_is_not_used(folder, monkeypatch):
     assert os.environ["QLORA_KERNELS_COMMIT"] == manifest["commit"]
 
 
+def test_a_tree_that_is_not_what_was_compiled_is_told(folder, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert visit.carried_by(folder)[1] == []
+    manifest = manifest_of(folder)
+    (folder / prepare.MANIFEST).write_text(json.dumps({**manifest, "sources": "of another day"}))
+    [problem] = visit.carried_by(folder)[1]
+    assert problem.startswith("the modules were compiled from other sources")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": {}, "environment": 3}'])
 def test_without_a_list_nothing_is_done(tmp_path, capsys, text):
     (tmp_path / prepare.MANIFEST).write_text(text)

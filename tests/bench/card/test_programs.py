@@ -87,8 +87,8 @@ def test_after_a_fault_another_process_goes_on(tmp_path):
 def test_what_was_written_so_far_is_looked_at_meanwhile(tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "LOOK", 0.1)
     looks = []
-    programs.execute_all([program(tmp_path, "a", "import time; time.sleep(1)")], 9.0, 1, look=lambda: looks.append(1))
-    assert len(looks) > 3
+    programs.execute_all([program(tmp_path, "a", "import time; time.sleep(0.6)")], 9.0, 1, look=lambda: looks.append(1))
+    assert len(looks) > 2
 
 
 def test_a_module_runs_through_the_stand_in_where_one_is(monkeypatch):

@@ -190,7 +190,61 @@ def test_a_card_that_answers_no_more_ends_the_run(tmp_path, gone):
         assert "::test_one: CUDA error: an illegal memory access was encountered" in done.stdout
 
 
+#: Instead of pytest: a file of four tests, the second of which takes the card with it.
+LOSES = """
+import pathlib, sys
+given = sys.argv[1:]
+left = [i for i in range(4) if not any(one == f"--deselect=tests/t/test_x.py::test_{{i}}" for one in given)]
+junit = next(one for one in given if one.startswith("--junitxml=")).partition("=")[2]
+print(f"collected 9 items / 5 deselected / {{len(left)}} selected")
+cases = []
+for i in left:
+    bad = i in {faults}
+    print(f"tests/t/test_x.py::test_{{i}} {{'FAILED' if bad else 'PASSED'}}  [ 9%]")
+    cases.append(f'<testcase name="t{{i}}">' + '<failure message="gone"/>' * bad + "</testcase>")
+    if bad:
+        print("!!! _pytest.outcomes.Exit: the card answers no more after tests/t/test_x.py::test_1: gone !!!")
+        break
+pathlib.Path(junit).write_text("<testsuite>" + "".join(cases) + "</testsuite>")
+sys.exit(2 if len(cases) < len(left) or cases[-1].count("failure") else 0)
+"""
+
+
+@pytest.mark.parametrize(("faults", "passed", "failed", "not_run"), [((1,), 3, 1, 0), ((0, 2), 1, 2, 1)])
+def test_after_a_fault_the_rest_of_a_file_goes_on_in_a_new_process(
+    tmp_path, monkeypatch, faults, passed, failed, not_run
+):
+    """Once; what did not run then is counted."""
+    (tmp_path / "pytest.py").write_text(LOSES.format(faults=faults))
+    monkeypatch.setattr(steps, "module", lambda name, *words: [sys.executable, str(tmp_path / "pytest.py"), *words])
+    told = []
+    with pytest.raises(StepFailed, match=f"{failed} tests failed") as failure:
+        steps.run_tests(tmp_path, 30.0, told.append, ["tests/t/test_x.py"])
+    outcome = failure.value.outcome
+    assert (outcome["passed"], outcome["failed"], outcome["not_run"]) == (passed, failed, not_run)
+    assert list(outcome["files"]) == ["test_x", "test_x, again"]
+    assert [one["passed"] for one in told] == [faults[0], passed]
+
+
+def test_tests_that_did_not_run_are_no_success(tmp_path, monkeypatch):
+    junit = {tmp_path / "test_x.xml": PASSING}
+    ending(monkeypatch, {"test_x": ("collected 5 items\n", 0)}, junit)
+    with pytest.raises(StepFailed, match="3 tests did not run") as failure:
+        steps.run_tests(tmp_path, 9.0, files=["tests/test_x.py"])
+    assert failure.value.outcome["not_run"] == 3
+    ending(monkeypatch, {"test_x": ("collected 2 items\n", 0)}, junit)
+    assert steps.run_tests(tmp_path, 9.0, files=["tests/test_x.py"])["not_run"] == 0
+
+
 # --------------------------------------------------------------------------------------------------------- sanitizers
+
+
+def test_the_sanitizers_options():
+    """Slow kernels are no hangs; a fault ends a kernel, not the process; two tools look at this package's kernels."""
+    for name in steps.SANITIZERS:
+        words = " ".join(steps.sanitizer_command("compute-sanitizer", name))
+        assert f"--tool {name} --launch-timeout 0 --destroy-on-device-error kernel " in words
+        assert ("--kernel-name kns=qlk " in words) == (name in ("racecheck", "synccheck"))
 
 
 def test_the_sanitizer_step(tmp_path, monkeypatch):
