@@ -93,14 +93,7 @@ def check(
     """
     scale = budget / sum(step.share for step in steps)
     results = {} if results is None else results
-    results |= {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "budget_s": budget,
-        "complete": False,
-        "passed": False,
-        "steps": [{"name": step.name, "status": "waiting"} for step in steps],
-    }
+    results |= _nothing_yet(steps, budget)
     files.archive.unlink(missing_ok=True)  # of another run, as gpu_check.json was
     known(results, files, more)
     begin, deadline = time.monotonic(), 0.0
@@ -131,6 +124,17 @@ def check(
     results["passed"] = all(entry["status"] == "passed" for entry in results["steps"])
     known(results, files, more)
     return results
+
+
+def _nothing_yet(steps: Sequence[Any], budget: float) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "budget_s": budget,
+        "complete": False,
+        "passed": False,
+        "steps": [{"name": step.name, "status": "waiting"} for step in steps],
+    }
 
 
 def run(

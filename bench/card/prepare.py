@@ -170,7 +170,7 @@ def prepare(
     with_peer: bool = True,
     stand_in: bool = False,
 ) -> dict[str, Any]:
-    """Makes the folder anew, whole or not at all, and returns its list.
+    """Makes the folder, whole or not at all, and returns its list.
 
     Args:
         folder: what is brought; an earlier one is replaced.
@@ -202,19 +202,8 @@ def prepare(
             left_out.append(why)
         elif with_peer:
             environment["PYTHONPATH"] = PEER
-        manifest = {
-            "schema": SCHEMA,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **describe_commit(),
-            "sources": sources_digest(COMPILED),
-            "version": BASE,
-            "python": soabi(python),
-            "archs": list(archs),
-            "stand_in": stand_in,
-            "environment": environment,
-            "left_out": left_out,
-            "files": {name: _facts_of(path) for name, path in files_of(made)},
-        }
+        about = {"python": soabi(python), "archs": list(archs), "stand_in": stand_in}
+        manifest = manifest_of(made, {**about, "environment": environment, "left_out": left_out})
         check_size(made, tree_bytes())
         save_json(manifest, made / MANIFEST)
         made.chmod(0o755)
@@ -223,6 +212,19 @@ def prepare(
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return manifest
+
+
+def manifest_of(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The list of what is brought: when and from what it was made, and every file with its size and checksum."""
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **describe_commit(),
+        "sources": sources_digest(COMPILED),
+        "version": BASE,
+        **about,
+        "files": {name: _facts_of(path) for name, path in files_of(folder)},
+    }
 
 
 def files_of(folder: Path) -> list[tuple[str, Path]]:

@@ -55,7 +55,7 @@ class Program:
         seconds: that it may take.
         environment: beside that of this process.
         pulse: a file that it writes to as it gets on.
-        patience: how long that file, once it is there, may stay as it is.
+        patience: for how long that file, once it is there, may stay unchanged.
     """
 
     name: str

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.card import profiled, visit
+from bench.card import profiled
+from bench.card.commands import SECONDS, command_line
 from bench.card.predictions import card_named, furthest
-from bench.card.report import cases_of, markdown, outcome_of
+from bench.card.report import cases_of, left_out, markdown, outcome_of
 from bench.card.stand_in import DEVICE
 from qlora_kernels.bench.report import results as result_files
 from qlora_kernels.errors import InputError
@@ -18,7 +19,7 @@ from qlora_kernels.storage.formats import load_json
 
 #: How many products the second command looks into.
 PROFILES = 3
-COMMANDS = tuple(visit.SECONDS)
+COMMANDS = tuple(SECONDS)
 
 
 def load(folder: Path, command: str) -> dict[str, Any] | None:
@@ -58,6 +59,7 @@ def missing_steps(results: dict[str, Any]) -> list[str]:
         if one["status"] in ("waiting", "running", "not run")
         or "took longer than" in one.get("reason", "")
         or (one.get("found") or {}).get("not_run")
+        or left_out(one.get("found") or {})
     ]
 
 
@@ -65,18 +67,18 @@ def next_command(found: dict[str, dict[str, Any]], carried: str) -> str:
     """What to run on the card next, or a sentence."""
     first, second = found.get("first"), found.get("second")
     if first is None and second is None:
-        return visit.command_line("first", carried, "visit-results")
+        return command_line("first", carried, "visit-results")
     stand_in = any(one.get("stand_in") for one in found.values())
     if second is None and first is not None:
         device = outcome_of(first, "facts").get("device", "")
         card = card_named(device)
         points = furthest(cases_of(first)["cases"], card, PROFILES) if card else []
         words = [" ".join(profiled.words_of(point)) for point, _ in points]
-        return visit.command_line("second", carried, "visit-results", profile=words, stand_in=stand_in)
+        return command_line("second", carried, "visit-results", profile=words, stand_in=stand_in)
     for command, one in found.items():
         left = missing_steps(one)
         if left:
-            return visit.command_line(command, carried, "visit-results", steps=left, stand_in=stand_in)
+            return command_line(command, carried, "visit-results", steps=left, stand_in=stand_in)
     return "nothing: both commands came to their end"
 
 

@@ -54,6 +54,12 @@ _LEGEND = (
 )
 
 
+def left_out(found: dict[str, Any]) -> int:
+    """How many cases there was no time for."""
+    cases = found.get("cases")
+    return sum(bool(case.get("left_out")) for case in cases) if isinstance(cases, list) else 0
+
+
 def cases_of(results: dict[str, Any]) -> dict[str, Any]:
     """All measured cases of steps that compare this package with others; what they have in common only once."""
     cases: dict[str, dict[str, Any]] = {}
@@ -132,6 +138,8 @@ def _note(entry: dict[str, Any]) -> str:
         return f"{what['passed']} passed, {what['skipped']} skipped{not_run}"
     if entry["name"] == "kernels" and "cases" in what:
         return f"{what['right']} of {what['cases']} right, {what['not_run']} not run"
+    if isinstance(what.get("cases"), list):
+        return f"{len(what['cases'])} cases" + (f", {left_out(what)} not run" if left_out(what) else "")
     if entry["name"] == "sanitizers":
         return "; ".join(f"{tool}: {_listed(result)}" for tool, result in what.items())
     return ""

@@ -79,7 +79,7 @@ def there(tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 def run(tree: Path, line: str) -> tuple[int, dict, str]:
-    """A command as it is sent: one line for a shell. The exit code, what it wrote, and what it printed."""
+    """A command, one line for a shell: the exit code, what it wrote, and what it printed."""
     done = subprocess.run(
         [*without_network(), "bash", "-c", line], cwd=tree, env=clean(), capture_output=True, text=True, timeout=900
     )

@@ -119,7 +119,12 @@ def test_the_second_command_and_what_is_left(tmp_path, capsys):
     assert "--second" in out.rpartition("Next: ")[2]
     assert "--steps tests " in out.rpartition("Next: ")[2]  # of which some did not run
     next(one for one in second["steps"] if one["name"] == "tests")["found"]["not_run"] = 0
-    assert reading.next_command({"first": first, "second": second}, "build/visit").startswith("nothing")
+    found = {"first": first, "second": second}
+    assert reading.next_command(found, "build/visit").startswith("nothing")
+    linear = first["steps"][2]["found"]
+    linear["cases"].append({**forward(512, 1.0), "contenders": [], "failed": "no time was left", "left_out": True})
+    assert "--first --carried build/visit --steps linear " in reading.next_command(found, "build/visit")
+    assert "6 cases, 1 not run" in markdown(first)
     assert "--first" in reading.next_command({}, "build/visit")
 
 
