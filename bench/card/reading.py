@@ -10,7 +10,7 @@ from typing import Any
 from bench.card import profiled
 from bench.card.commands import SECONDS, command_line
 from bench.card.predictions import card_named, furthest
-from bench.card.report import cases_of, left_out, markdown, outcome_of
+from bench.card.report import cases_of, device_of, left_out, markdown, outcome_of
 from bench.card.stand_in import DEVICE
 from qlora_kernels.bench.report import results as result_files
 from qlora_kernels.errors import InputError
@@ -23,14 +23,30 @@ COMMANDS = tuple(SECONDS)
 
 
 def load(folder: Path, command: str) -> dict[str, Any] | None:
-    """A command's results; None where there are none.
+    """A command's results; None where there are none. Of several runs, as where steps were left, the latest that got a
+    step done counts for it.
 
     Raises:
         InputError: for a file that is damaged, or of something else.
     """
-    path = next(iter(sorted(folder.rglob(f"visit-{command}.json"))), None)
-    if path is None:
+    found = [_loaded(path, command) for path in sorted(folder.rglob(f"visit-{command}.json"))]
+    found.sort(key=lambda one: one["date"])
+    if not found:
         return None
+    merged = dict(found[-1])
+    steps: dict[str, dict[str, Any]] = {}
+    for one in found:
+        for step in one["steps"]:
+            if step["name"] not in steps or step["status"] in ("passed", "failed"):
+                steps[step["name"]] = step
+    merged["steps"] = list(steps.values())
+    merged["complete"] = all(one["status"] in ("passed", "failed") for one in merged["steps"])
+    merged["passed"] = all(one["status"] == "passed" for one in merged["steps"])
+    merged["stand_in"] = any(one.get("stand_in") for one in found)
+    return merged
+
+
+def _loaded(path: Path, command: str) -> dict[str, Any]:
     try:
         value = load_json(path)
         markdown(value)
@@ -44,11 +60,19 @@ def load(folder: Path, command: str) -> dict[str, Any] | None:
 
 
 def name_of(results: dict[str, Any]) -> str:
-    """What files of a result begin with: card and date."""
-    device = outcome_of(results, "facts").get("device", "unknown card")
-    card = next((key for key in re.findall(r"[a-z0-9]+", device.lower()) if card_named(key)), None)
-    words = card or "-".join(re.findall(r"[a-z0-9]+", device.lower()))
-    return f"card-{words}-{results['date'][:10]}"
+    """What files of a result begin with: card and date.
+
+    Raises:
+        InputError: where the card is not known, or there was none.
+    """
+    device = device_of(results)
+    if results.get("stand_in") or DEVICE in device:
+        raise InputError("these are times of a stand-in for a card, and no results: nothing is kept of them")
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    if not words:
+        raise InputError(f"the {results['visit']} command found no card: nothing is kept of it")
+    card = next((word for word in words if card_named(word)), "-".join(words))
+    return f"card-{card}-{results['date'][:10]}"
 
 
 def missing_steps(results: dict[str, Any]) -> list[str]:
@@ -63,23 +87,25 @@ def missing_steps(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def next_command(found: dict[str, dict[str, Any]], carried: str) -> str:
-    """What to run on the card next, or a sentence."""
-    first, second = found.get("first"), found.get("second")
-    if first is None and second is None:
-        return command_line("first", carried, "visit-results")
+def next_commands(found: dict[str, dict[str, Any]], carried: str) -> list[str]:
+    """What to run on the card: first the command that is due, then what others have left."""
     stand_in = any(one.get("stand_in") for one in found.values())
-    if second is None and first is not None:
-        device = outcome_of(first, "facts").get("device", "")
+    first, out = found.get("first"), "visit-results"
+    device = device_of(first) if first else ""
+    if first is None or not device:
+        return [command_line("first", carried, out, stand_in=stand_in)]
+    commands = []
+    if "second" not in found:
         card = card_named(device)
         points = furthest(cases_of(first)["cases"], card, PROFILES) if card else []
         words = [" ".join(profiled.words_of(point)) for point, _ in points]
-        return command_line("second", carried, "visit-results", profile=words, stand_in=stand_in)
+        commands.append(command_line("second", carried, out, profile=words, stand_in=stand_in))
     for command, one in found.items():
         left = missing_steps(one)
         if left:
-            return command_line(command, carried, "visit-results", steps=left, stand_in=stand_in)
-    return "nothing: both commands came to their end"
+            steps = list(dict.fromkeys(["facts", *left]))
+            commands.append(command_line(command, carried, out, steps=steps, stand_in=stand_in))
+    return commands
 
 
 def keep(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -87,10 +113,8 @@ def keep(results: dict[str, Any], folder: Path) -> list[Path]:
     `qlora-kernels bench`, for --show and --compare. An earlier visit on the same day keeps its files.
 
     Raises:
-        InputError: for a rehearsal, which measured nothing.
+        InputError: for a rehearsal, which measured nothing, and where no card was found.
     """
-    if results.get("stand_in") or DEVICE in outcome_of(results, "facts").get("device", ""):
-        raise InputError("these are times of a stand-in for a card, and no results: nothing is kept of them")
     base = f"{name_of(results)}-{results['visit']}"
     taken = 1
     while any(folder.glob(f"{base}{f'-{taken}' if taken > 1 else ''}.*")):
@@ -135,5 +159,6 @@ def read(folder: Path, results: Path, carried: str) -> int:
     for sentence in problems:
         print(sentence)
     if found:
-        print(f"\nNext: {next_command(found, carried)}")
+        commands = next_commands(found, carried) or ["nothing: both commands came to their end"]
+        print(f"\nNext: {commands[0]}", *(f"Left over: {one}" for one in commands[1:]), sep="\n")
     return int(bool(problems))

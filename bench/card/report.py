@@ -54,6 +54,13 @@ _LEGEND = (
 )
 
 
+def device_of(results: dict[str, Any]) -> str:
+    """The card's name, by the facts or by what a step has measured; empty where none was found."""
+    measured = (outcome_of(results, name).get("machine") or {} for name in (*BENCHES, "forced", "early"))
+    names = [outcome_of(results, "facts").get("device"), *((one.get("gpu") or {}).get("name") for one in measured)]
+    return next(filter(None, names), "")
+
+
 def left_out(found: dict[str, Any]) -> int:
     """How many cases there was no time for."""
     cases = found.get("cases")
@@ -169,7 +176,7 @@ def markdown(results: dict[str, Any]) -> str:
         outcome = "stopped before the end"
     stand_in = bool(results.get("stand_in"))
     what = {"first": "First command", "second": "Second command"}.get(results.get("visit", ""), "Check")
-    lines = [f"# {what} on {known.get('device', 'a card')}, {results['date'][:10]}: {outcome}", ""]
+    lines = [f"# {what} on {device_of(results) or 'a card'}, {results['date'][:10]}: {outcome}", ""]
     if stand_in:
         lines += [sections.REHEARSAL, ""]
     lines += sections.kernel_lines(outcome_of(results, "kernels"))
@@ -177,8 +184,8 @@ def markdown(results: dict[str, Any]) -> str:
     if not stand_in and ("visit" not in results or measured["cases"]):
         lines += _bar_lines(measured)
     if measured["cases"]:
-        lines += _time_lines(measured, known.get("device", ""), stand_in)
-    lines += sections.rate_lines(outcome_of(results, "rates"), card_named(known.get("device", "")))
+        lines += _time_lines(measured, device_of(results), stand_in)
+    lines += sections.rate_lines(outcome_of(results, "rates"), card_named(device_of(results)))
     for name in ("forced", "early"):
         lines += sections.variant_lines(name, outcome_of(results, name), stand_in)
     lines += sections.profile_lines(outcome_of(results, "profile"))

@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,10 @@ def carried_by(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def visit(command: str, arguments: argparse.Namespace) -> int:
     """One of the two commands on the card."""
     manifest, problems = carried_by(Path(arguments.carried))
+    here = sysconfig.get_config_var("SOABI")
+    if manifest and manifest["python"] != here:
+        problems = [f"what was brought is for {manifest['python']}, and this Python is {here}: prepare for this one"]
+        manifest = {}
     if not manifest:
         print(f"bench.card.visit: {problems[0]}", file=sys.stderr)
         return 2

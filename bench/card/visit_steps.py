@@ -35,6 +35,8 @@ PROFILED = (
 def run_facts(folder: Path, seconds: float) -> dict[str, Any]:
     """What is there, asked by a process of its own: a driver that hangs would otherwise stop everything."""
     ended = programs.execute(module("bench.card.facts"), folder / "facts.log", seconds)
+    if ended.code != 0 and (said := ended.output.strip()):
+        raise StepFailed(f"{ended.why or 'no facts'}: {said.splitlines()[-1]}", {}, ended.tail)
     steps.demand(ended, "asking for the facts", seconds)
     lines = [line for line in ended.output.splitlines() if line.startswith("{")]
     if not lines:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import emulator
 from bench.card import prepare, visit
 from qlora_kernels.native import extension
 
@@ -98,6 +99,25 @@ def test_a_tree_that_is_not_what_was_compiled_is_told(folder, monkeypatch):
     (folder / prepare.MANIFEST).write_text(json.dumps({**manifest, "sources": "of another day"}))
     [problem] = visit.carried_by(folder)[1]
     assert problem.startswith("the modules were compiled from other sources")
+
+
+def test_another_python_is_told_at_once(folder, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    manifest = manifest_of(folder)
+    (folder / prepare.MANIFEST).write_text(json.dumps({**manifest, "python": "cpython-399-x86_64-linux-gnu"}))
+    assert visit.main(["--second", "--carried", str(folder), "--out", str(folder / "out")]) == 2
+    assert "what was brought is for cpython-399-x86_64-linux-gnu, and this Python is" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_the_conformance_kernels_are_found_by_their_variable(monkeypatch):
+    monkeypatch.setenv("QLORA_KERNELS_CONFORMANCE_MODULE", "/somewhere/_conformance.so")
+    monkeypatch.setattr(emulator, "load", lambda *arguments: arguments)
+    emulator.conformance_module.cache_clear()
+    try:
+        assert emulator.conformance_module() == (Path("/somewhere/_conformance.so"), "_conformance")
+    finally:
+        emulator.conformance_module.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": {}, "environment": 3}'])

@@ -91,7 +91,8 @@ def test_tables_files_and_the_next_command(tmp_path, capsys):
     again = json.loads((tmp_path / "kept" / names[0]).read_text())
     assert [step["name"] for step in again["steps"]] == [step.name for step in visit_steps.FIRST]
     assert (tmp_path / "kept" / names[2]).read_text().strip() in out
-    command = out.strip().rpartition("Next: ")[2]
+    command, left = out.strip().rpartition("Next: ")[2].split("\nLeft over: ")
+    assert "--first --carried build/visit --steps facts,kernels " in left  # of which one did not run
     arguments = visit.parser_of().parse_args(shlex.split(command)[3:])
     assert arguments.second
     points = [profiled.point_of(one.split()) for one in arguments.profile]
@@ -117,15 +118,53 @@ def test_the_second_command_and_what_is_left(tmp_path, capsys):
     share, assumed = 640 / H200.tensor, H200.mma_rate / 1e12
     assert f"{share:.1%} | {assumed:>22.0f} |" in out
     assert "--second" in out.rpartition("Next: ")[2]
-    assert "--steps tests " in out.rpartition("Next: ")[2]  # of which some did not run
+    assert "--steps facts,tests " in out.rpartition("Next: ")[2]  # of which some did not run
     next(one for one in second["steps"] if one["name"] == "tests")["found"]["not_run"] = 0
     found = {"first": first, "second": second}
-    assert reading.next_command(found, "build/visit").startswith("nothing")
+    assert reading.next_commands(found, "build/visit") == []
     linear = first["steps"][2]["found"]
     linear["cases"].append({**forward(512, 1.0), "contenders": [], "failed": "no time was left", "left_out": True})
-    assert "--first --carried build/visit --steps linear " in reading.next_command(found, "build/visit")
+    [command] = reading.next_commands(found, "build/visit")
+    assert "--first --carried build/visit --steps facts,linear " in command
     assert "6 cases, 1 not run" in markdown(first)
-    assert "--first" in reading.next_command({}, "build/visit")
+    nothing = result("first")
+    nothing["steps"][0].update(status="failed", found={})
+    for before in ({}, {"first": nothing}):
+        [command] = reading.next_commands(before, "build/visit")
+        assert "--first" in command
+        assert "--steps" not in command
+
+
+def test_what_was_left_and_run_later_is_one_result(tmp_path, capsys):
+    first, again = result("first", passed=False), result("first", date="2026-01-02T09:00:00+00:00", passed=False)
+    for step in first["steps"][2:]:
+        step.update(status="waiting", found={})
+    for step in (again["steps"][1], again["steps"][5]):
+        step.update(status="not run", reason="left out by --steps", found={})
+    saved(tmp_path / "back", first)
+    saved(tmp_path / "back" / "later", again)
+    assert read(tmp_path / "back", tmp_path / "kept") == 0
+    out = capsys.readouterr().out
+    assert "stopped before the end" in out  # one step is still not run
+    kept = json.loads(next((tmp_path / "kept").glob("*.json")).read_text())
+    assert {step["name"]: step["status"] for step in kept["steps"]} == {
+        **dict.fromkeys(("facts", "kernels", "linear", "quantization", "optimizer"), "passed"),
+        "launches": "waiting",
+    }
+    assert kept["steps"][1]["found"]["right"] == 80
+
+
+def test_without_a_card_nothing_is_kept(tmp_path, capsys):
+    first = result("first")
+    first["steps"][0].update(status="failed", found={})
+    # Whoever measures knows the card, too: facts that took too long cost no result.
+    first["steps"][2]["found"]["machine"]["gpu"] = {"name": "NVIDIA H200", "driver": "580"}
+    assert reading.name_of(first) == "card-h200-2026-01-02"
+    assert "# First command on NVIDIA H200" in markdown(first)
+    del first["steps"][2]["found"]["machine"]["gpu"]
+    assert read(saved(tmp_path / "back", first), tmp_path / "kept") == 1
+    assert "the first command found no card: nothing is kept of it" in capsys.readouterr().out
+    assert not (tmp_path / "kept").exists()
 
 
 def test_times_of_a_stand_in_are_kept_nowhere(tmp_path, capsys):
@@ -138,7 +177,7 @@ def test_times_of_a_stand_in_are_kept_nowhere(tmp_path, capsys):
     assert "| us" not in out
     assert "## Bars" not in out
     assert "nothing is kept of them" in out
-    assert out.rpartition("Next: ")[2].strip().endswith("--stand-in --out visit-results")
+    assert "--stand-in --out visit-results" in out.rpartition("Next: ")[2]
     assert not (tmp_path / "kept").exists()
     # Nor where the mark is missing: the name of the device says it, too.
     named = result("first")

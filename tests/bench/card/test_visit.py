@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from qlora_kernels.bench.points import SWEEPS, Point
 from qlora_kernels.native import dispatch
 
 ROOT = Path(__file__).resolve().parents[3]
+SOABI = sysconfig.get_config_var("SOABI")
 
 
 def names_of(command: str) -> list[str]:
@@ -77,7 +79,7 @@ def test_arguments_that_make_no_sense(tmp_path, capsys, monkeypatch):
     for arguments in ([], ["--first"], ["--first", "--second", "--out", "x"], ["--read"]):
         with pytest.raises(SystemExit):
             visit.main(arguments)
-    monkeypatch.setattr(visit, "carried_by", lambda folder: ({"stand_in": False}, []))
+    monkeypatch.setattr(visit, "carried_by", lambda folder: ({"stand_in": False, "python": SOABI}, []))
     assert visit.main(["--first", "--out", str(tmp_path / "out"), "--steps", "facts,nonsense"]) == 2
     assert "no step nonsense in --first" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is no product"):
