@@ -21,8 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANT = os.environ.get("QLORA_KERNELS_EMULATOR", "ON")
 
 
-def build(folder: Path, target: str = "_emulated", root: Path = ROOT, **definitions: str) -> Path:
+def build(
+    folder: Path, target: str = "_emulated", root: Path = ROOT, python: str = sys.executable, **definitions: str
+) -> Path:
     """Configures and builds one of CMakeLists.txt's modules; returns the built file. One process at a time builds.
+
+    Args:
+        folder: for what is built, and kept for the next time.
+        target: the module's name.
+        root: the source folder.
+        python: the interpreter that it is for; it needs its headers, and no packages.
+        definitions: CMakeLists.txt's options.
 
     Raises:
         RuntimeError: with the compiler's output when it does not build.
@@ -32,7 +41,7 @@ def build(folder: Path, target: str = "_emulated", root: Path = ROOT, **definiti
     folder.mkdir(parents=True, exist_ok=True)
     configure = [
         *("cmake", "-S", str(root / "csrc"), "-B", str(folder), "-G", "Ninja"),
-        *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+        *(f"-DPython_EXECUTABLE={python}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
         *(f"-D{name}={value}" for name, value in definitions.items()),
     ]
     # The preloaded sanitizer is meant for python alone.
@@ -67,7 +76,12 @@ def module() -> ModuleType:
 
 @functools.lru_cache(maxsize=1)
 def conformance_module() -> ModuleType:
-    """The conformance kernels (tests/emulator/conformance.cu), compiled by nvcc for this card on first use."""
+    """The conformance kernels (tests/emulator/conformance.cu), compiled by nvcc for this card on first use.
+
+    QLORA_KERNELS_CONFORMANCE_MODULE names ones that are built already.
+    """
+    if "QLORA_KERNELS_CONFORMANCE_MODULE" in os.environ:
+        return load(Path(os.environ["QLORA_KERNELS_CONFORMANCE_MODULE"]), "_conformance")
     import torch
 
     from qlora_kernels.native import architectures

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import qlora_kernels
 import setup_cuda
 from bench.card.parsers import nvcc_release, smi_rows
 from qlora_kernels.bench.timing.machine import ROOT, describe_commit, describe_machine, describe_versions
@@ -38,9 +42,20 @@ def output_of(*command: str, seconds: float = 10.0) -> str:
     """Runs a program and returns its stdout.
 
     Raises:
-        OSError, subprocess.SubprocessError: when it is missing, fails or takes too long.
+        OSError, subprocess.SubprocessError: when it is missing, fails or takes too long. It is killed then, and not
+            waited for: it may be stuck in the driver.
     """
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds).stdout
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return text
 
 
 def cards_now() -> list[dict[str, str]] | str:
@@ -52,10 +67,14 @@ def cards_now() -> list[dict[str, str]] | str:
         return f"{UNKNOWN} ({type(problem).__name__})"
 
 
-def sources_digest() -> str:
+#: Sources that decide a result, and of these what is compiled.
+SOURCES = ("csrc/**/*", "qlora_kernels/**/*.py", "bench/**/*.py", "setup.py", "setup_cuda.py")
+COMPILED = ("csrc/**/*", "tests/emulator/*.c*", "tests/emulator/*.h")
+
+
+def sources_digest(patterns: Sequence[str] = SOURCES) -> str:
     """A hash of the sources that decide the result. Without .git, it shows which commit was measured."""
     digest = hashlib.sha256()
-    patterns = ("csrc/**/*", "qlora_kernels/**/*.py", "bench/**/*.py", "setup.py", "setup_cuda.py")
     files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
     for path in files:
         content = path.read_bytes()
@@ -99,3 +118,18 @@ def facts() -> dict[str, Any]:
         "system": machine["system"],
         "environment": machine["environment"],
     }
+
+
+def main() -> int:
+    """Prints the facts, and what the extension has, as a line of JSON."""
+    if not torch.cuda.is_available():
+        print(f"no CUDA device is seen by torch {torch.__version__}: there are no facts", file=sys.stderr)
+        return 2
+    found = facts()
+    found["build_info"] = qlora_kernels.build_info()
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

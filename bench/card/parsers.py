@@ -1,7 +1,8 @@
-"""Parses what other programs print: compute-sanitizer, pytest (junit xml), nvidia-smi, nvcc."""
+"""Parses what other programs print: compute-sanitizer, pytest (junit xml), nvidia-smi, nvcc, ncu."""
 
 from __future__ import annotations
 
+import csv
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -84,6 +85,16 @@ def junit_counts(text: str | bytes) -> dict[str, Any]:
     }
 
 
+def tests_of(output: str) -> tuple[list[str], int]:
+    """From what ``pytest -v`` prints: the tests that have ended, and how many there are.
+
+    A test that was under way when the process ended is not among the first.
+    """
+    done = re.findall(r"^(\S+?\.py::.+?) (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", output, re.MULTILINE)
+    many = re.search(r"^collected (\d+) items?(?:[^\n]*?(\d+) selected)?", output, re.MULTILINE)
+    return list(dict.fromkeys(done)), int(many[2] or many[1]) if many else 0
+
+
 def _reason(element: ElementTree.Element) -> str:
     text = (element.get("message") or element.text or "").strip()
     return text.splitlines()[0][:300] if text else "no reason given"
@@ -105,3 +116,22 @@ def nvcc_release(text: str) -> str:
     """The release in the output of ``nvcc --version``, such as "13.0.48", or "unknown"."""
     match = re.search(r"release (\d+\.\d+)(?:, V([\d.]+))?", text)
     return "unknown" if match is None else match.group(2) or match.group(1)
+
+
+def profile_of(text: str) -> list[dict[str, Any]]:
+    """From what ``ncu --page details --csv`` writes: for each launch its ``kernel``, ``grid``, ``block`` and
+    ``metrics``, numbers with their units by name."""
+    rows = list(csv.reader(line for line in text.splitlines() if line.startswith('"')))
+    head = next((row for row in rows if "Metric Name" in row), None)
+    if head is None:
+        return []
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if len(row) != len(head) or row == head:
+            continue
+        cells = dict(zip(head, row, strict=True))
+        about = {"kernel": cells["Kernel Name"], "grid": cells.get("Grid Size"), "block": cells.get("Block Size")}
+        launch = found.setdefault(cells.get("ID", ""), {**about, "metrics": {}})
+        if cells["Metric Name"]:
+            launch["metrics"][cells["Metric Name"]] = f"{cells['Metric Value']} {cells['Metric Unit']}".strip()
+    return list(found.values())

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from bench.card import sections
+from bench.card.predictions import card_named, predicted_us
 from bench.text import number, table
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import COPY, ROOFS
+from qlora_kernels.bench.points import POINT_KEYS
 from qlora_kernels.bench.report.bars import BARS, judge
 from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, ratio_to_ours, sizes
 
-from .predictions import card_named, predicted_us
+#: More tests than these with the same reason share a line.
+MANY = 5
+#: The steps whose cases compare this package with others.
+BENCHES = ("bench", "linear", "quantization", "optimizer")
 
 
 def step(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -47,10 +54,34 @@ _LEGEND = (
 )
 
 
-def _time_lines(bench: dict[str, Any], device: str) -> list[str]:
+def device_of(results: dict[str, Any]) -> str:
+    """The card's name, by the facts or by what a step has measured; empty where none was found."""
+    measured = (outcome_of(results, name).get("machine") or {} for name in (*BENCHES, "forced", "early"))
+    names = [outcome_of(results, "facts").get("device"), *((one.get("gpu") or {}).get("name") for one in measured)]
+    return next(filter(None, names), "")
+
+
+def left_out(found: dict[str, Any]) -> int:
+    """How many cases there was no time for."""
+    cases = found.get("cases")
+    return sum(bool(case.get("left_out")) for case in cases) if isinstance(cases, list) else 0
+
+
+def cases_of(results: dict[str, Any]) -> dict[str, Any]:
+    """All measured cases of steps that compare this package with others; what they have in common only once."""
+    cases: dict[str, dict[str, Any]] = {}
+    for name in BENCHES:
+        for case in outcome_of(results, name).get("cases") or []:
+            key = str([case[axis] for axis in POINT_KEYS if axis in case])
+            if key not in cases or "failed" in cases[key]:
+                cases[key] = case
+    return {"cases": list(cases.values())}
+
+
+def _time_lines(bench: dict[str, Any], device: str, stand_in: bool = False) -> list[str]:
     """Every contender of every case, and why others have no figure."""
     card, roof = card_named(device), _copy_rate(bench)
-    lines = ["", "## Times", ""]
+    lines = ["", f"## {sections.NO_TIMES if stand_in else 'Times'}", ""]
     if roof:
         lines += [f"A copy of 1 GiB moves {roof:.0f} GB/s, read and write.", ""]
     rows, reasons = [], {}
@@ -65,7 +96,8 @@ def _time_lines(bench: dict[str, Any], device: str) -> list[str]:
             rows.append([title, one["name"], *_figures(case, one, roof, card)])
             if (one.get("no_graph") or "").startswith("not captured"):
                 reasons.setdefault(f"{one['name']}: no time by graph: {one['no_graph']}", []).append(title)
-    lines += [*table(_HEAD, rows, left=2), "", _LEGEND, ""]
+    head = [word.replace("us", "stand-in us") for word in _HEAD] if stand_in else _HEAD
+    lines += [*table(head, rows, left=2), "", _LEGEND, ""]
     for why, titles in reasons.items():
         lines.append(f"- {why} ({'all cases' if len(titles) == len(bench['cases']) else '; '.join(titles)})")
     return lines
@@ -81,9 +113,16 @@ def _figures(case: dict[str, Any], one: dict[str, Any], roof: float | None, card
         number(rate, ".0f"),
         "" if one["name"] in ROOFS or not rate or not roof else f"{rate / roof:.0%}",
         *(number(None if ms is None else ms * 1e3, ".1f") for ms in times),
-        "" if card is None else number(predicted_us(case, one, card), ".1f"),
+        "" if card is None else _predicted(case, one, card),
         "" if one["name"] == OURS else number(ratio_to_ours(case, one), ".2f"),
     ]
+
+
+def _predicted(case: dict[str, Any], one: dict[str, Any], card: Any) -> str:
+    try:
+        return number(predicted_us(case, one, card), ".1f")
+    except Exception:  # a table of compiled code that lacks a kernel is no reason to show no times
+        return "?"
 
 
 def _copy_rate(bench: dict[str, Any]) -> float | None:
@@ -102,10 +141,27 @@ def _note(entry: dict[str, Any]) -> str:
         how = "from scratch" if what["from_scratch"] else "on top of an older one"
         return f"{what['build_seconds']} s, {how}, for {archs}"
     if "passed" in what:
-        return f"{what['passed']} passed, {what['skipped']} skipped"
+        not_run = f", {what['not_run']} not run" if what.get("not_run") else ""
+        return f"{what['passed']} passed, {what['skipped']} skipped{not_run}"
+    if entry["name"] == "kernels" and "cases" in what:
+        return f"{what['right']} of {what['cases']} right, {what['not_run']} not run"
+    if isinstance(what.get("cases"), list):
+        return f"{len(what['cases'])} cases" + (f", {left_out(what)} not run" if left_out(what) else "")
     if entry["name"] == "sanitizers":
         return "; ".join(f"{tool}: {_listed(result)}" for tool, result in what.items())
     return ""
+
+
+def _listed_by_reason(tests: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each test, or, of many with the same reason, one for them all."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in tests:
+        by_reason.setdefault(why, []).append(name)
+    lines = []
+    for why, names in by_reason.items():
+        many = len(names) > MANY
+        lines += [f"- {len(names)} tests, as {names[0]}: {why}"] if many else [f"- {name}: {why}" for name in names]
+    return lines
 
 
 def _listed(result: dict[str, Any]) -> str:
@@ -118,28 +174,42 @@ def markdown(results: dict[str, Any]) -> str:
     outcome = "all steps passed" if results["passed"] else "not all steps passed"
     if not results["complete"]:
         outcome = "stopped before the end"
-    lines = [f"# Check on {known.get('device', 'a card')}, {results['date'][:10]}: {outcome}", ""]
-    bench = outcome_of(results, "bench")
-    measured = {"cases": [], **bench}
-    lines += _bar_lines(measured)
+    stand_in = bool(results.get("stand_in"))
+    what = {"first": "First command", "second": "Second command"}.get(results.get("visit", ""), "Check")
+    lines = [f"# {what} on {device_of(results) or 'a card'}, {results['date'][:10]}: {outcome}", ""]
+    if stand_in:
+        lines += [sections.REHEARSAL, ""]
+    lines += sections.kernel_lines(outcome_of(results, "kernels"))
+    measured = cases_of(results)
+    if not stand_in and ("visit" not in results or measured["cases"]):
+        lines += _bar_lines(measured)
     if measured["cases"]:
-        lines += _time_lines(measured, known.get("device", ""))
+        lines += _time_lines(measured, device_of(results), stand_in)
+    lines += sections.rate_lines(outcome_of(results, "rates"), card_named(device_of(results)))
+    for name in ("forced", "early"):
+        lines += sections.variant_lines(name, outcome_of(results, name), stand_in)
+    lines += sections.profile_lines(outcome_of(results, "profile"))
+    lines += sections.clock_lines(results.get("clocks") or {})
     lines += ["", "## Steps", ""]
     rows = [
         [s["name"], s["status"], number(s.get("seconds"), ".1f"), number(s.get("limit_s"), ".0f"), _note(s)]
         for s in results["steps"]
     ]
     lines += table(("", "", "s", "limit s", ""), rows, left=2)
-    tests = outcome_of(results, "tests")
+    if results.get("problems"):
+        lines += ["", *(f"- {sentence}" for sentence in results["problems"])]
+    tests = outcome_of(results, "tests") or outcome_of(results, "launches")
     for title, key in (("Failed tests", "failures"), ("Skipped tests", "skips")):
         if tests.get(key):
-            lines += ["", f"## {title}", "", *(f"- {name}: {why}" for name, why in tests[key])]
+            lines += ["", f"## {title}", "", *_listed_by_reason(tests[key])]
     tails = [(s["name"], s["tail"]) for s in results["steps"] if s.get("tail")]
     for name, tail in tails:
         lines += ["", f"## The end of what {name} printed", "", *("    " + line for line in tail.splitlines())]
     if known:
         lines += ["", "## Facts", ""]
-        lines += table(("", ""), [[k, str(v)] for k, v in known.items() if k != "nvidia_smi"], left=2)
+        lines += table(
+            ("", ""), [[k, str(v)] for k, v in known.items() if k not in ("nvidia_smi", "build_info")], left=2
+        )
         smi = known["nvidia_smi"]
         if isinstance(smi, list):
             lines += ["", *(f"- nvidia-smi: {', '.join(f'{k} {v}' for k, v in card.items())}" for card in smi)]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.card import kernels
+from bench.card import kernels, programs
 from bench.card.facts import cards_now, facts, tool
-from bench.card.parsers import junit_counts, sanitizer_findings
+from bench.card.parsers import junit_counts, sanitizer_findings, tests_of
+from bench.card.programs import Ended, Program, cores, module
 from qlora_kernels.bench.report import results
 from qlora_kernels.bench.timing.machine import ROOT
 from qlora_kernels.native import architectures
@@ -25,9 +22,6 @@ from qlora_kernels.storage.formats import load_json
 #: Seconds reserved in a measuring step for its start and for the last case's overrun.
 STARTING = 35.0
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-TAIL_LINES = 40
-#: Seconds between an interrupt and a kill.
-GRACE = 3.0
 #: pytest's exit code when a file has no tests.
 NONE_COLLECTED = 5
 #: With at least this many cores, several programs run at once.
@@ -80,129 +74,24 @@ class Step:
         share: of the budget, in seconds of the default one; what earlier steps leave comes on top.
         run: given the folder for files and the seconds there are, does it and returns what it found.
         needs: a step without whose success this one would say something about another build.
+        tells: whether ``run`` also takes a function, which it gives what it has found so far: that is written at once.
     """
 
     name: str
     share: float
-    run: Callable[[Path, float], dict[str, Any]]
+    run: Callable[..., dict[str, Any]]
     needs: str | None = None
+    tells: bool = False
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a program ended: ``code`` is None where it ran out of time."""
-
-    code: int | None
-    seconds: float
-    output: str = field(repr=False)
-
-    @property
-    def tail(self) -> str:
-        return "\n".join(self.output.splitlines()[-TAIL_LINES:])
-
-
-@dataclass(frozen=True)
-class Program:
-    """A program to run in the source folder.
-
-    Attributes:
-        name: its name among those that run with it.
-        command: what to run.
-        log: where its output goes.
-        seconds: that it may take.
-        environment: beside that of this process.
-    """
-
-    name: str
-    command: Sequence[str]
-    log: Path
-    seconds: float
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-class _Running:
-    """A program under way, in a session of its own."""
-
-    def __init__(self, program: Program) -> None:
-        self.program, self.begin = program, time.monotonic()
-        program.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(program.log, "wb") as file:
-            self.process = subprocess.Popen(
-                program.command,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **program.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        """Kills it and everything it started."""
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-
-    def ended(self, in_time: bool) -> Ended:
-        output = self.program.log.read_text(errors="replace")
-        return Ended(self.process.returncode if in_time else None, time.monotonic() - self.begin, output)
-
-
-def execute_all(programs: Sequence[Program], seconds: float, at_once: int) -> dict[str, Ended]:
-    """Runs programs in their order, so many at a time, and ends each when its time, or that of all, is up.
-
-    It is interrupted first, and has GRACE seconds to write down what it has (pytest does). One whose turn does not come
-    has ended with no code in no time.
-
-    Raises:
-        OSError: when one cannot be started.
-    """
-    deadline = time.monotonic() + seconds
-    waiting, all_ended = list(programs), {one.name: Ended(None, 0.0, "not begun") for one in programs}
-    running: list[_Running] = []
-    overdue: dict[str, float] = {}
-    try:
-        while waiting or running:
-            now = time.monotonic()
-            if now >= deadline:
-                waiting.clear()
-            while waiting and len(running) < at_once:
-                running.append(_Running(waiting.pop(0)))
-            for one in list(running):
-                name = one.program.name
-                limit = min(max(one.program.seconds, 0.1), max(deadline - one.begin, 0.1))
-                if name in overdue and (now >= overdue[name] or one.process.poll() is not None):
-                    one.kill()  # and what it left behind
-                elif name not in overdue and now - one.begin >= limit and one.process.poll() is None:
-                    overdue[name] = now + GRACE
-                    one.signal(signal.SIGINT)
-                if one.process.poll() is not None:
-                    running.remove(one)
-                    all_ended[name] = one.ended(name not in overdue)
-            time.sleep(0.02)
-    finally:
-        for one in running:  # an interrupt
-            one.kill()
-    return all_ended
-
-
-def execute(command: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str] | None = None) -> Ended:
-    """Runs one program, as :func:`execute_all` does."""
-    return execute_all([Program("", command, log, seconds, environment or {})], seconds, 1)[""]
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def silent(found: dict[str, Any]) -> None:
+    """For who does not want to know what was found so far."""
 
 
 def demand(ended: Ended, what: str, seconds: float, outcome: dict[str, Any] | None = None) -> None:
     """Raises StepFailed unless the program ended well and in time."""
     if ended.code is None:
-        raise StepFailed(f"{what} took longer than {seconds:.0f} s", outcome, ended.tail)
+        raise StepFailed(f"{what} {ended.why or f'took longer than {seconds:.0f} s'}", outcome, ended.tail)
     if ended.code != 0:
         raise StepFailed(f"{what} ended with exit code {ended.code}", outcome, ended.tail)
 
@@ -223,11 +112,11 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
     outcome: dict[str, Any] = {"from_scratch": not any((ROOT / "build").glob("temp.*"))}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     limit = 0.9 * seconds  # the rest is to look at it
-    programs = [Program("build", command, folder / "build.log", limit, {"QLORA_KERNELS_CUDA_ARCHS": "native"})]
+    wanted = [Program("build", command, folder / "build.log", limit, {"QLORA_KERNELS_CUDA_ARCHS": "native"})]
     for name in ("emulator", "conformance"):
-        command = [sys.executable, "-m", "bench.emulator", name]
-        programs.append(Program(name, command, folder / f"build_{name}.log", limit))
-    all_ended = execute_all(programs, seconds, len(programs))
+        command = module("bench.emulator", name)
+        wanted.append(Program(name, command, folder / f"build_{name}.log", limit))
+    all_ended = programs.execute_all(wanted, seconds, len(wanted))
     for name in ("emulator", "conformance"):
         # Tests that need it fail and say so; go on.
         outcome[f"{name}_built"] = all_ended[name].code == 0
@@ -240,7 +129,7 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
         "'card': [*torch.cuda.get_device_capability(), torch.cuda.get_device_name()]}))"
     )
     left = seconds - (time.monotonic() - begin)
-    ended = execute([sys.executable, "-c", code], folder / "build_info.log", left)
+    ended = programs.execute([sys.executable, "-c", code], folder / "build_info.log", left)
     demand(ended, "loading what was built", left, outcome)
     lines = [line for line in ended.output.splitlines() if line.startswith("{")]
     if not lines:
@@ -257,47 +146,99 @@ def run_build(folder: Path, seconds: float) -> dict[str, Any]:
     return outcome
 
 
-def run_tests(folder: Path, seconds: float) -> dict[str, Any]:
+def run_tests(
+    folder: Path,
+    seconds: float,
+    tell: Callable[[dict[str, Any]], None] = silent,
+    files: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """The tests that need a card, a process for each file: one that hangs, or leaves the card unusable, ends alone.
 
-    On many cores three files run at a time. A file has at most half of the time; the last quarter is the last one's.
+    After a fault that a card does not recover from, the rest of its file goes on in a new process. On many cores three
+    files run at a time. A file has at most half of the time; the last quarter is the last one's. What did not run is
+    counted as that.
     """
     begin, at_once = time.monotonic(), 3 if cores() >= MANY_CORES else 1
     environment = {"OMP_NUM_THREADS": str(max(cores() // at_once, 1))}
+    names = list(TEST_FILES if files is None else files)
+    last = [LAST_TEST_FILE] if files is None and LAST_TEST_FILE else []
+    most = (0.75 if last else 1.0) * seconds
+    wanted = [_test_program(file, folder, min(0.5 * seconds, most), environment) for file in names]
+    all_ended: dict[str, Ended] = {}
+    begun: list[Program] = []
 
-    def program(file: str, limit: float) -> Program:
-        name = Path(file).stem
-        junit = folder / f"{name}.xml"
-        junit.unlink(missing_ok=True)
-        command = [
-            *(sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-o", "faulthandler_timeout=60"),
-            *(f"--junitxml={junit}", file),
-        ]
-        return Program(name, command, folder / f"{name}.log", limit, environment)
+    def then(program: Program, ended: Ended) -> Program | None:
+        begun.append(program)
+        all_ended[program.name] = ended
+        tell(_tests_outcome(begun, all_ended)[0])
+        return _rest_of(program, ended, folder)
 
-    most = 0.75 * seconds
-    programs = [program(file, min(0.5 * seconds, most)) for file in TEST_FILES]
-    ended = execute_all(programs, most, at_once)
-    left = seconds - (time.monotonic() - begin)
-    programs.append(program(LAST_TEST_FILE, left))
-    ended.update(execute_all(programs[-1:], left, 1))
-    outcome: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": [], "files": {}}
+    programs.execute_all(wanted, most, at_once, then)
+    if last:
+        left = seconds - (time.monotonic() - begin)
+        wanted.append(_test_program(LAST_TEST_FILE, folder, left, environment))
+        programs.execute_all(wanted[-1:], left, 1, then)
+    begun += [one for one in wanted if one.name not in all_ended]
+    begun.sort(key=lambda one: [each.name for each in wanted].index(one.name.partition(_AGAIN)[0]))
+    outcome, tails = _tests_outcome(begun, all_ended)
+    if outcome["failed"]:
+        raise StepFailed(f"{outcome['failed']} tests failed", outcome, "\n".join(tails))
+    if not outcome["passed"]:
+        raise StepFailed("no test passed", outcome, "\n".join(one.tail for one in all_ended.values()))
+    if outcome["not_run"]:
+        raise StepFailed(f"{outcome['not_run']} tests did not run", outcome)
+    return outcome
+
+
+#: In the name of a program that goes on with a file.
+_AGAIN = ", again"
+#: What conftest.py says when it ends the run.
+GONE = "the card answers no more after "
+
+
+def _test_program(file: str, folder: Path, limit: float, environment: dict[str, str]) -> Program:
+    name = Path(file).stem
+    junit = folder / f"{name}.xml"
+    junit.unlink(missing_ok=True)
+    options = ["-m", "gpu", "-v", "-n", "0", "-o", "faulthandler_timeout=60", f"--junitxml={junit}", file]
+    return Program(name, module("pytest", *options), folder / f"{name}.log", limit, environment)
+
+
+def _rest_of(program: Program, ended: Ended, folder: Path) -> Program | None:
+    """What goes on with a file whose tests ended because the card answered no more; None where that is no help."""
+    done, count = tests_of(ended.output)
+    if GONE not in ended.output or not done or len(done) >= count or program.name.endswith(_AGAIN):
+        return None
+    name = program.name + _AGAIN
+    log = folder / f"{program.name}-again.log"
+    log.with_suffix(".xml").unlink(missing_ok=True)
+    options = [word for word in program.command if not word.startswith("--junitxml=")]
+    options[-1:-1] = [f"--junitxml={log.with_suffix('.xml')}", *(f"--deselect={one}" for one in done)]
+    return replace(program, name=name, command=options, log=log, seconds=program.seconds - ended.seconds)
+
+
+def _tests_outcome(begun: Sequence[Program], all_ended: dict[str, Ended]) -> tuple[dict[str, Any], list[str]]:
+    """Counts over files, and the ends of what those that failed have printed."""
+    outcome: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "not_run": 0}
+    outcome.update(failures=[], skips=[], files={}, files_not_run=[])
     tails = []
-    for one in programs:
-        counts, problem = _file_result(one, ended[one.name])
+    by_name = {one.name for one in begun}
+    for one in begun:
+        ended = all_ended.get(one.name, Ended(None, 0.0, "not begun"))
+        counts, problem = _file_result(one, ended)
+        if one.name + _AGAIN in by_name:
+            counts["not_run"] = 0  # the other process counts them
         if problem:
             counts["failures"].append([f"tests.{one.name}", problem])
             counts["failed"] += 1
         if counts["failed"]:
-            tails.append(f"{one.name}:\n{ended[one.name].tail}")
+            tails.append(f"{one.name}:\n{ended.tail}")
+        if not ended.seconds:
+            outcome["files_not_run"].append(one.name)
         for key, value in counts.items():
             outcome[key] += value
-        outcome["files"][one.name] = round(ended[one.name].seconds, 1)
-    if outcome["failed"]:
-        raise StepFailed(f"{outcome['failed']} tests failed", outcome, "\n".join(tails))
-    if not outcome["passed"]:
-        raise StepFailed("no test passed", outcome, "\n".join(ended[one.name].tail for one in programs))
-    return outcome
+        outcome["files"][one.name] = round(ended.seconds, 1)
+    return outcome, tails
 
 
 def _file_result(program: Program, ended: Ended) -> tuple[dict[str, Any], str]:
@@ -310,10 +251,14 @@ def _file_result(program: Program, ended: Ended) -> tuple[dict[str, Any], str]:
             counts = junit_counts(junit.read_bytes())
         except ValueError as why:
             problem = str(why)
+    done = counts["passed"] + counts["failed"] + counts["skipped"]
+    counts["not_run"] = max(tests_of(ended.output)[1] - done, 0)
     if ended.code is None:
         if not ended.seconds:
             return counts, "was not begun: no time was left"
-        return counts, f"took too long: ended after {ended.seconds:.0f} s{'' if junit.exists() else ', without counts'}"
+        without = "" if junit.exists() else ", without counts"
+        stuck = f"; {ended.why}" if "stuck" in ended.why else ""
+        return counts, f"took too long: ended after {ended.seconds:.0f} s{without}{stuck}"
     if not junit.exists():
         problem = f"pytest ended with exit code {ended.code} and left no junit file"
     elif ended.code == NONE_COLLECTED and counts["skipped"]:
@@ -325,12 +270,17 @@ def _file_result(program: Program, ended: Ended) -> tuple[dict[str, Any], str]:
 
 def sanitizer_command(program: str, name: str) -> list[str]:
     """compute-sanitizer's command line over the small cases."""
+    # A kernel is slow under the tool, and many run at once: no launch is too long. After a fault the kernel ends, and
+    # the next case has its turn.
+    options = ["--launch-timeout", "0", "--destroy-on-device-error", "kernel"]
     # torch probes the driver for functions that older ones lack; this package checks its own calls.
-    options = ["--report-api-errors", "no"] if name == "memcheck" else []
+    options += ["--report-api-errors", "no"] if name == "memcheck" else []
+    # These two look at one kernel at a time, so only at this package's. initcheck has to see who wrote what it reads.
+    options += ["--kernel-name", "kns=qlk"] if name in ("racecheck", "synccheck") else []
     poison = ["--poison-scratch"] if name == "initcheck" else []
     return [
         *(program, "--tool", name, *options, "--target-processes", "application-only", "--error-exitcode", "9"),
-        *(sys.executable, "-m", "bench.card.kernels", *poison),
+        *module("bench.card.kernels", *poison),
     ]
 
 
@@ -343,27 +293,33 @@ def sanitizer_environment(name: str, at_once: int) -> dict[str, str]:
     return environment
 
 
-def run_sanitizers(folder: Path, seconds: float) -> dict[str, Any]:
+def run_sanitizers(folder: Path, seconds: float, tell: Callable[[dict[str, Any]], None] = silent) -> dict[str, Any]:
     """Runs compute-sanitizer's tools over the small cases, all at once where there are enough cores."""
     program = tool("compute-sanitizer")
     if program is None:
         raise StepFailed("compute-sanitizer was not found below CUDA_HOME, in PATH or in /usr/local/cuda")
     at_once = len(SANITIZERS) if cores() >= MANY_CORES else 1
     limit = seconds * at_once / len(SANITIZERS)
-    programs = [
+    wanted = [
         Program(
             name, sanitizer_command(program, name), folder / f"{name}.log", limit, sanitizer_environment(name, at_once)
         )
         for name in SANITIZERS
     ]
-    ended = execute_all(programs, seconds, at_once)
+    so_far: dict[str, Any] = {}
+
+    def then(one: Program, ended: Ended) -> None:
+        so_far[one.name] = sanitizer_result(one.name, ended, limit)[0]
+        tell(so_far)
+
+    all_ended = programs.execute_all(wanted, seconds, at_once, then)
     outcome: dict[str, Any] = {}
     problems, tails = [], []
     for name in SANITIZERS:
-        outcome[name], problem = sanitizer_result(name, ended[name], limit)
+        outcome[name], problem = sanitizer_result(name, all_ended[name], limit)
         if problem:
             problems.append(problem)
-            tails.append(f"{name}:\n{ended[name].tail}")
+            tails.append(f"{name}:\n{all_ended[name].tail}")
     if problems:
         raise StepFailed("; ".join(problems), outcome, "\n".join(tails))
     return outcome
@@ -373,7 +329,9 @@ def sanitizer_result(name: str, ended: Ended, limit: float) -> tuple[dict[str, A
     """A tool's counts with ``seconds``, and ``cases`` if it finished them; and what is wrong, or an empty string."""
     outcome: dict[str, Any] = {"seconds": round(ended.seconds, 1)}
     if ended.code is None:
-        return outcome, f"{name} took longer than {limit:.0f} s"
+        if not ended.seconds:
+            return {**outcome, "not_run": True}, f"{name} was not begun: no time was left"
+        return outcome, f"{name} {ended.why or f'took longer than {limit:.0f} s'}"
     try:
         counts = sanitizer_findings(ended.output, name)
     except ValueError as problem:
@@ -394,23 +352,48 @@ def run_rates(folder: Path, seconds: float) -> dict[str, Any]:
     out = folder / "tensor_rate.json"
     out.unlink(missing_ok=True)
     budget = min(max(seconds - STARTING, seconds / 2), 4.0)
-    command = [sys.executable, "-m", "bench.card.tensor_rate", "--out", str(out), "--seconds", f"{budget:.0f}"]
-    ended = execute(command, folder / "tensor_rate.log", seconds)
+    command = module("bench.card.tensor_rate", "--out", str(out), "--seconds", f"{budget:.0f}")
+    ended = programs.execute(command, folder / "tensor_rate.log", seconds)
     outcome: dict[str, Any] = load_json(out) if out.exists() else {}
     outcome["nvidia_smi_after"] = cards_now()
     return whole(outcome, ended, "the measurement", seconds)
 
 
-def run_bench(folder: Path, seconds: float) -> dict[str, Any]:
-    """``qlora-kernels bench --card``. What was measured before a failure or the limit is kept."""
-    out = folder / "bench.jsonl"
+def run_bench(
+    folder: Path,
+    seconds: float,
+    tell: Callable[[dict[str, Any]], None] = silent,
+    name: str = "bench",
+    chosen: Sequence[str] = (),
+) -> dict[str, Any]:
+    """``qlora-kernels bench --card``, or some of its operations. What was measured before a failure or the limit is
+    kept."""
+    command = module(
+        *("qlora_kernels", "bench", "--card", "--device", "cuda", "--quiet", "--no-plots"),
+        *(("--operations", ",".join(chosen)) if chosen else ()),
+    )
+    return measured(command, name, folder, seconds, tell)
+
+
+def measured(
+    command: Sequence[str], name: str, folder: Path, seconds: float, tell: Callable[[dict[str, Any]], None] = silent
+) -> dict[str, Any]:
+    """What a program measures that takes ``--minutes`` and ``--out``, and writes a result file after each case."""
+    out = folder / f"{name}.jsonl"
     out.unlink(missing_ok=True)
     budget = max(seconds - STARTING, seconds / 2)
-    command = [
-        *(sys.executable, "-m", "qlora_kernels", "bench", "--card", "--device", "cuda", "--quiet", "--no-plots"),
-        *("--minutes", f"{budget / 60:.2f}", "--out", str(out)),
-    ]
-    ended = execute(command, folder / "bench.log", seconds)
+    command = [*command, "--minutes", f"{budget / 60:.2f}", "--out", str(out)]
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        size = out.stat().st_size if out.exists() else 0
+        if size != seen:
+            seen = size
+            tell(results.load(out))  # it is renamed to its place, so always whole
+
+    program = Program(name, command, folder / f"{name}.log", seconds)
+    ended = programs.execute_all([program], seconds, 1, look=look)[name]
     outcome: dict[str, Any] = results.load(out) if out.exists() else {}
     outcome["nvidia_smi_after"] = cards_now()
     return whole(outcome, ended, "the benchmark", seconds)

@@ -51,11 +51,11 @@ def time_one(launch: Callable[[int], None], flop: float, repetitions: int) -> di
     return {"tflops": statistics.median(rates), "least": min(rates), "most": max(rates), "turns": turns}
 
 
-def measure(module: Any, repetitions: int) -> dict[str, Any]:
+def measure(module: Any, repetitions: int, device: str = "cuda") -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
-    blocks, given = properties.multi_processor_count * BLOCKS, operands("cuda")
-    out = torch.empty(blocks * 256, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
+    blocks, given = properties.multi_processor_count * BLOCKS, operands(device)
+    out = torch.empty(blocks * 256, device=device)
+    stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
     rates = {
         "mma.sync m16n8k16 fp16": time_one(
             lambda turns: module.launch_rate(given.data_ptr(), out.data_ptr(), turns, blocks, 0, stream),

@@ -51,18 +51,21 @@ def separate_us(card: Card, m: int, n: int, k: int, r: int) -> float:
     return sum(forward) + sum(backward) + (len(forward) + len(backward) - 2) * BETWEEN_US
 
 
-def ours_us(card: Card, m: int, n: int, k: int, r: int) -> float:
-    """The same by this package: u, y; v and dB, dx, dA. The adapter's own kernels by their bytes, and their fill and
-    tail; the products have the ranks as more steps."""
+def way_us(card: Card, m: int, n: int, k: int, r: int, backward: bool) -> float:
+    """One way of a layer with an adapter by this package: u, y; or v and dB, dx, dA. The adapter's own kernels by their
+    bytes, and their fill and tail; the product has the ranks as more steps."""
     ends = 2 * card.latency / card.hertz * 1e6 + MEMBAR_US
-    down = _copy_us(card, 2 * (m * k + r * k + m * r)) + ends
-    # Parts of sums are at most 16 MiB, and stay in L2.
-    backward = _copy_us(card, 2 * (m * n + 2 * r * n + 2 * m * r)) + ends
-    backward += _copy_us(card, 2 * (m * k + r * k + m * r)) + ends
-    products = 0.0
-    for way in (False, True):
-        found = model.predict(card, m, n, k, way)
-        # In steps of 64, by each tile's first block (or last step).
-        more = -(-r // 64) * found["step_clocks"] / card.hertz * 1e6
-        products += found["us"] + more * -(-found["tiles"] // card.sms)
-    return down + backward + products + 3 * BETWEEN_US
+    adapter = _copy_us(card, 2 * (m * k + r * k + m * r)) + ends
+    if backward:
+        # Parts of sums are at most 16 MiB, and stay in L2.
+        adapter += _copy_us(card, 2 * (m * n + 2 * r * n + 2 * m * r)) + ends
+    found = model.predict(card, m, n, k, backward)
+    # In steps of 64, by each tile's first block (or last step).
+    more = -(-r // 64) * found["step_clocks"] / card.hertz * 1e6
+    product = found["us"] + more * -(-found["tiles"] // card.sms)
+    return adapter + product + (2 if backward else 1) * BETWEEN_US
+
+
+def ours_us(card: Card, m: int, n: int, k: int, r: int) -> float:
+    """Forward and backward by this package."""
+    return way_us(card, m, n, k, r, False) + way_us(card, m, n, k, r, True)

@@ -126,6 +126,7 @@ def run(
     minutes: float | None = None,
     retries: int = 0,
     progress: Callable[[Point | None, str], None] = lambda point, text: None,
+    begin: Callable[..., Any] | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Measures points, each in a process of its own.
 
@@ -137,11 +138,12 @@ def run(
         retries: while other processes take more than QUIET of the machine, a case is measured again up to so many
             times. Of the measurements that did not fail the one that was disturbed least is kept, whatever it says.
         progress: called with the point and a few words.
+        begin: what makes a measurement in the other process; by default that of the point's operation.
 
     Yields:
         Cases, as :meth:`qlora_kernels.bench.timing.measure.Measurement.result` gives them.
     """
-    with Worker() as worker:
+    with Worker() if begin is None else Worker(begin=begin) as worker:
         if minutes is not None:
             worker.deadline = time.monotonic() + 60 * minutes
         for number, point in enumerate(points):

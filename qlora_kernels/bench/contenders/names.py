@@ -14,7 +14,7 @@ PRODUCT = "dense product"
 IN_PLACE = "scaling in place"
 FUSED = "torch fused"
 FOREACH = "torch foreach"
-#: A copy of as many bytes as this package's call must move, half read and half written.
+#: A copy of as many bytes as this package's call must move, half read and half written; on a card, by a kernel.
 EQUAL_COPY = "copy of as many bytes"
 #: On a card: quantize() without that look.
 KERNEL = "qlora_kernels, kernel alone"

@@ -173,15 +173,17 @@ class Lab:
     def card_copies(self, moved: Callable[[], int]) -> list[Contender]:
         """On a card, a copy of as many bytes as this package's call moves, half read and half written; elsewhere none.
 
-        A card's copies come as close to its memory rate as anything does, at small sizes too.
+        A card's copies come as close to its memory rate as anything does, at small sizes too. It is a kernel, which
+        inverts the bits: torch hands a plain copy to the driver, and in a graph that is no kernel but a node for
+        copies, with gaps of its own.
         """
 
         def prepare() -> Ready:
             first = torch.arange(moved() // 8, device=self.device, dtype=torch.int32)
             sources = self.copied(first, 2 * first.nbytes, torch.clone)
             return Ready(
-                lambda i: sources[i].clone(),
-                lambda copied: 0.0 if torch.equal(copied, first) else 1.0,
+                lambda i: sources[i].bitwise_not(),
+                lambda copied: 0.0 if torch.equal(copied.bitwise_not(), first) else 1.0,
                 0.5,
                 2 * first.nbytes,
                 len(sources),

@@ -162,13 +162,19 @@ def _bitsandbytes(name: str, params: list, **options) -> Callable[[], object]:
 
 
 def _copy(lab: Lab, bytes_each: int) -> Callable[[], Ready]:
-    """As many bytes as a step reads and writes, half of them read, into memory that has been touched before."""
+    """As many bytes as a step reads and writes, half of them read, into memory that has been touched before.
+
+    By a kernel, which changes the sign, as a step is one: see Lab.card_copies.
+    """
 
     def prepare() -> Ready:
         count = lab.adapter_tensors.count * bytes_each // 8
         source, out = torch.ones(count, device=lab.device), torch.zeros(count, device=lab.device)
         return Ready(
-            lambda _: out.copy_(source), lambda result: 0.0 if torch.equal(result, source) else 1.0, 0.5, 8 * count
+            lambda _: torch.neg(source, out=out),
+            lambda result: 0.0 if torch.equal(result, -source) else 1.0,
+            0.5,
+            8 * count,
         )
 
     return prepare

@@ -16,7 +16,7 @@ import pytest
 import torch
 from bench_runs.check import CLEAN, JUNIT, RACE_CLEAN, good, sleeping
 
-from bench.card import check, facts, parsers, steps
+from bench.card import check, facts, parsers, programs, steps
 from bench.card.steps import Step
 from qlora_kernels.bench.timing import machine
 
@@ -26,10 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # ----------------------------------------------------------------------------------------------------- without a card
 
 
-@pytest.mark.share(2)
-@pytest.mark.parametrize("module_name", ["bench.card.check", "bench.card.kernels", "bench.card.tensor_rate"])
-def test_without_a_card_one_sentence_and_nothing_done(tmp_path, module_name):
-    command = [sys.executable, "-m", module_name, *([] if module_name.endswith("kernels") else ["--out", "made"])]
+@pytest.mark.share(4)
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("check --out made", "kernels", "tensor_rate --out made", "facts", "cases --report made"),
+        *("variants early --out made", "profiled linear_forward 4096 4096 1 0"),
+    ],
+    ids=lambda words: words.split()[0],
+)
+def test_without_a_card_one_sentence_and_nothing_done(tmp_path, words):
+    command = [sys.executable, "-m", *f"bench.card.{words}".split()]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
@@ -133,7 +140,7 @@ def gone(pid: int) -> bool:
 
 
 def bad(folder: Path, seconds: float) -> dict:
-    ended = steps.execute([sys.executable, "-c", "print('a clue'); raise SystemExit(7)"], folder / "b.log", seconds)
+    ended = programs.execute([sys.executable, "-c", "print('a clue'); raise SystemExit(7)"], folder / "b.log", seconds)
     steps.demand(ended, "the program", seconds, {"half": 1})
     raise AssertionError("not reached")
 
@@ -155,7 +162,7 @@ def test_failures_and_timeouts_are_recorded_and_the_rest_goes_on(tmp_path):
         Step("good", 0.1, good, needs="good-before"),
     ]
     steps.insert(0, Step("good-before", 0.1, good))
-    results = check.check(tmp_path, steps, 6.0)
+    results = check.check(check.Files(tmp_path), steps, 6.0)
     assert results == json.loads((tmp_path / "gpu_check.json").read_text())
     entries = {entry["name"]: entry for entry in results["steps"]}
     assert {name: entry["status"] for name, entry in entries.items()} == {
@@ -199,7 +206,7 @@ def test_what_a_step_leaves_the_next_ones_may_use(tmp_path):
         limits.append(seconds)
         return {}
 
-    check.check(tmp_path, [Step(name, 10.0, note) for name in "abc"], 300.0)
+    check.check(check.Files(tmp_path), [Step(name, 10.0, note) for name in "abc"], 300.0)
     assert limits == pytest.approx([100, 200, 300], abs=5)
 
 
@@ -207,7 +214,7 @@ def test_each_step_is_on_disk_before_the_next_begins(tmp_path):
     def look(folder, seconds):
         return {"statuses": [s["status"] for s in json.loads((folder.parent / "gpu_check.json").read_text())["steps"]]}
 
-    results = check.check(tmp_path, [Step(name, 1.0, look) for name in "abc"], 30.0)
+    results = check.check(check.Files(tmp_path), [Step(name, 1.0, look) for name in "abc"], 30.0)
     assert [s["found"]["statuses"] for s in results["steps"]] == [
         ["running", "waiting", "waiting"],
         ["passed", "running", "waiting"],
@@ -217,7 +224,7 @@ def test_each_step_is_on_disk_before_the_next_begins(tmp_path):
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    results = check.check(tmp_path, [Step("a", 1.0, good)], 30.0)
+    results = check.check(check.Files(tmp_path), [Step("a", 1.0, good)], 30.0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def crash(*_):
@@ -225,7 +232,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError):
-        check.write({**results, "date": "another"}, tmp_path)
+        check.write({**results, "date": "another"}, check.Files(tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

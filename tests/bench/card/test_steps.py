@@ -15,7 +15,7 @@ import pytest
 from bench_runs.cases import limits_case
 from bench_runs.check import CLEAN, JUNIT, RACE_CLEAN
 
-from bench.card import kernels, parsers, steps
+from bench.card import kernels, parsers, programs, steps
 from bench.card.steps import StepFailed
 from qlora_kernels.bench import options
 from qlora_kernels.bench.case import Settings
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 # ----------------------------------------------------------------------------------------------------------- programs
 
 
-def program(folder: Path, name: str, code: str, seconds: float = 20.0) -> steps.Program:
-    return steps.Program(name, [sys.executable, "-c", code], folder / f"{name}.log", seconds, {"HELLO": name})
+def program(folder: Path, name: str, code: str, seconds: float = 20.0) -> programs.Program:
+    return programs.Program(name, [sys.executable, "-c", code], folder / f"{name}.log", seconds, {"HELLO": name})
 
 
 UNDER_WAY = """
@@ -47,54 +47,56 @@ print((here / "b.begun").exists(), len(list(here.glob("*.on"))))
 def test_programs_run_so_many_at_a_time_in_their_order(tmp_path):
     # The first waits for the second to begin; each says how many are under way.
     code = UNDER_WAY.format(folder=str(tmp_path))
-    ended = steps.execute_all([program(tmp_path, name, code) for name in "abcd"], 60.0, 2)
+    ended = programs.execute_all([program(tmp_path, name, code) for name in "abcd"], 60.0, 2)
     assert list(ended) == list("abcd")
     assert all(one.code == 0 for one in ended.values())
     assert {one.output for one in ended.values()} <= {"True 1\n", "True 2\n"}
 
 
 def test_one_that_takes_too_long_is_interrupted_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE", 1.0)
+    monkeypatch.setattr(programs, "GRACE", 1.0)
     tells = "import signal, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('heard')"
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    programs = [
+    wanted = [
         program(tmp_path, "tells", tells, 1.0),
         program(tmp_path, "deaf", deaf, 1.0),
         program(tmp_path, "good", "print('good')"),
         program(tmp_path, "bad", "raise SystemExit(3)"),
     ]
     begin = time.monotonic()
-    ended = steps.execute_all(programs, 30.0, 2)
+    ended = programs.execute_all(wanted, 30.0, 2)
     assert time.monotonic() - begin < 20
-    assert [ended[one.name].code for one in programs] == [None, None, 0, 3]
+    assert [ended[one.name].code for one in wanted] == [None, None, 0, 3]
     assert ended["tells"].output == "heard\n"
     assert ended["good"].output == "good\n"
 
 
 def test_one_whose_turn_does_not_come_was_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE", 0.2)
-    programs = [program(tmp_path, name, "import time; time.sleep(60)") for name in "ab"]
-    ended = steps.execute_all(programs, 0.5, 1)
+    monkeypatch.setattr(programs, "GRACE", 0.2)
+    wanted = [program(tmp_path, name, "import time; time.sleep(60)") for name in "ab"]
+    ended = programs.execute_all(wanted, 0.5, 1)
     assert ended["a"].code is None
     assert ended["a"].seconds > 0.5
-    assert ended["b"] == steps.Ended(None, 0.0, "not begun")
+    assert ended["b"] == programs.Ended(None, 0.0, "not begun")
     assert not (tmp_path / "b.log").exists()
 
 
 def ending(monkeypatch, outcomes, left=None):
     """Lets every program end so: by name (output, exit code), or the same for all; having left files."""
 
-    def execute_all(programs, seconds, at_once):
+    def execute_all(wanted, seconds, at_once, then=None, look=None):
         for path, content in (left or {}).items():
             path.write_text(content)
         outcome = {}
-        for one in programs:
+        for one in wanted:
             output, code = outcomes.get(one.name, ("", 0)) if isinstance(outcomes, dict) else outcomes
             one.log.write_text(output)
-            outcome[one.name] = steps.Ended(code, 1.0, output)
+            outcome[one.name] = programs.Ended(code, 1.0, output)
+            if then is not None:
+                then(one, outcome[one.name])
         return outcome
 
-    monkeypatch.setattr(steps, "execute_all", execute_all)
+    monkeypatch.setattr(programs, "execute_all", execute_all)
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -117,8 +119,8 @@ def test_the_tests_step(tmp_path, monkeypatch):
     all_pass = {tmp_path / f"{name}.xml": PASSING for name in names}
     commands = []
     ending(monkeypatch, ("", 0), all_pass)
-    right = steps.execute_all
-    monkeypatch.setattr(steps, "execute_all", lambda p, *rest: commands.extend(p) or right(p, *rest))
+    right = programs.execute_all
+    monkeypatch.setattr(programs, "execute_all", lambda p, *rest: commands.extend(p) or right(p, *rest))
     outcome = steps.run_tests(tmp_path, 10)
     assert (outcome["passed"], outcome["failed"], outcome["skipped"]) == (len(names), 0, len(names))
     assert list(outcome["files"]) == names == [one.name for one in commands]
@@ -188,7 +190,61 @@ def test_a_card_that_answers_no_more_ends_the_run(tmp_path, gone):
         assert "::test_one: CUDA error: an illegal memory access was encountered" in done.stdout
 
 
+#: Instead of pytest: a file of four tests, the second of which takes the card with it.
+LOSES = """
+import pathlib, sys
+given = sys.argv[1:]
+left = [i for i in range(4) if not any(one == f"--deselect=tests/t/test_x.py::test_{{i}}" for one in given)]
+junit = next(one for one in given if one.startswith("--junitxml=")).partition("=")[2]
+print(f"collected 9 items / 5 deselected / {{len(left)}} selected")
+cases = []
+for i in left:
+    bad = i in {faults}
+    print(f"tests/t/test_x.py::test_{{i}} {{'FAILED' if bad else 'PASSED'}}  [ 9%]")
+    cases.append(f'<testcase name="t{{i}}">' + '<failure message="gone"/>' * bad + "</testcase>")
+    if bad:
+        print("!!! _pytest.outcomes.Exit: the card answers no more after tests/t/test_x.py::test_1: gone !!!")
+        break
+pathlib.Path(junit).write_text("<testsuite>" + "".join(cases) + "</testsuite>")
+sys.exit(2 if len(cases) < len(left) or cases[-1].count("failure") else 0)
+"""
+
+
+@pytest.mark.parametrize(("faults", "passed", "failed", "not_run"), [((1,), 3, 1, 0), ((0, 2), 1, 2, 1)])
+def test_after_a_fault_the_rest_of_a_file_goes_on_in_a_new_process(
+    tmp_path, monkeypatch, faults, passed, failed, not_run
+):
+    """Once; what did not run then is counted."""
+    (tmp_path / "pytest.py").write_text(LOSES.format(faults=faults))
+    monkeypatch.setattr(steps, "module", lambda name, *words: [sys.executable, str(tmp_path / "pytest.py"), *words])
+    told = []
+    with pytest.raises(StepFailed, match=f"{failed} tests failed") as failure:
+        steps.run_tests(tmp_path, 30.0, told.append, ["tests/t/test_x.py"])
+    outcome = failure.value.outcome
+    assert (outcome["passed"], outcome["failed"], outcome["not_run"]) == (passed, failed, not_run)
+    assert list(outcome["files"]) == ["test_x", "test_x, again"]
+    assert [one["passed"] for one in told] == [faults[0], passed]
+
+
+def test_tests_that_did_not_run_are_no_success(tmp_path, monkeypatch):
+    junit = {tmp_path / "test_x.xml": PASSING}
+    ending(monkeypatch, {"test_x": ("collected 5 items\n", 0)}, junit)
+    with pytest.raises(StepFailed, match="3 tests did not run") as failure:
+        steps.run_tests(tmp_path, 9.0, files=["tests/test_x.py"])
+    assert failure.value.outcome["not_run"] == 3
+    ending(monkeypatch, {"test_x": ("collected 2 items\n", 0)}, junit)
+    assert steps.run_tests(tmp_path, 9.0, files=["tests/test_x.py"])["not_run"] == 0
+
+
 # --------------------------------------------------------------------------------------------------------- sanitizers
+
+
+def test_the_sanitizers_options():
+    """Slow kernels are no hangs; a fault ends a kernel, not the process; two tools look at this package's kernels."""
+    for name in steps.SANITIZERS:
+        words = " ".join(steps.sanitizer_command("compute-sanitizer", name))
+        assert f"--tool {name} --launch-timeout 0 --destroy-on-device-error kernel " in words
+        assert ("--kernel-name kns=qlk " in words) == (name in ("racecheck", "synccheck"))
 
 
 def test_the_sanitizer_step(tmp_path, monkeypatch):
@@ -227,18 +283,18 @@ def test_the_sanitizer_step(tmp_path, monkeypatch):
 def test_the_sanitizers_run_beside_each_other_on_many_cores(tmp_path, monkeypatch, cores, at_once, limit):
     seen = []
 
-    def execute_all(programs, seconds, count):
-        seen.append((programs, seconds, count))
-        return {one.name: steps.Ended(None, 1.0, "") for one in programs}
+    def execute_all(wanted, seconds, count, then):
+        seen.append((wanted, seconds, count))
+        return {one.name: programs.Ended(None, 1.0, "") for one in wanted}
 
-    monkeypatch.setattr(steps, "execute_all", execute_all)
+    monkeypatch.setattr(programs, "execute_all", execute_all)
     monkeypatch.setattr(steps, "tool", lambda name: name)
     monkeypatch.setattr(steps, "cores", lambda: cores)
     with pytest.raises(StepFailed):
         steps.run_sanitizers(tmp_path, 100.0)
-    [(programs, seconds, count)] = seen
+    [(wanted, seconds, count)] = seen
     assert (seconds, count) == (100.0, at_once)
-    for one in programs:
+    for one in wanted:
         assert one.seconds == limit
         # What no kernel uses may be read unwritten, in scratch and in managed memory: of no concern to the others.
         assert ("--poison-scratch" in one.command) == (one.name == "initcheck")
@@ -287,11 +343,11 @@ def test_a_bench_step_keeps_what_was_measured(tmp_path, monkeypatch):
 def test_the_bench_step_gives_the_one_bench_its_time(tmp_path, monkeypatch):
     commands = []
 
-    def execute(command, log, seconds):
-        commands.append(command)
-        return steps.Ended(1, 1.0, "")
+    def execute_all(wanted, *arguments, **more):
+        commands.extend(one.command for one in wanted)
+        return {one.name: programs.Ended(1, 1.0, "") for one in wanted}
 
-    monkeypatch.setattr(steps, "execute", execute)
+    monkeypatch.setattr(programs, "execute_all", execute_all)
     with pytest.raises(StepFailed):
         steps.run_bench(tmp_path, 135.0)
     [command] = commands

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench.card import steps
+from bench.card import programs, steps
 
 CLEAN = "========= COMPUTE-SANITIZER\nhello\n========= ERROR SUMMARY: 0 errors\n"
 RACE_CLEAN = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
@@ -27,7 +27,7 @@ def sleeping(folder: Path, seconds: float) -> dict:
         "import subprocess, time; child = subprocess.Popen(['sleep', '600']);"
         f"open({str(folder.parent / 'child')!r}, 'w').write(str(child.pid)); print('under way'); time.sleep(600)"
     )
-    ended = steps.execute([sys.executable, "-c", code], folder / "sleeping.log", seconds)
+    ended = programs.execute([sys.executable, "-c", code], folder / "sleeping.log", seconds)
     steps.demand(ended, "the sleeper", seconds)
     return {}
 
