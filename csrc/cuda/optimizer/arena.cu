@@ -54,7 +54,7 @@ Arena::~Arena() {
     try {
         const DeviceGuard guard(device_);
         try {
-            wait();
+            drain();
         } catch (...) {
         }
         release();
@@ -204,7 +204,7 @@ void Arena::page_out(const Stream& main) {
 void Arena::to_host(const Stream& main) {
     const DeviceGuard guard(device_);
     synchronize(main);
-    wait();
+    drain();
     std::fill(here_.begin(), here_.end(), false);
     coming_ = false;
     resident_ = header_bytes_;
@@ -212,6 +212,11 @@ void Arena::to_host(const Stream& main) {
 
 void Arena::wait() {
     const DeviceGuard guard(device_);
+    drain();
+}
+
+// Waits for both streams. Needs the arena's device to be current, so that waiting creates no context on another.
+void Arena::drain() {
     synchronize(out_->get());
     synchronize(in_->get());
 }

@@ -64,6 +64,7 @@ class Arena {
     bool broken() const { return broken_; }
 
   private:
+    void drain();
     void release();
     int64_t bytes_of(const Intervals& intervals) const;
     void arrive(size_t i);

@@ -16,7 +16,6 @@ void launch_step(const OptimizerArguments& a, int64_t blocks, const Stream& stre
 }  // namespace
 
 void optimizer_norm(const OptimizerParams& p, const Stream& stream) {
-    const DeviceGuard guard(stream.device);
     const bool sums = p.max_grad_norm > 0 || p.skip_nonfinite;
     const OptimizerArguments a{p, nullptr, 0, false, false};
     launch(optimizer_norm_kernel, sums ? std::max<int64_t>(p.all_chunks, 1) : 1, kOptimizerThreads,
@@ -27,7 +26,6 @@ void optimizer_step(const OptimizerParams& p, const DynamicMap* maps, int64_t be
                     bool last, const Stream& stream) {
     QLK_CHECK(p.state_bits == 32 || p.state_bits == 8, "states of " + std::to_string(p.state_bits) + " bits");
     require_aligned(16, "the states of an optimizer", p.states, p.header);
-    const DeviceGuard guard(stream.device);
     const OptimizerArguments a{p, maps, begin, measured, last};
     const int64_t blocks = std::max<int64_t>(end - begin, 1);
     if (p.algorithm == Algorithm::kAdamW) {

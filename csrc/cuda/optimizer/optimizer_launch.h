@@ -1,4 +1,4 @@
-// Launches an optimizer's step on the caller's stream.
+// Launches an optimizer's step on the caller's stream, whose device has to be current: the arena sees to that.
 #pragma once
 
 #include "kernels.h"
