@@ -88,19 +88,23 @@ def test_a_tile_that_follows_whole_ones_is_shared_by_tickets():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-#: M, N, K, multiprocessors, architecture, and where the steps of all tiles are cut: at 10, 20 and 30 of 5 times 8; at
-#: 15 of 3 times 10, so that a block has a tile and a half; at 10 and 21 of 2 times 16; at 12, 25, 38 and 51 of 2 times
-#: 32, up to three blocks to a tile.
+#: M, N, K, multiprocessors, architecture, and where the steps of all tiles are cut. Up to 64 rows: at 10, 20 and 30 of
+#: 5 times 8; at 15 of 3 times 10, so that a block has a tile and a half; at 10 and 21 of 2 times 16; at 12, 25, 38 and
+#: 51 of 2 times 32, up to three blocks to a tile.
 CUT_ANYWHERE = ((16, 520, 2048, 4, 90), (64, 260, 2560, 2, 90), (31, 136, 4096, 3, 80), (5, 136, 8192, 5, 80))
 
 
+#: The same with tiles of 128 rows, cut at 24 and 48 of 2 times 36 steps; before the second case's, three whole tiles.
+CUT_TILES = ((100, 136, 2304, 3, 80), pytest.param((600, 40, 2304, 3, 90), marks=pytest.mark.slow))
+
+
 @pytest.mark.share(2)
-@pytest.mark.parametrize("case", CUT_ANYWHERE)
+@pytest.mark.parametrize("case", [*CUT_ANYWHERE, *CUT_TILES])
 def test_tiles_that_are_cut_anywhere(case):
     m, n, k, multiprocessors, architecture = case
-    tiles = -(-n // 128)
     plan = dispatch(m, n, k, False, architecture, multiprocessors)
-    assert (plan["splits"], plan["shared_tiles"], plan["tiles"]) == (multiprocessors, tiles, tiles)
+    assert (plan["splits"], plan["cluster"]) == (multiprocessors, False)
+    assert (plan["shared_tiles"], plan["whole_tiles"]) == ((2, 3) if m == 600 else (-(-n // 128), 0))
     weight = make_weight(n, k)
     dense = weight.dequantize(torch.bfloat16)
     x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
@@ -117,6 +121,25 @@ def test_tiles_that_are_cut_anywhere(case):
     assert_within_contract(y, x @ dense.T, exact, f"{case}")
     assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_tiles_of_dx_that_are_cut_anywhere():
+    m, n, k, multiprocessors = 100, 2304, 192, 3
+    plan = dispatch(m, n, k, True, 80, multiprocessors)
+    assert (plan["splits"], plan["shared_tiles"], plan["whole_tiles"]) == (3, 2, 0)
+    weight, dy, seed = make_weight(n, k), torch.randn(m, n).bfloat16(), torch.tensor([5])
+    x, u, A, B = (torch.randn(*s).bfloat16() for s in ((m, k), (m, 8), (8, k), (n, 8)))
+    results = []
+    for order in ("forward", "random"):
+        with emulated(order, seed=2, architecture=80, multiprocessors=multiprocessors, resident_blocks=3):
+            dx, _, _ = ops.linear_backward(
+                dy, *weight.pieces, k, None, None, None, None, 1.0, 0.0, None, True, False, False
+            )
+            both = ops.linear_backward(dy, *weight.pieces, k, x, u, A, B, 1.0, 0.5, seed, True, False, False)
+        results.append((dx, both[0]))
+    dense = weight.dequantize(torch.bfloat16)
+    assert_within_contract(results[0][0], dy @ dense, dy.double() @ dense.double(), "dx")
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("m", "n", "k", "multiprocessors"), [(64, 128, 1344, 3), (128, 128, 1344, 2)])

@@ -6,14 +6,12 @@ These cases have no order to choose and no share. They are small, and their resu
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
-import subprocess
 
 import pytest
 import torch
 from contract import make_weight, relative_error
-from emulated import ROOT, emulated, module
+from emulated import ROOT, emulated, instances, module
 from engines import on_the_cpu
 from optimizers.runs import net, train
 
@@ -25,16 +23,6 @@ DTYPES = (torch.float32, *HALVES)
 #: The rows of the dispatch table but "floats", which takes whatever these refuse.
 FEW_ROWS = ("few", "middle8", "middle16", "middle32", "middle64")
 TILES = ("tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide", "tiles32any")
-#: A kernel in `nm --demangle`: its address, its name, and the template's arguments.
-SYMBOL = re.compile(r"^([0-9a-f]+) [tTwW] (?:void )?qlk::cuda::(\w+_kernel)(<.*>)?\([^()]*\)$", re.MULTILINE)
-
-
-@functools.cache
-def instances() -> dict[int, tuple[str, str]]:
-    """The compiled kernels by address: name and template arguments."""
-    command = ["nm", "--demangle", module().__file__]
-    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {int(address, 16): (name, arguments) for address, name, arguments in SYMBOL.findall(symbols)}
 
 
 def assert_same_on_the_cpu(call, tolerance: float = 0.0) -> None:

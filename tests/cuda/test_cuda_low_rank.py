@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import assert_within_contract, make_weight
-from emulated import counters, emulated, module
+from emulated import counters, emulated, instances, module
 from engines import ORDERS, on_the_cpu
 from torch.nn import functional as F
 
@@ -171,15 +171,22 @@ def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, order, monk
         with emulated(order, seed=4, **options):
             y, u = forward(x, weight, n, None, A, B, 0.3, seed)
             outputs = [y, u, *backward(dy, weight, k, x, u, A, B, 0.3, seed)]
-        return outputs, counters()["early"]
+            carveouts = {(instances()[at][0], percent) for at, percent in module().carveouts().items()}
+        return outputs, counters()["early"], carveouts
 
-    in_order, count = results(early_launches=False)
+    in_order, count, carveouts = results(early_launches=False)
     assert count == 0
-    early, count = results()
+    assert not carveouts
+    early, count, carveouts = results()
     assert count == 2
+    # What makes u, the sum that makes v, and both products: a multiprocessor is divided in the same way for all.
+    product = "few_kernel" if m <= 4 else "middle_kernel" if m <= 64 else "gemm_kernel"
+    overlapping = {"adapter_down_kernel", "adapter_sum_kernel", product, "gemm_kernel"}
+    assert carveouts == {(name, 100) for name in overlapping}
     assert all(torch.equal(a, b) for a, b in zip(early, in_order, strict=True))
     monkeypatch.setenv("QLORA_KERNELS_CUDA_EARLY", "0")
-    forbidden, count = results()
+    forbidden, count, carveouts = results()
+    assert not carveouts
     assert count == 0
     assert all(torch.equal(a, b) for a, b in zip(forbidden, in_order, strict=True))
 

@@ -1,6 +1,7 @@
 // Launches: which blocks are on the device, and how a deadlock is found.
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 #include <numeric>
 
 #include "block.h"
@@ -28,8 +29,32 @@ std::atomic<bool> contexts[kDevices];  // of the process
 
 }  // namespace
 
+std::map<const void*, int>& preferred() {
+    static std::map<const void*, int> all;
+    return all;
+}
+std::mutex preferring;
+
+void prefer_carveout(const void* kernel, int percent) {
+    const std::lock_guard<std::mutex> lock(preferring);
+    preferred()[kernel] = percent;
+}
+int carveout(const void* kernel) {
+    const std::lock_guard<std::mutex> lock(preferring);
+    const auto found = preferred().find(kernel);
+    return found == preferred().end() ? -1 : found->second;
+}
+std::vector<std::pair<const void*, int>> carveouts() {
+    const std::lock_guard<std::mutex> lock(preferring);
+    return {preferred().begin(), preferred().end()};
+}
+
 void forget_devices() {
     devices() = {};
+    {
+        const std::lock_guard<std::mutex> lock(preferring);
+        preferred().clear();
+    }
     for (auto& context : contexts) context = false;
 }
 int current_device() { return devices().current; }
@@ -199,11 +224,12 @@ void Device::run() {
 
 namespace {
 
-// A kFollowed launch that is held back.
+// A kFollowed launch that is held back, and its carve-out.
 std::function<void(Overtaking&)>& held() {
     static thread_local std::function<void(Overtaking&)> one;
     return one;
 }
+thread_local int held_carveout = -1;
 
 void check_configuration(Dim3 grid, Dim3 block, size_t shared_bytes) {
     const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
@@ -226,7 +252,7 @@ void check_configuration(Dim3 grid, Dim3 block, size_t shared_bytes) {
 void forget_held() { held() = nullptr; }
 
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body, Start start,
-            unsigned cluster) {
+            unsigned cluster, int carveout) {
     if (!options().executes) return count_launch(false);
     Overtaking between;
     between.before = std::move(held());
@@ -239,9 +265,14 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
                     std::to_string(grid.x));
     }
     const bool early = start == Start::kEarly && between.before;
+    if (early && carveout != held_carveout) {
+        throw Error("an early launch with another carve-out of shared memory than the one before it: " +
+                    std::to_string(carveout) + " and " + std::to_string(held_carveout) + " percent");
+    }
     count_launch(early);
     note_launch();
     if (start == Start::kFollowed && options().early_launches) {
+        held_carveout = carveout;
         held() = [=, ordinal = current_device(), operands = given()](Overtaking& next) {
             Device device(grid, block, shared_bytes, body, cluster);
             device.ordinal = ordinal;

@@ -391,6 +391,11 @@ inline size_t shared_limit(int device) {
     return emu::options().max_shared_bytes;
 }
 
+inline void prefer_all_shared(const void* kernel, int device) {
+    emu::require_current(device, "cudaFuncSetAttribute");
+    emu::prefer_carveout(kernel, 100);
+}
+
 inline bool early_launches() { return emu::options().early_launches; }
 using Start = emu::Start;
 
@@ -405,7 +410,7 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_b
             kernel(params);
             emu::count_kernel(reinterpret_cast<const void*>(kernel));
         },
-        start, cluster);
+        start, cluster, emu::carveout(reinterpret_cast<const void*>(kernel)));
 }
 
 }  // namespace qlk::cuda

@@ -112,9 +112,15 @@ enum class Start { kInOrder, kFollowed, kEarly };
 
 // Runs body() once for each thread of each block. Throws Error after unwinding all fibers. With kFollowed a copy of
 // body() runs later, so what it refers to has to live until then. cluster: this many consecutive blocks along x run
-// at the same time. The kernel runs on the current device.
+// at the same time. The kernel runs on the current device. carveout: the kernel's; it is an error if a launch that
+// starts early has another than the one that it overlaps with.
 void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& body,
-            Start start = Start::kInOrder, unsigned cluster = 1);
+            Start start = Start::kInOrder, unsigned cluster = 1, int carveout = -1);
+// cudaFuncAttributePreferredSharedMemoryCarveout: a share of L1 in percent, or -1 until it has been set. Forgotten by
+// forget_devices().
+void prefer_carveout(const void* kernel, int percent);
+int carveout(const void* kernel);
+std::vector<std::pair<const void*, int>> carveouts();
 // Forgets a launch that is held back.
 void forget_held();
 

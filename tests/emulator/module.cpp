@@ -12,6 +12,17 @@
 #include "operands.h"
 #include "samples.h"
 
+namespace {
+
+uintptr_t offset_in_file(const void* kernel) {
+    Dl_info module{};
+    const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+    if (!dladdr(kernel, &module)) throw std::runtime_error("a kernel lies in no module");
+    return address(kernel) - address(module.dli_fbase);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_emulated, m) {
     namespace py = pybind11;
     bind_cuda(m);
@@ -80,16 +91,19 @@ PYBIND11_MODULE(_emulated, m) {
     m.def(
         "kernels_run",
         [] {
-            Dl_info module{};
-            const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
             std::vector<uintptr_t> offsets;
-            for (const void* kernel : emu::kernels_run()) {
-                if (!dladdr(kernel, &module)) throw std::runtime_error("a kernel lies in no module");
-                offsets.push_back(address(kernel) - address(module.dli_fbase));
-            }
+            for (const void* kernel : emu::kernels_run()) offsets.push_back(offset_in_file(kernel));
             return offsets;
         },
         "The kernels that have run since reset_counters(), as addresses in the module's file: nm gives their names.");
+    m.def(
+        "carveouts",
+        [] {
+            std::map<uintptr_t, int> percent;
+            for (const auto& [kernel, share] : emu::carveouts()) percent[offset_in_file(kernel)] = share;
+            return percent;
+        },
+        "The carve-outs of shared memory that kernels have asked for since configure(), by such addresses.");
     qlk::conformance::bind_conformance(m);
     qlk::conformance::bind_sm90(m);
     m.def("samples", &emu::samples, "Names of the kernels that test the emulator.");

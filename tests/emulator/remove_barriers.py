@@ -54,7 +54,7 @@ QUANTIZATION = tuple(
 )
 _OPTIMIZER = (("tests/optim/test_algorithms.py", "emulated and (scalar_float32 or 8_bit_states or clipped)"),)
 _TILES = (
-    ("tests/cuda/test_cuda_clusters.py", "conflicts or dx"),
+    ("tests/cuda/test_cuda_clusters.py", "conflicts or of_dx"),
     ("tests/cuda/test_cuda_tiles.py", "emulated and tensor_cores"),
     ("tests/cuda/test_cuda_tiles.py", "pipeline or emulated"),
 )
@@ -78,6 +78,7 @@ TESTS = {
     ),
     "norm": _OPTIMIZER,
     "optimizer": _OPTIMIZER,
+    "tiles": (("tests/cuda/test_cuda_clusters.py", "dx_that_are_cut"),),
     "tiles_finish": _TILES,
     "tiles_pipeline": _TILES,
     "product": (

@@ -233,6 +233,7 @@ struct Sample {
     void (*kernel)(Arguments);
     void (*before)(Arguments) = nullptr;  // a launch that this one may overtake
     bool overwrites = false;              // its input
+    int carveout = -1;                    // of this launch alone
 };
 
 // The first of two launches: between[i] = 3 in[i], in all blocks.
@@ -261,6 +262,7 @@ void early(Arguments a) {
 
 const Sample kSamples[] = {
     {"early", early<Fault::kNone>, make_between<>},
+    {"early with another carve-out", early<Fault::kNone>, make_between<>, 100},
     {"early behind one that does not let it", early<Fault::kNone>, make_between<false>},
     {"early without a wait", early<Fault::kNoWait>, make_between<>},
     {"early of which a thread ends", early<Fault::kEnds>, make_between<>},
@@ -336,13 +338,13 @@ std::vector<uint32_t> run_sample(const std::string& name, const std::vector<uint
         all.writes("out", out.words(), 4 * output);
         all.writes("between", between.words(), 4 * input.size());
         const Given given(std::move(all));
-        const auto run = [&](void (*kernel)(Arguments), Start start) {
+        const auto run = [&](void (*kernel)(Arguments), Start start, int carveout) {
             launch(
                 {static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, 16 * 1024,
-                [=] { kernel(arguments); }, start);
+                [=] { kernel(arguments); }, start, 1, carveout);
         };
-        if (sample.before) run(sample.before, Start::kFollowed);
-        run(sample.kernel, sample.before ? Start::kEarly : Start::kInOrder);
+        if (sample.before) run(sample.before, Start::kFollowed, -1);
+        run(sample.kernel, sample.before ? Start::kEarly : Start::kInOrder, sample.carveout);
         return {out.words(), out.words() + output};
     }
     throw std::invalid_argument("no sample '" + name + "'");

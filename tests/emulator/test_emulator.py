@@ -154,6 +154,7 @@ def test_a_launch_that_begins_early_sees_what_the_one_before_has_made(early):
 
 
 FAULTS = {
+    "early with another carve-out": "another carve-out of shared memory than the one before it: 100 and -1 percent",
     "early behind one that does not let it": "has ended without griddepcontrol.launch_dependents",
     "early without a wait": "reads what the launch before writes|writes to global memory before griddepcontrol.wait",
     "early of which a thread ends": r"thread \(3, 0, 0\) of block .* has ended without griddepcontrol.wait",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import re
+import subprocess
 from collections.abc import Callable
 
 import torch
@@ -12,7 +15,10 @@ from bench.emulator import ROOT, VARIANT, build, load, module
 from qlora_kernels.ops import backends
 from qlora_kernels.optim.arena import cuda
 
-__all__ = ["ROOT", "VARIANT", "Emulated", "build", "counters", "emulated", "load", "module", "paging"]
+__all__ = ["ROOT", "VARIANT", "Emulated", "build", "counters", "emulated", "instances", "load", "module", "paging"]
+
+#: A kernel in `nm --demangle`: its address, its name, and the template's arguments.
+SYMBOL = re.compile(r"^([0-9a-f]+) [tTwW] (?:void )?qlk::cuda::(\w+_kernel)(<.*>)?\([^()]*\)$", re.MULTILINE)
 
 
 class Emulated(backends.CUDA):
@@ -66,6 +72,14 @@ def emulated(order: str = "forward", landing: str = "latest", **options):
             yield
     finally:
         module().configure()
+
+
+@functools.cache
+def instances() -> dict[int, tuple[str, str]]:
+    """The compiled kernels by address: name and template arguments."""
+    command = ["nm", "--demangle", module().__file__]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {int(address, 16): (name, arguments) for address, name, arguments in SYMBOL.findall(symbols)}
 
 
 def paging() -> dict:

@@ -227,29 +227,9 @@ inline int64_t clusters_at_once(int64_t size, int64_t multiprocessors, int64_t b
 // many rows.
 constexpr bool cut_anywhere(int rows, int columns) { return rows >= 128 && columns == 128; }
 
-// How a row of the table would run a problem.
-inline Plan planned(const Row& row, const Problem& p, const Card& card) {
-    Plan plan{row, 1, false, 1, 0, 0, 1, 0};
-    if (row.family == Family::kFew) {
-        // 4, 2 or 1 tiles of 16 rows at a time: the most that keeps the blocks' shares even.
-        const int64_t all = over(p.n, 16);
-        int64_t best = INT64_MAX;
-        for (const int tiles : {4, 2, 1}) {
-            const int64_t groups = over(all, tiles), rounds = over(groups, card.multiprocessors) * tiles;
-            if (rounds < best) {
-                best = rounds;
-                plan.row_tiles = tiles;
-                plan.tiles = groups;
-            }
-        }
-        return plan;
-    }
-    if (row.family == Family::kFloats) {
-        plan.tiles = over(p.m, 64) * over(p.columns(), 64);
-        return plan;
-    }
-    plan.tiles = over(p.m, row.rows) * over(p.columns(), row.columns);
-    if (row.forced || plan.tiles == 0) return plan;
+// Chooses how blocks share the tiles of rows64.cuh, warpgroups.cuh or tiles.cuh: as tiles whose depth is split, or cut anywhere.
+inline void share_tiles(Plan& plan, const Problem& p, const Card& card) {
+    const Row& row = plan.row;
     const bool middle = row.family == Family::kMiddle || row.family == Family::kWarpgroup;
     const int64_t step = row.family == Family::kWarpgroup ? warpgroup_depth(row.rows)
                          : middle                         ? kMiddleDepth
@@ -295,6 +275,31 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
             take(static_cast<int>(blocks), false, plan.tiles - tiles, tiles);
         }
     }
+}
+
+// How a row of the table would run a problem.
+inline Plan planned(const Row& row, const Problem& p, const Card& card) {
+    Plan plan{row, 1, false, 1, 0, 0, 1, 0};
+    if (row.family == Family::kFew) {
+        // 4, 2 or 1 tiles of 8 rows at a time: the most that keeps the blocks' shares even.
+        const int64_t all = over(p.n, 8);
+        int64_t best = INT64_MAX;
+        for (const int tiles : {4, 2, 1}) {
+            const int64_t groups = over(all, tiles), rounds = over(groups, card.multiprocessors) * tiles;
+            if (rounds < best) {
+                best = rounds;
+                plan.row_tiles = tiles;
+                plan.tiles = groups;
+            }
+        }
+        return plan;
+    }
+    if (row.family == Family::kFloats) {
+        plan.tiles = over(p.m, 64) * over(p.columns(), 64);
+        return plan;
+    }
+    plan.tiles = over(p.m, row.rows) * over(p.columns(), row.columns);
+    if (!row.forced && plan.tiles > 0) share_tiles(plan, p, card);
     return plan;
 }
 

@@ -230,17 +230,28 @@ inline size_t shared_limit(int device) {
     return static_cast<size_t>(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device));
 }
 
-// Lets a kernel have more than 48 KiB of shared memory on the current device. It asks for all there is, not for what
-// one launch needs: the setting belongs to the kernel, and another thread may be about to launch it with more. Set once
-// for each kernel, which saves half a microsecond a launch; two kernels that share a slot evict each other.
-inline void allow_all_shared(const void* kernel, int device) {
+// Sets an attribute of a kernel on the current device, always to the same value. Set once for each kernel, which saves
+// half a microsecond a launch; two kernels that share a slot evict each other.
+template <cudaFuncAttribute kAttribute>
+void set_once(const void* kernel, int device, int value) {
     static std::atomic<const void*> known[64][64] = {};
     const size_t at = reinterpret_cast<uintptr_t>(kernel) / 16 * 0x9e3779b1u % (size_t{1} << 32) >> 26;
     std::atomic<const void*>* const slot = device >= 0 && device < 64 ? &known[device][at] : nullptr;
     if (slot && slot->load(std::memory_order_acquire) == kernel) return;
-    QLK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared_limit(device))));
+    QLK_CUDA(cudaFuncSetAttribute(kernel, kAttribute, value));
     if (slot) slot->store(kernel, std::memory_order_release);
+}
+
+// Lets a kernel have more than 48 KiB of shared memory. It asks for all there is, not for what one launch needs: the
+// setting belongs to the kernel, and another thread may be about to launch it with more.
+inline void allow_all_shared(const void* kernel, int device) {
+    set_once<cudaFuncAttributeMaxDynamicSharedMemorySize>(kernel, device, static_cast<int>(shared_limit(device)));
+}
+
+// Makes a multiprocessor give as much of its L1 to shared memory as it can while this kernel runs on it. Blocks of
+// kernels that ask for different carve-outs are never on a multiprocessor together.
+inline void prefer_all_shared(const void* kernel, int device) {
+    set_once<cudaFuncAttributePreferredSharedMemoryCarveout>(kernel, device, cudaSharedmemCarveoutMaxShared);
 }
 
 // Whether the driver supports early launches, in graphs too: since CUDA 12.4.

@@ -6,6 +6,7 @@
 #include "cuda/common/dispatch.h"
 #include "cuda/common/splits.h"
 #include "cuda/linear/adapters.cuh"
+#include "cuda/linear/overlap.h"
 
 namespace qlk::cuda {
 namespace {
@@ -130,8 +131,8 @@ void down_launch(AdapterArguments<T> a, const Card& card, void* scratch, const S
     a.rank_tiles = plan.rank_tiles;
     a.splits = {reinterpret_cast<float4*>(room + plan.ticket_bytes), reinterpret_cast<unsigned long long*>(room),
                 plan.splits > 1 ? next_launch() : 0, plan.splits};
-    launch(adapter_down_kernel<T, Traits>, plan.row_tiles * plan.splits * plan.rank_tiles, Traits::kThreads,
-           shape.shared, stream, a, start);
+    launch_overlapping(adapter_down_kernel<T, Traits>, plan.row_tiles * plan.splits * plan.rank_tiles, Traits::kThreads,
+                       shape.shared, stream, a, start);
 }
 
 // Launches u or v alone, if the card can run it.
@@ -204,8 +205,8 @@ bool gradient_launch(AdapterArguments<T> a, const Card& card, void* scratch, con
                static_cast<int64_t>(plan.column_splits) * a.row_splits * plan.rank_tiles, Traits::kThreads,
                shape.shared, stream, a);
         if (fours > 0) {
-            launch(adapter_sum_kernel<T>, parts_of(fours, kAdapterSumThreads), kAdapterSumThreads, 0, stream, sum,
-                   last);
+            launch_overlapping(adapter_sum_kernel<T>, parts_of(fours, kAdapterSumThreads), kAdapterSumThreads, 0,
+                               stream, sum, last);
         }
     }
     return true;

@@ -9,6 +9,7 @@
 #include "cuda/linear/mma/rows8.cuh"
 #include "cuda/linear/mma/tiles.cuh"
 #include "cuda/linear/narrow.cuh"
+#include "cuda/linear/overlap.h"
 #include "cuda/linear/simt/layer_products.cuh"
 #include "cuda/linear/wgmma/warpgroups.cuh"
 #include "philox.h"
@@ -88,8 +89,8 @@ Splits splits_of(const Plan& plan, void* scratch) {
 template <class T, bool kBackward, int kRows, int kColumns, int kWarpsDown, int kStages>
 void gemm_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
     using Traits = GemmTraits<T, kBackward, kRows, kColumns, kWarpsDown, kStages>;
-    launch(gemm_kernel<T, Traits>, plan.blocks(), Traits::kThreads, sizeof(typename Traits::Shared), stream, a, start,
-           plan.blocks_of_cluster());
+    launch_overlapping(gemm_kernel<T, Traits>, plan.blocks(), Traits::kThreads, sizeof(typename Traits::Shared), stream,
+                       a, start, plan.blocks_of_cluster());
 }
 
 template <class T>
@@ -109,16 +110,16 @@ void few_launch(const GemmArguments<T>& a, const Plan& plan, int multiprocessors
                               a.left_aligned,
                               a.r % 4 == 0 && lies_on(a.low_left, 8) && lies_on(a.low_right, 8)};
     const auto kernel = a.weight.absmax ? few_kernel<T, false> : few_kernel<T, true>;
-    launch(kernel, std::min<int64_t>(plan.tiles, multiprocessors), FewTraits::kThreads, few_shared(a.m, a.k), stream,
-           few, start);
+    launch_overlapping(kernel, std::min<int64_t>(plan.tiles, multiprocessors), FewTraits::kThreads,
+                       few_shared(a.m, a.k), stream, few, start);
 }
 
 template <class T, int kRows>
 void middle_launch(const GemmArguments<T>& a, const Plan& plan, const Stream& stream, Start start) {
     using Nested = MiddleTraits<T, kRows, true>;
     const auto kernel = a.weight.absmax ? middle_kernel<T, MiddleTraits<T, kRows, false>> : middle_kernel<T, Nested>;
-    launch(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start,
-           plan.blocks_of_cluster());
+    launch_overlapping(kernel, plan.blocks(), Nested::kThreads, sizeof(typename Nested::Shared), stream, a, start,
+                       plan.blocks_of_cluster());
 }
 
 template <class T, int kRows>

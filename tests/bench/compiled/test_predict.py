@@ -300,7 +300,7 @@ def test_more_work_takes_no_less_time(card, backward):
                     assert less[key] <= more[key], (m, name, key)
     # Twice the columns are nearly always cut another way.
     assert min(compared["m"], compared["depth"]) > 0, compared
-    assert sum(compared.values()) >= 10, compared
+    assert sum(compared.values()) >= 8, compared
 
 
 def test_one_tile_more_than_sms_is_shared_in_a_second_wave():

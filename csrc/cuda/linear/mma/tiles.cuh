@@ -29,44 +29,60 @@
 
 namespace qlk::cuda {
 
-// One block's tile, or its parts of one or more. Tiles with a block of their own come first, then the shared ones.
-// Tiles go down the rows first, so that those running together share weights in L2.
+// A block's part of a tile. Tiles with a block of their own come first, then the shared ones. Tiles go down the rows
+// first, so that those running together share weights in L2.
 template <class T, class Traits>
-QLK_DEVICE void gemm_tiles(const GemmArguments<T>& a) {
-    auto& shared = shared_memory<typename Traits::Shared>();
-    const auto share = [&]() -> Share {
+struct TilePart {
+    int64_t first_row, first_column;
+    int first_step, end;
+
+    QLK_DEVICE static bool alone(const GemmArguments<T>& a) {
+        return opaque(blockIdx.x) < static_cast<unsigned>(a.splits.whole);
+    }
+    QLK_DEVICE static Share share(const GemmArguments<T>& a) {
         const unsigned depth = opaque(static_cast<unsigned>(Traits::kBackward ? a.n : a.k));
         return {a.splits, (depth + Traits::kDepth - 1) / Traits::kDepth};
-    };
-    const auto alone = [&] { return opaque(blockIdx.x) < static_cast<unsigned>(a.splits.whole); };
-    unsigned tile = alone() || !Traits::kCuts ? 0 : share().first_tile();
+    }
+
+    // tile: its number among those that the block shares.
+    QLK_DEVICE static TilePart of(const GemmArguments<T>& a, unsigned tile) {
+        const bool whole = alone(a);
+        const unsigned number = whole ? blockIdx.x : static_cast<unsigned>(a.splits.whole) + share(a).number(tile);
+        const unsigned down = (opaque(static_cast<unsigned>(a.m)) + Traits::kRows - 1) / Traits::kRows;
+        return {static_cast<int64_t>(number % down) * Traits::kRows,
+                static_cast<int64_t>(number / down) * Traits::kColumns,
+                whole ? 0 : static_cast<int>(share(a).from(tile)),
+                static_cast<int>(whole ? share(a).steps : share(a).to(tile))};
+    }
+};
+
+// All tiles, or parts of tiles, of one block.
+template <class T, class Traits>
+QLK_DEVICE void gemm_tiles(const GemmArguments<T>& a) {
+    using Part = TilePart<T, Traits>;
+    auto& shared = shared_memory<typename Traits::Shared>();
+    unsigned tile = Part::alone(a) || !Traits::kCuts ? 0 : Part::share(a).first_tile();
 #pragma unroll 1
     do {
-        // Computed again behind the main loop, which has no registers for it.
-        const auto place = [&](int64_t& first_row, int64_t& first_column) {
-            const unsigned number = alone() ? opaque(blockIdx.x) : a.splits.whole + share().number(opaque(tile));
-            const unsigned down = (opaque(static_cast<unsigned>(a.m)) + Traits::kRows - 1) / Traits::kRows;
-            first_row = static_cast<int64_t>(number % down) * Traits::kRows;
-            first_column = static_cast<int64_t>(number / down) * Traits::kColumns;
-        };
-        const int first_step = alone() ? 0 : static_cast<int>(share().from(tile));
-        const int end = static_cast<int>(alone() ? share().steps : share().to(tile));
-        int64_t first_row, first_column;
-        place(first_row, first_column);
+        const Part part = Part::of(a, tile);
         Gemm<T, Traits> gemm{a,
                              shared.loop,
-                             first_row,
-                             first_column,
+                             part.first_row,
+                             part.first_column,
                              Traits::kBackward ? a.n : a.k,
-                             first_step,
-                             end - first_step,
+                             part.first_step,
+                             part.end - part.first_step,
                              a.weight.absmax ? 0.0f : load_global(a.weight.nested_offset),
                              static_cast<int>(threadIdx.x),
                              static_cast<int>(threadIdx.x % 32),
                              static_cast<int>(threadIdx.x / 32),
                              {}};
         gemm.run();
-        place(gemm.first_row, gemm.first_column);
+        // Computed again: the main loop has no registers for it.
+        const Part again = Part::of(a, tile);
+        gemm.first_row = again.first_row;
+        gemm.first_column = again.first_column;
+        gemm.first_step = again.first_step;
         gemm.finish();
         gemm.add_slices(shared.sums);
         if constexpr (kClusters && Traits::kColumns == 128) {
@@ -74,13 +90,13 @@ QLK_DEVICE void gemm_tiles(const GemmArguments<T>& a) {
         }
         // There is a barrier before the word is written, and another before the results are.
         using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
-        if (alone() || share().template add<Traits::kThreads>(tile, reinterpret_cast<Sums&>(gemm.sum),
-                                                              reinterpret_cast<int*>(&shared))) {
+        if (Part::alone(a) || Part::share(a).template add<Traits::kThreads>(tile, reinterpret_cast<Sums&>(gemm.sum),
+                                                                            reinterpret_cast<int*>(&shared))) {
             gemm.store(shared.out);
         }
         if constexpr (!Traits::kCuts) return;
         __syncthreads();  // results and the word have been read; the next tile's operands take their place
-    } while (Traits::kCuts && !alone() && share().reaches(++tile));
+    } while (Traits::kCuts && !Part::alone(a) && Part::share(a).reaches(++tile));
 }
 
 // Grid: Plan::blocks() blocks. Dynamic shared memory: sizeof(Traits::Shared).
