@@ -48,7 +48,7 @@ struct Problem {
 
 enum class Family {
     kFew,     // rows8.cuh: up to 8 rows of x; codes looked up in shared memory, products on tensor cores
-    kMiddle,  // rows64.cuh: the same for up to 64 rows (32 with 99 KiB of shared memory), x in pieces
+    kMiddle,  // rows64.cuh: the same for up to 64 rows, x in pieces
     kTiles,   // tiles.cuh: a tile of rows x columns for each block
     kFloats,  // product.cuh: float32 units, for whatever the others don't take
 };
@@ -71,8 +71,8 @@ constexpr Row kDispatch[] = {
     {"few", Family::kFew, 8, 8, 4, 4, 80, 80, false},
     {"middle8", Family::kMiddle, 8, 128, 2, 8, 80, 80, false},
     {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80, false},
-    {"middle32", Family::kMiddle, 32, 128, 2, 32, 80, 80, false},
-    {"middle64", Family::kMiddle, 64, 128, 2, 64, 80, 80, false},
+    // Up to 64 rows are two tiles, whose sums one block would have no registers for: every weight is decoded twice.
+    {"middle32", Family::kMiddle, 32, 128, 2, 64, 80, 80, false},
     {"tiles16", Family::kTiles, 16, 128, 4, 16, 80, 75, false},
     {"tiles32", Family::kTiles, 32, 128, 4, 32, 80, 75, false},
     {"tiles64", Family::kTiles, 64, 128, 4, 64, 80, 75, false},
@@ -106,15 +106,12 @@ constexpr size_t few_shared(int64_t m, int64_t k) {
 }
 
 // Shared memory of rows64.cuh: the same table, with x or the sums of four slices in its gaps, 128 bytes for a row of x,
-// slice and buffer; constants of eight warps, their table, and a word. At 64 rows there are twice as many gaps.
+// slice and buffer; constants of eight warps, their table, their mean and a word.
 constexpr int kMiddleDepth = 4 * kBlock;
 constexpr int64_t kMiddleLongest = int64_t{1} << 27;  // eight rows of x stay within 2^32 bytes
 constexpr int middle_rows_at_once(int rows) { return rows > 16 ? rows / 2 : rows; }
 constexpr int middle_buffers(int rows) { return rows > 16 ? 2 : 4; }
-constexpr int middle_pair_rows(int rows) { return rows > 32 ? 512 : 256; }
-constexpr size_t middle_shared(int rows) {
-    return static_cast<size_t>(middle_pair_rows(rows)) * 256 + 8 * 4 * 64 * 4 + 256 * 4 + 16;
-}
+constexpr size_t kMiddleShared = 65536 + 8 * 4 * 64 * 4 + 256 * 4 + 16;
 
 struct Plan {
     Row row;
@@ -153,7 +150,7 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
         return nullptr;
     }
     const size_t shared =
-        row.family == Family::kMiddle ? middle_shared(row.rows) : tiles_shared(row.rows, row.columns, row.stages);
+        row.family == Family::kMiddle ? kMiddleShared : tiles_shared(row.rows, row.columns, row.stages);
     return shared > card.shared_bytes ? "its stages do not fit into shared memory" : nullptr;
 }
 
