@@ -23,7 +23,7 @@ FORCED = "QLORA_KERNELS_CUDA_KERNEL"
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 #: The rows of the dispatch table but "floats", which takes whatever these refuse.
-FEW_ROWS = ("few", "middle8", "middle16", "middle32", "middle64")
+FEW_ROWS = ("few", "middle8", "middle16", "middle32")
 TILES = ("tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide", "tiles32any")
 #: A kernel in `nm --demangle`: its address, its name, and the template's arguments.
 SYMBOL = re.compile(r"^([0-9a-f]+) [tTwW] (?:void )?qlk::cuda::(\w+_kernel)(<.*>)?\([^()]*\)$", re.MULTILINE)

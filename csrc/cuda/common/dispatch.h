@@ -94,8 +94,8 @@ constexpr size_t tiles_shared(int rows, int columns, int stages) {
 }
 
 // Shared memory of rows8.cuh: two levels for each byte, for 32 lanes, with a gap of 128 bytes behind each; the table of
-// constants; two groups' partial sums. x takes 128 bytes for each row and block of 64 columns, its rows padded to 128: in
-// the gaps, or elsewhere if there are too few.
+// constants; two groups' partial sums. x takes 128 bytes for each row and block of 64 columns, its rows padded to 128:
+// in the gaps, or elsewhere if there are too few.
 constexpr int kFewWarps = 16;
 constexpr size_t few_x_bytes(int64_t m, int64_t k) {
     const int64_t units = (k + 127) / 128 * 2 * m;

@@ -37,11 +37,15 @@ template <class T, int kRows_, bool kNested_>
 struct MiddleTraits {
     static constexpr bool kNested = kNested_;
     static constexpr int kRows = kRows_, kColumns = 128, kThreads = 256;
-    static constexpr int kSlices = 4, kGroups = 2;  // warps along K, and across the columns
+    static constexpr int kSlices = 4, kGroups = 2;   // warps along K, and across the columns
     static constexpr int kDepth = kSlices * kBlock;  // of a step
     static constexpr int kPair = kGroups * 32;       // threads that share x
     static constexpr int kPeriod = 4;                // steps whose constants are decoded together
-    static constexpr int kAhead = 2;                 // steps whose codes are under way
+    // Steps whose codes are under way. With 32 rows a second step takes all registers, which the compiler manages for
+    // sm_80 and sm_90. On cards with 99 KiB of shared memory these rows keep the tensor cores busy for longer than a
+    // load takes.
+    static constexpr bool kRoomy = kRows <= 16 || kArchitecture <= 80 || kArchitecture == 90;
+    static constexpr int kAhead = kRoomy ? 2 : 1;
     static constexpr int kBuffers = middle_buffers(kRows);  // of x
     static_assert(sizeof(T) == 2 && kRows % 8 == 0);
     static_assert(kGroups * 64 == kColumns && kGroups * kSlices * 32 == kThreads);
@@ -62,9 +66,9 @@ struct MiddleTraits {
 // One thread's state and work for one tile. Traits: MiddleTraits.
 template <class T, class Traits>
 struct Middle {
-    static constexpr int kTiles = Traits::kRows / 8;  // 8 rows of x each
+    static constexpr int kTiles = Traits::kRows / 8;   // 8 rows of x each
     static constexpr bool kLazy = Traits::kRows > 16;  // compute addresses where they are needed: registers are short
-    static constexpr int kOwn = 8;                                                     // rows of W that a lane decodes
+    static constexpr int kOwn = 8;                     // rows of W that a lane decodes
     static constexpr int kSums = Traits::kRows * Traits::kColumns / Traits::kThreads;  // that a thread stores
 
     const GemmArguments<T>& a;
@@ -123,8 +127,8 @@ struct Middle {
         const unsigned within_k = (blocks + Traits::kSlices - 1 - slice) / Traits::kSlices;
         end = min(share().to(tile), within_k);
         const int row = self % Traits::kPair / 8, column = group * 64 + lane / 4 * 8;
-        x_next = a.left + (first_row() + row) * a.k + static_cast<int64_t>(first) * Traits::kDepth +
-                 slice * kBlock + piece_at(row, self % 8) * 8;
+        x_next = a.left + (first_row() + row) * a.k + static_cast<int64_t>(first) * Traits::kDepth + slice * kBlock +
+                 piece_at(row, self % 8) * 8;
         const int64_t rows_left = a.m - first_row() - row, columns_left = a.n - first_column() - column;
         x_rows = static_cast<int>((rows_left + 7) / 8);
         codes_next = a.weight.packed + (first_column() + column) * (a.k / 2) +
@@ -269,8 +273,8 @@ struct Middle {
     QLK_DEVICE void multiply(unsigned step, uint2 (&codes)[kOwn], At at, bool more) {
         constexpr int kRow = sizeof(PairRow) / sizeof(uint4);
         const uint4* const x_from = x_row(step, lane / 4)->room;
-        const float2* const constants = reinterpret_cast<const float2*>(
-            shared.constants[self / 32][step % Traits::kPeriod] + lane / 4 * 8);
+        const float2* const constants =
+            reinterpret_cast<const float2*>(shared.constants[self / 32][step % Traits::kPeriod] + lane / 4 * 8);
         uint4 x[2][kTiles];  // two halves of the block
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

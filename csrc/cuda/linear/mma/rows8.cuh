@@ -7,7 +7,8 @@
 //     block    16 warps; takes groups of 1, 2 or 4 times 16 rows of W, one group after the other
 //     warp     16 rows of W, and every slices-th chunk of 128 columns, two blocks
 //     product  W is the left operand, 16 x 16, and x the right one, 16 x 8
-//     lane     with g = lane / 4 and t = lane % 4: 8 bytes, codes 16t to 16t + 15, of each block of rows g and g + 8, in
+//     lane     with g = lane / 4 and t = lane % 4: 8 bytes, codes 16t to 16t + 15, of each block of rows g and g + 8,
+//     in
 //              the order in which they lie in memory. x is laid out once in the same order
 //     constant a lane decodes that of one row and block; the four lanes that need it get it through shuffles
 //     ahead    kAhead chunks of codes under way in registers, across groups
@@ -127,8 +128,7 @@ struct Few {
 
     QLK_DEVICE float constant(const Codes& c) const {
         if constexpr (!kNested) return pair_constant<T>(__uint_as_float(c.constant));
-        return pair_constant<T>(
-            __fadd_rn(__fmul_rn(load_shared(shared.constants + c.constant), c.nested), offset));
+        return pair_constant<T>(__fadd_rn(__fmul_rn(load_shared(shared.constants + c.constant), c.nested), offset));
     }
 
     // Slot of a 16-byte piece of x in its unit: 8 of a lane's 16 columns of a block. Odd rows swap halves, so that two
@@ -296,21 +296,20 @@ __global__ void __launch_bounds__(FewTraits::kThreads, 1) few_kernel(const __gri
     const int chunks = static_cast<int>((a.k + FewTraits::kChunk - 1) / FewTraits::kChunk);
     unsigned char* const behind = reinterpret_cast<unsigned char*>(&shared + 1);
     const bool in_gaps = a.x_bytes == 0;
-    Few<T, kNested> few{
-        a,
-        shared,
-        in_gaps ? reinterpret_cast<unsigned char*>(shared.rows[0].room) : behind,
-        in_gaps ? static_cast<int>(sizeof(PairRow)) : 128,
-        reinterpret_cast<float*>(behind + a.x_bytes),
-        a.row_tiles * 16 + 4,  // puts the rows of a warp's sums in different banks
-        self,
-        self % 32,
-        warp,
-        slices,
-        warp / a.row_tiles,
-        warp % a.row_tiles,
-        chunks,
-        kNested ? load_global(a.weight.nested_offset) : 0.0f};
+    Few<T, kNested> few{a,
+                        shared,
+                        in_gaps ? reinterpret_cast<unsigned char*>(shared.rows[0].room) : behind,
+                        in_gaps ? static_cast<int>(sizeof(PairRow)) : 128,
+                        reinterpret_cast<float*>(behind + a.x_bytes),
+                        a.row_tiles * 16 + 4,  // puts the rows of a warp's sums in different banks
+                        self,
+                        self % 32,
+                        warp,
+                        slices,
+                        warp / a.row_tiles,
+                        warp % a.row_tiles,
+                        chunks,
+                        kNested ? load_global(a.weight.nested_offset) : 0.0f};
     few.run();
 }
 
