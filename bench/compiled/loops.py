@@ -58,7 +58,7 @@ class Kind:
         every: a thread decodes in one of this many steps; computed from the same numbers as ``copies``.
         copies: how many copies a thread issues in an inner loop in a step, on average, from the numbers among the
             template arguments.
-        unrolled: steps in an iteration of the loop, from the same numbers.
+        products: HMMA of a step, from the same numbers, where an iteration of the loop may have several steps.
         seldom: in how many of the steps it runs what an iteration may skip and what leads to no product.
     """
 
@@ -66,7 +66,7 @@ class Kind:
     weights: int | Callable[[list[int]], int]
     every: Callable[[list[int]], int] = lambda numbers: 1
     copies: Callable[[list[int]], float] = lambda numbers: 1.0
-    unrolled: Callable[[list[int]], int] = lambda numbers: 1
+    products: Callable[[list[int]], int] | None = None
     seldom: float = 1.0
 
 
@@ -230,7 +230,8 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
         return None
     decoding &= main.blocks
     times, team = _times(graph, main, decoding, kind, numbers)
-    unrolled = kind.unrolled(numbers)
+    products = sum(graph.blocks[start].count("HMMA") for start in times)
+    unrolled = max(1, products // kind.products(numbers)) if kind.products else 1
     times = {start: count / unrolled for start, count in times.items()}
     between = _between_products([graph.blocks[start] for start in times])
     counts = dict.fromkeys(_ALL, 0.0)

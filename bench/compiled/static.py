@@ -58,10 +58,10 @@ LOOPS = {
     # A step is two chunks, and a thread has 64 weights of each. FFMA applies constants to sums. What runs without
     # products only loads, where a warp has no chunk left.
     "few_kernel": loops.Kind(decode=("PRMT", "=LDS", "FFMA"), weights=2 * 64, seldom=0.0),
-    # 16 weights of each of eight rows; two steps an iteration. What an iteration may skip decodes the constants of four
-    # steps, in one of two ways; both are counted.
+    # 16 weights of each of eight rows; numbers[0] is the rows of x. What an iteration may skip decodes the constants of
+    # four steps, in one of two ways; both are counted.
     "middle_kernel": loops.Kind(
-        decode=("PRMT", "=LDS", "FFMA"), weights=8 * 16, unrolled=lambda numbers: 2, seldom=1 / 4
+        decode=("PRMT", "=LDS", "FFMA"), weights=8 * 16, products=lambda numbers: 2 * numbers[0], seldom=1 / 4
     ),
     # A step is a block of 64 in depth: 32 weights. An iteration has eight of them, and for more rows (numbers[0]) four.
     "warpgroup_kernel": loops.Kind(

@@ -22,7 +22,7 @@ def test_a_kernel_can_be_forced(monkeypatch):
 
     used = {}
     tiles = ("tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide")
-    for name in ("few", "middle8", "middle16", "middle32", "middle64", *tiles, "floats"):
+    for name in ("few", "middle8", "middle16", "middle32", *tiles, "floats"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", name)
         with emulated():
             module().reset_counters()
@@ -30,7 +30,7 @@ def test_a_kernel_can_be_forced(monkeypatch):
             used[name] = counters()["instructions"].get("mma", 0)
     assert used["few"] < used["tiles16"] < used["tiles32"] < used["tiles64"] < used["tiles128"] == used["tiles128x3"]
     assert used["tiles128wide"] == 2 * used["tiles128"]
-    assert [used[f"middle{rows}"] for rows in (16, 32, 64)] == [used[f"tiles{rows}"] for rows in (16, 32, 64)]
+    assert [used[f"middle{rows}"] for rows in (16, 32)] == [used[f"tiles{rows}"] for rows in (16, 32)]
     assert used["floats"] == 0
     with emulated(), pytest.raises(RuntimeError, match="names no kernel; there are few, middle8"):
         monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "fast")
@@ -47,7 +47,7 @@ def test_a_kernel_can_be_forced(monkeypatch):
 #: Those that fit the 99 KiB of sm_86, sm_89 and sm_120; those that fit the 64 KiB of sm_75; the others.
 FIT_99 = {"few", "middle8", "middle16", "middle32", "tiles64", "tiles128x3"}
 FIT_64 = {"tiles16", "tiles32", "tiles32any"}
-FIT_163 = {"middle64", "tiles128", "tiles128wide"}
+FIT_163 = {"tiles128", "tiles128wide"}
 
 
 @pytest.mark.parametrize(

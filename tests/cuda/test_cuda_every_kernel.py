@@ -21,7 +21,7 @@ FORCED = "QLORA_KERNELS_CUDA_KERNEL"
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 #: The rows of the dispatch table but "floats", which takes whatever these refuse.
-FEW_ROWS = ("few", "middle8", "middle16", "middle32", "middle64")
+FEW_ROWS = ("few", "middle8", "middle16", "middle32")
 TILES = ("tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide", "tiles32any")
 
 

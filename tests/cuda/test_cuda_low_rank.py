@@ -13,7 +13,7 @@ from qlora_kernels import ops, quantize
 
 FORCED = "QLORA_KERNELS_CUDA_KERNEL"
 #: Kernels of y with rows of x that each takes, and of dx.
-FORWARD = {"few": 3, "middle8": 7, "middle16": 16, "middle32": 20, "middle64": 50}
+FORWARD = {"few": 3, "middle8": 7, "middle16": 16, "middle32": 20}
 TILES = {"tiles16": 13, "tiles32": 30, "tiles64": 60, "tiles128": 129, "tiles128x3": 70, "tiles128wide": 129}
 DTYPES = (torch.bfloat16, torch.float16)
 #: Ranks: copied 16 bytes at a time, with and without a part of 16; odd; more than one step of 64; the largest.

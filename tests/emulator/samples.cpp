@@ -262,7 +262,7 @@ void early(Arguments a) {
 
 const Sample kSamples[] = {
     {"early", early<Fault::kNone>, make_between<>},
-    {"early with another carve-out", early<Fault::kNone>, make_between<>, 100},
+    {"early with another carve-out", early<Fault::kNone>, make_between<>, false, 100},
     {"early behind one that does not let it", early<Fault::kNone>, make_between<false>},
     {"early without a wait", early<Fault::kNoWait>, make_between<>},
     {"early of which a thread ends", early<Fault::kEnds>, make_between<>},

@@ -53,7 +53,7 @@ struct Problem {
 
 enum class Family {
     kFew,        // rows8.cuh: up to 8 rows of x; codes looked up in shared memory, products on tensor cores
-    kMiddle,     // rows64.cuh: the same for up to 64 rows (32 with 99 KiB of shared memory), x in pieces
+    kMiddle,     // rows64.cuh: the same for up to 64 rows, x in pieces
     kTiles,      // tiles.cuh: a tile of rows x columns for each block
     kWarpgroup,  // warpgroups.cuh: the same on Hopper's own products, codes looked up in shared memory
     kFloats,     // product.cuh: float32 units, for whatever the others don't take
@@ -82,8 +82,8 @@ constexpr Row kDispatch[] = {
     {"warpgroup128", Family::kWarpgroup, 128, 128, 4, kAnyRows, 90, 90, false},
     {"middle8", Family::kMiddle, 8, 128, 2, 8, 80, 80, false},
     {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80, false},
-    {"middle32", Family::kMiddle, 32, 128, 2, 32, 80, 80, false},
-    {"middle64", Family::kMiddle, 64, 128, 2, 64, 80, 80, false},
+    // Up to 64 rows are two tiles, whose sums one block would have no registers for: every weight is decoded twice.
+    {"middle32", Family::kMiddle, 32, 128, 2, 64, 80, 80, false},
     {"tiles16", Family::kTiles, 16, 128, 4, 16, 80, 75, false},
     {"tiles32", Family::kTiles, 32, 128, 4, 32, 80, 75, false},
     {"tiles64", Family::kTiles, 64, 128, 4, 64, 80, 75, false},
@@ -117,15 +117,12 @@ constexpr size_t few_shared(int64_t m, int64_t k) {
 }
 
 // Shared memory of rows64.cuh: the same table, with x or the sums of four slices in its gaps, 128 bytes for a row of x,
-// slice and buffer; constants of eight warps, their table, and a word. At 64 rows there are twice as many gaps.
+// slice and buffer; constants of eight warps, their table, their mean and a word.
 constexpr int kMiddleDepth = 4 * kBlock;
 constexpr int64_t kMiddleLongest = int64_t{1} << 27;  // eight rows of x stay within 2^32 bytes
 constexpr int middle_rows_at_once(int rows) { return rows > 16 ? rows / 2 : rows; }
 constexpr int middle_buffers(int rows) { return rows > 16 ? 2 : 4; }
-constexpr int middle_pair_rows(int rows) { return rows > 32 ? 512 : 256; }
-constexpr size_t middle_shared(int rows) {
-    return static_cast<size_t>(middle_pair_rows(rows)) * 256 + 8 * 4 * 64 * 4 + 256 * 4 + 16;
-}
+constexpr size_t kMiddleShared = 65536 + 8 * 4 * 64 * 4 + 256 * 4 + 16;
 
 // warpgroups.cuh: the depth of a step; blocks of W in a stage of x; and shared memory: 64 KiB for a step's stages and
 // the rest; two levels for each byte, for 32 lanes, in rows twice as long; above 64 rows the stages, 64 KiB, behind it.
@@ -174,7 +171,7 @@ inline const char* refusal(const Row& row, const Problem& p, const Card& card) {
         if (few_shared(p.m, p.k) > card.shared_bytes) return "x does not fit into shared memory";
         return nullptr;
     }
-    const size_t shared = row.family == Family::kMiddle      ? middle_shared(row.rows)
+    const size_t shared = row.family == Family::kMiddle      ? kMiddleShared
                           : row.family == Family::kWarpgroup ? warpgroup_shared(row.rows)
                                                              : tiles_shared(row.rows, row.columns, row.stages);
     return shared > card.shared_bytes ? "its stages do not fit into shared memory" : nullptr;
@@ -227,7 +224,8 @@ inline int64_t clusters_at_once(int64_t size, int64_t multiprocessors, int64_t b
 // many rows.
 constexpr bool cut_anywhere(int rows, int columns) { return rows >= 128 && columns == 128; }
 
-// Chooses how blocks share the tiles of rows64.cuh, warpgroups.cuh or tiles.cuh: as tiles whose depth is split, or cut anywhere.
+// Chooses how blocks share the tiles of rows64.cuh, warpgroups.cuh or tiles.cuh: as tiles whose depth is split, or cut
+// anywhere.
 inline void share_tiles(Plan& plan, const Problem& p, const Card& card) {
     const Row& row = plan.row;
     const bool middle = row.family == Family::kMiddle || row.family == Family::kWarpgroup;

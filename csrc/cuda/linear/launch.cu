@@ -167,7 +167,6 @@ bool gemm(GemmArguments<T> a, const Plan& p, const Card& card, void* scratch, co
                     case 8: middle_launch<T, 8>(a, p, stream, start); return true;
                     case 16: middle_launch<T, 16>(a, p, stream, start); return true;
                     case 32: middle_launch<T, 32>(a, p, stream, start); return true;
-                    case 64: middle_launch<T, 64>(a, p, stream, start); return true;
                 }
             }
             QLK_CHECK(false, std::string("no instantiation of ") + p.row.name);

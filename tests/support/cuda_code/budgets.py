@@ -102,29 +102,26 @@ BUDGETS = {
     "quantize_kernel<bf16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<fp16>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
     "quantize_kernel<float>": Budget(1280, 4160, _QUANTIZE, loads_128=2),
-    # 16 warps, whose codes of four chunks are under way: 32 KiB. Shared memory: the table, and x at M = 8, K = 4096. A
-    # turn is four chunks of eight products; 2.5 slots a weight, and four constants. 2.2 would take a table of finished
-    # pairs, which the rounding of each weight forbids (rows8.cuh).
+    # 16 warps, whose codes of two chunks are under way: 32 KiB. Shared memory: the table, and x at M = 8, K = 4096. A
+    # turn is two chunks of eight products; one slot a weight, the constants' look-ups, and one FFMA for eight weights.
     "few_kernel<*>": Budget(
         512,
-        148 * 1024,
-        "one block: codes of four chunks under way, 28 registers",
+        149 * 1024,
+        "one block: codes of two chunks under way, 20 registers, and 32 addresses or pairs of levels",
         loads_128=1,
-        loop=LoopBudget(32, outside=180, slots=2.6),
-        least_shared=66 * 1024 + 3 * 256,  # M = 1, K = 64
+        loop=LoopBudget(16, outside=160, slots=1.2),
+        least_shared=65 * 1024 + 10 * 256,  # M = 1, K = 64
     ),
-    # Shared memory: the table, and two stages of x and of constants. A step is 64 columns by 64 of K for a warp. One of
-    # eight weights is decoded in registers, which takes more instructions and none of shared memory's clocks; at 64
-    # rows its 16 numbers are made twice a step.
-    "middle_kernel<*, MiddleTraits<*, 64, *>>": Budget(
+    # Shared memory: the table with x in its gaps, and constants. A step is 64 columns by 64 of K for a warp: one slot a
+    # weight, the constants' look-ups, and 1/8 FFMA for each 8 rows of x.
+    "middle_kernel<*, MiddleTraits<*, 32, *>>": Budget(
         256,
-        133 * 1024,
-        "one block: 128 sums a thread, 16 registers of codes of this step and of the next, 32 of x",
-        loop=LoopBudget(128, 300, 3.0),
+        74 * 1024,
+        "one block: 64 sums a thread, 32 registers of x, as many of codes of two steps, 12 of constants under way",
+        loop=LoopBudget(64, 200, 1.7),
     ),
-    "middle_kernel<*, MiddleTraits<*, 32, *>>": Budget(256, 101 * 1024, _MIDDLE, loop=LoopBudget(64, 240, 2.7)),
-    "middle_kernel<*, MiddleTraits<*, 16, *>>": Budget(256, 85 * 1024, _MIDDLE, loop=LoopBudget(32, 210, 2.7)),
-    "middle_kernel<*, MiddleTraits<*, 8, *>>": Budget(256, 80 * 1024, _MIDDLE, loop=LoopBudget(16, 200, 2.7)),
+    "middle_kernel<*, MiddleTraits<*, 16, *>>": Budget(256, 74 * 1024, _MIDDLE, loop=LoopBudget(32, 175, 1.4)),
+    "middle_kernel<*, MiddleTraits<*, 8, *>>": Budget(256, 74 * 1024, _MIDDLE, loop=LoopBudget(16, 160, 1.3)),
     # Shared memory: the stages of operands, and two of decoded weights.
     "gemm_kernel<*, GemmTraits<*, 128, 256, 2, 4>>": Budget(
         256, 160 * 1024, "one block: 128 sums a thread", loop=LoopBudget(128, outside=260)

@@ -31,17 +31,21 @@
 namespace qlk::cuda {
 
 // T: bf16 or fp16.
-// kRows_: rows of x in a tile, 8 to 64.
+// kRows_: rows of x in a tile, 8 to 32.
 // kNested_: the constants are double-quantized.
 template <class T, int kRows_, bool kNested_>
 struct MiddleTraits {
     static constexpr bool kNested = kNested_;
     static constexpr int kRows = kRows_, kColumns = 128, kThreads = 256;
-    static constexpr int kSlices = 4, kGroups = 2;          // warps along K, and across the columns
-    static constexpr int kDepth = kSlices * kBlock;         // of a step
-    static constexpr int kPair = kGroups * 32;              // threads that share x
-    static constexpr int kPeriod = 4;                       // steps whose constants are decoded together
-    static constexpr int kAhead = kRows > 32 ? 1 : 2;       // steps whose codes are under way
+    static constexpr int kSlices = 4, kGroups = 2;   // warps along K, and across the columns
+    static constexpr int kDepth = kSlices * kBlock;  // of a step
+    static constexpr int kPair = kGroups * 32;       // threads that share x
+    static constexpr int kPeriod = 4;                // steps whose constants are decoded together
+    // Steps whose codes are under way. With 32 rows a second step takes all registers, which the compiler manages for
+    // sm_80 and sm_90. On cards with 99 KiB of shared memory these rows keep the tensor cores busy for longer than a
+    // load takes.
+    static constexpr bool kRoomy = kRows <= 16 || kArchitecture <= 80 || kArchitecture == 90;
+    static constexpr int kAhead = kRoomy ? 2 : 1;
     static constexpr int kBuffers = middle_buffers(kRows);  // of x
     static_assert(sizeof(T) == 2 && kRows % 8 == 0);
     static_assert(kGroups * 64 == kColumns && kGroups * kSlices * 32 == kThreads);
@@ -49,33 +53,29 @@ struct MiddleTraits {
     static constexpr int kRowsAtOnce = middle_rows_at_once(kRows);  // whose sums the slices add in one go
     struct Shared {
         // The table; in the room beside it x, 128 bytes a row, buffer and slice, or the slices' sums.
-        PairRow rows[middle_pair_rows(kRows)];
+        PairRow rows[256];
         float constants[kThreads / 32][kPeriod][64];  // of each warp's rows of W
         float nested_table[kNestedBlock];
         float offset;  // mean of the constants, when they are double-quantized
         int word;      // for Share::add
     };
-    static_assert(sizeof(Shared) == middle_shared(kRows));
-    static constexpr int kRoom = sizeof(Shared::rows) / sizeof(PairRow);
-    static_assert(kBuffers * kSlices * kRows <= kRoom && kSlices * kRowsAtOnce * 4 <= kRoom);
+    static_assert(sizeof(Shared) == kMiddleShared);
+    static_assert(kBuffers * kSlices * kRows <= 256 && kSlices * kRowsAtOnce * 4 <= 256);
 };
 
 // One thread's state and work for one tile. Traits: MiddleTraits.
 template <class T, class Traits>
 struct Middle {
-    static constexpr int kTiles = Traits::kRows / 8;  // 8 rows of x each
-    // With 64 rows of x there are registers for x of half a block only, so the constants are applied to halves.
-    static constexpr int kParts = Traits::kRows > 32 ? 2 : 1;
-    // Where registers are short: addresses are computed where they are needed, and constants are not loaded ahead.
-    static constexpr bool kLazy = Traits::kRows > 16, kLazyConstants = Traits::kRows > 32;
-    static constexpr int kOwn = 8;                                                     // rows of W that a lane decodes
+    static constexpr int kTiles = Traits::kRows / 8;   // 8 rows of x each
+    static constexpr bool kLazy = Traits::kRows > 16;  // compute addresses where they are needed: registers are short
+    static constexpr int kOwn = 8;                     // rows of W that a lane decodes
     static constexpr int kSums = Traits::kRows * Traits::kColumns / Traits::kThreads;  // that a thread stores
 
     const GemmArguments<T>& a;
     typename Traits::Shared& shared;
     unsigned tile;                    // its number among the tiles that this block shares
     unsigned tile_down, tile_across;  // its place in the result, in tiles
-    unsigned first_step, steps;       // this warp's part of K, in steps of kDepth
+    unsigned first, end;              // this warp's part of K, in steps of kDepth: from first to before end
     unsigned blocks;                  // in a row of W
     int self, lane, slice, group;  // thread in the block, lane in the warp; the warp's slice of K and group of columns
     float sum[kTiles][kOwn / 2][4];
@@ -121,19 +121,18 @@ struct Middle {
     // Sets the running addresses to this block's first step.
     QLK_DEVICE void start() {
         locate();
-        first_step = share().from(tile);
+        first = share().from(tile);
         blocks = static_cast<unsigned>(a.k / kBlock);
         // In the last step of a tile a slice may lie past K.
         const unsigned within_k = (blocks + Traits::kSlices - 1 - slice) / Traits::kSlices;
-        const unsigned end = min(share().to(tile), within_k);
-        steps = end > first_step ? end - first_step : 0;
+        end = min(share().to(tile), within_k);
         const int row = self % Traits::kPair / 8, column = group * 64 + lane / 4 * 8;
-        x_next = a.left + (first_row() + row) * a.k + static_cast<int64_t>(first_step) * Traits::kDepth +
-                 slice * kBlock + piece_at(row, self % 8) * 8;
+        x_next = a.left + (first_row() + row) * a.k + static_cast<int64_t>(first) * Traits::kDepth + slice * kBlock +
+                 piece_at(row, self % 8) * 8;
         const int64_t rows_left = a.m - first_row() - row, columns_left = a.n - first_column() - column;
         x_rows = static_cast<int>((rows_left + 7) / 8);
         codes_next = a.weight.packed + (first_column() + column) * (a.k / 2) +
-                     (static_cast<int64_t>(first_step) * Traits::kSlices + slice) * (kBlock / 2) + lane % 4 * 8;
+                     (static_cast<int64_t>(first) * Traits::kSlices + slice) * (kBlock / 2) + lane % 4 * 8;
         codes_apart = opaque(static_cast<uint32_t>(a.k / 2));
         last = static_cast<int>(columns_left > kOwn ? kOwn : columns_left) - 1;
 #pragma unroll
@@ -151,7 +150,7 @@ struct Middle {
     // stored.
     QLK_DEVICE void copy_x(unsigned step) {
         const int row = self % Traits::kPair / 8;
-        const int rows = step < steps ? x_rows : 0;
+        const int rows = step < end ? x_rows : 0;
         PairRow* const to = x_row(step, row);
         const unsigned char* const from = reinterpret_cast<const unsigned char*>(x_next);
         const uint32_t apart = static_cast<uint32_t>(a.k) * 8 * sizeof(T);
@@ -173,8 +172,8 @@ struct Middle {
     // Constants on their way: two rows of W, and in each this warp's blocks of a period's four steps, four blocks
     // apart. Rows past the end of W take the last row's.
     struct Constants {
-        uint4 codes[2];      // of each step; without double quantization, the constants' bits
-        float nested[2][2];  // nested_absmax of the first step's and of the last step's block
+        uint4 codes[2];   // of each step; without double quantization, the constants' bits
+        float nested[2];  // nested_absmax of the first step's block
     };
 
     // Whether a period's 16 blocks in a row are 16 aligned bytes, of one group.
@@ -186,14 +185,14 @@ struct Middle {
     // period: number of steps / kPeriod.
     QLK_DEVICE Constants fetch_constants(unsigned period) const {
         Constants c{};
-        const unsigned first = period * (Traits::kPeriod * Traits::kSlices);
-        if (first + slice >= blocks) return c;
+        const unsigned in_row = period * (Traits::kPeriod * Traits::kSlices);
+        if (in_row + slice >= blocks) return c;
         if (constants_aligned()) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const uint32_t block = constants_of[i] + first;
+                const uint32_t block = constants_of[i] + in_row;
                 c.codes[i] = load_global(reinterpret_cast<const uint4*>(a.weight.absmax_code + block));
-                c.nested[i][0] = load_global(a.weight.nested_absmax + block / kNestedBlock);
+                c.nested[i] = load_global(a.weight.nested_absmax + block / kNestedBlock);
             }
             return c;
         }
@@ -202,7 +201,7 @@ struct Middle {
             uint32_t* const to[4] = {&c.codes[i].x, &c.codes[i].y, &c.codes[i].z, &c.codes[i].w};
 #pragma unroll
             for (int q = 0; q < Traits::kPeriod; ++q) {
-                const unsigned at = first + q * Traits::kSlices + slice;
+                const unsigned at = in_row + q * Traits::kSlices + slice;
                 if (at >= blocks) continue;
                 if constexpr (Traits::kNested) {
                     *to[q] = load_global(a.weight.absmax_code + constants_of[i] + at);
@@ -211,9 +210,7 @@ struct Middle {
                 }
             }
             if constexpr (Traits::kNested) {
-                const unsigned end = min(first + (Traits::kPeriod - 1) * Traits::kSlices + slice, blocks - 1);
-                c.nested[i][0] = load_global(a.weight.nested_absmax + (constants_of[i] + first + slice) / kNestedBlock);
-                c.nested[i][1] = load_global(a.weight.nested_absmax + (constants_of[i] + end) / kNestedBlock);
+                c.nested[i] = load_global(a.weight.nested_absmax + (constants_of[i] + in_row + slice) / kNestedBlock);
             }
         }
         return c;
@@ -227,14 +224,18 @@ struct Middle {
         if (constants_aligned()) {
             each_constant(c, [&](int i, int, uint32_t code) {
                 const float entry = table_entry(prmt(code, 0, 0x4440 | slice));
-                return __fadd_rn(__fmul_rn(entry, c.nested[i][0]), offset);
+                return __fadd_rn(__fmul_rn(entry, c.nested[i]), offset);
             });
         } else {
             each_constant(c, [&](int i, int q, uint32_t code) {
                 if (!Traits::kNested) return __uint_as_float(code);
-                const uint32_t first = constants_of[i] + period * (Traits::kPeriod * Traits::kSlices) + slice;
-                const bool crossed = (first + q * Traits::kSlices) / kNestedBlock != first / kNestedBlock;
-                const float nested = crossed ? c.nested[i][1] : c.nested[i][0];
+                const unsigned in_row = period * (Traits::kPeriod * Traits::kSlices) + slice;
+                const uint32_t of_block = (constants_of[i] + in_row + q * Traits::kSlices) / kNestedBlock;
+                float nested = c.nested[i];
+                // The next group begins in this period.
+                if (of_block != (constants_of[i] + in_row) / kNestedBlock && in_row + q * Traits::kSlices < blocks) {
+                    nested = load_global(a.weight.nested_absmax + of_block);
+                }
                 return __fadd_rn(__fmul_rn(table_entry(code), nested), offset);
             });
         }
@@ -270,45 +271,39 @@ struct Middle {
     // sum += W x for a step, and loads codes from at(row) in place of those that were used, if there are more.
     template <class At>
     QLK_DEVICE void multiply(unsigned step, uint2 (&codes)[kOwn], At at, bool more) {
-        constexpr int kHalves = 2 / kParts, kRow = sizeof(PairRow) / sizeof(uint4);
+        constexpr int kRow = sizeof(PairRow) / sizeof(uint4);
         const uint4* const x_from = x_row(step, lane / 4)->room;
-        const float2* const constants = reinterpret_cast<const float2*>(
-            shared.constants[self / 32][(first_step + step) % Traits::kPeriod] + lane / 4 * 8);
+        const float2* const constants =
+            reinterpret_cast<const float2*>(shared.constants[self / 32][step % Traits::kPeriod] + lane / 4 * 8);
+        uint4 x[2][kTiles];  // two halves of the block
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-            uint4 x[kHalves][kTiles];
+        for (int half = 0; half < 2; ++half) {
+            const uint4* const from = x_from + piece_slot(lane / 4, half, lane % 4);
 #pragma unroll
-            for (int h = 0; h < kHalves; ++h) {
-                const uint4* const from = x_from + piece_slot(lane / 4, part + h, lane % 4);
+            for (int i = 0; i < kTiles; ++i) x[half][i] = load_shared(from + i * 8 * kRow);
+        }
 #pragma unroll
-                for (int i = 0; i < kTiles; ++i) x[h][i] = load_shared(from + i * 8 * kRow);
+        for (int j = 0; j < kOwn; j += 2) {
+            uint32_t low[2][4], high[2][4];
+            left(codes[j].x, codes[j + 1].x, low[0], high[0]);
+            left(codes[j].y, codes[j + 1].y, low[1], high[1]);
+            if (more) {
+                codes[j] = ld_global_once_8(at(j));
+                codes[j + 1] = ld_global_once_8(at(j + 1));
             }
+            const float2 absmax = load_shared(constants + j / 2);
 #pragma unroll
-            for (int j = 0; j < kOwn; j += 2) {
-                uint32_t low[kHalves][4], high[kHalves][4];
+            for (int i = 0; i < kTiles; ++i) {
+                float products[4] = {};
 #pragma unroll
-                for (int h = 0; h < kHalves; ++h) {
-                    const uint2 &first = codes[j], &second = codes[j + 1];
-                    left(part + h ? first.y : first.x, part + h ? second.y : second.x, low[h], high[h]);
+                for (int half = 0; half < 2; ++half) {
+                    mma_16x8x16<T>(products, low[half], x[half][i].x, x[half][i].y);
+                    mma_16x8x16<T>(products, high[half], x[half][i].z, x[half][i].w);
                 }
-                if (part + 1 == kParts && more) {
-                    codes[j] = ld_global_once_8(at(j));
-                    codes[j + 1] = ld_global_once_8(at(j + 1));
-                }
-                const float2 absmax = load_shared(constants + j / 2);
 #pragma unroll
-                for (int i = 0; i < kTiles; ++i) {
-                    float products[4] = {};
-#pragma unroll
-                    for (int h = 0; h < kHalves; ++h) {
-                        mma_16x8x16<T>(products, low[h], x[h][i].x, x[h][i].y);
-                        mma_16x8x16<T>(products, high[h], x[h][i].z, x[h][i].w);
-                    }
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        float& to = sum[i][j / 2][e];
-                        to = __fmaf_rn(e < 2 ? absmax.x : absmax.y, products[e], to);
-                    }
+                for (int e = 0; e < 4; ++e) {
+                    float& to = sum[i][j / 2][e];
+                    to = __fmaf_rn(e < 2 ? absmax.x : absmax.y, products[e], to);
                 }
             }
         }
@@ -338,8 +333,8 @@ struct Middle {
         }
     }
 
-    // All of the tile's sums, a slice of K in each warp. first: of this block's tiles, so the tables are still missing.
-    QLK_DEVICE void run(bool first) {
+    // All of the tile's sums, a slice of K in each warp. begins: with this tile, so the tables are still missing.
+    QLK_DEVICE void run(bool begins) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -355,14 +350,13 @@ struct Middle {
         for (int j = 0; j < kOwn; ++j) {
 #pragma unroll
             for (unsigned i = 0; i < Traits::kAhead; ++i) {
-                if (i < steps && last >= 0) codes[i][j] = ld_global_once_8(codes_at(j) + i * kStepBytes);
+                if (first + i < end && last >= 0) codes[i][j] = ld_global_once_8(codes_at(j) + i * kStepBytes);
             }
         }
-        unsigned period = first_step / Traits::kPeriod;
-        Constants constants = fetch_constants(period);
+        Constants constants = fetch_constants(first / Traits::kPeriod);
 #pragma unroll
-        for (unsigned i = 0; i < Traits::kBuffers - 1; ++i) copy_x(i);
-        if (first) {
+        for (unsigned i = 0; i < Traits::kBuffers - 1; ++i) copy_x(first + i);
+        if (begins) {
             fill_pairs<T, Traits::kThreads>(shared_memory<typename Traits::Shared>().rows, a.weight.levels, self);
             if constexpr (Traits::kNested) {
                 store_shared(shared.nested_table + self, load_global(a.weight.nested_table + self));
@@ -370,10 +364,10 @@ struct Middle {
             }
         }
         __syncthreads();
-        store_constants(period++, constants);
-        if (!kLazyConstants) constants = fetch_constants(period);
+        store_constants(first / Traits::kPeriod, constants);
+        constants = fetch_constants(first / Traits::kPeriod + 1);
 #pragma unroll 1
-        for (unsigned from = 0; from < steps; from += Traits::kAhead) {
+        for (unsigned from = first; from < end; from += Traits::kAhead) {
             codes_next += Traits::kAhead * kStepBytes;
             const uint8_t* rows[kOwn];
 #pragma unroll
@@ -381,19 +375,19 @@ struct Middle {
 #pragma unroll
             for (unsigned i = 0; i < Traits::kAhead; ++i) {
                 const unsigned step = from + i;
-                if (step >= steps) break;
+                if (step >= end) break;
                 cp_async_wait<Traits::kBuffers - 2>();
                 // Now this step's x and constants are there for both warps of the pair, and both have done the step
                 // before. Other warps are not waited for.
                 bar_sync(1 + slice, Traits::kPair);
                 copy_x(step + Traits::kBuffers - 1);
                 const auto at = [&](int j) { return (kLazy ? codes_at(j) : rows[j]) + i * kStepBytes; };
-                multiply(step, codes[i], at, step + Traits::kAhead < steps && last >= 0);
-                if ((first_step + step + 1) % Traits::kPeriod == 0 && step + 1 < steps) {
+                multiply(step, codes[i], at, step + Traits::kAhead < end && last >= 0);
+                const unsigned period = (step + 1) / Traits::kPeriod;
+                if ((step + 1) % Traits::kPeriod == 0 && step + 1 < end) {
                     __syncwarp();  // all lanes have read the old ones
-                    if (kLazyConstants) constants = fetch_constants(period);
-                    store_constants(period++, constants);
-                    if (!kLazyConstants) constants = fetch_constants(period);
+                    store_constants(period, constants);
+                    constants = fetch_constants(period + 1);
                 }
             }
         }
