@@ -82,8 +82,11 @@ QLK_DEVICE void gemm_tile(const GemmArguments<T>& a) {
     gemm.add_slices(shared.sums);
     // There is a barrier before the word is written, and another before the results are.
     using Sums = float[sizeof(gemm.sum) / sizeof(float) / Traits::kSlices];
-    if (!alone && !add_splits<Traits::kThreads>(a.splits, tile - a.splits.whole, split,
-                                                reinterpret_cast<Sums&>(gemm.sum), reinterpret_cast<int*>(&shared))) {
+    const unsigned first_part = (tile - a.splits.whole) * count;
+    if (!alone && !add_parts_of<Traits::kThreads>(
+                      a.splits, tile - a.splits.whole, split, static_cast<int>(count),
+                      [&](int part) { return static_cast<int64_t>(first_part + part); },
+                      reinterpret_cast<Sums&>(gemm.sum), reinterpret_cast<int*>(&shared))) {
         return;
     }
     gemm.store(shared.out);
