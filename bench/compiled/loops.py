@@ -174,6 +174,7 @@ class Step:
         counts: instructions by class: the values of CLASSES, "decode" and "other".
         slots_per_weight: instructions that decode, for each weight that a thread decodes.
         parts: the same instructions by part of the step: PARTS.
+        alone_ldsm: loads of operands (LDSM) that lie before the first product after a barrier, or after the last one.
         decode_beside: which share of the decoding lies between products.
     """
 
@@ -181,10 +182,11 @@ class Step:
     slots_per_weight: float
     parts: dict[str, Pipes]
     decode_beside: float
+    alone_ldsm: float
 
     @classmethod
     def nothing(cls) -> Step:
-        return cls(dict.fromkeys(_ALL, 0.0), 0.0, {part: Pipes() for part in PARTS}, 0.0)
+        return cls(dict.fromkeys(_ALL, 0.0), 0.0, {part: Pipes() for part in PARTS}, 0.0, 0.0)
 
     @property
     def total(self) -> float:
@@ -208,19 +210,15 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
         kind: what to look for.
         numbers: those among the kernel's template arguments, in their order.
     """
-    graph = Graph(function)
-    decoding = {start for start, block in graph.blocks.items() if block.count("PRMT") >= _DECODES}
-    multiplying = {start for start, block in graph.blocks.items() if block.count("HMMA")}
-    main = next((loop for loop in graph.loops if loop.blocks & decoding and loop.blocks & multiplying), None)
-    if main is None:
+    found = _main_loop(function, kind, numbers)
+    if found is None:
         return None
-    decoding &= main.blocks
-    times, team = _times(graph, main, decoding, kind, numbers)
+    graph, decoding, times, team = found
     between = _between_products([graph.blocks[start] for start in times])
     counts = dict.fromkeys(_ALL, 0.0)
     parts = {part: Pipes() for part in PARTS}
     slots = 0
-    decoded_beside = 0.0
+    decoded_beside = alone_ldsm = 0.0
     padded = function.architecture.startswith("sm_12")
     for start, executions in times.items():
         instructions = graph.blocks[start].instructions
@@ -238,8 +236,47 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
                 counts["other" if one.predicate == "!PT" else CLASSES.get(one.name, "other")] += executions
             part = "decode" if decodes or start in team else "beside" if one.address in between else "alone"
             parts[part].add(one.name, executions)
+            alone_ldsm += executions * (part == "alone" and one.name == "LDSM")
     weights = kind.weights if isinstance(kind.weights, int) else kind.weights(numbers)
-    return Step(counts, slots / weights, parts, decoded_beside / counts["decode"])
+    return Step(counts, slots / weights, parts, decoded_beside / counts["decode"], alone_ldsm)
+
+
+def _main_loop(
+    function: sass.Function, kind: Kind, numbers: list[int]
+) -> tuple[Graph, set[int], dict[int, float], set[int]] | None:
+    """The graph, those blocks of the main loop that decode, and what _times says of them."""
+    graph = Graph(function)
+    decoding = {start for start, block in graph.blocks.items() if block.count("PRMT") >= _DECODES}
+    multiplying = {start for start, block in graph.blocks.items() if block.count("HMMA")}
+    main = next((loop for loop in graph.loops if loop.blocks & decoding and loop.blocks & multiplying), None)
+    if main is None:
+        return None
+    decoding &= main.blocks
+    return graph, decoding, *_times(graph, main, decoding, kind, numbers)
+
+
+def longest_run(function: sass.Function, kind: Kind, numbers: list[int]) -> int:
+    """How many products follow each other in a step, from a barrier to the next, without a PRMT or STS between them.
+
+    Args:
+        function, kind, numbers: as for step_of.
+    """
+    found = _main_loop(function, kind, numbers)
+    if found is None:
+        return 0
+    graph, _, times, _ = found
+    longest = run = 0
+    for one in _from_barrier([graph.blocks[start] for start in times]):
+        run = 0 if one.name in ("BAR", "PRMT", "STS") else run + (one.name == "HMMA")
+        longest = max(longest, run)
+    return longest
+
+
+def _from_barrier(blocks: list[Block]) -> list[sass.Instruction]:
+    """A loop's instructions from its last barrier on: what follows that goes on at the loop's beginning."""
+    code = [one for block in blocks for one in block.instructions]
+    barriers = [i for i, one in enumerate(code) if one.name == "BAR"]
+    return code[barriers[-1] :] + code[: barriers[-1]] if barriers else code
 
 
 def _between_products(blocks: list[Block]) -> set[int]:
@@ -248,12 +285,9 @@ def _between_products(blocks: list[Block]) -> set[int]:
     Args:
         blocks: of the loop, by address.
     """
-    code = [one for block in blocks for one in block.instructions]
-    barriers = [i for i, one in enumerate(code) if one.name == "BAR"]
-    if not barriers:
+    code = _from_barrier(blocks)
+    if code[0].name != "BAR":
         return {one.address for one in code}
-    # The stretch after the last barrier goes on at the loop's beginning.
-    code = code[barriers[-1] :] + code[: barriers[-1]]
     stretches: list[list[sass.Instruction]] = []
     for one in code:
         if one.name == "BAR":

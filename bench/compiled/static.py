@@ -188,6 +188,7 @@ def loop_figures(kernel: str, code: sass.Function) -> dict[str, float]:
         "slots_per_weight": step.slots_per_weight,
         **{f"{part}_{pipe}": count for part in loops.PARTS for pipe, count in vars(step.parts[part]).items()},
         "decode_beside": step.decode_beside,
+        "alone_ldsm": step.alone_ldsm,
     }
 
 
@@ -297,13 +298,13 @@ def markdown(result: dict[str, Any]) -> str:
             cells = (f"{row[key]:.2f}".rstrip("0").rstrip(".") for key in LOOP_COLUMNS)
             lines.append(f"| {row['kernel']} | {row['arch']} | {' | '.join(cells)} |")
     columns = {f"{part}_{pipe}": f"{part}, {word}" for part in loops.PARTS for pipe, word in PIPES.items()}
-    columns["decode_beside"] = "decode beside"
+    columns |= {"decode_beside": "decode beside", "alone_ldsm": "LDSM alone"}
     lines += [
         "\n## Main loops by pipe\n",
         "The same instructions by part of a step: `alone` before the first product after a barrier, or after the last,",
         "`beside` from the first product to the last, `decode` all decoding. ALU: integer and logic operations and",
-        "half of IMAD. FMA: float operations and the other half. The last column: the share of decoding that lies",
-        "between products.\n",
+        "half of IMAD. FMA: float operations and the other half. The last columns: the share of decoding that lies",
+        "between products; loads of operands that the first products wait for.\n",
         f"| kernel | arch | {' | '.join(columns.values())} |",
         f"|{'---|' * 2}{'---:|' * len(columns)}",
     ]
