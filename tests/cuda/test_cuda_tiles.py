@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import assert_within_contract, make_weight, relative_error
-from emulated import counted, counters, emulated, module
+from emulated import ROOT, counted, counters, emulated, module
 from engines import ORDERS
 
 from qlora_kernels import ops
@@ -158,6 +158,50 @@ def test_blocks_that_share_a_tile_add_up_in_one_order(case):
         )
     dense = turned.dequantize(torch.bfloat16)
     assert_within_contract(dx, dy @ dense, dy.double() @ dense.double(), f"{case} dx")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "backward", "aligned", "sectors"),
+    [
+        # Forward each of 8 warps has 16 rows of W, or 32 in the wide tile, and a sector of each in a request: one for 16
+        # of 64 steps, or one for each step where constants do not lie on 16 bytes.
+        ("tiles128", False, True, 8 * 16 * 4),
+        ("tiles128", False, False, 8 * 16 * 64),
+        ("tiles128wide", False, True, 8 * 32 * 4),
+        ("tiles128wide", False, False, 8 * 32 * 64),
+        # Backward each of 4 steps has 64 rows, and no two of them share a sector: a request of each row for each tile.
+        ("tiles128", True, True, 64 * 4 * 16),
+        ("tiles128wide", True, True, 64 * 4 * 8),
+    ],
+)
+def test_constants_come_in_few_sectors(monkeypatch, kernel, backward, aligned, sectors):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
+    n, k, m = (256, 2048, 7) if backward else (256 if kernel == "tiles128wide" else 128, 4096, 7)
+    weight = make_weight(n, k)
+    packed, absmax, *nested = weight.pieces
+    if not aligned:
+        absmax = torch.cat([absmax[:1], absmax])[1:]
+    pieces = (packed, absmax, *nested)
+    x = torch.randn(m, n if backward else k).bfloat16()
+    results = []
+
+    def call():
+        if backward:
+            dx, *_ = ops.linear_backward(x, *pieces, k, None, None, None, None, 1.0, 0.0, None, True, False, False)
+            results.append(dx)
+        else:
+            results.append(ops.linear_forward(x, *pieces, n, None, None, None, 1.0, 0.0, None)[0])
+
+    counts = counted(call)
+    source = (ROOT / "csrc/cuda/linear/mma/tiles_pipeline.cuh").read_text().splitlines()
+    touched = 0
+    for place, traffic in counts["global"].items():
+        name, line = place.split()[0].split(":")
+        if name.endswith("tiles_pipeline.cuh") and "absmax_code" in source[int(line) - 1]:
+            touched += traffic["actual"]
+    assert touched == sectors
+    dense = weight.dequantize(torch.bfloat16).double()
+    assert relative_error(results[0], x.double() @ (dense if backward else dense.T)) < 4e-3
 
 
 @pytest.mark.parametrize("kernel", ["tiles16", "tiles64", "tiles128", "tiles128wide"])
