@@ -1,7 +1,7 @@
 """Finds the main loop of a kernel that decodes and multiplies in its machine code, and counts what a step issues.
 
-The main loop is the innermost loop with both products (HMMA or HGMMA) and decoding; a step is one iteration. The count is what a warp
-issues in a step when all rows are aligned and no tile reaches past an edge:
+The main loop is the innermost loop with both products (HMMA or HGMMA) and decoding; a step is one iteration. The count
+is what a warp issues in a step when all rows are aligned and no tile reaches past an edge:
 
 - code that only some steps enter, such as one team's decoding, counts by its share of the steps;
 - an inner loop that copies counts as many iterations as the step's copies take;
@@ -185,6 +185,7 @@ class Step:
         counts: instructions by class: the values of CLASSES, "decode" and "other".
         slots_per_weight: instructions that decode, for each weight that a thread decodes.
         parts: the same instructions by part of the step: PARTS.
+        alone_ldsm: loads of operands (LDSM) that lie before the first product after a barrier, or after the last one.
         decode_beside: which share of the decoding lies between products.
     """
 
@@ -192,10 +193,11 @@ class Step:
     slots_per_weight: float
     parts: dict[str, Pipes]
     decode_beside: float
+    alone_ldsm: float
 
     @classmethod
     def nothing(cls) -> Step:
-        return cls(dict.fromkeys(_ALL, 0.0), 0.0, {part: Pipes() for part in PARTS}, 0.0)
+        return cls(dict.fromkeys(_ALL, 0.0), 0.0, {part: Pipes() for part in PARTS}, 0.0, 0.0)
 
     @property
     def total(self) -> float:
@@ -222,22 +224,15 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
         kind: what to look for.
         numbers: those among the kernel's template arguments, in their order.
     """
-    graph = Graph(function)
-    decoding = {start for start, block in graph.blocks.items() if block.count("PRMT") >= _DECODES}
-    multiplying = {start for start, block in graph.blocks.items() if any(block.count(name) for name in PRODUCTS)}
-    main = next((loop for loop in graph.loops if loop.blocks & decoding and loop.blocks & multiplying), None)
-    if main is None:
+    found = _main_loop(function, kind, numbers)
+    if found is None:
         return None
-    decoding &= main.blocks
-    times, team = _times(graph, main, decoding, kind, numbers)
-    products = sum(graph.blocks[start].count("HMMA") for start in times)
-    unrolled = max(1, products // kind.products(numbers)) if kind.products else 1
-    times = {start: count / unrolled for start, count in times.items()}
+    graph, decoding, times, team, unrolled = found
     between = _between_products([graph.blocks[start] for start in times])
     counts = dict.fromkeys(_ALL, 0.0)
     parts = {part: Pipes() for part in PARTS}
     slots = 0
-    decoded_beside = 0.0
+    decoded_beside = alone_ldsm = 0.0
     padded = function.architecture.startswith("sm_12")
     for start, executions in times.items():
         instructions = graph.blocks[start].instructions
@@ -255,8 +250,56 @@ def step_of(function: sass.Function, kind: Kind, numbers: list[int]) -> Step | N
                 counts["other" if one.predicate == "!PT" else CLASSES.get(one.name, "other")] += executions
             part = "decode" if decodes or start in team else "beside" if one.address in between else "alone"
             parts[part].add(one.name, executions)
+            alone_ldsm += executions * (part == "alone" and one.name == "LDSM")
     weights = kind.weights if isinstance(kind.weights, int) else kind.weights(numbers)
-    return Step(counts, slots / unrolled / weights, parts, decoded_beside / counts["decode"])
+    return Step(counts, slots / unrolled / weights, parts, decoded_beside / counts["decode"], alone_ldsm)
+
+
+def _main_loop(
+    function: sass.Function, kind: Kind, numbers: list[int]
+) -> tuple[Graph, set[int], dict[int, float], set[int], int] | None:
+    """The graph, those blocks of the main loop that decode, what _times says of them for a step, and the steps in an
+    iteration."""
+    graph = Graph(function)
+    decoding = {start for start, block in graph.blocks.items() if block.count("PRMT") >= _DECODES}
+    multiplying = {start for start, block in graph.blocks.items() if any(block.count(name) for name in PRODUCTS)}
+    main = next((loop for loop in graph.loops if loop.blocks & decoding and loop.blocks & multiplying), None)
+    if main is None:
+        return None
+    decoding &= main.blocks
+    times, team = _times(graph, main, decoding, kind, numbers)
+    products = sum(graph.blocks[start].count(name) for start in times for name in PRODUCTS)
+    unrolled = max(1, products // kind.products(numbers)) if kind.products else 1
+    return graph, decoding, {start: count / unrolled for start, count in times.items()}, team, unrolled
+
+
+def longest_run(function: sass.Function, kind: Kind, numbers: list[int]) -> int:
+    """How many products follow each other in a step, from a barrier to the next, without a PRMT or STS between them.
+
+    Args:
+        function, kind, numbers: as for step_of.
+    """
+    found = _main_loop(function, kind, numbers)
+    if found is None:
+        return 0
+    graph, _, times, _, _ = found
+    longest = run = 0
+    for one in _from_barrier([graph.blocks[start] for start in times]):
+        run = 0 if _is_barrier(one) or one.name in ("PRMT", "STS") else run + (one.name in PRODUCTS)
+        longest = max(longest, run)
+    return longest
+
+
+def _is_barrier(one: sass.Instruction) -> bool:
+    """Of all warps; one of a few has their number as an operand."""
+    return one.name == "BAR" and "," not in one.operands
+
+
+def _from_barrier(blocks: list[Block]) -> list[sass.Instruction]:
+    """A loop's instructions from its last barrier on: what follows that goes on at the loop's beginning."""
+    code = [one for block in blocks for one in block.instructions]
+    barriers = [i for i, one in enumerate(code) if _is_barrier(one)]
+    return code[barriers[-1] :] + code[: barriers[-1]] if barriers else code
 
 
 def _between_products(blocks: list[Block]) -> set[int]:
@@ -266,15 +309,12 @@ def _between_products(blocks: list[Block]) -> set[int]:
     Args:
         blocks: of the loop, by address.
     """
-    code = [one for block in blocks for one in block.instructions]
-    barriers = [i for i, one in enumerate(code) if one.name == "BAR" and "," not in one.operands]
-    if not barriers:
+    code = _from_barrier(blocks)
+    if not _is_barrier(code[0]):
         return {one.address for one in code}
-    # The stretch after the last barrier goes on at the loop's beginning.
-    code = code[barriers[-1] :] + code[: barriers[-1]]
     stretches: list[list[sass.Instruction]] = []
     for one in code:
-        if one.name == "BAR" and "," not in one.operands:
+        if _is_barrier(one):
             stretches.append([])
         stretches[-1].append(one)
     between = set()

@@ -17,6 +17,7 @@ from bench.compiled.terms import (
     BARRIER_CLOCKS,
     CLUSTER_US,
     EARLIER_TRIPS,
+    LDSM_CLOCKS,
     LOADED,
     LOOKUP_CLOCKS,
     MEMBAR_US,
@@ -119,7 +120,10 @@ def step_of(card: Card, launch: Launch, row: dict[str, Any]) -> Step:
         during["decode, then multiply"] = max(pipes(0, 0, 1).values()) + tensor / launch.teams
     if launch.in_turn:
         during["products, then their sums"] = _turn(row, tensor)
-    alone = max(before.values()) + (BARRIER_CLOCKS if row["alone_issue"] else 0)
+    barrier = (
+        (BARRIER_CLOCKS if row.get("alone_ldsm", 1.0) else BARRIER_CLOCKS - LDSM_CLOCKS) if row["alone_issue"] else 0
+    )
+    alone = max(before.values()) + barrier
     binds = max(during, key=lambda name: during[name])
     every = {name: before.get(name, 0.0) + during[name] for name in ("issue", "ALU", "FMA", "shared", "tensor")}
     return Step(alone, during[binds], binds, every)

@@ -63,10 +63,8 @@ LOOPS = {
     "middle_kernel": loops.Kind(
         decode=("PRMT", "=LDS", "FFMA"), weights=8 * 16, products=lambda numbers: 2 * numbers[0], seldom=1 / 4
     ),
-    # A step is a block of 64 in depth: 32 weights. An iteration has eight of them, and for more rows (numbers[0]) four.
-    "warpgroup_kernel": loops.Kind(
-        decode=("PRMT", "=LDS", "FFMA"), weights=32, unrolled=lambda numbers: 8 if numbers[0] <= 32 else 4
-    ),
+    # A step is a block of 64 in depth: 32 weights of a thread.
+    "warpgroup_kernel": loops.Kind(decode=("PRMT", "=LDS", "FFMA"), weights=32, products=lambda numbers: 4),
     # Of 256 threads each decodes half a block, or with 256 columns (numbers[1]) a whole one.
     "gemm_kernel": loops.Kind(
         decode=("PRMT", "LOP3", "SHF", "IMAD.SHL", "F2FP", "FMUL"),
@@ -197,6 +195,7 @@ def loop_figures(kernel: str, code: sass.Function) -> dict[str, float]:
         "slots_per_weight": step.slots_per_weight,
         **{f"{part}_{pipe}": count for part in loops.PARTS for pipe, count in vars(step.parts[part]).items()},
         "decode_beside": step.decode_beside,
+        "alone_ldsm": step.alone_ldsm,
     }
 
 
@@ -306,13 +305,13 @@ def markdown(result: dict[str, Any]) -> str:
             cells = (f"{row[key]:.2f}".rstrip("0").rstrip(".") for key in LOOP_COLUMNS)
             lines.append(f"| {row['kernel']} | {row['arch']} | {' | '.join(cells)} |")
     columns = {f"{part}_{pipe}": f"{part}, {word}" for part in loops.PARTS for pipe, word in PIPES.items()}
-    columns["decode_beside"] = "decode beside"
+    columns |= {"decode_beside": "decode beside", "alone_ldsm": "LDSM alone"}
     lines += [
         "\n## Main loops by pipe\n",
         "The same instructions by part of a step: `alone` before the first product after a barrier, or after the last,",
         "`beside` from the first product to the last, `decode` all decoding. ALU: integer and logic operations and",
-        "half of IMAD. FMA: float operations and the other half. The last column: the share of decoding that lies",
-        "between products.\n",
+        "half of IMAD. FMA: float operations and the other half. The last columns: the share of decoding that lies",
+        "between products; loads of operands that the first products wait for.\n",
         f"| kernel | arch | {' | '.join(columns.values())} |",
         f"|{'---|' * 2}{'---:|' * len(columns)}",
     ]

@@ -10,8 +10,9 @@ LABEL = "prediction, no card has shown this"
 ALU_LANES = 64
 #: A load under load takes this many times its latency.
 LOADED = 2.0
-#: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product.
-BARRIER_CLOCKS = 80
+#: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product. The second
+#: of these is left out where the first products have their operands in registers by then.
+BARRIER_CLOCKS, LDSM_CLOCKS = 80, 30
 #: Clocks of a load from shared memory.
 LOOKUP_CLOCKS = 30
 #: Passes of a constant load by lane: half of them read one address, half read 16. One clock each.
@@ -46,7 +47,10 @@ TERMS = {
     "RTX 3090, RTX 5090": (ASSUMED, "an RTX 4090's latency"),
     "sm_86, sm_89, sm_120": (ASSUMED, "the code of sm_80, where the static table lacks theirs"),
     "overlap": (ASSUMED, "perfect within a part of a step, none between parts; schedulers issue in every clock"),
-    "barrier": (ASSUMED, f"{BARRIER_CLOCKS} clocks until the tensor cores are busy again"),
+    "barrier": (
+        ASSUMED,
+        f"{BARRIER_CLOCKS} clocks until the tensor cores are busy again, {LDSM_CLOCKS} of them ldmatrix",
+    ),
     "warpgroups": (ASSUMED, "a warpgroup's products, waiting for them and scaling their sums come one after the other"),
     "latency": (ASSUMED, f"{LOADED:g} times the published one under load"),
     "fill": (ASSUMED, "loads that wait for each other, the table, the first decoding, one after the other"),

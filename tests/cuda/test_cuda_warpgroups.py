@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import assert_within_contract, make_weight, with_rounded_levels
-from emulated import counted, counters, emulated, lines, module
+from emulated import counters, emulated, module
 from engines import ORDERS
 
 from qlora_kernels import ops, quantize
-from qlora_kernels.native import extension
 
 FORCED = "QLORA_KERNELS_CUDA_KERNEL"
 

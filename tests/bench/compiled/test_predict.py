@@ -120,7 +120,7 @@ def test_chunks_beyond_the_depth_are_no_work():
 
 def test_the_wide_tile_moves_less_through_shared_memory():
     wide, narrow = (launch_of(H200, 4096, 4096, 4096, False, name) for name in ("tiles128wide", "tiles128"))
-    assert (wide.columns, wide.teams, narrow.columns, narrow.teams) == (256, 1, 128, 2)
+    assert (wide.columns, narrow.columns) == (256, 128)
     # Warps of 64 x 64 outputs, there by all of a step's depth, here by half of it.
     assert wide.shared_bytes == 128 * 128 + 2 * 256 * 32 + 256 * 128 + 8 * (64 + 64) * 128 == 192 * 1024
     assert narrow.shared_bytes == 128 * 128 + 2 * 128 * 32 + 128 * 128 + 8 * (64 + 64) * 64 == 104 * 1024
@@ -128,7 +128,8 @@ def test_the_wide_tile_moves_less_through_shared_memory():
 
 # ------------------------------------------------------------------------------------------------------------ a step
 
-#: What a warp issues in a step, as compiled when the audit counted clocks (sm_90a, nvcc 13.0.88).
+#: What a warp issued in a step when the audit counted clocks (sm_90a, nvcc 13.0.88). With 128 columns two teams of
+#: warps then took turns at decoding.
 _PARTS = ("alone_issue", "alone_alu", "alone_fma", "beside_issue", "beside_alu", "beside_fma")
 _PARTS += ("decode_issue", "decode_alu", "decode_fma", "decode_beside")
 AUDITED = {
@@ -138,7 +139,9 @@ AUDITED = {
 
 
 def audited(name: str, **changed) -> model.Step:
-    return model.step_of(H200, launch_of(H200, 4096, 4096, 4096, False, name), {**AUDITED[name], **changed})
+    launch = launch_of(H200, 4096, 4096, 4096, False, name)
+    launch = replace(launch, teams=256 // launch.columns)
+    return model.step_of(H200, launch, {**AUDITED[name], **changed})
 
 
 def test_a_step_takes_what_the_audit_counted():
@@ -184,6 +187,12 @@ def test_decoding_between_products_is_no_longer_alone():
     assert step.pipes == audited("tiles128wide").pipes
     # Then the wide tile is faster than two of 128 columns, and before it is slower.
     assert step.clocks < 2 * audited("tiles128").clocks < audited("tiles128wide").clocks
+
+
+def test_operands_that_wait_at_a_barrier_cost_no_time_after_it():
+    step = audited("tiles128wide", decode_beside=1.0)
+    assert step.alone - audited("tiles128wide", decode_beside=1.0, alone_ldsm=0.0).alone == terms.LDSM_CLOCKS == 30
+    assert audited("tiles128wide", decode_beside=1.0, alone_ldsm=5.0) == step
 
 
 # -------------------------------------------------------------------------------------------------------- the whole
@@ -393,9 +402,10 @@ def test_the_aims_have_a_column_for_each_card():
 
 
 def test_the_aims_name_the_faster_tile(rows):
-    """By the code that the audit counted, tiles of 128 columns are faster from M = 1024 on."""
-    for name, columns in (("tiles128wide", 256), ("tiles128", 128)):
-        rows[f"gemm_kernel<bf16, GemmTraits<bf16, false, 128, {columns}, 2, 4>>", "sm_90a"].update(AUDITED[name])
+    """Tiles of 128 columns would be faster from M = 1024 on if only they decoded between products."""
+    for name, columns, beside in (("tiles128wide", 256, 0.0), ("tiles128", 128, 1.0)):
+        row = rows[f"gemm_kernel<bf16, GemmTraits<bf16, false, 128, {columns}, 2, 4>>", "sm_90a"]
+        row.update(AUDITED[name], decode_beside=beside)
     for m in (1024, 2048, 4096):
         ratio = aims.wide_over_two(m, 14336, 4096)(H200)
         assert ratio is not None

@@ -299,13 +299,12 @@ struct Gemm {
     QLK_DEVICE void store(T* staged);
     QLK_DEVICE void add_cluster_and_store(float* whole);
 
-    // After which turn a step's other work is done. It is spread so that decoding lies between products, and that what
-    // was loaded has arrived.
-    static constexpr int kTableTurn = Traits::kRows >= 128 ? 1 : 0;
-    static constexpr int kFirstWord = kTurns > 4 ? kTableTurn + 2 : 0;
+    // After which turn a step's other work is done, so that decoding is spread among products and what was loaded has
+    // arrived. Chosen by what the compiler makes of them: it moves decoding up as far as it can.
+    static constexpr int kTableTurn = kTurns == 4 ? 0 : 1;
+    static_assert(kTurns == 4 || kTurns == 8 || kTurns == 16);
     QLK_DEVICE static int turn_of(int word) {
-        if (kTurns == 4) return word == 0 ? 0 : 1;
-        return kFirstWord + (2 * word * (kTurns - 1 - kFirstWord) + Traits::kWords) / (2 * Traits::kWords);
+        return kTurns == 4 ? (word == 0 ? 0 : 1) : kTurns == 8 ? 2 + word * 4 / 3 : 3 + (word * 3 + 1) / 2;
     }
 
     // A step: products from its stage and buffer, and between them what comes next. A card's tensor cores would wait
