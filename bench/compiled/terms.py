@@ -10,8 +10,8 @@ LABEL = "prediction, no card has shown this"
 ALU_LANES = 64
 #: A load under load takes this many times its latency.
 LOADED = 2.0
-#: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product. The second
-#: of these is left out where the first products have their operands in registers by then.
+#: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product. The
+#: second of these is left out where the first products have their operands in registers by then.
 BARRIER_CLOCKS, LDSM_CLOCKS = 80, 30
 #: Clocks of a load from shared memory.
 LOOKUP_CLOCKS = 30

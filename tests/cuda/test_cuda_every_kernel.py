@@ -22,6 +22,7 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 #: The rows of the dispatch table but "floats", which takes whatever these refuse.
 FEW_ROWS = ("few", "middle8", "middle16", "middle32")
+WARPGROUPS = ("warpgroup16", "warpgroup32", "warpgroup64", "warpgroup128")
 TILES = ("tiles16", "tiles32", "tiles64", "tiles128", "tiles128x3", "tiles128wide", "tiles32any")
 
 
@@ -70,7 +71,7 @@ def dequantization(monkeypatch):
 
 
 def few_and_middle_rows(monkeypatch):
-    for kernel in FEW_ROWS:
+    for kernel in (*FEW_ROWS, *WARPGROUPS):
         weight_of = {double_quant: make_weight(40, 192, double_quant) for double_quant in (True, False)}
         monkeypatch.setenv(FORCED, kernel)
         for weight in weight_of.values():
@@ -117,7 +118,7 @@ def optimizers(monkeypatch):
 CASES = {
     quantization: ("quantize_kernel", "absmax_sums_kernel", "quantize_absmax_kernel"),
     dequantization: ("dequantize_kernel",),
-    few_and_middle_rows: ("few_kernel", "middle_kernel"),
+    few_and_middle_rows: ("few_kernel", "middle_kernel", "warpgroup_kernel"),
     tiles: ("gemm_kernel",),
     adapters_on_tensor_cores: ("narrow_kernel", "adapter_down_kernel", "adapter_gradient_kernel", "adapter_sum_kernel"),
     products_on_float32_units: ("product_kernel",),
@@ -140,5 +141,5 @@ def test_every_kernel_and_row_of_the_sources_has_a_case():
     declared = re.findall(r"__global__[^{;]*?\b(\w+)\(const __grid_constant__", sources)
     assert len(declared) == sources.count("__global__")
     rows = re.findall(r'\{"(\w+)", Family::', (ROOT / "csrc/cuda/common/dispatch.h").read_text())
-    assert set(rows) == {*FEW_ROWS, *TILES, "floats"}
+    assert set(rows) == {*FEW_ROWS, *WARPGROUPS, *TILES, "floats"}
     assert set(declared) == {name for name, _ in instances().values()} == {k for names in CASES.values() for k in names}

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import assert_within_contract, make_weight, relative_error
+from contract import assert_within_contract, make_weight, references, relative_error
 from emulated import counted, emulated, lines
 from engines import ORDERS
 
 from qlora_kernels import ops
 
+FORCED = "QLORA_KERNELS_CUDA_KERNEL"
 
-def references(weight, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight rounded to a type, and in float64 the product with the weight that is not rounded."""
-    return weight.dequantize(dtype), x.double() @ weight.dequantize(torch.float32).double().T
+
+def middle_for(m: int) -> str:
+    """The kernel for so many rows where there is no wgmma."""
+    return f"middle{next(rows for rows in (8, 16, 32) if m <= rows or rows == 32)}"
 
 
 @pytest.mark.share(2)
@@ -29,7 +31,7 @@ def references(weight, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
     ],
 )
 def test_few_rows(cuda_engine, monkeypatch, n, dtype, double_quant):
-    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "few")  # more rows than the table would give it
+    monkeypatch.setenv(FORCED, "few")  # more rows than the table would give it
     # Groups of 4, 2 and 1 tiles of 8 rows of W; chunks of which a warp has none, one and several; x that lies on no 16
     # bytes; a rank that is no multiple of 4.
     for k, m, r, shift in (
@@ -79,8 +81,10 @@ MIDDLE = (
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("case", MIDDLE)
-def test_middle_rows(cuda_engine, case, double_quant):
+def test_middle_rows(cuda_engine, monkeypatch, case, double_quant):
     n, k, m, r, shift = case
+    if not shift:  # otherwise no such kernel takes it
+        monkeypatch.setenv(FORCED, middle_for(m))
     for dtype in (torch.bfloat16, torch.float16):
         assert_layers(n, k, m, r, shift, dtype, double_quant)
 
@@ -88,7 +92,7 @@ def test_middle_rows(cuda_engine, case, double_quant):
 @pytest.mark.parametrize("kernel", ["middle8", "middle16", "middle32"])
 def test_middle_rows_in_several_tiles(cuda_engine, monkeypatch, kernel):
     # More rows than the table would give it; two tiles across, of which the second has one column.
-    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
+    monkeypatch.setenv(FORCED, kernel)
     n, k, m = 129, 448, 70
     weight = make_weight(n, k)
     x = torch.randn(m, k).bfloat16()
@@ -103,6 +107,7 @@ def test_middle_rows_whenever_copies_land(monkeypatch):
     exact = weight.dequantize(torch.bfloat16).double()
     for m in (7, 12, 30, 64):
         x, results = torch.randn(m, k).bfloat16(), []
+        monkeypatch.setenv(FORCED, middle_for(m))
         for order, landing in zip(ORDERS, ("earliest", "latest", "random")):
             with emulated(order, landing, seed=3, multiprocessors=4):
                 results.append(ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)[0])
@@ -111,7 +116,8 @@ def test_middle_rows_whenever_copies_land(monkeypatch):
 
 
 @pytest.mark.parametrize("m", [8, 16, 32, 64])
-def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
+def test_middle_rows_read_the_weight_once_in_whole_sectors(m, monkeypatch):
+    monkeypatch.setenv(FORCED, middle_for(m))
     n, k = 256, 1024
     weight = make_weight(n, k)
     x = torch.randn(m, k).bfloat16()
@@ -141,7 +147,7 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m):
 
 
 def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
-    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "few")
+    monkeypatch.setenv(FORCED, "few")
     n, k, m = 256, 2048, 8
     weight = make_weight(n, k)
     x = torch.randn(m, k).bfloat16()

@@ -12,8 +12,8 @@ from qlora_kernels import ops, quantize
 
 FORCED = "QLORA_KERNELS_CUDA_KERNEL"
 
-#: N, K, M, rank. Columns: less than a tile, odd, several tiles. Blocks of 64 along K: one, and ends of every kind in the
-#: steps of four. Rows: one tile of 16, 32, 64, 128, all of it and less, and two of them.
+#: N, K, M, rank. Columns: less than a tile, odd, several tiles. Blocks of 64 along K: one, and ends of every kind in
+#: the steps of eight or four. Rows: one tile of 16, 32, 64, 128, all of it and less, and two of them.
 CASES = (
     (8, 64, 9, 0),
     (77, 576, 5, 9),

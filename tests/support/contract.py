@@ -17,9 +17,14 @@ def make_weight(n: int, k: int, double_quant: bool = True, dtype: torch.dtype = 
     return quantize(weight.to(dtype), double_quant)
 
 
+def references(weight, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight rounded to a type, and in float64 the product with the weight that is not rounded."""
+    return weight.dequantize(dtype), x.double() @ weight.dequantize(torch.float32).double().T
+
+
 def with_rounded_levels(weight, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as kernels multiply it that leave levels and constants apart (csrc/cuda/common/pairs.cuh): scaled levels
-    rounded to `dtype`, constants not rounded. float64 [n, k]."""
+    """The weight as kernels multiply it that leave levels and constants apart (csrc/cuda/common/pairs.cuh): scaled
+    levels rounded to `dtype`, constants not rounded. float64 [n, k]."""
     levels = torch.tensor(extension.native().nf4_levels(), dtype=torch.float64)
     scale = {torch.bfloat16: 1.43670654, torch.float16: 1.36619186}[dtype]
     codes = torch.stack([weight.pieces[0] >> 4, weight.pieces[0] & 15], -1).view(-1)[: weight.numel()]
