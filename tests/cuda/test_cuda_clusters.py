@@ -12,11 +12,19 @@ from engines import ORDERS
 from qlora_kernels import ops
 from qlora_kernels.native import extension
 
-#: M, N, K, multiprocessors, and how many blocks share a tile, some with a step more than others. All kernels and tiles
-#: that share; where the outputs cannot be dealt out evenly; the most blocks that a cluster has.
+FORCED = "QLORA_KERNELS_CUDA_KERNEL"
+#: M, N, K, multiprocessors, how many blocks share a tile, some with a step more than others, and the kernel. All kernels
+#: and tiles that share; where the outputs cannot be dealt out evenly; the most blocks that a cluster has.
 SHARED = (
-    *((20, 136, 832, 8, 2), (64, 128, 1344, 3, 3), (100, 136, 1600, 6, 3)),
-    *((5, 20, 4096, 8, 8), (12, 130, 2560, 12, 5)),
+    (20, 136, 832, 8, 2, "middle32"),
+    (64, 128, 1344, 6, 3, "middle32"),
+    (100, 136, 1600, 6, 3, "tiles128"),
+    (5, 20, 4096, 8, 8, "middle8"),
+    (12, 130, 2560, 12, 5, "middle16"),
+    (12, 130, 2560, 12, 5, "warpgroup16"),
+    (20, 136, 4096, 8, 4, "warpgroup32"),
+    (64, 128, 1344, 3, 3, "warpgroup64"),
+    (100, 136, 1600, 6, 3, "warpgroup128"),
 )
 #: The same for dx, whose depth is N.
 SHARED_BACKWARD = ((10, 1344, 128, 3, 2), (30, 1344, 64, 4, 2), (60, 1600, 136 // 64 * 64, 3, 3), (70, 1100, 128, 2, 2))
@@ -28,13 +36,14 @@ def dispatch(m, n, k, backward, architecture, multiprocessors):
 
 @pytest.mark.share(2)
 @pytest.mark.parametrize("case", SHARED)
-def test_blocks_that_share_a_tile_add_up_in_one_order(case):
-    m, n, k, multiprocessors, blocks = case
+def test_blocks_that_share_a_tile_add_up_in_one_order(case, monkeypatch):
+    m, n, k, multiprocessors, blocks, kernel = case
+    monkeypatch.setenv(FORCED, kernel)
     weight = make_weight(n, k)
-    dense = weight.dequantize(torch.bfloat16)
+    dense, unrounded = weight.dequantize(torch.bfloat16), weight.dequantize(torch.float32).double()
     x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
     bias, results = torch.randn(n), []
-    for architecture in (80, 90):
+    for architecture in (90,) if kernel.startswith("warpgroup") else (80, 90):
         plan = dispatch(m, n, k, False, architecture, multiprocessors)
         assert (plan["splits"], plan["cluster"], plan["scratch"] == 0) == (blocks, *[architecture == 90] * 2)
         for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
@@ -46,7 +55,7 @@ def test_blocks_that_share_a_tile_add_up_in_one_order(case):
                 assert (used.get("fence", 0) > 0, "barrier.cluster" in used) == (architecture == 80, architecture == 90)
                 results.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
     y, with_low_rank, u = results[0]
-    exact = x.double() @ dense.double().T
+    exact = x.double() @ unrounded.T
     assert_within_contract(y, x @ dense.T, exact, f"{case}")
     assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
     # Whoever adds the sums, the order is the same.
@@ -75,7 +84,8 @@ def test_blocks_that_share_a_tile_of_dx(case):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_a_tile_that_follows_whole_ones_is_shared_by_tickets():
+def test_a_tile_that_follows_whole_ones_is_shared_by_tickets(monkeypatch):
+    monkeypatch.setenv(FORCED, "tiles128")
     m, n, k, multiprocessors = 130, 136, 1088, 3  # four tiles; blocks that have one alone are in no cluster
     plan = dispatch(m, n, k, False, 90, multiprocessors)
     assert (plan["splits"], plan["cluster"], plan["whole_tiles"]) == (2, False, 3)
@@ -91,22 +101,35 @@ def test_a_tile_that_follows_whole_ones_is_shared_by_tickets():
 #: M, N, K, multiprocessors, architecture, and where the steps of all tiles are cut. Up to 64 rows: at 10, 20 and 30 of
 #: 5 times 8; at 15 of 3 times 10, so that a block has a tile and a half; at 10 and 21 of 2 times 16; at 12, 25, 38 and
 #: 51 of 2 times 32, up to three blocks to a tile.
-CUT_ANYWHERE = ((16, 520, 2048, 4, 90), (64, 260, 2560, 2, 90), (31, 136, 4096, 3, 80), (5, 136, 8192, 5, 80))
+CUT_ANYWHERE = (
+    (16, 520, 2048, 4, 90, "middle16"),
+    (32, 260, 2560, 2, 90, "middle32"),
+    (31, 136, 4096, 3, 80, "middle32"),
+    (5, 136, 8192, 5, 80, "middle8"),
+    (16, 520, 4096, 4, 90, "warpgroup16"),
+    (32, 260, 5120, 2, 90, "warpgroup32"),
+    (64, 260, 5120, 2, 90, "warpgroup64"),
+    (128, 260, 2560, 2, 90, "warpgroup128"),
+)
 
 
 #: The same with tiles of 128 rows, cut at 24 and 48 of 2 times 36 steps; before the second case's, three whole tiles.
-CUT_TILES = ((100, 136, 2304, 3, 80), pytest.param((600, 40, 2304, 3, 90), marks=pytest.mark.slow))
+CUT_TILES = (
+    (100, 136, 2304, 3, 80, "tiles128"),
+    pytest.param((600, 40, 2304, 3, 90, "tiles128"), marks=pytest.mark.slow),
+)
 
 
 @pytest.mark.share(2)
 @pytest.mark.parametrize("case", [*CUT_ANYWHERE, *CUT_TILES])
-def test_tiles_that_are_cut_anywhere(case):
-    m, n, k, multiprocessors, architecture = case
+def test_tiles_that_are_cut_anywhere(case, monkeypatch):
+    m, n, k, multiprocessors, architecture, kernel = case
+    monkeypatch.setenv(FORCED, kernel)
     plan = dispatch(m, n, k, False, architecture, multiprocessors)
     assert (plan["splits"], plan["cluster"]) == (multiprocessors, False)
     assert (plan["shared_tiles"], plan["whole_tiles"]) == ((2, 3) if m == 600 else (-(-n // 128), 0))
     weight = make_weight(n, k)
-    dense = weight.dequantize(torch.bfloat16)
+    dense, unrounded = weight.dequantize(torch.bfloat16), weight.dequantize(torch.float32).double()
     x, A, B = torch.randn(m, k).bfloat16(), torch.randn(8, k).bfloat16(), torch.randn(n, 8).bfloat16()
     bias, results = torch.randn(n), []
     for order, landing, resident in zip(ORDERS, ("latest", "random", "earliest"), (1, 5, 2)):
@@ -117,7 +140,7 @@ def test_tiles_that_are_cut_anywhere(case):
             assert counters()["instructions"]["fence"] > 0
             results.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
     y, with_low_rank, u = results[0]
-    exact = x.double() @ dense.double().T
+    exact = x.double() @ unrounded.T
     assert_within_contract(y, x @ dense.T, exact, f"{case}")
     assert relative_error(with_low_rank, exact + bias.double() + u.double() @ B.double().T) < 4e-3
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -142,15 +165,31 @@ def test_tiles_of_dx_that_are_cut_anywhere():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(("m", "n", "k", "multiprocessors"), [(64, 128, 1344, 3), (128, 128, 1344, 2)])
-def test_a_clusters_sums_have_no_bank_conflicts_and_leave_in_whole_sectors(m, n, k, multiprocessors):
+@pytest.mark.parametrize(
+    ("m", "n", "k", "multiprocessors", "kernel"),
+    [
+        (32, 128, 1344, 2, "middle32"),
+        (128, 128, 1344, 2, "tiles128"),
+        (16, 128, 2048, 2, "warpgroup16"),
+        (64, 128, 1344, 2, "warpgroup64"),
+        (128, 128, 1344, 2, "warpgroup128"),
+    ],
+)
+def test_a_clusters_sums_have_no_bank_conflicts_and_leave_in_whole_sectors(
+    m, n, k, multiprocessors, kernel, monkeypatch
+):
+    monkeypatch.setenv(FORCED, kernel)
     assert dispatch(m, n, k, False, 90, multiprocessors)["cluster"]
     weight, x = make_weight(n, k), torch.randn(m, k).bfloat16()
     counts = counted(
         lambda: ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None),
         multiprocessors=multiprocessors,
     )
-    places = {place: t for place, t in counts["shared"].items() if place.startswith(("splits", "tiles", "rows64"))}
+    places = {
+        place: t
+        for place, t in counts["shared"].items()
+        if place.startswith(("splits", "tiles", "rows64", "warpgroups"))
+    }
     assert any(place.startswith("splits") for place in places)
     for place, t in places.items():
         assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
