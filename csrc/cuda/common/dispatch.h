@@ -229,10 +229,10 @@ constexpr bool cut_anywhere(int rows, int columns) { return rows >= 128 && colum
 // anywhere.
 inline void share_tiles(Plan& plan, const Problem& p, const Card& card) {
     const Row& row = plan.row;
-    const bool middle = row.family == Family::kMiddle || row.family == Family::kWarpgroup;
-    const int64_t step = row.family == Family::kWarpgroup ? warpgroup_depth(row.rows)
-                         : middle                         ? kMiddleDepth
-                                                          : kTileDepth;
+    // With few rows all tiles are shared, so that a block fills its table once. With more the sums would not fit
+    // scratch.
+    const bool warpgroup = row.family == Family::kWarpgroup, middle = row.rows <= 64 && row.family != Family::kTiles;
+    const int64_t step = warpgroup ? warpgroup_depth(row.rows) : middle ? kMiddleDepth : kTileDepth;
     const int64_t steps = over(p.depth(), step);
     const Cost cost = cost_of(row);
     const auto take = [&](int splits, bool cluster, int64_t whole, int64_t shared) {

@@ -36,6 +36,8 @@ struct Warpgroup {
     static constexpr int kBlocks = Traits::kBlocks;
     static constexpr int kTiles = Traits::kRows / 8;  // of 8 rows of x
     static constexpr int kSums = Traits::kRows / 2;   // of a thread
+    // Whether the next tile's codes come while a tile ends. With 128 rows there are no registers for it.
+    static constexpr bool kEarly = Traits::kRows <= 64;
 
     const GemmArguments<T>& a;
     const typename Traits::Shared shared;
@@ -70,7 +72,7 @@ struct Warpgroup {
             return first_column + group * 64 + warp * 16 + lane / 4 + half * 8;
         }
     };
-    QLK_DEVICE Place place(const Share& share, unsigned tile) const {
+    QLK_DEVICE Place place(const TileShare& share, unsigned tile) const {
         const int self = static_cast<int>(opaque(threadIdx.x));
         const unsigned down = (opaque(static_cast<unsigned>(a.m)) + Traits::kRows - 1) / Traits::kRows;
         const unsigned number = share.number(opaque(tile));
@@ -83,7 +85,7 @@ struct Warpgroup {
     }
 
     // Moves on to a tile, or to this thread block's part of one.
-    QLK_DEVICE void begin(const Share& share, unsigned tile) {
+    QLK_DEVICE void begin(const TileShare& share, unsigned tile) {
         const Place at = place(share, tile);
         next_codes = share.from(tile) * kBlocks;
         next_constants = next_codes + at.lane % 4;
@@ -277,13 +279,13 @@ struct Warpgroup {
     }
 
     // All tiles, or parts of tiles, of this thread block.
-    QLK_DEVICE void run(const Share& share) {
+    QLK_DEVICE void run(const TileShare& share) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) part[i] = 0.0f;
 #pragma unroll 1
         for (unsigned tile = share.first_tile(); share.reaches(tile); ++tile) {
             const unsigned steps = share.to(tile) - share.from(tile);
-            if (tile != share.first_tile()) begin(share, tile);
+            if (!kEarly && tile != share.first_tile()) begin(share, tile);
             decode(ahead[0], left[0]);
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
@@ -296,11 +298,12 @@ struct Warpgroup {
                 if constexpr (kBlocks > 4) multiply<4>();
                 parity ^= 1;
             }
+            if (kEarly && share.reaches(tile + 1)) begin(share, tile + 1);
             griddep_wait();  // for u: the launch that makes it may still be running
             if (share.from(tile) == 0) low_rank(place(share, tile));
             if (kClusters && a.splits.cluster) return add_cluster_and_store(place(share, tile));
-            if (share.template add<Traits::kConsumers, Traits::kRoom>(tile, reinterpret_cast<float (&)[kSums]>(sum),
-                                                                      &shared.front.word, Barrier())) {
+            if (share.alone() || share.share.template add<Traits::kConsumers, Traits::kRoom>(
+                                     tile, reinterpret_cast<float (&)[kSums]>(sum), &shared.front.word, Barrier())) {
                 store(place(share, tile));
             }
         }
@@ -311,7 +314,7 @@ template <class T, class Traits>
 QLK_DEVICE void warpgroup_tiles(const GemmArguments<T>& a) {
     const auto shared = Traits::Shared::find();
     const int self = static_cast<int>(threadIdx.x);
-    const Share share{a.splits, static_cast<unsigned>((a.k + Traits::kDepth - 1) / Traits::kDepth)};
+    const TileShare share{{a.splits, static_cast<unsigned>((a.k + Traits::kDepth - 1) / Traits::kDepth)}};
     if (self == 0) {
         for (int i = 0; i < Traits::kStages; ++i) {
             mbarrier_init(shared.front.full[i], Traits::kProducers);

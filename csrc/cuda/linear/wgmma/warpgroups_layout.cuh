@@ -77,6 +77,26 @@ struct WarpgroupTraits {
     };
 };
 
+// The tiles of a thread block: a whole one, or its part of those that blocks share (splits.cuh). Tiles that have a
+// block of their own come first. Tiles go down the rows first, so that those running together share weights in L2.
+struct TileShare {
+    Share share;
+
+    QLK_DEVICE bool alone() const { return blockIdx.x < static_cast<unsigned>(share.splits.whole); }
+    QLK_DEVICE unsigned first_tile() const { return alone() ? 0 : share.first_tile(); }
+    QLK_DEVICE bool reaches(unsigned tile) const { return alone() ? tile == 0 : share.reaches(tile); }
+    // The block's part of a tile, in steps; and of all its tiles together.
+    QLK_DEVICE unsigned from(unsigned tile) const { return alone() ? 0 : share.from(tile); }
+    QLK_DEVICE unsigned to(unsigned tile) const { return alone() ? share.steps : share.to(tile); }
+    QLK_DEVICE unsigned steps() const {
+        return alone() ? share.steps : share.begin_of(share.self() + 1) - share.begin_of(share.self());
+    }
+    // A tile's number among all tiles.
+    QLK_DEVICE unsigned number(unsigned tile) const {
+        return alone() ? blockIdx.x : static_cast<unsigned>(share.splits.whole) + share.number(tile);
+    }
+};
+
 // A stage of x, in turn, and the parity of the phase in which it is filled.
 struct Stage {
     int index;

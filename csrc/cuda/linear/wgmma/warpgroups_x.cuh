@@ -32,7 +32,7 @@ struct XSource {
     QLK_DEVICE int half() const { return self % 2; }
     QLK_DEVICE int within(int i) const { return (self + i * Traits::kProducers) / (2 * Traits::kRows); }
 
-    QLK_DEVICE void locate(const Share& share) {
+    QLK_DEVICE void locate(const TileShare& share) {
         const unsigned down = static_cast<unsigned>((a.m + Traits::kRows - 1) / Traits::kRows);
         const int64_t first = static_cast<int64_t>(share.number(tile) % down) * Traits::kRows;
         block = share.from(tile) * Traits::kBlocks;
@@ -46,7 +46,7 @@ struct XSource {
     }
 
     // Loads the pieces of this thread's next unit, zeros past K, and moves on. Past the last stage it does nothing.
-    QLK_DEVICE void load(const Share& share, uint4 (&to)[4]) {
+    QLK_DEVICE void load(const TileShare& share, uint4 (&to)[4]) {
         if (block == end) {
             ++tile;
             if (!share.reaches(tile)) return;
@@ -76,17 +76,16 @@ struct XSource {
         put(3, four[0].w, four[1].w, four[2].w, four[3].w);
     }
 
-    QLK_DEVICE void begin(const Share& share) {
+    QLK_DEVICE void begin(const TileShare& share) {
         tile = share.first_tile();
         locate(share);
-        left = (share.begin_of(share.self() + 1) - share.begin_of(share.self())) *
-               (Traits::kBlocks / Traits::kStageBlocks);
+        left = share.steps() * (Traits::kBlocks / Traits::kStageBlocks);
 #pragma unroll
         for (int i = 0; i < kDeep; ++i) load(share, pieces[i]);
     }
 
     // All stages of this thread block.
-    QLK_DEVICE void run(const Share& share) {
+    QLK_DEVICE void run(const TileShare& share) {
         Stage stage{0, 0};
         int stored = 0;  // units of the stage
 #pragma unroll 1
