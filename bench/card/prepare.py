@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -99,8 +100,8 @@ def compiled(python: str, archs: Sequence[str], given: Path | None) -> dict[str,
     """The modules by name: the extension (or the one that was given), the emulator, the conformance kernels."""
     name = soabi(python)
     made = {"_C": given or extension(python, archs)}
-    if python == sys.executable and given is not None:
-        made["_emulated"] = Path(emulator.module().__file__ or "")  # it is there, or is built by the tests anyway
+    if name == sysconfig.get_config_var("SOABI"):
+        made["_emulated"] = Path(emulator.module().__file__ or "")  # the one that the tests take
     else:
         made["_emulated"] = emulator.build(ROOT / "build" / f"emulator-on-{name}", python=python, QLK_EMULATOR="ON")
     if archs:

@@ -14,7 +14,7 @@ from qlora_kernels.bench.points import POINT_KEYS
 from qlora_kernels.bench.report.bars import BARS, judge
 from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, ratio_to_ours, sizes
 
-#: More tests than these with the same reason share a line.
+#: More skipped tests than these with the same reason share a line.
 MANY = 5
 #: The steps whose cases compare this package with others.
 BENCHES = ("bench", "linear", "quantization", "optimizer")
@@ -152,14 +152,14 @@ def _note(entry: dict[str, Any]) -> str:
     return ""
 
 
-def _listed_by_reason(tests: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each test, or, of many with the same reason, one for them all."""
+def _listed_by_reason(tests: Sequence[Sequence[str]], most: int) -> list[str]:
+    """A line for each test; where more have the same reason than that, one for them all."""
     by_reason: dict[str, list[str]] = {}
     for name, why in tests:
         by_reason.setdefault(why, []).append(name)
     lines = []
     for why, names in by_reason.items():
-        many = len(names) > MANY
+        many = len(names) > most
         lines += [f"- {len(names)} tests, as {names[0]}: {why}"] if many else [f"- {name}: {why}" for name in names]
     return lines
 
@@ -201,7 +201,12 @@ def markdown(results: dict[str, Any]) -> str:
     tests = outcome_of(results, "tests") or outcome_of(results, "launches")
     for title, key in (("Failed tests", "failures"), ("Skipped tests", "skips")):
         if tests.get(key):
-            lines += ["", f"## {title}", "", *_listed_by_reason(tests[key])]
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                *_listed_by_reason(tests[key], MANY if key == "skips" else len(tests[key])),
+            ]
     tails = [(s["name"], s["tail"]) for s in results["steps"] if s.get("tail")]
     for name, tail in tails:
         lines += ["", f"## The end of what {name} printed", "", *("    " + line for line in tail.splitlines())]

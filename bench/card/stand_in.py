@@ -9,10 +9,12 @@ says so.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,7 @@ def enter() -> None:
     from bench.card import cases, kernels, steps, visit_steps
 
     folder = Path(tempfile.mkdtemp(prefix="stand-in-"))
+    atexit.register(shutil.rmtree, folder, True)
     (folder / "bin").mkdir()
     for name in TOOLS:
         script = folder / "bin" / name

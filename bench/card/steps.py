@@ -85,7 +85,7 @@ class Step:
 
 
 def silent(found: dict[str, Any]) -> None:
-    """For who does not want to know what was found so far."""
+    """Ignores what was found so far."""
 
 
 def demand(ended: Ended, what: str, seconds: float, outcome: dict[str, Any] | None = None) -> None:

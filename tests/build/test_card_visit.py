@@ -7,9 +7,11 @@ in one process, as on a card.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -29,13 +31,15 @@ pytestmark = pytest.mark.slow
 MODULES = ("QLORA_KERNELS_EXTENSION_MODULE", "QLORA_KERNELS_EMULATOR_MODULE", "QLORA_KERNELS_CONFORMANCE_MODULE")
 
 
-def clean() -> dict[str, str]:
+def clean(tree: Path) -> dict[str, str]:
     """An environment in which nothing of this tree is found, and nothing can be downloaded."""
     ours = ("QLORA_KERNELS_", "PYTEST_", "CUDA_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment.pop("PYTHONPATH", None)
     nowhere = "http://127.0.0.1:9"
     environment |= {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "http_proxy": nowhere, "https_proxy": nowhere}
+    environment["TMPDIR"] = str(tree.parent / "scratch")  # what is killed leaves its files there
+    (tree.parent / "scratch").mkdir(exist_ok=True)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return environment
 
@@ -81,7 +85,7 @@ def there(tmp_path_factory) -> tuple[Path, list[str]]:
 def run(tree: Path, line: str) -> tuple[int, dict, str]:
     """A command, one line for a shell: the exit code, what it wrote, and what it printed."""
     done = subprocess.run(
-        [*without_network(), "bash", "-c", line], cwd=tree, env=clean(), capture_output=True, text=True, timeout=900
+        [*without_network(), "bash", "-c", line], cwd=tree, env=clean(tree), capture_output=True, text=True, timeout=900
     )
     which = "first" if "--first" in line else "second"
     path = tree / "visit-results" / f"visit-{which}.json"
@@ -151,12 +155,20 @@ def known(path: Path) -> bool:
     return any(step["name"] == "kernels" and (step.get("found") or {}).get("right") for step in steps)
 
 
+def end_all(tree: Path) -> None:
+    """Ends what a killed visit has left behind: processes in the copy of the tree."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(folder / "cwd")) == tree.resolve():
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
 def test_a_short_loan_leaves_the_first_facts(there):
     """Killed in its second step, without a word before: what was known by then is there."""
     tree, lines = there
     out = tree / "short"
     line = lines[0].replace("visit-results", "short")
-    process = subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=tree, env=clean(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=tree, env=clean(tree), stderr=subprocess.DEVNULL)
     end = time.monotonic() + 240
     try:
         while not known(out / "visit-first.json") and time.monotonic() < end:
@@ -165,6 +177,7 @@ def test_a_short_loan_leaves_the_first_facts(there):
     finally:
         process.kill()
         process.wait()
+        end_all(tree)
     found = json.loads((out / "visit-first.json").read_text())
     assert not found["complete"]
     steps = {step["name"]: step for step in found["steps"]}

@@ -105,6 +105,17 @@ def test_the_tables():
         assert len({len(line) for line in lines}) <= 1
 
 
+def test_many_skipped_tests_share_a_line_and_failed_ones_do_not():
+    results = finished(sample())
+    many = [[f"t::x{i}", "two cards are needed"] for i in range(9)]
+    results["steps"][1]["found"] |= {"skips": many, "failures": [[name, "gone"] for name, _ in many], "not_run": 4}
+    text = report.markdown(results)
+    assert "- 9 tests, as t::x0: two cards are needed" in text
+    assert all(f"- {name}: gone" in text for name, _ in many)
+    results["steps"][1] = {**results["steps"][1], "reason": None}
+    assert "3 passed, 1 skipped, 4 not run" in report.markdown(results)
+
+
 def test_other_cards_have_no_predictions():
     assert predictions.card_named("NVIDIA H100 80GB HBM3") is CARDS["h100"]
     assert predictions.card_named("NVIDIA A100-SXM4-80GB") is CARDS["a100"]

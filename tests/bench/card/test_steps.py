@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from bench_runs.cases import limits_case
-from bench_runs.check import CLEAN, JUNIT, RACE_CLEAN
+from bench_runs.check import CLEAN, JUNIT, RACE_CLEAN, good
 
-from bench.card import kernels, parsers, programs, steps
+from bench.card import check, kernels, parsers, programs, steps
 from bench.card.steps import StepFailed
 from qlora_kernels.bench import options
 from qlora_kernels.bench.case import Settings
@@ -338,6 +338,23 @@ def test_a_bench_step_keeps_what_was_measured(tmp_path, monkeypatch):
         assert [case["operation"] for case in failure.value.outcome["cases"]] == ["limits"]
     ending(monkeypatch, ("", 0), left(True))
     assert steps.run_bench(tmp_path, 10)["complete"]
+
+
+def test_a_result_that_is_cut_off_fails_its_step_alone(tmp_path, monkeypatch):
+    out = tmp_path / "logs" / "bench.jsonl"
+    results.save({**results.begin(Settings(), "card"), "cases": [limits_case()], "complete": True}, tmp_path / "whole")
+    text = (tmp_path / "whole").read_text()
+    stages = [
+        steps.Step("bench", 9.0, steps.run_bench, tells=True),
+        steps.Step("rates", 9.0, steps.run_rates),
+        steps.Step("good", 9.0, good),
+    ]
+    left = {out: text[: len(text) // 2], out.with_name("tensor_rate.json"): '{"rates": {'}
+    ending(monkeypatch, ("", 0), left)
+    found = check.check(check.Files(tmp_path, loose=out.parent), stages, 60.0)
+    assert [step["status"] for step in found["steps"]] == ["failed", "failed", "passed"]
+    assert "bench.jsonl is" in found["steps"][0]["reason"]
+    assert "tensor_rate.json should hold a JSON object" in found["steps"][1]["reason"]
 
 
 def test_the_bench_step_gives_the_one_bench_its_time(tmp_path, monkeypatch):
