@@ -47,6 +47,7 @@ TERMS = {
     "RTX 3090, RTX 5090": (ASSUMED, "an RTX 4090's latency"),
     "sm_86, sm_89, sm_120": (ASSUMED, "the code of sm_80, where the static table lacks theirs"),
     "overlap": (ASSUMED, "perfect within a part of a step, none between parts; schedulers issue in every clock"),
+    "barrier of a pair": (ASSUMED, "nothing: two warps wait for each other, and each scheduler has one of another pair"),
     "barrier": (
         ASSUMED,
         f"{BARRIER_CLOCKS} clocks until the tensor cores are busy again, {LDSM_CLOCKS} of them ldmatrix",

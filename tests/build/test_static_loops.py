@@ -128,6 +128,46 @@ step:
     assert counted.counts == {"hmma": 1, "decode": 11, "ldsm": 0, "lds": 1, "sts": 0, "ldgsts": 0, "other": 1}
 
 
+#: The shape of rows64.cuh's loop: two steps an iteration, a barrier of two warps, constants every few steps.
+UNROLLED = """
+step:
+    BAR.SYNC.DEFER_BLOCKING R3, 0x40
+    LDS.128 R20, [R9]
+    PRMTS
+    LDS R24, [R26]
+    HMMA.16816.F32.BF16 R8, R4, R24, RZ
+    FFMA R30, R31, R8, R30
+    @P0 BRA first
+    FMUL R24, R24, R30
+    STS [R26], R24
+first:
+    @P1 BRA out
+    BAR.SYNC.DEFER_BLOCKING R3, 0x40
+    PRMTS
+    LDS R24, [R26]
+    HMMA.16816.F32.BF16 R8, R4, R24, RZ
+    FFMA R30, R31, R8, R30
+    @P2 BRA step
+out:
+    EXIT
+"""
+
+
+def test_several_steps_an_iteration():
+    kind = loops.Kind(decode=("PRMT", "=LDS", "FFMA"), weights=8, products=lambda numbers: 1, seldom=0.25)
+    counted = loops.step_of(assembled(UNROLLED), kind, [])
+    # Halves of an iteration's; a quarter of what it may skip: a store, a multiplication.
+    assert counted.counts == {
+        **{"hmma": 1, "decode": 10, "ldsm": 0, "lds": 0.5, "sts": 0.125, "ldgsts": 0},
+        "other": (2 + 3 + 0.25) / 2,
+    }
+    assert counted.slots_per_weight == 10 / 8
+    # A barrier of two warps does not make all of them begin alike.
+    assert counted.parts["alone"].issue == 0
+    everyone = assembled(UNROLLED.replace("R3, 0x40", "0x0"))
+    assert loops.step_of(everyone, kind, []).parts["alone"].issue > 0
+
+
 @pytest.mark.parametrize(
     ("before", "after", "key", "more"),
     [

@@ -86,7 +86,7 @@ struct Middle {
     const uint8_t* codes_next = nullptr;  // row 8g of the group's 64 rows of W
     uint32_t codes_apart = 0;             // from there to the next row, bytes
     int last = 0;                         // of this lane's eight rows of W, or -1 where none exists
-    uint32_t constants_of[2] = {};        // first blocks of the two rows whose constants this lane decodes
+    unsigned constant_row = 0;            // first of the two rows whose constants this lane decodes, 32 apart
 
     QLK_DEVICE static Share share(const GemmArguments<T>& a) {
         return {a.splits, (opaque(static_cast<unsigned>(a.k)) + Traits::kDepth - 1) / Traits::kDepth};
@@ -135,11 +135,7 @@ struct Middle {
                      (static_cast<int64_t>(first) * Traits::kSlices + slice) * (kBlock / 2) + lane % 4 * 8;
         codes_apart = opaque(static_cast<uint32_t>(a.k / 2));
         last = static_cast<int>(columns_left > kOwn ? kOwn : columns_left) - 1;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int64_t of = first_column() + group * 64 + lane + i * 32;
-            constants_of[i] = static_cast<uint32_t>((of < a.n ? of : a.n - 1) * blocks);
-        }
+        constant_row = static_cast<unsigned>(first_column()) + group * 64 + lane;
     }
 
     // A product that one instruction adds to an address. The compiler would hoist running sums out of the loop, into
@@ -176,6 +172,10 @@ struct Middle {
         float nested[2];  // nested_absmax of the first step's block
     };
 
+    // The first block of a row whose constants this lane decodes.
+    QLK_DEVICE uint32_t constants_of(int i) const {
+        return min(constant_row + i * 32, static_cast<unsigned>(a.n) - 1) * blocks;
+    }
     // Whether a period's 16 blocks in a row are 16 aligned bytes, of one group.
     QLK_DEVICE bool constants_aligned() const {
         return Traits::kNested &&
@@ -190,7 +190,7 @@ struct Middle {
         if (constants_aligned()) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const uint32_t block = constants_of[i] + in_row;
+                const uint32_t block = constants_of(i) + in_row;
                 c.codes[i] = load_global(reinterpret_cast<const uint4*>(a.weight.absmax_code + block));
                 c.nested[i] = load_global(a.weight.nested_absmax + block / kNestedBlock);
             }
@@ -204,13 +204,13 @@ struct Middle {
                 const unsigned at = in_row + q * Traits::kSlices + slice;
                 if (at >= blocks) continue;
                 if constexpr (Traits::kNested) {
-                    *to[q] = load_global(a.weight.absmax_code + constants_of[i] + at);
+                    *to[q] = load_global(a.weight.absmax_code + constants_of(i) + at);
                 } else {
-                    *to[q] = __float_as_uint(load_global(a.weight.absmax + constants_of[i] + at));
+                    *to[q] = __float_as_uint(load_global(a.weight.absmax + constants_of(i) + at));
                 }
             }
             if constexpr (Traits::kNested) {
-                c.nested[i] = load_global(a.weight.nested_absmax + (constants_of[i] + in_row + slice) / kNestedBlock);
+                c.nested[i] = load_global(a.weight.nested_absmax + (constants_of(i) + in_row + slice) / kNestedBlock);
             }
         }
         return c;
@@ -230,10 +230,10 @@ struct Middle {
             each_constant(c, [&](int i, int q, uint32_t code) {
                 if (!Traits::kNested) return __uint_as_float(code);
                 const unsigned in_row = period * (Traits::kPeriod * Traits::kSlices) + slice;
-                const uint32_t of_block = (constants_of[i] + in_row + q * Traits::kSlices) / kNestedBlock;
+                const uint32_t of_block = (constants_of(i) + in_row + q * Traits::kSlices) / kNestedBlock;
                 float nested = c.nested[i];
                 // The next group begins in this period.
-                if (of_block != (constants_of[i] + in_row) / kNestedBlock && in_row + q * Traits::kSlices < blocks) {
+                if (of_block != (constants_of(i) + in_row) / kNestedBlock && in_row + q * Traits::kSlices < blocks) {
                     nested = load_global(a.weight.nested_absmax + of_block);
                 }
                 return __fadd_rn(__fmul_rn(table_entry(code), nested), offset);
