@@ -115,7 +115,9 @@ def step_of(card: Card, launch: Launch, row: dict[str, Any]) -> Step:
     }
     if launch.teams > 1:
         during["decode, then multiply"] = max(pipes(0, 0, 1).values()) + tensor / launch.teams
-    barrier = (BARRIER_CLOCKS if row.get("alone_ldsm", 1.0) else BARRIER_CLOCKS - LDSM_CLOCKS) if row["alone_issue"] else 0
+    barrier = (
+        (BARRIER_CLOCKS if row.get("alone_ldsm", 1.0) else BARRIER_CLOCKS - LDSM_CLOCKS) if row["alone_issue"] else 0
+    )
     alone = max(before.values()) + barrier
     binds = max(during, key=lambda name: during[name])
     every = {name: before.get(name, 0.0) + during[name] for name in ("issue", "ALU", "FMA", "shared", "tensor")}

@@ -10,8 +10,8 @@ LABEL = "prediction, no card has shown this"
 ALU_LANES = 64
 #: A load under load takes this many times its latency.
 LOADED = 2.0
-#: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product. The second
-#: of these is left out where the first products have their operands in registers by then.
+#: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product. What
+#: ldmatrix takes of these is left out where the first products have their operands in registers by then.
 BARRIER_CLOCKS, LDSM_CLOCKS = 80, 30
 #: Passes of a constant load by lane: half of them read one address, half read 16. One clock each.
 PASSES = (1 + 16) / 2
@@ -38,7 +38,10 @@ TERMS = {
     "RTX 3090, RTX 5090": (ASSUMED, "an RTX 4090's latency"),
     "sm_86, sm_89, sm_120": (ASSUMED, "the code of sm_80, where the static table lacks theirs"),
     "overlap": (ASSUMED, "perfect within a part of a step, none between parts; schedulers issue in every clock"),
-    "barrier": (ASSUMED, f"{BARRIER_CLOCKS} clocks until the tensor cores are busy again, {LDSM_CLOCKS} of them ldmatrix"),
+    "barrier": (
+        ASSUMED,
+        f"{BARRIER_CLOCKS} clocks until the tensor cores are busy again, {LDSM_CLOCKS} of them ldmatrix",
+    ),
     "latency": (ASSUMED, f"{LOADED:g} times the published one under load"),
     "fill": (ASSUMED, "loads that wait for each other, the table, the first decoding, one after the other"),
     "constants by lane": (ASSUMED, f"{PASSES} passes a load and warp, one clock each: the upper end of estimates"),

@@ -163,8 +163,8 @@ def test_blocks_that_share_a_tile_add_up_in_one_order(case):
 @pytest.mark.parametrize(
     ("kernel", "backward", "aligned", "sectors"),
     [
-        # Forward each of 8 warps has 16 rows of W, or 32 in the wide tile, and a sector of each in a request: one for 16
-        # of 64 steps, or one for each step where constants do not lie on 16 bytes.
+        # Forward each of 8 warps has 16 rows of W, or 32 in the wide tile, and a sector of each in a request: one for
+        # 16 of 64 steps, or one for each step where constants do not lie on 16 bytes.
         ("tiles128", False, True, 8 * 16 * 4),
         ("tiles128", False, False, 8 * 16 * 64),
         ("tiles128wide", False, True, 8 * 32 * 4),

@@ -66,8 +66,8 @@ struct GemmTraits {
 };
 
 // Offset, in elements, of a 16-byte piece of a row. Rows of 64 elements have 8 pieces, rows of 256 have 32. Eight
-// neighbouring rows have a piece in eight different groups of banks; so have two neighbouring rows, from an even one on,
-// four blocks of eight pieces each.
+// neighbouring rows have a piece in eight different groups of banks; so have two neighbouring rows, from an even one
+// on, four blocks of eight pieces each.
 template <int kWidth>
 QLK_DEVICE int swizzled(int row, int piece) {
     return row * kWidth + (piece ^ (row & 7) ^ (piece / 8 * 2 & 6)) * 8;

@@ -33,9 +33,9 @@ struct Gemm {
     // would cost as many instructions as the products.
     static constexpr int kLeftCopies = (Traits::kRows * 8 + Traits::kThreads - 1) / Traits::kThreads;
     static constexpr int kCodeCopies = Traits::kUnits * 2 / Traits::kThreads;
-    const T* left_next = nullptr;         // first of kLeftCopies pieces, 32 rows apart
-    const uint8_t* codes_next = nullptr;  // first of kCodeCopies half blocks, 128 blocks of weights apart
-    uint32_t left_at = 0, right_at = 0;   // bytes from the start of a stage, and of a buffer of weights
+    const T* left_next = nullptr;            // first of kLeftCopies pieces, 32 rows apart
+    const uint8_t* codes_next = nullptr;     // first of kCodeCopies half blocks, 128 blocks of weights apart
+    uint32_t left_at = 0, right_at = 0;      // bytes from the start of a stage, and of a buffer of weights
     uint32_t packed_at = 0, decoded_at = 0;  // the same for the codes that this thread decodes, and their weights
 
     // What exists of these: each bit is one of
@@ -46,8 +46,8 @@ struct Gemm {
     unsigned flags = 0;
     static constexpr unsigned kLeftRow = 1, kCodeColumns = 16, kConstantColumn = 64, kBy16 = 128;
     // The constant of the block that this thread decodes next.
-    int64_t constant_next = 0;     // its block
-    uint4 codes = {0, 0, 0, 0};    // the next constant's code is the lowest byte; or, without double quantization, its bits
+    int64_t constant_next = 0;   // its block
+    uint4 codes = {0, 0, 0, 0};  // its code is the lowest byte; or, without double quantization, its bits
     float nested = 0.0f;
 
     // This thread's indices. Called again after the main loop: otherwise the compiler would recompute at every step
@@ -74,12 +74,11 @@ struct Gemm {
     QLK_DEVICE void locate_weights() {
         const int unit = decoded(), half = Traits::kWords == 8 ? 0 : self % 2;
         packed_at = opaque(code_slot(unit, half) * 16);
-        decoded_at =
-            opaque(sizeof(T) * swizzled<kWeightWidth>(unit / kRowBlocks, unit % kRowBlocks * 8 + half * 4));
+        decoded_at = opaque(sizeof(T) * swizzled<kWeightWidth>(unit / kRowBlocks, unit % kRowBlocks * 8 + half * 4));
     }
 
-    // A half block among those of a step, two for each block. Backward a row's blocks are neighbours: so are their
-    // constants, which then share a sector.
+    // Blocks of a step that lie in one row of W. Backward they are numbered row after row, so that a request for
+    // constants finds those of a row in one sector.
     static constexpr int kRowBlocks = kBackward ? Traits::kColumns / kBlock : 1;
     // The block that this thread decodes, or half of it.
     QLK_DEVICE int decoded() const { return Traits::kWords == 8 ? self : self / 2; }
@@ -120,11 +119,12 @@ struct Gemm {
         return !kBackward || step * Traits::kDepth + unit / kRowBlocks < static_cast<int>(a.n);
     }
 
-    // Starts the copies of a step's left operand and codes. What lies outside the matrix becomes zeros, and
-    // is not read.
+    // Starts the copies of a step's left operand and codes. What lies outside the matrix becomes zeros, and is not
+    // read. Without jumps, so that the copies can be spread among products.
     QLK_DEVICE void copy_step(bool wanted, int step, int stage) {
         const int row = self / 8, piece = self % 8;
-        const bool left = wanted && a.left_aligned && (Traits::kRows * 8 >= Traits::kThreads || self < Traits::kRows * 8);
+        const bool left =
+            wanted && a.left_aligned && (Traits::kRows * 8 >= Traits::kThreads || self < Traits::kRows * 8);
         const bool inside = !kBackward || step * Traits::kDepth + piece * 8 < static_cast<int>(depth);
         T* const left_to = &shared.left[stage][swizzled<Traits::kDepth>(row, piece)];
         const T* left_from = left_next;
