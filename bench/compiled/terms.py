@@ -10,8 +10,8 @@ LABEL = "prediction, no card has shown this"
 ALU_LANES = 64
 #: A load under load takes this many times its latency.
 LOADED = 2.0
-#: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product. The
-#: second of these is left out where the first products have their operands in registers by then.
+#: Clocks from the last warp's arrival at a barrier to a full tensor pipe: the barrier, ldmatrix, one product. What
+#: ldmatrix takes of these is left out where the first products have their operands in registers by then.
 BARRIER_CLOCKS, LDSM_CLOCKS = 80, 30
 #: Clocks of a load from shared memory.
 LOOKUP_CLOCKS = 30
@@ -47,7 +47,10 @@ TERMS = {
     "RTX 3090, RTX 5090": (ASSUMED, "an RTX 4090's latency"),
     "sm_86, sm_89, sm_120": (ASSUMED, "the code of sm_80, where the static table lacks theirs"),
     "overlap": (ASSUMED, "perfect within a part of a step, none between parts; schedulers issue in every clock"),
-    "barrier of a pair": (ASSUMED, "nothing: two warps wait for each other, and each scheduler has one of another pair"),
+    "barrier of a pair": (
+        ASSUMED,
+        "nothing: two warps wait for each other, and each scheduler has one of another pair",
+    ),
     "barrier": (
         ASSUMED,
         f"{BARRIER_CLOCKS} clocks until the tensor cores are busy again, {LDSM_CLOCKS} of them ldmatrix",

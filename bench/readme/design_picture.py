@@ -52,10 +52,18 @@ def _dataflow(axes: Any) -> None:
     _stages(axes, 25, 14, f"shared, {STAGES} stages:\n128 blocks of 64", _COPY, STAGES)
     _arrow(axes, (15, 34.5), (25, 34.5), "cp.async")
     _arrow(axes, (15, 18.5), (25, 18.5), "cp.async")
-    _box(axes, 51, 12, 15, 13, "decode\n4 of 8 warps\nin turn,\na block a thread", _DECODE)
+    _box(axes, 51, 12, 15, 13, "decode\n8 warps, between\nproducts, half a\nblock a thread", _DECODE)
     _arrow(axes, (45, 18.5), (51, 18.5))
     _arrow(axes, (15, 5), (51, 13.5))
-    axes.text(39, 6.5, "to registers,\ntwo steps ahead", fontsize=7.5, style="italic", ha="center", va="center")
+    axes.text(
+        39,
+        6.5,
+        "to registers,\ntwo steps ahead,\nforward 16 at a time",
+        fontsize=7.5,
+        style="italic",
+        ha="center",
+        va="center",
+    )
     _stages(axes, 73, 14, "shared: 2 tiles of\nweights, 128 x 64", _DECODE, 2)
     _arrow(axes, (66, 18.5), (73, 18.5))
     _box(axes, 73, 30, 17.9, 11, "mma.sync\n8 warps; sums in\nfloat32 registers", _MULTIPLY)
@@ -74,32 +82,27 @@ def _dataflow(axes: Any) -> None:
 
 def _timeline(axes: Any) -> None:
     axes.set(xlim=(-4.2, 39.5), ylim=(-1.3, 4.9))
-    rows = {"copies sent": 3.0, "warps 0-3": 1.5, "warps 4-7": 0.0}
+    rows = {"copies sent": 3.0, "decoding": 1.5, "products": 0.0}
     for name, y in rows.items():
         axes.text(-0.3, y + 0.5, name, ha="right", va="center", fontsize=8.5)
-    teams = [rows["warps 0-3"], rows["warps 4-7"]]
-    for y in teams:
-        _box(axes, 0, y, 3.1, 1, "low-rank\nmma", _LOW, 7.5)
+    _box(axes, 0, rows["products"], 3.1, 1, "low-rank\nmma", _LOW, 7.5)
     _box(axes, 3.4, rows["copies sent"], 3.2, 1, "0  1  2", _COPY)
-    _box(axes, 4.4, teams[0], 2.2, 1, "decode\n0", _DECODE, 7)
-    first, width = 7.0, 5.4
+    _box(axes, 4.4, rows["decoding"], 2.2, 1, "decode\n0", _DECODE, 7)
+    first, width, after = 7.0, 5.4, 0.8
     for step in range(STEPS):
         x = first + step * width
         axes.axvline(x - 0.18, color=_EDGE, linestyle=":", linewidth=1, ymin=0.14, ymax=0.93)
         axes.text(x + width / 2 - 0.2, 4.5, f"step {step}", ha="center", va="center", fontsize=8.5)
-        _box(axes, x, rows["copies sent"], 1.0, 1, str(step + STAGES - 1), _COPY)
-        for team, y in enumerate(teams):
-            begin = x
-            if team == (step + 1) % 2:
-                _box(axes, x, y, 2.2, 1, f"decode\n{step + 1}", _DECODE, 7)
-                begin += 2.2
-            _box(axes, begin, y, 2.6, 1, f"mma {step}", _MULTIPLY, 8)
+        _box(axes, x + after, rows["copies sent"], 1.0, 1, str(step + STAGES - 1), _COPY)
+        _box(axes, x + after + 0.8, rows["decoding"], 3.4, 1, f"decode {step + 1}", _DECODE, 8)
+        # The last of a step's products come after the barrier.
+        begin = x + (after if step else 0.0)
+        _box(axes, begin, rows["products"], x + width + after - begin, 1, f"mma {step}", _MULTIPLY, 8)
     end = first + STEPS * width
     axes.axvline(end - 0.18, color=_EDGE, linestyle=":", linewidth=1, ymin=0.14, ymax=0.93)
     for y in rows.values():
-        axes.text(end + 0.6, y + 0.5, "...", ha="center", va="center", fontsize=11)
-    for y in teams:
-        _box(axes, end + 1.5, y, 2.6, 1, "stage,\nstore", _STORE, 7.5)
+        axes.text(end + after + 0.6, y + 0.5, "...", ha="center", va="center", fontsize=11)
+    _box(axes, end + after + 1.5, rows["products"], 2.6, 1, "stage,\nstore", _STORE, 7.5)
     axes.text(
         first - 0.18, -0.85,
         "dotted: one barrier a step; behind it copies have landed, decoded weights can be read, read buffers reused",
@@ -121,7 +124,7 @@ def draw(path: Path) -> None:
     _dataflow(top)
     _timeline(bottom)
     top.set_title("A thread block's data: one tile of results", fontsize=10)
-    bottom.set_title("Its eight warps over time (widths are not measured)", fontsize=10)
+    bottom.set_title("What each of its eight warps does over time (widths are not measured)", fontsize=10)
     for axes in (top, bottom):
         axes.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -120,6 +120,50 @@ def test_every_tile_and_depth_of_the_pipeline(monkeypatch, rows, shared, kernel)
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "backward", "aligned", "sectors"),
+    [
+        # Forward each of 8 warps has 16 rows of W, or 32 in the wide tile, and a sector of each in a request: one for
+        # 16 of 64 steps, or one for each step where constants do not lie on 16 bytes.
+        ("tiles128", False, True, 8 * 16 * 4),
+        ("tiles128", False, False, 8 * 16 * 64),
+        ("tiles128wide", False, True, 8 * 32 * 4),
+        ("tiles128wide", False, False, 8 * 32 * 64),
+        # Backward each of 4 steps has 64 rows, and no two of them share a sector: a request of each row for each tile.
+        ("tiles128", True, True, 64 * 4 * 16),
+        ("tiles128wide", True, True, 64 * 4 * 8),
+    ],
+)
+def test_constants_come_in_few_sectors(monkeypatch, kernel, backward, aligned, sectors):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
+    n, k, m = (256, 2048, 7) if backward else (256 if kernel == "tiles128wide" else 128, 4096, 7)
+    weight = make_weight(n, k)
+    packed, absmax, *nested = weight.pieces
+    if not aligned:
+        absmax = torch.cat([absmax[:1], absmax])[1:]
+    pieces = (packed, absmax, *nested)
+    x = torch.randn(m, n if backward else k).bfloat16()
+    results = []
+
+    def call():
+        if backward:
+            dx, *_ = ops.linear_backward(x, *pieces, k, None, None, None, None, 1.0, 0.0, None, True, False, False)
+            results.append(dx)
+        else:
+            results.append(ops.linear_forward(x, *pieces, n, None, None, None, 1.0, 0.0, None)[0])
+
+    counts = counted(call)
+    source = (ROOT / "csrc/cuda/linear/mma/tiles_pipeline.cuh").read_text().splitlines()
+    touched = 0
+    for place, traffic in counts["global"].items():
+        name, line = place.split()[0].split(":")
+        if name.endswith("tiles_pipeline.cuh") and "absmax_code" in source[int(line) - 1]:
+            touched += traffic["actual"]
+    assert touched == sectors
+    dense = weight.dequantize(torch.bfloat16).double()
+    assert relative_error(results[0], x.double() @ (dense if backward else dense.T)) < 4e-3
+
+
 @pytest.mark.parametrize("kernel", ["tiles16", "tiles64", "tiles128", "tiles128wide"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_tensor_cores_kernels_move_whole_sectors_without_bank_conflicts(monkeypatch, backward, kernel):

@@ -38,20 +38,28 @@ def test_it_draws(tmp_path):
 def test_what_it_says_is_in_the_code():
     code, table = "".join(path.read_text() for path in KERNEL), TABLE.read_text()
     drawn = Path(design_picture.__file__).read_text()
-    # The kernel with 128 columns: with 256 all warps decode in every step.
-    assert f'{{"tiles128", Family::kTiles, 128, 128, {design_picture.STAGES}, kAnyRows' in table
+    # The kernel with 128 columns: with 256 a thread decodes whole blocks.
+    assert f'{{"tiles128", Family::kTiles, 128, 128, {design_picture.STAGES}, ' in table
     assert "kTileDepth = 64;" in table
     for phrase in (
         "kThreads = 256;",
-        "kUnits * kTeams == kThreads",
+        "kWords = kUnits * 8 / kThreads;",
         "kUnits = kColumns * kDepth / kBlock;",
-        "team == (step + 1) % Traits::kTeams",
-        "fetch_constant(step + 1 + Traits::kTeams < steps)",
+        "fetch_constant(first_step + step + 2, step + 2 < steps)",
+        "for (int turn = 0; turn < kTurns - 1; ++turn)",
+        "__syncthreads();\n        multiply_turn(f, kTurns - 1, next_stage, (step + 1) % 2);",
         "T weights[2][",
-        "step + Traits::kStages - 1 < steps",
+        "ahead = step + Traits::kStages - 1;",
     ):
         assert phrase in code, phrase
-    # 256 threads for 128 blocks of weights: two teams of four warps, each two steps ahead with its constants.
+    # 256 threads for 128 blocks of weights: half of one each.
     assert 256 // (128 * 64 // 64) == 2
-    for phrase in ("128 blocks of 64", "128 x 64", "rows x 64", "4 of 8 warps", "two steps ahead", "(step + 1) % 2"):
+    for phrase in (
+        "128 blocks of 64",
+        "128 x 64",
+        "rows x 64",
+        "half a\\nblock a thread",
+        "two steps ahead",
+        "16 at a time",
+    ):
         assert phrase in drawn, phrase

@@ -9,7 +9,7 @@
 //     warps    kWarpsDown x kWarpsAcross, once for each of kSlices slices of a step's depth
 //     step     64 of depth and kColumns blocks of 64 weights: forward kColumns rows of W by 64 columns, backward 64
 //              rows by kColumns columns, which ldmatrix transposes
-//     thread   decodes a whole block of weights: with 128 columns on every other step, with 256 on every step
+//     thread   decodes a block of weights in every step, or with 128 columns half of one
 //     stages   kStages steps of the left operand and of codes, copied by cp.async
 //
 // Shared memory: kStages * (kRows * 128 + kColumns * 32) + 2 * kColumns * 128 bytes: the stages, and two buffers of
@@ -18,8 +18,8 @@
 // Low rank: r more of depth, 64 at a time. Forward last, so that the kernel can start while u is still being computed;
 //     backward first, so that dropout's mask lies on this part alone.
 //
-// Why: two slices, decoding in the main loop and one barrier a step are explained in docs/design/notes-cuda.md,
-//     "Tiles".
+// Why: two slices, decoding between products and what comes after a step's barrier are explained in
+//     docs/design/notes-cuda.md, "Tiles".
 //
 // Files: tiles_layout.cuh (arguments, shape), tiles_pipeline.cuh (main loop), tiles_finish.cuh (low rank, results).
 #pragma once

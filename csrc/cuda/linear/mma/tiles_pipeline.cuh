@@ -46,9 +46,8 @@ struct Gemm {
     unsigned flags = 0;
     static constexpr unsigned kLeftRow = 1, kCodeColumns = 16, kConstantColumn = 64, kBy16 = 128;
     // The constant of the block that this thread decodes next.
-    int64_t constant_next = 0;  // its block
-    uint4 codes = {0, 0, 0,
-                   0};  // the next constant's code is the lowest byte; or, without double quantization, its bits
+    int64_t constant_next = 0;   // its block
+    uint4 codes = {0, 0, 0, 0};  // its code is the lowest byte; or, without double quantization, its bits
     float nested = 0.0f;
 
     // This thread's indices. Called again after the main loop: otherwise the compiler would recompute at every step
@@ -78,8 +77,8 @@ struct Gemm {
         decoded_at = opaque(sizeof(T) * swizzled<kWeightWidth>(unit / kRowBlocks, unit % kRowBlocks * 8 + half * 4));
     }
 
-    // A half block among those of a step, two for each block. Backward a row's blocks are neighbours: so are their
-    // constants, which then share a sector.
+    // Blocks of a step that lie in one row of W. Backward they are numbered row after row, so that a request for
+    // constants finds those of a row in one sector.
     static constexpr int kRowBlocks = kBackward ? Traits::kColumns / kBlock : 1;
     // The block that this thread decodes, or half of it.
     QLK_DEVICE int decoded() const { return Traits::kWords == 8 ? self : self / 2; }
@@ -120,8 +119,8 @@ struct Gemm {
         return !kBackward || step * Traits::kDepth + unit / kRowBlocks < static_cast<int>(a.n);
     }
 
-    // Starts the copies of a step's left operand and codes. What lies outside the matrix becomes zeros, and
-    // is not read.
+    // Starts the copies of a step's left operand and codes. What lies outside the matrix becomes zeros, and is not
+    // read. Without jumps, so that the copies can be spread among products.
     QLK_DEVICE void copy_step(bool wanted, int step, int stage) {
         const int row = self / 8, piece = self % 8;
         const bool left =
