@@ -28,7 +28,8 @@ from qlora_kernels.bench.report import results
 from qlora_kernels.bench.timing.measure import start
 
 _SQUARE, _WIDE = (4096, 4096), (14336, 4096)
-_LARGE = ("tiles128", "tiles128wide", "tiles128x3")
+_TILES = ("tiles128", "tiles128wide", "tiles128x3")
+_LARGE = ("warpgroup128", *_TILES)
 
 
 def _points(
@@ -47,13 +48,13 @@ SETS: dict[str, tuple[str, dict[Point, Sequence[str]]]] = {
         "QLORA_KERNELS_CUDA_KERNEL",
         {
             **_points((4096, 2048, 1024), _LARGE),
-            **_points((4096,), _LARGE, "linear_dx", None),
-            **_points((1, 4), ("few", "middle8", "tiles16")),
-            **_points((16,), ("middle16", "tiles16")),
-            **_points((64,), ("middle64", "tiles64", "tiles128")),
+            **_points((4096,), _TILES, "linear_dx", None),
+            **_points((1, 4), ("few", "warpgroup16", "middle8", "tiles16")),
+            **_points((16,), ("warpgroup16", "middle16", "tiles16")),
+            **_points((64,), ("warpgroup64", "middle32", "tiles64", "tiles128")),
             **_points((4096,), _LARGE, shapes=(_WIDE,)),
-            **_points((8,), ("few", "middle8", "tiles16")),
-            **_points((32,), ("middle32", "tiles32")),
+            **_points((8,), ("few", "warpgroup16", "middle8", "tiles16")),
+            **_points((32,), ("warpgroup32", "middle32", "tiles32")),
             **_points((512, 256), ("tiles64", *_LARGE)),
         },
     ),

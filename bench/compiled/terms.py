@@ -49,7 +49,7 @@ TERMS = {
     "overlap": (ASSUMED, "perfect within a part of a step, none between parts; schedulers issue in every clock"),
     "barrier of a pair": (
         ASSUMED,
-        "nothing: two warps wait for each other, and each scheduler has one of another pair",
+        "nothing: two warps wait for each other, and schedulers have one of another pair",
     ),
     "barrier": (
         ASSUMED,

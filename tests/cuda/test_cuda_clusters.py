@@ -13,8 +13,8 @@ from qlora_kernels import ops
 from qlora_kernels.native import extension
 
 FORCED = "QLORA_KERNELS_CUDA_KERNEL"
-#: M, N, K, multiprocessors, how many blocks share a tile, some with a step more than others, and the kernel. All kernels
-#: and tiles that share; where the outputs cannot be dealt out evenly; the most blocks that a cluster has.
+#: M, N, K, multiprocessors, how many blocks share a tile, some with a step more than others, and the kernel. All
+#: kernels and tiles that share; where the outputs cannot be dealt out evenly; the most blocks that a cluster has.
 SHARED = (
     (20, 136, 832, 8, 2, "middle32"),
     (64, 128, 1344, 6, 3, "middle32"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import assert_within_contract, make_weight, relative_error
-from emulated import counted, emulated
+from emulated import ROOT, counted, emulated
 from engines import ORDERS
 
 from qlora_kernels import ops

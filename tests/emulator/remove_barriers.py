@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 #: Statements that order something: calls of these, on a line of their own, perhaps before a comment.
 ORDERING = re.compile(
-    r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|mbarrier_\w+|fence_\w+"
+    r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|wgmma_(?:fence|commit|wait)\w*|barrier|mbarrier_\w+|fence_\w+"
     r"|griddep_\w+|cluster_(?:arrive|wait)\w*)"
     r"(?:<[^;]*>)?\([^;]*\);"
     # For streams, in arena.cu.
@@ -58,6 +58,10 @@ _TILES = (
     ("tests/cuda/test_cuda_tiles.py", "emulated and tensor_cores"),
     ("tests/cuda/test_cuda_tiles.py", "pipeline or emulated"),
 )
+_WARPGROUPS = (
+    ("tests/cuda/test_cuda_warpgroups.py", "test"),
+    ("tests/cuda/test_cuda_clusters.py", "warpgroup"),
+)
 _DEVICES = (("tests/emulator/test_devices.py", "test"),)
 TESTS = {
     "adapters": (
@@ -72,6 +76,8 @@ TESTS = {
         ("tests/cuda/test_cuda_few_rows.py", "emulated and test_middle_rows"),
     ),
     "splits": (("tests/cuda/test_cuda_clusters.py", "test"),),
+    "warpgroups": _WARPGROUPS,
+    "warpgroups_x": _WARPGROUPS,
     "arena": tuple(
         ("tests/optim/engines/test_paging.py", words)
         for words in ("page_out_and or page_out_comes", "budget_is_kept and case0", "copies_do")

@@ -235,7 +235,7 @@ def test_every_kernel_that_is_compared_exists_and_takes_its_point(monkeypatch):
         backward = point.operation == "linear_dx"
         chosen = dispatch.choose(card, point.m, point.n, point.k, torch.bfloat16, backward)["kernel"]
         assert chosen in names, f"{point}: the kernel that is chosen is not compared"
-    assert {"few", "middle16", "middle64", "tiles128", "tiles128wide"} <= seen
+    assert {"few", "warpgroup64", "middle16", "middle32", "tiles128", "tiles128wide"} <= seen
 
 
 def test_a_variant_is_called_with_its_value(monkeypatch):

@@ -62,6 +62,8 @@ class Budget:
         there (csrc/cuda/common/compiled.cuh)."""
         base, _, arguments = row["kernel"].partition("<")
         number = number_of(row["arch"])
+        if base == "warpgroup_kernel" and row["arch"] != "sm_90a":
+            return False
         if base in ON_TENSOR_CORES and arguments.startswith("bf16") and int(number) < 80:
             return False
         return (self.least_shared or row["shared_dynamic"]) <= MAX_SHARED.get(number, 227) * 1024
@@ -77,6 +79,7 @@ _SUMS = "one block: 128 sums a thread, 16 + 8 operands, and 8 registers of table
 #: With 128 columns a thread makes a table for half a block.
 _HALF = 3.9
 _MIDDLE = "one block: its tiles are spread over the card, one for each multiprocessor"
+_GROUPS = "one block: two warpgroups multiply, one brings x"
 _TWO = "two blocks: one multiplies while the other waits"
 
 #: By kernel, where * stands for anything; the first that fits.
@@ -124,6 +127,12 @@ BUDGETS = {
     ),
     "middle_kernel<*, MiddleTraits<*, 16, *>>": Budget(256, 74 * 1024, _MIDDLE, loop=LoopBudget(32, 175, 1.4)),
     "middle_kernel<*, MiddleTraits<*, 8, *>>": Budget(256, 74 * 1024, _MIDDLE, loop=LoopBudget(16, 160, 1.3)),
+    # Shared memory: the stages of x, results, and the table. A step is a block of 64 in depth, four products: one slot a
+    # weight, the constants' look-ups, and 1/4 FFMA for each 16 rows of x.
+    "warpgroup_kernel<*, WarpgroupTraits<*, 16, *>>": Budget(384, 128 * 1024, _GROUPS, loop=LoopBudget(4, 40, 1.4)),
+    "warpgroup_kernel<*, WarpgroupTraits<*, 32, *>>": Budget(384, 128 * 1024, _GROUPS, loop=LoopBudget(4, 45, 1.7)),
+    "warpgroup_kernel<*, WarpgroupTraits<*, 64, *>>": Budget(384, 128 * 1024, _GROUPS, loop=LoopBudget(4, 50, 2.2)),
+    "warpgroup_kernel<*, WarpgroupTraits<*, 128, *>>": Budget(384, 192 * 1024, _GROUPS, loop=LoopBudget(4, 60, 3.2)),
     # Shared memory: the stages of operands, and two of decoded weights.
     "gemm_kernel<*, GemmTraits<*, 128, 256, 2, 4>>": Budget(256, 160 * 1024, _SUMS, loop=LoopBudget(128, outside=210)),
     "gemm_kernel<*, GemmTraits<*, 128, 128, 2, 4>>": Budget(256, 112 * 1024, _SUMS, loop=LoopBudget(64, 180, _HALF)),

@@ -219,7 +219,7 @@ struct Warpgroup {
         const int64_t columns[2] = {place.column(0), place.column(1)};
         const float bias[2] = {columns[0] < a.n ? a.bias.at(columns[0]) : 0.0f,
                                columns[1] < a.n ? a.bias.at(columns[1]) : 0.0f};
-        Barrier()();  // all reads of the tile before are done
+        bar_sync(1, Traits::kConsumers);  // all reads of the tile before are done
 #pragma unroll
         for (int j = 0; j < kTiles; j += 2) {
             const uint32_t pairs[4] = {pack_pair<T>(sum[j][0] + bias[0], sum[j][1] + bias[0]),
@@ -229,7 +229,7 @@ struct Warpgroup {
             const int row = (j + lane / 16) * 8 + lane % 8, at = group * 64 + warp * 16 + lane / 8 % 2 * 8;
             stmatrix_x4<true>(&shared.front.out[row][at], pairs);
         }
-        Barrier()();
+        bar_sync(1, Traits::kConsumers);
         for (int i = self; i < Traits::kRows * (Traits::kColumns / 8); i += Traits::kConsumers) {
             const int row = i / (Traits::kColumns / 8), at = i % (Traits::kColumns / 8) * 8;
             if (first_row + row >= a.m || first_column + at >= a.n) continue;
@@ -249,7 +249,7 @@ struct Warpgroup {
         float4* const room = reinterpret_cast<float4*>(&shared.x());
         // Four neighbours of a row of the tile. Neither writing nor reading them has bank conflicts.
         const auto slot = [=](int at) { return room + at / 32 * 32 + (at % 32 ^ at / 64 % 4 * 2); };
-        Barrier()();  // all products of this block have read x
+        bar_sync(1, Traits::kConsumers);  // all products of this block have read x
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
