@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 #: Statements that order something: calls of these, on a line of their own, perhaps before a comment.
 ORDERING = re.compile(
-    r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|cp_async_(?:wait|commit)\w*|wgmma_(?:fence|commit|wait)\w*|barrier|mbarrier_\w+|fence_\w+"
+    r"^\s*(?:if \(.*\) )?((?:__sync\w+|__threadfence\w*|bar_\w+|barrier|cp_async_(?:wait|commit)\w*"
+    r"|wgmma_(?:fence|commit|wait)\w*|mbarrier_\w+|fence_\w+"
     r"|griddep_\w+|cluster_(?:arrive|wait)\w*)"
     r"(?:<[^;]*>)?\([^;]*\);"
     # For streams, in arena.cu.

@@ -127,8 +127,8 @@ BUDGETS = {
     ),
     "middle_kernel<*, MiddleTraits<*, 16, *>>": Budget(256, 74 * 1024, _MIDDLE, loop=LoopBudget(32, 175, 1.4)),
     "middle_kernel<*, MiddleTraits<*, 8, *>>": Budget(256, 74 * 1024, _MIDDLE, loop=LoopBudget(16, 160, 1.3)),
-    # Shared memory: the stages of x, results, and the table. A step is a block of 64 in depth, four products: one slot a
-    # weight, the constants' look-ups, and 1/4 FFMA for each 16 rows of x.
+    # Shared memory: the stages of x, results, and the table. A step is a block of 64 in depth, four products: one slot
+    # a weight, the constants' look-ups, and 1/4 FFMA for each 16 rows of x.
     "warpgroup_kernel<*, WarpgroupTraits<*, 16, *>>": Budget(384, 128 * 1024, _GROUPS, loop=LoopBudget(4, 40, 1.4)),
     "warpgroup_kernel<*, WarpgroupTraits<*, 32, *>>": Budget(384, 128 * 1024, _GROUPS, loop=LoopBudget(4, 45, 1.7)),
     "warpgroup_kernel<*, WarpgroupTraits<*, 64, *>>": Budget(384, 128 * 1024, _GROUPS, loop=LoopBudget(4, 50, 2.2)),
