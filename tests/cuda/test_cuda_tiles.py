@@ -121,18 +121,19 @@ def test_every_tile_and_depth_of_the_pipeline(monkeypatch, rows, shared, kernel)
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-#: M, N, K, multiprocessors, and how many blocks share a tile, each with an odd number of steps. The last case has four
-#: tiles and shares only the last.
+#: M, N, K, multiprocessors, how many blocks share a tile, each with an odd number of steps, and the kernel where it is
+#: forced. The last two cases have four tiles and share only the last.
 SHARED_TILES = (
-    *((20, 136, 832, 8, 2), (64, 128, 1344, 3, 3), (100, 136, 1600, 6, 3)),
-    *((17, 24, 4416, 16, 9), (130, 136, 1088, 3, 2)),
+    *((20, 136, 832, 8, 2, ""), (64, 128, 1344, 3, 3, ""), (100, 136, 1600, 6, 3, "")),
+    *((17, 24, 4416, 16, 9, ""), (130, 136, 1088, 3, 2, ""), (130, 264, 1088, 3, 2, "tiles128wide")),
 )
 
 
 @pytest.mark.share(2)
 @pytest.mark.parametrize("case", SHARED_TILES)
-def test_blocks_that_share_a_tile_add_up_in_one_order(case):
-    m, n, k, multiprocessors, blocks = case
+def test_blocks_that_share_a_tile_add_up_in_one_order(case, monkeypatch):
+    m, n, k, multiprocessors, blocks, kernel = case
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
     assert extension.native().dispatch(m, n, k, 1, False, 90, multiprocessors, 227 * 1024)["splits"] == blocks
     weight = make_weight(n, k)
     dense = weight.dequantize(torch.bfloat16)
