@@ -84,9 +84,10 @@ def test_blocks_that_share_a_tile_of_dx(case):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_a_tile_that_follows_whole_ones_is_shared_by_tickets(monkeypatch):
-    monkeypatch.setenv(FORCED, "tiles128")
-    m, n, k, multiprocessors = 130, 136, 1088, 3  # four tiles; blocks that have one alone are in no cluster
+@pytest.mark.parametrize(("kernel", "n"), [("tiles128", 136), ("tiles128wide", 264), ("warpgroup128", 136)])
+def test_a_tile_that_follows_whole_ones_is_shared_by_tickets(kernel, n, monkeypatch):
+    monkeypatch.setenv(FORCED, kernel)
+    m, k, multiprocessors = 130, 1088, 3  # four tiles; blocks that have one alone are in no cluster
     plan = dispatch(m, n, k, False, 90, multiprocessors)
     assert (plan["splits"], plan["cluster"], plan["whole_tiles"]) == (2, False, 3)
     weight, x = make_weight(n, k), torch.randn(m, k).bfloat16()

@@ -134,7 +134,12 @@ struct AsyncCopies {
     QLK_DEVICE static void go(const uint32_t* in, uint32_t* out) {
         auto& shared = shared_memory<Shared>();
         for (uint32_t i = 0; i < 3; ++i) {
-            cp_async_16(&shared.word[lane()][i], in + 4 * i, i < 2 ? 16 : static_cast<uint32_t>(lane() % 5) * 4);
+            const uint32_t valid = i < 2 ? 16 : static_cast<uint32_t>(lane() % 5) * 4;
+            if (i == 0) cp_async_16(&shared.word[lane()][i], in + 4 * i, valid);
+            // Of these two a lane makes one.
+            const bool even = lane() % 2 == 0;
+            cp_async_16_if(i > 0 && even, &shared.word[lane()][i], in + 4 * i, valid);
+            cp_async_16_if(i > 0 && !even, &shared.word[lane()][i], in + 4 * i, valid);
             cp_async_commit();
         }
         cp_async_wait<1>();

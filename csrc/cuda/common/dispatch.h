@@ -280,8 +280,8 @@ inline void share_tiles(Plan& plan, const Problem& p, const Card& card) {
 inline Plan planned(const Row& row, const Problem& p, const Card& card) {
     Plan plan{row, 1, false, 1, 0, 0, 1, 0};
     if (row.family == Family::kFew) {
-        // 4, 2 or 1 tiles of 8 rows at a time: the most that keeps the blocks' shares even.
-        const int64_t all = over(p.n, 8);
+        // 4, 2 or 1 tiles of 16 rows at a time: the most that keeps the blocks' shares even.
+        const int64_t all = over(p.n, 16);
         int64_t best = INT64_MAX;
         for (const int tiles : {4, 2, 1}) {
             const int64_t groups = over(all, tiles), rounds = over(groups, card.multiprocessors) * tiles;

@@ -127,8 +127,8 @@ void warpgroup_launch(const GemmArguments<T>& a, const Plan& plan, const Stream&
     using Nested = WarpgroupTraits<T, kRows, true>;
     const auto kernel =
         a.weight.absmax ? warpgroup_kernel<T, WarpgroupTraits<T, kRows, false>> : warpgroup_kernel<T, Nested>;
-    launch(kernel, plan.blocks(), Nested::kThreads, warpgroup_shared(kRows), stream, a, start,
-           plan.blocks_of_cluster());
+    launch_overlapping(kernel, plan.blocks(), Nested::kThreads, warpgroup_shared(kRows), stream, a, start,
+                       plan.blocks_of_cluster());
 }
 
 // How the product is computed. Also sets the operands' alignment in `a`.
