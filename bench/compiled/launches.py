@@ -111,8 +111,8 @@ def _few(plan: dict[str, Any], m: int, backward: bool) -> Launch:
 
 def _middle(plan: dict[str, Any], m: int, backward: bool) -> Launch:
     rows, columns, depth = plan["rows"], plan["columns"], 256
-    # The same table; x as it comes, and into both groups of warps. For each warp, constants: two look-ups in their table,
-    # taken to be read in four passes, written, and read in four loads.
+    # The same table; x as it comes, and into both groups of warps. For each warp, constants: two look-ups in their
+    # table, taken to be read in four passes, written, and read in four loads.
     moved = (2 * columns * depth, 3 * rows * depth * 2 + 8 * (2 * 4 * 128 + 2 * 128 + 4 * 128))
     finish = 2 * 4 * rows * columns * 4  # the sums of four slices, written and read
     kernel = f"middle_kernel<bf16, MiddleTraits<bf16, {rows}, true>>"

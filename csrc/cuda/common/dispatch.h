@@ -67,7 +67,7 @@ constexpr int64_t kAnyRows = INT64_MAX;
 
 // The first row that can take the problem runs.
 constexpr Row kDispatch[] = {
-    // It takes 8 rows too, but there every warp reads all of x for each 8 rows of W, and the next kernel for each 64.
+    // It takes 8 rows too, but all of x goes into every block before it begins.
     {"few", Family::kFew, 8, 8, 4, 4, 80, 80, false},
     {"middle8", Family::kMiddle, 8, 128, 2, 8, 80, 80, false},
     {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80, false},
