@@ -43,7 +43,10 @@ TERMS = {
     ),
     "barrier": (ASSUMED, f"{BARRIER_CLOCKS} clocks until the tensor cores are busy again"),
     "latency": (ASSUMED, f"{LOADED:g} times the published one under load"),
-    "fill": (ASSUMED, "loads that wait for each other, the table, x into each block of few rows, the first decoding, one by one"),
+    "fill": (
+        ASSUMED,
+        "loads that wait for each other, the table, x of few rows, the first decoding, one after the other",
+    ),
     "constants by lane": (ASSUMED, f"{PASSES} passes a load and warp, one clock each: the upper end of estimates"),
     "tail": (ASSUMED, f"{MEMBAR_US} us with MEMBAR.SC, {CLUSTER_US} in a cluster, else {TICKET_TRIPS} trips to L2"),
     "clock": (ASSUMED, "the data sheet's, held under load"),
