@@ -274,7 +274,11 @@ struct Middle {
 #pragma unroll
         for (unsigned i = 0; i < Traits::kBuffers - 1; ++i) copy_x(first + i);
         if (begins) {
-            fill_pairs<T, Traits::kThreads>(shared_memory<typename Traits::Shared>().rows, a.weight.levels, self);
+            float level = 0.0f;
+            // In the loop over tiles, no load by lane from constant memory.
+#pragma unroll
+            for (int i = 0; i < 16; ++i) level = self % 16 == i ? a.weight.levels[i] : level;
+            fill_pairs<T, Traits::kThreads>(shared_memory<typename Traits::Shared>().rows, level, self);
             if constexpr (Traits::kNested) {
                 store_shared(shared.nested_table + self, load_global(a.weight.nested_table + self));
                 if (self == 0) store_shared(&shared.offset, load_global(a.weight.nested_offset));
