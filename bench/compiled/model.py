@@ -218,7 +218,7 @@ def _terms(card: Card, launch: Launch, row: dict[str, Any], work: _Work, m: int,
         "alone": work.steps * step.alone,
         "together": work.steps * step.together,
         "sm": sm,
-        "fill": start + table,
+        "fill": start + table + once / card.l2_bytes,
         "tail": end + card.latency,
     }
     us = {name: value / card.hertz * 1e6 for name, value in clocks.items()}

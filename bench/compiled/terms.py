@@ -57,7 +57,10 @@ TERMS = {
     ),
     "warpgroups": (ASSUMED, "a warpgroup's products, waiting for them and scaling their sums come one after the other"),
     "latency": (ASSUMED, f"{LOADED:g} times the published one under load"),
-    "fill": (ASSUMED, "loads that wait for each other, the table, the first decoding, one after the other"),
+    "fill": (
+        ASSUMED,
+        "loads that wait for each other, the table, x of few rows, the first decoding, one after the other",
+    ),
     "constants by lane": (ASSUMED, f"{PASSES} passes a load and warp, one clock each: the upper end of estimates"),
     "tail": (
         ASSUMED,

@@ -127,7 +127,7 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m, monkeypatch):
     assert counts["launches"] == 1
     assert counts["instructions"]["mma"] == m * n * k // (16 * 8 * 16) * 32
     weights = n * k * (2 if m > 32 else 1)  # 64 rows are two tiles, and each decodes all of W
-    memory = {place: t for place, t in counts["global"].items() if place.startswith("rows64.cuh")}
+    memory = {place: t for place, t in counts["global"].items() if place.startswith("rows64")}
     loads = lines(counts["global"], "rows64.cuh", "load").values()
     assert sum(t["bytes"] for t in loads if t["bytes"] == 256 * t["requests"]) == weights // 2, "codes, once"
     # 32 bytes from each of eight rows; x, 512 bytes of a row; 16 steps' constants of 32 rows, which here lie together;
@@ -140,7 +140,7 @@ def test_middle_rows_read_the_weight_once_in_whole_sectors(m, monkeypatch):
     assert rest == weights // k // 128 * 8 * 64 * 4 + counts["blocks"] * (256 * 4 + 4)
     pairs = sum(t["requests"] for t in lines(counts["shared"], "pairs.cuh", "load").values())
     assert pairs == weights // 2 // 32
-    shared = {p: t for p, t in counts["shared"].items() if p.startswith(("rows64.cuh", "pairs.cuh"))}
+    shared = {p: t for p, t in counts["shared"].items() if p.startswith(("rows64", "pairs.cuh"))}
     conflicts = {place: t for place, t in shared.items() if t["actual"] != t["minimum"]}
     # With random codes: where lanes look up constants in their table.
     (constants,) = conflicts.values()

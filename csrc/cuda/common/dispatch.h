@@ -73,13 +73,13 @@ constexpr int64_t kAnyRows = INT64_MAX;
 
 // The first row that can take the problem runs.
 constexpr Row kDispatch[] = {
-    // It takes 8 rows too, but there every warp reads all of x for each 8 rows of W, and the next kernel for each 64.
+    // It takes 8 rows too, but all of x goes into every block before it begins.
     {"few", Family::kFew, 8, 8, 4, 4, 80, 80, false},
     // On sm_90a alone.
-    {"warpgroup16", Family::kWarpgroup, 16, 128, 4, 16, 90, 90, false},
-    {"warpgroup32", Family::kWarpgroup, 32, 128, 4, 32, 90, 90, false},
-    {"warpgroup64", Family::kWarpgroup, 64, 128, 6, 64, 90, 90, false},
-    {"warpgroup128", Family::kWarpgroup, 128, 128, 4, kAnyRows, 90, 90, false},
+    {"warpgroup16", Family::kWarpgroup, 16, 128, 1, 16, 90, 90, false},
+    {"warpgroup32", Family::kWarpgroup, 32, 128, 1, 32, 90, 90, false},
+    {"warpgroup64", Family::kWarpgroup, 64, 128, 1, 64, 90, 90, false},
+    {"warpgroup128", Family::kWarpgroup, 128, 128, 1, kAnyRows, 90, 90, false},
     {"middle8", Family::kMiddle, 8, 128, 2, 8, 80, 80, false},
     {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80, false},
     // Up to 64 rows are two tiles, whose sums one block would have no registers for: every weight is decoded twice.

@@ -37,14 +37,15 @@ QLK_DEVICE uint32_t pair_of(const PairRow* rows, uint32_t codes, uint32_t lane_b
     return load_shared(reinterpret_cast<const uint32_t*>(reinterpret_cast<const unsigned char*>(rows) + at));
 }
 
-// Fills the table; called by all kThreads threads, 256 or 512. The levels go through shuffles: the compiler would load
-// levels[byte >> 4] again for each store, and lanes with different indices into constant memory take turns.
+// Fills the table; called by all kThreads threads, 256 or 512. own: level self % 16. The levels go through shuffles:
+// the compiler would load levels[byte >> 4] again for each store, and lanes with different indices into constant memory
+// take turns.
 template <class T, int kThreads>
-QLK_DEVICE void fill_pairs(PairRow* rows, const float* levels, int self) {
+QLK_DEVICE void fill_pairs(PairRow* rows, float own, int self) {
     constexpr int kShare = kThreads / 256, kStores = 8 / kShare;
     static_assert(kThreads == kShare * 256 && kStores * kShare == 8);
     const int byte = self / kShare;
-    const float level = __fmul_rn(levels[self % 16], kPairScale<T>);
+    const float level = __fmul_rn(own, kPairScale<T>);
     const float high = __shfl_sync(kAllLanes, level, byte >> 4, 16), low = __shfl_sync(kAllLanes, level, byte & 15, 16);
     const uint32_t pair = pack_pair<T>(high, low);
     uint4* const to = reinterpret_cast<uint4*>(rows[byte].levels);

@@ -5,19 +5,21 @@
 //
 // Layout:
 //     block    256 threads, kRows x 128 outputs; a step is 256 along K
-//     warps    8: 2 groups of 64 columns x 4 slices of 64 along K
+//     warps    8: 2 groups of 64 columns x 4 slices of 64 along K. The two warps of a slice share its x
 //     product  W is the left operand, 16 x 16, and x the right one, 16 x 8
 //     lane     with g = lane / 4 and t = lane % 4: decodes rows 8g to 8g + 7 of its group's 64 rows of W, two for each
 //              of four products, and of each row's block codes 16t to 16t + 15
 //     x        pieces of 16 bytes in the order p, t: piece (p, t) is depth 16t + 8p to 16t + 8p + 7. Odd rows swap p:
 //              no bank conflicts
-//     ahead    codes of the next step in registers, its x in the other buffer by cp.async, its constants looked up
+//     constant a warp decodes its own for four steps; they multiply the sums of a block, not the weights
+//     ahead    codes of two steps in registers, each loaded where one was used; x of up to three by cp.async
 //
-// Shared memory: 64 KiB of level pairs for each byte and lane, then 2 * (kRows * 512 + 2176) bytes of x and constants,
-//     or the slices' sums in the same place: middle_shared(kRows) bytes.
+// Shared memory: 64 KiB of level pairs for each byte and lane, with x in the gaps, 128 bytes for a row, slice and
+//     buffer, or the slices' sums in the same place; 9 KiB of constants and their table: kMiddleShared bytes.
 //
-// Why: each weight is decoded by one lane, into the register that goes into its products. docs/design/notes-cuda.md, "5
-//     to 64 rows", has the clocks, the order of the depth, and why one row in eight is decoded in registers.
+// Why: each weight is decoded by one lane, into the register that goes into its products, in one issue slot. No barrier
+//     stops all warps, so some decode while others multiply. docs/design/notes-cuda.md, "5 to 64 rows", has the clocks
+//     and the order of the depth.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +28,7 @@
 #include "cuda/common/dispatch.h"
 #include "cuda/common/pairs.cuh"
 #include "cuda/common/splits.cuh"
+#include "cuda/linear/mma/rows64_constants.cuh"
 #include "cuda/linear/mma/tiles_layout.cuh"
 
 namespace qlk::cuda {
@@ -93,7 +96,7 @@ struct Middle {
     }
     QLK_DEVICE Share share() const { return share(a); }
 
-    // This thread's indices and its tile's place. Called again where they are needed again: at 64 rows there are no
+    // This thread's indices and its tile's place. Called again where they are needed again: at 32 rows there are no
     // registers to keep them in during the main loop.
     QLK_DEVICE void locate() {
         self = static_cast<int>(opaque(threadIdx.x));
@@ -165,94 +168,8 @@ struct Middle {
         return codes_next + wide_product(codes_apart, kLazy ? opaque(row) : row);
     }
 
-    // Constants on their way: two rows of W, and in each this warp's blocks of a period's four steps, four blocks
-    // apart. Rows past the end of W take the last row's.
-    struct Constants {
-        uint4 codes[2];   // of each step; without double quantization, the constants' bits
-        float nested[2];  // nested_absmax of the first step's block
-    };
-
-    // The first block of a row whose constants this lane decodes.
-    QLK_DEVICE uint32_t constants_of(int i) const {
-        return min(constant_row + i * 32, static_cast<unsigned>(a.n) - 1) * blocks;
-    }
-    // Whether a period's 16 blocks in a row are 16 aligned bytes, of one group.
-    QLK_DEVICE bool constants_aligned() const {
-        return Traits::kNested &&
-               ((reinterpret_cast<uintptr_t>(a.weight.absmax_code) | static_cast<uintptr_t>(blocks)) & 15) == 0;
-    }
-
-    // period: number of steps / kPeriod.
-    QLK_DEVICE Constants fetch_constants(unsigned period) const {
-        Constants c{};
-        const unsigned in_row = period * (Traits::kPeriod * Traits::kSlices);
-        if (in_row + slice >= blocks) return c;
-        if (constants_aligned()) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const uint32_t block = constants_of(i) + in_row;
-                c.codes[i] = load_global(reinterpret_cast<const uint4*>(a.weight.absmax_code + block));
-                c.nested[i] = load_global(a.weight.nested_absmax + block / kNestedBlock);
-            }
-            return c;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            uint32_t* const to[4] = {&c.codes[i].x, &c.codes[i].y, &c.codes[i].z, &c.codes[i].w};
-#pragma unroll
-            for (int q = 0; q < Traits::kPeriod; ++q) {
-                const unsigned at = in_row + q * Traits::kSlices + slice;
-                if (at >= blocks) continue;
-                if constexpr (Traits::kNested) {
-                    *to[q] = load_global(a.weight.absmax_code + constants_of(i) + at);
-                } else {
-                    *to[q] = __float_as_uint(load_global(a.weight.absmax + constants_of(i) + at));
-                }
-            }
-            if constexpr (Traits::kNested) {
-                c.nested[i] = load_global(a.weight.nested_absmax + (constants_of(i) + in_row + slice) / kNestedBlock);
-            }
-        }
-        return c;
-    }
-
-    QLK_DEVICE float table_entry(uint32_t code) const { return load_shared(shared.nested_table + code); }
-
-    // Decodes a period's constants for this warp.
-    QLK_DEVICE void store_constants(unsigned period, const Constants& c) {
-        const float offset = Traits::kNested ? load_shared(&shared.offset) : 0.0f;
-        if (constants_aligned()) {
-            each_constant(c, [&](int i, int, uint32_t code) {
-                const float entry = table_entry(prmt(code, 0, 0x4440 | slice));
-                return __fadd_rn(__fmul_rn(entry, c.nested[i]), offset);
-            });
-        } else {
-            each_constant(c, [&](int i, int q, uint32_t code) {
-                if (!Traits::kNested) return __uint_as_float(code);
-                const unsigned in_row = period * (Traits::kPeriod * Traits::kSlices) + slice;
-                const uint32_t of_block = (constants_of(i) + in_row + q * Traits::kSlices) / kNestedBlock;
-                float nested = c.nested[i];
-                // The next group begins in this period.
-                if (of_block != (constants_of(i) + in_row) / kNestedBlock && in_row + q * Traits::kSlices < blocks) {
-                    nested = load_global(a.weight.nested_absmax + of_block);
-                }
-                return __fadd_rn(__fmul_rn(table_entry(code), nested), offset);
-            });
-        }
-    }
-
-    // Stores constant(row, step, code) for each row and step of a period.
-    template <class Constant>
-    QLK_DEVICE void each_constant(const Constants& c, Constant constant) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const uint32_t codes[Traits::kPeriod] = {c.codes[i].x, c.codes[i].y, c.codes[i].z, c.codes[i].w};
-#pragma unroll
-            for (int q = 0; q < Traits::kPeriod; ++q) {
-                const float value = pair_constant<T>(constant(i, q, codes[q]));
-                store_shared(&shared.constants[self / 32][q][lane + i * 32], value);
-            }
-        }
+    QLK_DEVICE MiddleConstants<T, Traits> of_warp() const {
+        return {a.weight, shared, static_cast<unsigned>(a.n), blocks, constant_row, self, lane, slice};
     }
 
     // The operands of W of two products: rows first and second of a lane, 8 codes of each.
@@ -353,19 +270,23 @@ struct Middle {
                 if (first + i < end && last >= 0) codes[i][j] = ld_global_once_8(codes_at(j) + i * kStepBytes);
             }
         }
-        Constants constants = fetch_constants(first / Traits::kPeriod);
+        auto constants = of_warp().fetch(first / Traits::kPeriod);
 #pragma unroll
         for (unsigned i = 0; i < Traits::kBuffers - 1; ++i) copy_x(first + i);
         if (begins) {
-            fill_pairs<T, Traits::kThreads>(shared_memory<typename Traits::Shared>().rows, a.weight.levels, self);
+            float level = 0.0f;
+            // In the loop over tiles, no load by lane from constant memory.
+#pragma unroll
+            for (int i = 0; i < 16; ++i) level = self % 16 == i ? a.weight.levels[i] : level;
+            fill_pairs<T, Traits::kThreads>(shared_memory<typename Traits::Shared>().rows, level, self);
             if constexpr (Traits::kNested) {
                 store_shared(shared.nested_table + self, load_global(a.weight.nested_table + self));
                 if (self == 0) store_shared(&shared.offset, load_global(a.weight.nested_offset));
             }
         }
         __syncthreads();
-        store_constants(first / Traits::kPeriod, constants);
-        constants = fetch_constants(first / Traits::kPeriod + 1);
+        of_warp().store(first / Traits::kPeriod, constants);
+        constants = of_warp().fetch(first / Traits::kPeriod + 1);
 #pragma unroll 1
         for (unsigned from = first; from < end; from += Traits::kAhead) {
             codes_next += Traits::kAhead * kStepBytes;
@@ -386,8 +307,8 @@ struct Middle {
                 const unsigned period = (step + 1) / Traits::kPeriod;
                 if ((step + 1) % Traits::kPeriod == 0 && step + 1 < end) {
                     __syncwarp();  // all lanes have read the old ones
-                    store_constants(period, constants);
-                    constants = fetch_constants(period + 1);
+                    of_warp().store(period, constants);
+                    constants = of_warp().fetch(period + 1);
                 }
             }
         }

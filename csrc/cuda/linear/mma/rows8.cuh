@@ -192,7 +192,7 @@ struct Few {
 
     // Fills the tables, and lays out x in the order of the products.
     QLK_DEVICE void prepare() {
-        fill_pairs<T, Traits::kThreads>(shared.rows, a.weight.levels, self);
+        fill_pairs<T, Traits::kThreads>(shared.rows, a.weight.levels[self % 16], self);
         if (kNested && self < kNestedBlock) {
             store_shared(shared.constants + self, load_global(a.weight.nested_table + self));
         }
