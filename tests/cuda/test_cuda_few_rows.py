@@ -9,7 +9,7 @@ from contract import assert_within_contract, make_weight, references, relative_e
 from emulated import counted, emulated, lines
 from engines import ORDERS
 
-from qlora_kernels import ops
+from qlora_kernels import ops, quantize
 
 FORCED = "QLORA_KERNELS_CUDA_KERNEL"
 
@@ -166,3 +166,22 @@ def test_few_rows_read_the_weight_once_in_whole_sectors(monkeypatch):
     (constants,) = [t for t in shared.values() if t["actual"] != t["minimum"]]
     assert constants["requests"] == n * k // 64 // 32
     assert constants["actual"] < 1.5 * constants["minimum"]
+
+
+@pytest.mark.parametrize("kernel", ["few", "middle8", "middle16", "middle32"])
+def test_infinities_and_nans_go_where_a_dense_product_has_them(monkeypatch, kernel):
+    """And blocks of zeros, whose constants may be anything, give exact zeros."""
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
+    weight = torch.randn(40, 320)
+    weight[:, :64] = 0
+    weight[3] = 0
+    for dtype, double_quant in ((torch.bfloat16, True), (torch.float16, False)):
+        quantized, x = quantize(weight, double_quant), torch.randn(5, 320).to(dtype)
+        x[1, 70], x[2, 3], x[4, 200] = float("inf"), float("nan"), -float("inf")
+        with emulated():
+            y, _ = ops.linear_forward(x, *quantized.pieces, 40, None, None, None, 1.0, 0.0, None)
+        dense = x.float() @ quantized.dequantize(dtype).float().T
+        assert torch.equal(y.isnan(), dense.isnan())
+        for infinity in (float("inf"), -float("inf")):
+            assert torch.equal(y == infinity, dense == infinity)
+        assert (y[0, 3], y[3, 3]) == (0, 0)

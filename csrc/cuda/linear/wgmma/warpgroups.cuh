@@ -335,7 +335,7 @@ QLK_DEVICE void warpgroup_tiles(const GemmArguments<T>& a) {
     Warpgroup<T, Traits> multiplier{a, shared, self % 32, static_cast<uint32_t>(a.k / kBlock),
                                     Traits::kNested ? load_global(a.weight.nested_offset) : 0.0f};
     multiplier.begin(share, share.first_tile());
-    fill_pairs<T, Traits::kConsumers>(shared.back.pairs, a.weight.levels, self);
+    fill_pairs<T, Traits::kConsumers>(shared.back.pairs, a.weight.levels[self % 16], self);
     if (Traits::kNested) store_shared(shared.front.constants + self, load_global(a.weight.nested_table + self));
     __syncthreads();
     multiplier.run(share);
