@@ -61,7 +61,9 @@ def test_a_kernel_that_is_not_there(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
     captured = capsys.readouterr()
-    words = f"qlora-kernels {command[0]}: QLORA_KERNELS_CUDA_KERNEL=nonsense names no kernel; there are few, middle8"
+    words = (
+        f"qlora-kernels {command[0]}: QLORA_KERNELS_CUDA_KERNEL=nonsense names no kernel; there are few, warpgroup16"
+    )
     assert captured.err.startswith(words)
     assert captured.err.count("\n") == 1
     assert captured.out == ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import assert_within_contract, make_weight, relative_error
-from emulated import counted, counters, emulated, module
+from emulated import ROOT, counted, counters, emulated, module
 from engines import ORDERS
 
 from qlora_kernels import ops
@@ -52,7 +52,9 @@ def test_blocks_that_share_a_tile_add_up_in_one_order(case, monkeypatch):
                 module().reset_counters()
                 y, _ = ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)
                 used = counters()["instructions"]
-                assert (used.get("fence", 0) > 0, "barrier.cluster" in used) == (architecture == 80, architecture == 90)
+                assert ("barrier.cluster" in used) == (architecture == 90)
+                if not kernel.startswith("warpgroup"):  # whose mbarriers have fences, too
+                    assert (used.get("fence", 0) > 0) == (architecture == 80)
                 results.append((y, *ops.linear_forward(x, *weight.pieces, n, bias, A, B, 1.0, 0.0, None)))
     y, with_low_rank, u = results[0]
     exact = x.double() @ unrounded.T
@@ -95,7 +97,8 @@ def test_a_tile_that_follows_whole_ones_is_shared_by_tickets(kernel, n, monkeypa
     for order, resident in zip(ORDERS, (1, 5, 2)):
         with emulated(order, seed=11, multiprocessors=multiprocessors, resident_blocks=resident):
             results.append(ops.linear_forward(x, *weight.pieces, n, None, None, None, 1.0, 0.0, None)[0])
-    assert_within_contract(results[0], x @ dense.T, x.double() @ dense.double().T, "whole tiles first")
+    exact = x.double() @ weight.dequantize(torch.float32).double().T
+    assert_within_contract(results[0], x @ dense.T, exact, "whole tiles first")
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -110,7 +113,6 @@ CUT_ANYWHERE = (
     (16, 520, 4096, 4, 90, "warpgroup16"),
     (32, 260, 5120, 2, 90, "warpgroup32"),
     (64, 260, 5120, 2, 90, "warpgroup64"),
-    (128, 260, 2560, 2, 90, "warpgroup128"),
 )
 
 
@@ -118,6 +120,7 @@ CUT_ANYWHERE = (
 CUT_TILES = (
     (100, 136, 2304, 3, 80, "tiles128"),
     pytest.param((600, 40, 2304, 3, 90, "tiles128"), marks=pytest.mark.slow),
+    pytest.param((600, 40, 6144, 3, 90, "warpgroup128"), marks=pytest.mark.slow),
 )
 
 
@@ -192,7 +195,11 @@ def test_a_clusters_sums_have_no_bank_conflicts_and_leave_in_whole_sectors(
         if place.startswith(("splits", "tiles", "rows64", "warpgroups"))
     }
     assert any(place.startswith("splits") for place in places)
+    sources = {path.name: path.read_text().splitlines() for path in (ROOT / "csrc" / "cuda").rglob("*.cuh")}
     for place, t in places.items():
+        file, line = place.split()[0].split(":")
+        if "constants + " in sources[file][int(line) - 1] or "nested_table + " in sources[file][int(line) - 1]:
+            continue  # with random codes, lanes meet in the table of constants
         assert t["actual"] == t["minimum"], f"bank conflicts: {place} {t}"
     # Each sum is read once, by one block, and each result written once.
     assert sum(t["bytes"] for place, t in places.items() if place.startswith("splits")) == m * n * 4 * multiprocessors

@@ -180,7 +180,7 @@ def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, order, monk
     early, count, carveouts = results()
     assert count == 2
     # What makes u, the sum that makes v, and both products: a multiprocessor is divided in the same way for all.
-    product = "few_kernel" if m <= 4 else "middle_kernel" if m <= 64 else "gemm_kernel"
+    product = "few_kernel" if m <= 4 else "warpgroup_kernel"
     overlapping = {"adapter_down_kernel", "adapter_sum_kernel", product, "gemm_kernel"}
     assert carveouts == {(name, 100) for name in overlapping}
     assert all(torch.equal(a, b) for a, b in zip(early, in_order, strict=True))

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(32) stmatrix_kernel(const __grid_constant__ Ar
     auto* const rows = &shared_memory<uint4>();
     const uint4 v = ld_global_once_16(a.in + 4 * thread());
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    stmatrix_x4<false>(rows + thread(), words);
+    stmatrix_x4<false>(shared_pointer<uint4>(shared_address(rows + thread())), words);
     stmatrix_x4<true>(rows + 32 + thread(), words);
     for (int i = 0; i < 2; ++i) st_global_16(a.out + 128 * i + 4 * thread(), load_shared(rows + 32 * i + thread()));
 }

@@ -190,6 +190,8 @@ def family(layer: Layer, *sources: str, scratch: bool = False) -> Family:
 HALF, FLOAT = torch.bfloat16, torch.float32
 CONSTANTS = {"absmax_code": 3, "nested_absmax": 4, "nested_table": ALL, "nested_offset": 4}
 TILES = ("tiles.cuh", "tiles_pipeline.cuh", "tiles_finish.cuh")
+MIDDLE = ("rows64.cuh", "rows64_constants.cuh")
+WARPGROUPS = ("warpgroups.cuh", "warpgroups_x.cuh", "decode.cuh")
 FLOATS = ("layer_products.cuh", "weight.cuh", "bias.cuh")
 ADAPTERS = ("adapters_tile.cuh", "adapters.cuh", "parts.cuh")
 DEQUANTIZE = ("dequantize.cuh", "weight.cuh")
@@ -204,16 +206,18 @@ def step(call: Callable[[], None], **states: int) -> Family:
 FAMILIES = {
     "few": family(Layer("few", bias=HALF), "rows8.cuh", "bias.cuh"),
     "few, single constants": family(Layer("few", double_quant=False, bias=FLOAT), "rows8.cuh", "bias.cuh"),
-    "middle": family(Layer("middle8", bias=HALF), "rows64.cuh", "bias.cuh"),
-    "middle, cut": family(Layer("middle8", k=2048, double_quant=False), "rows64.cuh", "splits.cuh", scratch=True),
+    "middle": family(Layer("middle8", bias=HALF), *MIDDLE, "bias.cuh"),
+    "middle, cut": family(Layer("middle8", k=2048, double_quant=False), *MIDDLE, "splits.cuh", scratch=True),
+    "warpgroups": family(Layer("warpgroup16", bias=HALF), *WARPGROUPS, "bias.cuh"),
+    "warpgroups, single constants": family(
+        Layer("warpgroup128", double_quant=False, bias=FLOAT), *WARPGROUPS, "bias.cuh"
+    ),
     "tiles": family(Layer("tiles16", m=20, bias=HALF), *TILES, "bias.cuh"),
     "tiles, cut": family(Layer("tiles16", k=2048, double_quant=False), *TILES, "splits.cuh", scratch=True),
     "tiles, backward": family(Layer("tiles16", True, m=20), *TILES),
     "floats": family(Layer(r=3, dtype=FLOAT, bias=FLOAT, dropout=0.25), *FLOATS, "dropout.cuh"),
     "floats, backward": family(Layer("", True, r=3, dtype=FLOAT, needs=(True, True, True)), *FLOATS),
-    "adapters": family(
-        Layer(r=16, m=70, dropout=0.25, bias=HALF), *ADAPTERS, *TILES, "rows64.cuh", "decode.cuh", "bias.cuh"
-    ),
+    "adapters": family(Layer(r=16, m=70, dropout=0.25, bias=HALF), *ADAPTERS, *WARPGROUPS, "bias.cuh"),
     "adapters, backward": family(
         Layer("", True, r=16, m=70, dropout=0.25, needs=(True, True, True)),
         *ADAPTERS,
@@ -221,7 +225,7 @@ FAMILIES = {
         "narrow.cuh",
         scratch=True,
     ),
-    "float32 adapters": family(Layer(r=16, m=70, adapters=FLOAT), *ADAPTERS, *TILES, "narrow.cuh", scratch=True),
+    "float32 adapters": family(Layer(r=16, m=70, adapters=FLOAT), *ADAPTERS, *WARPGROUPS, "narrow.cuh", scratch=True),
     "float32 adapters, backward": family(
         Layer("", True, r=16, m=70, adapters=FLOAT, needs=(True, True, True)),
         *ADAPTERS,
@@ -256,6 +260,13 @@ FAMILIES = {
     ),
 }
 OPTIONS = {"multiprocessors": 8}
+
+
+def options(name: str) -> dict:
+    """Those of the emulator. Before sm_90 blocks that share a tile need scratch."""
+    return {**OPTIONS, "architecture": 80} if "cut" in name else OPTIONS
+
+
 CALLS = ROOT / "tests/emulator/calls.cpp"
 
 
@@ -277,7 +288,7 @@ def test_every_operand_has_a_case():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_calls_are_right_as_they_are(name):
-    with emulated(**OPTIONS):
+    with emulated(**options(name)):
         FAMILIES[name].call()
 
 
@@ -285,7 +296,7 @@ def test_the_calls_are_right_as_they_are(name):
 @pytest.mark.parametrize(("name", "operand"), [(name, o) for name, family in FAMILIES.items() for o in family.rows])
 def test_an_access_one_row_beyond_an_operand_is_an_error(name, operand):
     family = FAMILIES[name]
-    with emulated(**OPTIONS), pytest.raises(module().EmulatorError) as raised:
+    with emulated(**options(name)), pytest.raises(module().EmulatorError) as raised:
         module().misstate(operand, fewer=family.rows[operand])
         family.call()
     where, message = str(raised.value).split(": ", 1)
@@ -301,7 +312,7 @@ def test_an_access_one_row_beyond_an_operand_is_an_error(name, operand):
 @pytest.mark.parametrize(("name", "operand"), [(name, o) for name, family in FAMILIES.items() for o in family.written])
 def test_a_store_to_an_operand_that_is_only_read_is_an_error(name, operand):
     family = FAMILIES[name]
-    with emulated(**OPTIONS), pytest.raises(module().EmulatorError) as raised:
+    with emulated(**options(name)), pytest.raises(module().EmulatorError) as raised:
         module().misstate(operand, read_only=True)
         family.call()
     assert str(raised.value).split(":")[0] in family.sources
@@ -313,7 +324,7 @@ def test_what_is_misstated_is_forgotten(name):
     with emulated(**OPTIONS):
         for operand in FAMILIES[name].rows:
             module().misstate(operand, fewer=1 << 40)
-    with emulated(**OPTIONS):
+    with emulated(**options(name)):
         FAMILIES[name].call()
 
 

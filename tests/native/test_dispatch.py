@@ -43,7 +43,7 @@ def test_every_range_of_the_dispatch_is_what_runs():
 #: how many come first with a block each.
 SHARED = {
     "32 tiles: clusters of four are all on the card at once": (90, 64, 4096, 4096, 4, True, 1, 0),
-    "the same without clusters, on 108 multiprocessors": (80, 64, 4096, 4096, 3, False, 1, 0),
+    "64 tiles of 32 rows without clusters, on 108 multiprocessors": (80, 64, 4096, 4096, 108, False, 64, 0),
     "8 tiles: a cluster has at most eight blocks": (90, 16, 1024, 8192, 8, True, 1, 0),
     "80 tiles: cut anywhere, sooner done than two rounds of clusters": (90, 64, 10240, 14336, 132, False, 80, 0),
     "112 tiles of 16 steps: what a cut costs is more than the steps that it saves": (
@@ -57,7 +57,7 @@ SHARED = {
         0,
     ),
     "112 tiles on 108 multiprocessors: two rounds, or one and a bit": (80, 16, 14336, 4096, 108, False, 112, 0),
-    "224 tiles: 132, then 92 cut anywhere": (90, 256, 14336, 4096, 132, False, 92, 132),
+    "224 tiles of 32 steps: 132, then 92 cut anywhere": (90, 256, 14336, 8192, 132, False, 92, 132),
     "448 tiles: 396, then 52 by two blocks each": (90, 512, 14336, 4096, 2, False, 1, 396),
     "sm_120 has no clusters here": (120, 16, 2048, 4096, 8, False, 1, 0),
 }

@@ -332,7 +332,7 @@ def test_a_faster_memory_moves_the_bound():
 def test_a_card_with_little_shared_memory_gets_three_stages():
     assert launch_of(CARDS["4090"], 128, 4096, 4096, False).ahead == 1
     assert launch_of(CARDS["4090"], 64, 4096, 4096, True).ahead == 2
-    assert launch_of(H200, 128, 4096, 4096, False).ahead == 2
+    assert launch_of(H200, 128, 4096, 4096, False, "tiles128").ahead == 2
 
 
 def test_a_kernel_is_forced_only_within(monkeypatch):
