@@ -61,7 +61,7 @@ LINEAR_SHAPES = (
     ((72, 192), 12, 16, 0.0, ("tiles16", "tiles32any")),
     # What the table picks only where there is no wgmma, or x lies off 16 bytes.
     ((72, 192), 5, 8, 0.0, ("middle8", "")),
-    ((40, 576), 16, 0, 0.0, ("middle16", "")),
+    ((40, 576), 16, 4, 0.0, ("middle16", "")),
     ((136, 320), 40, 16, 0.0, ("middle32", "")),
     ((72, 128), 31, 8, 0.3, ("tiles32", "tiles32")),
     ((77, 192), 63, 17, 0.0, ("tiles64", "tiles64")),

@@ -322,9 +322,8 @@ def test_one_tile_more_than_sms_is_shared_in_a_second_wave():
 
 
 def test_a_faster_memory_moves_the_bound():
-    slow = replace(H200, memory=0.1)
-    assert model.predict(slow, 1, 4096, 4096)["binds"] == "memory"
-    assert model.predict(H200, 1, 4096, 4096)["binds"] != "memory"
+    assert model.predict(H200, 1, 4096, 4096)["binds"] == "memory"
+    assert model.predict(replace(H200, memory=48), 1, 4096, 4096)["binds"] != "memory"
     # A slow load binds where too little is under way.
     assert model.predict(replace(H200, latency=4790), 16, 14336, 4096)["binds"] == "latency"
 
