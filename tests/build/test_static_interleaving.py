@@ -18,7 +18,7 @@ MOST_ALONE = 12
 LEAST_BESIDE = 0.9
 #: Of a step's products, how many may follow each other without decoding, by rows of the tile: copies and the next
 #: constants lie there.
-MOST_IN_A_ROW = {64: 0.875, 128: 0.7}
+MOST_IN_A_ROW = {64: 0.875, 128: 0.72}
 
 
 def faults(kernel: str, code: sass.Function) -> list[str]:
