@@ -1,6 +1,6 @@
-// PTX from sm_90 on, and sm_90a's own: copies counted by mbarriers, clusters, warpgroup products. The emulator has a twin
-// of each (tests/emulator/ptx_sm90.cuh), and tests/emulator/test_conformance_sm90.py runs both on the same operands.
-// Sections are those of the PTX ISA.
+// PTX from sm_90 on, and sm_90a's own: copies counted by mbarriers, clusters, warpgroup products. The emulator has a
+// twin of each (tests/emulator/ptx_sm90.cuh), and tests/emulator/test_conformance_sm90.py runs both on the same
+// operands. Sections are those of the PTX ISA.
 #pragma once
 
 #include <cuda.h>
