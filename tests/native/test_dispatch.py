@@ -70,3 +70,13 @@ def test_how_tiles_are_shared(case):
     assert [plan[key] for key in ("splits", "cluster", "shared_tiles", "whole_tiles")] == expected
     if plan["cluster"]:
         assert plan["scratch"] == 0
+
+
+def test_clusters_can_be_forbidden(monkeypatch):
+    card = dispatch.CARDS[90]
+    assert dispatch.choose(card, 64, 4096, 4096, torch.bfloat16, False)["cluster"]
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_CLUSTERS", "0")
+    plan = dispatch.choose(card, 64, 4096, 4096, torch.bfloat16, False)
+    assert not plan["cluster"]
+    assert plan["splits"] > 1
+    assert plan["scratch"] > 0

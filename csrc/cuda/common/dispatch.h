@@ -31,11 +31,15 @@ struct Card {
     int multiprocessors;
     size_t shared_bytes;  // the most that a block may have
     bool wgmma = true;    // compiled for sm_90a, not for sm_90
+    bool clusters = true;
 
     // Caps shared_bytes: code that the driver compiles from an older architecture's PTX lacks the kernels that did
     // not fit there.
     static Card capped(int architecture, int multiprocessors, size_t shared_bytes) {
-        return {architecture, multiprocessors, std::min(shared_bytes, most_shared(architecture)), architecture == 90};
+        // QLORA_KERNELS_CUDA_CLUSTERS=0 does without: where a card is divided, a cluster may not fit a part of it.
+        const char* const allowed = std::getenv("QLORA_KERNELS_CUDA_CLUSTERS");
+        return {architecture, multiprocessors, std::min(shared_bytes, most_shared(architecture)), architecture == 90,
+                has_clusters(architecture) && (!allowed || std::string(allowed) != "0")};
     }
 };
 
@@ -218,6 +222,7 @@ constexpr int kMostOfCluster = 8;
 inline int64_t clusters_at_once(int64_t size, int64_t multiprocessors, int64_t blocks_at_once) {
     const int64_t groups = std::max<int64_t>(multiprocessors / 16, 1), group = std::min<int64_t>(multiprocessors, 16);
     const int64_t larger = std::min((multiprocessors - groups * group) / 2, groups);
+    if (size > group) return 0;
     return (groups - larger) * (group * blocks_at_once / size) + larger * ((group + 2) * blocks_at_once / size);
 }
 
@@ -238,7 +243,7 @@ inline void share_tiles(Plan& plan, const Problem& p, const Card& card) {
     const auto take = [&](int splits, bool cluster, int64_t whole, int64_t shared) {
         const int64_t groups = (plan.tiles - whole) / shared, parts = groups * (splits + shared - 1);
         const int64_t bytes = cluster ? 0 : parts * cost.tile_bytes + ticket_bytes(plan.tiles - whole);
-        if (bytes > kMostScratch) return false;
+        if (bytes > kMostScratch || splits > steps * shared) return false;  // a block without a step would take a part
         plan.splits = splits;
         plan.cluster = cluster;
         plan.whole = whole;
@@ -257,10 +262,9 @@ inline void share_tiles(Plan& plan, const Problem& p, const Card& card) {
         if (by_ticket < least && !(middle && whole > 0) && take(splits, false, whole, 1)) least = by_ticket;
         // A cluster's blocks come and go together, so blocks that have a tile alone are in none. Wide tiles leave no
         // registers for it.
-        const int64_t clusters =
-            has_clusters(card.architecture) && whole == 0 && row.columns == 128 && splits <= kMostOfCluster
-                ? clusters_at_once(splits, card.multiprocessors, at_once)
-                : 0;
+        const int64_t clusters = card.clusters && whole == 0 && row.columns == 128 && splits <= kMostOfCluster
+                                     ? clusters_at_once(splits, card.multiprocessors, at_once)
+                                     : 0;
         if (clusters == 0) continue;
         const int64_t by_cluster = over(rest, clusters) * (alone + cost.cluster());
         if (by_cluster < least && take(splits, true, 0, 1)) least = by_cluster;
