@@ -160,8 +160,19 @@ def test_operands_of_the_adapter_move_whole_sectors_without_bank_conflicts(monke
 
 @pytest.mark.share(2)
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("m", "k"), [(1, 192), (20, 192), (50, 1088), (129, 192)])
-def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, order, monkeypatch):
+@pytest.mark.parametrize(
+    ("m", "k", "product"),
+    [
+        (1, 192, "few_kernel"),
+        (20, 192, "warpgroup_kernel"),
+        (50, 1088, "warpgroup_kernel"),
+        (129, 192, "warpgroup_kernel"),
+        (70, 192, "gemm_kernel"),
+    ],
+)
+def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, product, order, monkeypatch):
+    if product == "gemm_kernel":
+        monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "tiles128")
     n, r = 72, 16
     weight = make_weight(n, k)
     x, dy, A, B, seed = layer(m, n, k, r, torch.bfloat16)
@@ -180,7 +191,6 @@ def test_the_product_begins_before_what_makes_u_or_v_has_ended(m, k, order, monk
     early, count, carveouts = results()
     assert count == 2
     # What makes u, the sum that makes v, and both products: a multiprocessor is divided in the same way for all.
-    product = "few_kernel" if m <= 4 else "warpgroup_kernel"
     overlapping = {"adapter_down_kernel", "adapter_sum_kernel", product, "gemm_kernel"}
     assert carveouts == {(name, 100) for name in overlapping}
     assert all(torch.equal(a, b) for a, b in zip(early, in_order, strict=True))

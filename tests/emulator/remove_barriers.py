@@ -58,6 +58,7 @@ _TILES = (
     ("tests/cuda/test_cuda_clusters.py", "conflicts or of_dx"),
     ("tests/cuda/test_cuda_tiles.py", "emulated and tensor_cores"),
     ("tests/cuda/test_cuda_tiles.py", "pipeline or emulated"),
+    ("tests/cuda/test_cuda_low_rank.py", "begins_before and gemm"),
 )
 _WARPGROUPS = (
     ("tests/cuda/test_cuda_warpgroups.py", "test"),

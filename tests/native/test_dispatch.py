@@ -80,3 +80,9 @@ def test_clusters_can_be_forbidden(monkeypatch):
     assert not plan["cluster"]
     assert plan["splits"] > 1
     assert plan["scratch"] > 0
+
+
+def test_tiles_of_one_step_are_not_cut_as_one():
+    # Their kernel has no barrier between two such tiles of a thread block.
+    for n in (2048, 20480, 204800):
+        assert dispatch.choose(dispatch.CARDS[90], 16, n, 512, torch.bfloat16, False)["shared_tiles"] == 1

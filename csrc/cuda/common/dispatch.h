@@ -243,7 +243,8 @@ inline void share_tiles(Plan& plan, const Problem& p, const Card& card) {
     const auto take = [&](int splits, bool cluster, int64_t whole, int64_t shared) {
         const int64_t groups = (plan.tiles - whole) / shared, parts = groups * (splits + shared - 1);
         const int64_t bytes = cluster ? 0 : parts * cost.tile_bytes + ticket_bytes(plan.tiles - whole);
-        if (bytes > kMostScratch || splits > steps * shared) return false;  // a block without a step would take a part
+        // A block without a step would take a part. Tiles of one step would need another barrier between them.
+        if (bytes > kMostScratch || splits > steps * shared || (shared > 1 && steps < 2)) return false;
         plan.splits = splits;
         plan.cluster = cluster;
         plan.whole = whole;

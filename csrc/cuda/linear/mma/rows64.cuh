@@ -396,7 +396,7 @@ struct Middle {
     // The same for the blocks of a cluster, each of which adds and writes its share of the tile.
     QLK_DEVICE void add_cluster_and_store(float (&total)[kSums]) {
         const auto slot = [&](int at) { return sums_at(0, at / 32, at % 32); };
-        __syncthreads();  // all reads of the slices' sums are done; these sums take their place
+        // Each of these takes the place of a slice's sums that this thread itself has read.
 #pragma unroll
         for (int i = 0; i < kSums / 4; ++i) store_shared(slot(self + i * Traits::kThreads), four(total, i));
         add_cluster<Traits::kThreads, kSums / 4>(a.splits, slot,

@@ -126,7 +126,7 @@ struct Gemm {
         const bool left =
             wanted && a.left_aligned && (Traits::kRows * 8 >= Traits::kThreads || self < Traits::kRows * 8);
         const bool inside = !kBackward || step * Traits::kDepth + piece * 8 < static_cast<int>(depth);
-        T* const left_to = &shared.left[stage][swizzled<Traits::kDepth>(row, piece)];
+        T* const left_to = shared.left[stage] + swizzled<Traits::kDepth>(row, piece);
         const T* left_from = left_next;
 #pragma unroll
         for (int i = 0; i < kLeftCopies; ++i) {

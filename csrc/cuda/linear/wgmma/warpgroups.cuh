@@ -180,7 +180,7 @@ struct Warpgroup {
             wgmma_wait<0>();
             wgmma_settle(part);
             if (within + 1 == kStageBlocks) {
-                __syncwarp();
+                __syncwarp();  // also for what the lanes have read of the results before
                 if (lane == 0) mbarrier_arrive(shared.front.empty[stage]);
             }
 #pragma unroll
@@ -219,7 +219,8 @@ struct Warpgroup {
         const int64_t columns[2] = {place.column(0), place.column(1)};
         const float bias[2] = {columns[0] < a.n ? a.bias.at(columns[0]) : 0.0f,
                                columns[1] < a.n ? a.bias.at(columns[1]) : 0.0f};
-        bar_sync(1, Traits::kConsumers);  // all reads of the tile before are done
+        // All reads of the tile before are done: since then each warp has released a stage of this tile that had to be
+        // filled again, as it has two steps, or all have met to add its parts.
 #pragma unroll
         for (int j = 0; j < kTiles; j += 2) {
             const uint32_t pairs[4] = {pack_pair<T>(sum[j][0] + bias[0], sum[j][1] + bias[0]),
@@ -320,7 +321,6 @@ QLK_DEVICE void warpgroup_tiles(const GemmArguments<T>& a) {
             mbarrier_init(shared.front.full[i], Traits::kProducers);
             mbarrier_init(shared.front.empty[i], Traits::kConsumers / 32);
         }
-        fence_mbarrier_init();
     }
     if (self >= Traits::kConsumers) {
         XSource<T, Traits> source{a, shared, self - Traits::kConsumers};
