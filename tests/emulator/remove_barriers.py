@@ -62,7 +62,7 @@ _TILES = (
 )
 _WARPGROUPS = (
     ("tests/cuda/test_cuda_warpgroups.py", "test"),
-    ("tests/cuda/test_cuda_clusters.py", "warpgroup"),
+    ("tests/cuda/test_cuda_clusters.py", "anywhere or one_order"),
 )
 _DEVICES = (("tests/emulator/test_devices.py", "test"),)
 TESTS = {
