@@ -102,3 +102,19 @@ def test_a_module_that_builds_while_it_is_imported_is_not_collected(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "collecting tests runs cmake" in done.stdout, done.stdout + done.stderr
     assert done.returncode != 0
+
+
+@pytest.mark.slow
+def test_no_test_file_is_left_out():
+    """pytest leaves out folders by name, "build" among them, unless it is told otherwise."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-m", ""]
+    printed = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True).stdout
+    collected = {line.partition("::")[0] for line in printed.splitlines() if "::" in line}
+    files = {path.relative_to(HERE.parent).as_posix() for path in HERE.rglob("test_*.py")}
+    assert len(files) > 100
+    only_on_a_card = {
+        "tests/cuda/test_cuda_large.py",
+        "tests/cuda/test_cuda_launches.py",
+        "tests/finetune/test_run_gpu.py",
+    }
+    assert files - collected <= only_on_a_card

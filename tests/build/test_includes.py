@@ -26,7 +26,8 @@ MAY_INCLUDE = {
     "cuda/optimizer": (".", "cuda/device", "cuda/common"),
     "cuda/linear/simt": (".", "cuda/device", "cuda/common"),
     "cuda/linear/mma": (".", "cuda/device", "cuda/common"),
-    "cuda/linear": (".", "cuda/device", "cuda/common", "cuda/linear/simt", "cuda/linear/mma"),
+    "cuda/linear/wgmma": (".", "cuda/device", "cuda/common", "cuda/linear/mma"),
+    "cuda/linear": (".", "cuda/device", "cuda/common", "cuda/linear/simt", "cuda/linear/mma", "cuda/linear/wgmma"),
     "bindings": (".", "cuda/common", "cuda/optimizer"),
 }
 
