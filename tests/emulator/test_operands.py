@@ -189,9 +189,9 @@ def family(layer: Layer, *sources: str, scratch: bool = False) -> Family:
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 CONSTANTS = {"absmax_code": 3, "nested_absmax": 4, "nested_table": ALL, "nested_offset": 4}
-TILES = ("tiles.cuh", "tiles_pipeline.cuh", "tiles_finish.cuh")
-MIDDLE = ("rows64.cuh", "rows64_constants.cuh")
-WARPGROUPS = ("warpgroups.cuh", "warpgroups_x.cuh", "decode.cuh")
+TILES = ("tiles.cuh", "tiles_pipeline.cuh", "tiles_finish.cuh", "store_four.cuh")
+MIDDLE = ("rows64.cuh", "rows64_constants.cuh", "store_four.cuh")
+WARPGROUPS = ("warpgroups.cuh", "warpgroups_x.cuh", "decode.cuh", "store_four.cuh")
 FLOATS = ("layer_products.cuh", "weight.cuh", "bias.cuh")
 ADAPTERS = ("adapters_tile.cuh", "adapters.cuh", "parts.cuh")
 DEQUANTIZE = ("dequantize.cuh", "weight.cuh")

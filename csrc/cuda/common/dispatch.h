@@ -70,7 +70,6 @@ struct Row {
     int stages;                  // steps whose copies are in flight
     int64_t most;                // chosen up to this many rows of x
     int least_bf16, least_fp16;  // oldest architectures
-    bool forced;                 // runs only where QLORA_KERNELS_CUDA_KERNEL names it, and doesn't share its tiles
 };
 
 constexpr int64_t kAnyRows = INT64_MAX;
@@ -78,27 +77,27 @@ constexpr int64_t kAnyRows = INT64_MAX;
 // The first row that can take the problem runs.
 constexpr Row kDispatch[] = {
     // It takes 8 rows too, but all of x goes into every block before it begins.
-    {"few", Family::kFew, 8, 8, 4, 4, 80, 80, false},
+    {"few", Family::kFew, 8, 8, 4, 4, 80, 80},
     // On sm_90a alone.
-    {"warpgroup16", Family::kWarpgroup, 16, 128, 1, 16, 90, 90, false},
-    {"warpgroup32", Family::kWarpgroup, 32, 128, 1, 32, 90, 90, false},
-    {"warpgroup64", Family::kWarpgroup, 64, 128, 1, 64, 90, 90, false},
-    {"warpgroup128", Family::kWarpgroup, 128, 128, 1, kAnyRows, 90, 90, false},
-    {"middle8", Family::kMiddle, 8, 128, 2, 8, 80, 80, false},
-    {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80, false},
+    {"warpgroup16", Family::kWarpgroup, 16, 128, 1, 16, 90, 90},
+    {"warpgroup32", Family::kWarpgroup, 32, 128, 1, 32, 90, 90},
+    {"warpgroup64", Family::kWarpgroup, 64, 128, 1, 64, 90, 90},
+    {"warpgroup128", Family::kWarpgroup, 128, 128, 1, kAnyRows, 90, 90},
+    {"middle8", Family::kMiddle, 8, 128, 2, 8, 80, 80},
+    {"middle16", Family::kMiddle, 16, 128, 2, 16, 80, 80},
     // Up to 64 rows are two tiles, whose sums one block would have no registers for: every weight is decoded twice.
-    {"middle32", Family::kMiddle, 32, 128, 2, 64, 80, 80, false},
-    {"tiles16", Family::kTiles, 16, 128, 4, 16, 80, 75, false},
-    {"tiles32", Family::kTiles, 32, 128, 4, 32, 80, 75, false},
-    {"tiles64", Family::kTiles, 64, 128, 4, 64, 80, 75, false},
+    {"middle32", Family::kMiddle, 32, 128, 2, 64, 80, 80},
+    {"tiles16", Family::kTiles, 16, 128, 4, 16, 80, 75},
+    {"tiles32", Family::kTiles, 32, 128, 4, 32, 80, 75},
+    {"tiles64", Family::kTiles, 64, 128, 4, 64, 80, 75},
     // By prediction the wider tile is faster where there are enough of them to fill a card: on an H200 from about 900
     // rows on, on an A100 from about 700.
-    {"tiles128", Family::kTiles, 128, 128, 4, 768, 80, 75, false},
-    {"tiles128wide", Family::kTiles, 128, 256, 4, kAnyRows, 80, 75, false},
+    {"tiles128", Family::kTiles, 128, 128, 4, 768, 80, 75},
+    {"tiles128wide", Family::kTiles, 128, 256, 4, kAnyRows, 80, 75},
     // Three stages fit the 99 KiB of sm_86, sm_89 and sm_120; 32 rows fit the 64 KiB of sm_75.
-    {"tiles128x3", Family::kTiles, 128, 128, 3, kAnyRows, 80, 75, false},
-    {"tiles32any", Family::kTiles, 32, 128, 4, kAnyRows, 80, 75, false},
-    {"floats", Family::kFloats, 64, 64, 1, kAnyRows, 0, 0, false},
+    {"tiles128x3", Family::kTiles, 128, 128, 3, kAnyRows, 80, 75},
+    {"tiles32any", Family::kTiles, 32, 128, 4, kAnyRows, 80, 75},
+    {"floats", Family::kFloats, 64, 64, 1, kAnyRows, 0, 0},
 };
 
 constexpr int kTileDepth = 64;
@@ -303,14 +302,14 @@ inline Plan planned(const Row& row, const Problem& p, const Card& card) {
         return plan;
     }
     plan.tiles = over(p.m, row.rows) * over(p.columns(), row.columns);
-    if (!row.forced && plan.tiles > 0) share_tiles(plan, p, card);
+    if (plan.tiles > 0) share_tiles(plan, p, card);
     return plan;
 }
 
 // The table's choice.
 inline Plan chosen(const Problem& p, const Card& card) {
     for (const Row& row : kDispatch) {
-        if (!row.forced && p.m <= row.most && !refusal(row, p, card)) return planned(row, p, card);
+        if (p.m <= row.most && !refusal(row, p, card)) return planned(row, p, card);
     }
     QLK_CHECK(false, "no kernel takes the problem");
 }

@@ -29,7 +29,7 @@
 #include "cuda/common/pairs.cuh"
 #include "cuda/common/splits.cuh"
 #include "cuda/linear/mma/rows64_constants.cuh"
-#include "cuda/linear/mma/tiles_layout.cuh"
+#include "cuda/linear/mma/store_four.cuh"
 
 namespace qlk::cuda {
 
@@ -364,23 +364,9 @@ struct Middle {
         }
     }
 
-    // Adds the bias, rounds and writes four outputs: number `at` of the tile, row after row.
-    QLK_DEVICE void store_four(int at, const float4& total) {
-        const int64_t row = first_row() + at / 32, column = first_column() + at % 32 * 4;
-        if (row >= a.m || column >= a.n) return;
-        float out[4] = {total.x, total.y, total.z, total.w};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[e] += column + e < a.n ? a.bias.at(column + e) : 0.0f;
-        T* const to = a.out + row * a.n + column;
-        if (a.out_aligned) {
-            store_global(reinterpret_cast<uint2*>(to),
-                         make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3])));
-        } else {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                if (column + e < a.n) store_global(to + e, from_float<T>(out[e]));
-            }
-        }
+    // Four outputs: number `at` of the tile, row after row.
+    QLK_DEVICE void store_at(int at, const float4& total) {
+        store_four<true>(a, a.n, first_row() + at / 32, first_column() + at % 32 * 4, total);
     }
 
     QLK_DEVICE static float4 four(const float (&total)[kSums], int i) {
@@ -390,7 +376,7 @@ struct Middle {
     // This thread's outputs.
     QLK_DEVICE void store(float (&total)[kSums]) {
 #pragma unroll
-        for (int i = 0; i < kSums / 4; ++i) store_four(self + i * Traits::kThreads, four(total, i));
+        for (int i = 0; i < kSums / 4; ++i) store_at(self + i * Traits::kThreads, four(total, i));
     }
 
     // The same for the blocks of a cluster, each of which adds and writes its share of the tile.
@@ -399,8 +385,7 @@ struct Middle {
         // Each of these takes the place of a slice's sums that this thread itself has read.
 #pragma unroll
         for (int i = 0; i < kSums / 4; ++i) store_shared(slot(self + i * Traits::kThreads), four(total, i));
-        add_cluster<Traits::kThreads, kSums / 4>(a.splits, slot,
-                                                 [&](int at, const float4& all) { store_four(at, all); });
+        add_cluster<Traits::kThreads, kSums / 4>(a.splits, slot, [&](int at, const float4& all) { store_at(at, all); });
     }
 };
 

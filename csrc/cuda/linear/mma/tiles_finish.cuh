@@ -1,6 +1,7 @@
 // Around the pipeline of tiles.cuh: the low-rank part, the sums of the slices, the results.
 #pragma once
 
+#include "cuda/linear/mma/store_four.cuh"
 #include "cuda/linear/mma/tiles_pipeline.cuh"
 
 namespace qlk::cuda {
@@ -204,23 +205,7 @@ QLK_DEVICE void Gemm<T, Traits>::add_cluster_and_store(float* whole) {
     };
     const int64_t columns = kBackward ? a.k : a.n;
     add_cluster<Traits::kThreads, Traits::kRows * kFours / Traits::kThreads>(a.splits, slot, [&](int at, float4 all) {
-        const int64_t row = first_row + at / kFours, column = first_column + at % kFours * 4;
-        if (row >= a.m || column >= columns) return;
-        float out[4] = {all.x, all.y, all.z, all.w};
-        if (!kBackward && a.bias.any()) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) out[e] += column + e < a.n ? a.bias.at(column + e) : 0.0f;
-        }
-        T* const to = a.out + row * columns + column;
-        if (a.out_aligned) {
-            store_global(reinterpret_cast<uint2*>(to),
-                         make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3])));
-        } else {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                if (column + e < columns) store_global(to + e, from_float<T>(out[e]));
-            }
-        }
+        store_four<!kBackward>(a, columns, first_row + at / kFours, first_column + at % kFours * 4, all);
     });
 }
 

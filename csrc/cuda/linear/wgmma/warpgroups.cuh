@@ -26,6 +26,7 @@
 #pragma once
 
 #include "cuda/common/pairs.cuh"
+#include "cuda/linear/mma/store_four.cuh"
 #include "cuda/linear/wgmma/warpgroups_x.cuh"
 
 namespace qlk::cuda {
@@ -261,21 +262,7 @@ struct Warpgroup {
             }
         }
         add_cluster<Traits::kConsumers, kSums / 4>(a.splits, slot, [&](int at, const float4& all) {
-            const int64_t row = place.first_row + at / 32, column = place.first_column + at % 32 * 4;
-            if (row >= a.m || column >= a.n) return;
-            float out[4] = {all.x, all.y, all.z, all.w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) out[e] += column + e < a.n ? a.bias.at(column + e) : 0.0f;
-            T* const to = a.out + row * a.n + column;
-            if (a.out_aligned) {
-                store_global(reinterpret_cast<uint2*>(to),
-                             make_uint2(pack_pair<T>(out[0], out[1]), pack_pair<T>(out[2], out[3])));
-            } else {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (column + e < a.n) store_global(to + e, from_float<T>(out[e]));
-                }
-            }
+            store_four<true>(a, a.n, place.first_row + at / 32, place.first_column + at % 32 * 4, all);
         });
     }
 
