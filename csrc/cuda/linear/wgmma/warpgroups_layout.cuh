@@ -30,8 +30,9 @@ struct WarpgroupTraits {
     static constexpr int kRoom = kRows == 64 ? 64 : 0;  // registers for other blocks' sums, see splits.cuh
     static constexpr int kPitch = kColumns + 8;  // of results: neither stmatrix nor reading them has bank conflicts
 
-    // In front of the table, and from kTable in the shared address space on. So the upper half of a lookup's address is
-    // always the same, and PRMT puts an address together from a byte of codes and a register of the lane's own.
+    // The table begins at kTable in the shared address space. So the upper half of a lookup's address is always the
+    // same, and PRMT puts an address together from a byte of codes and a register of the lane's own. Other data lies in
+    // front of it, and with 128 rows the stages behind it.
     struct Stages {
         uint4 x[kStages][kStageBlocks][kRows * 8];  // rows of 128 bytes for a block, swizzled; see XSource
     };
@@ -50,7 +51,7 @@ struct WarpgroupTraits {
     struct Front : std::conditional_t<kStagesFirst, Stages, Nothing>, Rest {};
     struct Back : Table, std::conditional_t<kStagesFirst, Nothing, Stages> {};
     static constexpr uint32_t kTable = 0x10000;
-    // The block's memory begins at some 1 KiB, which the hardware takes for itself.
+    // What the block's memory begins behind: 1 KiB on Hopper, which the hardware takes for itself.
     static constexpr size_t kMostBefore = kTable - sizeof(Front);
     static_assert(kMostBefore > 8 * 1024 && alignof(Front) <= 1024);
     static_assert(sizeof(T) == 2 && kRows % 16 == 0 && kUnits * kProducers == kRows * kStageBlocks * 2);
