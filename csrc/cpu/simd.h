@@ -148,4 +148,16 @@ QLK_INLINE void from_float(const float* src, fp16* dst, int64_t n) {
     for (; i < n; ++i) dst[i].bits = fp16_bits(src[i]);
 }
 
+#if defined(__AVX2__)
+// Eight elements, as float32.
+QLK_INLINE __m256 load8(const float* src) { return _mm256_loadu_ps(src); }
+QLK_INLINE __m256 load8(const bf16* src) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+QLK_INLINE __m256 load8(const fp16* src) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
+}
+#endif
+
 }  // namespace qlk::cpu::QLK_ISA

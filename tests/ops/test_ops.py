@@ -198,8 +198,7 @@ def test_sums_whose_packed_rows_exceed_the_scratch(isa, dtype, long):
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-6
     for n, k in ((short, long), (long, short)):
         weight = make_weight(n, k, dtype=dtype)
-        dense = weight.dequantize(dtype)
-        exact = dense.double()
+        dense, exact = weight.dequantize(dtype), weight.dequantize(torch.float32).double()
         for m in (2, 8, 40):
             x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
             case = f"{isa} {dtype} M={m} N={n} K={k}"

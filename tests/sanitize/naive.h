@@ -157,9 +157,13 @@ struct Weight {
         return round_to(dtype, product);
     }
 
-    NAIVE std::vector<double> dense(qlk::DType dtype) const {
+    // All elements, not rounded.
+    NAIVE std::vector<double> dense() const {
         std::vector<double> values(n * k);
-        for (int64_t i = 0; i < n * k; ++i) values[i] = at(dtype, i);
+        for (int64_t i = 0; i < n * k; ++i) {
+            const int code = i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15;
+            values[i] = static_cast<double>(qlk::kLevels[code]) * absmax[i / 64];
+        }
         return values;
     }
 
@@ -186,22 +190,30 @@ struct Expected {
 // Tolerance for float32 accumulation: a few units per sqrt(length) terms, relative to the sum of the terms' sizes.
 constexpr double kAccumulation = 0x1p-20;
 
-// sum over p of a[i * a_row + p * a_step] * b[j * b_row + p * b_step] for all i and j, with the sums of sizes.
+// A kernel may round each weight to the dtype, and need not: the root of the sum of the terms' squares, times this and
+// half a unit in the last place, is about six standard deviations of what that changes.
+constexpr double kWeightRounding = 3;
+
+// sum over p of a[i * a_row + p * a_step] * b[j * b_row + p * b_step] for all i and j, with the sums of sizes and the
+// roots of the sums of squares.
 struct Product {
-    std::vector<double> sum, size;
+    std::vector<double> sum, size, root;
 };
 
 NAIVE inline Product product(int64_t rows, int64_t columns, int64_t depth, const double* a, int64_t a_row,
                              int64_t a_step, const double* b, int64_t b_row, int64_t b_step) {
-    Product out{std::vector<double>(rows * columns), std::vector<double>(rows * columns)};
+    Product out{std::vector<double>(rows * columns), std::vector<double>(rows * columns),
+                std::vector<double>(rows * columns)};
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
-            double sum = 0, size = 0;
+            double sum = 0, size = 0, squares = 0;
             for (int64_t p = 0; p < depth; ++p) {
                 const double term = a[i * a_row + p * a_step] * b[j * b_row + p * b_step];
                 sum += term;
                 size += std::fabs(term);
+                squares += term * term;
             }
+            out.root[i * columns + j] = std::sqrt(squares);
             out.sum[i * columns + j] = sum;
             out.size[i * columns + j] = size;
         }
@@ -237,7 +249,7 @@ struct Linear {
         if (with_bias) {
             for (int64_t i = 0; i < n; ++i) bias.push_back(static_cast<float>(random.uniform()));
         }
-        const std::vector<double> w = weight.dense(dtype);
+        const std::vector<double> w = weight.dense();
         std::vector<char> kept(m * k, 1);
         std::vector<double> masked = x.value;
         if (dropout > 0) {
@@ -272,7 +284,7 @@ struct Linear {
             // u is rounded to the dtype on the way.
             const double low_rank_error = through(xa, scale, i / n, b, i % n * r, 1);
             expect(y, value, xw.size[i] + ub.size[i] + std::fabs(shift) + low_rank_error,
-                   eps * (std::fabs(value) + ub.size[i]));
+                   eps * (std::fabs(value) + ub.size[i] + kWeightRounding * xw.root[i]));
         }
     }
 
@@ -291,7 +303,8 @@ struct Linear {
             const double low_rank = kept[i] ? va.sum[i] : 0.0, low_rank_size = kept[i] ? va.size[i] : 0.0;
             const double value = dyw.sum[i] + low_rank;
             const double low_rank_error = kept[i] ? through(dyb, scale, i / k, a, i % k, k) : 0.0;
-            expect(dx, value, dyw.size[i] + low_rank_size + low_rank_error, eps * (std::fabs(value) + low_rank_size));
+            expect(dx, value, dyw.size[i] + low_rank_size + low_rank_error,
+                   eps * (std::fabs(value) + low_rank_size + kWeightRounding * dyw.root[i]));
         }
         const Product vx = product(r, k, m, v.data(), 1, r, masked.data(), 1, k);
         for (int64_t i = 0; i < r * k; ++i) {

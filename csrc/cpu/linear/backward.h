@@ -96,16 +96,16 @@ class Backward {
             E::begin_thread();
             Carver area(base + shared_bytes + omp_get_thread_num() * thread_bytes);
             const Thread mine = carve_thread(area);
-            if (!piecewise && (p.dx || low_rank)) {
+            const int64_t slices = !piecewise && (p.dx || low_rank) ? (w.n + depth - 1) / depth : 0;
 #pragma omp for schedule(static)
-                for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    E::pack_a_rows(dy + mb * kEdge * w.n, w.n, rows_in(mb, rows), w.n, dy_packed + mb * kEdge * n_pad,
-                                   n_pad, false);
-                }
+            for (int64_t task = 0; task < m_blocks * slices; ++task) {
+                const int64_t mb = task / slices, n = task % slices * depth;
+                E::pack_a_rows(dy + mb * kEdge * w.n + n, w.n, rows_in(mb, rows), lesser(depth, w.n - n),
+                               dy_at(mb, n, m_blocks), false);
             }
             if (low_rank) {
 #pragma omp for schedule(dynamic)
-                for (int64_t mb = 0; mb < m_blocks; ++mb) through_b(mine, dy, mb, rows);
+                for (int64_t mb = 0; mb < m_blocks; ++mb) through_b(mine, dy, mb, rows, m_blocks);
             }
             if (p.dx) {
 #pragma omp for schedule(dynamic)
@@ -145,18 +145,19 @@ class Backward {
 
     static int rows_in(int64_t block, int64_t rows) { return static_cast<int>(lesser(kEdge, rows - block * kEdge)); }
 
-    // Packed dy from step n on, for row block mb; ld: from one row to the next.
-    struct Left {
-        const Elem* data;
-        int64_t ld;
-    };
-    Left dy_at(const Thread& mine, int64_t mb, int64_t n, int64_t piece_block) const {
-        if (piecewise) return {mine.piece + piece_block * kEdge * depth, depth};
-        return {E::a_at(dy_packed + mb * kEdge * n_pad, n), n_pad};
+    // Packed dy from step n on, a multiple of depth, for row block mb; in the order of forward.h's x_at.
+    Elem* dy_at(int64_t mb, int64_t n, int64_t m_blocks) const {
+        return dy_packed + (n * m_blocks + mb * lesser(depth, n_pad - n)) * kEdge;
+    }
+
+    // Its lines are 2 KB apart as they are needed, which the hardware does not foresee.
+    static void prefetch_block(const Elem* block) {
+        constexpr int64_t kLine = 64 / sizeof(Elem);
+        for (int64_t i = 0; i < kEdge * depth; i += kLine) __builtin_prefetch(block + i, 0, 2);
     }
 
     // v for one block of rows, stored and packed for dx. dy: the superblock's.
-    void through_b(const Thread& mine, const T* dy, int64_t mb, int64_t rows) const {
+    void through_b(const Thread& mine, const T* dy, int64_t mb, int64_t rows, int64_t m_blocks) const {
         const float scale = static_cast<float>(p.scaling / (1.0 - p.dropout));
         const int m_rows = rows_in(mb, rows);
         const T* const b = static_cast<const T*>(p.lora_b);
@@ -167,10 +168,10 @@ class Backward {
                 const int64_t steps = lesser(depth, w.n - n);
                 E::pack_b_columns(b + n * p.r + r0, p.r, steps, ranks, mine.panel);
                 if (piecewise) {
-                    E::pack_a_rows(dy + mb * kEdge * w.n + n, w.n, m_rows, steps, mine.piece, depth, false);
+                    E::pack_a_rows(dy + mb * kEdge * w.n + n, w.n, m_rows, steps, mine.piece, false);
                 }
-                const Left left = dy_at(mine, mb, n, 0);
-                panel_product(left.data, left.ld, mine.panel, steps, m_rows, mine.c, n > 0);
+                panel_product(piecewise ? mine.piece : dy_at(mb, n, m_blocks), mine.panel, steps, m_rows, mine.c,
+                              n > 0);
             }
             for (int i = 0; i < m_rows; ++i) {
                 float line[kPanel];
@@ -179,15 +180,14 @@ class Backward {
                 from_float(line, out + i * p.r + r0, ranks);
             }
         }
-        E::pack_a_rows(out, p.r, m_rows, p.r, v_packed + mb * kEdge * r_pad, r_pad, false);
+        E::pack_a_rows(out, p.r, m_rows, p.r, v_packed + mb * kEdge * r_pad, false);
     }
 
     // The four blocks of C for a panel of 128 columns.
-    static void panel_product(const Elem* a, int64_t lda, const Elem* panel, int64_t steps, int m_rows, float* c,
-                              bool accumulate) {
+    static void panel_product(const Elem* a, const Elem* panel, int64_t steps, int m_rows, float* c, bool accumulate) {
         for (int jb = 0; jb < kPanelBlocks; ++jb) {
-            E::multiply(a, lda, E::panel_block(panel, steps, jb), E::kPanelLd, E::pad_plain(steps), c + jb * kBlockC,
-                        tiles_of(m_rows), 2, accumulate);
+            E::multiply(a, E::panel_block(panel, steps, jb), E::pad_plain(steps), c + jb * kBlockC, tiles_of(m_rows), 2,
+                        accumulate);
         }
     }
 
@@ -234,8 +234,8 @@ class Backward {
             for (int64_t q = 0; q < part.panels(); ++q) {
                 E::pack_b_columns(a + q * kPanel, w.k, steps, part.columns_in(q), mine.panel);
                 for (int64_t mb = 0; mb < part.m_blocks; ++mb) {
-                    panel_product(E::a_at(v_packed + mb * kEdge * r_pad, r0), r_pad, mine.panel, steps,
-                                  rows_in(mb, part.rows), part.c_at(mine, mb, q), r0 > 0);
+                    panel_product(E::a_at(v_packed + mb * kEdge * r_pad, r0), mine.panel, steps, rows_in(mb, part.rows),
+                                  part.c_at(mine, mb, q), r0 > 0);
                 }
             }
         }
@@ -272,15 +272,15 @@ class Backward {
             }
             for (int64_t mb = 0; piecewise && mb < part.m_blocks; ++mb) {
                 E::pack_a_rows(dy + mb * kEdge * w.n + n, w.n, rows_in(mb, part.rows), steps,
-                               mine.piece + mb * kEdge * depth, depth, false);
+                               mine.piece + mb * kEdge * depth, false);
             }
             for (int64_t q = 0; q < part.panels(); ++q) {
                 E::decode_b(w, mine.absmax + q * kPanel / kBlock, part_blocks, n, steps, part.k0 + q * kPanel,
                             part.columns_in(q), special, mine.panel);
                 for (int64_t mb = 0; mb < part.m_blocks; ++mb) {
-                    const Left left = dy_at(mine, mb, n, mb);
-                    panel_product(left.data, left.ld, mine.panel, steps, rows_in(mb, part.rows), part.c_at(mine, mb, q),
-                                  n > 0 || p.r > 0);
+                    if (E::kPrefetchLeft && !piecewise) prefetch_block(dy_at(mb + 1, n, part.m_blocks));
+                    panel_product(piecewise ? mine.piece + mb * kEdge * depth : dy_at(mb, n, part.m_blocks), mine.panel,
+                                  steps, rows_in(mb, part.rows), part.c_at(mine, mb, q), n > 0 || p.r > 0);
                 }
             }
         }
@@ -292,7 +292,7 @@ class Backward {
         for (int64_t rb = 0; rb < (p.r + kEdge - 1) / kEdge; ++rb) {
             for (int64_t m = 0; m < rows; m += depth) {
                 E::pack_a_columns(left + m * p.r + rb * kEdge, p.r, rows_in(rb, p.r), lesser(depth, rows - m),
-                                  const_cast<Elem*>(E::a_at(left_packed + rb * kEdge * m_pad, m)), m_pad);
+                                  const_cast<Elem*>(E::a_at(left_packed + rb * kEdge * m_pad, m)));
             }
         }
     }
@@ -320,7 +320,7 @@ class Backward {
                 }
                 E::pack_b_columns(source, source_ld, steps, used, mine.panel);
                 for (int64_t rb = 0; rb < (ranks + kEdge - 1) / kEdge; ++rb) {
-                    panel_product(E::a_at(left_packed + (r0 + rb * kEdge) * m_pad, m), m_pad, mine.panel, steps,
+                    panel_product(E::a_at(left_packed + (r0 + rb * kEdge) * m_pad, m), mine.panel, steps,
                                   rows_in(rb, ranks), mine.c + rb * kPanelBlocks * kBlockC, m > 0);
                 }
             }
@@ -340,7 +340,7 @@ class Backward {
     bool piecewise;
     int64_t n_pad, r_pad, rows_max, columns, r_round, m_pad;
     size_t shared_bytes = 0, thread_bytes = 0;
-    Elem* dy_packed = nullptr;    // [m blocks][32][n_pad], unless piecewise
+    Elem* dy_packed = nullptr;    // [n_pad / depth][m blocks][32][depth], unless piecewise
     Elem* v_packed = nullptr;     // [m blocks][32][r_pad]
     T* v = nullptr;               // [rows][r]
     Elem* left_packed = nullptr;  // [r blocks][32][m_pad], v or u transposed

@@ -28,7 +28,7 @@ struct EngineBf16 {
     // out of the first-level cache: 512 steps were 14% slower at 512 rows, 128 steps 14% too (AMX, one core).
     static constexpr int64_t kDepthForward = 256;
     static constexpr int64_t kDepthBackward = 128;
-    static constexpr int64_t kPanelLd = 0;
+    static constexpr bool kPrefetchLeft = false;  // it made no difference
 
     static int64_t pad_weight(int64_t k) { return (k + 127) / 128 * 128; }
     static int64_t pad_plain(int64_t r) { return (r + 31) / 32 * 32; }
@@ -37,7 +37,7 @@ struct EngineBf16 {
         return panel + jb * pad_plain(depth) * kEdge;
     }
 
-    static void pack_a_rows(const bf16* src, int64_t ld, int rows, int64_t depth, Elem* dst, int64_t, bool as_weight) {
+    static void pack_a_rows(const bf16* src, int64_t ld, int rows, int64_t depth, Elem* dst, bool as_weight) {
         for (int i = 0; i < kEdge; ++i) {
             const Elem* const row = reinterpret_cast<const Elem*>(src + i * ld);
             Elem* const out = dst + i * 32;
@@ -54,7 +54,7 @@ struct EngineBf16 {
         }
     }
 
-    static void pack_a_columns(const bf16* src, int64_t ld, int columns, int64_t depth, Elem* dst, int64_t) {
+    static void pack_a_columns(const bf16* src, int64_t ld, int columns, int64_t depth, Elem* dst) {
         for (int64_t p = 0; p < pad_plain(depth); ++p) {
             Elem* const out = dst + p / 32 * kUnit + p % 32;
             for (int i = 0; i < kEdge; ++i) out[i * 32] = p < depth && i < columns ? src[p * ld + i].bits : 0;
@@ -62,7 +62,7 @@ struct EngineBf16 {
     }
 
     static void decode_a(const WeightView& w, const float* absmax, int64_t absmax_ld, int64_t row, int rows, int64_t k,
-                         int64_t depth, bool tiny, Elem* dst, int64_t) {
+                         int64_t depth, bool tiny, Elem* dst) {
         const bool fast = w.k % kBlock == 0;
         const __m512i half = half_by_block();
         for (int64_t p = 0; p < depth; p += 128) {
@@ -208,8 +208,8 @@ struct EngineBf16 {
     }
     static void end_thread() { _tile_release(); }
 
-    static void multiply(const Elem* a, int64_t, const Elem* b, int64_t, int64_t depth, float* c, int i_tiles,
-                         int j_tiles, bool accumulate) {
+    static void multiply(const Elem* a, const Elem* b, int64_t depth, float* c, int i_tiles, int j_tiles,
+                         bool accumulate) {
         if (i_tiles == 2) {
             j_tiles == 2 ? tiles<2, 2>(a, b, depth, c, accumulate) : tiles<2, 1>(a, b, depth, c, accumulate);
         } else {
@@ -256,8 +256,8 @@ struct EngineBf16 {
     static void begin_thread() {}
     static void end_thread() {}
 
-    static void multiply(const Elem* a, int64_t, const Elem* b, int64_t, int64_t depth, float* c, int i_tiles,
-                         int j_tiles, bool accumulate) {
+    static void multiply(const Elem* a, const Elem* b, int64_t depth, float* c, int i_tiles, int j_tiles,
+                         bool accumulate) {
         for (int i = 0; i < 16 * i_tiles; i += 8) {
             j_tiles == 2 ? rows8<2>(a + i * 32, b, depth, c + i * kEdge, accumulate)
                          : rows8<1>(a + i * 32, b, depth, c + i * kEdge, accumulate);

@@ -93,7 +93,7 @@ class Forward {
             for (int64_t task = 0; task < m_blocks * slices; ++task) {
                 const int64_t mb = task / slices, k = task % slices * depth;
                 E::pack_b_rows(x_row(m0 + mb * kEdge) + k, w.k, rows_in(mb, rows), lesser(depth, w.k - k),
-                               x_packed + (mb * k_pad + k) * kEdge, true);
+                               x_at(mb, k, m_blocks), true);
             }
             if (p.r > 0) low_rank(mine, m0, rows, m_blocks);
 #pragma omp for schedule(dynamic)
@@ -101,6 +101,12 @@ class Forward {
                 products(mine, n0, lesser(n_block, w.n - n0), m0, rows, m_blocks);
             E::end_thread();
         }
+    }
+
+    // Packed x from step k on, a multiple of depth, for row block mb. All rows of a panel's steps are together: blocks
+    // that are a power of two apart would share few sets of the second-level cache.
+    Elem* x_at(int64_t mb, int64_t k, int64_t m_blocks) const {
+        return x_packed + (k * m_blocks + mb * lesser(depth, k_pad - k)) * kEdge;
     }
 
     const T* x_row(int64_t m) const { return static_cast<const T*>(p.x) + m * w.k; }
@@ -120,8 +126,8 @@ class Forward {
             const T* const a = static_cast<const T*>(p.lora_a) + r0 * w.k;
             for (int64_t k = 0; k < w.k; k += depth) {
                 const int64_t steps = lesser(depth, w.k - k);
-                E::pack_a_rows(a + k, w.k, ranks, steps, mine.panel, steps, true);
-                const Elem* right = piecewise ? mine.piece : x_packed + (mb * k_pad + k) * kEdge;
+                E::pack_a_rows(a + k, w.k, ranks, steps, mine.panel, true);
+                const Elem* right = piecewise ? mine.piece : x_at(mb, k, m_blocks);
                 if (p.dropout > 0) {
                     for (int i = 0; i < m_rows; ++i) {
                         const int64_t row = m0 + mb * kEdge + i;
@@ -132,8 +138,7 @@ class Forward {
                 } else if (piecewise) {
                     E::pack_b_rows(x_row(m0 + mb * kEdge) + k, w.k, m_rows, steps, mine.piece, true);
                 }
-                E::multiply(mine.panel, steps, right, kEdge, E::pad_weight(steps), mine.c, tiles_of(ranks),
-                            tiles_of(m_rows), k > 0);
+                E::multiply(mine.panel, right, E::pad_weight(steps), mine.c, tiles_of(ranks), tiles_of(m_rows), k > 0);
             }
             for (int i = 0; i < m_rows; ++i) {
                 float line[kEdge];
@@ -178,16 +183,14 @@ class Forward {
                                    mine.piece + mb * depth * kEdge, true);
                 }
             }
-            const Elem* const x = piecewise ? mine.piece : x_packed + k * kEdge;
-            const int64_t x_ld = (piecewise ? depth : k_pad) * kEdge;
             for (int64_t q = 0; q < panels; ++q) {
                 const int n_rows = rows_in(q, count);
                 E::decode_a(w, mine.absmax + q * kEdge * span_blocks + k % kSpan / kBlock, span_blocks, n0 + q * kEdge,
-                            n_rows, k, steps, special, mine.panel, steps);
+                            n_rows, k, steps, special, mine.panel);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    E::multiply(mine.panel, steps, x + mb * x_ld, kEdge, E::pad_weight(steps),
-                                mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(n_rows), tiles_of(rows_in(mb, rows)),
-                                k > 0);
+                    E::multiply(mine.panel, piecewise ? mine.piece + mb * depth * kEdge : x_at(mb, k, m_blocks),
+                                E::pad_weight(steps), mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(n_rows),
+                                tiles_of(rows_in(mb, rows)), k > 0);
                 }
             }
         }
@@ -196,9 +199,9 @@ class Forward {
             const int64_t steps = lesser(depth, p.r - r0);
             for (int64_t q = 0; q < panels; ++q) {
                 const int n_rows = rows_in(q, count);
-                E::pack_a_rows(b + (n0 + q * kEdge) * p.r + r0, p.r, n_rows, steps, mine.panel, steps, false);
+                E::pack_a_rows(b + (n0 + q * kEdge) * p.r + r0, p.r, n_rows, steps, mine.panel, false);
                 for (int64_t mb = 0; mb < m_blocks; ++mb) {
-                    E::multiply(mine.panel, steps, u_packed + (mb * r_pad + r0) * kEdge, kEdge, E::pad_plain(steps),
+                    E::multiply(mine.panel, u_packed + (mb * r_pad + r0) * kEdge, E::pad_plain(steps),
                                 mine.c + (q * m_blocks + mb) * kBlockC, tiles_of(n_rows), tiles_of(rows_in(mb, rows)),
                                 true);
                 }
@@ -223,7 +226,7 @@ class Forward {
     bool piecewise;
     int64_t k_pad, r_pad, rows_max, n_block, row_blocks, span_blocks;
     size_t shared_bytes = 0, thread_bytes = 0;
-    Elem* x_packed = nullptr;  // [m blocks][k_pad][32], unless piecewise
+    Elem* x_packed = nullptr;  // [k_pad / depth][m blocks][depth][32], unless piecewise
     Elem* u_packed = nullptr;  // [m blocks][r_pad][32]
 };
 
