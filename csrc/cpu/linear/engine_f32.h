@@ -49,11 +49,12 @@ struct EngineF32 {
 
     // A from rows of a dense matrix: a[i][p] = src[i * ld + p]. as_weight: in W's order.
     static void pack_a_rows(const T* src, int64_t ld, int rows, int64_t depth, float* dst, bool as_weight) {
-        // Rows inside, so that all of a unit is written while it is in the cache.
+        // Rows inside, so that all of a unit is written while it is in the cache. Of 16 rows the other half isn't read.
+        const int padded = rows > 16 ? kEdge : 16;
         for (int64_t p = 0; p < depth; p += kBlock) {
             const int64_t count = depth - p < kBlock ? depth - p : kBlock;
             const int64_t units = as_weight ? kBlock / kSteps : pad_plain(count) / kSteps;
-            for (int i = 0; i < kEdge; ++i) {
+            for (int i = 0; i < padded; ++i) {
                 alignas(64) float line[kBlock] = {};
                 if (i < rows) to_float(src + i * ld + p, line, count);
                 float* const out = dst + p * kEdge + i * kSteps;
