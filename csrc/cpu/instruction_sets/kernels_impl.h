@@ -4,12 +4,16 @@
 #include "cpu/isa.h"
 #include "cpu/linear/backward.h"
 #include "cpu/linear/engine_f32.h"
-#include "cpu/linear/few_rows_f32.h"
 #include "cpu/linear/forward.h"
 #include "cpu/optimizer/optimizer.h"
 #include "cpu/quantize/dequantize.h"
 #include "cpu/quantize/nearest.h"
 #include "cpu/quantize/quantize.h"
+#if defined(__aarch64__)
+#include "cpu/linear/few_rows_neon.h"
+#else
+#include "cpu/linear/few_rows_f32.h"
+#endif
 #if defined(__AVX512BF16__)
 #include "cpu/linear/engine_bf16.h"
 #include "cpu/linear/few_rows.h"
@@ -28,7 +32,12 @@ using EngineForBf16 = EngineF32<bf16>;
 
 template <class T>
 static void forward_f32(const LinearForwardParams& p) {
-    if (!few_rows_f32<T>(p)) Forward<EngineF32<T>>(p).run();
+#if defined(__aarch64__)
+    const bool done = few_rows_neon<T>(p);
+#else
+    const bool done = few_rows_f32<T>(p);
+#endif
+    if (!done) Forward<EngineF32<T>>(p).run();
 }
 
 static void linear_forward(const LinearForwardParams& p) {
