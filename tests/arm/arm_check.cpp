@@ -15,7 +15,7 @@ void on_fault(int) {
     std::_Exit(1);
 }
 
-// Every number of rows around what the kernels for few rows take, by shapes of W in turns.
+// Every number of rows that the kernels for few rows take, none, and one more.
 void check_few_rows(const std::vector<std::string>& isas) {
     Random random(11);
     struct Size {
@@ -31,15 +31,36 @@ void check_few_rows(const std::vector<std::string>& isas) {
     const int64_t ranks[] = {0, 1, 5, 16, 65};
     int index = 0;
     for (int64_t m = 0; m <= 17; ++m) {
-        // Three of the five, each once in five numbers of rows with each rank.
-        for (int turn = 0; turn < 3; ++turn, ++index) {
-            const Size& size = sizes[index % 5];
+        for (const Size& size : sizes) {
             LinearShape s{m, size.n, size.k, ranks[(index + index / 5) % 5], 0.0f, false, false, 1};
             s.dropout = s.r > 0 && index % 4 == 0 ? 0.3f : 0.0f;
             s.bias = random.bits() % 2;
             s.double_quant = random.bits() % 2;
             s.threads = index % 2 ? 1 : 3;
             check_linear(s, isas, random, true);
+            ++index;
+        }
+    }
+}
+
+// Constants that are no numbers or at an end of their range: what they decode to has the same bits too.
+void check_special_constants(const std::vector<std::string>& isas) {
+    constexpr uint32_t kBits[] = {0x7f800000, 0xff800000, 0x7fc00000, 0x7fc12345, 0xffd54321, 0x7fa00001, 0x00000001,
+                                  0x80000fff, 0x33000000, 0x387fe000, 0x477ff000, 0x477fefff, 0x7f7fffff, 0xff7fffff};
+    Random random(13);
+    Weight weight(std::size(kBits), 64, false, random);
+    std::memcpy(weight.absmax.data(), kBits, sizeof kBits);
+    for (DType dtype : kDTypes) {
+        SameBits bits;
+        for (const std::string& isa : isas) {
+            use(isa);
+            name_case("dequantize %s %s special constants", isa.c_str(), name_of(dtype));
+            Buffers buffers(Guard::kAfter);
+            const size_t bytes = weight.n * weight.k * size_of(dtype);
+            uint8_t* const out = buffers.output(bytes);
+            qlk::cpu::dequantize({buffers.weight(weight), out, 0, weight.n, dtype, 1});
+            bits.add("the weight", out, bytes);
+            bits.rewind();
         }
     }
 }
@@ -72,6 +93,7 @@ int main() {
     if (isas != std::vector<std::string>{"neon", "portable"}) fail("available here: %s", qlk::cpu::isas_available());
     check_few_rows(isas);
     check_large(isas);
+    check_special_constants(isas);
     check_dequantize(isas);
     check_quantize(isas);
     check_quantize_absmax(isas);
