@@ -134,7 +134,15 @@ QLK_INLINE uint16_t fp16_bits(float x) {
 #endif
 
 #if defined(QLK_NEON)
-// Four at a time. FCVTN keeps some of a NaN's payload, and fp16_bits only its sign; the bits are to be those.
+// bf16_bits, four at a time: left to itself, GCC keeps its branch.
+QLK_INLINE uint16x4_t bf16_from_float(Vec x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+    return vbsl_u16(vmovn_u32(vceqq_f32(x, x)), vshrn_n_u32(rounded, 16), vdup_n_u16(0x7fc0));
+}
+
+// fp16, four at a time. FCVTN keeps some of a NaN's payload, and fp16_bits only its sign; the bits are to be those.
 QLK_INLINE Vec halves_to_float(uint16x4_t h) { return vcvt_f32_f16(vreinterpret_f16_u16(h)); }
 QLK_INLINE uint16x4_t halves_from_float(Vec x) {
     const uint16x4_t number = vmovn_u32(vceqq_f32(x, x));
@@ -164,7 +172,11 @@ QLK_INLINE void to_float(const fp16* src, float* dst, int64_t n) {
 QLK_INLINE void from_float(const float* src, float* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(float)); }
 
 QLK_INLINE void from_float(const float* src, bf16* dst, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) dst[i].bits = bf16_bits(src[i]);
+    int64_t i = 0;
+#if defined(QLK_NEON)
+    for (; i + 4 <= n; i += 4) vst1_u16(&dst[i].bits, bf16_from_float(vload(src + i)));
+#endif
+    for (; i < n; ++i) dst[i].bits = bf16_bits(src[i]);
 }
 
 QLK_INLINE void from_float(const float* src, fp16* dst, int64_t n) {

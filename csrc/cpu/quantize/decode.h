@@ -48,7 +48,12 @@ QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count,
 template <class T>
 QLK_INLINE void block_table(float absmax, float* table) {
     float exact[16];
+#if defined(QLK_NEON)
+    // GCC would multiply one by one, as it had unrolled the loop before it looked for vectors.
+    for (int i = 0; i < 16; i += kWidth) vstore(exact + i, vload(kLevels + i) * vset(absmax));
+#else
     for (int i = 0; i < 16; ++i) exact[i] = kLevels[i] * absmax;
+#endif
     T stored[16];
     from_float(exact, stored, 16);
     to_float(stored, table, 16);
