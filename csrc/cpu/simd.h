@@ -142,13 +142,9 @@ QLK_INLINE uint16x4_t bf16_from_float(Vec x) {
     return vbsl_u16(vmovn_u32(vceqq_f32(x, x)), vshrn_n_u32(rounded, 16), vdup_n_u16(0x7fc0));
 }
 
-// fp16, four at a time. FCVTN keeps some of a NaN's payload, and fp16_bits only its sign; the bits are to be those.
+// fp16, four at a time. A NaN may have other bits than fp16_bits gives it.
 QLK_INLINE Vec halves_to_float(uint16x4_t h) { return vcvt_f32_f16(vreinterpret_f16_u16(h)); }
-QLK_INLINE uint16x4_t halves_from_float(Vec x) {
-    const uint16x4_t number = vmovn_u32(vceqq_f32(x, x));
-    const uint16x4_t sign = vand_u16(vshrn_n_u32(vreinterpretq_u32_f32(x), 16), vdup_n_u16(0x8000));
-    return vbsl_u16(number, vreinterpret_u16_f16(vcvt_f16_f32(x)), vorr_u16(sign, vdup_n_u16(0x7e00)));
-}
+QLK_INLINE uint16x4_t halves_from_float(Vec x) { return vreinterpret_u16_f16(vcvt_f16_f32(x)); }
 #endif
 
 QLK_INLINE void to_float(const float* src, float* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(float)); }
