@@ -2,13 +2,16 @@
 //
 // Formula: round_to_T(level * absmax), as float32
 //
-// Registers: the block's table of 16 values; AVX-512 and AVX2 look it up by permutes.
+// Registers: the block's table of 16 values; AVX-512 and AVX2 look it up by permutes, NEON byte by byte.
 //
 // Why: a block has one constant, so at most 16 different values. They are computed and rounded once, and a weight is
 //     one look-up.
 #pragma once
 
 #include "cpu/simd.h"
+#if defined(QLK_NEON)
+#include "cpu/quantize/lookup_neon.h"
+#endif
 
 namespace qlk::cpu::QLK_ISA {
 
@@ -40,7 +43,12 @@ QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count,
 template <class T>
 QLK_INLINE void block_table(float absmax, float* table) {
     float exact[16];
+#if defined(QLK_NEON)
+    // GCC would multiply one by one, as it had unrolled the loop before it looked for vectors.
+    for (int i = 0; i < 16; i += kWidth) vstore(exact + i, vload(kLevels + i) * vset(absmax));
+#else
     for (int i = 0; i < 16; ++i) exact[i] = kLevels[i] * absmax;
+#endif
     T stored[16];
     from_float(exact, stored, 16);
     to_float(stored, table, 16);
@@ -69,6 +77,10 @@ QLK_INLINE void lookup_block(const uint8_t* codes, const float* table, float* ou
         _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
                                                        _mm256_permutevar8x32_ps(high, index), choose));
     }
+#elif defined(QLK_NEON)
+    Vec values[kBlock / kWidth];
+    lookup_vectors<float>(codes, table, values);
+    for (int i = 0; i < kBlock / kWidth; ++i) vstore(out + i * kWidth, values[i]);
 #else
     for (int i = 0; i < 32; ++i) {
         out[2 * i] = table[codes[i] >> 4];
