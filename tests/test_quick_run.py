@@ -147,7 +147,7 @@ def test_what_has_passed_is_left_out_the_next_time(tmp_path, workers):
         "def test_never_runs(): pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(HERE.parent / "pyproject.toml"), f"--rootdir={tmp_path}"]
-    command += ["--passed", str(tmp_path / "passed"), "-p", "no:cacheprovider", str(tmp_path)]
+    command += [f"--passed={tmp_path / 'passed'}", "-p", "no:cacheprovider", str(tmp_path)]
 
     def outcome(*options: str, **environment: str) -> tuple[int, str]:
         done = subprocess.run([*command, *options], env=os.environ | environment, capture_output=True, text=True)

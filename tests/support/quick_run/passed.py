@@ -1,6 +1,6 @@
-"""--passed FOLDER: leaves out what has passed in earlier runs with that folder, and notes in it what passes in this one.
+"""--passed=FOLDER: leaves out what earlier runs have noted there as passed, and notes what passes in this one.
 
-So .ci/run runs each test once, and sees at its end that none is missing: not one was skipped everywhere.
+So .ci/run runs each test once, and at its end finds any that no step has collected, or that all have skipped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 
 
 def add_option(parser) -> None:
+    # With "=": before pytest knows the option, it would take a folder that stands alone for the one with the tests.
     parser.addoption(
         "--passed", metavar="FOLDER", type=Path, help="leave out the tests noted in FOLDER, and note those that pass"
     )
