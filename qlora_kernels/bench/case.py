@@ -60,6 +60,7 @@ class Ready:
         waits: on a card: the call waits for the device, and so can neither be captured in a graph nor queue up.
         before: runs before each call, untimed, and finishes on the device first; a call with it is not captured either.
         parts: bytes of memory by purpose, for the plot of memory.
+        format_error: how far a result is from the truth of the weight before quantization; of contenders that quantize.
     """
 
     call: Callable[[int], Any]
@@ -71,6 +72,7 @@ class Ready:
     waits: bool = False
     before: Callable[[], Any] | None = None
     parts: dict[str, int] | None = None
+    format_error: Callable[[Any], float] | None = None
 
     def run(self, index: int) -> Any:
         """A call and what comes before it, untimed."""

@@ -19,7 +19,9 @@ from ...ops import Pieces
 from ...ops.backends import reference
 from ..case import Contender, Ready, Settings
 from ..points import Coordinates, Point
+from . import ggml_weights, int4_weights
 from .adapter_tensors import AdapterTensors
+from .int4_weights import Int4Weight
 from .models import peft_lora
 from .names import EQUAL_COPY
 
@@ -98,6 +100,25 @@ class Lab:
     def dense(self) -> list[Tensor]:
         """What this package's weight dequantizes to, in the point's dtype."""
         first = self.ours[0].dequantize(self.dtype)
+        return self.copied(first, first.nbytes, torch.clone)
+
+    @cached_property
+    def dense_f32(self) -> list[Tensor]:
+        """The same in float32."""
+        first = self.ours[0].dequantize(torch.float32)
+        return self.copied(first, first.nbytes, torch.clone)
+
+    @cached_property
+    def int4(self) -> list[Int4Weight]:
+        """torch's own 4-bit format."""
+        first, self._exact["int4"] = int4_weights.quantized(self.source)
+        return self.copied(first, first.nbytes, Int4Weight.clone)
+
+    @cached_property
+    def ggml(self) -> list[Tensor]:
+        """ggml's Q4_0."""
+        first = ggml_weights.quantized(self.source)
+        self._exact["ggml"] = ggml_weights.decoded(first, self.shape)
         return self.copied(first, first.nbytes, torch.clone)
 
     @cached_property
@@ -195,6 +216,10 @@ class Lab:
 
     def exact(self, whose: str) -> Tensor:
         """The float64 weight that a contender's stored data stand for, decoded in plain torch."""
+        if whose == "source":  # before quantization
+            return self.source.double()
+        if whose in ("int4", "ggml"):
+            getattr(self, whose)  # made with the weight
         if whose not in self._exact:
             pieces = self.ours[0].pieces if whose == "ours" else bnb_pieces(*self.bnb[0])
             self._exact[whose] = decoded(pieces, self.shape, torch.float32).double()
@@ -206,6 +231,10 @@ class Lab:
             return self.ours[0].nbytes
         if whose == "dense":
             return self.sizes.n * self.sizes.k * self.dtype.itemsize
+        if whose == "dense_f32":
+            return self.sizes.n * self.sizes.k * 4
+        if whose in ("int4", "ggml"):
+            return getattr(self, whose)[0].nbytes
         if whose == "bnb":
             return bnb_bytes(*self.bnb[0])
         # Repacked: constants are no longer nested, and are stored in bf16.

@@ -55,7 +55,7 @@ _TIMES = ("q20_ms", "median_ms", "q80_ms")
 #: On a card: by the clocks that are not the median's.
 _OTHER_TIMES = ("graph_ms", "event_ms", "event_q20_ms", "event_q80_ms", "host_ms", "wall_ms")
 _FIGURES_PERHAPS = {
-    **{name: _NUMBER for name in ("bytes", "peak", "peak_allocated", *_OTHER_TIMES)},
+    **{name: _NUMBER for name in ("bytes", "peak", "peak_allocated", "format_error", *_OTHER_TIMES)},
     "loss": (float,),
     **{name: _WHOLE for name in ("event_samples", "trainable")},
     "by": _TEXT,

@@ -70,6 +70,7 @@ def _every_figure(results: dict[str, Any]) -> list[str]:
     limits = limits_of(results)
     card = any(c.get("by") for case in results["cases"] for c in case["contenders"])
     head = ("", "median ms", "20%", "80%", "x ours", "GB/s", "GFLOP/s", "of the limit", "allocated", "error")
+    head = (*head, "format's")
     rows: list[tuple[str, ...]] = [(*head, "by") if card else head]
     for case in results["cases"]:
         others = case["other_processes"] or 0
@@ -96,6 +97,7 @@ def _every_figure(results: dict[str, Any]) -> list[str]:
                     "" if share is None or roof else f"{share:.0%}",
                     size(c.get("peak_allocated") if c.get("peak") is None else c["peak"]),
                     "" if c["error"] is None else f"{c['error']:.1e}",
+                    "" if c.get("format_error") is None else f"{c['format_error']:.1e}",
                     *([c.get("by") or ""] if card else []),
                 )
             )

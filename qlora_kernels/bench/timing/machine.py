@@ -61,7 +61,7 @@ def describe_versions() -> dict[str, str]:
     versions["python"] = platform.python_version()
     versions["torch"] = torch.__version__
     # "kernels" is an extra of bitsandbytes: with it, that library fetches another kernel for its eval-mode layer.
-    for name in ("bitsandbytes", "peft", "transformers", "kernels"):
+    for name in ("bitsandbytes", "peft", "transformers", "kernels", "ggml-python"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -29,6 +29,7 @@ class Runner:
     name: str
     ready: Ready | None = None
     error: float | None = None
+    format_error: float | None = None
     failure: str | None = None
     peak: int | None = None
     typical: float = 0.0
@@ -115,6 +116,8 @@ class Measurement:
                 result = ready.run(0 if check == 0 else ready.copies - 1)
                 runner.typical = time.perf_counter() - begin
                 error = ready.error(result)
+                if ready.format_error is not None and check == 0:
+                    runner.format_error = ready.format_error(result)
                 del result
                 runner.error = error if runner.error is None else max(runner.error, error)
                 if not error <= ready.limit:
@@ -192,6 +195,7 @@ class Measurement:
         ready = runner.set_up
         return {
             "error": runner.error,
+            **({} if runner.format_error is None else {"format_error": runner.format_error}),
             "bytes": ready.bytes,
             "copies": ready.copies,
             "peak_allocated": runner.peak,
