@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..timing.machine import beyond
+
 #: Weights that share a scale, and their bytes: the scale and 32 levels.
 BLOCK, BLOCK_BYTES = 32, 18
 _METADATA = 1 << 20
@@ -34,6 +36,20 @@ def compiled_for(library: Any) -> str:
     if library.ggml_cpu_has_avx512():
         return "avx512"
     return "avx2" if library.ggml_cpu_has_avx2() else "portable"
+
+
+def check_set(limit: str | None) -> None:
+    """Refuses a library that was compiled for more than the rest of the run is limited to.
+
+    Raises:
+        RuntimeError: saying how to make one that was not.
+    """
+    compiled = compiled_for(ggml())
+    if beyond(compiled, limit):
+        raise RuntimeError(
+            f"compiled for {compiled}, beyond {limit}; pip install ggml-python --no-binary with CMAKE_ARGS="
+            f"'-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON' elsewhere, and put that in PYTHONPATH"
+        )
 
 
 def quantized(weight: Tensor) -> Tensor:

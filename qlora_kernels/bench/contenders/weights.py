@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ...ops import Pieces
 from ...ops.backends import reference
 from ..case import Contender, Ready, Settings
 from ..points import Coordinates, Point
+from ..timing.machine import beyond, isa_in_use
 from . import ggml_weights, int4_weights
 from .adapter_tensors import AdapterTensors
 from .int4_weights import Int4Weight
@@ -117,6 +118,7 @@ class Lab:
     @cached_property
     def ggml(self) -> list[Tensor]:
         """ggml's Q4_0."""
+        ggml_weights.check_set(isa_in_use())
         first = ggml_weights.quantized(self.source)
         self._exact["ggml"] = ggml_weights.decoded(first, self.shape)
         return self.copied(first, first.nbytes, torch.clone)
@@ -135,7 +137,7 @@ class Lab:
     @cached_property
     def bnb_eval_layers(self) -> list[nn.Linear]:
         """In eval mode, and without gradients, the layer repacks its weight for a kernel of its own."""
-        return self.copied(self.bnb_layer().eval(), bnb_bytes(*self.bnb[0]))
+        return self.copied(as_limited(self.bnb_layer().eval()), bnb_bytes(*self.bnb[0]))
 
     def peft_layers(self, training: bool) -> list[nn.Module]:
         """PEFT's LoRA layers over bitsandbytes' layers, adapters in the point's dtype with random A and B."""
@@ -143,7 +145,7 @@ class Lab:
         return self.copied(first, bnb_bytes(*self.bnb[0]))
 
     def _peft_layer(self) -> nn.Module:
-        return peft_lora(self.bnb_layer(), *self.adapter, self.settings.alpha)
+        return peft_lora(as_limited(self.bnb_layer()), *self.adapter, self.settings.alpha)
 
     @cached_property
     def layers(self) -> list[qlora_kernels.QLinear]:
@@ -285,6 +287,16 @@ def bnb_stored(layer: nn.Linear) -> tuple[Tensor, BnbState]:
     """(packed, state) of bitsandbytes' layer."""
     weight: Any = layer.weight  # a Params4bit
     return weight.data, weight.quant_state
+
+
+def as_limited(layer: nn.Linear) -> nn.Linear:
+    """A layer of bitsandbytes that does what it would on a processor with no more than the set in use.
+
+    It asks the processor itself whether there is AVX-512 BF16, for its eval mode; its decoding cannot be limited.
+    """
+    if beyond("avx512_bf16", isa_in_use()) and hasattr(layer, "support_avx512bf16_for_cpu"):
+        cast(Any, layer).support_avx512bf16_for_cpu = False
+    return layer
 
 
 def bnb_linear(weight: Tensor) -> nn.Linear:

@@ -77,6 +77,8 @@ class Measurement:
     SHORT = 0.020
     # A call longer than this is timed once a round, one longer than a third of it twice, others so often:
     LONG, CALLS = 0.3, 4
+    # Beside other work so many, in succession: the scheduler takes a core away for milliseconds at a time.
+    CALLS_BESIDE = 25
     # One slower than this is warm after the calls that are verified, and not called once more for its peak memory.
     SLOW = 2.0
 
@@ -97,6 +99,8 @@ class Measurement:
         for runner, contender in zip(self.runners, case.contenders, strict=True):
             if runner.failure is None:
                 self._prepare(runner, contender)
+        if case.beside is not None:
+            self._again_beside()
         estimate = sum(r.typical * (self._timed_calls(r) + (r.typical < self.SHORT)) for r in self.running)
         wanted = int(settings.seconds / estimate) if estimate else 0
         self.rounds = min(max(wanted, settings.min_rounds), settings.max_rounds) if self.running else 0
@@ -128,6 +132,16 @@ class Measurement:
             if runner.typical < self.LONG:
                 runner.typical = min(runner.once() for _ in range(self.CALLS))
 
+    def _again_beside(self) -> None:
+        """How long calls take beside the other work, which decides how many there are."""
+        with self._beside():
+            for runner in self.running:
+                with self._at_work(runner):
+                    runner.typical = statistics.fmean(runner.once() for _ in range(self.CALLS))
+
+    def _beside(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.case.beside is None else self.case.beside()
+
     @contextlib.contextmanager
     def _at_work(self, runner: Runner) -> Iterator[None]:
         """Announces a contender; one that raises has failed, with the reason."""
@@ -145,6 +159,8 @@ class Measurement:
     def _timed_calls(self, runner: Runner) -> int:
         if runner.typical >= self.LONG:
             return 1
+        if self.case.beside is not None:
+            return self.CALLS_BESIDE
         return 2 if runner.typical >= self.LONG / 3 else self.CALLS
 
     def round(self) -> float:
@@ -156,11 +172,12 @@ class Measurement:
         self._others.resume()
         gc.disable()
         try:
-            for runner in running[start:] + running[:start]:
-                with self._at_work(runner):
-                    if runner.typical < self.SHORT:
-                        runner.once()
-                    runner.seconds += [runner.once() for _ in range(self._timed_calls(runner))]
+            with self._beside():
+                for runner in running[start:] + running[:start]:
+                    with self._at_work(runner):
+                        if runner.typical < self.SHORT:
+                            runner.once()
+                        runner.seconds += [runner.once() for _ in range(self._timed_calls(runner))]
         finally:
             gc.enable()
             self._others.pause()
@@ -187,6 +204,7 @@ class Measurement:
             "name": runner.name,
             "samples": len(runner.seconds),
             "median_ms": quantiles[50] * 1e3,
+            "mean_ms": statistics.fmean(runner.seconds) * 1e3,
             **{f"q{q}_ms": value * 1e3 for q, value in quantiles.items() if q != 50},
             **self._facts(runner),
         }

@@ -217,12 +217,13 @@ def test_sweeps_know_every_operation():
     for sweep in SWEEPS.values():
         points = sweep()
         assert len(set(points)) == len(points)
-        assert points[0].operation == "limits"
+        assert (points[0].operation == "limits") == (sweep is not SWEEPS["rivals"])
         assert {p.operation for p in points} <= set(OPERATIONS)
     assert {p.operation for p in SWEEPS["usual"]()} == set(OPERATIONS) - {
         *("gpt2_forward", "linear_backward", "rank_study", *CARD_OPERATIONS),
     }
     assert {p.operation for p in SWEEPS["full"]()} == set(OPERATIONS) - {"rank_study", *CARD_OPERATIONS}
+    assert {(p.n, p.k, p.rank) for p in SWEEPS["rivals"]()} == {(4096, 4096, 0)}
     assert set(CARD_OPERATIONS) <= {p.operation for p in SWEEPS["card"]()}
     full = SWEEPS["full"]()
     assert set(SWEEPS["usual"]()) <= set(full)
