@@ -87,7 +87,7 @@ def begin(settings: Settings, sweep: str, limited: dict[str, Any] | None = None)
         **describe_commit(),
         "machine": {**describe_machine(settings.device), "limited": limited},
         "versions": describe_versions(),
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "only": list(settings.only)},
         "complete": False,
         "cases": [],
     }
