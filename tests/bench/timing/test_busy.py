@@ -69,7 +69,8 @@ def test_they_end_with_a_process_that_is_killed():
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process.stdout.close()
+        if process.stdout is not None:
+            process.stdout.close()
     assert all(wait_until_gone(pid) for pid in pids)
 
 
