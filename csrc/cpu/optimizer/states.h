@@ -117,6 +117,8 @@ QLK_INLINE Vec vbits(Ints v) { return _mm512_castsi512_ps(v); }
 QLK_INLINE Ints iand(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 QLK_INLINE Ints ixor(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 QLK_INLINE Ints isub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+// In 16-bit halves, at least zero.
+QLK_INLINE Ints isub_halves(Ints a, Ints b) { return _mm512_subs_epu16(a, b); }
 QLK_INLINE Ints imax(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
 QLK_INLINE Ints imin(Ints a, Ints b) { return _mm512_min_epi32(a, b); }
 QLK_INLINE Ints imulhi16(Ints a, Ints b) { return _mm512_mulhi_epu16(a, b); }
@@ -154,6 +156,7 @@ QLK_INLINE Vec vbits(Ints v) { return _mm256_castsi256_ps(v); }
 QLK_INLINE Ints iand(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 QLK_INLINE Ints ixor(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
 QLK_INLINE Ints isub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+QLK_INLINE Ints isub_halves(Ints a, Ints b) { return _mm256_subs_epu16(a, b); }
 QLK_INLINE Ints imax(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
 QLK_INLINE Ints imin(Ints a, Ints b) { return _mm256_min_epi32(a, b); }
 QLK_INLINE Ints imulhi16(Ints a, Ints b) { return _mm256_mulhi_epu16(a, b); }
@@ -197,7 +200,7 @@ QLK_INLINE Vec decode(const Lines& lines, const uint8_t* code, Vec absmax) {
     Ints sign = iset(0);
     if (kSigned) {
         // Twice the distance from the code of zero, 127, and 1.
-        const Vec twice = number + number - vset(254.0f);
+        const Vec twice = vfma(number, vset(2.0f), vset(-254.0f));
         sign = iand(ibits(twice), iset(static_cast<int>(0x80000000u)));
         q = vbits(ixor(ibits(twice), sign)) + vset(1.0f);
     }
@@ -210,7 +213,7 @@ QLK_INLINE Vec decode(const Lines& lines, const uint8_t* code, Vec absmax) {
 // The ranks of magnitudes of [0, 1]. doubt: grows to the largest fraction.
 QLK_INLINE Ints ranks_of(const Lines& lines, Vec x, Vec& doubt) {
     // A third of the exponent above 2^-24: the entry, or the one below it. 170 / 2^16 is a little less than 1 / 384.
-    const Ints above = imax(isub(ibits(x), iset((127 - 24) << 23)), iset(0));
+    const Ints above = isub_halves(ibits(x), iset((127 - 24) << 23));
     Ints index = ishift<16>(imulhi16(above, iset(170 << 16)));
     index = add_above(index, x, entry(lines.next, index));
     const Vec line = vmin(vfma(x, entry(lines.rate, index), entry(lines.start, index)), entry(lines.most, index));
@@ -285,7 +288,7 @@ inline float encode_states(float* value, uint32_t most, int count, uint8_t* code
     }
     const float largest = float_of(most);
     if (most == 0) {
-        std::memset(code, map.zero, count);
+        for (int i = 0; i < count; ++i) code[i] = static_cast<uint8_t>(map.zero);
         return largest;
     }
 #if defined(__AVX2__)
