@@ -20,6 +20,7 @@ from ..storage.atomic_folder import write_folder_atomically
 from ..storage.formats import save_json
 from .data import Windows
 from .options import Settings
+from .tiny_forward import speed_up
 from .train import Phase, Trainer
 
 END = 256  # id of <|endoftext|>; ids below it are bytes
@@ -127,6 +128,7 @@ def pretrain(settings: Settings, trainer: Trainer, folder: str, note: Callable[[
     torch.manual_seed(settings.seed)
     # Any, because the annotations of transformers' to() are wrong.
     model = cast(Any, LlamaForCausalLM(config(settings))).to(settings.device)
+    speed_up(model)
     count = sum(p.numel() for p in model.parameters())
     text = pretraining_text(settings.seed)
     size = f"{count / 1e6:.1f} M parameters on {len(text) / 1e6:.1f} MB of library sources"
