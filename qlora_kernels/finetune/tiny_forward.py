@@ -43,7 +43,7 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     x = inner.embed_tokens(tokens)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    rotation = _rotation(inner.rotary_emb.inv_freq, tokens.shape[1])
+    rotation = _rotation(inner.rotary_emb.inv_freq, tokens.shape[1], dtype)
     for layer in inner.layers:
         attention, mlp = layer.self_attn, layer.mlp
         y = _normed(x, layer.input_layernorm, dtype)
@@ -60,11 +60,11 @@ def _normed(x: torch.Tensor, norm: Any, dtype: torch.dtype) -> torch.Tensor:
     return cast(torch.Tensor, _RMSNorm.apply(x, norm.weight, norm.variance_epsilon, dtype))
 
 
-def _rotation(frequencies: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [T, 1, head / 2] of the angles by which positions rotate."""
+def _rotation(frequencies: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines [T, 1, head] and sines [T, 1, head / 2] of the angles by which positions rotate."""
     positions = torch.arange(length, device=frequencies.device, dtype=torch.float32)
     angles = torch.outer(positions, frequencies.float()).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    return angles.cos().repeat(1, 1, 2).to(dtype), angles.sin().to(dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -156,9 +156,8 @@ def _joined(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """Rotates pairs of columns of [B, T, heads, D], Llama's pairs (i, i + D / 2); a negative sine rotates back."""
-    first, second = x.chunk(2, -1)
-    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = x.shape[-1] // 2
-    torch.sub(first * cosine, second * sine, out=result[..., :half])
-    torch.add(second * cosine, first * sine, out=result[..., half:])
+    result = x * cosine
+    result[..., :half].addcmul_(x[..., half:], sine, value=-1)
+    result[..., half:].addcmul_(x[..., :half], sine)
     return result
