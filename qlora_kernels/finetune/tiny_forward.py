@@ -127,7 +127,7 @@ class _Attention(torch.autograd.Function):
         gradient = _by_head(_split(gradient, heads))
         of_v = torch.bmm(weights.transpose(1, 2), gradient)
         of_weights = torch.bmm(gradient, v.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
         of_scores.mul_(1 / math.sqrt(q.shape[-1]))
         of_q, of_k = torch.bmm(of_scores, k), torch.bmm(of_scores.transpose(1, 2), q)
         back = [_rotated(_positions_first(x, heads), cosine, -sine).flatten(2) for x in (of_q, of_k)]

