@@ -32,6 +32,12 @@ constexpr float kLevels[16] = {
     1.0f,
 };
 
+// Where levels are rounded to a 16-bit type once, for all blocks, they are multiplied by this first, and constants are
+// divided by it. Of all factors from 1 to 2 these leave the least error when the levels of normally distributed weights
+// are rounded: in bf16 0.47 times, in fp16 0.39 times that of a factor at random, which is also about what rounding
+// each weight costs.
+constexpr float kBf16LevelScale = 1.43670654f, kFp16LevelScale = 1.36619186f;
+
 // The code of element i of the flat weight: even elements are in the high nibble.
 static inline int code_at(const uint8_t* packed, int64_t i) {
     const int byte = packed[i >> 1];

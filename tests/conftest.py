@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from engines import ENGINES, ISAS, engine_named
-from quick_run import choice, collecting
+from quick_run import choice, collecting, passed
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +58,13 @@ def engine(request) -> str:
 # ------------------------------------------------------------------------------------------- which tests, and where
 
 
+def pytest_addoption(parser):
+    passed.add_option(parser)
+
+
 def pytest_configure(config):
     """Sets what all workers must share."""
+    passed.register(config)
     if hasattr(config, "workerinput"):
         return
     os.environ[choice.VARIABLE] = str(choice.day())

@@ -118,3 +118,49 @@ def test_no_test_file_is_left_out():
         "tests/finetune/test_run_gpu.py",
     }
     assert files - collected <= only_on_a_card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_has_passed_is_left_out_the_next_time(tmp_path, workers):
+    """And what failed, or was skipped, is not."""
+    (tmp_path / "conftest.py").write_text(
+        "from quick_run import passed\n"
+        "def pytest_addoption(parser): passed.add_option(parser)\n"
+        "def pytest_configure(config): passed.register(config)\n"
+    )
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest\n"
+        "ready = 'READY' in os.environ\n"
+        "@pytest.mark.parametrize('case', ['plain', 'a b\\n'])\n"
+        "def test_passes(case): pass\n"
+        "def test_fails(): assert ready\n"
+        "@pytest.fixture\n"
+        "def broken():\n    yield\n    assert ready\n"
+        "def test_ends_badly(broken): pass\n"
+        "@pytest.mark.skipif(not ready, reason='not ready')\n"
+        "def test_skipped(): pass\n"
+        "def test_skips(): ready or pytest.skip('not ready')\n"
+        "@pytest.mark.xfail\n"
+        "def test_fails_as_expected(): assert False\n"
+        "@pytest.mark.skip\n"
+        "def test_never_runs(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(HERE.parent / "pyproject.toml"), f"--rootdir={tmp_path}"]
+    command += [f"--passed={tmp_path / 'passed'}", "-p", "no:cacheprovider", str(tmp_path)]
+
+    def outcome(*options: str, **environment: str) -> tuple[int, str]:
+        done = subprocess.run([*command, *options], env=os.environ | environment, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    def listed() -> list[str]:
+        return [line for line in outcome("-n0", "--collect-only")[1].splitlines() if "::" in line]
+
+    assert len(listed()) == 8
+    assert outcome(f"-n{workers}")[0] == 1
+    left = ["test_fails", "test_ends_badly", "test_skipped", "test_skips", "test_never_runs"]
+    assert [name.partition("::")[2] for name in listed()] == left
+    code, said = outcome(f"-n{workers}", READY="1")
+    assert code == 0, said
+    assert "4 passed" in said
+    assert [name.partition("::")[2] for name in listed()] == ["test_never_runs"]

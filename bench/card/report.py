@@ -11,7 +11,7 @@ from bench.text import number, table
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import COPY, ROOFS
 from qlora_kernels.bench.points import POINT_KEYS
-from qlora_kernels.bench.report.bars import BARS, judge
+from qlora_kernels.bench.report.bars import CARD_BARS, judge
 from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, ratio_to_ours, sizes
 
 #: More skipped tests than these with the same reason share a line.
@@ -40,7 +40,7 @@ def _bar_lines(bench: dict[str, Any]) -> list[str]:
             number(v.share or None, ".2f"),
             v.reason or "",
         ]
-        for v in judge(bench, BARS["cuda"])
+        for v in judge(bench, CARD_BARS)
     ]
     head = ("time of others over this package's", "", "reached", "bar", "reached / bar", "why")
     return ["## Bars", "", *table(head, rows, left=2)]

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.host import call
 from bench.readme import ranks
-from bench.readme.cells import HEADINGS, bar_rows, cell, escaped, grid, three_digits, title_of
+from bench.readme.cells import HEADINGS, bar_rows, cell, escaped, format_notes, grid, three_digits, title_of
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import (
     BNB,
@@ -33,7 +33,7 @@ from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
 from qlora_kernels.bench.points import OPTIMIZER, K, N, Point, point_of
 from qlora_kernels.bench.report import plots, results
-from qlora_kernels.bench.report.bars import LAYER_BARS, OPTIMIZER_BARS
+from qlora_kernels.bench.report.bars import OPTIMIZER_BARS, layer_bars
 from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, gflop_per_s, limits_of
 from qlora_kernels.bench.report.table import machine_line
 from qlora_kernels.bench.timing.machine import ROOT
@@ -70,15 +70,33 @@ _BEGIN, _END = "<!-- table: ", "<!-- /table -->"
 def newest(pattern: str = "cpu-*.jsonl", folder: str | Path = FOLDER) -> Path:
     """The result file with the latest date inside, among complete runs of an unmodified commit.
 
+    A run that was limited to an instruction set, or that measured only the cases with bars, is for the table of those.
+
     Raises:
         FileNotFoundError: when there is none, saying what makes one.
     """
     runs = [(PAGES[pattern].load(path), path) for path in Path(folder).glob(pattern)]
+    runs = [(run, path) for run, path in runs if not _of_one_set(run)]
     dates = [(run["date"], path.name, path) for run, path in runs if run["complete"] and run["modified"] is False]
     if not dates:
         which = f"no complete run of an unmodified commit among the {pattern}" if runs else f"no {pattern}"
         raise FileNotFoundError(f"{which} in {folder}; run: {PAGES[pattern].made_by}")
     return max(dates)[-1]
+
+
+def _of_one_set(run: dict[str, Any]) -> bool:
+    return run.get("sweep") == "bars" or bool((run.get("machine", {}).get("limited") or {}).get("forced"))
+
+
+def of_every_set(folder: str | Path = FOLDER) -> list[Path]:
+    """Of each processor and instruction set the newest complete run of an unmodified commit; by their names."""
+    latest: dict[tuple, tuple[str, Path]] = {}
+    for path in sorted(Path(folder).glob("cpu-*.jsonl")):
+        run = results.load(path)
+        if run["complete"] and run["modified"] is False:
+            key = (run["machine"]["cpu"], run["machine"]["isa_in_use"], run["settings"]["threads"])
+            latest[key] = max(latest.get(key, ("", path)), (run["date"], path))
+    return sorted(path for _, path in latest.values())
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -124,7 +142,26 @@ def layer_table(result: dict[str, Any], source: str) -> str:
     cases = [c for c in cases if c["operation"] != "linear_step" or c["rank"] == 16]
     shown = [{**case, "n": None, "k": None} for case in cases]
     lines = [*_head(result, source, f"N = {N}, K = {K}. "), "", *grid(shown), "", _layer_notes(result, cases)]
-    return "\n".join([*lines, "", *bar_rows(result, LAYER_BARS)])
+    lines += [line for note in format_notes(cases) for line in ("", note)]
+    return "\n".join([*lines, "", *bar_rows(result, layer_bars(result))])
+
+
+def sets_table(results_of: Sequence[tuple[dict[str, Any], str]]) -> str:
+    """Forward on each processor and instruction set that was measured, beside what else could compute it there.
+
+    Args:
+        results_of: results, each with its file's name for the reader.
+    """
+    lines = []
+    for result, source in results_of:
+        cases = plots.speed_cases(result)
+        limited = (result["machine"].get("limited") or {}).get("forced")
+        how = f"Limited to {limited}, this package and torch alike. " if limited else ""
+        shown = [{**case, "n": None, "k": None} for case in cases]
+        lines += [*_head(result, source, f"{how}N = {N}, K = {K}. "), "", *grid(shown), ""]
+        lines += [line for note in format_notes(cases) for line in (note, "")]
+        lines += [*bar_rows(result, layer_bars(result)), ""] if result.get("bars") else []
+    return "\n".join(lines).rstrip()
 
 
 def optimizer_table(result: dict[str, Any], source: str) -> str:
@@ -147,7 +184,7 @@ def other_table(result: dict[str, Any], source: str) -> str:
     cases = [
         case
         for case in result["cases"]
-        if case["operation"] not in ("limits", *OPTIMIZER, "finetune", "gpt2_forward")
+        if case["operation"] not in ("limits", *OPTIMIZER, "finetune", "gpt2_forward", "linear_busy")
         and (case["n"], case["k"]) != (N, K)
     ]
     lines = [*_head(result, source), "", *grid(cases)]
@@ -158,7 +195,11 @@ def other_table(result: dict[str, Any], source: str) -> str:
             for name in TRAININGS
             if (c := find_contender(run, name))
         ]
-        lines += ["", f"Fine-tuning the tiny model, with peak memory beyond the libraries': {'; '.join(parts)}."]
+        chosen = f", in {run['activations'].removeprefix('torch.')}" if run.get("activations") else ""
+        lines += [
+            "",
+            f"Fine-tuning the tiny model{chosen}, with peak memory beyond the libraries': {'; '.join(parts)}.",
+        ]
     return "\n".join(lines)
 
 
@@ -183,10 +224,12 @@ def _layer_notes(result: dict[str, Any], cases: list[dict[str, Any]]) -> str:
         rate = gflop_per_s(many, ours_of_many)
         assert rate is not None, "a layer's forward has its flops"
         notes.append(f"at M = {many['m']} it multiplies at {rate / 1e3:.2f} TFLOP/s")
+    if limits.read_per_s:
+        notes.append(f"memory is read at {limits.read_per_s / 1e9:.1f} GB/s")
     if limits.bytes_per_s:
         notes.append(f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)")
     if "bfloat16" in limits.flops:
-        notes.append(f"a dense product reaches {limits.flops['bfloat16'] / 1e12:.2f} TFLOP/s")
+        notes.append(f"the fastest product reaches {limits.flops['bfloat16'] / 1e12:.2f} TFLOP/s")
     copy = next((c for case in cases if (c := find_contender(case, COPY)) and "failed" not in c), None)
     if copy:
         notes.append(f"a copy into a new tensor moves {gb_per_s(copy):.1f} GB/s")
@@ -367,6 +410,9 @@ def filled(texts: dict[Path, str]) -> dict[Path, str]:
         for name, table in page.tables.items():
             document = page_of(name, texts)
             texts[document] = replace_table(texts[document], table(result, link(path, document)), name)
+    document = page_of("cpu-sets", texts)
+    every = [(results.load(path), link(path, document)) for path in of_every_set(FOLDER)]
+    texts[document] = replace_table(texts[document], sets_table(every), "cpu-sets")
     return texts
 
 

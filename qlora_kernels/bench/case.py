@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class Settings:
         most_copies: but no more than these.
         seconds: how long to time a case.
         min_rounds, max_rounds: limits that come before ``seconds``.
+        only: the contenders to measure, by name; all if empty. Trainings always have all.
     """
 
     device: str = "cpu"
@@ -39,6 +41,7 @@ class Settings:
     seconds: float = 6.0
     min_rounds: int = 5
     max_rounds: int = 40
+    only: tuple[str, ...] = ()
 
     def copies(self, bytes_each: int) -> int:
         """How many copies of so many bytes take turns: a quarter more than the cache holds, from 3 to most_copies."""
@@ -60,6 +63,7 @@ class Ready:
         waits: on a card: the call waits for the device, and so can neither be captured in a graph nor queue up.
         before: runs before each call, untimed, and finishes on the device first; a call with it is not captured either.
         parts: bytes of memory by purpose, for the plot of memory.
+        format_error: how far a result is from the truth of the weight before quantization; of contenders that quantize.
     """
 
     call: Callable[[int], Any]
@@ -71,6 +75,7 @@ class Ready:
     waits: bool = False
     before: Callable[[], Any] | None = None
     parts: dict[str, int] | None = None
+    format_error: Callable[[Any], float] | None = None
 
     def run(self, index: int) -> Any:
         """A call and what comes before it, untimed."""
@@ -95,11 +100,13 @@ class Case:
         title: the operation's name for people, without sizes.
         flops: floating-point operations of the work, or None.
         contenders: this package first.
+        beside: makes what runs beside every round, and ends with it; on a CPU.
     """
 
     title: str
     flops: int | None
     contenders: list[Contender]
+    beside: Callable[[], AbstractContextManager[Any]] | None = None
 
 
 class WrongResult(Exception):
@@ -134,7 +141,7 @@ class OtherProcesses:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds of all processors' work, of this process's work, and of all processors' time."""
+        """Seconds of all processors' work, of this process's and its ended children's, and of all processors' time."""
         own = os.times()
         cores = os.cpu_count() or 1
         try:
@@ -143,7 +150,8 @@ class OtherProcesses:
         except (OSError, ValueError):
             user = nice = system = 0
         busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
-        return busy, own.user + own.system, time.perf_counter() * cores
+        mine = own.user + own.system + own.children_user + own.children_system
+        return busy, mine, time.perf_counter() * cores
 
 
 def printable(text: str) -> str:

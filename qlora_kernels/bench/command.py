@@ -20,10 +20,12 @@ from ..errors import InputError
 from ..storage.lock import claim_of, claimed
 from . import options
 from .case import OURS, QUIET, Settings
+from .instruction_sets import limited_to
 from .points import Point
-from .report import compare, plots, table
+from .report import compare, plots, rivals, table
 from .report import results as result_files
 from .report.ratios import find_contender
+from .timing.machine import result_name
 from .timing.measure import failed_ours
 from .worker import OutOfTime, Worker, failed_case
 
@@ -53,18 +55,37 @@ def command(namespace: argparse.Namespace) -> int:
         return 0
     settings = options.settings_of(namespace)
     options.check_device(points, settings.device)
+    points = options.on_device(points, settings.device)
+    with limited_to(namespace.isa) as limited:
+        if namespace.rivals and not (namespace.out or namespace.into):
+            return rivals.show(run(points, settings, options.minutes_of(namespace, settings.device)))
+        return _to_file(namespace, points, settings, limited)
+
+
+def _to_file(
+    namespace: argparse.Namespace, points: list[Point], settings: Settings, limited: dict[str, Any] | None
+) -> int:
+    """Measures, and writes; returns the exit code."""
     out = namespace.out or f"bench-{settings.device}-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
+    if namespace.into:
+        out = os.path.join(namespace.into, result_name(settings.threads))
     out = os.path.realpath(out) if os.path.islink(out) else out
     _check_writable(out)
     with claimed(claim_of(os.path.abspath(out)), out):
-        return _measure(namespace, points, settings, out)
+        return _measure(namespace, points, settings, out, limited)
 
 
-def _measure(namespace: argparse.Namespace, points: list[Point], settings: Settings, out: str) -> int:
+def _measure(
+    namespace: argparse.Namespace,
+    points: list[Point],
+    settings: Settings,
+    out: str,
+    limited: dict[str, Any] | None = None,
+) -> int:
     """Measures, and writes to ``out``; returns the exit code."""
     minutes = options.minutes_of(namespace, settings.device)
     show = _progress(len(points), namespace.quiet)
-    results = result_files.begin(settings, options.sweep_of(namespace))
+    results = result_files.begin(settings, options.sweep_of(namespace), limited)
     with _Signals() as signals:
         try:
             with contextlib.closing(run(points, settings, minutes, namespace.retries, show)) as cases:

@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from .case import Settings
+from .case import OURS, Settings
+from .contenders.names import DENSE, DENSE_F32, GGML, INT4
+from .instruction_sets import SETS
 from .points import (
     CARD_OPERATIONS,
+    CPU_OPERATIONS,
     DTYPES,
     FULL_MINUTES_CUDA,
     MINUTES,
@@ -35,6 +38,7 @@ AXES = {
     "dequantize": ("shapes", "dtypes"),
     "dequantize_out": ("shapes", "dtypes"),
     "linear_forward": ("shapes", "rows", "ranks", "dtypes"),
+    "linear_busy": ("shapes", "rows", "dtypes"),
     "linear_dx": ("shapes", "rows", "dtypes"),
     "linear_step": ("shapes", "rows", "ranks", "dtypes"),
     "linear_backward": ("shapes", "rows", "ranks", "dtypes"),
@@ -57,6 +61,8 @@ _DEFAULTS = {
     "dtypes": ["bfloat16"],
     "models": ["llama-2-7b"],
 }
+#: What --rivals measures.
+RIVALS = (OURS, DENSE, DENSE_F32, INT4, GGML)
 _NEEDS_ADAPTER = (
     *(
         "linear_backward",
@@ -78,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--quick", action="store_true", help="a look at everything, in less than two minutes")
     size.add_argument("--full", action="store_true", help="every axis: within eight minutes on a card, hours on a CPU")
     size.add_argument("--card", action="store_true", help="on a card, the cases that have bars, within three minutes")
+    size.add_argument("--bars", action="store_true", help="on a CPU, the cases that have bars")
+    size.add_argument(
+        "--rivals",
+        action="store_true",
+        help="within a minute, forward beside torch's products and ggml's; shown, and written only with --out",
+    )
     what.add_argument("--operations", metavar="NAMES", help=f"only these, separated by commas: {', '.join(AXES)}")
     what.add_argument("--shapes", metavar="NxK,...", help=f"weights, such as {N}x{K},11008x4096")
     what.add_argument("--rows", metavar="M,...", help="rows of x, such as 1,16,512")
@@ -89,8 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a card if there is one"
     )
+    how.add_argument(
+        "--isa",
+        metavar="SET",
+        help="on a CPU, limit this package, torch and its libraries to a set: " + ", ".join(SETS),
+    )
     how.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as many as torch uses here)")
-    how.add_argument("--seconds", type=float, metavar="X", help="to time a case, at most (default 6; with --quick 1.5)")
+    how.add_argument(
+        "--seconds", type=float, metavar="X", help="to time a case, at most (default 6; with --quick and --rivals 1.5)"
+    )
     how.add_argument("--minutes", type=float, metavar="X", help="for all; what does not fit is left out and named")
     how.add_argument(
         "--retries",
@@ -101,6 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out = parser.add_argument_group("results")
     out.add_argument("--out", metavar="FILE", help="JSON lines (default: bench-DEVICE-DATE.jsonl, here)")
+    out.add_argument(
+        "--into", metavar="FOLDER", help="a file there, named after processor, instruction set and threads"
+    )
     out.add_argument("--no-plots", dest="plots", action="store_false", help="no PNG files beside it")
     out.add_argument("--quiet", action="store_true", help="no progress")
     out.add_argument("--show", metavar="FILE", help="the tables of an earlier result, and measure nothing")
@@ -144,7 +166,7 @@ def _chosen(namespace: argparse.Namespace) -> dict[str, str]:
 
 
 def _sweep(namespace: argparse.Namespace) -> str:
-    return next((name for name in ("quick", "full", "card") if getattr(namespace, name)), "usual")
+    return next((name for name in ("quick", "full", "card", "bars", "rivals") if getattr(namespace, name)), "usual")
 
 
 def sweep_of(namespace: argparse.Namespace) -> str:
@@ -201,16 +223,22 @@ def settings_of(namespace: argparse.Namespace) -> Settings:
     threads = torch.get_num_threads() if namespace.threads is None else namespace.threads
     if threads < 1:
         raise InputError(f"--threads should be at least 1, found {threads}")
-    seconds = namespace.seconds if namespace.seconds is not None else 1.5 if namespace.quick else 6.0
+    usual = 1.5 if namespace.quick or namespace.rivals else Settings.seconds
+    seconds = usual if namespace.seconds is None else namespace.seconds
     if not 0 < seconds <= 86400:
         raise InputError(f"--seconds should be positive, and at most a day, found {seconds:g}")
     if namespace.minutes is not None and not 0 < namespace.minutes < float("inf"):
         raise InputError(f"--minutes should be positive, found {namespace.minutes:g}")
+    if namespace.into is not None and namespace.out is not None:
+        raise InputError("--into and --out each say where the result goes; give one of them")
     if namespace.retries < 0:
         raise InputError(f"--retries should not be negative, found {namespace.retries}")
     # More time than usual is for more rounds.
     rounds = round(Settings.max_rounds * max(1.0, seconds / Settings.seconds))
-    return Settings(device, threads, cache_bytes=largest_cache(device), seconds=seconds, max_rounds=rounds)
+    if namespace.isa is not None and device != "cpu":
+        raise InputError(f"--isa {namespace.isa} is for a CPU; add --device cpu")
+    only = RIVALS if namespace.rivals else ()
+    return Settings(device, threads, cache_bytes=largest_cache(device), seconds=seconds, max_rounds=rounds, only=only)
 
 
 def check_device(points: Sequence[Point], device: str) -> None:
@@ -221,6 +249,18 @@ def check_device(points: Sequence[Point], device: str) -> None:
     lacking = dict.fromkeys(p.operation for p in points if p.operation in CARD_OPERATIONS and device != "cuda")
     if lacking:
         raise InputError(f"{', '.join(lacking)} can only be measured on a card; choose others with --operations")
+
+
+def on_device(points: Sequence[Point], device: str) -> list[Point]:
+    """Without the operations that only a CPU has, on a card.
+
+    Raises:
+        InputError: where none is left.
+    """
+    left = [p for p in points if device == "cpu" or p.operation not in CPU_OPERATIONS]
+    if points and not left:
+        raise InputError(f"{', '.join(CPU_OPERATIONS)} can only be measured on a CPU; add --device cpu")
+    return left
 
 
 def minutes_of(namespace: argparse.Namespace, device: str) -> float | None:

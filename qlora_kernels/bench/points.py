@@ -34,8 +34,10 @@ MODELS = {
     #: For tests of the benchmarks themselves.
     "tiny": Shape(256, 704, 4, 4, 2),
 }
-#: The weight that the bars are for.
+#: The weight that most bars are for.
 N, K, RANK = 4096, 4096, 16
+#: N of an 8-billion-parameter Llama's MLP; the CPU's bars hold at both.
+WIDE = 14336
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -171,6 +173,20 @@ def rank_study(ranks: Sequence[int] | None = None) -> list[Point]:
     return [Point("rank_study", rank=rank) for rank in ranks or (1, 2, 4, 8, 64)]
 
 
+def cpu_bars() -> list[Point]:
+    """Every point for which there is a bar on a CPU."""
+    shapes = ((N, K), (WIDE, K))
+    return [
+        *_limits(),
+        *_points("quantize", dtype="float32"),
+        *_points("dequantize", shapes=shapes),
+        *_linear((1, 4, 16, 64, 512, 2048), (0,), shapes),
+        *_points("linear_busy", (1,), shapes=shapes),
+        *_points("linear_step", (16, 512), (RANK,), shapes),
+        *_optimizer(OPTIMIZER[:3]),
+    ]
+
+
 def quick() -> list[Point]:
     """One look at each operation; decoding is forward at M = 1."""
     return [
@@ -204,6 +220,7 @@ def usual() -> list[Point]:
         Point("block_step", m=64, rank=RANK, model="llama-3-70b"),
         *_optimizer(),
         Point("finetune", rank=RANK),
+        *(point for point in cpu_bars() if point.n == WIDE or point.operation == "linear_busy"),
     ]
 
 
@@ -233,7 +250,9 @@ def full() -> list[Point]:
     return list(dict.fromkeys(points))
 
 
-#: Operations that only a card has.
+#: Operations that only a CPU has.
+CPU_OPERATIONS = ("linear_busy",)
+#: And those that only a card has.
 CARD_OPERATIONS = ("adamw_paged_step", "adamw_budget_step")
 
 
@@ -254,7 +273,12 @@ def card() -> list[Point]:
     ]
 
 
-SWEEPS = {"quick": quick, "usual": usual, "full": full, "card": card}
+def rivals() -> list[Point]:
+    """A kernel developer's look at forward, for a few of its contenders."""
+    return [*_linear((1, 4, 16, 64, 512), (0,))]
+
+
+SWEEPS = {"quick": quick, "usual": usual, "full": full, "card": card, "bars": cpu_bars, "rivals": rivals}
 #: Minutes that a sweep may take, by device; None for as long as it takes.
-MINUTES = {"quick": 1.9, "usual": None, "full": None, "card": 2.25}
+MINUTES = {"quick": 1.9, "usual": None, "full": None, "card": 2.25, "bars": None, "rivals": 0.95}
 FULL_MINUTES_CUDA = 7.5

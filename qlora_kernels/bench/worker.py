@@ -154,7 +154,7 @@ class Worker:
                 self._launch(context, process)
             except (EOFError, ConnectionError):
                 # The server died, perhaps of an import. The contender that needs it will fail by name.
-                _end_server()
+                end_server()
                 self._preloaded = []
                 self._launch(context, process)
         except BaseException as problem:
@@ -195,10 +195,10 @@ class Worker:
             starter.join(max(end - time.monotonic(), 0.0))
             in_time = not starter.is_alive()
         except BaseException:
-            _end_server()
+            end_server()
             raise
         if not in_time:
-            _end_server()
+            end_server()
             starter.join()
             if end == self.deadline:
                 raise OutOfTime
@@ -335,7 +335,7 @@ def _is_alive(number: int) -> bool:
     return True
 
 
-def _end_server() -> None:
+def end_server() -> None:
     """Ends the process that others are forked from, wherever it is; the next one that is needed begins another.
 
     multiprocessing starts another only once this one is a zombie. A process closes its files some time before that, and

@@ -65,7 +65,8 @@ def _add_model(group: _Group) -> None:
     group.add("device", "device to train on", metavar="DEVICE")
     group.add(
         "compute",
-        "type of activations: bfloat16, float32, or auto: bfloat16 where the processor has instructions for it",
+        "type of activations: bfloat16, float32, or auto: bfloat16 where there are instructions for it, else float32, "
+        "which is faster there",
         choices=COMPUTE,
         metavar="TYPE",
     )

@@ -124,6 +124,7 @@ class _Run:
             stack.enter_context(self.outputs.writable(settings.cache))
             if not exists:
                 stack.enter_context(self.outputs.claimed())
+            self.note(settings.about_dtype())
             self._phases(resumed)
 
     def _prepare(self) -> None:

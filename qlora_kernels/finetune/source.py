@@ -20,6 +20,7 @@ from ..ops import backends
 from . import tiny
 from .dense_lora import share_initial_values
 from .options import Settings
+from .tiny_forward import speed_up
 
 
 class Source:
@@ -108,6 +109,8 @@ class Source:
                 raise InputError(
                     f"--model {name}: {key} holds NaN or infinity in {self.dtype}; only finite weights can be used"
                 )
+        if self.settings.is_tiny:
+            speed_up(model)
         return model.to(self.settings.device).eval()
 
     def _load_quantized(self) -> nn.Module:

@@ -42,6 +42,8 @@ from qlora_kernels.storage.lock import claim_of, claimed
         (["--seconds", "0"], "--seconds should be positive"),
         (["--seconds", "nan"], "--seconds should be positive"),
         (["--minutes", "-1"], "--minutes should be positive"),
+        (["--into", ".", "--out", "x"], "--into and --out each say where"),
+        (["--device", "cpu", "--isa", "sse"], "--isa sse: this machine and build have"),
         (["--retries", "-1"], "--retries should not be negative"),
         (["--out", "/nowhere/at/all.jsonl"], "there is no folder /nowhere/at"),
         (["--out", "."], "is a folder"),

@@ -57,32 +57,37 @@ def test_epochs_become_steps_when_the_data_is_known():
     assert Options(steps=7).resolve().for_data(100).steps == 7
 
 
-@pytest.mark.parametrize(
-    ("machine", "isas", "expected"),
-    [
-        ("x86_64", ["avx512_bf16", "avx512", "avx2", "portable"], True),
-        ("x86_64", ["amx", "avx512_bf16", "avx512", "avx2", "portable"], True),
-        ("x86_64", ["avx512", "avx2", "portable"], False),
-        ("AMD64", ["avx2", "portable"], False),
-        ("x86_64", None, False),
-    ],
-)
-def test_activations_are_bfloat16_where_there_are_instructions(monkeypatch, machine, isas, expected):
-    monkeypatch.setattr(options.platform, "machine", lambda: machine)
-    monkeypatch.setattr(options, "build_info", lambda: {} if isas is None else {"isas_available": isas})
-    fast, slow = torch.bfloat16, torch.float32
+@pytest.mark.parametrize("why", [None, "it is 1999"])
+def test_activations_are_bfloat16_where_that_is_fast(monkeypatch, why):
+    monkeypatch.setattr(options, "slow_bfloat16", lambda device: why)
+    chosen = torch.float32 if why else torch.bfloat16
     settings = Options().resolve()
-    assert settings.activation_dtype == settings.pretraining_dtype == (fast if expected else slow)
-    assert Options(compute="float32").resolve().pretraining_dtype == slow
+    assert settings.activation_dtype == settings.pretraining_dtype == chosen
+    assert Options(compute="float32").resolve().pretraining_dtype == torch.float32
     forced = Options(compute="bfloat16").resolve()
-    assert forced.activation_dtype == fast
-    assert forced.pretraining_dtype == (fast if expected else slow)
-    assert Options(device="cuda").resolve().pretraining_dtype == fast
+    assert forced.activation_dtype == torch.bfloat16
+    assert forced.pretraining_dtype == chosen
+
+
+def test_a_sentence_says_which_type_was_chosen_and_why(monkeypatch):
+    def said(**given) -> str:
+        return Options(**given).resolve().about_dtype()
+
+    monkeypatch.setattr(options, "slow_bfloat16", lambda device: None)
+    assert said().startswith("computing in bfloat16, which is fast here; --compute float32 ")
+    assert said(compute="bfloat16") == "computing in bfloat16, as --compute says"
+    assert said(compute="float32") == "computing in float32, as --compute says"
+    monkeypatch.setattr(options, "slow_bfloat16", lambda device: "it is 1999")
+    assert said().startswith("computing in float32, ")
+    assert said().endswith(": it is 1999; --compute bfloat16 overrides that")
+    assert "float32 is faster here: it is 1999; the tiny model is pretrained in float32" in said(compute="bfloat16")
+    assert said(compute="bfloat16", model="some/folder").endswith("it is 1999")
+    assert said(compute="float32") == "computing in float32, as --compute says"
 
 
 def test_bases_of_two_types_have_two_folders(monkeypatch):
     folders = set()
-    for has_instructions in (False, True):
-        monkeypatch.setattr(options, "multiplies_bfloat16", lambda device: has_instructions)  # noqa: B023
+    for why in ("it is 1999", None):
+        monkeypatch.setattr(options, "slow_bfloat16", lambda device: why)  # noqa: B023
         folders.add(tiny.cache_folder(Options().resolve()))
     assert len(folders) == 2

@@ -77,7 +77,8 @@ def test_a_slow_machine_does_fewer_pretraining_steps(run, tmp_path):
 @pytest.mark.parametrize("has_instructions", [False, True])
 def test_pretraining_is_in_float32_without_bfloat16_instructions(run, tmp_path, monkeypatch, has_instructions):
     """Whatever the run's own dtype; and a base of one dtype is never used for the other."""
-    monkeypatch.setattr(options, "multiplies_bfloat16", lambda device: has_instructions)
+    reasons = {True: None, False: "it is 1999"}
+    monkeypatch.setattr(options, "slow_bfloat16", lambda device: reasons[has_instructions])
     types = {}
     original = Trainer.run
 
@@ -90,7 +91,7 @@ def test_pretraining_is_in_float32_without_bfloat16_instructions(run, tmp_path, 
     assert run(*more, cached=False) == 0
     assert types["pretrain"] == (torch.bfloat16 if has_instructions else None)
     assert metrics(tmp_path / "out")["activations"] == "torch.bfloat16"
-    monkeypatch.setattr(options, "multiplies_bfloat16", lambda device: not has_instructions)
+    monkeypatch.setattr(options, "slow_bfloat16", lambda device: reasons[not has_instructions])
     types.clear()
     assert run(*more, cached=False) == 0
     assert "pretrain" in types

@@ -62,7 +62,12 @@ def test_forward_and_dx_within_the_contract(engine, shape, dtype):
             assert dx.shape == (0, k)
             continue
         case = f"{engine} {dtype} M={m} N={n} K={k}"
-        assert_within_contract(y, F.linear(x, dense), x.double() @ exact.T, case)
+        # The error of a handful of outputs is luck, dense's too: such cases are drawn many times.
+        outputs = [(y, F.linear(x, dense), x.double() @ exact.T)]
+        while not engine.startswith("emulated-") and len(outputs) * m * n < 512:
+            x = torch.randn(m, k).to(dtype)
+            outputs.append((forward(x, weight)[0], F.linear(x, dense), x.double() @ exact.T))
+        assert_within_contract(*map(torch.cat, zip(*outputs)), case)
         assert_within_contract(dx, dy @ dense, dy.double() @ exact, case + " dx")
 
 

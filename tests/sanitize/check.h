@@ -16,6 +16,9 @@ using qlk::DType;
 
 // Names the case that runs from here on, for messages, and counts it.
 __attribute__((format(printf, 1, 2))) void name_case(const char* format, ...);
+const char* current_case();
+// How many cases have begun.
+int cases_named();
 // Reports the case and exits with 1.
 __attribute__((format(printf, 1, 2))) [[noreturn]] void fail(const char* format, ...);
 
@@ -99,8 +102,19 @@ class SameBits {
     size_t next_ = 0;
 };
 
+// The instruction sets of this machine, best first.
+std::vector<std::string> instruction_sets();
 // Has the kernels use an instruction set from here on.
 void use(const std::string& isa);
+
+struct LinearShape {
+    int64_t m, n, k, r;
+    float dropout;
+    bool bias, double_quant;
+    int threads;
+};
+// Forward and backward in all three types. same_bits: whether all of these sets give the same.
+void check_linear(const LinearShape& shape, const std::vector<std::string>& isas, Random& random, bool same_bits);
 
 // The checks. isas: instruction sets of this machine.
 void check_linears(const std::vector<std::string>& isas);

@@ -1,18 +1,12 @@
 // linear_forward and linear_backward, against float64 loops.
+#include <algorithm>
+
 #include "check.h"
 
 namespace check {
 namespace {
 
-struct LinearShape {
-    int64_t m, n, k, r;
-    float dropout;
-    bool bias, double_quant;
-    int threads;
-};
-
-void check_forward(const Linear& c, const std::string& isa, const std::string& shape, int threads) {
-    SameBits bits;
+void check_forward(const Linear& c, const std::string& isa, const std::string& shape, int threads, SameBits& bits) {
     for (Guard guard : kGuards) {
         name_case("linear_forward %s %s", isa.c_str(), shape.c_str());
         Buffers buffers(guard);
@@ -47,8 +41,8 @@ void check_forward(const Linear& c, const std::string& isa, const std::string& s
 }
 
 // wanted: bit 0 for dx, bit 1 for da, bit 2 for db.
-void check_backward(const Linear& c, const std::string& isa, const std::string& shape, int threads, int wanted) {
-    SameBits bits;
+void check_backward(const Linear& c, const std::string& isa, const std::string& shape, int threads, int wanted,
+                    SameBits& bits) {
     for (Guard guard : kGuards) {
         const bool dx_wanted = wanted & 1, da_wanted = (wanted & 2) && c.r > 0, db_wanted = (wanted & 4) && c.r > 0;
         name_case("linear_backward %s %s%s%s%s", isa.c_str(), shape.c_str(), dx_wanted ? " dx" : "",
@@ -91,7 +85,9 @@ void check_backward(const Linear& c, const std::string& isa, const std::string& 
     }
 }
 
-void check_linear(const LinearShape& s, const std::vector<std::string>& isas, Random& random) {
+}  // namespace
+
+void check_linear(const LinearShape& s, const std::vector<std::string>& isas, Random& random, bool same_bits) {
     for (DType dtype : kDTypes) {
         const Linear c(dtype, s.m, s.n, s.k, s.r, s.dropout, s.bias, s.double_quant, random);
         char shape[160];
@@ -102,18 +98,19 @@ void check_linear(const LinearShape& s, const std::vector<std::string>& isas, Ra
         // Gradients wanted: all, and some that have to do without the others' intermediate results.
         constexpr int kSome[] = {1, 2, 4, 3, 5, 6};
         const int some = kSome[random.bits() % 6];
+        // Of forward, of backward for all gradients, and for some.
+        SameBits bits[3];
         for (const std::string& isa : isas) {
             // Except for bfloat16, these are avx512's sources for the same registers.
             if (dtype != DType::kBFloat16 && (isa == "amx" || isa == "avx512_bf16")) continue;
             use(isa);
-            check_forward(c, isa, shape, s.threads);
-            check_backward(c, isa, shape, s.threads, 7);
-            if (s.r > 0) check_backward(c, isa, shape, s.threads, some);
+            if (!same_bits) std::fill(std::begin(bits), std::end(bits), SameBits{});
+            check_forward(c, isa, shape, s.threads, bits[0]);
+            check_backward(c, isa, shape, s.threads, 7, bits[1]);
+            if (s.r > 0) check_backward(c, isa, shape, s.threads, some, bits[2]);
         }
     }
 }
-
-}  // namespace
 
 void check_linears(const std::vector<std::string>& isas) {
     Random random(1);
@@ -137,7 +134,7 @@ void check_linears(const std::vector<std::string>& isas) {
                 s.bias = random.bits() % 2;
                 s.double_quant = random.bits() % 2;
                 s.threads = 1 + static_cast<int>(random.bits() % 3);
-                check_linear(s, isas, random);
+                check_linear(s, isas, random, false);
                 ++index;
             }
         }
@@ -178,7 +175,7 @@ void check_large_linears(const std::vector<std::string>& isas, int part) {
     };
     int index = 0;
     for (const LinearShape& s : large) {
-        if (part == 0 || index % 2 == part % 2) check_linear(s, isas, random);
+        if (part == 0 || index % 2 == part % 2) check_linear(s, isas, random, false);
         ++index;
     }
 }

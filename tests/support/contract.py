@@ -61,4 +61,6 @@ def assert_within_contract(actual: torch.Tensor, dense: torch.Tensor, exact: tor
         # outputs (all of them, or the smallest tile's), whose errors depend on the order of summation.
         few = math.prod(n if metric is relative_error else (n - 1) % 64 + 1 for n in exact.shape)
         slack = 1.5e-7 if few >= 64 else 1e-6
-        assert ours <= 1.10 * theirs + slack, f"{case}: {metric.__name__} {ours:.3e}, dense {theirs:.3e}"
+        # So is how much dense's weights happen to gain or lose by their rounding.
+        most = 1.10 if few >= 64 else 2.0
+        assert ours <= most * theirs + slack, f"{case}: {metric.__name__} {ours:.3e}, dense {theirs:.3e}"

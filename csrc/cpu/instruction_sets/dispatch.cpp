@@ -29,6 +29,9 @@ extern const Kernels kernels;
 namespace amx {
 extern const Kernels kernels;
 }
+namespace neon {
+extern const Kernels kernels;
+}
 
 namespace {
 
@@ -84,6 +87,9 @@ struct Registry {
 #if defined(QLK_HAVE_AVX2)
         list[count++] = {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                                              __builtin_cpu_supports("f16c")};
+#endif
+#if defined(QLK_HAVE_NEON)
+        list[count++] = {&neon::kernels, true};  // part of every 64-bit ARM
 #endif
         list[count++] = {&portable::kernels, true};
     }

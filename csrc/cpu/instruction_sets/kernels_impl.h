@@ -4,15 +4,20 @@
 #include "cpu/isa.h"
 #include "cpu/linear/backward.h"
 #include "cpu/linear/engine_f32.h"
-#include "cpu/linear/few_rows_f32.h"
 #include "cpu/linear/forward.h"
 #include "cpu/optimizer/optimizer.h"
 #include "cpu/quantize/dequantize.h"
 #include "cpu/quantize/nearest.h"
 #include "cpu/quantize/quantize.h"
+#if defined(__AVX2__)
+#include "cpu/linear/few_rows.h"
+#elif defined(__aarch64__)
+#include "cpu/linear/few_rows_neon.h"
+#else
+#include "cpu/linear/few_rows_f32.h"
+#endif
 #if defined(__AVX512BF16__)
 #include "cpu/linear/engine_bf16.h"
-#include "cpu/linear/few_rows.h"
 #endif
 #if defined(__AMX_BF16__)
 #include "cpu/linear/stream_amx.h"
@@ -26,27 +31,49 @@ using EngineForBf16 = EngineBf16;
 using EngineForBf16 = EngineF32<bf16>;
 #endif
 
-template <class T>
-static void forward_f32(const LinearForwardParams& p) {
-    if (!few_rows_f32<T>(p)) Forward<EngineF32<T>>(p).run();
-}
-
-static void linear_forward(const LinearForwardParams& p) {
-    if (p.m == 0) return;
+#if defined(__AVX2__)
+static bool few_rows(const LinearForwardParams& p) {
     switch (p.dtype) {
-        case DType::kFloat16: return forward_f32<fp16>(p);
-        case DType::kFloat32: return forward_f32<float>(p);
+        case DType::kFloat32: return few_rows_forward<DotF32<float>>(p);
+        case DType::kFloat16: return few_rows_forward<DotI16<fp16>>(p);
         case DType::kBFloat16: break;
     }
 #if defined(__AVX512BF16__)
-    if (few_rows_forward(p)) return;
+    return few_rows_forward<DotBf16>(p);
+#else
+    return few_rows_forward<DotI16<bf16>>(p);
+#endif
+}
+#else
+template <class T>
+static bool few_rows_of(const LinearForwardParams& p) {
+#if defined(__aarch64__)
+    return few_rows_neon<T>(p);
+#else
+    return few_rows_f32<T>(p);
+#endif
+}
+
+static bool few_rows(const LinearForwardParams& p) {
+    switch (p.dtype) {
+        case DType::kFloat32: return few_rows_of<float>(p);
+        case DType::kFloat16: return few_rows_of<fp16>(p);
+        default: return few_rows_of<bf16>(p);
+    }
+}
+#endif
+
+static void linear_forward(const LinearForwardParams& p) {
+    if (p.m == 0 || few_rows(p)) return;
+    switch (p.dtype) {
+        case DType::kFloat16: return Forward<EngineF32<fp16>>(p).run();
+        case DType::kFloat32: return Forward<EngineF32<float>>(p).run();
+        case DType::kBFloat16: break;
+    }
 #if defined(__AMX_BF16__)
     if (stream_forward(p)) return;
 #endif
-    Forward<EngineBf16>(p).run();
-#else
-    forward_f32<bf16>(p);
-#endif
+    Forward<EngineForBf16>(p).run();
 }
 
 static void linear_backward(const LinearBackwardParams& p) {

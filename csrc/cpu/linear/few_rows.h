@@ -1,11 +1,12 @@
-// linear_forward for 1 to 16 rows of bf16 (1 and 2 where there is AMX).
+// linear_forward for 1 to 16 rows of x, over a dot product: dot_bf16.h (1 and 2 rows where there is AMX), dot_i16.h, or
+// dot_f32.h (1 to 8 rows).
 //
 // Formula: y = x W^T + u B^T + bias;  u = scaling * x A^T
 //
-// Layout: 32 rows of W walk K together, in parts for which all rows of x fit into the first-level cache. x is packed in
-//     the order of lookup128.
+// Layout: some rows of W walk K together, in parts for which all rows of x fit into the first-level cache. x is packed
+//     in the order in which codes are looked up.
 //
-// Registers: one to four vectors of sums for each row of x.
+// Scratch: packed x and u, shared; block constants and a vector of sums for each row of W and x, for each thread.
 //
 // Why: every weight is used as soon as it is decoded, so the packed bytes of W are read once and nothing of W is
 //     stored. docs/design/notes-cpu.md, "Few rows", has the figures.
@@ -14,16 +15,15 @@
 #include <omp.h>
 #include <unistd.h>
 
-#include "cpu/linear/nf4_bf16.h"
+#include "cpu/linear/dot_f32.h"
+#include "cpu/linear/dot_i16.h"
+#if defined(__AVX512BF16__)
+#include "cpu/linear/dot_bf16.h"
+#endif
+#include "cpu/pieces.h"
 #include "cpu/scratch.h"
 
 namespace qlk::cpu::QLK_ISA {
-
-// How far ahead codes are prefetched. From 1 KB on it makes one row 1.2 to 1.8 times as fast (weights in the last-level
-// cache or in memory); a page is best. Prefetching past a weight's end does nothing.
-constexpr int64_t kPrefetchBytes = 4096;
-constexpr int kBatchBlocks = 128;  // block constants decoded at a time
-constexpr int kTogether = 32;      // rows of W that walk K together
 
 // Bytes of x in a part of K: two thirds of the first-level cache, if the system reports its size. With 48 KiB (Zen 5),
 // 32 are 7% to 10% faster than 24 at 8 to 12 rows.
@@ -36,173 +36,213 @@ inline int64_t part_bytes() {
     return (reported >= 16 * 1024 ? reported : 32 * 1024) * 2 / 3;
 }
 
-QLK_INLINE __m512 dot_step(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-
-// The sums of the lanes of 16 vectors.
-QLK_INLINE __m512 sums16(const __m512 (&v)[16]) {
-    __m512 two[8], four[4];
-    for (int i = 0; i < 8; ++i) {
-        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    }
-    for (int i = 0; i < 4; ++i) {
-        const __m512d a = _mm512_castps_pd(two[2 * i]), b = _mm512_castps_pd(two[2 * i + 1]);
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    // Now lane i of four[j], 128 bits, has the i-th parts of the sums 4j to 4j + 3.
-    const auto halves = [](__m512 a, __m512 b) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    };
-    const __m512 low = halves(four[0], four[1]), high = halves(four[2], four[3]);
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
-}
-
-// out[m] += W[row] . x[m] for kM rows of x, over blocks begin to end of K: an even number of them, or up to the last. x
-// is in the order of lookup128, [K / 32][kM][32], so that all rows are a fixed distance away.
-template <int kM>
-QLK_INLINE void row_products(const WeightView& w, int64_t row, const uint16_t* x, int64_t begin, int64_t end,
-                             float* out) {
-    constexpr int kSums = kM <= 2 ? 4 : kM <= 8 ? 2 : 1;  // independent chains for each row of x
-    __m512 sum[kM][kSums];
-    for (int m = 0; m < kM; ++m) {
-        for (int s = 0; s < kSums; ++s) sum[m][s] = _mm512_setzero_ps();
-    }
-    const __m512i half = half_by_block();
-    const uint8_t* const codes = w.packed + row * (w.k / 2);
-    const int64_t blocks = w.k / kBlock;
-    float absmax[kBatchBlocks];
-    for (int64_t first = begin; first < end; first += kBatchBlocks) {
-        const int64_t count = end - first < kBatchBlocks ? end - first : kBatchBlocks;
-        decode_absmax(w, row * blocks + first, count, absmax);
-        const bool tiny = has_tiny(absmax, count);
-        const auto step = [&](const Words4& words, int64_t k) {
-        // The sums stay in registers only if all is unrolled, which GCC does not do by itself for 16 rows.
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 16
-                for (int m = 0; m < kM; ++m) {
-                    const __m512i right = _mm512_load_si512(x + k * kM + (j * kM + m) * 32);
-                    sum[m][j % kSums] = dot_step(sum[m][j % kSums], words.v[j], right);
-                }
-            }
-        };
-        int64_t b = 0;
-        for (; b + 1 < count; b += 2) {
-            const int64_t k = (first + b) * kBlock;
-            _mm_prefetch(reinterpret_cast<const char*>(codes + k / 2 + kPrefetchBytes), _MM_HINT_T0);
-            step(lookup128(_mm512_loadu_si512(codes + k / 2), table_pair(absmax + b, absmax + b + 1, tiny), half), k);
-        }
-        if (b < count) {
-            const int64_t k = (first + b) * kBlock;
-            step(lookup128(load_words(codes + k / 2, 16), table_pair(absmax + b, &kNoBlock, tiny), half), k);
+// a . b over count elements.
+template <class T>
+QLK_INLINE float dense_dot(const T* a, const T* b, int64_t count) {
+    constexpr int kRun = 64, kSums = kRun / kWidth < 4 ? kRun / kWidth : 4;
+    Vec sum[kSums];
+    for (int s = 0; s < kSums; ++s) sum[s] = vset(0.0f);
+    for (int64_t i = 0; i < count; i += kRun) {
+        float left[kRun], right[kRun];
+        to_float(a + i, left, kRun);
+        to_float(b + i, right, kRun);
+        for (int v = 0; v < kRun / kWidth; ++v) {
+            sum[v % kSums] = vfma(vload(left + v * kWidth), vload(right + v * kWidth), sum[v % kSums]);
         }
     }
-    for (int m = 0; m < kM; ++m) {
-        for (int s = 1; s < kSums; ++s) sum[m][0] = _mm512_add_ps(sum[m][0], sum[m][s]);
-    }
-    if constexpr (kM <= 4) {
-        for (int m = 0; m < kM; ++m) out[m] += vsum(sum[m][0]);
-    } else {
-        __m512 all[16];
-        for (int m = 0; m < 16; ++m) all[m] = m < kM ? sum[m < kM ? m : 0][0] : _mm512_setzero_ps();
-        _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sums16(all)));
-    }
+    for (int s = 1; s < kSums; ++s) sum[0] = sum[0] + sum[s];
+    return vsum(sum[0]);
 }
 
-// a . b over count bf16 elements.
-QLK_INLINE float dot_bf16(const bf16* a, const bf16* b, int64_t count) {
+#if defined(__AVX512BF16__)
+template <>
+QLK_INLINE float dense_dot(const bf16* a, const bf16* b, int64_t count) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += 32)
-        sum = dot_step(sum, load_words(a + i, count - i), load_words(b + i, count - i));
+    for (int64_t i = 0; i < count; i += 32) sum = dot_step(sum, load_words(a + i, 32), load_words(b + i, 32));
     return vsum(sum);
 }
-
-// Elements of a packed row of x.
-QLK_INLINE int64_t padded(int64_t k) { return (k + 127) / 128 * 128; }
-
-// kM: rows of x, p.m or one more, which is zeros.
-template <int kM>
-inline void few_rows_run(const LinearForwardParams& p) {
-    const WeightView& w = p.weight;
-    const int rows = static_cast<int>(p.m);
-    const int64_t pad = padded(w.k);
-    uint16_t* const x = reinterpret_cast<uint16_t*>(scratch(kM * pad * sizeof(uint16_t), p.threads));
-    const uint16_t* const source = static_cast<const uint16_t*>(p.x);
-    for (int m = 0; m < kM; ++m) {
-        for (int64_t k = 0; k < w.k; k += 128) {
-            const Words4 words = weight_order(source + (m < rows ? m : 0) * w.k + k, m < rows ? w.k - k : 0);
-            for (int j = 0; j < 4; ++j) _mm512_store_si512(x + k * kM + (j * kM + m) * 32, words.v[j]);
-        }
-    }
-    const bf16* const a = static_cast<const bf16*>(p.lora_a);
-    const bf16* const b = static_cast<const bf16*>(p.lora_b);
-    bf16* const u = static_cast<bf16*>(p.u);
-    bf16* const y = static_cast<bf16*>(p.y);
-    // Rows in a piece of work. Long runs, because each starts cold, a page before prefetching has caught up (runs of 32
-    // cost a tenth at 4096 rows), but four for each thread. Multiples of 32 fill whole cache lines of y.
-    const int64_t share = w.n / (4 * p.threads) / 32 * 32;
-    const int64_t run = share < 32 ? 32 : (share > 512 ? 512 : share);
-    const int64_t blocks = w.k / kBlock;
-    const int64_t part_blocks = part_bytes() / (kM * 2 * kBlock * 2) * 2;
-
-#pragma omp parallel num_threads(p.threads)
-    {
-        if (p.r > 0) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < p.r; ++i) {
-                for (int m = 0; m < rows; ++m) {
-                    u[m * p.r + i].bits =
-                        bf16_bits(p.scaling * dot_bf16(static_cast<const bf16*>(p.x) + m * w.k, a + i * w.k, w.k));
-                }
-            }
-        }
-#pragma omp for schedule(dynamic, run / kTogether)
-        for (int64_t group = 0; group < (w.n + kTogether - 1) / kTogether; ++group) {
-            const int64_t begin = group * kTogether;
-            const int count = static_cast<int>(w.n - begin < kTogether ? w.n - begin : kTogether);
-            float out[kTogether][16] = {};
-            for (int64_t k = 0; k < blocks; k += part_blocks) {
-                const int64_t end = blocks - k < part_blocks ? blocks : k + part_blocks;
-                for (int i = 0; i < count; ++i) row_products<kM>(w, begin + i, x, k, end, out[i]);
-            }
-            for (int i = 0; i < count; ++i) {
-                const int64_t n = begin + i;
-                for (int m = 0; m < rows; ++m) {
-                    float sum = out[i][m];
-                    if (p.r > 0) sum += dot_bf16(u + m * p.r, b + n * p.r, p.r);
-                    if (p.bias) sum += p.bias[n];
-                    y[m * w.n + n].bits = bf16_bits(sum);
-                }
-            }
-        }
-    }
-}
-
-// Returns false, without doing anything, if this path doesn't take the case.
-inline bool few_rows_forward(const LinearForwardParams& p) {
-    if (p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
-    if (!scratch_suffices((p.m + p.m % 2) * padded(p.weight.k) * sizeof(uint16_t), p.threads)) return false;
-    switch (p.m) {
-        case 1: few_rows_run<1>(p); return true;
-        case 2: few_rows_run<2>(p); return true;
-#if !defined(__AMX_BF16__)
-        // With AMX, stream_amx.h is faster from three rows on.
-        case 3: few_rows_run<3>(p); return true;
-        case 4: few_rows_run<4>(p); return true;
-        case 5: few_rows_run<5>(p); return true;
-        case 6: few_rows_run<6>(p); return true;
-        case 7: few_rows_run<7>(p); return true;
-        case 8: few_rows_run<8>(p); return true;
-        case 9:
-        case 10: few_rows_run<10>(p); return true;
-        case 11:
-        case 12: few_rows_run<12>(p); return true;
-        case 13:
-        case 14: few_rows_run<14>(p); return true;
-        case 15:
-        case 16: few_rows_run<16>(p); return true;
 #endif
-        default: return false;
+
+template <class Dot, int kM>
+class FewRows {
+    using T = typename Dot::T;
+    using X = typename Dot::X;
+    // Rows of W that walk K together: their sums stay in the first-level cache beside x.
+    static constexpr int kTogether = kM * kWidth <= 128 ? 32 : 16;
+    // Rows of W in a piece of work: their results fill whole cache lines of y.
+    static constexpr int64_t kPiece = 32;
+
+  public:
+    explicit FewRows(const LinearForwardParams& params)
+        : p(params), w(params.weight), rows(static_cast<int>(p.m)), row_blocks(w.k / kBlock) {
+        r_pad = (p.r + kWidth - 1) / kWidth * kWidth;
+        // Parts of about the same length, in whole units.
+        constexpr int64_t kUnitBlocks = Dot::kUnit / kBlock;
+        const int64_t units = (row_blocks + kUnitBlocks - 1) / kUnitBlocks;
+        const int64_t fit = part_bytes() / (kM * Dot::kUnit * sizeof(X)), parts = (units + fit - 1) / fit;
+        part_blocks = (units + parts - 1) / parts * kUnitBlocks;
+        if (part_blocks > row_blocks) part_blocks = row_blocks;
     }
+
+    // Returns false, without doing anything, if packed x is too large for scratch memory or has no form in X.
+    bool run() {
+        Carver shared(nullptr), each(nullptr);
+        carve_shared(shared);
+        carve_thread(each);
+        const size_t bytes = shared.used() + p.threads * each.used();
+        if (!scratch_suffices(bytes, p.threads)) return false;
+        char* const base = scratch(bytes, p.threads);
+        Carver area(base);
+        carve_shared(area);
+        if (!pack()) return false;
+        std::memset(u_wide, 0, kM * r_pad * sizeof(float));
+        Pieces ranks(p.r, p.threads), pieces((w.n + kPiece - 1) / kPiece, p.threads);
+#pragma omp parallel num_threads(p.threads)
+        {
+            const int thread = omp_get_thread_num();
+            Carver own(base + shared.used() + thread * each.used());
+            const Thread mine = carve_thread(own);
+            if (p.r > 0) {
+                for (int64_t i; (i = ranks.take(thread)) >= 0;) low_rank(i);
+#pragma omp barrier
+            }
+            for (int64_t i; (i = pieces.take(thread)) >= 0;) {
+                const int64_t end = (i + 1) * kPiece < w.n ? (i + 1) * kPiece : w.n;
+                for (int64_t n = i * kPiece; n < end; n += kTogether) {
+                    together(mine, n, static_cast<int>(end - n < kTogether ? end - n : kTogether));
+                }
+            }
+        }
+        return true;
+    }
+
+  private:
+    struct Thread {
+        float* absmax;  // [part_blocks + 1]
+        float* sums;    // [kTogether][kM][kWidth]
+        float* b;       // [r_pad], a row of lora_B
+    };
+
+    void carve_shared(Carver& area) {
+        const int64_t units = (w.k + Dot::kUnit - 1) / Dot::kUnit;
+        x_packed = area.take<X>(units * Dot::kUnit * kM);
+        x_scale = area.take<float>(units * kM);
+        u_wide = area.take<float>(kM * r_pad);
+    }
+
+    bool pack() {
+        for (int m = 0; m < kM; ++m) {
+            for (int64_t k = 0; k < w.k; k += Dot::kUnit) {
+                const int64_t count = m < rows ? w.k - k : 0;
+                if (!Dot::pack(static_cast<const T*>(p.x) + (m < rows ? m : 0) * w.k + k, count,
+                               x_packed + k * kM + m * Dot::kStep, kM * Dot::kStep, x_scale + k / Dot::kUnit * kM + m))
+                    return false;
+            }
+        }
+        return true;
+    }
+
+    Thread carve_thread(Carver& area) const {
+        Thread mine;
+        mine.absmax = area.take<float>(part_blocks + 1);
+        mine.sums = area.take<float>(kTogether * kM * kWidth);
+        mine.b = area.take<float>(r_pad);
+        return mine;
+    }
+
+    // u[., i] = scaling * x A[i]^T, rounded to T
+    void low_rank(int64_t i) const {
+        const T* const a = static_cast<const T*>(p.lora_a) + i * w.k;
+        for (int m = 0; m < rows; ++m) {
+            const float sum = p.scaling * dense_dot(static_cast<const T*>(p.x) + m * w.k, a, w.k);
+            T* const u = static_cast<T*>(p.u) + m * p.r + i;
+            from_float(&sum, u, 1);
+            to_float(u, u_wide + m * r_pad + i, 1);
+        }
+    }
+
+    // sums[i][m] += B[n + i] * u[m], in parts that vsum will add up.
+    void add_low_rank(const Thread& mine, int64_t n, int count) const {
+        std::memset(mine.b, 0, r_pad * sizeof(float));
+        for (int i = 0; i < count; ++i) {
+            to_float(static_cast<const T*>(p.lora_b) + (n + i) * p.r, mine.b, p.r);
+            for (int m = 0; m < rows; ++m) {
+                float* const at = mine.sums + (i * kM + m) * kWidth;
+                Vec sum = vload(at);
+                for (int64_t r = 0; r < r_pad; r += kWidth) {
+                    sum = vfma(vload(mine.b + r), vload(u_wide + m * r_pad + r), sum);
+                }
+                vstore(at, sum);
+            }
+        }
+    }
+
+    // Columns [n, n + count) of y: as many rows of W.
+    void together(const Thread& mine, int64_t n, int count) const {
+        for (int64_t first = 0; first < row_blocks; first += part_blocks) {
+            const int64_t blocks = row_blocks - first < part_blocks ? row_blocks - first : part_blocks;
+            for (int i = 0; i < count; ++i) {
+                const int64_t row = n + i;
+                decode_absmax(w, row * row_blocks + first, blocks, mine.absmax);
+                mine.absmax[blocks] = kNoBlock;
+                float* const sums = mine.sums + i * kM * kWidth;
+                Vec acc[kM];
+                for (int m = 0; m < kM; ++m) acc[m] = first > 0 ? vload(sums + m * kWidth) : vset(0.0f);
+                Dot::template products<kM>(w.packed + (row * w.k + first * kBlock) / 2, mine.absmax, blocks,
+                                           x_packed + first * kBlock * kM, x_scale + first * kBlock / Dot::kUnit * kM,
+                                           acc);
+                for (int m = 0; m < kM; ++m) vstore(sums + m * kWidth, acc[m]);
+            }
+        }
+        if (p.r > 0) add_low_rank(mine, n, count);
+        for (int m = 0; m < rows; ++m) {
+            float line[kTogether];
+            for (int i = 0; i < count; ++i) line[i] = vsum(vload(mine.sums + (i * kM + m) * kWidth));
+            for (int i = 0; i < count && p.bias; ++i) line[i] += p.bias[n + i];
+            from_float(line, static_cast<T*>(p.y) + m * w.n + n, count);
+        }
+    }
+
+    const LinearForwardParams& p;
+    const WeightView& w;
+    const int rows;  // kM, or one fewer
+    const int64_t row_blocks;
+    int64_t part_blocks, r_pad;
+    X* x_packed = nullptr;     // [unit][vector][kM][kStep]
+    float* x_scale = nullptr;  // [unit][kM]
+    float* u_wide = nullptr;   // [kM][r_pad]
+};
+
+// Returns false, without doing anything, if this path doesn't take the case. Beyond eight rows they go in pairs.
+template <class Dot>
+inline bool few_rows_forward(const LinearForwardParams& p) {
+    if (p.m > Dot::kMostRows || p.weight.k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
+    switch (p.m) {
+        case 1: return FewRows<Dot, 1>(p).run();
+        case 2: return FewRows<Dot, 2>(p).run();
+        default: break;
+    }
+    if constexpr (Dot::kMostRows > 2) {
+        switch (p.m) {
+            case 3: return FewRows<Dot, 3>(p).run();
+            case 4: return FewRows<Dot, 4>(p).run();
+            case 5: return FewRows<Dot, 5>(p).run();
+            case 6: return FewRows<Dot, 6>(p).run();
+            case 7: return FewRows<Dot, 7>(p).run();
+            case 8: return FewRows<Dot, 8>(p).run();
+            default: break;
+        }
+    }
+    if constexpr (Dot::kMostRows > 8) {
+        switch ((p.m + 1) / 2) {
+            case 5: return FewRows<Dot, 10>(p).run();
+            case 6: return FewRows<Dot, 12>(p).run();
+            case 7: return FewRows<Dot, 14>(p).run();
+            case 8: return FewRows<Dot, 16>(p).run();
+            default: break;
+        }
+    }
+    return false;
 }
 
 }  // namespace qlk::cpu::QLK_ISA

@@ -1,4 +1,4 @@
-// linear_forward for 1 to 4 rows by float32 arithmetic, for the types and instruction sets that engine_f32.h serves.
+// linear_forward for 1 to 4 rows by float32 arithmetic, on instruction sets for which few_rows.h has no dot product.
 //
 // Formula: y = x W^T + u B^T + bias;  u = scaling * x A^T
 //

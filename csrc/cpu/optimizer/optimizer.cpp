@@ -67,7 +67,7 @@ void measure(const OptimizerParams& a, const double* sum_of_squares, const Kerne
 }  // namespace
 
 void optimizer_sums(const OptimizerParams& a, const Kernels& kernels) {
-#pragma omp parallel for num_threads(a.threads) schedule(static)
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 4)
     for (int64_t i = 0; i < a.all_chunks; ++i) {
         const OptimizerChunk& chunk = a.chunks[i];
         const uint64_t grad = a.tensors[chunk.tensor].grad;
@@ -92,8 +92,8 @@ void optimizer_step(const OptimizerParams& a, const double* sum_of_squares, cons
         last = chunk.tensor;
         if (a.tensors[last].grad) scalars[last] = scalars_of(a, a.groups[chunk.group], a.steps[last]);
     }
-    // Static: long runs of neighbours, so that a thread reads on where its last chunk ended.
-#pragma omp parallel for num_threads(a.threads) schedule(static)
+    // Dynamic: a core that another process takes costs its share. A chunk's result doesn't depend on the thread.
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 2)
     for (int64_t i = 0; i < a.all_chunks; ++i) {
         const OptimizerChunk& chunk = a.chunks[i];
         if (a.tensors[chunk.tensor].grad) kernels.step_chunk(a, chunk, scalars[chunk.tensor]);

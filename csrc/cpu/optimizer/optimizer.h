@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "cpu/isa.h"
+#include "cpu/optimizer/states.h"
 #include "cpu/simd.h"
 
 namespace qlk::cpu::QLK_ISA {
@@ -57,116 +58,57 @@ QLK_INLINE void lion(const StepScalars& s, int count, const float* __restrict g,
     }
 }
 
-// ------------------------------------------------------------------------------------------------- 8-bit states
+// --------------------------------------------------------------------------------------------------- a coded block
 
-// A map's start[] (csrc/optimizer.h) with four bytes for each entry, for gathers.
-struct Search {
-    alignas(64) int32_t start[DynamicMap::kKeys + 15];
-    explicit Search(const DynamicMap& map) {
-        for (int i = 0; i < DynamicMap::kKeys + 15; ++i) start[i] = i < DynamicMap::kKeys ? map.start[i] : 0;
+#if defined(__AVX2__)
+// adamw() on a block of 256 with 8-bit states. In one loop, so that decoding runs beside the divisions.
+// kNear: 1 - beta1 < 0.5.
+template <bool kNear>
+inline void adamw_coded(const StepScalars& s, const float* g_line, float* p_line, uint8_t* first, float* first_absmax,
+                        uint8_t* second, float* second_absmax) {
+    const Lines &with = lines_of(true), &without = lines_of(false);
+    const Vec decay = vset(s.decay), rest1 = vset(s.rest1), other = vset(1.0f - s.rest1), beta2 = vset(s.beta2);
+    const Vec rest2 = vset(s.rest2), rate = vset(-s.rate), root = vset(s.root), eps = vset(s.eps);
+    const Vec m_absmax = vset(*first_absmax), v_absmax = vset(*second_absmax);
+    const Ints magnitude = iset(0x7fffffff);
+    alignas(64) float m_line[kStateBlock], v_line[kStateBlock];
+    Ints m_most = iset(0), v_most = iset(0);
+    for (int i = 0; i < kStateBlock; i += kWidth) {
+        const Vec g = vload(g_line + i);
+        Vec m = decode<true>(with, first + i, m_absmax), v = decode<false>(without, second + i, v_absmax);
+        m = kNear ? m + rest1 * (g - m) : g - (g - m) * other;
+        v = v * beta2 + rest2 * g * g;
+        vstore(p_line + i, vload(p_line + i) * decay + rate * m / (vsqrt(v) / root + eps));
+        vstore(m_line + i, m);
+        vstore(v_line + i, v);
+        m_most = imax(m_most, iand(ibits(m), magnitude));
+        v_most = imax(v_most, iand(ibits(v), magnitude));
     }
-};
-inline const Search& search_of(bool is_signed) {
-    static const Search with(dynamic_map(true)), without(dynamic_map(false));
-    return is_signed ? with : without;
+    *first_absmax = encode_states<true>(m_line, largest_lane(m_most), kStateBlock, first);
+    *second_absmax = encode_states<false>(v_line, largest_lane(v_most), kStateBlock, second);
 }
+#endif
 
-// out = value[code] * absmax, for one block.
-QLK_INLINE void decode_states(const DynamicMap& map, const uint8_t* code, float absmax, int count, float* out) {
-    int i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16) {
-        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + i)));
-        const __m512 value = _mm512_i32gather_ps(index, map.value, 4);
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(value, _mm512_set1_ps(absmax)));
-    }
-#elif defined(__AVX2__)
-    for (; i + 8 <= count; i += 8) {
-        const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + i)));
-        const __m256 value = _mm256_i32gather_ps(map.value, index, 4);
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(value, _mm256_set1_ps(absmax)));
+// A block with 8-bit states, of `count` elements.
+inline void step_coded(Algorithm algorithm, const StepScalars& s, int count, const float* g, float* p, uint8_t* first,
+                       float* first_absmax, uint8_t* second, float* second_absmax) {
+    const bool adam = algorithm == Algorithm::kAdamW;
+#if defined(__AVX2__)
+    if (adam && count == kStateBlock) {
+        const auto step = s.rest1 < 0.5f ? adamw_coded<true> : adamw_coded<false>;
+        return step(s, g, p, first, first_absmax, second, second_absmax);
     }
 #endif
-    for (; i < count; ++i) out[i] = map.value[code[i]] * absmax;
-}
-
-// For each of `count` magnitudes, how many of the map's midpoints lie below it; csrc/optimizer.h describes the search.
-QLK_INLINE void ranks_of(const DynamicMap& map, const Search& search, const float* magnitude, int count,
-                         int32_t* rank) {
-    constexpr int kLowest = static_cast<int>(DynamicMap::kLowest), kLast = DynamicMap::kKeys - 1;
-    int i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16) {
-        const __m512 x = _mm512_loadu_ps(magnitude + i);
-        __m512i key =
-            _mm512_sub_epi32(_mm512_srli_epi32(_mm512_castps_si512(x), DynamicMap::kShift), _mm512_set1_epi32(kLowest));
-        key = _mm512_min_epi32(_mm512_max_epi32(key, _mm512_setzero_si512()), _mm512_set1_epi32(kLast));
-        __m512i below = _mm512_i32gather_epi32(key, search.start, 4);
-        for (int step = 0; step < DynamicMap::kClimb; ++step) {
-            const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_i32gather_ps(below, map.midpoint, 4), _CMP_GT_OQ);
-            below = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
-        }
-        _mm512_storeu_si512(rank + i, below);
-    }
-#elif defined(__AVX2__)
-    for (; i + 8 <= count; i += 8) {
-        const __m256 x = _mm256_loadu_ps(magnitude + i);
-        __m256i key =
-            _mm256_sub_epi32(_mm256_srli_epi32(_mm256_castps_si256(x), DynamicMap::kShift), _mm256_set1_epi32(kLowest));
-        key = _mm256_min_epi32(_mm256_max_epi32(key, _mm256_setzero_si256()), _mm256_set1_epi32(kLast));
-        __m256i below = _mm256_i32gather_epi32(search.start, key, 4);
-        for (int step = 0; step < DynamicMap::kClimb; ++step) {
-            const __m256 above = _mm256_cmp_ps(x, _mm256_i32gather_ps(map.midpoint, below, 4), _CMP_GT_OQ);
-            below = _mm256_sub_epi32(below, _mm256_castps_si256(above));  // a true lane is -1
-        }
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(rank + i), below);
-    }
-#endif
-    for (; i < count; ++i) {
-        const int key = static_cast<int>(bits_of(magnitude[i]) >> DynamicMap::kShift) - kLowest;
-        int below = search.start[key < 0 ? 0 : key < kLast ? key : kLast];
-        for (int step = 0; step < DynamicMap::kClimb; ++step) below += magnitude[i] > map.midpoint[below] ? 1 : 0;
-        rank[i] = below;
-    }
-}
-
-// Encodes up to 256 values and returns their constant: the largest magnitude, at most the largest float32. NaN is
-// encoded as zero, so that it spoils its own parameter and not those beside it. kSigned: first moments.
-template <bool kSigned>
-inline float encode_states(const DynamicMap& map, const float* value, int count, uint8_t* code) {
-    // As integers, which have the order of non-negative floats and vectorize on every instruction set.
-    constexpr uint32_t kInfinity = 0x7f800000u, kMost = kInfinity - 1;
-    alignas(64) uint32_t size[kStateBlock];
-    uint32_t most = 0;
-    for (int i = 0; i < count; ++i) {
-        const uint32_t bits = bits_of(value[i]) & 0x7fffffffu, number = bits <= kInfinity ? ~0u : 0u;
-        size[i] = (bits < kMost ? bits : kMost) & number;
-    }
-    for (int i = 0; i < count; ++i) most = most > size[i] ? most : size[i];
-    const float largest = float_of(most);
-    if (most == 0) {
-        std::memset(code, map.zero, count);
-        return largest;
-    }
-    alignas(64) int32_t rank[kStateBlock];
-    alignas(64) float magnitude[kStateBlock];
-    for (int i = 0; i < count; ++i) magnitude[i] = float_of(size[i]) / largest;
-    ranks_of(map, search_of(kSigned), magnitude, count, rank);
-    const int32_t zero = map.zero;
-    if (kSigned) {
-        // -1 is not in the map.
-        for (int i = 0; i < count; ++i) {
-            const int32_t below = rank[i] < zero ? rank[i] : zero;
-            code[i] = static_cast<uint8_t>(bits_of(value[i]) >> 31 ? zero - below : zero + rank[i]);
-        }
+    alignas(64) float m[kStateBlock], v[kStateBlock];
+    decode_states<true>(first, *first_absmax, count, m);
+    if (adam) {
+        decode_states<false>(second, *second_absmax, count, v);
+        adamw(s, count, g, p, m, v);
+        *second_absmax = encode_states<false>(v, largest_bits(v, count), count, second);
     } else {
-        // Never zero for a value that isn't: under a first moment that is not zero it would let the parameter jump.
-        for (int i = 0; i < count; ++i) {
-            const int32_t least = size[i] ? 1 : 0;
-            code[i] = static_cast<uint8_t>(rank[i] > least ? rank[i] : least);
-        }
+        lion(s, count, g, p, m);
     }
-    return largest;
+    *first_absmax = encode_states<true>(m, largest_bits(m, count), count, first);
 }
 
 // --------------------------------------------------------------------------------------------------------- a chunk
@@ -181,15 +123,14 @@ inline void step_typed(const OptimizerParams& a, const OptimizerChunk& chunk, co
         return chunk.plane[which] == kNoPlane ? nullptr : a.states + chunk.plane[which];
     };
     float* const master = reinterpret_cast<float*>(plane(kMaster));
-    const bool narrow = a.state_bits == 8, adam = a.algorithm == Algorithm::kAdamW;
-    const DynamicMap &with = dynamic_map(true), &without = dynamic_map(false);
+    const bool adam = a.algorithm == Algorithm::kAdamW;
     float* const first_absmax = reinterpret_cast<float*>(a.header + chunk.plane[kFirstAbsmax]);
     float* const second_absmax = reinterpret_cast<float*>(a.header + chunk.plane[kSecondAbsmax]);
 
     for (int at = 0; at < chunk.count; at += kStateBlock) {
         const int count = chunk.count - at < kStateBlock ? chunk.count - at : kStateBlock;
-        alignas(64) float g_line[kStateBlock], p_line[kStateBlock], m_line[kStateBlock], v_line[kStateBlock];
-        float *p = p_line, *m = m_line, *v = v_line;
+        alignas(64) float g_line[kStateBlock], p_line[kStateBlock];
+        float* p = p_line;
         const float* g = g_line;
         if constexpr (std::is_same_v<T, float>) {
             p = param + at;
@@ -212,23 +153,17 @@ inline void step_typed(const OptimizerParams& a, const OptimizerChunk& chunk, co
                 for (int i = 0; i < count; ++i) p[i] = rounded[i].bits == param[at + i].bits ? p[i] : p_line[i];
             }
         }
-        if (narrow) {
+        if (a.state_bits == 8) {
             const int block = at / kStateBlock;
-            decode_states(with, plane(kFirst) + at, first_absmax[block], count, m);
-            if (adam) decode_states(without, plane(kSecond) + at, second_absmax[block], count, v);
+            step_coded(a.algorithm, s, count, g, p, plane(kFirst) + at, first_absmax + block,
+                       adam ? plane(kSecond) + at : nullptr, second_absmax + block);
         } else {
-            m = reinterpret_cast<float*>(plane(kFirst)) + at;
-            v = reinterpret_cast<float*>(plane(kSecond)) + at;
-        }
-        if (adam) {
-            adamw(s, count, g, p, m, v);
-        } else {
-            lion(s, count, g, p, m);
-        }
-        if (narrow) {
-            const int block = at / kStateBlock;
-            first_absmax[block] = encode_states<true>(with, m, count, plane(kFirst) + at);
-            if (adam) second_absmax[block] = encode_states<false>(without, v, count, plane(kSecond) + at);
+            float* const m = reinterpret_cast<float*>(plane(kFirst)) + at;
+            if (adam) {
+                adamw(s, count, g, p, m, reinterpret_cast<float*>(plane(kSecond)) + at);
+            } else {
+                lion(s, count, g, p, m);
+            }
         }
         if constexpr (!std::is_same_v<T, float>) from_float(p, param + at, count);
     }
@@ -243,13 +178,13 @@ static void step_chunk(const OptimizerParams& a, const OptimizerChunk& chunk, co
 }
 
 static void quantize_states(const float* values, uint8_t* code, float* absmax, int64_t count, bool is_signed) {
-    const DynamicMap& map = dynamic_map(is_signed);
     for (int64_t at = 0; at < count; at += kStateBlock) {
         const int size = count - at < kStateBlock ? static_cast<int>(count - at) : kStateBlock;
         alignas(64) float line[kStateBlock];
         std::memcpy(line, values + at, size * sizeof(float));
-        absmax[at / kStateBlock] = is_signed ? encode_states<true>(map, line, size, code + at)
-                                             : encode_states<false>(map, line, size, code + at);
+        const uint32_t most = largest_bits(line, size);
+        absmax[at / kStateBlock] = is_signed ? encode_states<true>(line, most, size, code + at)
+                                             : encode_states<false>(line, most, size, code + at);
     }
 }
 

@@ -69,7 +69,7 @@ inline int64_t quantize_impl(const QuantizeParams& p) {
     const int64_t blocks = (p.count + kBlock - 1) / kBlock;
     int64_t bad = p.count;
 
-#pragma omp parallel for num_threads(p.threads) schedule(static) reduction(min : bad)
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 256) reduction(min : bad)
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t begin = b * kBlock;
         const int count = static_cast<int>(p.count - begin < kBlock ? p.count - begin : kBlock);

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-NAMES = ("bitsandbytes", "peft", "transformers.models.llama.modeling_llama")
+NAMES = ("bitsandbytes", "peft", "ggml", "transformers.models.llama.modeling_llama")
 
 with open(os.devnull, "w") as nowhere:
     try:

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from ...ops import Pieces
 from ...ops.backends import reference
 from ..case import Contender, Ready, Settings
 from ..points import Coordinates, Point
+from ..timing.machine import beyond, isa_in_use
+from . import ggml_weights, int4_weights
 from .adapter_tensors import AdapterTensors
+from .int4_weights import Int4Weight
 from .models import peft_lora
 from .names import EQUAL_COPY
 
@@ -101,6 +104,26 @@ class Lab:
         return self.copied(first, first.nbytes, torch.clone)
 
     @cached_property
+    def dense_f32(self) -> list[Tensor]:
+        """The same in float32."""
+        first = self.ours[0].dequantize(torch.float32)
+        return self.copied(first, first.nbytes, torch.clone)
+
+    @cached_property
+    def int4(self) -> list[Int4Weight]:
+        """torch's own 4-bit format."""
+        first, self._exact["int4"] = int4_weights.quantized(self.source)
+        return self.copied(first, first.nbytes, Int4Weight.clone)
+
+    @cached_property
+    def ggml(self) -> list[Tensor]:
+        """ggml's Q4_0."""
+        ggml_weights.check_set(isa_in_use())
+        first = ggml_weights.quantized(self.source)
+        self._exact["ggml"] = ggml_weights.decoded(first, self.shape)
+        return self.copied(first, first.nbytes, torch.clone)
+
+    @cached_property
     def bnb(self) -> list[tuple[Tensor, BnbState]]:
         """(packed, state) from bitsandbytes: NF4, block 64, double quantization."""
         quantize_4bit = bitsandbytes("bitsandbytes.functional").quantize_4bit
@@ -114,7 +137,7 @@ class Lab:
     @cached_property
     def bnb_eval_layers(self) -> list[nn.Linear]:
         """In eval mode, and without gradients, the layer repacks its weight for a kernel of its own."""
-        return self.copied(self.bnb_layer().eval(), bnb_bytes(*self.bnb[0]))
+        return self.copied(as_limited(self.bnb_layer().eval()), bnb_bytes(*self.bnb[0]))
 
     def peft_layers(self, training: bool) -> list[nn.Module]:
         """PEFT's LoRA layers over bitsandbytes' layers, adapters in the point's dtype with random A and B."""
@@ -122,7 +145,7 @@ class Lab:
         return self.copied(first, bnb_bytes(*self.bnb[0]))
 
     def _peft_layer(self) -> nn.Module:
-        return peft_lora(self.bnb_layer(), *self.adapter, self.settings.alpha)
+        return peft_lora(as_limited(self.bnb_layer()), *self.adapter, self.settings.alpha)
 
     @cached_property
     def layers(self) -> list[qlora_kernels.QLinear]:
@@ -195,6 +218,10 @@ class Lab:
 
     def exact(self, whose: str) -> Tensor:
         """The float64 weight that a contender's stored data stand for, decoded in plain torch."""
+        if whose == "source":  # before quantization
+            return self.source.double()
+        if whose in ("int4", "ggml"):
+            getattr(self, whose)  # made with the weight
         if whose not in self._exact:
             pieces = self.ours[0].pieces if whose == "ours" else bnb_pieces(*self.bnb[0])
             self._exact[whose] = decoded(pieces, self.shape, torch.float32).double()
@@ -206,6 +233,10 @@ class Lab:
             return self.ours[0].nbytes
         if whose == "dense":
             return self.sizes.n * self.sizes.k * self.dtype.itemsize
+        if whose == "dense_f32":
+            return self.sizes.n * self.sizes.k * 4
+        if whose in ("int4", "ggml"):
+            return getattr(self, whose)[0].nbytes
         if whose == "bnb":
             return bnb_bytes(*self.bnb[0])
         # Repacked: constants are no longer nested, and are stored in bf16.
@@ -256,6 +287,16 @@ def bnb_stored(layer: nn.Linear) -> tuple[Tensor, BnbState]:
     """(packed, state) of bitsandbytes' layer."""
     weight: Any = layer.weight  # a Params4bit
     return weight.data, weight.quant_state
+
+
+def as_limited(layer: nn.Linear) -> nn.Linear:
+    """A layer of bitsandbytes that does what it would on a processor with no more than the set in use.
+
+    It asks the processor itself whether there is AVX-512 BF16, for its eval mode; its decoding cannot be limited.
+    """
+    if beyond("avx512_bf16", isa_in_use()) and hasattr(layer, "support_avx512bf16_for_cpu"):
+        cast(Any, layer).support_avx512bf16_for_cpu = False
+    return layer
 
 
 def bnb_linear(weight: Tensor) -> nn.Linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..case import Case, Settings
@@ -11,7 +12,7 @@ from ..points import Point
 from ..timing.measure import start
 from . import block_step, decode, dequantize, gpt2_forward, limits, optimizer, paging, quantize
 from .finetune import FinetuneMeasurement
-from .linear import backward, dx, forward, step
+from .linear import backward, busy, dx, forward, step
 from .rank_study import RankStudy
 
 CASES: dict[str, Callable[[Lab], Case]] = {
@@ -20,6 +21,7 @@ CASES: dict[str, Callable[[Lab], Case]] = {
     "dequantize": dequantize.case,
     "dequantize_out": dequantize.case_out,
     "linear_forward": forward.case,
+    "linear_busy": busy.case,
     "linear_dx": dx.case,
     "linear_backward": backward.case,
     "linear_step": step.case,
@@ -55,4 +57,7 @@ def begin(
     """
     if point.operation in TRAININGS:
         return TRAININGS[point.operation](settings, point, announce)
-    return start(CASES[point.operation](Lab(settings, point)), settings, point, without, announce)
+    case = CASES[point.operation](Lab(settings, point))
+    if settings.only:
+        case = replace(case, contenders=[one for one in case.contenders if one.name in settings.only])
+    return start(case, settings, point, without, announce)

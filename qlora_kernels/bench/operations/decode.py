@@ -14,7 +14,7 @@ import qlora_kernels
 from ..case import OURS, Case, Contender, Ready, largest_error
 from ..contenders.models import dense_weights, peft_lora, plain_lora
 from ..contenders.names import DENSE, PEFT, PEFT_EVAL
-from ..contenders.weights import Lab, bnb_bytes, bnb_linear, bnb_pieces, bnb_stored, clone_weight, decoded
+from ..contenders.weights import Lab, as_limited, bnb_bytes, bnb_linear, bnb_pieces, bnb_stored, clone_weight, decoded
 from ..points import MODELS
 
 LIMIT = 0.01
@@ -118,7 +118,7 @@ class _Setup:
         return self.ready(call, self.our_outputs, nbytes, len(layers))
 
     def peft(self, training: bool) -> Ready:
-        layers = [bnb_linear(w) for w in self.sources]
+        layers = [as_limited(bnb_linear(w)) for w in self.sources]
         stored = [bnb_stored(layer) for layer in layers]
         wanted = self.exact([decoded(bnb_pieces(*one), one[1].shape, torch.float32) for one in stored])
         nbytes = sum(bnb_bytes(*one) for one in stored)

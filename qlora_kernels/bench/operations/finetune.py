@@ -70,6 +70,8 @@ class FinetuneMeasurement:
             "rounds": self.rounds_done,
             # Of the machine's time; the command's own processes are not others, and cannot be told from them.
             "other_processes": None,
+            # What the command chose for this device, whatever dtype the point has.
+            "activations": self._metrics[0]["activations"] if self._metrics else None,
             "contenders": [self._describe(name, key) for name, key in RESULTS.items()],
         }
 

@@ -1,4 +1,4 @@
-"""How fast this package sets out to be: for each kind of device, ratios that a run is held against.
+"""How fast this package sets out to be: for cards and for each instruction set of a CPU, ratios that a run is held to.
 
 They stand beside what was reached and fail nothing: a time on someone else's machine is no test.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 from ..case import OURS
 from ..contenders.names import (
+    BEST_BNB,
+    BEST_DENSE,
     BNB,
     COPY,
     DENSE,
@@ -18,12 +20,15 @@ from ..contenders.names import (
     EQUAL_COPY,
     FOREACH,
     FUSED,
+    GGML,
+    INT4,
     LINK,
     NO_ADAPTER,
     PEFT,
 )
-from ..points import DTYPES, RANK, K, N, Point, point_of
-from .ratios import find_contender, gb_per_s, ratio_to_ours
+from ..points import DTYPES, RANK, WIDE, K, N, Point, point_of
+from .ratios import find_contender, gb_per_s, limits_of, ratio_to_ours
+from .results import BARS_SINCE
 
 #: The CPU's bars are for so many threads.
 BARS_THREADS = 2
@@ -40,6 +45,15 @@ def _of_bandwidth(case: dict[str, Any], contender: str, results: dict[str, Any])
         return None
     rate, most = gb_per_s(ours), gb_per_s(roof)
     return rate / most if rate and most else None
+
+
+def _of_reading(case: dict[str, Any], contender: str, results: dict[str, Any]) -> float | None:
+    """This package's bytes per second, of the most that anything read."""
+    ours, most = find_contender(case, OURS), limits_of(results).read_per_s
+    if ours is None or "failed" in ours or most is None:
+        return None
+    rate = gb_per_s(ours)
+    return rate * 1e9 / most if rate else None
 
 
 def _by_medians(case: dict[str, Any], contender: str, results: dict[str, Any]) -> float | None:
@@ -65,6 +79,7 @@ MEASURES: dict[str, Callable[[dict[str, Any], str, dict[str, Any]], float | None
     "time by the wall clock": _by_wall,
     "time on the host": _by_host,
     "share of its bandwidth": _of_bandwidth,
+    "share of the speed of reading": _of_reading,
 }
 
 
@@ -75,7 +90,7 @@ class Bar:
     Attributes:
         point: where.
         contender: it should take at least ``at_least`` times as long as this package; or, of OURS, what is asked of
-            this package alone.
+            this package alone. A key of BEST_OF stands for the fastest of several.
         at_least: the ratio.
         measure: a key of MEASURES.
     """
@@ -89,6 +104,8 @@ class Bar:
     def title(self) -> str:
         if self.measure == "time on the host":
             return f"{self.point}: {HOST_MS * 1e3:.0f} us on the host"
+        if self.measure == "share of the speed of reading":
+            return f"{self.point}: {self.measure}"
         how = "" if self.measure == "time" else f", {self.measure}"
         return f"{self.point}: {self.contender}{how}"
 
@@ -97,34 +114,57 @@ def _forward(m: int, n: int = N, rank: int = 0) -> Point:
     return Point("linear_forward", n=n, k=K, m=m, rank=rank)
 
 
-def _step(m: int) -> Point:
-    return Point("linear_step", n=N, k=K, m=m, rank=RANK)
+def _step(m: int, n: int = N) -> Point:
+    return Point("linear_step", n=n, k=K, m=m, rank=RANK)
 
 
 def _optimizer(name: str) -> Point:
     return Point(name, "float32", rank=RANK, model="llama-2-7b")
 
 
-LAYER_BARS = (
-    Bar(_forward(1), BNB, 30),
-    Bar(_forward(1), DENSE, 4),
-    Bar(_forward(16), BNB, 10),
-    Bar(_forward(16), DENSE, 1.5),
-    Bar(_forward(64), BNB, 4.5),
-    Bar(_forward(64), DENSE, 1.1),
-    Bar(_forward(512), BNB, 1.6),
-    Bar(_forward(512), DENSE, 0.95),
-    Bar(_step(512), PEFT, 2),
-    Bar(_step(16), PEFT, 8),
-    Bar(Point("dequantize", n=N, k=K), BNB, 4),
-    Bar(Point("quantize", "float32", n=N, k=K), BNB, 20),
-)
+def _wide_and_square(bars: Callable[[int], tuple[Bar, ...]]) -> tuple[Bar, ...]:
+    return (*bars(N), *bars(WIDE))
+
+
+def _layer_bars(dense: float, bnb: float, ggml: tuple[float, ...]) -> tuple[Bar, ...]:
+    """Of one instruction set.
+
+    Args:
+        dense, bnb: at M = 1, against torch's bf16 product and the better of bitsandbytes' layers.
+        ggml: at M = 4, 16, 64 and 512.
+    """
+
+    def at(n: int) -> tuple[Bar, ...]:
+        return (
+            Bar(_forward(1, n), OURS, 0.6, "share of the speed of reading"),
+            Bar(_forward(1, n), DENSE, dense),
+            Bar(_forward(1, n), BEST_BNB, bnb),
+            Bar(_forward(1, n), GGML, 0.9),
+            *(Bar(_forward(m, n), GGML, least) for m, least in zip((4, 16, 64, 512), ggml, strict=True)),
+            *(Bar(_forward(m, n), INT4, 1.3) for m in (1, 4, 16)),
+            Bar(Point("linear_busy", n=n, k=K, m=1), GGML, 0.7),
+            *(Bar(_forward(m, n), BEST_DENSE, 1.3) for m in (16, 64)),
+            *(Bar(_forward(m, n), BEST_DENSE, 0.95) for m in (512, 2048)),
+            Bar(_step(16, n), PEFT, 8),
+            Bar(_step(512, n), PEFT, 2),
+            Bar(Point("dequantize", n=n, k=K), BNB, 4),
+        )
+
+    return (*_wide_and_square(at), Bar(Point("quantize", "float32", n=N, k=K), BNB, 20))
+
+
+#: By instruction set, best first.
+CPU_LAYER_BARS = {
+    "amx": _layer_bars(dense=4, bnb=2, ggml=(4, 4, 4, 4)),
+    "avx512_bf16": _layer_bars(dense=4, bnb=2, ggml=(2, 2, 2, 2)),
+    "avx2": _layer_bars(dense=3, bnb=10, ggml=(1.5, 1.5, 1.5, 2)),
+}
 OPTIMIZER_BARS = (
     Bar(_optimizer("adamw_step"), FUSED, 1),
     Bar(_optimizer("adamw_step"), FOREACH, 3),
     Bar(_optimizer("adamw_clipped_step"), FUSED, 1),
+    Bar(_optimizer("adamw_8bit_step"), FUSED, 1),
 )
-_WIDE = 14336  # N of an 8-billion-parameter Llama's MLP
 CARD_BARS = (
     *(Bar(Point("dequantize", dtype, 8192, 8192), COPY, 0.90, "share of its bandwidth") for dtype in DTYPES),
     *(Bar(Point("dequantize", dtype, 4096, 4096), BNB, 2.0) for dtype in DTYPES),
@@ -132,20 +172,20 @@ CARD_BARS = (
     Bar(_forward(1), DENSE, 2.2),
     Bar(_forward(1), BNB, 1.8),
     Bar(_forward(1), OURS, 1.0, "time on the host"),
-    Bar(_forward(1, _WIDE), EQUAL_COPY, 0.80),
-    Bar(_forward(1, _WIDE), DENSE, 3.0),
+    Bar(_forward(1, WIDE), EQUAL_COPY, 0.80),
+    Bar(_forward(1, WIDE), DENSE, 3.0),
     Bar(_forward(16), DENSE, 2.0),
     Bar(_forward(16), BNB, 4.0),
     Bar(_forward(64), DENSE, 1.6),
     Bar(_forward(64), BNB, 4.0),
-    Bar(_forward(16, _WIDE), DENSE, 3.0),
-    Bar(_forward(64, _WIDE), DENSE, 2.1),
+    Bar(_forward(16, WIDE), DENSE, 3.0),
+    Bar(_forward(64, WIDE), DENSE, 2.1),
     Bar(_forward(512), DENSE, 0.70),
     Bar(_forward(512), BNB, 1.1),
-    Bar(_forward(512, _WIDE), DENSE, 0.70),
-    Bar(_forward(512, _WIDE), BNB, 1.1),
+    Bar(_forward(512, WIDE), DENSE, 0.70),
+    Bar(_forward(512, WIDE), BNB, 1.1),
     Bar(_forward(4096), DENSE, 0.70),
-    Bar(_forward(4096, _WIDE), DENSE, 0.70),
+    Bar(_forward(4096, WIDE), DENSE, 0.70),
     Bar(_step(2048), DEQUANTIZED, 1.2),
     Bar(_step(4096), DEQUANTIZED, 1.2),
     # The adapter's share: at most 2% of forward and 10% of backward. Without it backward is one product, dx, as forward
@@ -158,8 +198,21 @@ CARD_BARS = (
     Bar(_optimizer("adamw_step"), FUSED, 1.0, "time by the wall clock"),
     Bar(_optimizer("adamw_paged_step"), LINK, 0.80, "time by the wall clock"),
 )
-#: By kind of device.
-BARS = {"cpu": (*LAYER_BARS, *OPTIMIZER_BARS), "cuda": CARD_BARS}
+
+
+def layer_bars(results: dict[str, Any]) -> tuple[Bar, ...]:
+    """A layer's, for the instruction set that a run on a CPU used."""
+    return CPU_LAYER_BARS[_set_of(results["machine"].get("isa_in_use"))]
+
+
+def _set_of(isa: str | None) -> str:
+    """AVX-512 without BF16, and what has no bars of its own, are held to AVX2's."""
+    return isa if isa in CPU_LAYER_BARS else "avx2"
+
+
+def bars_of(results: dict[str, Any]) -> tuple[Bar, ...]:
+    """Every bar for what a run was on."""
+    return CARD_BARS if results["settings"]["device"] != "cpu" else (*layer_bars(results), *OPTIMIZER_BARS)
 
 
 @dataclass(frozen=True)
@@ -190,7 +243,8 @@ def judge(results: dict[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
     for bar in bars:
         case = cases.get(bar.point)
         if case is None:
-            verdicts.append(Verdict(bar, {**bar.point.as_dict(), "contenders": []}, None, "the case was not run"))
+            missing = {**bar.point.as_dict(), "title": bar.point.operation, "contenders": []}
+            verdicts.append(Verdict(bar, missing, None, "the case was not run"))
             continue
         ratio = MEASURES[bar.measure](case, bar.contender, results)
         verdicts.append(Verdict(bar, case, ratio, _why_not(case, bar) if ratio is None else None))
@@ -201,8 +255,10 @@ def require_cases(results: dict[str, Any], bars: Sequence[Bar]) -> None:
     """
     Raises:
         ValueError: when the results lack a bar's case, or its contender in a case that did not fail as a whole: a bar
-            must not vanish by not being measured.
+            must not vanish by not being measured. Results from before some of the bars have what there was then.
     """
+    if results.get("bars", 0) < BARS_SINCE:
+        return
     cases = {point_of(case): case for case in results["cases"]}
     for bar in bars:
         case = cases.get(bar.point)
@@ -210,6 +266,13 @@ def require_cases(results: dict[str, Any], bars: Sequence[Bar]) -> None:
             raise ValueError(f"the results lack {bar.point}, for which there is a bar against {bar.contender}")
         if find_contender(case, bar.contender) is None and "failed" not in case:
             raise ValueError(f"the results of {bar.point} lack {bar.contender}, and there is a bar against it")
+
+
+def came_later(results: dict[str, Any], verdict: Verdict) -> bool:
+    """Whether there is no figure because the bar is newer than the result, which lacks its case or contender."""
+    older = results.get("bars", 0) < BARS_SINCE
+    ran = "failed" in verdict.case or any("failed" in one for one in verdict.case["contenders"])
+    return older and verdict.ratio is None and not ran
 
 
 def _why_not(case: dict[str, Any], bar: Bar) -> str:
@@ -220,5 +283,7 @@ def _why_not(case: dict[str, Any], bar: Bar) -> str:
         return failures[0]
     if "failed" in case:
         return case["failed"]
+    if bar.measure == "share of the speed of reading":
+        return "how fast memory is read was not measured"
     missing = next((name for name in (bar.contender, OURS) if find_contender(case, name) is None), None)
     return f"no {missing}" if missing else "not measured by this clock"

@@ -8,14 +8,16 @@ from typing import Any
 
 from ...storage.atomic_file import write_atomically
 from ..case import OURS
-from ..contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, PEFT
+from ..contenders.names import BNB, BNB_EVAL, DENSE, DENSE_F32, DEQUANTIZED, GGML, INT4, PEFT
 from ..points import K, N
 from .losses import scaling, study_of
 from .ratios import find_contender, limits_of
 
 HEADINGS = {OURS: "this package"}
 _COLORS = {OURS: "C0", DENSE: "C1", BNB: "C2", PEFT: "C2", DEQUANTIZED: "C4", BNB_EVAL: "C3"}
+_COLORS |= {DENSE_F32: "C8", INT4: "C9", GGML: "C5"}
 _MARKERS = {OURS: "o", DENSE: "s", BNB: "v", PEFT: "v", DEQUANTIZED: "d", BNB_EVAL: "^"}
+_MARKERS |= {DENSE_F32: "D", INT4: "P", GGML: "X"}
 
 
 def label(name: str) -> str:
@@ -47,7 +49,7 @@ def speed(results: dict[str, Any], axes: Any) -> bool:
     cases = speed_cases(results)
     if len(cases) < 2:
         return False
-    for name in (OURS, DENSE, DEQUANTIZED, BNB, BNB_EVAL):
+    for name in (OURS, DENSE, DENSE_F32, DEQUANTIZED, BNB, BNB_EVAL, INT4, GGML):
         series = _series(cases, name)
         if not series:
             continue

@@ -18,6 +18,8 @@ from ..case import Settings
 from ..timing.machine import describe_commit, describe_machine, describe_versions
 
 FORMAT = 2
+#: Raised when cases or contenders come to the bars: results from before need not have them.
+BARS_SINCE = 2
 
 _NAME, _TEXT, _WHOLE, _NUMBER = (str,), (str, type(None)), (int, type(None)), (int, float, type(None))
 #: What the tables and the comparison take from the parts of a result, with the types that it may have.
@@ -44,7 +46,7 @@ _CASE = {
     "other_processes": _NUMBER,
     "contenders": (list,),
 }
-_CASE_PERHAPS = {"batch": _WHOLE, "failed": _NAME, "base": (dict,), "training": (dict,)}
+_CASE_PERHAPS = {"batch": _WHOLE, "activations": _TEXT, "failed": _NAME, "base": (dict,), "training": (dict,)}
 #: Of a case that has losses.
 _WITHIN_CASE = {
     "base": {"digest": _NAME, "loss": (float,), "loss_16bit": (float,)},
@@ -52,10 +54,10 @@ _WITHIN_CASE = {
 }
 _FIGURES = {"samples": (int,), "copies": (int,), "error": _NUMBER}
 _TIMES = ("q20_ms", "median_ms", "q80_ms")
-#: On a card: by the clocks that are not the median's.
-_OTHER_TIMES = ("graph_ms", "event_ms", "event_q20_ms", "event_q80_ms", "host_ms", "wall_ms")
+#: The mean; and on a card, by the clocks that are not the median's.
+_OTHER_TIMES = ("mean_ms", "graph_ms", "event_ms", "event_q20_ms", "event_q80_ms", "host_ms", "wall_ms")
 _FIGURES_PERHAPS = {
-    **{name: _NUMBER for name in ("bytes", "peak", "peak_allocated", *_OTHER_TIMES)},
+    **{name: _NUMBER for name in ("bytes", "peak", "peak_allocated", "format_error", *_OTHER_TIMES)},
     "loss": (float,),
     **{name: _WHOLE for name in ("event_samples", "trainable")},
     "by": _TEXT,
@@ -65,21 +67,27 @@ _FIGURES_PERHAPS = {
 _SHORTEST, _LONGEST = 1e-9, 1e15
 
 
-def begin(settings: Settings, sweep: str) -> dict[str, Any]:
+def begin(settings: Settings, sweep: str, limited: dict[str, Any] | None = None) -> dict[str, Any]:
     """A new result, without cases; made before the first one, so that the load it notes is not its own.
 
+    Args:
+        settings: how.
+        sweep: what was asked for.
+        limited: of :func:`qlora_kernels.bench.instruction_sets.limited_to`.
+
     Returns:
-        ``format``, ``date``, ``sweep``, ``commit``, ``modified``, ``machine``, ``versions``, ``settings``, ``complete``
-        (False) and ``cases``.
+        ``format``, ``bars``, ``date``, ``sweep``, ``commit``, ``modified``, ``machine``, ``versions``, ``settings``,
+        ``complete`` (False) and ``cases``.
     """
     return {
         "format": FORMAT,
+        "bars": BARS_SINCE,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "sweep": sweep,
         **describe_commit(),
-        "machine": describe_machine(settings.device),
+        "machine": {**describe_machine(settings.device), "limited": limited},
         "versions": describe_versions(),
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "only": list(settings.only)},
         "complete": False,
         "cases": [],
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..case import OURS, QUIET
-from ..contenders.names import PRODUCT, ROOFS
+from ..contenders.names import PRODUCT, PRODUCT_F32, ROOFS
 from .losses import study_of
 from .ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_ours, sizes, times
 
@@ -14,17 +14,32 @@ from .ratios import find_contender, gb_per_s, gflop_per_s, limits_of, ratio_to_o
 def terminal(results: dict[str, Any]) -> str:
     """Machine and limits; every figure; how many times as long as this package the others take, its worst first."""
     lines = [machine_line(results)]
-    limits = limits_of(results)
-    if limits.bytes_per_s or limits.flops:
-        rates = [f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)"] if limits.bytes_per_s else []
-        rates += [f"a dense {name} product reaches {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.flops.items()]
-        lines.append(f"Limits, measured: {', '.join(rates)}.")
+    lines += limit_lines(results)
     for section in (_every_figure, _losses, _ratios):
         if shown := section(results):
             lines += ["", *shown]
     if not results["complete"]:
         lines += ["", "The run was not completed: some cases are missing."]
     return "\n".join(lines)
+
+
+def limit_lines(results: dict[str, Any]) -> list[str]:
+    """The limits in words, and that 16 bits are slow where they are: what is measured in them is not their fault."""
+    limits = limits_of(results)
+    rates = [f"memory is read at {limits.read_per_s / 1e9:.1f} GB/s"] if limits.read_per_s else []
+    rates += [f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)"] if limits.bytes_per_s else []
+    rates += [f"products reach {rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in limits.flops.items()]
+    lines = [f"Limits, the best rates in this run: {', '.join(rates)}."] if rates else []
+    for case in results["cases"]:
+        half, whole = find_contender(case, PRODUCT), find_contender(case, PRODUCT_F32)
+        if half and whole and "failed" not in half and "failed" not in whole:
+            slower = half["median_ms"] / whole["median_ms"]
+            if slower > 1:
+                lines.append(
+                    f"torch's {case['dtype']} product takes {slower:.1f} times as long as its float32 one here. Cases "
+                    f"are in {case['dtype']} all the same; what chooses a dtype by itself (finetune) takes float32."
+                )
+    return lines
 
 
 def _losses(results: dict[str, Any]) -> list[str]:
@@ -69,12 +84,14 @@ def _every_figure(results: dict[str, Any]) -> list[str]:
     """All contenders of all cases; what a card's figure was taken by stands behind it."""
     limits = limits_of(results)
     card = any(c.get("by") for case in results["cases"] for c in case["contenders"])
-    head = ("", "median ms", "20%", "80%", "x ours", "GB/s", "GFLOP/s", "of the limit", "allocated", "error")
+    head = ("", "median ms", "20%", "80%", "mean", "x ours", "GB/s", "GFLOP/s", "of the limit", "allocated", "error")
+    head = (*head, "format's")
     rows: list[tuple[str, ...]] = [(*head, "by") if card else head]
     for case in results["cases"]:
         others = case["other_processes"] or 0
         notes = [f"others took {others:.0%} of the machine"] if others > QUIET else []
         notes += [case["failed"]] if "failed" in case else []
+        notes += [f"chose {case['activations'].removeprefix('torch.')}"] if case.get("activations") else []
         about = sizes(case)
         rows.append((f"{case['title']}{', ' + about if about else ''}{': ' if notes else ''}{'; '.join(notes)}",))
         for c in case["contenders"]:
@@ -82,20 +99,22 @@ def _every_figure(results: dict[str, Any]) -> list[str]:
                 rows.append((f"  {c['name']}: {c['failed']}",))
                 continue
             ratio, share = ratio_to_ours(case, c), limits.share(case, c)
-            roof = c["name"] in ROOFS
-            speed, rate = gb_per_s(c), None if roof and c["name"] != PRODUCT else gflop_per_s(case, c)
+            roof, multiplies = c["name"] in ROOFS, c["name"] in (PRODUCT, PRODUCT_F32)
+            speed, rate = gb_per_s(c), None if roof and not multiplies else gflop_per_s(case, c)
             rows.append(
                 (
                     "  " + c["name"],
                     ms(c["median_ms"]),
                     ms(c["q20_ms"]),
                     ms(c["q80_ms"]),
+                    "" if c.get("mean_ms") is None else ms(c["mean_ms"]),
                     "" if ratio is None else f"{ratio:.2f}",
                     "" if speed is None else f"{speed:.1f}",
                     "" if rate is None else f"{rate:.0f}",
                     "" if share is None or roof else f"{share:.0%}",
                     size(c.get("peak_allocated") if c.get("peak") is None else c["peak"]),
                     "" if c["error"] is None else f"{c['error']:.1e}",
+                    "" if c.get("format_error") is None else f"{c['format_error']:.1e}",
                     *([c.get("by") or ""] if card else []),
                 )
             )

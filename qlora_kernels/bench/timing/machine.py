@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,52 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 # Instruction sets that decide how fast the contenders are.
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "avx512_fp16", "amx_bf16")
+
+#: This package's names of instruction sets, best first.
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+# Families and models from the makers' lists of CPUID values: what a file of results is named after.
+_KINDS = (
+    ("AuthenticAMD", 23, range(0x00, 0x30), "zen"),
+    ("AuthenticAMD", 23, range(0x30, 0xFF), "zen2"),
+    ("AuthenticAMD", 25, (*range(0x00, 0x10), *range(0x20, 0x60)), "zen3"),
+    ("AuthenticAMD", 25, (*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)), "zen4"),
+    ("AuthenticAMD", 26, range(0x00, 0xFF), "zen5"),
+    ("GenuineIntel", 6, (60, 63, 69, 70), "haswell"),
+    ("GenuineIntel", 6, (61, 71, 79, 86), "broadwell"),
+    ("GenuineIntel", 6, (78, 85, 94, 142, 158), "skylake"),
+    ("GenuineIntel", 6, (106, 108, 125, 126), "icelake"),
+    ("GenuineIntel", 6, (143,), "sapphirerapids"),
+    ("GenuineIntel", 6, (207,), "emeraldrapids"),
+    ("GenuineIntel", 6, (173, 174), "graniterapids"),
+    ("GenuineIntel", 6, (151, 154, 183, 186, 191), "alderlake"),
+)
+
+
+def isa_in_use() -> str | None:
+    """The instruction set that this package computes with."""
+    return qlora_kernels.build_info().get("isa_in_use")
+
+
+def beyond(name: str | None, limit: str | None) -> bool:
+    """Whether an instruction set has more than another one; of names that are unknown, neither has."""
+    return name in ISAS and limit in ISAS and ISAS.index(name) < ISAS.index(limit)
+
+
+def kind_of_processor(cpuinfo: dict[str, str]) -> str:
+    """A short name for file names: the design where it is known, or else what is left of the model's name."""
+    try:
+        family, model = int(cpuinfo["cpu family"]), int(cpuinfo["model"])
+        return next(
+            k for vendor, f, models, k in _KINDS if (vendor, f) == (cpuinfo["vendor_id"], family) and model in models
+        )
+    except (KeyError, ValueError, StopIteration):
+        words = re.findall("[a-z0-9]+", cpuinfo.get("model name", platform.machine()).lower())
+        return "".join(word for word in words if word not in ("r", "tm", "cpu", "processor", "intel", "amd"))
+
+
+def result_name(threads: int) -> str:
+    """What a run on this processor, with the instruction set in use, is called in bench/results/."""
+    return f"cpu-{kind_of_processor(_cpuinfo())}-{(isa_in_use() or 'none').replace('_', '')}-{threads}cores.jsonl"
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
@@ -61,7 +108,7 @@ def describe_versions() -> dict[str, str]:
     versions["python"] = platform.python_version()
     versions["torch"] = torch.__version__
     # "kernels" is an extra of bitsandbytes: with it, that library fetches another kernel for its eval-mode layer.
-    for name in ("bitsandbytes", "peft", "transformers", "kernels"):
+    for name in ("bitsandbytes", "peft", "transformers", "kernels", "ggml-python"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -101,4 +148,5 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _matters(name: str) -> bool:
-    return name.startswith(("OMP_", "KMP_", "GOMP_", "QLORA_KERNELS_", "MKL_", "ONEDNN_", "TORCH_NUM"))
+    libraries = ("ATEN_", "MKL_", "ONEDNN_", "DNNL_", "TORCH_NUM")
+    return name.startswith(("OMP_", "KMP_", "GOMP_", "QLORA_KERNELS_", *libraries))

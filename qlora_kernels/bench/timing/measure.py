@@ -29,6 +29,7 @@ class Runner:
     name: str
     ready: Ready | None = None
     error: float | None = None
+    format_error: float | None = None
     failure: str | None = None
     peak: int | None = None
     typical: float = 0.0
@@ -76,6 +77,8 @@ class Measurement:
     SHORT = 0.020
     # A call longer than this is timed once a round, one longer than a third of it twice, others so often:
     LONG, CALLS = 0.3, 4
+    # Beside other work so many, in succession: the scheduler takes a core away for milliseconds at a time.
+    CALLS_BESIDE = 25
     # One slower than this is warm after the calls that are verified, and not called once more for its peak memory.
     SLOW = 2.0
 
@@ -96,6 +99,8 @@ class Measurement:
         for runner, contender in zip(self.runners, case.contenders, strict=True):
             if runner.failure is None:
                 self._prepare(runner, contender)
+        if case.beside is not None:
+            self._again_beside()
         estimate = sum(r.typical * (self._timed_calls(r) + (r.typical < self.SHORT)) for r in self.running)
         wanted = int(settings.seconds / estimate) if estimate else 0
         self.rounds = min(max(wanted, settings.min_rounds), settings.max_rounds) if self.running else 0
@@ -115,6 +120,8 @@ class Measurement:
                 result = ready.run(0 if check == 0 else ready.copies - 1)
                 runner.typical = time.perf_counter() - begin
                 error = ready.error(result)
+                if ready.format_error is not None and check == 0:
+                    runner.format_error = ready.format_error(result)
                 del result
                 runner.error = error if runner.error is None else max(runner.error, error)
                 if not error <= ready.limit:
@@ -124,6 +131,16 @@ class Measurement:
                 runner.typical = runner.once()
             if runner.typical < self.LONG:
                 runner.typical = min(runner.once() for _ in range(self.CALLS))
+
+    def _again_beside(self) -> None:
+        """How long calls take beside the other work, which decides how many there are."""
+        with self._beside():
+            for runner in self.running:
+                with self._at_work(runner):
+                    runner.typical = statistics.fmean(runner.once() for _ in range(self.CALLS))
+
+    def _beside(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.case.beside is None else self.case.beside()
 
     @contextlib.contextmanager
     def _at_work(self, runner: Runner) -> Iterator[None]:
@@ -142,6 +159,8 @@ class Measurement:
     def _timed_calls(self, runner: Runner) -> int:
         if runner.typical >= self.LONG:
             return 1
+        if self.case.beside is not None:
+            return self.CALLS_BESIDE
         return 2 if runner.typical >= self.LONG / 3 else self.CALLS
 
     def round(self) -> float:
@@ -153,11 +172,12 @@ class Measurement:
         self._others.resume()
         gc.disable()
         try:
-            for runner in running[start:] + running[:start]:
-                with self._at_work(runner):
-                    if runner.typical < self.SHORT:
-                        runner.once()
-                    runner.seconds += [runner.once() for _ in range(self._timed_calls(runner))]
+            with self._beside():
+                for runner in running[start:] + running[:start]:
+                    with self._at_work(runner):
+                        if runner.typical < self.SHORT:
+                            runner.once()
+                        runner.seconds += [runner.once() for _ in range(self._timed_calls(runner))]
         finally:
             gc.enable()
             self._others.pause()
@@ -184,6 +204,7 @@ class Measurement:
             "name": runner.name,
             "samples": len(runner.seconds),
             "median_ms": quantiles[50] * 1e3,
+            "mean_ms": statistics.fmean(runner.seconds) * 1e3,
             **{f"q{q}_ms": value * 1e3 for q, value in quantiles.items() if q != 50},
             **self._facts(runner),
         }
@@ -192,6 +213,7 @@ class Measurement:
         ready = runner.set_up
         return {
             "error": runner.error,
+            **({} if runner.format_error is None else {"format_error": runner.format_error}),
             "bytes": ready.bytes,
             "copies": ready.copies,
             "peak_allocated": runner.peak,

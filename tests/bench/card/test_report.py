@@ -11,7 +11,7 @@ from bench.compiled.cards import CARDS
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY, LINK
 from qlora_kernels.bench.points import Point
-from qlora_kernels.bench.report.bars import BARS
+from qlora_kernels.bench.report.bars import CARD_BARS
 
 
 def finished(bench: dict, device: str = "NVIDIA H200") -> dict:
@@ -62,7 +62,7 @@ def rows_of(text: str) -> list[list[str]]:
 
 def test_bars_stand_first_with_what_was_not_measured_before_all():
     rows = rows_of(report.markdown(finished(sample())))
-    bars = rows[2 : 2 + len(BARS["cuda"])]
+    bars = rows[2 : 2 + len(CARD_BARS)]
     words = [row[1] for row in bars]
     assert words == ["not measured"] * words.count("not measured") + ["pass"] * words.count("pass")
     assert words.count("pass") == 4
@@ -76,7 +76,7 @@ def test_bars_stand_first_with_what_was_not_measured_before_all():
         "",
         "its process hangs",
     ] in bars
-    assert len(rows_of(report.markdown({**finished({}), "steps": []}))) >= len(BARS["cuda"])
+    assert len(rows_of(report.markdown({**finished({}), "steps": []}))) >= len(CARD_BARS)
 
 
 def test_the_tables():

@@ -20,9 +20,12 @@ from qlora_kernels.bench.contenders import weights
 from qlora_kernels.bench.contenders.names import (
     BNB,
     DENSE,
+    DENSE_F32,
     EQUAL_COPY,
     FOREACH,
     FUSED,
+    GGML,
+    INT4,
     PEFT,
 )
 from qlora_kernels.bench.contenders.weights import Lab
@@ -98,13 +101,21 @@ def test_every_operation_is_measured_and_verified(tiny):
         for one in case["contenders"]:
             assert ("failed" in one) != ("median_ms" in one), one
             assert "wrong result" not in one.get("failed", ""), one
-            if find_spec("bitsandbytes") or "bitsandbytes" not in one["name"]:
+            needed = next((name for name in ("bitsandbytes", "ggml") if name in one["name"]), None)
+            if needed is None or find_spec(needed):
                 assert ("failed" in one) == (point.operation == "dequantize_out" and one["name"] == BNB), one
 
 
 def test_contenders_of_each_operation(tiny):
     named = {(c["operation"], c["rank"]): [one["name"] for one in c["contenders"]] for c in tiny["cases"]}
     first = ["qlora_kernels", "torch dense", "dequantize, then dense"]
+    others = ["torch dense float32", "torch int4", "ggml Q4_0"]
+    of_bf16 = [c for c in tiny["cases"] if point_of(c) == small_point("linear_forward", rank=0)]
+    assert [one["name"] for one in of_bf16[0]["contenders"]] == [
+        *(*first[:2], *others, first[2]),
+        *("bitsandbytes", "bitsandbytes, eval-mode layer"),
+    ]
+    # That of float32, which comes last:
     assert named["linear_forward", 0] == [*first, "bitsandbytes", "bitsandbytes, eval-mode layer"]
     assert named["linear_dx", None] == [*first, "bitsandbytes"]
     assert named["linear_step", 4] == [*first, "PEFT + bitsandbytes"]
@@ -120,6 +131,9 @@ def test_bytes_are_what_the_work_must_move(tiny):
     forward = {c["name"]: c.get("bytes") for c in cases[POINT]["contenders"]}
     assert forward[OURS] == stored + 2 * (n + k)
     assert forward[DENSE] == 2 * n * k + 2 * (n + k)
+    assert forward[DENSE_F32] == 4 * n * k + 4 * (n + k)
+    assert forward[INT4] == n * k // 2 + 4 * n * k // 64 + 2 * (n + k)
+    assert forward[GGML] == (18 * n * k // 32 + 4 * (n + k) if find_spec("ggml") else None)
     assert cases[POINT]["flops"] == 2 * n * k
     step = cases[Point("linear_step", m=20, rank=4, **WEIGHT)]
     assert step["flops"] == 4 * 20 * n * k + 6 * 20 * 4 * (n + k)
@@ -131,6 +145,16 @@ def test_bytes_are_what_the_work_must_move(tiny):
     for case in tiny["cases"]:
         if case["operation"] in each:
             assert case["contenders"][0]["bytes"] == each[case["operation"]] * tensors.count
+
+
+def test_a_format_is_held_against_the_weight_before_quantization(tiny):
+    """Beside the error of the product by itself; what is not quantized has none."""
+    case = next(case for case in tiny["cases"] if point_of(case) == POINT)
+    figures = {c["name"]: c for c in case["contenders"] if "failed" not in c}
+    for name in (OURS, INT4, *([GGML] if GGML in figures else [])):
+        assert figures[name]["error"] < 0.02 < 0.05 < figures[name]["format_error"] < 0.15
+    assert "format_error" not in figures[DENSE]
+    assert figures[DENSE_F32]["error"] < 1e-6
 
 
 def test_memory_by_part_of_a_block(tiny):
@@ -193,12 +217,13 @@ def test_sweeps_know_every_operation():
     for sweep in SWEEPS.values():
         points = sweep()
         assert len(set(points)) == len(points)
-        assert points[0].operation == "limits"
+        assert (points[0].operation == "limits") == (sweep is not SWEEPS["rivals"])
         assert {p.operation for p in points} <= set(OPERATIONS)
     assert {p.operation for p in SWEEPS["usual"]()} == set(OPERATIONS) - {
         *("gpt2_forward", "linear_backward", "rank_study", *CARD_OPERATIONS),
     }
     assert {p.operation for p in SWEEPS["full"]()} == set(OPERATIONS) - {"rank_study", *CARD_OPERATIONS}
+    assert {(p.n, p.k, p.rank) for p in SWEEPS["rivals"]()} == {(4096, 4096, 0)}
     assert set(CARD_OPERATIONS) <= {p.operation for p in SWEEPS["card"]()}
     full = SWEEPS["full"]()
     assert set(SWEEPS["usual"]()) <= set(full)

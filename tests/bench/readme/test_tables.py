@@ -17,7 +17,7 @@ from qlora_kernels.bench.case import OURS, Settings  # noqa: E402
 from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY, PEFT  # noqa: E402
 from qlora_kernels.bench.points import SWEEPS, Point, point_of  # noqa: E402
 from qlora_kernels.bench.report import plots, results  # noqa: E402
-from qlora_kernels.bench.report.bars import LAYER_BARS, OPTIMIZER_BARS, Bar, judge  # noqa: E402
+from qlora_kernels.bench.report.bars import BARS_SINCE, CPU_LAYER_BARS, OPTIMIZER_BARS, Bar, judge  # noqa: E402
 from qlora_kernels.bench.worker import failed_case  # noqa: E402
 
 
@@ -119,7 +119,7 @@ def changed(run: dict, point: Point, name: str, **contender) -> dict:
     return {**run, "cases": cases}
 
 
-@pytest.mark.parametrize("bars", [LAYER_BARS, OPTIMIZER_BARS])
+@pytest.mark.parametrize("bars", [*CPU_LAYER_BARS.values(), OPTIMIZER_BARS])
 def test_every_bar_has_its_verdict(newest, bars):
     verdicts = judge(newest, bars)
     assert {v.bar for v in verdicts} == set(bars)
@@ -133,19 +133,20 @@ def test_missing_bar_is_an_error(newest):
     point = Point("linear_forward", n=4096, k=4096, m=16, rank=0)
     without = {**newest, "cases": [case for case in newest["cases"] if point_of(case) != point]}
     with pytest.raises(ValueError, match="lack linear_forward, 4096 x 4096, M = 16"):
-        tables.layer_table(without, "x.jsonl")
+        tables.bar_rows({**without, "bars": BARS_SINCE}, (Bar(point, DENSE, 1.3),))
+    assert "more targets were set after this run" in tables.layer_table(without, "x.jsonl")
     step = Point("linear_step", n=4096, k=4096, m=16, rank=16)
     with pytest.raises(ValueError, match="PEFT"):
-        tables.layer_table(changed(newest, step, PEFT), "x.jsonl")
+        tables.bar_rows({**changed(newest, step, PEFT), "bars": BARS_SINCE}, (Bar(step, PEFT, 8),))
 
 
 def test_misses_and_failures_are_shown_as_such(newest):
     point = Point("linear_forward", n=4096, k=4096, m=1, rank=0)
     assert judge(newest, (Bar(point, DENSE, 1e9),))[0].word == "miss"
     run = changed(newest, point, BNB, failed="not installed (bitsandbytes)")
-    first = judge(run, LAYER_BARS)[0]
+    first = judge(run, (Bar(point, BNB, 30),))[0]
     assert (first.word, first.reason, first.ratio) == ("not measured", "not installed (bitsandbytes)", None)
-    text = tables.layer_table(run, "x.jsonl")
+    text = "\n".join(tables.bar_rows(run, (Bar(point, BNB, 30),)))
     assert "| forward, M = 1 | bitsandbytes | 30× | not installed (bitsandbytes) | not measured |" in text
 
 
@@ -159,9 +160,12 @@ def failed_as_a_whole(run: dict, points: set[Point], why: str) -> dict:
 
 def test_cases_that_failed_as_a_whole_have_their_reason(newest):
     """In every table; and a | in it ends no cell."""
-    points = {bar.point for bar in (*LAYER_BARS, *OPTIMIZER_BARS)}
+    bars = (*CPU_LAYER_BARS["amx"], *OPTIMIZER_BARS)
+    points = {bar.point for bar in bars}
     run = failed_as_a_whole(newest, points, "a|b")
-    assert {(v.word, v.reason) for v in judge(run, LAYER_BARS)} == {("not measured", "a|b")}
+    of_the_run = {point_of(case) for case in run["cases"]}
+    verdicts = [v for v in judge(run, bars) if v.bar.point in of_the_run]
+    assert {(v.word, v.reason) for v in verdicts} == {("not measured", "a|b")}
     for table in (tables.layer_table(run, "x.jsonl"), tables.optimizer_table(run, "x.jsonl")):
         assert "a\\|b | not measured |" in table
         assert "a|b" not in table
@@ -186,7 +190,8 @@ def test_nothing_is_replaced_when_a_plot_cannot_be_drawn(tmp_path, monkeypatch, 
     readme, folder = tmp_path / "README.md", tmp_path / "results"
     folder.mkdir()
     text = "".join(
-        f"<!-- table: {name} -->\nold\n<!-- /table -->\n" for page in tables.PAGES.values() for name in page.tables
+        f"<!-- table: {name} -->\nold\n<!-- /table -->\n"
+        for name in ("cpu-sets", *(name for page in tables.PAGES.values() for name in page.tables))
     )
     readme.write_text(text)
     without = {**newest, "cases": [case for case in newest["cases"] if case["operation"] != "block_step"]}

@@ -74,7 +74,7 @@ def test_table_shows_ratios_the_worst_first_and_shares_of_the_limits(tiny):
             contender(OURS, 4.0, bytes=int(20e6)),
             contender(DENSE, 2.0, bytes=int(10e6)),
             contender(BNB, 40.0, bytes=int(400e6)),
-            contender(COPY, 1.0, bytes=int(20e6)),
+            contender(COPY, 2.0, bytes=int(20e6)),
         ],
     }
     run = {**tiny, "cases": [limits_case(10.0, 1.0), case]}

@@ -22,6 +22,7 @@ POINTS = (
     Point("linear_forward", m=16, rank=0, **WEIGHT),
     Point("linear_forward", "float32", m=3, rank=0, **WEIGHT),
     Point("linear_forward", m=3, rank=4, **WEIGHT),
+    Point("linear_busy", m=1, **WEIGHT),
     Point("linear_dx", m=20, **WEIGHT),
     Point("linear_step", m=20, rank=0, **WEIGHT),
     Point("linear_step", m=20, rank=1, **WEIGHT),

@@ -11,62 +11,114 @@ from torch import Tensor, nn
 import qlora_kernels
 
 from ...case import OURS, Case, Contender, Ready, relative_error
+from ...contenders import ggml_weights
 from ...contenders.models import plain_lora
-from ...contenders.names import BNB, BNB_EVAL, DENSE, DEQUANTIZED, NO_ADAPTER, PEFT, PEFT_EVAL
+from ...contenders.names import (
+    BNB,
+    BNB_EVAL,
+    DENSE,
+    DENSE_F32,
+    DEQUANTIZED,
+    GGML,
+    INT4,
+    NO_ADAPTER,
+    PEFT,
+    PEFT_EVAL,
+)
 from ...contenders.weights import Lab, bitsandbytes
 
 # A bf16 output alone has an error of 0.0017; bitsandbytes' eval-mode layer rounds its constants to bf16 too (0.003).
 LIMIT = 0.01
+# Rows of x rounded to int8, 32 numbers at a time: 0.006 where they are normally distributed.
+LIMIT_INT8 = 0.02
 
 
 def case(lab: Lab) -> Case:
     return _with_adapter(lab) if lab.point.rank else _without(lab)
 
 
-def moved(lab: Lab, whose: str) -> int:
+def moved(lab: Lab, whose: str, itemsize: int | None = None) -> int:
     """Bytes of the weight, of x, and of y."""
     p = lab.sizes
-    return lab.bytes_of(whose) + p.m * (p.n + p.k) * lab.dtype.itemsize
+    return lab.bytes_of(whose) + p.m * (p.n + p.k) * (itemsize or lab.dtype.itemsize)
 
 
 def _without(lab: Lab) -> Case:
-    p = lab.sizes
-    x = lab.rows(p.m, p.k)
-    check = _checker(lab, x, adapter=False)
-
-    def ready(call: Callable[[int], Tensor], whose: str, copies: int) -> Ready:
-        return Ready(_no_grad(call), check("bnb" if "bnb" in whose else "ours"), LIMIT, moved(lab, whose), copies)
-
-    def ours() -> Ready:
-        weights = lab.ours
-        return ready(lambda i: qlora_kernels.linear(x, weights[i]), "ours", len(weights))
-
-    def dense() -> Ready:
-        weights = lab.dense
-        return ready(lambda i: F.linear(x, weights[i]), "dense", len(weights))
-
-    def dequantized() -> Ready:
-        weights = lab.ours
-        return ready(lambda i: F.linear(x, weights[i].dequantize(lab.dtype)), "ours", len(weights))
-
-    def bnb() -> Ready:
-        matmul_4bit, weights = bitsandbytes().matmul_4bit, lab.bnb
-        return ready(lambda i: matmul_4bit(x, weights[i][0].t(), quant_state=weights[i][1]), "bnb", len(weights))
-
-    def bnb_eval() -> Ready:
-        layers = lab.bnb_eval_layers
-        _repack(layers, x)
-        return ready(lambda i: layers[i](x), "bnb_eval", len(layers))
-
+    setup = Setup(lab)
     contenders = [
-        Contender(OURS, ours),
-        Contender(DENSE, dense),
-        Contender(DEQUANTIZED, dequantized),
-        Contender(BNB, bnb),
-        *([] if lab.cuda else [Contender(BNB_EVAL, bnb_eval)]),
+        Contender(OURS, setup.ours),
+        Contender(DENSE, setup.dense),
+        *([] if lab.cuda or lab.dtype != torch.bfloat16 else setup.of_bf16()),
+        Contender(DEQUANTIZED, setup.dequantized),
+        Contender(BNB, setup.bnb),
+        *([] if lab.cuda else [Contender(BNB_EVAL, setup.bnb_eval)]),
         *lab.card_copies(lambda: moved(lab, "ours")),
     ]
-    return Case("forward", 2 * p.m * p.n * p.k, contenders)
+    return Case("forward", setup.flops, contenders)
+
+
+class Setup:
+    """The contenders of y = x W^T, and what they share.
+
+    Attributes:
+        flops: of the product.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        p = lab.sizes
+        self.lab, self.x, self.flops = lab, lab.rows(p.m, p.k), 2 * p.m * p.n * p.k
+        self._check = _checker(lab, self.x, adapter=False)
+
+    def _ready(self, call: Callable[[int], Tensor], whose: str, copies: int, itemsize: int | None = None) -> Ready:
+        weights = {"bnb_eval": "bnb", "dense": "ours", "dense_f32": "ours"}.get(whose, whose)
+        stored = whose if whose in ("ours", "bnb", "bnb_eval", "int4", "ggml") else None
+        return Ready(
+            _no_grad(call),
+            self._check(weights),
+            LIMIT_INT8 if whose == "ggml" else LIMIT,
+            moved(self.lab, whose, itemsize),
+            copies,
+            format_error=self._check("source") if stored and not self.lab.cuda else None,
+        )
+
+    def of_bf16(self) -> list[Contender]:
+        """What a user of bf16 on a CPU could take instead: float32, and other formats of 4 bits."""
+        return [Contender(DENSE_F32, self.dense_f32), Contender(INT4, self.int4), Contender(GGML, self.ggml)]
+
+    def ours(self) -> Ready:
+        x, weights = self.x, self.lab.ours
+        return self._ready(lambda i: qlora_kernels.linear(x, weights[i]), "ours", len(weights))
+
+    def dense(self) -> Ready:
+        x, weights = self.x, self.lab.dense
+        return self._ready(lambda i: F.linear(x, weights[i]), "dense", len(weights))
+
+    def dense_f32(self) -> Ready:
+        x, weights = self.x.float(), self.lab.dense_f32
+        return self._ready(lambda i: F.linear(x, weights[i]), "dense_f32", len(weights), 4)
+
+    def dequantized(self) -> Ready:
+        x, weights, dtype = self.x, self.lab.ours, self.lab.dtype
+        return self._ready(lambda i: F.linear(x, weights[i].dequantize(dtype)), "ours", len(weights))
+
+    def int4(self) -> Ready:
+        x, weights = self.x, self.lab.int4
+        return self._ready(lambda i: weights[i].product(x), "int4", len(weights))
+
+    def ggml(self) -> Ready:
+        weights = self.lab.ggml
+        product = ggml_weights.Product(weights, self.lab.shape, self.x.float(), self.lab.settings.threads)
+        return self._ready(product, "ggml", len(weights), 4)
+
+    def bnb(self) -> Ready:
+        x, matmul_4bit, weights = self.x, bitsandbytes().matmul_4bit, self.lab.bnb
+        call = lambda i: matmul_4bit(x, weights[i][0].t(), quant_state=weights[i][1])  # noqa: E731
+        return self._ready(call, "bnb", len(weights))
+
+    def bnb_eval(self) -> Ready:
+        x, layers = self.x, self.lab.bnb_eval_layers
+        _repack(layers, x)
+        return self._ready(lambda i: layers[i](x), "bnb_eval", len(layers))
 
 
 def _with_adapter(lab: Lab) -> Case:

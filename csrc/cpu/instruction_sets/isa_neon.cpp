@@ -1,0 +1,1 @@
+#include "cpu/instruction_sets/kernels_impl.h"

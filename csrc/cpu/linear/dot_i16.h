@@ -1,0 +1,146 @@
+// Products of one row of W with up to 16 rows of bf16 or fp16 in whole numbers of 16 bits, for few_rows.h, where there
+// is no arithmetic on these types.
+//
+// Formula: x[m] ~ q[m] * scale[m][unit], |q| <= 32767;  level ~ L / 8191
+//     acc[m] += sum over a block (L * q[m]) * (absmax * scale[m] / 8191)
+//
+// Layout: a unit is what one vector of codes holds: 64 weights (AVX2) or 128. Its four vectors of words: element().
+//
+// Registers: the levels; VPMADDWD adds up pairs of products in 32 bits. Eight of them fit.
+//
+// Why: making float32 of a level or of x costs as much as multiplying. q keeps 15 bits of the unit's largest element:
+//     a bf16 of at least a 128th of it is exact, and the rest err by less than 2^-16 of it.
+//     docs/design/notes-cpu.md, "Few rows in whole numbers".
+#pragma once
+
+#include "cpu/linear/nibbles.h"
+
+namespace qlk::cpu::QLK_ISA {
+
+#if defined(__AVX2__)
+
+// 8 products in a sum: 8 * 8191 * 32767 < 2^31.
+constexpr float kLargestLevel = 8191, kLargestWord = 32767;
+
+QLK_INLINE int16_t level_word(int i) {
+    return static_cast<int16_t>(kLevels[i] * kLargestLevel + (kLevels[i] < 0 ? -0.5f : 0.5f));
+}
+
+#if defined(__AVX512F__)
+struct WordVectors {
+    static constexpr int64_t kUnit = 128;
+    using Integers = __m512i;
+    using Table = __m512i;
+    static QLK_INLINE int element(int j, int l) { return 4 * l + (j ^ 1); }
+    // The levels twice, so that VPERMW ignores all but the lowest four bits of an index.
+    static QLK_INLINE Table table() {
+        alignas(64) int16_t words[32];
+        for (int i = 0; i < 32; ++i) words[i] = level_word(i % 16);
+        return _mm512_load_si512(words);
+    }
+    static QLK_INLINE void look_up(const uint8_t* at, bool whole, const Table& table, Integers (&level)[4]) {
+        const __m512i codes = whole ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi32(0xff, at);
+        for (int j = 0; j < 4; ++j) level[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * j), table);
+    }
+    // The sum of products over a unit; in each lane, over one block.
+    static QLK_INLINE Vec sum(const Integers (&level)[4], const int16_t* x, int64_t stride) {
+        Integers product[4];
+        for (int j = 0; j < 4; ++j) product[j] = _mm512_madd_epi16(level[j], _mm512_load_si512(x + j * stride));
+        return _mm512_cvtepi32_ps(
+            _mm512_add_epi32(_mm512_add_epi32(product[0], product[1]), _mm512_add_epi32(product[2], product[3])));
+    }
+};
+#else
+struct WordVectors {
+    static constexpr int64_t kUnit = 64;
+    using Integers = __m256i;
+    struct Table {
+        __m256i low, high;
+    };
+    static QLK_INLINE int element(int j, int l) { return Nibbles::word_element(j, l); }
+    static QLK_INLINE Table table() {
+        alignas(16) uint8_t low[16], high[16];
+        for (int i = 0; i < 16; ++i) {
+            low[i] = static_cast<uint8_t>(level_word(i));
+            high[i] = static_cast<uint8_t>(level_word(i) >> 8);
+        }
+        return {both_halves(low), both_halves(high)};
+    }
+    static QLK_INLINE void look_up(const uint8_t* at, bool, const Table& table, Integers (&level)[4]) {
+        const Nibbles nibbles(at);
+        for (int j = 0; j < 4; ++j) level[j] = nibbles.words(j, table.low, table.high);
+    }
+    static QLK_INLINE Vec sum(const Integers (&level)[4], const int16_t* x, int64_t stride) {
+        Integers product[4];
+        for (int j = 0; j < 4; ++j) {
+            product[j] =
+                _mm256_madd_epi16(level[j], _mm256_load_si256(reinterpret_cast<const __m256i*>(x + j * stride)));
+        }
+        return _mm256_cvtepi32_ps(
+            _mm256_add_epi32(_mm256_add_epi32(product[0], product[1]), _mm256_add_epi32(product[2], product[3])));
+    }
+};
+#endif
+
+template <class Type>
+struct DotI16 {
+    using T = Type;
+    using X = int16_t;
+    static constexpr int64_t kMostRows = 16;
+    static constexpr int64_t kUnit = WordVectors::kUnit;
+    static constexpr int kStep = kUnit / 4;  // words in a vector
+
+    // Returns false for elements that have no such form: NaN, infinity, and units of very small numbers.
+    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float* scale) {
+        alignas(64) float values[kUnit] = {0};
+        to_float(src, values, count < kUnit ? count : kUnit);
+        uint32_t most = 0;
+        for (int i = 0; i < kUnit; ++i) {
+            const uint32_t magnitude = bits_of(values[i]) & 0x7fffffffu;
+            most = magnitude > most ? magnitude : most;
+        }
+        const float largest = float_of(most);
+        if (most >= 0x7f800000u || (most > 0 && largest < 0x1p-80f)) return false;
+        const float factor = most > 0 ? kLargestWord / largest : 0.0f;
+        *scale = largest / (kLargestWord * kLargestLevel);
+        X whole[kUnit];
+        // Adding 1.5 * 2^23 rounds to a whole number, in the lowest bits.
+        for (int i = 0; i < kUnit; ++i) whole[i] = static_cast<X>(bits_of(values[i] * factor + 0x1.8p23f));
+        for (int j = 0; j < 4; ++j) {
+            for (int l = 0; l < kStep; ++l) dst[j * stride + l] = whole[WordVectors::element(j, l)];
+        }
+        return true;
+    }
+
+    // acc[m] += W's row . x[m] over `blocks` blocks, for kM rows. x: [unit][4][kM][kStep]; scale: [unit][kM]. absmax:
+    // [blocks] and a zero, changed.
+    template <int kM>
+    static QLK_INLINE void products(const uint8_t* codes, float* absmax, int64_t blocks, const X* x, const float* scale,
+                                    Vec* acc) {
+        constexpr int64_t kUnitBlocks = kUnit / kBlock;
+        const WordVectors::Table table = WordVectors::table();
+        if constexpr (kM == 1) {
+            for (int64_t b = 0; b < blocks; ++b) absmax[b] *= scale[b / kUnitBlocks];
+        }
+        Vec total[kM];
+        for (int m = 0; m < kM; ++m) total[m] = vset(0.0f);
+        for (int64_t b = 0; b < blocks; b += kUnitBlocks) {
+            const uint8_t* const at = codes + b * (kBlock / 2);
+            prefetch_codes(at);
+            WordVectors::Integers level[4];
+            WordVectors::look_up(at, b + 1 < blocks, table, level);
+            const Vec constant = block_scales(absmax + b);
+            const X* const right = x + b * kBlock * kM;
+#pragma GCC unroll 16
+            for (int m = 0; m < kM; ++m) {
+                const Vec factor = kM == 1 ? constant : constant * vset(scale[b / kUnitBlocks * kM + m]);
+                total[m] = vfma(WordVectors::sum(level, right + m * kStep, kM * kStep), factor, total[m]);
+            }
+        }
+        for (int m = 0; m < kM; ++m) acc[m] = acc[m] + total[m];
+    }
+};
+
+#endif
+
+}  // namespace qlk::cpu::QLK_ISA
