@@ -84,7 +84,7 @@ struct EngineF32 {
             const int64_t begin = (row + i) * w.k + k;
             const uint8_t* const codes = w.packed + begin / 2;
             for (int64_t p = 0; p < depth; p += kBlock) {
-                const Pieces<float> out{dst + p * kEdge + i * kSteps, kUnit, 2 * kUnit};
+                const BlockAt<float> out{dst + p * kEdge + i * kSteps, kUnit, 2 * kUnit};
                 if (i < rows && w.k % kBlock == 0) {
                     // The panel that follows in this row.
                     __builtin_prefetch(codes + p / 2 + kDepthForward / 2);
@@ -136,7 +136,7 @@ struct EngineF32 {
             __builtin_prefetch(codes + kDepthBackward * (w.k / 2), 0, 2);
             for (int g = 0; g < kPanel / kBlock; ++g) {
                 const int left = p < depth ? columns - g * kBlock : 0;
-                const Pieces<float> out{dst + (2 * g * pad + p) * kEdge, 16, pad * kEdge};
+                const BlockAt<float> out{dst + (2 * g * pad + p) * kEdge, 16, pad * kEdge};
                 if (left > 0 && w.k % kBlock == 0) {
                     lookup_block(codes + 32 * g, absmax[p * absmax_ld + g], out);
                 } else {
@@ -196,7 +196,7 @@ struct EngineF32 {
     }
 
     // Up to 64 elements of the flat weight, from anywhere, then zeros, in W's order.
-    static void decode_slowly(const WeightView& w, int64_t begin, int64_t count, const Pieces<float>& out) {
+    static void decode_slowly(const WeightView& w, int64_t begin, int64_t count, const BlockAt<float>& out) {
         float line[kBlock] = {};
         if (count > 0) decode_flat<float>(w, begin, begin + (count < kBlock ? count : kBlock), line);
         weight_order(plain<const float>(line), out);

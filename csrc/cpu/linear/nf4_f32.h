@@ -18,7 +18,7 @@ namespace qlk::cpu::QLK_ISA {
 
 // Where a block's four pieces of 16 positions are kept.
 template <class Float>
-struct Pieces {
+struct BlockAt {
     Float* first;
     int64_t near, far;  // from piece 0 to 1, and from 0 to 2, in floats
 
@@ -26,7 +26,7 @@ struct Pieces {
 };
 
 // 64 weights from 32 bytes.
-QLK_INLINE void lookup_block(const uint8_t* codes, float absmax, const Pieces<float>& out) {
+QLK_INLINE void lookup_block(const uint8_t* codes, float absmax, const BlockAt<float>& out) {
     // Element t of a word is the high nibble of its byte t / 2, or the low one.
 #if defined(__AVX512F__)
     const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(kLevels), _mm512_set1_ps(absmax));
@@ -63,7 +63,7 @@ QLK_INLINE void lookup_block(const uint8_t* codes, float absmax, const Pieces<fl
 }
 
 // 64 floats, from their natural order to that of lookup_block or back: it is its own inverse.
-QLK_INLINE void weight_order(const Pieces<const float>& src, const Pieces<float>& dst) {
+QLK_INLINE void weight_order(const BlockAt<const float>& src, const BlockAt<float>& dst) {
 #if defined(__AVX2__)
     __m256 r[8];
     for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src.at(i / 2) + i % 2 * 8);
@@ -79,7 +79,7 @@ QLK_INLINE void weight_order(const Pieces<const float>& src, const Pieces<float>
 
 // The pieces of a plain array of 64.
 template <class Float>
-QLK_INLINE Pieces<Float> plain(Float* line) {
+QLK_INLINE BlockAt<Float> plain(Float* line) {
     return {line, 16, 32};
 }
 
