@@ -1,7 +1,9 @@
 // Picks the instruction set at run time, at every call.
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <string>
+#include <unordered_set>
 
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
@@ -142,6 +144,22 @@ void fresh_output(void* data, int64_t bytes) {
     if (bytes >= static_cast<int64_t>(2 * kHugePage)) prefer_huge_pages(data, bytes, false);
 }
 
+// A weight is read once a call, and few rows read it at the speed of memory, which 4 KB pages halve. So it is moved to
+// huge pages when it is first used; most weights come from files or copies and lie on small ones. What is remembered
+// are addresses: memory that is freed and used for another weight at the same address is not looked at again.
+void streamed_weight(const WeightView& w) {
+    const int64_t bytes = w.n * w.k / 2;
+    if (bytes < static_cast<int64_t>(2 * kHugePage)) return;
+    static std::mutex mutex;
+    static std::unordered_set<const void*> seen;
+    {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (seen.size() > (1u << 16)) seen.clear();
+        if (!seen.insert(w.packed).second) return;
+    }
+    prefer_huge_pages(const_cast<uint8_t*>(w.packed), bytes, true);
+}
+
 // For a layer's products with m rows: decoding a weight takes as long as about 16 multiplications.
 int linear_threads(int threads, const WeightView& w, int64_t m) {
     return worthwhile(threads, w.n * w.k / 16 * (16 + m), 1 << 17);
@@ -173,6 +191,7 @@ void dequantize(const DequantizeParams& params) {
 void linear_forward(const LinearForwardParams& params) {
     LinearForwardParams p = params;
     p.threads = linear_threads(p.threads, p.weight, p.m);
+    streamed_weight(p.weight);
     fresh_output(p.y, p.m * p.weight.n * size_of(p.dtype));
     select().linear_forward(p);
 }

@@ -11,10 +11,8 @@
 #include "cpu/quantize/quantize.h"
 #if defined(__AVX2__)
 #include "cpu/linear/few_rows.h"
-#elif defined(__aarch64__)
-#include "cpu/linear/few_rows_neon.h"
 #else
-#include "cpu/linear/few_rows_f32.h"
+#include "cpu/linear/few_rows_portable.h"
 #endif
 #if defined(__AVX512BF16__)
 #include "cpu/linear/engine_bf16.h"
@@ -45,20 +43,11 @@ static bool few_rows(const LinearForwardParams& p) {
 #endif
 }
 #else
-template <class T>
-static bool few_rows_of(const LinearForwardParams& p) {
-#if defined(__aarch64__)
-    return few_rows_neon<T>(p);
-#else
-    return few_rows_f32<T>(p);
-#endif
-}
-
 static bool few_rows(const LinearForwardParams& p) {
     switch (p.dtype) {
-        case DType::kFloat32: return few_rows_of<float>(p);
-        case DType::kFloat16: return few_rows_of<fp16>(p);
-        default: return few_rows_of<bf16>(p);
+        case DType::kFloat32: return few_rows_portable<float>(p);
+        case DType::kFloat16: return few_rows_portable<fp16>(p);
+        default: return few_rows_portable<bf16>(p);
     }
 }
 #endif

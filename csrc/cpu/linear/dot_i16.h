@@ -10,7 +10,7 @@
 //
 // Why: making float32 of a level or of x costs as much as multiplying. q keeps 15 bits of the unit's largest element:
 //     a bf16 of at least a 128th of it is exact, and the rest err by less than 2^-16 of it.
-//     docs/design/notes-cpu.md, "Few rows in whole numbers".
+//     docs/design/notes-cpu.md, "Few rows".
 #pragma once
 
 #include "cpu/linear/nibbles.h"

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...native.extension import DTYPE_CODES, native
 from ..lora import LoraTerm
 from ..weight import Operand
-from . import params
+from . import kept, params
 from .pointers import as_dtype, non_finite, pointer
 
 
@@ -49,7 +49,7 @@ class CPU:
         return code, nested_absmax, offset
 
     def dequantize(self, weight: Operand, dtype: torch.dtype, row_begin: int, row_end: int) -> Tensor:
-        out = torch.empty((row_end - row_begin, weight.k), dtype=dtype)
+        out = kept.empty((row_end - row_begin, weight.k), dtype)
         self.dequantize_out(weight, row_begin, row_end, out)
         return out
 

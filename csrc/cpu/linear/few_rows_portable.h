@@ -1,4 +1,4 @@
-// linear_forward for 1 to 16 rows on 64-bit ARM, for all three types: the kernels of `neon`, and of `portable` there.
+// linear_forward for 1 to 16 rows, for all three types: the kernels of `neon` and of `portable`.
 //
 // Formula: y = x W^T + u B^T + bias;  u = scaling * x A^T
 //
@@ -11,10 +11,9 @@
 //
 // Registers: a block of decoded weights in 16 of the 32, and four sums. A run's sums are in memory, one vector a row.
 //
-// Why: one source for both sets, so that sums have one order: a set brings only its Vec and its way to look codes up,
-// and
-//     the bits are the same. The order depends neither on the number of rows nor on that of threads.
-//     docs/design/notes-cpu.md, "Few rows on ARM".
+// Why: one source for both sets, so that sums have one order: a set brings only its Vec and its way to look
+//     codes up, and the bits are the same on one machine. The order depends neither on the number of rows nor on that
+//     of threads. docs/design/notes-cpu.md, "Few rows on ARM and in portable code".
 #pragma once
 
 #include <omp.h>
@@ -186,7 +185,7 @@ struct FewRows {
 
 // Returns false, without doing anything, if this path doesn't take the case.
 template <class T>
-inline bool few_rows_neon(const LinearForwardParams& p) {
+inline bool few_rows_portable(const LinearForwardParams& p) {
     constexpr bool kConverts = !std::is_same_v<T, float>;
     const int64_t m = p.m, n = p.weight.n, k = p.weight.k;
     if (m > kMostFewRows || k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;

@@ -1,0 +1,71 @@
+"""Memory that is kept for the next large result on the CPU.
+
+A large tensor is fresh memory each time: the C library gives it back to the system when the tensor dies. Filling fresh
+pages with zeros takes several times as long as decoding a weight into them. So the memory of results is kept here, and
+used again once no tensor uses it any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+#: Results below this many bytes come from the C library's own reserves.
+SMALLEST = 4 << 20
+#: Mebibytes kept at most; 0 keeps nothing.
+VARIABLE = "QLORA_KERNELS_KEEP_MB"
+DEFAULT_MB = 256
+
+_lock = threading.Lock()
+_storages: list[torch.UntypedStorage] = []
+# How many use a storage. Not public: a torch that lacks it keeps nothing.
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _limit() -> int:
+    """Bytes kept at most."""
+    try:
+        return int(os.environ.get(VARIABLE, "")) << 20
+    except ValueError:
+        return DEFAULT_MB << 20
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``torch.empty(shape, dtype=dtype)`` on the CPU, in memory of an earlier result if one of this size is free."""
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    if _use_count is None or size < SMALLEST or size > _limit():
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    with _lock:
+        storage = _free(size)
+        if storage is None:
+            storage = torch.UntypedStorage(size, device="cpu")
+            _storages.append(storage)
+            while sum(kept.nbytes() for kept in _storages) > _limit():
+                del _storages[0]
+        # Within the lock: from here on somebody uses it.
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+def _free(size: int) -> torch.UntypedStorage | None:
+    """A kept storage that nothing uses, now the last to be given up; or None. Forgets those that changed their size or
+    went to memory shared with other processes, which may read it still."""
+    _storages[:] = [kept for kept in _storages if kept.nbytes() >= SMALLEST and not kept.is_shared()]
+    for i, kept in enumerate(_storages):
+        # Tensors count in torch, a caller's storage object in Python; here it is known to the list, to `kept` and to
+        # getrefcount itself.
+        if kept.nbytes() == size and _use_count(kept._cdata) == 1 and sys.getrefcount(kept) == 3:  # type: ignore[misc]
+            _storages.append(_storages.pop(i))
+            return kept
+    return None
+
+
+def release() -> None:
+    """Gives everything back that nothing uses."""
+    with _lock:
+        _storages.clear()
