@@ -39,12 +39,12 @@ def test_memory_that_something_uses_is_left_alone(keep):
     address = tensor.data_ptr()
     x = torch.ones(SHAPE, requires_grad=True)
     user = {
-        "a view": lambda: tensor[3:5].t(),
-        "an array": lambda: tensor.numpy(),
-        "a graph": lambda: x * tensor,
-        "a storage": lambda: tensor.untyped_storage(),
-        "dlpack": lambda: torch.utils.dlpack.to_dlpack(tensor),
-    }[keep]()
+        "a view": lambda t: t[3:5].t(),
+        "an array": lambda t: t.numpy(),
+        "a graph": lambda t: x * t,
+        "a storage": lambda t: t.untyped_storage(),
+        "dlpack": torch.utils.dlpack.to_dlpack,
+    }[keep](tensor)
     del tensor
     assert new().data_ptr() != address
     del user

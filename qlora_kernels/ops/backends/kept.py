@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ DEFAULT_MB = 256
 _lock = threading.Lock()
 _storages: list[torch.UntypedStorage] = []
 # How many use a storage. Not public: a torch that lacks it keeps nothing.
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
+_use_count = getattr(torch._C, "_storage_Use_Count", None)  # pyright: ignore[reportPrivateUsage]
 
 
 def _limit() -> int:
@@ -52,16 +53,31 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
+def _references(objects: Sequence[object], i: int) -> int:
+    """How many references Python has to ``objects[i]``, this function's own included."""
+    one = objects[i]
+    return sys.getrefcount(one)
+
+
+#: What it returns for an object that only the sequence knows: that differs between versions of Python.
+_UNUSED = _references([object()], 0)
+
+
+def _is_free(i: int) -> bool:
+    """Whether only the list uses a storage: tensors count in torch, a storage object that a caller holds in Python."""
+    assert _use_count is not None
+    address = _storages[i]._cdata  # pyright: ignore[reportPrivateUsage]
+    return _use_count(address) == 1 and _references(_storages, i) == _UNUSED
+
+
 def _free(size: int) -> torch.UntypedStorage | None:
     """A kept storage that nothing uses, now the last to be given up; or None. Forgets those that changed their size or
     went to memory shared with other processes, which may read it still."""
     _storages[:] = [kept for kept in _storages if kept.nbytes() >= SMALLEST and not kept.is_shared()]
-    for i, kept in enumerate(_storages):
-        # Tensors count in torch, a caller's storage object in Python; here it is known to the list, to `kept` and to
-        # getrefcount itself.
-        if kept.nbytes() == size and _use_count(kept._cdata) == 1 and sys.getrefcount(kept) == 3:  # type: ignore[misc]
+    for i in range(len(_storages)):
+        if _storages[i].nbytes() == size and _is_free(i):
             _storages.append(_storages.pop(i))
-            return kept
+            return _storages[-1]
     return None
 
 
