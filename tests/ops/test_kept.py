@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
@@ -79,6 +83,22 @@ def test_the_limit(monkeypatch):
     # What is no number is the default.
     monkeypatch.setenv(kept.VARIABLE, "much")
     assert kept._limit() == kept.DEFAULT_MB << 20
+
+
+def test_a_child_that_is_forked_while_the_lock_is_held():
+    with kept._lock:
+        child = os.fork()
+        if child == 0:
+            new()
+            os._exit(7)
+    end = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
+    assert ended != (0, 0), "the child waits for the lock"
 
 
 def test_without_torchs_count_nothing_is_kept(monkeypatch):

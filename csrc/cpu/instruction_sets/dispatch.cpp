@@ -153,7 +153,9 @@ void streamed_weight(const WeightView& w) {
     static std::mutex mutex;
     static std::unordered_set<const void*> seen;
     {
-        const std::lock_guard<std::mutex> lock(mutex);
+        // Whoever cannot have the list at once goes without: a child forked while it was held would wait forever.
+        const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+        if (!lock) return;
         if (seen.size() > (1u << 16)) seen.clear();
         if (!seen.insert(w.packed).second) return;
     }

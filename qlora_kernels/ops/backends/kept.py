@@ -22,6 +22,16 @@ VARIABLE = "QLORA_KERNELS_KEEP_MB"
 DEFAULT_MB = 256
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a child that was forked while another thread held the lock, nobody would ever release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 _storages: list[torch.UntypedStorage] = []
 # How many use a storage. Not public: a torch that lacks it keeps nothing.
 _use_count = getattr(torch._C, "_storage_Use_Count", None)  # pyright: ignore[reportPrivateUsage]
