@@ -193,6 +193,33 @@ def test_rows_beyond_one_superblock(engine):
             assert relative_error(actual, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5), (engine, name)
 
 
+# A vector of codes that is half full, whole ones, and rows too long for the first-level cache.
+@pytest.mark.parametrize("k", [64, 192, 4160])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_of_any_size(isa, dtype, k):
+    """Elements that differ by orders of magnitude, very small ones, NaN and infinity; all thread counts alike."""
+    n = 131
+    for double_quant, m in ((True, 1), (False, 4), (True, 7), (True, 16)):
+        weight = quantize(torch.randn(n, k), double_quant)
+        dense, exact = weight.dequantize(dtype), weight.dequantize(torch.float32).double()
+        some = torch.randn(m, k)
+        outliers = torch.where(torch.arange(k) % 61 == 0, 500 * some, some)
+        spread = some * torch.logspace(-3, 2, k)[torch.randperm(k)]
+        for x in (outliers.to(dtype), spread.to(dtype), (some * (1e-3 if dtype == torch.float16 else 1e-30)).to(dtype)):
+            case = f"{isa} {dtype} M={m} K={k} largest {x.abs().max():.0e}"
+            y = forward(x, weight)[0]
+            assert_within_contract(y, F.linear(x, dense), x.double() @ exact.T, case)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)  # conftest.py sets it back
+                assert torch.equal(forward(x, weight)[0], y), case
+        for value in (float("nan"), float("inf"), -float("inf")):
+            x = some.to(dtype)
+            x[m // 2, k // 3] = value
+            y, expected = forward(x, weight)[0], F.linear(x, dense)
+            assert torch.equal(y.isnan(), expected.isnan())
+            assert torch.equal(y.isfinite(), expected.isfinite())
+
+
 # Whole blocks of 64, and rows that cut them and bytes.
 @pytest.mark.share(2)
 @pytest.mark.parametrize("long", [131072, 70001])
