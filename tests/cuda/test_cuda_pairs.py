@@ -1,4 +1,4 @@
-"""The factor of the table of level pairs (csrc/cuda/common/pairs.cuh), and what docs/design/notes-cuda.md says of
+"""The factor of the table of level pairs (csrc/nf4.h), and what docs/design/notes-cuda.md says of
 it."""
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from qlora_kernels.ops.backends import reference
 
 
 def factors() -> dict[torch.dtype, float]:
-    source = (ROOT / "csrc/cuda/common/pairs.cuh").read_text()
-    found = re.search(r"kPairScale = std::is_same_v<T, bf16> \? ([\d.]+)f : ([\d.]+)f;", source)
+    source = (ROOT / "csrc/nf4.h").read_text()
+    found = re.search(r"kBf16LevelScale = ([\d.]+)f, kFp16LevelScale = ([\d.]+)f;", source)
     assert found is not None
     return dict(zip((torch.bfloat16, torch.float16), map(float, found.groups())))
 
