@@ -55,6 +55,8 @@ def limited_to(name: str | None) -> Iterator[dict[str, Any] | None]:
     available = qlora_kernels.build_info().get("isas_available", [])
     if name not in available:
         raise InputError(f"--isa {name}: this machine and build have {', '.join(available) or 'none'}")
+    if name not in SETS:
+        raise InputError(f"--isa {name}: torch cannot be limited to it; choose one of {', '.join(SETS)}")
     before = {variable: os.environ.get(variable) for variable in _VARIABLES}
     _set({variable: None for variable in _VARIABLES} | {_OURS: name} | SETS[name])
     end_server()  # what it imported may have chosen a set

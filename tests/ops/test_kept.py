@@ -77,9 +77,8 @@ def test_the_limit(monkeypatch):
     assert sum(storage.nbytes() for storage in kept._storages) <= 20 << 20
     assert len({tensor.data_ptr() for tensor in tensors}) == 4
     monkeypatch.setenv(kept.VARIABLE, "0")
-    before = len(kept._storages)
     new()
-    assert len(kept._storages) == before
+    assert not kept._storages
     # What is no number is the default.
     monkeypatch.setenv(kept.VARIABLE, "much")
     assert kept._limit() == kept.DEFAULT_MB << 20
@@ -99,6 +98,13 @@ def test_a_child_that_is_forked_while_the_lock_is_held():
         os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(ended[1]) == 7
     assert ended != (0, 0), "the child waits for the lock"
+
+
+def test_whoever_comes_while_the_lock_is_held_goes_without():
+    """A signal handler, or a finalizer that the garbage collector runs."""
+    with kept._lock:
+        assert new().shape == SHAPE
+    assert not kept._storages
 
 
 def test_without_torchs_count_nothing_is_kept(monkeypatch):

@@ -220,6 +220,31 @@ def test_few_rows_of_any_size(isa, dtype, k):
             assert torch.equal(y.isfinite(), expected.isfinite())
 
 
+@pytest.mark.parametrize("m", [1, 4, 8, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_at_the_ends_of_the_range(isa, dtype, m):
+    """Block constants and x that only together are numbers of ordinary size; columns of zeros that meet outliers."""
+    n, k = 256, 1024
+    weight, x = torch.randn(n, k), torch.randn(m, k)
+    cases = {"ordinary": (weight, x)}
+    if dtype != torch.float16:
+        cases["large x"] = (weight * 1e-6, x * 5e37)
+        cases["small x"] = (weight * 1e12, x * 1e-35)
+        cases["both small"] = (weight * 1e-12, x * 1e-22)
+    for outlier in (100, 1000, 10000):
+        without, with_outlier = weight.clone(), x.clone()
+        without[:, 77], with_outlier[:, 77] = 0, outlier
+        cases[f"an outlier of {outlier}"] = without, with_outlier
+    zeros, alone = weight * (1e3 if dtype == torch.float16 else 1e10), torch.zeros(m, k)
+    zeros[:, 77], alone[:, 77] = 0, 6e4 if dtype == torch.float16 else 3e38
+    for name, (wide, wide_x) in cases.items():
+        quantized, rounded_x = quantize(wide, False), wide_x.to(dtype)
+        dense, exact = quantized.dequantize(dtype), quantized.dequantize(torch.float32).double()
+        y, expected = forward(rounded_x, quantized)[0], F.linear(rounded_x, dense)
+        assert_within_contract(y, expected, rounded_x.double() @ exact.T, f"{isa} {dtype} M={m} {name}")
+    assert not forward(alone.to(dtype), quantize(zeros, False))[0].any()
+
+
 # Whole blocks of 64, and rows that cut them and bytes.
 @pytest.mark.share(2)
 @pytest.mark.parametrize("long", [131072, 70001])

@@ -11,8 +11,8 @@
 
 #if defined(QLK_HAVE_AMX)
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
+#include <unistd.h>
 
 namespace qlk::cpu {
 
@@ -144,12 +144,16 @@ void fresh_output(void* data, int64_t bytes) {
     if (bytes >= static_cast<int64_t>(2 * kHugePage)) prefer_huge_pages(data, bytes, false);
 }
 
+const pid_t process_at_load = getpid();
+
 // A weight is read once a call, and few rows read it at the speed of memory, which 4 KB pages halve. So it is moved to
 // huge pages when it is first used; most weights come from files or copies and lie on small ones. What is remembered
 // are addresses: memory that is freed and used for another weight at the same address is not looked at again.
 void streamed_weight(const WeightView& w) {
     const int64_t bytes = w.n * w.k / 2;
     if (bytes < static_cast<int64_t>(2 * kHugePage)) return;
+    // A forked child shares its parent's pages, and moving them would make copies of its own.
+    if (getpid() != process_at_load) return;
     static std::mutex mutex;
     static std::unordered_set<const void*> seen;
     {

@@ -26,16 +26,24 @@ struct DotBf16 {
 #else
     static constexpr int64_t kMostRows = 16;
 #endif
+    struct Loss {};  // nothing is lost
+    static QLK_INLINE bool acceptable(const Loss&) { return true; }
     static constexpr int64_t kUnit = 128;
     static constexpr int kStep = 32;
     static constexpr int kVectors = 4;
     // Beyond so many rows, tables of rounded weights are cheaper than scaling the sums.
     static constexpr int kScaleSums = 8;
 
-    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*) {
+    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*, Loss&) {
         const Words4 words = weight_order(reinterpret_cast<const uint16_t*>(src), count);
         for (int j = 0; j < kVectors; ++j) _mm512_store_si512(dst + j * stride, words.v[j]);
-        return true;
+        const __m512i most = _mm512_set1_epi16(static_cast<short>(bits_of(kLargestX) >> 16));
+        __mmask32 beyond = 0;
+        for (int j = 0; j < kVectors; ++j) {
+            const __m512i magnitude = _mm512_and_si512(words.v[j], _mm512_set1_epi16(0x7fff));
+            beyond |= _mm512_cmpgt_epu16_mask(magnitude, most);
+        }
+        return beyond == 0;
     }
 
     template <int kM>

@@ -23,6 +23,8 @@ struct DotF32 {
     using T = Type;
     using X = float;
     static constexpr int64_t kMostRows = 8;
+    struct Loss {};  // nothing is lost
+    static QLK_INLINE bool acceptable(const Loss&) { return true; }
     static constexpr int kStep = kWidth;  // elements of x in a vector
     // From so many rows on, scaling the weights is cheaper than scaling the sums.
     static constexpr int kScaleWeights = kWidth == 16 ? 8 : 5;
@@ -76,13 +78,15 @@ struct DotF32 {
 
     // Up to kUnit elements of x, from their natural order to that of the levels; vectors are `stride` elements apart.
     // scale is not used: float32 needs none. Returns whether this path can take these elements.
-    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*) {
+    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*, Loss&) {
         float values[kUnit] = {0};
         to_float(src, values, count < kUnit ? count : kUnit);
+        bool fits = true;
+        for (int i = 0; i < kUnit; ++i) fits &= (bits_of(values[i]) & 0x7fffffffu) <= bits_of(kLargestX);
         for (int j = 0; j < kVectors; ++j) {
             for (int l = 0; l < kWidth; ++l) dst[j * stride + l] = values[element(j, l)];
         }
-        return true;
+        return fits;
     }
 
     // acc[m] += W's row . x[m] over `blocks` blocks, for kM rows. x: [unit][kVectors][kM][kWidth]. absmax: [blocks],

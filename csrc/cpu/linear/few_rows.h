@@ -132,12 +132,15 @@ class FewRows {
 
     bool pack() {
         for (int m = 0; m < kM; ++m) {
+            typename Dot::Loss loss;
             for (int64_t k = 0; k < w.k; k += Dot::kUnit) {
                 const int64_t count = m < rows ? w.k - k : 0;
                 if (!Dot::pack(static_cast<const T*>(p.x) + (m < rows ? m : 0) * w.k + k, count,
-                               x_packed + k * kM + m * Dot::kStep, kM * Dot::kStep, x_scale + k / Dot::kUnit * kM + m))
+                               x_packed + k * kM + m * Dot::kStep, kM * Dot::kStep, x_scale + k / Dot::kUnit * kM + m,
+                               loss))
                     return false;
             }
+            if (!Dot::acceptable(loss)) return false;
         }
         return true;
     }

@@ -18,6 +18,10 @@ QLK_INLINE void prefetch_codes(const uint8_t* at) {
     _mm_prefetch(reinterpret_cast<const char*>(at + kPrefetchBytes), _MM_HINT_T1);
 }
 
+// The largest |x| whose products with levels can be summed over a block before the block's constant makes them small.
+// An x with more, or with NaN or infinity, goes to the panels.
+constexpr float kLargestX = 0x1p118f;
+
 #if defined(__AVX512F__)
 // The constants of the two blocks in 64 bytes of codes, each in the lanes that its codes are in.
 QLK_INLINE Vec block_scales(const float* absmax) {

@@ -50,17 +50,29 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = dtype.itemsize
     for length in shape:
         size *= length
-    if _use_count is None or size < SMALLEST or size > _limit():
+    limit = _limit()
+    # Without waiting: a signal handler or a finalizer may come here while its own thread holds the lock.
+    if _use_count is None or size < SMALLEST or not _lock.acquire(blocking=False):
         return torch.empty(shape, dtype=dtype, device="cpu")
-    with _lock:
+    try:
+        _trim(limit)
+        if size > limit:
+            return torch.empty(shape, dtype=dtype, device="cpu")
         storage = _free(size)
         if storage is None:
             storage = torch.UntypedStorage(size, device="cpu")
             _storages.append(storage)
-            while sum(kept.nbytes() for kept in _storages) > _limit():
-                del _storages[0]
-        # Within the lock: from here on somebody uses it.
+            _trim(limit)
+        # Before the lock is released: from here on somebody uses it.
         return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload]
+    finally:
+        _lock.release()
+
+
+def _trim(limit: int) -> None:
+    """Gives up the storages that were not asked for the longest, until ``limit`` bytes hold the rest."""
+    while sum(kept.nbytes() for kept in _storages) > limit:
+        del _storages[0]
 
 
 def _references(objects: Sequence[object], i: int) -> int:
