@@ -66,8 +66,8 @@ def config(settings: Settings):
         num_key_value_heads=hidden // 64,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
-        # Near 1 / sqrt(256), not the 0.02 of wide models: after 600 steps of pretraining a held-out loss of 2.00
-        # instead of 2.09 nats per byte.
+        # Near 1 / sqrt(256), not the 0.02 of wide models: with it and a rate of 2e-3, 600 steps of pretraining left a
+        # held-out loss of 2.00 nats per byte, with 0.02 and 1e-3 2.09.
         initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=END,

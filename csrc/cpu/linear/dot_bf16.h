@@ -1,4 +1,4 @@
-// Products of one row of W with up to 16 rows of x by VDPBF16PS, for few_rows.h.
+// Products of one row of W with up to 12 rows of x by VDPBF16PS, for few_rows.h.
 //
 // Formula: acc[m] += sum over a block (L * x[m]) * absmax / scale, L = round_to_bf16(level * scale)
 //
@@ -24,15 +24,14 @@ struct DotBf16 {
     // stream_amx.h is faster from three rows on.
     static constexpr int64_t kMostRows = 2;
 #else
-    static constexpr int64_t kMostRows = 16;
+    // Two vectors of sums for each row have to fit into the registers; the panels take as long for 13 rows as for 16.
+    static constexpr int64_t kMostRows = 12;
 #endif
     struct Loss {};  // nothing is lost
     static QLK_INLINE bool acceptable(const Loss&) { return true; }
     static constexpr int64_t kUnit = 128;
     static constexpr int kStep = 32;
     static constexpr int kVectors = 4;
-    // Beyond so many rows, tables of rounded weights are cheaper than scaling the sums.
-    static constexpr int kScaleSums = 8;
 
     static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*, Loss&) {
         const Words4 words = weight_order(reinterpret_cast<const uint16_t*>(src), count);
@@ -46,20 +45,10 @@ struct DotBf16 {
         return beyond == 0;
     }
 
+    // As DotF32's; x: [unit][kVectors][kM][32].
     template <int kM>
     static QLK_INLINE void products(const uint8_t* codes, const float* absmax, int64_t blocks, const X* x, const float*,
                                     Vec* acc) {
-        if constexpr (kM <= kScaleSums) {
-            scaled_sums<kM>(codes, absmax, blocks, x, acc);
-        } else {
-            rounded_weights<kM>(codes, absmax, blocks, x, acc);
-        }
-    }
-
-  private:
-    template <int kM>
-    static QLK_INLINE void scaled_sums(const uint8_t* codes, const float* absmax, int64_t blocks, const X* x,
-                                       Vec* acc) {
         const __m256i sixteen = block_table_bf16(kBf16LevelScale);
         constexpr int kSums = kM <= 2 ? 2 : 1;  // short chains of additions, as in dot_f32.h
         const __m512i levels = _mm512_inserti64x4(_mm512_castsi256_si512(sixteen), sixteen, 1);
@@ -77,7 +66,7 @@ struct DotBf16 {
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
                 const __m512i left = _mm512_permutexvar_epi16(j ? _mm512_srli_epi16(four, 4 * j) : four, levels);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                 for (int m = 0; m < kM; ++m) {
                     const __m512i right = _mm512_load_si512(x + b * kBlock * kM + (j * kM + m) * 32);
                     sum[m][j % kSums] = dot_step(sum[m][j % kSums], left, right);
@@ -88,30 +77,6 @@ struct DotBf16 {
             }
         }
         for (int m = 0; m < kM; ++m) acc[m] = vfma(total[m], vset(1.0f / kBf16LevelScale), acc[m]);
-    }
-
-    template <int kM>
-    static QLK_INLINE void rounded_weights(const uint8_t* codes, const float* absmax, int64_t blocks, const X* x,
-                                           Vec* acc) {
-        const bool tiny = has_tiny(absmax, blocks);
-        const __m512i half = half_by_block();
-        Vec total[kM];
-        for (int m = 0; m < kM; ++m) total[m] = vset(0.0f);
-        for (int64_t b = 0; b < blocks; b += 2) {
-            const uint8_t* const at = codes + b * (kBlock / 2);
-            prefetch_codes(at);
-            const __m512i four = b + 1 < blocks ? _mm512_loadu_si512(at) : load_words(at, 16);
-            const Words4 words = lookup128(four, table_pair(absmax + b, absmax + b + 1, tiny), half);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 16
-                for (int m = 0; m < kM; ++m) {
-                    total[m] =
-                        dot_step(total[m], words.v[j], _mm512_load_si512(x + b * kBlock * kM + (j * kM + m) * 32));
-                }
-            }
-        }
-        for (int m = 0; m < kM; ++m) acc[m] = acc[m] + total[m];
     }
 };
 

@@ -1,5 +1,5 @@
-// linear_forward for 1 to 16 rows of x, over a dot product: dot_bf16.h (1 and 2 rows where there is AMX), dot_i16.h, or
-// dot_f32.h (1 to 8 rows).
+// linear_forward for few rows of x, over a dot product: dot_bf16.h (up to 12 rows, 2 where there is AMX), dot_i16.h
+// (16) or dot_f32.h (8).
 //
 // Formula: y = x W^T + u B^T + bias;  u = scaling * x A^T
 //
@@ -236,10 +236,15 @@ inline bool few_rows_forward(const LinearForwardParams& p) {
             default: break;
         }
     }
-    if constexpr (Dot::kMostRows > 8) {
+    if constexpr (Dot::kMostRows >= 12) {
         switch ((p.m + 1) / 2) {
             case 5: return FewRows<Dot, 10>(p).run();
             case 6: return FewRows<Dot, 12>(p).run();
+            default: break;
+        }
+    }
+    if constexpr (Dot::kMostRows >= 16) {
+        switch ((p.m + 1) / 2) {
             case 7: return FewRows<Dot, 14>(p).run();
             case 8: return FewRows<Dot, 16>(p).run();
             default: break;
