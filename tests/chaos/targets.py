@@ -1,11 +1,13 @@
-"""The commands and functions that write, each with the smallest work there is, and how their output is judged."""
+"""The commands and functions that write, each with the smallest work there is, and how their output is judged.
+
+Everything is imported here: a signal while a command imports would say nothing of how it writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import os
 import sys
@@ -16,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_runs.cases import limits_case
 from safetensors.torch import load_file
+from small.blocks import Model, randomize
+from small.blocks import quantize as quantize_model
 
 from qlora_kernels.bench import command as bench_command
 from qlora_kernels.bench.report import results as bench_results
@@ -128,8 +133,6 @@ def _check_quantized(folder: str) -> None:
 
 def bench(folder: str, given: str) -> int:
     """With figures that are made up: its workers, which measure, write nothing."""
-    from bench_runs.cases import limits_case
-
     case = limits_case()
 
     def run(*_: Any):
@@ -203,19 +206,17 @@ def _check_optimizer(folder: str) -> None:
 
 
 def _model(number: int) -> torch.nn.Module:
-    from small.blocks import Model, quantize, randomize
-
     torch.manual_seed(0)
     model = Model()
-    quantize(model, rank=4 + number % 2)
+    quantize_model(model, rank=4 + number % 2)
     torch.manual_seed(number)
     randomize(model)
     return model
 
 
 def adapter(folder: str, given: str) -> int:
-    models = itertools.cycle([_model(0), _model(1)])  # of different ranks: their files cannot be mixed
-    return _saves(lambda number: save_adapter(next(models), os.path.join(folder, "adapter")))
+    # Two ranks in turn: their files cannot be mixed.
+    return _saves(lambda number: save_adapter(_model(number % 2), os.path.join(folder, "adapter")))
 
 
 def _check_adapter(folder: str) -> None:
