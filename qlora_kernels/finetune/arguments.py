@@ -73,7 +73,7 @@ def _add_model(group: _Group) -> None:
 
 
 def _add_training(group: _Group) -> None:
-    group.add("steps", "optimizer steps (default 300)", type=int)
+    group.add("steps", "optimizer steps (default 200 for the tiny model, else 300)", type=int)
     group.add("epochs", "passes over the training data, instead of --steps", type=float)
     group.add(
         "train_seconds",

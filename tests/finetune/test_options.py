@@ -41,7 +41,7 @@ def test_resolving_fills_every_default_and_changes_nothing_given():
     given = Options(rank=3, seq_len=64)
     settings = given.resolve()
     assert given == Options(rank=3, seq_len=64)
-    assert (settings.rank, settings.seq_len, settings.steps, settings.train_seconds) == (3, 64, 300, 100.0)
+    assert (settings.rank, settings.seq_len, settings.steps, settings.train_seconds) == (3, 64, 200, 100.0)
     assert settings.out == os.path.join("runs", "tiny")
     assert Options(**asdict(settings)).resolve() == settings == settings.resolve()
     for value in (given, settings):
