@@ -80,7 +80,7 @@ class Options:
     tiny_layers: int = 4
     tiny_seq_len: int = 128
     pretrain_steps: int = 630
-    pretrain_seconds: float = 100.0
+    pretrain_seconds: float = 95.0
 
     @property
     def is_tiny(self) -> bool:
