@@ -27,10 +27,11 @@ from .report import results as result_files
 from .report.ratios import find_contender
 from .timing.machine import result_name
 from .timing.measure import failed_ours
-from .worker import OutOfTime, Worker, failed_case
+from .worker import PREPARE_SECONDS, OutOfTime, Worker, failed_case
 
 #: A case needs this much time to be worth beginning.
 _LEAST_SECONDS = 2.0
+_BARS_PATIENCE = 100.0
 
 
 def command(namespace: argparse.Namespace) -> int:
@@ -88,7 +89,10 @@ def _measure(
     results = result_files.begin(settings, options.sweep_of(namespace), limited)
     with _Signals() as signals:
         try:
-            with contextlib.closing(run(points, settings, minutes, namespace.retries, show)) as cases:
+            # What takes so long again and again is no rival, and --bars is for all the cases at once.
+            patience = _BARS_PATIENCE if namespace.bars else PREPARE_SECONDS
+            taken = run(points, settings, minutes, namespace.retries, show, patience)
+            with contextlib.closing(taken) as cases:
                 for case in cases:
                     results["cases"].append(case)
                     _save(results, out)  # a kill leaves what was measured until then
@@ -147,6 +151,7 @@ def run(
     minutes: float | None = None,
     retries: int = 0,
     progress: Callable[[Point | None, str], None] = lambda point, text: None,
+    patience: float = PREPARE_SECONDS,
     begin: Callable[..., Any] | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Measures points, each in a process of its own.
@@ -159,12 +164,14 @@ def run(
         retries: while other processes take more than QUIET of the machine, a case is measured again up to so many
             times. Of the measurements that did not fail the one that was disturbed least is kept, whatever it says.
         progress: called with the point and a few words.
+        patience: seconds for a contender to be set up and verified, or for a round of it.
         begin: what makes a measurement in the other process; by default that of the point's operation.
 
     Yields:
         Cases, as :meth:`qlora_kernels.bench.timing.measure.Measurement.result` gives them.
     """
     with Worker() if begin is None else Worker(begin=begin) as worker:
+        worker.prepare_seconds = patience
         if minutes is not None:
             worker.deadline = time.monotonic() + 60 * minutes
         for number, point in enumerate(points):

@@ -35,6 +35,7 @@ class Runner:
     typical: float = 0.0
     seconds: list[float] = field(default_factory=list)
     calls: int = 0
+    known: bool = False  # one call, the verified one, says enough
 
     @property
     def set_up(self) -> Ready:
@@ -81,6 +82,8 @@ class Measurement:
     CALLS_BESIDE = 25
     # One slower than this is warm after the calls that are verified, and not called once more for its peak memory.
     SLOW = 2.0
+    # A rival slower than this is not called again: torch's bf16 products without bf16 instructions take minutes.
+    ENDLESS = 10.0
 
     def __init__(
         self,
@@ -101,7 +104,8 @@ class Measurement:
                 self._prepare(runner, contender)
         if case.beside is not None:
             self._again_beside()
-        estimate = sum(r.typical * (self._timed_calls(r) + (r.typical < self.SHORT)) for r in self.running)
+        repeated = [runner for runner in self.running if not runner.known]
+        estimate = sum(r.typical * (self._timed_calls(r) + (r.typical < self.SHORT)) for r in repeated)
         wanted = int(settings.seconds / estimate) if estimate else 0
         self.rounds = min(max(wanted, settings.min_rounds), settings.max_rounds) if self.running else 0
         self._others = OtherProcesses()
@@ -126,6 +130,9 @@ class Measurement:
                 runner.error = error if runner.error is None else max(runner.error, error)
                 if not error <= ready.limit:
                     raise WrongResult(f"wrong result: error {error:.2e}, allowed {ready.limit:.0e}")
+                if runner.typical >= self.ENDLESS and runner is not self.runners[0]:
+                    runner.known, runner.seconds = True, [runner.typical]
+                    break
             if runner.typical < self.SLOW:
                 runner.peak = peak_allocated(lambda: ready.run(0), self.settings.device)
                 runner.typical = runner.once()
@@ -165,7 +172,7 @@ class Measurement:
 
     def round(self) -> float:
         """One round; returns the mean seconds of the first contender's calls in it, NaN where it has failed."""
-        running = self.running
+        running = [runner for runner in self.running if not runner.known]
         if not running:
             return math.nan
         start = self.rounds_done % len(running)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,28 @@ def test_missing_contender_is_reported_not_invented():
     assert case["contenders"][0]["samples"] > 0
     text = table.terminal({**results.begin(TINY, "usual"), "cases": [case]})
     assert text.count("not installed (bitsandbytes)") == 2, "in the figures and in the ratios"
+
+
+def test_a_rival_that_takes_for_ever_is_called_once(monkeypatch):
+    """The call that is verified is its figure; it does not decide how many rounds the others get."""
+    monkeypatch.setattr(Measurement, "ENDLESS", 0.05)
+    calls: list[int] = []
+
+    def prepare():
+        def call(index):
+            calls.append(index)
+            time.sleep(0.06)
+            return torch.tensor(2.0)
+
+        return Ready(call, lambda y: abs(y.item() - 2), 0.1, bytes=8, copies=4)
+
+    case = measured_case(fake(prepare))
+    ours, other = case["contenders"]
+    assert calls == [0]
+    assert other["samples"] == 1
+    assert other["error"] == 0
+    assert 60 <= other["median_ms"] == other["q20_ms"] < 1000
+    assert ours["samples"] > 1
 
 
 def test_failing_contender_is_reported_with_its_reason():
