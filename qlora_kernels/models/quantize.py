@@ -97,7 +97,8 @@ def quantize_model(
         target_modules: which layers get an adapter, as in PEFT: "all-linear", names (a full name, or its last
             components) or a regular expression for the full name. The other layers are quantized all the same. Back
             references and other features that take unbounded time to match are refused.
-        skip: layers to leave dense, also by names or by a regular expression.
+        skip: layers to leave dense, also by names or by a regular expression. The name of a module in a list stands
+            for all layers in it.
         adapter_dtype: dtype of the adapters, by default that of each layer; float32 keeps master copies.
         compute_dtype: dtype of bias and adapters, by default that of each dense weight.
         progress: show a bar, when tqdm is installed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def plan(
         _check_patterns(argument, patterns)
     # The constructor checks the dtypes; on meta it allocates nothing.
     QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
+    _check_skip(model, skip)
     quantized, left_alone = _candidates(model, skip)
     if not quantized:
         others = listed((f"{name}: {reason}" for name, reason in left_alone.items()), separator="; ") or "none"
@@ -112,6 +114,47 @@ def _check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
         raise TypeError(f"{argument} should be a regular expression or a list of names, found {patterns!r}")
 
 
+def _check_skip(model: nn.Module, skip: str | Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: for a pattern that matches nothing in the model: a typo would quantize what should stay dense.
+            "lm_head", which is there by default, may be missing.
+    """
+    names = dict.fromkeys(name for name, _ in (*model.named_modules(), *model.named_parameters()))
+    patterns = [skip] if isinstance(skip, str) else [[pattern] for pattern in skip]
+    for pattern in patterns:
+        if pattern in ("lm_head", ["lm_head"]):
+            continue
+        if not any(matches(name, pattern) for name in names):
+            text = pattern if isinstance(pattern, str) else pattern[0]
+            linear = _ends([name for name, module in model.named_modules() if _linear_like(module)])
+            close = difflib.get_close_matches(text, linear, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"skip: {text!r} matches nothing in the model; {hint}linear layers: {listed(linear)}")
+
+
+def _skipped(name: str, skip: str | Sequence[str]) -> bool:
+    """Whether a layer is named in ``skip``, or in a list there one of the modules around it."""
+    if matches(name, skip):
+        return True
+    if isinstance(skip, str):
+        return False
+    around = [name[: end - 1] for end in ends(name)[1:]]
+    # A number alone means a layer: every list of blocks has a "0".
+    words = [pattern for pattern in skip if not pattern.isdigit()]
+    return any(matches(module, words) for module in around)
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Weights of several layers in one parameter: a mixture's experts, as recent models of transformers have them."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and parameter.is_floating_point() and parameter.shape[0] > 1:
+                yield (f"{name}.{key}" if name else key), parameter
+
+
 def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Names of the layers to quantize, and of linear-like layers to leave alone with the reason."""
     ties = _ties(model)
@@ -127,6 +170,9 @@ def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str],
             names.append(name)
         else:
             left_alone[name] = reason
+    for name, stack in _stacks(model):
+        size = stack.numel() * stack.element_size() / 2**20
+        left_alone[name] = f"{stack.shape[0]} matrices in one parameter, such as experts; {size:.1f} MiB stay dense"
     return names, left_alone
 
 
@@ -139,7 +185,7 @@ def _linear_like(module: nn.Module) -> bool:
 
 def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str | Sequence[str]) -> str | None:
     """Why a linear-like layer is left alone, or None."""
-    if matches(name, skip):
+    if _skipped(name, skip):
         return "named in skip"
     if isinstance(module, QLinear):
         return "4-bit already"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from qlora_kernels.errors import InputError
 from qlora_kernels.finetune import data, tiny
 
 
@@ -66,6 +68,47 @@ def test_jsonl_splits_without_repeating_examples(tmp_path):
     assert loaded.train.examples
     assert not held_out & {tuple(ids) for ids, _ in loaded.train.examples}
     assert all(ids[-1] == tiny.END for ids, _ in loaded.train.examples)
+
+
+def test_pairs_come_from_arrays_and_tables_too(tmp_path):
+    """As from JSONL; once, an array and a table were text to train on."""
+    pairs = [("one, two", 'three "quoted"\nlines'), ("é", "x" * 200_000)]
+    rows = [{"prompt": prompt, "completion": completion, "source": "s"} for prompt, completion in pairs]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name, delimiter in (("a.csv", ","), ("a.TSV", "\t")):
+        with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["source", "prompt", "completion"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    limit = csv.field_size_limit()
+    for name in ("a.json", "a.csv", "a.TSV"):
+        assert data.read_pairs(str(tmp_path / name)) == pairs, name
+        assert data.load_data(str(tmp_path / name), tiny.encode, tiny.END, 32, 0.5, 0).summary["kind"] == "pairs"
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.json", '{"prompt": "a", "completion": "b"}', r"a\.json: a JSON array of objects .* ends in \.txt"),
+        ("a.json", "[", r"a\.json: not JSON"),
+        ("a.json", "[1]", "element 1: expected an object"),
+        ("a.json", '[{"prompt": "a"}]', "element 1: expected an object"),
+        ("a.json", " ", "is empty; rows with"),
+        ("a.json", "[]", "is empty; rows with"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.csv", "", "is empty; rows with"),
+        ("a.csv", "prompt,completion\n", "is empty; rows with"),
+        ("a.csv", "prompt,answer\na,b\n", "name the columns, 'completion' among them, and has prompt, answer"),
+        ("a.csv", "prompt,completion\na\n", "line 2: expected an object"),
+        ("a.csv", 'prompt,completion\na,"b\n', "unexpected end of data"),
+        ("a.tsv", "prompt,completion\na,b\n", "'prompt' and 'completion' among them"),
+    ],
+)
+def test_arrays_and_tables_that_hold_no_pairs(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=words):
+        data.load_data(str(tmp_path / name), tiny.encode, tiny.END, 32, 0.5, 0)
 
 
 def test_a_pair_that_is_too_long_keeps_some_of_both(tmp_path):

@@ -210,7 +210,8 @@ def fail_at(monkeypatch, count, error):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rank": 0}, {"target_modules": ["layers.0.q_proj", "v_proj"]}, {"device": "cpu"}, {"skip": "x.*"}]
+    "options",
+    [{}, {"rank": 0}, {"target_modules": ["layers.0.q_proj", "v_proj"]}, {"device": "cpu"}, {"skip": "lm_.*"}],
 )
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), KeyboardInterrupt()])
 def test_what_failed_in_the_middle_goes_on_in_a_second_call(monkeypatch, options, error):

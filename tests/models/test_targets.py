@@ -40,6 +40,45 @@ def test_skip_takes_names_and_expressions(skip):
     assert report.quantized == [*LINEARS, "lm_head"]
 
 
+def test_a_skip_that_matches_nothing_is_refused():
+    """A typo must not quantize what should stay dense; the default "lm_head" may be missing."""
+    for skip in (["lmhead"], "lmhead"):
+        model = Model()
+        with pytest.raises(ValueError, match=r"skip: 'lmhead' matches nothing in the model; did you mean 'lm_head'\?"):
+            quantize(model, skip=skip)
+        assert quantized(model) == []
+    assert quantize(nn.Sequential(nn.Linear(64, 64))).quantized == ["0"]
+    assert quantize(nn.Sequential(nn.Linear(64, 64)), skip=["lm_head"]).quantized == ["0"]
+
+
+def test_skip_takes_the_module_around_layers():
+    report = quantize(Model(), skip=["layers.0", "lm_head"])
+    assert report.left_alone == {n: "named in skip" for n in [*LINEARS, "lm_head"] if n[:8] in ("layers.0", "lm_head")}
+    assert report.quantized
+    nested = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"a": nn.Linear(64, 64)}) for _ in range(2)])})
+    nested["0"] = nn.Linear(64, 64)
+    report = quantize(nested, skip=["0"])
+    assert report.left_alone == {"0": "named in skip"}, "a number is no block's name"
+    assert report.quantized == ["blocks.0.a", "blocks.1.a"]
+
+
+def test_stacked_experts_are_reported():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(4, 128, 64))
+            self.position = nn.Parameter(torch.randn(1, 16, 64))
+
+    model = nn.ModuleDict(
+        {"experts": Experts(), "up": nn.Linear(64, 64), "conv": nn.Conv1d(64, 64, 3), "pair": nn.Bilinear(64, 64, 8)}
+    )
+    report = quantize(model)
+    assert report.left_alone == {
+        "experts.gate_up_proj": "4 matrices in one parameter, such as experts; 0.1 MiB stay dense"
+    }
+    assert "experts.gate_up_proj: 4 matrices" in str(report)
+
+
 def test_tied_weights_are_left_alone():
     model = Model(tied=True)
     report = quantize(model, skip=())

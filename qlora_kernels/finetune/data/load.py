@@ -11,7 +11,7 @@ import torch
 
 from ...errors import InputError
 from .batches import Pairs, Windows
-from .read import read_documents, read_pairs
+from .read import has_pairs, read_documents, read_pairs
 
 _HELD_OUT_CHUNKS = 4
 
@@ -78,7 +78,7 @@ def load_data(path: str | None, encode: Encode, end: int | None, seq_len: int, h
     """Reads, splits and encodes.
 
     Args:
-        path: see :func:`.read.read_documents`; a file whose name ends in .jsonl holds pairs.
+        path: see :func:`.read.read_documents`; a file whose name ends in .jsonl, .json, .csv or .tsv holds pairs.
         encode: text to token ids.
         end: the id that ends a document, if the tokenizer has one.
         seq_len: tokens in a sequence; longer pairs are cut.
@@ -88,7 +88,7 @@ def load_data(path: str | None, encode: Encode, end: int | None, seq_len: int, h
     Raises:
         InputError: for data that cannot be read or is too short.
     """
-    if path is not None and path.lower().endswith(".jsonl"):
+    if path is not None and has_pairs(path):
         return _load_pairs(path, encode, end, seq_len, held_out, seed)
     return _load_text(path, encode, end, seq_len, held_out, seed)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+from collections.abc import Iterator
+from typing import Any
 
-from ...errors import InputError, sentence
+from ...errors import InputError, listed, sentence
 from ...storage.regular_file import open_regular
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".text", ".tex", ".html", ".c", ".h", ".cpp", ".json", ".csv")
+_PAIR_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+_AS_TEXT = "to train on the file as text, give it a name that ends in .txt"
 
 
 def language_reference() -> list[str]:
@@ -73,28 +79,79 @@ def read_documents(path: str | None) -> list[str]:
     return documents
 
 
+def has_pairs(path: str) -> bool:
+    """Whether a path is of a kind that holds pairs, by its name."""
+    return os.path.splitext(path)[1].lower() in _PAIR_SUFFIXES and not os.path.isdir(path)
+
+
 def read_pairs(path: str) -> list[tuple[str, str]]:
-    """(prompt, completion) from each line of a JSONL file.
+    """(prompt, completion) from each row of a file.
+
+    A row is a line of a JSONL file, an element of the array in a JSON file, or a record of a CSV or TSV file whose
+    first line names the columns.
 
     Raises:
-        InputError: for a line that is no object with these; the sentence names the line.
+        InputError: for a row without these; the sentence says which.
     """
-    lines = enumerate(read_text(path).split("\n"), 1)
-    pairs = [_parse_pair(line, f"--data {path}, line {number}") for number, line in lines if line.strip()]
+    suffix = os.path.splitext(path)[1].lower()
+    rows = {".json": _array, ".csv": _table, ".tsv": _table}.get(suffix, _lines)
+    pairs = [_pair(row, where) for row, where in rows(path)]
     if not pairs:
-        raise InputError(f"--data {path} is empty; lines with 'prompt' and 'completion' were expected")
+        raise InputError(f"--data {path} is empty; rows with 'prompt' and 'completion' were expected")
     return pairs
 
 
-def _parse_pair(line: str, where: str) -> tuple[str, str]:
+def _lines(path: str) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            where = f"--data {path}, line {number}"
+            yield _parsed(line, where), where
+
+
+def _array(path: str) -> Iterator[tuple[Any, str]]:
+    text = read_text(path)
+    rows = _parsed(text, f"--data {path}") if text.strip() else []
+    if not isinstance(rows, list):
+        raise InputError(
+            f"--data {path}: a JSON array of objects with 'prompt' and 'completion' was expected; {_AS_TEXT}"
+        )
+    for number, row in enumerate(rows, 1):
+        yield row, f"--data {path}, element {number}"
+
+
+def _table(path: str) -> Iterator[tuple[Any, str]]:
+    text = read_text(path)
+    before = csv.field_size_limit(max(len(text), 1))  # 128 KiB unless told: less than a long completion
     try:
-        row = json.loads(line)
+        delimiter = "\t" if path.lower().endswith(".tsv") else ","
+        records = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+        columns = list(records.fieldnames or []) if text.strip() else ["prompt", "completion"]
+        missing = [name for name in ("prompt", "completion") if name not in columns]
+        if missing:
+            raise InputError(
+                f"--data {path}: its first line should name the columns, {' and '.join(map(repr, missing))} among "
+                f"them, and has {listed(columns)}; {_AS_TEXT}"
+            )
+        for row in records:
+            yield row, f"--data {path}, line {records.line_num}"
+    except csv.Error as error:
+        raise InputError(f"--data {path}: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg})") from None
     except RecursionError:
         raise InputError(f"{where}: brackets nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{where}: {sentence(error)}") from None
+
+
+def _pair(row: Any, where: str) -> tuple[str, str]:
     prompt, completion = (row.get(key) if isinstance(row, dict) else None for key in ("prompt", "completion"))
     if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
         raise InputError(f"{where}: expected an object with the strings 'prompt' and 'completion' (not empty)")
