@@ -89,7 +89,7 @@ def _measure(
     results = result_files.begin(settings, options.sweep_of(namespace), limited)
     with _Signals() as signals:
         try:
-            # What takes so long again and again is no rival, and --bars is for all the cases at once.
+            # --bars has many cases to get through, and some rivals would take minutes in each.
             patience = _BARS_PATIENCE if namespace.bars else PREPARE_SECONDS
             taken = run(points, settings, minutes, namespace.retries, show, patience)
             with contextlib.closing(taken) as cases:
