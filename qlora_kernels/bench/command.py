@@ -50,22 +50,24 @@ def command(namespace: argparse.Namespace) -> int:
     if namespace.show:
         print(table.terminal(result_files.load(namespace.show)))
         return 0
-    points = options.points_of(namespace)
-    if namespace.list:
-        print("\n".join(map(str, points)))
-        return 0
-    settings = options.settings_of(namespace)
-    options.check_device(points, settings.device)
-    points = options.on_device(points, settings.device)
+    options.points_of(namespace)  # raises before anything is started
     with limited_to(namespace.isa) as limited:
+        slow = options.slow_dtype(namespace)
+        points = options.points_of(namespace, "float32" if slow else "bfloat16")
+        if slow:
+            print(f"qlora-kernels bench: {table.slow_line(slow)}", file=sys.stderr)
+        if namespace.list:
+            print("\n".join(map(str, points)))
+            return 0
+        settings = options.settings_of(namespace)
+        options.check_device(points, settings.device)
+        points = options.on_device(points, settings.device)
         if namespace.rivals and not (namespace.out or namespace.into):
             return rivals.show(run(points, settings, options.minutes_of(namespace, settings.device)))
-        return _to_file(namespace, points, settings, limited)
+        return _to_file(namespace, points, settings, {"limited": limited, "slow_bfloat16": slow})
 
 
-def _to_file(
-    namespace: argparse.Namespace, points: list[Point], settings: Settings, limited: dict[str, Any] | None
-) -> int:
+def _to_file(namespace: argparse.Namespace, points: list[Point], settings: Settings, machine: dict[str, Any]) -> int:
     """Measures, and writes; returns the exit code."""
     out = namespace.out or f"bench-{settings.device}-{datetime.datetime.now():%Y%m%d-%H%M%S}.jsonl"
     if namespace.into:
@@ -73,7 +75,7 @@ def _to_file(
     out = os.path.realpath(out) if os.path.islink(out) else out
     _check_writable(out)
     with claimed(claim_of(os.path.abspath(out)), out):
-        return _measure(namespace, points, settings, out, limited)
+        return _measure(namespace, points, settings, out, machine)
 
 
 def _measure(
@@ -81,15 +83,15 @@ def _measure(
     points: list[Point],
     settings: Settings,
     out: str,
-    limited: dict[str, Any] | None = None,
+    machine: dict[str, Any] | None = None,
 ) -> int:
     """Measures, and writes to ``out``; returns the exit code."""
     minutes = options.minutes_of(namespace, settings.device)
     show = _progress(len(points), namespace.quiet)
-    results = result_files.begin(settings, options.sweep_of(namespace), limited)
+    results = result_files.begin(settings, options.sweep_of(namespace), machine)
     with _Signals() as signals:
         try:
-            # What takes so long again and again is no rival, and --bars is for all the cases at once.
+            # --bars has many cases to get through, and some rivals would take minutes in each.
             patience = _BARS_PATIENCE if namespace.bars else PREPARE_SECONDS
             taken = run(points, settings, minutes, namespace.retries, show, patience)
             with contextlib.closing(taken) as cases:

@@ -7,10 +7,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import InputError
+from ..native.bfloat16 import slow_bfloat16
 from .case import OURS, Settings
 from .contenders.names import DENSE, DENSE_F32, GGML, INT4
 from .instruction_sets import SETS
@@ -58,7 +60,6 @@ _DEFAULTS = {
     "shapes": [(N, K)],
     "rows": [1, 16, 512],
     "ranks": [RANK],
-    "dtypes": ["bfloat16"],
     "models": ["llama-2-7b"],
 }
 #: What --rivals measures.
@@ -94,7 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--shapes", metavar="NxK,...", help=f"weights, such as {N}x{K},11008x4096")
     what.add_argument("--rows", metavar="M,...", help="rows of x, such as 1,16,512")
     what.add_argument("--ranks", metavar="R,...", help="of the adapter, such as 0,16,64; 0 for none")
-    what.add_argument("--dtypes", metavar="NAMES", help=", ".join(DTYPES))
+    what.add_argument(
+        "--dtypes",
+        metavar="NAMES",
+        help=f"{', '.join(DTYPES)} (default: bfloat16; where it is slow, float32, but not for --bars)",
+    )
     what.add_argument("--models", metavar="NAMES", help=", ".join(name for name in MODELS if name != "tiny"))
     what.add_argument("--list", action="store_true", help="show what would be measured, and end")
     how = parser.add_argument_group("how")
@@ -131,8 +136,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def points_of(namespace: argparse.Namespace) -> list[Point]:
+def slow_dtype(namespace: argparse.Namespace) -> str | None:
+    """Why float32 is measured rather than bfloat16, as a clause; None where bfloat16 is, or the user has chosen.
+
+    To be called within :func:`qlora_kernels.bench.instruction_sets.limited_to`.
+
+    Products in bfloat16 are emulated on some machines, and nobody would use them there. The bars are for bfloat16.
+    """
+    if namespace.dtypes is not None or namespace.bars or namespace.card:
+        return None
+    why = slow_bfloat16(_device(namespace))
+    return f"--isa {namespace.isa} leaves out the processor's bfloat16 instructions" if why and namespace.isa else why
+
+
+def points_of(namespace: argparse.Namespace, dtype: str = "bfloat16") -> list[Point]:
     """What to measure: a sweep, cut down to some operations; or, with an axis given, every combination.
+
+    Args:
+        namespace: the flags.
+        dtype: of activations and results, where no flag says which.
 
     Raises:
         InputError: for a value that no operation has.
@@ -147,21 +169,22 @@ def points_of(namespace: argparse.Namespace) -> list[Point]:
     }
     given = {name: parsers[name](text) for name, text in _chosen(namespace).items()}
     operations = given.pop("operations", None)
-    given = {name: given.get(name) for name in _DEFAULTS}
+    given = {name: given.get(name) for name in ("dtypes", *_DEFAULTS)}
+    usual = {**_DEFAULTS, "dtypes": [dtype]}
     if any(given.values()):
-        points = _combined(operations or ["linear_forward"], given)
+        points = _combined(operations or ["linear_forward"], given, usual)
     else:
-        points = SWEEPS[_sweep(namespace)]()
+        points = SWEEPS[_sweep(namespace)](dtype)
         if operations is not None:
             points = [p for p in points if p.operation in (*operations, "limits")]
             missing = [name for name in operations if name not in {p.operation for p in points}]
-            points += _combined(missing, given) if missing else []
+            points += _combined(missing, given, usual) if missing else []
     return list(dict.fromkeys(points))
 
 
 def _chosen(namespace: argparse.Namespace) -> dict[str, str]:
     """Operations and axes, as far as they were given, as they were given."""
-    texts = {name: getattr(namespace, name) for name in ("operations", *_DEFAULTS)}
+    texts = {name: getattr(namespace, name) for name in ("operations", "dtypes", *_DEFAULTS)}
     return {name: text for name, text in texts.items() if text is not None}
 
 
@@ -175,21 +198,23 @@ def sweep_of(namespace: argparse.Namespace) -> str:
     return " ".join([_sweep(namespace), *chosen])
 
 
-def _combined(operations: Sequence[str], given: dict[str, list | None]) -> list[Point]:
+def _combined(operations: Sequence[str], given: dict[str, list | None], usual: dict[str, list[Any]]) -> list[Point]:
+    """Every combination of what was given, and of what is usual where nothing was."""
+    dtypes = given["dtypes"] or usual["dtypes"]
     for name in (name for name, values in given.items() if values):
         if not any(name in AXES[operation] for operation in operations):
             raise InputError(f"--{name} says nothing about {', '.join(operations)}")
     points = []
     if "limits" not in operations:
-        points += [Point("limits", dtype) for dtype in given["dtypes"] or _DEFAULTS["dtypes"]]
+        points += [Point("limits", dtype) for dtype in dtypes]
     for operation in operations:
         if operation == "gpt2_forward":
-            points += gpt2(given["ranks"], given["dtypes"] or _DEFAULTS["dtypes"])
+            points += gpt2(given["ranks"], dtypes)
             continue
         if operation == "rank_study" and not given["ranks"]:
             points += rank_study()
             continue
-        axes = {name: (given[name] or _DEFAULTS[name]) if name in AXES[operation] else [None] for name in _DEFAULTS}
+        axes = {name: (given[name] or usual[name]) if name in AXES[operation] else [None] for name in usual}
         ranks = [r for r in axes["ranks"] if r or operation not in _NEEDS_ADAPTER]
         if not ranks:
             raise InputError(f"{operation} needs an adapter: --ranks should hold a number above 0")
@@ -215,10 +240,8 @@ def settings_of(namespace: argparse.Namespace) -> Settings:
     Raises:
         InputError: for a device that is not there, and for numbers out of range.
     """
-    device = namespace.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
+    device = _device(namespace)
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device cuda: torch {torch.__version__} sees no card here")
     threads = torch.get_num_threads() if namespace.threads is None else namespace.threads
     if threads < 1:
@@ -239,6 +262,12 @@ def settings_of(namespace: argparse.Namespace) -> Settings:
         raise InputError(f"--isa {namespace.isa} is for a CPU; add --device cpu")
     only = RIVALS if namespace.rivals else ()
     return Settings(device, threads, cache_bytes=largest_cache(device), seconds=seconds, max_rounds=rounds, only=only)
+
+
+def _device(namespace: argparse.Namespace) -> str:
+    if namespace.device != "auto":
+        return namespace.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(points: Sequence[Point], device: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -131,7 +131,7 @@ def shapes_of(*models: str) -> list[tuple[int, int]]:
     return list(dict.fromkeys(shape for model in models for shape in MODELS[model].linears.values()))
 
 
-def _limits(dtypes: Sequence[str] = ("bfloat16",)) -> Iterator[Point]:
+def _limits(*dtypes: str) -> Iterator[Point]:
     for dtype in dtypes:
         yield Point("limits", dtype)
 
@@ -173,79 +173,79 @@ def rank_study(ranks: Sequence[int] | None = None) -> list[Point]:
     return [Point("rank_study", rank=rank) for rank in ranks or (1, 2, 4, 8, 64)]
 
 
-def cpu_bars() -> list[Point]:
-    """Every point for which there is a bar on a CPU."""
+def cpu_bars(dtype: str = "bfloat16") -> list[Point]:
+    """Every point for which there is a bar on a CPU, in another dtype if one is given; the bars are for bf16."""
     shapes = ((N, K), (WIDE, K))
     return [
-        *_limits(),
+        *_limits(dtype),
         *_points("quantize", dtype="float32"),
-        *_points("dequantize", shapes=shapes),
-        *_linear((1, 4, 16, 64, 512, 2048), (0,), shapes),
-        *_points("linear_busy", (1,), shapes=shapes),
-        *_points("linear_step", (16, 512), (RANK,), shapes),
+        *_points("dequantize", shapes=shapes, dtype=dtype),
+        *_linear((1, 4, 16, 64, 512, 2048), (0,), shapes, dtype),
+        *_points("linear_busy", (1,), shapes=shapes, dtype=dtype),
+        *_points("linear_step", (16, 512), (RANK,), shapes, dtype),
         *_optimizer(OPTIMIZER[:3]),
     ]
 
 
-def quick() -> list[Point]:
+def quick(dtype: str = "bfloat16") -> list[Point]:
     """One look at each operation; decoding is forward at M = 1."""
     return [
-        *_limits(),
+        *_limits(dtype),
         *_points("quantize", dtype="float32"),
-        *_points("dequantize"),
-        *_linear((1, 512), (0,)),
-        *_points("linear_dx", (512,)),
-        *_points("linear_step", (16, 512), (RANK,)),
-        Point("block_step", m=128, rank=RANK, model="llama-2-7b"),
+        *_points("dequantize", dtype=dtype),
+        *_linear((1, 512), (0,), dtype=dtype),
+        *_points("linear_dx", (512,), dtype=dtype),
+        *_points("linear_step", (16, 512), (RANK,), dtype=dtype),
+        Point("block_step", dtype, m=128, rank=RANK, model="llama-2-7b"),
         *_optimizer(("adamw_step",)),
         Point("finetune", rank=RANK),
     ]
 
 
-def usual() -> list[Point]:
-    """What the tables and plots in README and docs/ need."""
+def usual(dtype: str = "bfloat16") -> list[Point]:
+    """In bf16, what the tables and plots in README and docs/ need."""
     return [
-        *_limits(),
+        *_limits(dtype),
         *_points("quantize", dtype="float32"),
         *_points("quantize"),
-        *_points("dequantize"),
-        *_points("dequantize_out"),
-        *_linear((1, 4, 16, 64, 512, 2048), (0, RANK)),
-        *_linear((1, 16, 512), (0,), ((11008, 4096), (4096, 11008), (1024, 4096))),
-        *_points("linear_dx", (16, 512)),
-        *_points("linear_step", (16, 512), (RANK,)),
-        *_points("linear_step", (512,), (0, 1, 4, 64, 256)),
-        Point("decode", m=1, rank=RANK, model="llama-2-7b"),
-        Point("block_step", m=512, rank=RANK, model="llama-2-7b"),
-        Point("block_step", m=64, rank=RANK, model="llama-3-70b"),
+        *_points("dequantize", dtype=dtype),
+        *_points("dequantize_out", dtype=dtype),
+        *_linear((1, 4, 16, 64, 512, 2048), (0, RANK), dtype=dtype),
+        *_linear((1, 16, 512), (0,), ((11008, 4096), (4096, 11008), (1024, 4096)), dtype),
+        *_points("linear_dx", (16, 512), dtype=dtype),
+        *_points("linear_step", (16, 512), (RANK,), dtype=dtype),
+        *_points("linear_step", (512,), (0, 1, 4, 64, 256), dtype=dtype),
+        Point("decode", dtype, m=1, rank=RANK, model="llama-2-7b"),
+        Point("block_step", dtype, m=512, rank=RANK, model="llama-2-7b"),
+        Point("block_step", dtype, m=64, rank=RANK, model="llama-3-70b"),
         *_optimizer(),
         Point("finetune", rank=RANK),
-        *(point for point in cpu_bars() if point.n == WIDE or point.operation == "linear_busy"),
+        *(point for point in cpu_bars(dtype) if point.n == WIDE or point.operation == "linear_busy"),
     ]
 
 
-def full() -> list[Point]:
+def full(dtype: str = "bfloat16") -> list[Point]:
     """Every axis: rows from 1 to 16384, the layers of three models, ranks from 0 to 256, three dtypes."""
     rows = tuple(4**i for i in range(8))  # 1 to 16384
     shapes = shapes_of("llama-2-7b", "llama-3-8b", "llama-3-70b")
     others = [shape for shape in shapes if shape != (N, K)]
     ranks = (0, 1, 4, 16, 64, 256)
     points = [
-        *_limits(DTYPES),
-        *usual()[1:],
-        *_linear(rows, (0, RANK)),
-        *_linear((1, 16, 64, 512, 4096), (0,), others),
-        *_points("linear_dx", (1, 16, 512, 4096)),
-        *_points("linear_step", (512, 4096), ranks),
-        *_points("linear_backward", (512, 4096), (RANK,)),
-        *_points("linear_step", (512,), (RANK,), others),
-        *(p for dtype in DTYPES[1:] for p in _linear((1, 16, 512), (0, RANK), dtype=dtype)),
-        *(p for dtype in DTYPES[1:] for p in _points("dequantize", dtype=dtype)),
+        *_limits(*DTYPES),
+        *usual(dtype)[1:],
+        *_linear(rows, (0, RANK), dtype=dtype),
+        *_linear((1, 16, 64, 512, 4096), (0,), others, dtype),
+        *_points("linear_dx", (1, 16, 512, 4096), dtype=dtype),
+        *_points("linear_step", (512, 4096), ranks, dtype=dtype),
+        *_points("linear_backward", (512, 4096), (RANK,), dtype=dtype),
+        *_points("linear_step", (512,), (RANK,), others, dtype),
+        *(p for one in DTYPES for p in _linear((1, 16, 512), (0, RANK), dtype=one)),
+        *(p for one in DTYPES for p in _points("dequantize", dtype=one)),
         *_points("quantize", shapes=others),
-        *_points("dequantize", shapes=others),
-        *(Point("decode", m=1, rank=RANK, model=model) for model in ("llama-3-8b", "llama-3-70b")),
-        Point("block_step", m=512, rank=RANK, model="llama-3-8b"),
-        *gpt2(),
+        *_points("dequantize", shapes=others, dtype=dtype),
+        *(Point("decode", dtype, m=1, rank=RANK, model=model) for model in ("llama-3-8b", "llama-3-70b")),
+        Point("block_step", dtype, m=512, rank=RANK, model="llama-3-8b"),
+        *gpt2(dtypes=(dtype,)),
     ]
     return list(dict.fromkeys(points))
 
@@ -256,29 +256,37 @@ CPU_OPERATIONS = ("linear_busy",)
 CARD_OPERATIONS = ("adamw_paged_step", "adamw_budget_step")
 
 
-def card() -> list[Point]:
+def card(dtype: str = "bfloat16") -> list[Point]:
     """What the check on a card times: every bar's point, and what stands beside it. The bars come first."""
     weights = ((8192, 8192), (4096, 4096), (14336, 4096))
     products = ((4096, 4096), (14336, 4096))
     training = (4096, 2048)
     return [
-        *_limits(),
-        *(p for dtype in DTYPES for p in _points("dequantize", shapes=weights, dtype=dtype)),
-        *_linear((1, 16, 64, 512, 4096), (0,), products),
-        *_points("linear_forward", training, (RANK,)),
-        *_points("linear_backward", training, (RANK,)),
-        *_points("linear_step", training, (RANK,)),
+        *_limits(dtype),
+        *(p for one in DTYPES for p in _points("dequantize", shapes=weights, dtype=one)),
+        *_linear((1, 16, 64, 512, 4096), (0,), products, dtype),
+        *_points("linear_forward", training, (RANK,), dtype=dtype),
+        *_points("linear_backward", training, (RANK,), dtype=dtype),
+        *_points("linear_step", training, (RANK,), dtype=dtype),
         *_optimizer(("adamw_step", *CARD_OPERATIONS, "adamw_8bit_step", "lion_step")),
-        *(p for dtype in ("bfloat16", "float32") for p in _points("quantize", shapes=weights, dtype=dtype)),
+        *(p for one in ("bfloat16", "float32") for p in _points("quantize", shapes=weights, dtype=one)),
     ]
 
 
-def rivals() -> list[Point]:
+def rivals(dtype: str = "bfloat16") -> list[Point]:
     """A kernel developer's look at forward, for a few of its contenders."""
-    return [*_linear((1, 4, 16, 64, 512), (0,))]
+    return [*_linear((1, 4, 16, 64, 512), (0,), dtype=dtype)]
 
 
-SWEEPS = {"quick": quick, "usual": usual, "full": full, "card": card, "bars": cpu_bars, "rivals": rivals}
+#: Each takes the dtype of activations and results; without one it is bf16, which the bars are for.
+SWEEPS: dict[str, Callable[..., list[Point]]] = {
+    "quick": quick,
+    "usual": usual,
+    "full": full,
+    "card": card,
+    "bars": cpu_bars,
+    "rivals": rivals,
+}
 #: Minutes that a sweep may take, by device; None for as long as it takes.
 MINUTES = {"quick": 1.9, "usual": None, "full": None, "card": 2.25, "bars": None, "rivals": 0.95}
 FULL_MINUTES_CUDA = 7.5

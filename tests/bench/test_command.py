@@ -99,6 +99,42 @@ def test_points_by_axes():
     ]
 
 
+def test_float32_where_bfloat16_is_slow(monkeypatch, capsys):
+    monkeypatch.setattr(options, "slow_bfloat16", lambda device: f"the {device} is from 1999")
+
+    def listed(*arguments: str) -> tuple[list[str], str]:
+        assert main(["bench", "--list", "--device", "cpu", *arguments]) == 0
+        out, err = capsys.readouterr()
+        return out.splitlines(), err
+
+    for sweep in ("--quick", "--full", "--rivals"):
+        points, said = listed(sweep)
+        assert ("limits" in points) == (sweep == "--full")  # which has three dtypes
+        assert "linear_forward, 4096 x 4096, M = 512, r = 0, float32" in points
+        assert "measuring in float32, which is faster here than bfloat16: the cpu is from 1999; --dtypes" in said
+    assert "linear_forward, 4096 x 4096, M = 1, r = 0" in listed("--full")[0]
+    assert listed("--operations", "linear_dx", "--rows", "3")[0][1:] == ["linear_dx, 4096 x 4096, M = 3, float32"]
+    assert listed("--operations", "gpt2_forward")[0][1].endswith("float32")
+    for chosen in (["--bars"], ["--quick", "--dtypes", "bfloat16"], ["--card", "--device", "cuda"]):
+        points, said = listed(*chosen)
+        assert "limits" in points
+        assert not said
+    assert "finetune, r = 16" in listed("--quick")[0]  # which chooses by itself
+
+
+@pytest.mark.parametrize(("sweep", "seconds"), [("--bars", 100.0), ("--quick", worker.PREPARE_SECONDS)])
+def test_patience_with_slow_rivals(monkeypatch, tmp_path, sweep, seconds):
+    found = []
+
+    def run(points, settings, minutes, retries, show, patience):
+        found.append(patience)
+        yield limits_case()
+
+    monkeypatch.setattr(command, "run", run)
+    assert main(["bench", sweep, "--device", "cpu", "--quiet", "--no-plots", "--out", str(tmp_path / "r.jsonl")]) == 0
+    assert found == [seconds]
+
+
 def test_list_measures_nothing(capsys):
     assert main(["bench", "--quick", "--list"]) == 0
     assert "linear_step, 4096 x 4096, M = 512, r = 16" in capsys.readouterr().out
@@ -176,7 +212,9 @@ def test_who_ends_it_leaves_what_was_measured(end, code, tmp_path, capsys, monke
     monkeypatch.setattr(no_processes, "measure", interrupted)
     arguments = [*TINY_ARGUMENTS, "--out", str(tmp_path / "x.jsonl")]
     monkeypatch.setattr(
-        options, "points_of", lambda namespace: [DEQUANTIZE, small_point("linear_step", rank=4), DEQUANTIZE_HALF]
+        options,
+        "points_of",
+        lambda namespace, dtype=None: [DEQUANTIZE, small_point("linear_step", rank=4), DEQUANTIZE_HALF],
     )
     assert main(["bench", *arguments]) == code
     run = results.load(tmp_path / "x.jsonl")

@@ -60,9 +60,19 @@ def test_torch_that_does_not_follow_is_refused(monkeypatch):
 
 
 @needs_avx2
+def test_a_limited_run_is_in_float32(capsys):
+    assert main(["bench", "--list", "--device", "cpu", "--isa", "avx2"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("limits, float32\n")
+    assert "float32, which is faster here than bfloat16: --isa avx2 leaves out" in err
+
+
+@needs_avx2
 @pytest.mark.slow
 def test_a_limited_run_says_so_in_a_file_that_is_named_after_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(options, "points_of", lambda namespace: [POINT])  # the limits take long on one thread
+    monkeypatch.setattr(
+        options, "points_of", lambda namespace, dtype=None: [POINT]
+    )  # the limits take long on one thread
     arguments = ["--isa", "avx2", "--seconds", "0.01"]
     assert main(["bench", *arguments, "--threads", "1", "--quiet", "--no-plots", "--into", str(tmp_path)]) == 0
     [path] = tmp_path.iterdir()

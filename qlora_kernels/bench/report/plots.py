@@ -18,6 +18,8 @@ _COLORS = {OURS: "C0", DENSE: "C1", BNB: "C2", PEFT: "C2", DEQUANTIZED: "C4", BN
 _COLORS |= {DENSE_F32: "C8", INT4: "C9", GGML: "C5"}
 _MARKERS = {OURS: "o", DENSE: "s", BNB: "v", PEFT: "v", DEQUANTIZED: "d", BNB_EVAL: "^"}
 _MARKERS |= {DENSE_F32: "D", INT4: "P", GGML: "X"}
+#: As titles have them; where there are several, the first is shown.
+_DTYPES = {"bfloat16": "bf16", "float32": "float32", "float16": "fp16"}
 
 
 def label(name: str) -> str:
@@ -31,13 +33,18 @@ def _where(results: dict[str, Any]) -> str:
 
 def speed_cases(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Forward without adapter of the weight that the bars are for, by rows."""
-    chosen = [
-        case
-        for case in results["cases"]
-        if case["operation"] == "linear_forward"
-        and (case["n"], case["k"], case["rank"], case["dtype"]) == (N, K, 0, "bfloat16")
-    ]
-    return sorted(chosen, key=lambda case: case["m"])
+    cases = _in_one_dtype(results, "linear_forward")
+    return sorted((case for case in cases if case["rank"] == 0), key=lambda case: case["m"])
+
+
+def _in_one_dtype(results: dict[str, Any], operation: str) -> list[dict[str, Any]]:
+    """The cases of an operation on the weight that the bars are for: in bf16, or else in float32, else in float16."""
+    cases = [c for c in results["cases"] if c["operation"] == operation and (c["n"], c["k"]) == (N, K)]
+    for dtype in _DTYPES:
+        chosen = [case for case in cases if case["dtype"] == dtype]
+        if chosen:
+            return chosen
+    return []
 
 
 def _series(cases: list[dict[str, Any]], name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -45,7 +52,7 @@ def _series(cases: list[dict[str, Any]], name: str) -> list[tuple[dict[str, Any]
 
 
 def speed(results: dict[str, Any], axes: Any) -> bool:
-    """TFLOP/s over M, both logarithmic, under the rooflines of 4-bit and 16-bit weights."""
+    """TFLOP/s over M, both logarithmic, under the rooflines of 4-bit and dense weights."""
     cases = speed_cases(results)
     if len(cases) < 2:
         return False
@@ -65,10 +72,11 @@ def speed(results: dict[str, Any], axes: Any) -> bool:
         least = [(case, limits.seconds(case, c)) for case, c in _series(cases, name)]
         roof = [(case["m"], case["flops"] / seconds / 1e12) for case, seconds in least if seconds]
         if roof:
-            title = "limit, 4-bit weights" if name == OURS else "limit, 16-bit weights"
+            bits = 4 if name == OURS else 32 if cases[0]["dtype"] == "float32" else 16
+            title = f"limit, {bits}-bit weights"
             axes.plot(*zip(*roof), linestyle=style, color="black", linewidth=1, label=title, zorder=1)
     axes.set(xscale="log", yscale="log", xlabel="M, rows of x", ylabel="TFLOP/s")
-    axes.set_title(f"forward, N = {N}, K = {K}, bf16; {_where(results)}", fontsize=10)
+    axes.set_title(f"forward, N = {N}, K = {K}, {_DTYPES[cases[0]['dtype']]}; {_where(results)}", fontsize=10)
     axes.set_xticks([case["m"] for case in cases], [str(case["m"]) for case in cases])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -104,7 +112,8 @@ def memory(results: dict[str, Any], axes: Any) -> bool:
         axes.text(i, total, f"{total:.0f}" if known[i] else f"> {total:.0f}", ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(bars)), [text for text, _ in bars], fontsize=7)
     axes.set(ylabel="MB")
-    axes.set_title("memory of a training step of one Llama block, bf16", fontsize=10)
+    dtypes = {_DTYPES[case["dtype"]] for case in results["cases"] if case["operation"] == "block_step"}
+    axes.set_title(f"memory of a training step of one Llama block, {', '.join(sorted(dtypes))}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3, axis="y")
     return True
@@ -112,11 +121,7 @@ def memory(results: dict[str, Any], axes: Any) -> bool:
 
 def rank_cases(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Training steps of one layer at the number of rows of which most ranks were measured, by rank."""
-    cases = [
-        case
-        for case in results["cases"]
-        if case["operation"] == "linear_step" and (case["n"], case["k"], case["dtype"]) == (N, K, "bfloat16")
-    ]
+    cases = _in_one_dtype(results, "linear_step")
     rows = [case["m"] for case in cases]
     if not rows:
         return []
@@ -145,7 +150,9 @@ def rank_cost(results: dict[str, Any], axes: Any) -> bool:
     axes.set_xticks([r for r in ranks if r], [str(r) for r in ranks if r])
     axes.minorticks_off()
     axes.set_title(
-        f"forward + backward of a layer, M = {cases[0]['m']}, N = {N}, K = {K}, bf16; dotted: no adapter", fontsize=10
+        f"forward + backward of a layer, M = {cases[0]['m']}, N = {N}, K = {K}, {_DTYPES[cases[0]['dtype']]}; "
+        "dotted: no adapter",
+        fontsize=10,
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

@@ -67,13 +67,14 @@ _FIGURES_PERHAPS = {
 _SHORTEST, _LONGEST = 1e-9, 1e15
 
 
-def begin(settings: Settings, sweep: str, limited: dict[str, Any] | None = None) -> dict[str, Any]:
+def begin(settings: Settings, sweep: str, machine: dict[str, Any] | None = None) -> dict[str, Any]:
     """A new result, without cases; made before the first one, so that the load it notes is not its own.
 
     Args:
         settings: how.
         sweep: what was asked for.
-        limited: of :func:`qlora_kernels.bench.instruction_sets.limited_to`.
+        machine: what is to be said of it besides: ``limited``, of
+            :func:`qlora_kernels.bench.instruction_sets.limited_to`, and ``slow_bfloat16``, why cases are in float32.
 
     Returns:
         ``format``, ``bars``, ``date``, ``sweep``, ``commit``, ``modified``, ``machine``, ``versions``, ``settings``,
@@ -85,7 +86,7 @@ def begin(settings: Settings, sweep: str, limited: dict[str, Any] | None = None)
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "sweep": sweep,
         **describe_commit(),
-        "machine": {**describe_machine(settings.device), "limited": limited},
+        "machine": {**describe_machine(settings.device), "limited": None, "slow_bfloat16": None, **(machine or {})},
         "versions": describe_versions(),
         "settings": {**asdict(settings), "only": list(settings.only)},
         "complete": False,

@@ -30,6 +30,9 @@ def limit_lines(results: dict[str, Any]) -> list[str]:
     rates += [f"memory moves {limits.bytes_per_s / 1e9:.1f} GB/s (read and write)"] if limits.bytes_per_s else []
     rates += [f"products reach {rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in limits.flops.items()]
     lines = [f"Limits, the best rates in this run: {', '.join(rates)}."] if rates else []
+    slow = results.get("machine", {}).get("slow_bfloat16")  # older results have none
+    if slow:
+        lines.append(f"{slow_line(slow)[0].upper()}{slow_line(slow)[1:]}.")
     for case in results["cases"]:
         half, whole = find_contender(case, PRODUCT), find_contender(case, PRODUCT_F32)
         if half and whole and "failed" not in half and "failed" not in whole:
@@ -37,9 +40,14 @@ def limit_lines(results: dict[str, Any]) -> list[str]:
             if slower > 1:
                 lines.append(
                     f"torch's {case['dtype']} product takes {slower:.1f} times as long as its float32 one here. Cases "
-                    f"are in {case['dtype']} all the same; what chooses a dtype by itself (finetune) takes float32."
+                    f"are in {case['dtype']} as --bars, --card or --dtypes asks."
                 )
     return lines
+
+
+def slow_line(why: str) -> str:
+    """That cases are in float32, and how to have another dtype: a sentence for the user."""
+    return f"measuring in float32, which is faster here than bfloat16: {why}; --dtypes bfloat16 overrides that"
 
 
 def _losses(results: dict[str, Any]) -> list[str]:

@@ -132,7 +132,7 @@ class Measurement:
                     raise WrongResult(f"wrong result: error {error:.2e}, allowed {ready.limit:.0e}")
                 if runner.typical >= self.ENDLESS and runner is not self.runners[0]:
                     runner.known, runner.seconds = True, [runner.typical]
-                    break
+                    return
             if runner.typical < self.SLOW:
                 runner.peak = peak_allocated(lambda: ready.run(0), self.settings.device)
                 runner.typical = runner.once()

@@ -75,5 +75,7 @@ def test_slow_bfloat16_is_told():
     case = limits_case()
     slow = {**case, "contenders": [*case["contenders"], contender(PRODUCT_F32, 0.2)]}
     assert "bfloat16 product takes 5.0 times as long as its float32 one" in table.limit_lines(run(slow))[1]
+    chosen = {**run(case), "machine": {"slow_bfloat16": "this processor is old"}}
+    assert table.limit_lines(chosen)[1].startswith("Measuring in float32, which is faster here than bfloat16: this pr")
     fast = {**case, "contenders": [*case["contenders"], contender(PRODUCT_F32, 3.0)]}
     assert len(table.limit_lines(run(fast))) == 1
