@@ -119,6 +119,8 @@ def test_float32_where_bfloat16_is_slow(monkeypatch, capsys):
         points, said = listed(*chosen)
         assert "limits" in points
         assert not said
+    for sweep in ("--quick", "--rivals"):  # what the sentence advises changes nothing else
+        assert listed(sweep, "--dtypes", "bfloat16")[0] == list(map(str, SWEEPS[sweep[2:]]()))
     assert "finetune, r = 16" in listed("--quick")[0]  # which chooses by itself
 
 

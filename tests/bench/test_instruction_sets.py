@@ -145,8 +145,10 @@ def test_rivals_are_a_line_for_each_number_of_rows(capsys):
             {"name": GGML, "failed": "not installed (ggml)"},
         ],
     }
-    assert rivals.show([case]) == 0
+    limits = {**Point("limits", "float32").as_dict(), "contenders": [], "other_processes": None}
+    assert rivals.show([limits, case], ["float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "times ours; float32; kernels for" in lines[0]
     assert lines[2].split()[:7] == ["16", "2", "3", "(1.50)", "-", "1", "(0.50)"]
     assert "others took 20% of the machine" in lines[2]
     assert lines[3] == "  ggml Q4_0: not installed (ggml)"

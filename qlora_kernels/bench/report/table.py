@@ -39,8 +39,8 @@ def limit_lines(results: dict[str, Any]) -> list[str]:
             slower = half["median_ms"] / whole["median_ms"]
             if slower > 1:
                 lines.append(
-                    f"torch's {case['dtype']} product takes {slower:.1f} times as long as its float32 one here. Cases "
-                    f"are in {case['dtype']} as --bars, --card or --dtypes asks."
+                    f"torch's {case['dtype']} product takes {slower:.1f} times as long as its float32 one here, which "
+                    f"is what cases in {case['dtype']} show."
                 )
     return lines
 
