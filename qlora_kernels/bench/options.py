@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--dtypes",
         metavar="NAMES",
-        help=f"{', '.join(DTYPES)} (default: bfloat16; where it is slow, float32, but not for --bars)",
+        help=f"{', '.join(DTYPES)} (default: bfloat16; where it is slow, float32, but not for --bars and --card)",
     )
     what.add_argument("--models", metavar="NAMES", help=", ".join(name for name in MODELS if name != "tiny"))
     what.add_argument("--list", action="store_true", help="show what would be measured, and end")
@@ -145,10 +145,7 @@ def slow_dtype(namespace: argparse.Namespace) -> str | None:
     """
     if namespace.dtypes is not None or namespace.bars or namespace.card:
         return None
-    why = slow_bfloat16(_device(namespace))
-    if why and why.startswith("QLORA_KERNELS_CPU_ISA=") and namespace.isa:
-        return f"--isa {namespace.isa} leaves out the processor's bfloat16 instructions"  # it set the variable
-    return why
+    return slow_bfloat16(_device(namespace))
 
 
 def points_of(namespace: argparse.Namespace, dtype: str = "bfloat16") -> list[Point]:

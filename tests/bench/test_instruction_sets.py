@@ -64,7 +64,7 @@ def test_a_limited_run_is_in_float32(capsys):
     assert main(["bench", "--list", "--device", "cpu", "--isa", "avx2"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("limits, float32\n")
-    assert "float32, which is faster here than bfloat16: --isa avx2 leaves out" in err
+    assert "float32, which is faster here than bfloat16: QLORA_KERNELS_CPU_ISA=avx2 leaves out" in err
 
 
 @needs_avx2

@@ -18,7 +18,7 @@ _COLORS = {OURS: "C0", DENSE: "C1", BNB: "C2", PEFT: "C2", DEQUANTIZED: "C4", BN
 _COLORS |= {DENSE_F32: "C8", INT4: "C9", GGML: "C5"}
 _MARKERS = {OURS: "o", DENSE: "s", BNB: "v", PEFT: "v", DEQUANTIZED: "d", BNB_EVAL: "^"}
 _MARKERS |= {DENSE_F32: "D", INT4: "P", GGML: "X"}
-#: As titles have them; of as many cases in several, the first is shown.
+#: How titles name them. Where several have as many cases, the first is shown.
 _DTYPES = {"bfloat16": "bf16", "float32": "float32", "float16": "fp16"}
 
 
