@@ -63,7 +63,8 @@ def command(namespace: argparse.Namespace) -> int:
         options.check_device(points, settings.device)
         points = options.on_device(points, settings.device)
         if namespace.rivals and not (namespace.out or namespace.into):
-            return rivals.show(run(points, settings, options.minutes_of(namespace, settings.device)))
+            cases = run(points, settings, options.minutes_of(namespace, settings.device))
+            return rivals.show(cases, dict.fromkeys(point.dtype for point in points))
         return _to_file(namespace, points, settings, {"limited": limited, "slow_bfloat16": slow})
 
 

@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--dtypes",
         metavar="NAMES",
-        help=f"{', '.join(DTYPES)} (default: bfloat16; where it is slow, float32, but not for --bars)",
+        help=f"{', '.join(DTYPES)} (default: bfloat16; where it is slow, float32, but not for --bars and --card)",
     )
     what.add_argument("--models", metavar="NAMES", help=", ".join(name for name in MODELS if name != "tiny"))
     what.add_argument("--list", action="store_true", help="show what would be measured, and end")
@@ -145,12 +145,11 @@ def slow_dtype(namespace: argparse.Namespace) -> str | None:
     """
     if namespace.dtypes is not None or namespace.bars or namespace.card:
         return None
-    why = slow_bfloat16(_device(namespace))
-    return f"--isa {namespace.isa} leaves out the processor's bfloat16 instructions" if why and namespace.isa else why
+    return slow_bfloat16(_device(namespace))
 
 
 def points_of(namespace: argparse.Namespace, dtype: str = "bfloat16") -> list[Point]:
-    """What to measure: a sweep, cut down to some operations; or, with an axis given, every combination.
+    """What to measure: a sweep, in other dtypes or cut down to some operations; or every combination of axes.
 
     Args:
         namespace: the flags.
@@ -171,7 +170,9 @@ def points_of(namespace: argparse.Namespace, dtype: str = "bfloat16") -> list[Po
     operations = given.pop("operations", None)
     given = {name: given.get(name) for name in ("dtypes", *_DEFAULTS)}
     usual = {**_DEFAULTS, "dtypes": [dtype]}
-    if any(given.values()):
+    if given["dtypes"] and operations is None and not any(given[name] for name in _DEFAULTS):
+        points = [point for one in given["dtypes"] for point in SWEEPS[_sweep(namespace)](one)]
+    elif any(given.values()):
         points = _combined(operations or ["linear_forward"], given, usual)
     else:
         points = SWEEPS[_sweep(namespace)](dtype)

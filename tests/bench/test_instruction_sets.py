@@ -64,7 +64,7 @@ def test_a_limited_run_is_in_float32(capsys):
     assert main(["bench", "--list", "--device", "cpu", "--isa", "avx2"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("limits, float32\n")
-    assert "float32, which is faster here than bfloat16: --isa avx2 leaves out" in err
+    assert "float32, which is faster here than bfloat16: QLORA_KERNELS_CPU_ISA=avx2 leaves out" in err
 
 
 @needs_avx2
@@ -145,8 +145,10 @@ def test_rivals_are_a_line_for_each_number_of_rows(capsys):
             {"name": GGML, "failed": "not installed (ggml)"},
         ],
     }
-    assert rivals.show([case]) == 0
+    limits = {**Point("limits", "float32").as_dict(), "contenders": [], "other_processes": None}
+    assert rivals.show([limits, case], ["float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "times ours; float32; kernels for" in lines[0]
     assert lines[2].split()[:7] == ["16", "2", "3", "(1.50)", "-", "1", "(0.50)"]
     assert "others took 20% of the machine" in lines[2]
     assert lines[3] == "  ggml Q4_0: not installed (ggml)"

@@ -18,7 +18,7 @@ _COLORS = {OURS: "C0", DENSE: "C1", BNB: "C2", PEFT: "C2", DEQUANTIZED: "C4", BN
 _COLORS |= {DENSE_F32: "C8", INT4: "C9", GGML: "C5"}
 _MARKERS = {OURS: "o", DENSE: "s", BNB: "v", PEFT: "v", DEQUANTIZED: "d", BNB_EVAL: "^"}
 _MARKERS |= {DENSE_F32: "D", INT4: "P", GGML: "X"}
-#: As titles have them; where there are several, the first is shown.
+#: How titles name them. Where several have as many cases, the first is shown.
 _DTYPES = {"bfloat16": "bf16", "float32": "float32", "float16": "fp16"}
 
 
@@ -38,13 +38,9 @@ def speed_cases(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _in_one_dtype(results: dict[str, Any], operation: str) -> list[dict[str, Any]]:
-    """The cases of an operation on the weight that the bars are for: in bf16, or else in float32, else in float16."""
+    """The cases of an operation on the weight that the bars are for, in the dtype of which there are most."""
     cases = [c for c in results["cases"] if c["operation"] == operation and (c["n"], c["k"]) == (N, K)]
-    for dtype in _DTYPES:
-        chosen = [case for case in cases if case["dtype"] == dtype]
-        if chosen:
-            return chosen
-    return []
+    return max(([c for c in cases if c["dtype"] == dtype] for dtype in _DTYPES), key=len)
 
 
 def _series(cases: list[dict[str, Any]], name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -15,12 +15,14 @@ _COLUMNS = {DENSE: "dense", DENSE_F32: "float32", INT4: "int4", GGML: "ggml"}
 _WIDTH = 16
 
 
-def show(cases: Iterable[dict[str, Any]]) -> int:
-    """Prints every case; returns 1 when this package failed in one, or else 0."""
-    print(f"median ms, in brackets times ours; kernels for {isa_in_use()}")
+def show(cases: Iterable[dict[str, Any]], dtypes: Iterable[str] = ("bfloat16",)) -> int:
+    """Prints the dtypes of the cases, and every case; returns 1 when this package failed in one, or else 0."""
+    print(f"median ms, in brackets times ours; {', '.join(dtypes)}; kernels for {isa_in_use()}")
     print("".join(f"{word:>{_WIDTH}}" for word in ("M", "ours", *_COLUMNS.values())), flush=True)
     failed = False
     for case in cases:
+        if case["operation"] == "limits":
+            continue
         ours = find_contender(case, OURS)
         cells = [str(case["m"]), _figure(case, ours), *(_figure(case, find_contender(case, c)) for c in _COLUMNS)]
         others = case["other_processes"] or 0

@@ -32,15 +32,16 @@ def limit_lines(results: dict[str, Any]) -> list[str]:
     lines = [f"Limits, the best rates in this run: {', '.join(rates)}."] if rates else []
     slow = results.get("machine", {}).get("slow_bfloat16")  # older results have none
     if slow:
-        lines.append(f"{slow_line(slow)[0].upper()}{slow_line(slow)[1:]}.")
+        line = slow_line(slow)
+        lines.append(f"{line[0].upper()}{line[1:]}.")
     for case in results["cases"]:
         half, whole = find_contender(case, PRODUCT), find_contender(case, PRODUCT_F32)
         if half and whole and "failed" not in half and "failed" not in whole:
             slower = half["median_ms"] / whole["median_ms"]
             if slower > 1:
                 lines.append(
-                    f"torch's {case['dtype']} product takes {slower:.1f} times as long as its float32 one here. Cases "
-                    f"are in {case['dtype']} as --bars, --card or --dtypes asks."
+                    f"torch's {case['dtype']} product takes {slower:.1f} times as long as its float32 one here: "
+                    "compare with its figures in float32."
                 )
     return lines
 

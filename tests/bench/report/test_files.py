@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+from bench_runs.cases import parsed
 
 from qlora_kernels.bench import command, options
 from qlora_kernels.bench.case import OURS, Settings, quantiles_of
@@ -374,12 +374,6 @@ def test_a_folder_in_the_way_of_a_plot(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ options
-
-
-def parsed(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    options.add_arguments(parser)
-    return parser.parse_args(arguments)
 
 
 def test_no_point_is_measured_twice():

@@ -14,6 +14,7 @@ from qlora_kernels.bench.contenders.names import (
     COPY,
     DENSE,
 )
+from qlora_kernels.bench.points import Point
 from qlora_kernels.bench.report import compare, plots, results, table
 from qlora_kernels.bench.report.ratios import limits_of
 from qlora_kernels.cli.main import main
@@ -87,6 +88,16 @@ def test_table_shows_ratios_the_worst_first_and_shares_of_the_limits(tiny):
     ratios = text[text.index("the worst first") :].splitlines()[1:]
     assert [line.split()[-3:] for line in ratios] == [["0.50", "4", "2"], ["10.00", "4", "40"]]
     assert "50%" in next(line for line in text.splitlines() if line.startswith(f"  {OURS}"))
+
+
+def test_a_plot_shows_the_dtype_of_most_cases():
+    def cases(dtype: str, *rows: int) -> list[dict]:
+        return [Point("linear_forward", dtype, 4096, 4096, m, 0).as_dict() for m in rows]
+
+    slow = cases("bfloat16", 1, 16) + cases("float32", 64, 1, 16)
+    assert [(c["dtype"], c["m"]) for c in plots.speed_cases({"cases": slow})] == [("float32", m) for m in (1, 16, 64)]
+    equal = cases("float32", 1) + cases("bfloat16", 1)
+    assert [c["dtype"] for c in plots.speed_cases({"cases": equal})] == ["bfloat16"]
 
 
 def test_whole_table_and_plots(tiny, tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
+from qlora_kernels.bench import options
 from qlora_kernels.bench.case import OURS, Case, Contender, Ready, Settings
 from qlora_kernels.bench.contenders.names import BNB, COPY, PRODUCT
 from qlora_kernels.bench.operations import begin
@@ -95,3 +98,10 @@ def measured_case(case: Case, **more) -> dict:
     for _ in range(measurement.rounds):
         measurement.round()
     return measurement.result()
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    """The flags of ``qlora-kernels bench``."""
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    return parser.parse_args(arguments)
