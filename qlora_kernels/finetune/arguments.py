@@ -55,8 +55,8 @@ def _add_model(group: _Group) -> None:
     )
     group.add(
         "data",
-        "a text file, a folder of text files, or JSONL lines with 'prompt' and 'completion' (loss on completions "
-        "only); default: the language reference that ships with Python",
+        "a text file, a folder of text files, or pairs with 'prompt' and 'completion' (JSONL, a JSON array, CSV or "
+        "TSV; loss on completions only); default: the language reference that ships with Python",
     )
     group.add("out", "folder for the adapter, metrics.json, loss.png and the checkpoint (default runs/MODEL)")
     group.add("cache", "folder that keeps the pretrained tiny model; runs may share it (default: the output folder)")
