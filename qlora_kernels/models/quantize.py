@@ -14,20 +14,8 @@ from ..layers.adapters.config import AdapterConfig
 from ..layers.packed import frozen_tensors
 from ..layers.qlinear import QLinear
 from ..ops import backends
+from .places import Places, places_of, put
 from .targets import Plan, plan, qlora_layers
-
-# Where nn.Module keeps hooks on forward and backward. They belong to the place in the model, not to the weight.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
 
 # Double quantization moves a constant by half a step of its table at most, relative to the largest constant: the two
 # largest entries of FP8 E4M3 are 1/14 of the largest apart.
@@ -136,7 +124,7 @@ def swap_layers(
         RuntimeError: when one fails after others were replaced; an error at the first layer is raised unchanged.
     """
     adapted, adapter = set(planned.adapted), planned.adapter
-    places = _places(model)
+    places = places_of(model, nn.Linear)
     for done, name in enumerate(bar(planned.quantized, show=progress, desc="quantizing", unit="layer")):
         try:
             _swap(
@@ -212,29 +200,15 @@ def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device:
     )
 
 
-def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """For each linear layer's first name, all (parent, key) that hold it: a module may be in several places."""
-    first = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if id(child) in first:
-                places.setdefault(first[id(child)], []).append((parent, key))
-    return places
-
-
-def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None, **options) -> None:
+def _swap(places: Places, device: str | torch.device | None, **options) -> None:
     """Replaces one layer in all its places; the dense weight is free when this returns."""
     parent, key = places[0]
     linear = parent._modules[key]
-    assert isinstance(linear, nn.Linear)  # _places lists no others
+    assert isinstance(linear, nn.Linear)  # places_of lists no others
     if device is not None:
         linear.to(device)
     layer = QLinear.from_linear(linear, **options)
-    for hooks in _HOOKS:
-        setattr(layer, hooks, getattr(linear, hooks))
-    for parent, key in places:
-        parent._modules[key] = layer
+    put(layer, places)
 
 
 def _report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:
