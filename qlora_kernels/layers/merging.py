@@ -116,9 +116,9 @@ def _requantize(layer: Adapters, before: NF4Weight, name: str) -> NF4Weight:
         packed[begin * k // 2 :][: codes.numel()] = codes
         absmax[begin * k // BLOCK_SIZE :][: constants.numel()] = constants
     ops.check_finite(absmax, absmax, "the merged weight")
-    if not before.double_quant:
+    if before.nested_absmax is None or before.nested_table is None:
         return NF4Weight(packed, absmax, None, None, None, before.shape, before.dtype)
-    table = before.nested_table
+    table = before.nested_table[:256]  # without the levels that the base may have: what is new is NF4
     codes, nested_absmax, nested_offset = ops.quantize_absmax(absmax, table)
     return NF4Weight(packed, codes, nested_absmax, nested_offset, table, before.shape, before.dtype)
 
