@@ -8,10 +8,10 @@ A weight [N, K] of theirs is, under the weight's own key:
 ``<key>.quant_map``                  float32 [16], the levels
 ``<key>.nested_absmax``              float32, one for each ``nested_blocksize`` of the codes
 ``<key>.nested_quant_map``           float32 [256], the codes' table
-``<key>.quant_state.bitsandbytes__nf4``  uint8, the text of a JSON object: block sizes, shape, dtype, offset
+``<key>.quant_state.bitsandbytes__X``  uint8, the text of a JSON object: block sizes, shape, dtype, offset
 ===================================  =======================================================================
 
-Their block sizes are powers of two. Blocks here have 64 weights, so a larger one is several with the same constant.
+with X = nf4 or fp4, which differ in their levels alone. Their block sizes are powers of two. Blocks here have 64 weights, so a larger one is several with the same constant.
 Both libraries decode by absmax = table[code] * nested_absmax + offset and weight = level * absmax, each operation
 rounded to float32, and the result rounded to its dtype once.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ STATE = "quant_state.bitsandbytes__"
 #: The other tensors beside the weight, the first two always.
 TENSORS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
+#: FP4's levels: sign, two bits of exponent, one of fraction; the largest is 1.
+_FP4 = [sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KEYS = ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")
@@ -48,7 +50,7 @@ class State:
     """What the JSON object of a weight says.
 
     Attributes:
-        quant_type: "nf4".
+        quant_type: "nf4" or "fp4".
         blocksize: weights to a constant.
         dtype: the dense weight's.
         shape: (N, K).
@@ -104,23 +106,18 @@ def parse_state(content: bytes, quant_type: str, where: str) -> State:
     require(not unknown, f"{[*unknown, ''][0]!r:.50} is not known; known are {', '.join(_KEYS)}")
     found = value.get("quant_type")
     require(found == quant_type, f"quant_type should be {quant_type!r}, as its key says, found {found!r:.50}")
-    require(
-        quant_type == "nf4",
-        f"the layer is quantized to {quant_type.upper()}, whose levels are not NF4's; load the model with bitsandbytes, "
-        "make it dense (model.dequantize() in transformers) and call qlora_kernels.quantize_model",
-    )
-    size = value.get("blocksize")
+    size: Any = value.get("blocksize")
     require(_is_int(size) and size in _BLOCK_SIZES, f"blocksize should be one of {_BLOCK_SIZES}, found {size!r:.50}")
     require(
         size >= BLOCK_SIZE,
         f"blocks of {size} weights cannot be represented, only multiples of {BLOCK_SIZE}; load the model with "
         "bitsandbytes, make it dense (model.dequantize() in transformers) and call qlora_kernels.quantize_model",
     )
-    dtype = value.get("dtype")
+    dtype: Any = value.get("dtype")
     require(isinstance(dtype, str) and dtype in _DTYPES, f"dtype should be in {list(_DTYPES)}, found {dtype!r:.50}")
-    shape = value.get("shape")
+    shape: Any = value.get("shape")
     require(
-        isinstance(shape, list) and len(shape) == 2 and all(_is_int(size) and 0 < size <= _LONGEST for size in shape),
+        isinstance(shape, list) and len(shape) == 2 and all(_is_int(one) and 0 < one <= _LONGEST for one in shape),
         f"shape should be two positive sizes [N, K], found {shape!r:.50}",
     )
     plain = State(quant_type, size, _DTYPES[dtype], (shape[0], shape[1]))
@@ -132,7 +129,7 @@ def parse_state(content: bytes, quant_type: str, where: str) -> State:
     require(_is_int(size) and 0 < size <= 1 << 16, f"nested_blocksize should be in 1 to 65536, found {size!r:.50}")
     require(isinstance(dtype, str) and dtype in _DTYPES, f"nested_dtype should be in {list(_DTYPES)}: {dtype!r:.50}")
     require(_is_float32(offset), f"nested_offset should be a finite float32, found {offset!r:.50}")
-    return State(quant_type, plain.blocksize, plain.dtype, plain.shape, size, _DTYPES[dtype], float(offset))
+    return replace(plain, nested_blocksize=size, nested_dtype=_DTYPES[dtype], nested_offset=float(offset))
 
 
 def _is_int(value: Any) -> bool:
@@ -221,17 +218,19 @@ def from_bitsandbytes_state(tensors: Mapping[str, Tensor], key: str = "weight") 
     text = tensors[name]
     if text.dtype != torch.uint8 or text.is_meta or text.numel() > _LARGEST_STATE:
         raise ValueError(f"'{name}' should be at most {_LARGEST_STATE} bytes with their data, found {text.dtype}")
-    state = parse_state(bytes(text.detach().cpu().flatten().tolist()), kind, f"'{name}'")
+    state = parse_state(text.detach().cpu().contiguous().numpy().tobytes(), kind, f"'{name}'")
 
     def found(own: str) -> tuple[torch.dtype, int] | None:
         return (tensors[own].dtype, tensors[own].numel()) if own in tensors else None
 
     check_tensors(state, key, found)
     pieces = {piece: tensors[f"{key}.{piece}"].detach().flatten() for piece in state.expected()}
-    if not torch.equal(pieces["quant_map"].cpu(), reference.levels()):
-        raise ValueError(f"'{key}.quant_map' should be the 16 levels of NF4, found others; they cannot be used here")
     packed = tensors[key].detach().contiguous().view(-1).view(torch.uint8)
     constants = _constants(state, pieces)
+    levels = _own_levels(pieces["quant_map"], key)
+    if levels is not None:
+        table = constants[3]
+        constants = (*constants[:3], levels if table is None else torch.cat([table, levels]))
     weight = dict(zip(PIECES, (packed, *constants), strict=True))
     present = {piece: value for piece, value in weight.items() if value is not None}
     present["shape"] = torch.tensor(state.shape, dtype=torch.int64)
@@ -239,6 +238,14 @@ def from_bitsandbytes_state(tensors: Mapping[str, Tensor], key: str = "weight") 
         return NF4Weight.from_state_dict(present, dtype=state.dtype)
     except ValueError as error:
         raise ValueError(f"'{key}': {error}") from None
+
+
+def _own_levels(levels: Tensor, key: str) -> Tensor | None:
+    """The levels of a weight, or None for NF4's."""
+    host = levels.to("cpu", copy=True)
+    if not bool((host.abs() <= 1).all()):
+        raise ValueError(f"'{key}.quant_map' should be 16 levels from -1 to 1")
+    return None if torch.equal(host, reference.levels()) else levels.contiguous()
 
 
 _Constants = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -269,19 +276,33 @@ def _constants(state: State, pieces: Mapping[str, Tensor]) -> _Constants:
     return spread(decoded.float(), repeat, blocks), None, None, None
 
 
+def quant_type(weight: NF4Weight) -> str:
+    """What bitsandbytes calls a weight's levels: "nf4" or "fp4".
+
+    Raises:
+        ValueError: for other levels, which it would not use: it decodes by the name.
+    """
+    if weight.has_nf4_levels:
+        return "nf4"
+    found = weight.levels.detach().cpu()
+    # Of zero there are two, with different codes.
+    if torch.equal(found, torch.tensor(_FP4, dtype=torch.float32)):
+        return "fp4"
+    raise ValueError(f"the levels {found.tolist()} are neither NF4's nor FP4's; bitsandbytes knows no others")
+
+
 def to_bitsandbytes_state(weight: NF4Weight, key: str = "weight") -> dict[str, Tensor]:
     """The inverse: bitsandbytes' tensors for a weight, which decode to the same bits there.
 
     Raises:
-        ValueError: for a weight in float64, which bitsandbytes does not know.
+        ValueError: for a weight in float64 or with levels of its own, which bitsandbytes does not know.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     if weight.dtype not in names:
-        raise ValueError(
-            f"'{key}' stands for a weight in {weight.dtype}; bitsandbytes takes {', '.join(names.values())}"
-        )
+        raise ValueError(f"a weight for {weight.dtype}; bitsandbytes takes only {', '.join(names.values())}")
+    kind = quant_type(weight)
     settings: dict[str, Any] = {
-        "quant_type": "nf4",
+        "quant_type": kind,
         "blocksize": BLOCK_SIZE,
         "dtype": names[weight.dtype],
         "shape": list(weight.shape),
@@ -289,7 +310,7 @@ def to_bitsandbytes_state(weight: NF4Weight, key: str = "weight") -> dict[str, T
     tensors = {
         key: weight.packed.detach().view(-1, 1),
         f"{key}.absmax": weight.absmax.detach(),
-        f"{key}.quant_map": reference.levels().to(weight.device),
+        f"{key}.quant_map": weight.levels.detach().clone(),
     }
     if weight.nested_absmax is not None and weight.nested_offset is not None and weight.nested_table is not None:
         settings |= {
@@ -299,7 +320,7 @@ def to_bitsandbytes_state(weight: NF4Weight, key: str = "weight") -> dict[str, T
         }
         tensors[f"{key}.nested_absmax"] = weight.nested_absmax.detach()
         # A copy: weights share their table, and safetensors refuses tensors that share memory.
-        tensors[f"{key}.nested_quant_map"] = weight.nested_table.detach().clone()
+        tensors[f"{key}.nested_quant_map"] = weight.nested_table.detach().flatten()[:256].clone()
     text = json.dumps(settings).encode()
-    tensors[f"{key}.{STATE}nf4"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    tensors[f"{key}.{STATE}{kind}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
     return tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 #: All (parent, key) that hold one module: it may be in several places.
@@ -20,9 +22,9 @@ _HOOKS = (
 )
 
 
-def places_of(model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> dict[str, Places]:
-    """For the first name of each module of these kinds inside ``model``, all places that hold it."""
-    first = {id(module): name for name, module in model.named_modules() if isinstance(module, kinds)}
+def places_of(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, Places]:
+    """For the first name of each wanted module inside ``model``, all places that hold it."""
+    first = {id(module): name for name, module in model.named_modules() if wanted(module)}
     places: dict[str, Places] = {}
     for parent in model.modules():
         for key, child in parent._modules.items():

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...formats.bitsandbytes import from_bitsandbytes_state, to_bitsandbytes_state
+from ...formats.bitsandbytes import from_bitsandbytes_state, quant_type, to_bitsandbytes_state
 from ...formats.nf4 import NF4Weight
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
 
 if TYPE_CHECKING:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
 _ROWS = 32  # rows that bitsandbytes' layout for CPUs interleaves
 
@@ -25,7 +25,7 @@ def linear4bit() -> type[Linear4bit]:
         ImportError: when bitsandbytes is not installed.
     """
     try:
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn.modules import Linear4bit
     except ImportError:
         raise ImportError("this needs the package 'bitsandbytes': pip install bitsandbytes") from None
     return Linear4bit
@@ -50,7 +50,8 @@ def read_weight(layer: Linear4bit, name: str) -> NF4Weight:
     state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
         raise ValueError(
-            f"{name} is not quantized yet: bitsandbytes does that when the layer moves to a device; call .to(device) first"
+            f"{name} is not quantized yet: bitsandbytes does that when the layer moves to a device; call .to(device) "
+            "first"
         )
     codes = _plain(weight)
     if getattr(state, "packing_format_for_cpu", False):
@@ -125,6 +126,8 @@ def to_qlinear(
         adapter_dtype=adapter_dtype,
     )
     made.register_parameter("bias", _cast(layer.bias, compute_dtype))
+    source: Any = getattr(layer, "source_cls", None)  # of which class the layer was in the dense model
+    made.fan_in_fan_out = getattr(source, "__name__", "") == "Conv1D" or getattr(layer, "fan_in_fan_out", False)
     return made.train(layer.training)
 
 
@@ -149,17 +152,24 @@ def to_linear4bit(layer: QLinear, name: str, compute_dtype: torch.dtype | None =
         state = {key.removeprefix("weight."): value for key, value in to_bitsandbytes_state(weight).items()}
     except ValueError as error:
         raise ValueError(f"{name}: {error}; call .to() with one of these first") from None
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.modules import Params4bit
 
-    dtype = layer.dtype if compute_dtype is None else compute_dtype
     n, k = weight.shape
-    made = linear4bit()(
-        k, n, layer.bias is not None, dtype, compress_statistics=weight.double_quant, quant_type="nf4", device="meta"
+    made: Any = linear4bit()(
+        k,
+        n,
+        layer.bias is not None,
+        layer.dtype if compute_dtype is None else compute_dtype,
+        compress_statistics=weight.double_quant,
+        quant_type=quant_type(weight),
+        device="meta",
     )
     codes = _plain(state.pop("weight"))
     stats = {key: _plain(value) for key, value in state.items()}
-    made.weight = Params4bit.from_prequantized(codes, stats, requires_grad=False, device=weight.device, module=made)
+    device = cast(Any, weight.device)
+    made.weight = Params4bit.from_prequantized(codes, stats, requires_grad=False, device=device, module=made)
     made.register_parameter("bias", layer.bias)
     # transformers looks at it where it quantizes or writes a layer that took another's place.
     made.source_cls = nn.Linear
+    made.fan_in_fan_out = layer.fan_in_fan_out
     return made.train(layer.training)

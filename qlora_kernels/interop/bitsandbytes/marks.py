@@ -29,12 +29,13 @@ def unmark_bitsandbytes(model: nn.Module) -> None:
             _config(module).__dict__.pop(key, None)
 
 
-def mark_bitsandbytes(model: nn.Module, quantized: set[str], double_quant: bool, dtype: torch.dtype) -> None:
+def mark_bitsandbytes(model: nn.Module, quantized: set[str], kind: str, double_quant: bool, dtype: torch.dtype) -> None:
     """Says that a model is quantized by bitsandbytes, as transformers says it after loading one.
 
     Args:
         model: any module; only a model of transformers is changed.
         quantized: names of its 4-bit layers.
+        kind: "nf4" or "fp4".
         double_quant: whether all of them have double quantization.
         dtype: what they compute in.
     """
@@ -45,7 +46,7 @@ def mark_bitsandbytes(model: nn.Module, quantized: set[str], double_quant: bool,
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=_skipped(model, quantized),

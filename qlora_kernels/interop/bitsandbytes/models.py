@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -49,8 +49,8 @@ def from_bitsandbytes(
 
     Raises:
         ImportError: when bitsandbytes is not installed.
-        ValueError: for a model without such layers, or with one that cannot be converted, by its name: FP4, blocks of
-            32, no weights (offloaded, or not quantized yet), inside a PEFT layer; and for adapters that do not fit.
+        ValueError: for a model without such layers, or with one that cannot be converted, by its name: blocks of 32,
+            no weights (offloaded, or not quantized yet), inside a PEFT layer; and for adapters that do not fit.
             The model is unchanged.
         TypeError: for a dtype that bias or adapters cannot have, and for PEFT's argument names. The model is unchanged.
     """
@@ -132,11 +132,12 @@ def to_bitsandbytes(model: Model, *, compute_dtype: torch.dtype | None = None, d
     double_quant = all(layer.weight.double_quant for layer in found.values())
     dtype = compute_dtype or next(iter(found.values())).dtype
     result = _replace(model, layers, found)
-    mark_bitsandbytes(result, set(layers), double_quant, dtype)
+    kind = next(iter(layers.values())).weight.quant_type
+    mark_bitsandbytes(result, set(layers), kind, double_quant, dtype)
     return result
 
 
-def _refuse_inside_peft(model: nn.Module, found: dict[str, nn.Module]) -> None:
+def _refuse_inside_peft(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
     wrapped = {
         id(module.base_layer): name
         for name, module in model.named_modules()
@@ -150,12 +151,13 @@ def _refuse_inside_peft(model: nn.Module, found: dict[str, nn.Module]) -> None:
             )
 
 
-def _replace(model: Model, layers: dict[str, nn.Module], found: dict[str, nn.Module]) -> Model:
+def _replace(model: Model, layers: Mapping[str, nn.Module], found: Mapping[str, nn.Module]) -> Model:
     """Puts the new layers in the places of the old ones; from here on nothing fails."""
     if "" in layers:
         take_hooks(layers[""], model)
         return cast(Model, layers[""])
-    places = places_of(model, tuple({type(layer) for layer in found.values()}))
+    old = {id(layer) for layer in found.values()}
+    places = places_of(model, lambda module: id(module) in old)
     for name, layer in layers.items():
         put(layer, places[name])
     return model

@@ -12,6 +12,7 @@ from ...errors import InputError, readable
 from ...formats.bitsandbytes import TENSORS, State, check_tensors, from_bitsandbytes_state, parse_state, state_key
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
+from ...models.dense_layers import is_conv1d, is_linear_like, matrix_shape
 from ...models.places import places_of, put
 from ...models.targets import adapted_among
 from ...storage.safetensors_stream import DTYPES, Entry, read
@@ -63,8 +64,7 @@ def put_layers(
         ValueError: for adapters that do not fit.
     """
     entries = _rename(model, entries)
-    linear = (nn.Linear, *_transposed())
-    places = places_of(model, linear)
+    places = places_of(model, is_linear_like)
     names = [key.partition(_MARK)[0] for key in entries if _MARK in key]
     names = list(dict.fromkeys(names))
     if not names:
@@ -85,15 +85,9 @@ def put_layers(
             weight = from_bitsandbytes_state({key: read(entry) for key, entry in own.items()}, f"{name}.weight")
         layer = QLinear.from_nf4(weight, rank=0, dtype=dtype)
         layer.register_parameter("bias", model.get_submodule(name)._parameters.get("bias"))
+        layer.fan_in_fan_out = is_conv1d(model.get_submodule(name))
         put(layer.eval(), places[name])
     return adapted, entries
-
-
-def _transposed() -> tuple[type[nn.Module], ...]:
-    """GPT-2's layer, whose weight is [K, N]; bitsandbytes stores it as nn.Linear does."""
-    from transformers.pytorch_utils import Conv1D
-
-    return (Conv1D,)
 
 
 def _own(name: str, entries: dict[str, Entry]) -> list[str]:
@@ -113,7 +107,7 @@ def _check(name: str, entries: dict[str, Entry]) -> State:
     entry = entries[text]
     if entry.dtype != "U8" or entry.nbytes > _LARGEST_STATE:
         raise ValueError(f"'{text}' should be at most {_LARGEST_STATE} x U8, found {entry.nbytes} bytes {entry.dtype}")
-    state = parse_state(bytes(read(entry).flatten().tolist()), kind, f"'{text}'")
+    state = parse_state(read(entry).numpy().tobytes(), kind, f"'{text}'")
 
     def found(own: str) -> tuple[torch.dtype | None, int] | None:
         if own not in entries:
@@ -126,10 +120,9 @@ def _check(name: str, entries: dict[str, Entry]) -> State:
 
 
 def _check_shape(name: str, state: State, layer: nn.Module, folder: str) -> None:
-    weight = layer._parameters.get("weight")
-    if weight is None:
+    if layer._parameters.get("weight") is None:
         raise InputError(f"{folder} holds {name}.weight in 4 bits, which is no parameter of its model")
-    expected = tuple(weight.shape) if isinstance(layer, nn.Linear) else tuple(weight.shape)[::-1]
+    expected = matrix_shape(layer)
     if state.shape != expected:
         raise InputError(f"{folder}: {name}.weight should be {list(expected)}, but its quant_state says {state.shape}")
 
