@@ -2,16 +2,17 @@
 
 A weight [N, K] of theirs is, under the weight's own key:
 
-===================================  =======================================================================
-``<key>``                            two codes a byte as here, viewed in any storage type, mostly [N*K/2, 1]
-``<key>.absmax``                     uint8 codes, or floating constants without double quantization
-``<key>.quant_map``                  float32 [16], the levels
-``<key>.nested_absmax``              float32, one for each ``nested_blocksize`` of the codes
-``<key>.nested_quant_map``           float32 [256], the codes' table
+=====================================  ==============================================================================
+``<key>``                              two codes a byte as here, viewed in any storage type, mostly [N*K/2, 1]
+``<key>.absmax``                       uint8 codes, or floating constants without double quantization
+``<key>.quant_map``                    float32 [16], the levels
+``<key>.nested_absmax``                float32, one for each ``nested_blocksize`` of the codes
+``<key>.nested_quant_map``             float32 [256], the codes' table
 ``<key>.quant_state.bitsandbytes__X``  uint8, the text of a JSON object: block sizes, shape, dtype, offset
-===================================  =======================================================================
+=====================================  ==============================================================================
 
-with X = nf4 or fp4, which differ in their levels alone. Their block sizes are powers of two. Blocks here have 64 weights, so a larger one is several with the same constant.
+with X = nf4 or fp4, which differ in their levels alone. Their block sizes are powers of two. Blocks here have 64
+weights, so a larger one is several with the same constant.
 Both libraries decode by absmax = table[code] * nested_absmax + offset and weight = level * absmax, each operation
 rounded to float32, and the result rounded to its dtype once.
 """
@@ -22,7 +23,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -116,11 +117,10 @@ def parse_state(content: bytes, quant_type: str, where: str) -> State:
     dtype: Any = value.get("dtype")
     require(isinstance(dtype, str) and dtype in _DTYPES, f"dtype should be in {list(_DTYPES)}, found {dtype!r:.50}")
     shape: Any = value.get("shape")
-    require(
-        isinstance(shape, list) and len(shape) == 2 and all(_is_int(one) and 0 < one <= _LONGEST for one in shape),
-        f"shape should be two positive sizes [N, K], found {shape!r:.50}",
-    )
-    plain = State(quant_type, size, _DTYPES[dtype], (shape[0], shape[1]))
+    sizes = cast("list[Any]", shape) if isinstance(shape, list) else []
+    usable = len(sizes) == 2 and all(_is_int(one) and 0 < one <= _LONGEST for one in sizes)
+    require(usable, f"shape should be two positive sizes [N, K], found {shape!r:.50}")
+    plain = State(quant_type, size, _DTYPES[dtype], (sizes[0], sizes[1]))
     nested = [key for key in _KEYS if key.startswith("nested_") and key in value]
     if not nested:
         return plain
@@ -227,7 +227,7 @@ def from_bitsandbytes_state(tensors: Mapping[str, Tensor], key: str = "weight") 
     pieces = {piece: tensors[f"{key}.{piece}"].detach().flatten() for piece in state.expected()}
     packed = tensors[key].detach().contiguous().view(-1).view(torch.uint8)
     constants = _constants(state, pieces)
-    levels = _own_levels(pieces["quant_map"], key)
+    levels = _own_levels(state, pieces["quant_map"], key)
     if levels is not None:
         table = constants[3]
         constants = (*constants[:3], levels if table is None else torch.cat([table, levels]))
@@ -240,12 +240,18 @@ def from_bitsandbytes_state(tensors: Mapping[str, Tensor], key: str = "weight") 
         raise ValueError(f"'{key}': {error}") from None
 
 
-def _own_levels(levels: Tensor, key: str) -> Tensor | None:
+def _own_levels(state: State, levels: Tensor, key: str) -> Tensor | None:
     """The levels of a weight, or None for NF4's."""
-    host = levels.to("cpu", copy=True)
-    if not bool((host.abs() <= 1).all()):
-        raise ValueError(f"'{key}.quant_map' should be 16 levels from -1 to 1")
-    return None if torch.equal(host, reference.levels()) else levels.contiguous()
+    is_nf4 = state.quant_type == "nf4"
+    expected = reference.levels() if is_nf4 else _fp4_levels()
+    # bitsandbytes goes by the name and never looks at the levels, so others would be decoded differently.
+    if not torch.equal(levels.cpu(), expected):
+        raise ValueError(f"'{key}.quant_map' should be the 16 levels of {state.quant_type.upper()}, found others")
+    return None if is_nf4 else levels.contiguous()
+
+
+def _fp4_levels() -> Tensor:
+    return torch.tensor(_FP4, dtype=torch.float32)
 
 
 _Constants = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -285,10 +291,9 @@ def quant_type(weight: NF4Weight) -> str:
     if weight.has_nf4_levels:
         return "nf4"
     found = weight.levels.detach().cpu()
-    # Of zero there are two, with different codes.
-    if torch.equal(found, torch.tensor(_FP4, dtype=torch.float32)):
+    if torch.equal(found, _fp4_levels()):
         return "fp4"
-    raise ValueError(f"the levels {found.tolist()} are neither NF4's nor FP4's; bitsandbytes knows no others")
+    raise ValueError("its levels are neither NF4's nor FP4's, and bitsandbytes knows no others")
 
 
 def to_bitsandbytes_state(weight: NF4Weight, key: str = "weight") -> dict[str, Tensor]:

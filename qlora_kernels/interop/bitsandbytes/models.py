@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import listed, peft_names
+from ...formats.bitsandbytes import quant_type
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
 from ...models.places import places_of, put, take_hooks
@@ -132,7 +133,7 @@ def to_bitsandbytes(model: Model, *, compute_dtype: torch.dtype | None = None, d
     double_quant = all(layer.weight.double_quant for layer in found.values())
     dtype = compute_dtype or next(iter(found.values())).dtype
     result = _replace(model, layers, found)
-    kind = next(iter(layers.values())).weight.quant_type
+    kind = quant_type(next(iter(found.values())).weight)
     mark_bitsandbytes(result, set(layers), kind, double_quant, dtype)
     return result
 

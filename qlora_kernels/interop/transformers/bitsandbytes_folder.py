@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from ...errors import InputError, readable
-from ...formats.bitsandbytes import TENSORS, State, check_tensors, from_bitsandbytes_state, parse_state, state_key
+from ...formats.bitsandbytes import (
+    STATE,
+    TENSORS,
+    State,
+    check_tensors,
+    from_bitsandbytes_state,
+    parse_state,
+    state_key,
+)
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
 from ...models.dense_layers import is_conv1d, is_linear_like, matrix_shape
@@ -18,7 +26,6 @@ from ...models.targets import adapted_among
 from ...storage.safetensors_stream import DTYPES, Entry, read
 
 _METHOD = "bitsandbytes"
-_MARK = ".weight.quant_state."
 _LARGEST_STATE = 1 << 16
 
 
@@ -65,8 +72,7 @@ def put_layers(
     """
     entries = _rename(model, entries)
     places = places_of(model, is_linear_like)
-    names = [key.partition(_MARK)[0] for key in entries if _MARK in key]
-    names = list(dict.fromkeys(names))
+    names = _quantized(entries)
     if not names:
         raise InputError(f"{folder} holds no 4-bit weight of bitsandbytes, though its config.json speaks of them")
     states: dict[str, State] = {}
@@ -88,6 +94,12 @@ def put_layers(
         layer.fan_in_fan_out = is_conv1d(model.get_submodule(name))
         put(layer.eval(), places[name])
     return adapted, entries
+
+
+def _quantized(entries: dict[str, Entry]) -> list[str]:
+    """The names of the 4-bit layers: those with one of bitsandbytes' tensors beside the weight."""
+    parts = [key.partition(".weight.") for key in entries]
+    return list(dict.fromkeys(name for name, _, rest in parts if rest in TENSORS or rest.startswith(STATE)))
 
 
 def _own(name: str, entries: dict[str, Entry]) -> list[str]:
