@@ -98,6 +98,11 @@ def test_a_header_may_open_a_thought_that_a_past_turn_does_not_show(tmp_path):
     assert learned(template, row) == ["4 ☃<|im_end|>\n", "6<|im_end|>\n"]
 
 
+def test_a_template_may_end_with_space(tmp_path):
+    (row,) = rows_of(tmp_path, {"messages": TWO_TURNS})
+    assert learned(CHATML + " \n\n", row) == ["4 ☃<|im_end|>", "6<|im_end|>\n \n"]
+
+
 def test_sharegpt_and_columns_and_json_in_a_table_are_the_same_conversation(tmp_path):
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     shared = [{"from": names[m["role"]], "value": m["content"]} for m in TWO_TURNS]

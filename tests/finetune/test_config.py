@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -144,3 +146,12 @@ def test_a_missing_parser_is_named(tmp_path, monkeypatch, package, name):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match="pip install"):
         read_config_file(written(tmp_path, "rank = 1", name))
+
+
+def test_the_file_in_the_documents(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "fine-tuning.md"
+    if not page.is_file():
+        pytest.skip("the documents come with the source tree only")
+    [block] = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    chosen = settings("--config", written(tmp_path, block))
+    assert (chosen.rank, chosen.lr, chosen.target_modules) == (32, 1e-4, "q_proj,v_proj")

@@ -87,6 +87,8 @@ class Chat:
         """Where a message of the assistant begins and ends in the text of the whole conversation."""
         header = self._text(conversation, number, prompt=True)
         after = self._text(conversation, number + 1)
+        if not whole.startswith(after):
+            after = after.rstrip()  # a template may end with a line break of its own
         # A header may promise more than a past turn shows, such as a tag that opens a thought.
         begin = next((i for i, (a, b) in enumerate(zip(header, after)) if a != b), min(len(header), len(after)))
         least = len(header) if after.startswith(header) else len(self._text(conversation, number))
