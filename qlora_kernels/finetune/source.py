@@ -50,12 +50,11 @@ class Source:
                     f"--no-double-quant comes too late: {settings.model} is 4-bit and double-quantized already; give "
                     "it to 'qlora-kernels quantize' instead, with the dense model"
                 )
-        elif quantization:
-            raise InputError(
-                f"--model {settings.model} is quantized already, by {quantization.get('quant_method')!r:.60}; give the "
-                "dense model, or a folder that 'qlora-kernels quantize' wrote from it"
-            )
+        else:
+            _refuse_quantized(settings.model, quantization)
         self._config = None if settings.is_tiny else _load_config(settings.model)
+        if self._config is not None and not self.four_bit:  # an id has its config elsewhere
+            _refuse_quantized(settings.model, getattr(self._config, "quantization_config", None))
         self._tokenizer = None if settings.is_tiny else _load_tokenizer(settings.model)
 
     @property
@@ -224,6 +223,21 @@ def digest(model: nn.Module) -> str:
         result.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
         result.update(sample.view(torch.uint8).numpy().tobytes())
     return result.hexdigest()
+
+
+def _refuse_quantized(model: str, quantization: Any) -> None:
+    """
+    Raises:
+        InputError: for a dense model that is none. transformers would load it with layers of another package.
+    """
+    if not quantization:
+        return
+    values = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = values.get("quant_method")
+    advice = "give the dense model, or a folder that 'qlora-kernels quantize' wrote from it"
+    if method == METHOD:
+        advice = "give the folder that it was downloaded to"
+    raise InputError(f"--model {model} is quantized already, by {str(method)!r:.60}; {advice}")
 
 
 def _load_config(model: str):

@@ -116,4 +116,4 @@ def test_a_model_that_others_quantized(run, tmp_path, hf_folder, capsys, method)
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
     assert run("--model", str(tmp_path / "model")) == 2
-    assert f"is quantized already, by {method!r}; give the dense model" in capsys.readouterr().err
+    assert f"is quantized already, by {str(method)!r}; give the dense model" in capsys.readouterr().err
