@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,54 @@ def test_a_header_may_open_a_thought_that_a_past_turn_does_not_show(tmp_path):
     assert learned(template, row) == ["4 ☃<|im_end|>\n", "6<|im_end|>\n"]
 
 
+def test_a_template_may_want_arguments_as_text(tmp_path):
+    call = {"function": {"name": "add", "arguments": {"a": "é"}}}
+    (row,) = rows_of(tmp_path, {"messages": [TWO_TURNS[1], {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    written = "{{ m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments }}"
+    template = CHATML.replace("{{ m.tool_calls | tojson }}", written)
+    assert learned(template, row) == ['add {"a": "é"}<|im_end|>\n']
+
+
+def test_a_template_may_end_every_text_as_a_document_ends(tmp_path):
+    (row,) = rows_of(tmp_path, {"messages": TWO_TURNS})
+    template = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    example = chat(template).example(row)
+    assert [bytes(i for i in example.ids[b:e] if i < 256).decode() for b, e in example.spans] == [
+        *("4 ☃<|im_end|>\n", "6<|im_end|>\n")
+    ]
+    assert example.ids[-1] == tiny.END
+    assert example.spans[-1][1] == len(example.ids)
+
+
+# Templates of models as TRL has them, beside copies with markers that learn from the same tokens.
+PLAIN_AND_MARKED = (
+    "llama3",
+    "gemma3",
+    "phi3",
+    "phi3_5",
+    "cohere",
+    "cohere2",
+    "lfm2",
+    "qwen3_instruct_2507",
+    "qwen3_vl",
+)
+
+
+@pytest.mark.parametrize("name", PLAIN_AND_MARKED)
+def test_templates_of_models(tmp_path, name):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    plain, marked = folder / f"{name}.jinja", folder / f"{name}_training.jinja"
+    if not plain.is_file() or not marked.is_file():
+        pytest.skip(f"this TRL has no templates for {name}")
+    (row,) = rows_of(tmp_path, {"messages": TWO_TURNS})
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    examples = [chat(path.read_text(), tokenizer).example(row) for path in (plain, marked)]
+    texts = [[bytes(i for i in e.ids[b:c] if i < 256).decode().strip() for b, c in e.spans] for e in examples]
+    assert texts[0] == texts[1]
+    assert [text[:1] for text in texts[0]] == ["4", "6"]
+
+
 def test_a_template_may_end_with_space(tmp_path):
     (row,) = rows_of(tmp_path, {"messages": TWO_TURNS})
     assert learned(CHATML + " \n\n", row) == ["4 ☃<|im_end|>", "6<|im_end|>\n \n"]
@@ -144,8 +193,13 @@ def test_tools_reach_the_template_or_are_an_error(tmp_path):
         chat(CHATML.replace("{{ m.tool_calls | tojson }}", "")).example(row)
     tools = [{"type": "function", "function": {"name": "subtract", "parameters": {}}}]
     (row,) = rows_of(tmp_path, {"messages": messages, "tools": json.dumps(tools)})
-    with pytest.raises(InputError, match="leaves out the tool subtract"):
+    with pytest.raises(InputError, match="leaves out the tools"):
         chat(CHATML).example(row)
+    for name in ("subtract", "add"):  # a tool's name is no call of it
+        (row,) = rows_of(tmp_path, {"messages": messages, "tools": json.dumps(tools).replace("subtract", name)})
+        with pytest.raises(InputError, match="leaves out the call of add"):
+            chat("{{ tools | tojson }}" + CHATML.replace("{{ m.tool_calls | tojson }}", "")).example(row)
+    (row,) = rows_of(tmp_path, {"messages": messages, "tools": json.dumps(tools)})
     assert "subtract" in bytes(chat("{{ tools | tojson }}" + CHATML).example(row).ids).decode()
 
 

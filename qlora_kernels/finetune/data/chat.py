@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from ...errors import InputError, sentence
 from .batches import Example
-from .messages import Conversation, Message, names_of_tools
+from .messages import Conversation, Message
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LEFT_OUT = ("system", "developer", "tool", "function")  # roles that templates are known to pass over
@@ -40,7 +41,13 @@ class Chat:
             InputError: for a conversation that the template refuses or writes only in part, and for a template that
                 writes a conversation's beginning differently once more follows.
         """
-        whole = self._text(conversation, len(conversation.messages))
+        try:
+            whole = self._text(conversation, len(conversation.messages))
+        except InputError:
+            other = _with_arguments_as_text(conversation)
+            if other is None:
+                raise
+            whole, conversation = self._text(other, len(other.messages)), other
         self._check_nothing_left_out(conversation, whole)
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if list(conversation.learned) == turns and self._has_markers(conversation):
@@ -87,8 +94,9 @@ class Chat:
         """Where a message of the assistant begins and ends in the text of the whole conversation."""
         header = self._text(conversation, number, prompt=True)
         after = self._text(conversation, number + 1)
-        if not whole.startswith(after):
-            after = after.rstrip()  # a template may end with a line break of its own
+        # A template may end the whole with a line break, or the token that ends a document.
+        ends = (after, after.rstrip(), after.removesuffix(self.tokenizer.eos_token or ""))
+        after = next((end for end in ends if whole.startswith(end)), after)
         # A header may promise more than a past turn shows, such as a tag that opens a thought.
         begin = next((i for i, (a, b) in enumerate(zip(header, after)) if a != b), min(len(header), len(after)))
         least = len(header) if after.startswith(header) else len(self._text(conversation, number))
@@ -104,21 +112,54 @@ class Chat:
     def _check_nothing_left_out(self, conversation: Conversation, whole: str) -> None:
         """Templates pass over what they do not know, and the model would learn from half a conversation."""
 
-        def require(what: str, value: str) -> None:
-            forms = (value.strip(), *(json.dumps(value, ensure_ascii=flag)[1:-1] for flag in (False, True)))
-            if not any(form in whole for form in forms):
+        def require(written: bool, what: str) -> None:
+            if not written:
                 raise InputError(
                     f"{conversation.where}: {self.name} leaves out {what}; take it out of the data, or give a template "
                     "that writes it (--chat-template FILE)"
                 )
 
-        for number, message in enumerate(conversation.messages, 1):
+        for number, message in enumerate(conversation.messages):
+            content = message["content"].strip()
             if message["role"] in _LEFT_OUT:
-                require(f"the content of message {number} ({message['role']})", message["content"])
-            for call in message.get("tool_calls", ()):
-                require(f"the call of {call['function']['name']} in message {number}", call["function"]["name"])
-        for name in names_of_tools(conversation.tools or []):
-            require(f"the tool {name}", name)
+                forms = (content, *(json.dumps(content, ensure_ascii=flag)[1:-1] for flag in (False, True)))
+                role = f"the content of message {number + 1} ({message['role']})"
+                require(any(form in whole for form in forms), role)
+            if message.get("tool_calls"):
+                others = [dict(message) for message in conversation.messages]
+                others[number]["tool_calls"] = [_renamed(call) for call in message["tool_calls"]]
+                name = message["tool_calls"][0]["function"]["name"]
+                changed = self._differs(replace(conversation, messages=others), whole)
+                require(changed, f"the call of {name} in message {number + 1}")
+        if conversation.tools:
+            require(self._differs(replace(conversation, tools=None), whole), "the tools")
+
+    def _differs(self, other: Conversation, whole: str) -> bool:
+        """Whether another conversation has another text."""
+        try:
+            return self._text(other, len(other.messages)) != whole
+        except InputError:  # the template has looked at what is other
+            return True
+
+
+def _renamed(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "name": function["name"] + "_"}}
+
+
+def _with_arguments_as_text(conversation: Conversation) -> Conversation | None:
+    """The same with the arguments of calls as JSON, which some templates want; None without calls."""
+    if not any(message.get("tool_calls") for message in conversation.messages):
+        return None
+    messages = [dict(message) for message in conversation.messages]
+    for message in messages:
+        if message.get("tool_calls"):
+            functions = [dict(call["function"]) for call in message["tool_calls"]]
+            for function in functions:
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+            calls = zip(message["tool_calls"], functions)
+            message["tool_calls"] = [{**call, "function": function} for call, function in calls]
+    return replace(conversation, messages=messages)
 
 
 def _spans(counted: list[bool]) -> tuple[tuple[int, int], ...]:

@@ -166,9 +166,3 @@ def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"{where}: 'tools' should be a list of JSON schemas")
     return tools
-
-
-def names_of_tools(tools: list[dict[str, Any]]) -> list[str]:
-    """The names in the schemas of tools."""
-    inner = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
-    return [tool["name"] for tool in inner if isinstance(tool.get("name"), str)]
