@@ -67,7 +67,7 @@ def _add_model(group: _Group) -> None:
     group.add(
         "model",
         "'tiny', a byte-level model that is first pretrained on this machine; a Hugging Face folder or id; or a 4-bit "
-        "folder from 'qlora-kernels quantize'",
+        "folder, from 'qlora-kernels quantize' or of bitsandbytes",
         metavar="MODEL",
     )
     group.add(
