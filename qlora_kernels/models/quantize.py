@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,10 @@ _HOOKS = (
 # Double quantization moves a constant by half a step of its table at most, relative to the largest constant: the two
 # largest entries of FP8 E4M3 are 1/14 of the largest apart.
 _NESTED_ERROR = 1 + 1 / 28
+
+
+#: Called with each model whose layers have become 4-bit, such as to note it where other libraries look.
+after_quantizing: list[Callable[[nn.Module], None]] = []
 
 
 @dataclass
@@ -119,24 +123,33 @@ def quantize_model(
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
     planned = plan(model, adapter, target_modules, skip, double_quant, adapter_dtype, compute_dtype)
     _check_weights(model, planned, device)
-    bytes_before = _bytes(model)
+    bytes_before = bytes_of(model)
     swap_layers(model, planned, device, progress)
-    _train_adapters_only(model)
+    train_adapters_only(model)
     if device is not None:
         _move(model, device, len(planned.quantized))
-    return _report(model, planned, bytes_before)
+    for note in after_quantizing:
+        note(model)
+    return report(model, planned, bytes_before)
 
 
 def swap_layers(
-    model: nn.Module, planned: Plan, device: str | torch.device | None = None, progress: bool = False
+    model: nn.Module,
+    planned: Plan,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    found: Places | None = None,
 ) -> None:
     """Replaces the planned layers by QLinear, one at a time.
+
+    Args:
+        found: where the layers are, for callers who replace them one by one.
 
     Raises:
         RuntimeError: when one fails after others were replaced; an error at the first layer is raised unchanged.
     """
     adapted, adapter = set(planned.adapted), planned.adapter
-    places = _places(model)
+    places = places_of(model) if found is None else found
     for done, name in enumerate(bar(planned.quantized, show=progress, desc="quantizing", unit="layer")):
         try:
             _swap(
@@ -162,7 +175,7 @@ def swap_layers(
             ) from error
 
 
-def _train_adapters_only(model: nn.Module) -> None:
+def train_adapters_only(model: nn.Module) -> None:
     model.requires_grad_(False)
     for _, layer in qlora_layers(model):
         if layer.active_adapter is not None:
@@ -212,10 +225,13 @@ def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device:
     )
 
 
-def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+Places = dict[str, list[tuple[nn.Module, str]]]
+
+
+def places_of(model: nn.Module) -> Places:
     """For each linear layer's first name, all (parent, key) that hold it: a module may be in several places."""
     first = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    places: Places = {}
     for parent in model.modules():
         for key, child in parent._modules.items():
             if id(child) in first:
@@ -227,7 +243,7 @@ def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None
     """Replaces one layer in all its places; the dense weight is free when this returns."""
     parent, key = places[0]
     linear = parent._modules[key]
-    assert isinstance(linear, nn.Linear)  # _places lists no others
+    assert isinstance(linear, nn.Linear)  # places_of lists no others
     if device is not None:
         linear.to(device)
     layer = QLinear.from_linear(linear, **options)
@@ -237,19 +253,19 @@ def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None
         parent._modules[key] = layer
 
 
-def _report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:
+def report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:
     return QuantizeReport(
         quantized=list(planned.quantized),
         adapted=list(planned.adapted),
         left_alone=dict(planned.left_alone),
         bytes_before=bytes_before,
-        bytes_after=_bytes(model),
+        bytes_after=bytes_of(model),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=_count(model),
     )
 
 
-def _bytes(model: nn.Module) -> int:
+def bytes_of(model: nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
