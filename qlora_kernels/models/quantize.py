@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,20 +14,10 @@ from ..layers.adapters.config import AdapterConfig
 from ..layers.packed import frozen_tensors
 from ..layers.qlinear import QLinear
 from ..ops import backends
+from .dense_layers import as_linear, is_conv1d, is_linear_like
+from .heads import DEFAULT_SKIP
+from .places import Places, places_of, put
 from .targets import Plan, plan, qlora_layers
-
-# Where nn.Module keeps hooks on forward and backward. They belong to the place in the model, not to the weight.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
 
 # Double quantization moves a constant by half a step of its table at most, relative to the largest constant: the two
 # largest entries of FP8 E4M3 are 1/14 of the largest apart.
@@ -81,14 +71,17 @@ def quantize_model(
     dropout: float = 0.0,
     rslora: bool = False,
     target_modules: str | Sequence[str] = "all-linear",
-    skip: str | Sequence[str] = ("lm_head",),
+    skip: str | Sequence[str] = DEFAULT_SKIP,
     double_quant: bool = True,
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     progress: bool = True,
     device: str | torch.device | None = None,
 ) -> QuantizeReport:
-    """Swaps a model's nn.Linear layers for QLinear, in place, and freezes everything but the adapters.
+    """Swaps a model's linear layers for QLinear, in place, and freezes everything but the adapters and new heads.
+
+    Linear layers are nn.Linear, and transformers' Conv1D (GPT-2). A head that a task adds to a pretrained trunk, such
+    as a classifier, stays dense and is trained.
 
     Layers are swapped one at a time, so memory peaks at the model plus one layer, unless something else holds on to the
     dense weights. Everything is checked before the first layer is touched. If memory runs out later, or on Ctrl-C,
@@ -102,7 +95,8 @@ def quantize_model(
             components) or a regular expression for the full name. The other layers are quantized all the same. Back
             references and other features that take unbounded time to match are refused.
         skip: layers to leave dense, also by names or by a regular expression. The name of a module in a list stands
-            for all layers in it.
+            for all layers in it. By default the output embeddings of a model of transformers and the heads on top of
+            its trunk stay dense as well.
         adapter_dtype: dtype of the adapters, by default that of each layer; float32 keeps master copies.
         compute_dtype: dtype of bias and adapters, by default that of each dense weight.
         progress: show a bar, when tqdm is installed.
@@ -125,7 +119,7 @@ def quantize_model(
     _check_weights(model, planned, device)
     bytes_before = bytes_of(model)
     swap_layers(model, planned, device, progress)
-    train_adapters_only(model)
+    choose_what_is_trained(model, planned)
     if device is not None:
         _move(model, device, len(planned.quantized))
     for note in after_quantizing:
@@ -138,7 +132,7 @@ def swap_layers(
     planned: Plan,
     device: str | torch.device | None = None,
     progress: bool = False,
-    found: Places | None = None,
+    found: Mapping[str, Places] | None = None,
 ) -> None:
     """Replaces the planned layers by QLinear, one at a time.
 
@@ -149,7 +143,7 @@ def swap_layers(
         RuntimeError: when one fails after others were replaced; an error at the first layer is raised unchanged.
     """
     adapted, adapter = set(planned.adapted), planned.adapter
-    places = places_of(model) if found is None else found
+    places = places_of(model, is_linear_like) if found is None else found
     for done, name in enumerate(bar(planned.quantized, show=progress, desc="quantizing", unit="layer")):
         try:
             _swap(
@@ -175,8 +169,11 @@ def swap_layers(
             ) from error
 
 
-def train_adapters_only(model: nn.Module) -> None:
+def choose_what_is_trained(model: nn.Module, planned: Plan) -> None:
+    """The adapters, and new heads."""
     model.requires_grad_(False)
+    for name in planned.trained:
+        model.get_submodule(name).requires_grad_(True)
     for _, layer in qlora_layers(model):
         if layer.active_adapter is not None:
             layer.lora_A[layer.active_adapter].requires_grad_(True)
@@ -225,32 +222,16 @@ def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device:
     )
 
 
-Places = dict[str, list[tuple[nn.Module, str]]]
-
-
-def places_of(model: nn.Module) -> Places:
-    """For each linear layer's first name, all (parent, key) that hold it: a module may be in several places."""
-    first = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    places: Places = {}
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if id(child) in first:
-                places.setdefault(first[id(child)], []).append((parent, key))
-    return places
-
-
-def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None, **options) -> None:
+def _swap(places: Places, device: str | torch.device | None, **options) -> None:
     """Replaces one layer in all its places; the dense weight is free when this returns."""
     parent, key = places[0]
-    linear = parent._modules[key]
-    assert isinstance(linear, nn.Linear)  # places_of lists no others
+    dense = parent._modules[key]
+    assert dense is not None  # places_of lists modules
     if device is not None:
-        linear.to(device)
-    layer = QLinear.from_linear(linear, **options)
-    for hooks in _HOOKS:
-        setattr(layer, hooks, getattr(linear, hooks))
-    for parent, key in places:
-        parent._modules[key] = layer
+        dense.to(device)
+    layer = QLinear.from_linear(as_linear(dense), **options)
+    layer.fan_in_fan_out = is_conv1d(dense)
+    put(layer, places)
 
 
 def report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:

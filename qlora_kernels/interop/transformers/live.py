@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import listed
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
-from ...models.targets import dense_layers, qlora_layers
+from ...models.targets import not_quantized, qlora_layers
 from .nf4_config import NF4Config, dtype_name
 
 
@@ -59,7 +59,7 @@ def describe(model: nn.Module) -> NF4Config:
     dtype = getattr(model, "dtype", None)
     return NF4Config(
         double_quant,
-        modules_to_not_convert=sorted(dense_layers(model)),
+        modules_to_not_convert=sorted(not_quantized(model)),
         layers=_exceptions(layers, double_quant, dtype),
         adapters=_groups(layers, dtype),
     )

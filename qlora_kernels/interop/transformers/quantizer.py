@@ -15,12 +15,14 @@ from transformers.quantizers.base import HfQuantizer
 from ...errors import listed
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
-from ...models.quantize import QuantizeReport, bytes_of, places_of, report, swap_layers, train_adapters_only
+from ...models.dense_layers import is_linear_like
+from ...models.heads import DEFAULT_SKIP, heads, new_heads
+from ...models.places import Places, places_of
+from ...models.quantize import QuantizeReport, bytes_of, choose_what_is_trained, report, swap_layers
 from ...models.targets import Plan, plan, qlora_layers
 from . import recorded
 from .live import check_savable, describe
 from .nf4_config import NF4Config
-from .skeleton import skipped
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +120,10 @@ class NF4Quantizer(HfQuantizer):
         if self.pre_quantized:
             skip = recorded.skipped(model, config)
         else:
-            skip = skipped(model) if config.modules_to_not_convert is None else config.modules_to_not_convert
-        heads = recorded.new_heads(model, kwargs.get("checkpoint_files"))
-        more = [*_tied(model), *heads]
+            skip = config.modules_to_not_convert
+            skip = [*DEFAULT_SKIP, *heads(model)] if skip is None else skip
+        new = recorded.missing_heads(model, kwargs.get("checkpoint_files"))
+        more = [*_tied(model), *new]
         if isinstance(skip, str):
             skip = "|".join([f"(?:{skip})", *map(re.escape, more)])
         else:
@@ -129,7 +132,7 @@ class NF4Quantizer(HfQuantizer):
         planned = plan(
             model, adapter, config.target_modules, skip, config.double_quant, adapter_dtype=config.adapter_dtype
         )
-        self._loading = _Loading(model, planned, heads, waiting=not self.pre_quantized)
+        self._loading = _Loading(model, planned, new, waiting=not self.pre_quantized)
         if self.pre_quantized:
             swap_layers(model, replace(planned, adapted=()))
             recorded.restore(model, config)
@@ -192,8 +195,9 @@ class NF4Quantizer(HfQuantizer):
             recorded.check_loaded(model)
         new = [p for p in model.parameters() if not getattr(p, "_is_hf_initialized", False) and p.is_floating_point()]
         _add_adapters(model, loading.planned, self.config)
-        train_adapters_only(model)
-        for parameter in new:  # no checkpoint holds them: a new head, say
+        adapted = any(layer.adapters for _, layer in qlora_layers(model))
+        choose_what_is_trained(model, replace(loading.planned, trained=_dense_heads(model) if adapted else ()))
+        for parameter in new:  # no checkpoint holds them
             parameter.requires_grad_(True)
         # The layers can be cast, and PEFT need not treat them otherwise than dense ones.
         model.is_quantized = False
@@ -236,7 +240,8 @@ class _Loading:
     """
 
     def __init__(self, model: nn.Module, planned: Plan, new_heads: list[str], waiting: bool) -> None:
-        self.planned, self.new_heads, self.places = planned, new_heads, places_of(model)
+        self.planned, self.new_heads = planned, new_heads
+        self.places: dict[str, Places] = places_of(model, is_linear_like)
         self.waiting = set(planned.quantized) if waiting else set()
         self.error: Exception | None = None
         self.bytes_before = bytes_of(model)
@@ -246,7 +251,13 @@ def _tied(model: Any) -> list[str]:
     """Modules whose weights transformers will tie to others: while it loads, they are not tied yet."""
     keys = getattr(model, "all_tied_weights_keys", None) or {}
     modules = {key.rpartition(".")[0] for key in (*keys, *keys.values())}
-    return [name for name, module in model.named_modules() if name in modules and isinstance(module, nn.Linear)]
+    return [name for name, module in model.named_modules() if name in modules and is_linear_like(module)]
+
+
+def _dense_heads(model: nn.Module) -> tuple[str, ...]:
+    """The heads of a task, which are trained with the adapters, as :func:`quantize_model` has it."""
+    four_bit = dict(qlora_layers(model))
+    return tuple(name for name in new_heads(model) if name not in four_bit)
 
 
 def _mark_as_initialized(layer: QLinear) -> None:

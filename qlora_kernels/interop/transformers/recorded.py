@@ -16,6 +16,7 @@ from ...errors import listed
 from ...formats.constants import check_constants
 from ...formats.nf4 import PIECES, meta_weight
 from ...layers.qlinear import QLinear
+from ...models.dense_layers import is_linear_like
 from ...models.targets import matches, qlora_layers
 from ...storage.safetensors_stream import read_header
 from . import skeleton
@@ -40,7 +41,7 @@ def _names_here(model: Any, name: str) -> list[str]:
     return [name, prefix + name, name.removeprefix(prefix)]
 
 
-def new_heads(model: Any, files: Sequence[str] | None) -> list[str]:
+def missing_heads(model: Any, files: Sequence[str] | None) -> list[str]:
     """Linear layers outside the model's trunk that a checkpoint's safetensors files do not hold.
 
     transformers makes them new, to be trained, so they stay dense.
@@ -52,7 +53,7 @@ def new_heads(model: Any, files: Sequence[str] | None) -> list[str]:
     heads = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(prefix) and f"{name}.weight" not in tied
+        if is_linear_like(module) and not name.startswith(prefix) and f"{name}.weight" not in tied
     ]
     if not heads:
         return []

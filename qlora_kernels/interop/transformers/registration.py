@@ -9,6 +9,7 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 
 _TARGET = "transformers.quantizers.auto"
+_ATTRIBUTES = "LOADING_ATTRIBUTES_CONFIG_TYPES"
 
 
 class _Watcher(MetaPathFinder):
@@ -70,8 +71,8 @@ def _register(auto: ModuleType) -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[NF4Config.quant_method] = NF4Config
     auto.AUTO_QUANTIZER_MAPPING[NF4Config.quant_method] = NF4Quantizer
     # Configs whose loading attributes an argument of from_pretrained may add to those of a quantized folder.
-    types = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
+    types = getattr(auto, _ATTRIBUTES, None)
     if isinstance(types, tuple) and NF4Config not in types:
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, NF4Config)
+        setattr(auto, _ATTRIBUTES, (*types, NF4Config))
     if mark not in after_quantizing:
         after_quantizing.append(mark)
