@@ -36,6 +36,7 @@ DECODERS = {
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 4, "query_pre_attn_scalar": 16}, 14),
     "mistral": ("MistralConfig", {"sliding_window": 4}, 14),
     "phi": ("PhiConfig", {"num_key_value_heads": 4}, 12),
+    "gpt2": ("GPT2Config", {}, 8),
     "phi3": ("Phi3Config", {"sliding_window": 4}, 8),
 }
 QUICK = ("qwen3",)
