@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from typing import Any
@@ -36,10 +37,20 @@ def mark(model: nn.Module) -> None:
             continue
         config = describe(one)
         quantizer = NF4Quantizer(config, pre_quantized=True)
-        model_attributes: Any = one
-        model_attributes.hf_quantizer = quantizer
-        model_attributes.quantization_method = config.quant_method
-        model_attributes.config.quantization_config = config
+        if other is None:
+            _give_own_config(one)
+        marked: Any = one
+        marked.hf_quantizer = quantizer
+        marked.quantization_method = config.quant_method
+        marked.config.quantization_config = config
+
+
+def _give_own_config(model: Any) -> None:
+    """A copy of its config, which other models may have too, in all its modules."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
 
 
 def _outermost(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:

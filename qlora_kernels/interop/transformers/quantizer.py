@@ -148,7 +148,8 @@ class NF4Quantizer(HfQuantizer):
         Its bias stays the parameter that it is, with or without data.
 
         Returns:
-            Whether that was done: not for a weight of another shape, which transformers reports.
+            Whether that was done: not for a weight of another shape, which transformers reports, unless it was asked to
+            make such weights new.
         """
         loading = self._loading
         assert loading is not None  # only called while a model is loaded
@@ -156,6 +157,7 @@ class NF4Quantizer(HfQuantizer):
         linear: Any = parent._modules[key]
         if linear.weight.shape != weight.shape:
             loading.waiting.discard(name)
+            loading.misfits[name] = linear.weight.shape
             return False
         if loading.error is not None:  # raised when transformers has done its part
             return True
@@ -191,6 +193,10 @@ class NF4Quantizer(HfQuantizer):
         self._loading = None
         if loading.error is not None:
             raise loading.error
+        for name, shape in loading.misfits.items():  # transformers 5.0 sets weights of any shape
+            found = model.get_parameter(f"{name}.weight").shape
+            if found != shape:
+                raise ValueError(f"{name}.weight should be {list(shape)}, found {list(found)} in the checkpoint")
         if self.pre_quantized:
             recorded.check_loaded(model)
         new = [p for p in model.parameters() if not getattr(p, "_is_hf_initialized", False) and p.is_floating_point()]
@@ -235,6 +241,7 @@ class _Loading:
         new_heads: layers outside the trunk that the checkpoint does not hold.
         places: where each layer is.
         waiting: layers whose dense weight has not come yet.
+        misfits: layers for which a weight of another shape came, with the right shape.
         error: the first weight's that could not be quantized.
         bytes_before: of the dense model.
     """
@@ -243,6 +250,7 @@ class _Loading:
         self.planned, self.new_heads = planned, new_heads
         self.places: dict[str, Places] = places_of(model, is_linear_like)
         self.waiting = set(planned.quantized) if waiting else set()
+        self.misfits: dict[str, torch.Size] = {}
         self.error: Exception | None = None
         self.bytes_before = bytes_of(model)
 

@@ -137,6 +137,12 @@ def check_loaded(model: Any) -> None:
             "config.json belongs to another folder"
         )
     for name, layer in layers.items():
+        if layer.weight_packed.is_meta:
+            continue
+        try:
+            layer.weight.operand().check()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: {name} does not fit: {error}") from None
         pieces = zip(PIECES, layer.weight.pieces, strict=True)
         check_constants({f"{name}.weight_{kind}": piece for kind, piece in pieces})
     for key, tensor in tensors.items():
