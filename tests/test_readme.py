@@ -40,6 +40,16 @@ def tiny_llama():
 
 
 @contextlib.contextmanager
+def tiny_folder():
+    """The same Llama in a folder, under the name that is asked for."""
+    pytest.importorskip("transformers")
+    from small.llama import llama
+
+    llama().save_pretrained("meta-llama/Llama-3.1-8B")
+    yield str
+
+
+@contextlib.contextmanager
 def the_cpu():
     yield lambda code: code.replace('"cuda"', '"cpu"')
 
@@ -53,6 +63,7 @@ def as_it_stands():
 STAND_INS = {
     None: as_it_stands,
     "a tiny Llama for the download": tiny_llama,
+    "a tiny Llama's folder for the download": tiny_folder,
     "the CPU for a CUDA device": the_cpu,
 }
 

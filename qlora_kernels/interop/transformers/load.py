@@ -16,7 +16,7 @@ from ...models.quantize import swap_layers
 from ...models.targets import plan, qlora_layers
 from ...storage.safetensors_stream import DTYPES, Entry, read
 from .folder import METHOD, read_config, read_entries
-from .live import mark
+from .mark import mark
 from .skeleton import config_dtype, load_config, same_parameter, skeleton, skipped
 
 

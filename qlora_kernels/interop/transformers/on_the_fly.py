@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-if TYPE_CHECKING:
-    from .quantizer import NF4Quantizer
+
+class Quantizer(Protocol):
+    """What the operation asks."""
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str) -> bool: ...
+
+    def quantize(self, model: nn.Module, name: str, weight: Tensor) -> bool: ...
 
 
 class QuantizeWeight(ConversionOps):
     """Takes the weights of layers out of what is to be loaded, and makes the layers 4-bit with them."""
 
-    def __init__(self, hf_quantizer: NF4Quantizer) -> None:
+    def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(

@@ -64,7 +64,7 @@ def register() -> None:
 
 def _register(auto: ModuleType) -> None:
     from ...models.quantize import after_quantizing
-    from .live import mark
+    from .mark import mark
     from .nf4_config import NF4Config
     from .quantizer import NF4Quantizer
 
