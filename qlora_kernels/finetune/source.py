@@ -11,6 +11,7 @@ from torch import nn
 
 from ..console.quiet import quiet_transformers
 from ..errors import InputError, readable, sentence
+from ..interop.transformers.bitsandbytes_folder import is_bitsandbytes
 from ..interop.transformers.folder import METHOD, read_config
 from ..interop.transformers.skeleton import cast_parameters, dtype_argument, load_config, skeleton, skipped
 from ..layers.adapters.config import AdapterConfig
@@ -28,7 +29,7 @@ class Source:
 
     Attributes:
         folder: what transformers loads: a folder or an id; for the tiny model, the folder that pretraining writes.
-        four_bit: whether it is a folder that ``qlora-kernels quantize`` wrote.
+        four_bit: whether it is a folder that ``qlora-kernels quantize`` wrote, or one in 4 bits by bitsandbytes.
         double_quant: whether the run's 4-bit weights are double-quantized; a 4-bit folder decides that itself.
         dtype: the type of activations.
     """
@@ -39,10 +40,12 @@ class Source:
         self.dtype = settings.activation_dtype
         self.folder = tiny.cache_folder(settings) if settings.is_tiny else settings.model
         quantization = {} if settings.is_tiny else _quantization(settings.model)
-        self.four_bit = quantization.get("quant_method") == METHOD
+        of_bitsandbytes = is_bitsandbytes(quantization, f"--model {settings.model}")
+        self.four_bit = of_bitsandbytes or quantization.get("quant_method") == METHOD
         self.double_quant = settings.double_quant
         if self.four_bit:
-            self.double_quant = bool(quantization.get("double_quant", True))
+            key, usual = ("bnb_4bit_use_double_quant", False) if of_bitsandbytes else ("double_quant", True)
+            self.double_quant = bool(quantization.get(key, usual))
             if self.double_quant and not settings.double_quant:
                 raise InputError(
                     f"--no-double-quant comes too late: {settings.model} is 4-bit and double-quantized already; give "

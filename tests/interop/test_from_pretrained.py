@@ -242,6 +242,19 @@ def test_other_models_with_the_same_config_stay_dense(tmp_path):
     assert not list(qlora_layers(load(saved(other, tmp_path))))
 
 
+def test_layers_from_bitsandbytes_are_saved_too(tmp_path):
+    """In FP4, whose levels are not NF4's, with bitsandbytes' own second level."""
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    folder = saved(LlamaForCausalLM(CONFIG), tmp_path / "dense")
+    model = qlora_kernels.from_bitsandbytes(load(folder, quantization_config=config, device_map="cpu"), rank=2)
+    randomize(model)
+    assert not next(iter(qlora_layers(model)))[1].weight.has_nf4_levels
+    assert_equal(model, load(saved(model, tmp_path / "out")))
+    back = qlora_kernels.to_bitsandbytes(model, drop_adapters=True)
+    assert not list(qlora_layers(load(saved(back, tmp_path / "back"))))
+
+
 def test_a_copy_is_saved_too(tmp_path):
     model = quantized()
     assert_equal(model, load(saved(copy.deepcopy(model), tmp_path)))

@@ -31,6 +31,7 @@ from qlora_kernels.finetune.options import Options
 from qlora_kernels.storage import safetensors_stream
 from qlora_kernels.storage.digest import digest
 
+from . import bitsandbytes_folders as b
 from . import mutations as m
 from . import torch_mutations as t
 from .files import Files
@@ -358,6 +359,12 @@ def _four_bit_seeds() -> list[Files]:
             quantize_folder(source, out, progress=False, **options)
             cases.append(_files_of(out) | {"modeling_x.py": _MODULE})
     return cases
+
+
+@functools.cache
+def _bitsandbytes_seeds() -> list[Files]:
+    with _scratch():
+        return [case | {"modeling_x.py": _MODULE} for case in b.seeds(_dense_folder())]
 
 
 _CONFIG_KEYS = (
@@ -701,6 +708,22 @@ TARGETS: dict[str, Target] = {
             _load_four_bit,
             (InputError, ValueError),
             names=r"\b(model\.|lm_head|quantization_config|modules_to_not_convert)",
+        ),
+        Target(
+            "bitsandbytes",
+            "load_quantized, on a folder of bitsandbytes' weights",
+            _bitsandbytes_seeds,
+            [
+                (10, b.quant_state),
+                (4, m.json_file("config.json", (*b.CONFIG_KEYS, *_CONFIG_KEYS))),
+                (2, m.raw("config.json", "*.safetensors")),
+                (2, m.safetensors_header("*.safetensors")),
+                (8, m.safetensors_tensors("*.safetensors")),
+                (1, m.no_plain_file("config.json", "model.safetensors")),
+            ],
+            _load_four_bit,
+            (InputError, ValueError),
+            names=r"\b(model\.|lm_head|quantization_config|llm_int8_skip_modules)",
         ),
         Target(
             "dense",
