@@ -26,13 +26,13 @@ from torch import nn
 from qlora_kernels import NF4Weight, PagedAdamW, PagedLion, QLinear, load_adapter, quantize, save_adapter
 from qlora_kernels.errors import InputError
 from qlora_kernels.finetune import checkpoint
-from qlora_kernels.finetune.data.read import read_pairs
 from qlora_kernels.finetune.options import Options
 from qlora_kernels.storage import safetensors_stream
 from qlora_kernels.storage.digest import digest
 
 from . import bitsandbytes_folders as b
 from . import mutations as m
+from . import texts
 from . import torch_mutations as t
 from .files import Files
 
@@ -600,19 +600,6 @@ def _resume(folder: Path) -> None:
     checkpoint.restore_rng(saved.rng, "cpu")
 
 
-# -------------------------------------------------------------------------------------------------------------- texts
-
-
-def _pair_seeds() -> list[Files]:
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "c\n", "more": [1]}]
-    return [{"pairs.jsonl": b"\n".join(m.dump(row) for row in rows)}, {"pairs.jsonl": m.dump(rows[0])}]
-
-
-def _read_pairs(folder: Path) -> None:
-    for prompt, completion in read_pairs(str(folder / "pairs.jsonl")):
-        (prompt + completion).encode()
-
-
 # ---------------------------------------------------------------------------------------------------------------- all
 
 _OPTIMIZER_KEYS = (
@@ -776,13 +763,25 @@ TARGETS: dict[str, Target] = {
         Target(
             "pairs",
             "finetune --data: lines with prompt and completion",
-            _pair_seeds,
+            texts.pair_seeds,
             [
                 (4, m.json_file("pairs.jsonl", ("prompt", "completion"))),
                 (4, m.raw("pairs.jsonl")),
                 (1, m.no_plain_file("pairs.jsonl")),
             ],
-            _read_pairs,
+            texts.read_pairs,
+            (InputError,),
+        ),
+        Target(
+            "messages",
+            "finetune --data: lines with messages, and their tokens",
+            texts.message_seeds,
+            [
+                (8, m.json_file("messages.jsonl", texts.MESSAGE_KEYS)),
+                (3, m.raw("messages.jsonl")),
+                (1, m.no_plain_file("messages.jsonl")),
+            ],
+            texts.read_messages,
             (InputError,),
         ),
     )
