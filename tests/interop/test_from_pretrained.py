@@ -260,7 +260,10 @@ def test_a_copy_is_saved_too(tmp_path):
     assert_equal(model, load(saved(copy.deepcopy(model), tmp_path)))
 
 
-@pytest.mark.parametrize("first", ["qlora_kernels", "transformers.quantizers.auto", "transformers"])
+QUANTIZER = "qlora_kernels.interop.transformers.quantizer"
+
+
+@pytest.mark.parametrize("first", ["qlora_kernels", "transformers.quantizers.auto", "transformers", QUANTIZER])
 @pytest.mark.slow
 def test_registered_whatever_is_imported_first(first):
     code = (
@@ -270,10 +273,12 @@ def test_registered_whatever_is_imported_first(first):
         "import inspect\n"
         "assert 'AwqConfig' in inspect.getsource(auto)\n"
         "assert not any('qlora' in type(finder).__module__ for finder in sys.meta_path)\n"
+        "assert auto.AUTO_QUANTIZER_MAPPING['qlora_kernels'].__name__ == 'NF4Quantizer'\n"
         "print(auto.AUTO_QUANTIZATION_CONFIG_MAPPING['qlora_kernels'] is qlora_kernels.NF4Config)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str("auto" in first), "True"]
+    loaded = first.endswith(("auto", "quantizer"))
+    assert done.stdout.split() == [str(loaded), "True"]
 
 
 def test_a_config_prints_and_takes_no_names_of_peft():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from ...errors import listed
@@ -308,3 +309,6 @@ def _dense_bytes(model: nn.Module) -> dict[str, int]:
         if own:
             sizes[name] = sum(p.numel() * p.element_size() for p in own)
     return sizes
+
+
+AUTO_QUANTIZER_MAPPING[NF4Config.quant_method] = NF4Quantizer

@@ -64,12 +64,11 @@ def register() -> None:
 
 def _register(auto: ModuleType) -> None:
     from ...models.quantize import after_quantizing
+    from . import quantizer  # noqa: F401  it enters itself, since its own import may be what has led here
     from .mark import mark
     from .nf4_config import NF4Config
-    from .quantizer import NF4Quantizer
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[NF4Config.quant_method] = NF4Config
-    auto.AUTO_QUANTIZER_MAPPING[NF4Config.quant_method] = NF4Quantizer
     # Configs whose loading attributes an argument of from_pretrained may add to those of a quantized folder.
     types = getattr(auto, _ATTRIBUTES, None)
     if isinstance(types, tuple) and NF4Config not in types:
