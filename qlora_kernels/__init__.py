@@ -5,6 +5,8 @@ See README.md, and docs/ for everything else.
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
+from .interop.transformers.nf4_config import NF4Config
+from .interop.transformers.registration import register as _register
 from .layers.adapters.config import AdapterConfig
 from .layers.functional import linear
 from .layers.merging import MergeReport
@@ -23,6 +25,7 @@ __version__: str
 __all__ = [
     "AdapterConfig",
     "MergeReport",
+    "NF4Config",
     "NF4Weight",
     "PagedAdamW",
     "PagedLion",
@@ -46,6 +49,8 @@ __all__ = [
     "to_bitsandbytes",
     "unmerge_adapters",
 ]
+
+_register()
 
 
 def __getattr__(name: str) -> str:
