@@ -4,6 +4,7 @@ See README.md, and docs/ for everything else.
 """
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .interop.peft import register as _register_peft
 from .layers.adapters.config import AdapterConfig
 from .layers.functional import linear
 from .layers.merging import MergeReport
@@ -16,6 +17,8 @@ from .native.build_info import build_info
 from .native.build_info import version as _version
 from .ops.backends import reference
 from .optim.algorithms import PagedAdamW, PagedLion
+
+_register_peft()
 
 __version__: str
 
