@@ -67,7 +67,7 @@ def test_from_peft_over_us_to_bitsandbytes_and_to_qlinear(tmp_path):
     model = trained(ours())
     model.save_pretrained(tmp_path)
     own = ours()
-    assert load_adapter(own, tmp_path) == ["up", "down"]
+    assert set(load_adapter(own, tmp_path)) == {"up", "down"}
     assert error(own(X), model(X)) < 1e-2
     foreign = PeftModel.from_pretrained(theirs(), tmp_path).eval()
     assert type(foreign.base_model.model.up).__name__ == "Linear4bit"
