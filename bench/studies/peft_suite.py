@@ -40,9 +40,11 @@ class Watch:
         self.results: dict[str, dict[str, Any]] = {}
 
     def pytest_configure(self) -> None:
-        import peft.tuners.lora.model as lora
+        from importlib import import_module
+
         from torch import nn
 
+        lora: Any = import_module("peft.tuners.lora.model")
         lora.dispatch_default = self._counting(lora.dispatch_default)
         if not self.quantize:
             return

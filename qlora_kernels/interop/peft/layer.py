@@ -36,7 +36,7 @@ def make_layer(target: nn.Module, adapter_name: str, **options: Any) -> LoraQLin
     if config.fan_in_fan_out:
         warnings.warn("fan_in_fan_out is set to True but the target is a QLinear; setting it to False", stacklevel=2)
         config.fan_in_fan_out = False
-    if "lora_config" in options:  # before PEFT 0.19 a layer took the settings one by one
+    if "lora_config" in options:  # in older versions of PEFT a layer took the settings one by one
         options.pop("lora_config")
         options["fan_in_fan_out"] = False
     return LoraQLinear(target, adapter_name, **options)
@@ -242,6 +242,7 @@ class LoraQLinear(LoraLinear):
         finally:
             self._stand_ins.pop()
 
+    @skip_init_on_device  # while it loads with low_cpu_mem_usage, PEFT has every new parameter put on meta
     def _dense(self, what: str) -> nn.Linear:
         base: Any = self.get_base_layer()
         if base.weight.is_meta:
@@ -262,7 +263,7 @@ class LoraQLinear(LoraLinear):
         )
         self._put(_requantized(before, dense.weight, what), None)
 
-    @skip_init_on_device  # PEFT loads with nn.Module.register_parameter patched to put everything on meta
+    @skip_init_on_device
     def _put(self, weight: NF4Weight, bias: Tensor | None) -> None:
         """Gives the base another weight and, if one is given, other values of its bias."""
         base: Any = self.get_base_layer()

@@ -1,16 +1,17 @@
-"""What changes in PEFT for QLinear: four functions, each of which stays PEFT's own for every other layer."""
+"""What changes in PEFT for QLinear: a few functions, each of which stays PEFT's own for every other layer."""
 
 from __future__ import annotations
 
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from ...errors import listed
 from ...layers.packed import PackedLayer
 from ...layers.qlinear import QLinear
 from ...models.targets import qlora_layers
@@ -73,13 +74,41 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     """BaseTuner.inject_adapter, which every adapter method of PEFT goes through."""
 
     @functools.wraps(original)
-    def inject_adapter(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        _check_trained(model, getattr(self.peft_config[adapter_name], "modules_to_save", None) or ())
         check_own_adapters(model)
-        result = original(self, model, *args, **kwargs)
+        result = original(self, model, adapter_name, *args, **kwargs)
         drop_own_adapters(model)
         return result
 
     return inject_adapter
+
+
+def _check_trained(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuses modules_to_save that are 4-bit: only dense modules can be trained themselves."""
+    packed = [name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, QLinear)]
+    for name in names:
+        inside = [layer for layer in packed if f".{layer}.".find(f".{name}.") >= 0 or layer.endswith(name)]
+        if inside:
+            raise ValueError(
+                f"modules_to_save = {name!r} cannot be trained: {listed(inside, 3)} {'is' if len(inside) == 1 else 'are'} "
+                f"4-bit. Leave it dense: quantize_model(model, skip=[{name!r}, ...])"
+            )
+
+
+def _refuse_corda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """preprocess_corda, which writes to the layers and decomposes their dense weights."""
+
+    @functools.wraps(original)
+    def preprocess_corda(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if next(iter(qlora_layers(model)), None) is not None:
+            raise ValueError(
+                "CorDA needs the dense weights, and this model is 4-bit already; prepare the dense model, save its "
+                "base and the adapter, then quantize that base with rank=0 and load the adapter onto it"
+            )
+        return original(model, *args, **kwargs)
+
+    return preprocess_corda
 
 
 def _replace(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -113,4 +142,5 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "peft.utils.other": lambda module: _replace(module, "prepare_model_for_kbit_training", _prepare),
     "peft.tuners.tuners_utils": _change_tuners,
     "peft.tuners.lora.model": lambda module: _replace(module, "dispatch_default", _lora_layer),
+    "peft.tuners.lora.corda": lambda module: _replace(module, "preprocess_corda", _refuse_corda),
 }

@@ -97,3 +97,37 @@ def test_prepared_for_training():
     layers = [module for module in model.modules() if isinstance(module, LoraQLinear)]
     assert layers
     assert all(layer.lora_B["default"].weight.grad.abs().sum() > 0 for layer in layers)
+
+
+def test_a_quantized_module_to_save_is_refused():
+    model = Model()
+    quantize(model, rank=0, skip=())
+    with pytest.raises(ValueError, match=r"'lm_head' cannot be trained: lm_head is 4-bit.*skip=\['lm_head'"):
+        get_peft_model(model, LoraConfig(**CONFIG, modules_to_save=["lm_head"]))
+    assert not any(isinstance(module, LoraQLinear) for module in model.modules())
+
+
+def test_corda_is_refused_before_it_writes_to_the_layers():
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model = Model()
+    quantize(model, rank=0)
+    with pytest.raises(ValueError, match="CorDA needs the dense weights"):
+        preprocess_corda(model, LoraConfig(**CONFIG))
+
+
+def test_prepared_for_compiled_hotswaps():
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    model = Model()
+    quantize(model, rank=0)
+    peft_model = get_peft_model(model, LoraConfig(**CONFIG, r=4)).eval()
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    expected = peft_model(IDS)
+    prepare_model_for_compiled_hotswap(peft_model, target_rank=8)
+    layer = peft_model.base_model.model.layers[0].q_proj
+    assert layer.lora_A["default"].weight.shape == (8, 64)
+    assert isinstance(layer.scaling["default"], torch.Tensor)
+    assert torch.allclose(peft_model(IDS), expected, atol=1e-5)
