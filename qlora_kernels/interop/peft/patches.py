@@ -91,8 +91,8 @@ def _check_trained(model: nn.Module, names: Sequence[str]) -> None:
         inside = [layer for layer in packed if f".{layer}.".find(f".{name}.") >= 0 or layer.endswith(name)]
         if inside:
             raise ValueError(
-                f"modules_to_save = {name!r} cannot be trained: {listed(inside, 3)} {'is' if len(inside) == 1 else 'are'} "
-                f"4-bit. Leave it dense: quantize_model(model, skip=[{name!r}, ...])"
+                f"modules_to_save = {name!r} cannot be trained: it is 4-bit ({listed(inside, 3)}). "
+                f"Leave it dense: quantize_model(model, skip=[{name!r}, ...])"
             )
 
 
