@@ -4,6 +4,7 @@ See README.md, and docs/ for everything else.
 """
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
 from .interop.peft import register as _register_peft
 from .layers.adapters.config import AdapterConfig
 from .layers.functional import linear
@@ -35,6 +36,7 @@ __all__ = [
     "default_nested_table",
     "dequantize",
     "disable_adapters",
+    "from_bitsandbytes",
     "linear",
     "load_adapter",
     "merge_adapters",
@@ -44,6 +46,7 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "to_bitsandbytes",
     "unmerge_adapters",
 ]
 
