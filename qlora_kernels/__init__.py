@@ -5,6 +5,7 @@ See README.md, and docs/ for everything else.
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
+from .interop.peft import register as _register_peft
 from .interop.transformers.nf4_config import NF4Config
 from .interop.transformers.registration import register as _register
 from .layers.adapters.config import AdapterConfig
@@ -19,6 +20,8 @@ from .native.build_info import build_info
 from .native.build_info import version as _version
 from .ops.backends import reference
 from .optim.algorithms import PagedAdamW, PagedLion
+
+_register_peft()
 
 __version__: str
 
