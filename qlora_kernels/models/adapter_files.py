@@ -24,6 +24,7 @@ from ..storage.regular_file import identity_of
 from ..storage.safetensors_stream import DTYPES, Entry, Reader, read_header
 from . import peft_config, sharded
 from .adapters import no_adapter
+from .origin import Origin, origin_of_model
 from .peft_config import CONFIG_NAME
 from .targets import qlora_layers
 from .trained import Values, find_trained, read_values
@@ -63,7 +64,8 @@ def save_adapter(
         model: a model with QLinear layers.
         folder: created if it does not exist.
         adapter_name: which adapter; the files do not name it.
-        base_model_name_or_path: what PEFT should load the adapter onto; by default the model's ``name_or_path``.
+        base_model_name_or_path: the dense model that PEFT should load the adapter onto. By default the model's
+            ``name_or_path`` with its revision, or what a 4-bit folder says that it was made from.
 
     Raises:
         KeyError: when no layer has this adapter; the message lists those there are.
@@ -71,6 +73,10 @@ def save_adapter(
             saved holds NaN or infinity, and when PEFT's format cannot name a trained module alone.
         RuntimeError: for a model in FullyShardedDataParallel (FSDP1), and for tensors on the meta device.
         OSError: when the folder cannot be created or written.
+
+    Warns:
+        UserWarning: when the model came from a 4-bit folder that does not name its dense model: pass
+            ``base_model_name_or_path`` then.
     """
     model = _unwrapped(model)
     sharded.refuse_flat_parameters(model)
@@ -79,11 +85,10 @@ def save_adapter(
     layers = {name: layer for name, layer in everything.items() if adapter_name in layer.adapters}
     if not layers:
         raise no_adapter(adapter_name, everything.values())
-    if base_model_name_or_path is None:
-        base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    base = origin_of_model(model) if base_model_name_or_path is None else Origin(base_model_name_or_path)
     trained = find_trained(model, layers)
-    config = peft_config.describe(model, layers, adapter_name, base_model_name_or_path)
-    config |= {"bias": trained.bias, "modules_to_save": trained.modules}
+    config = peft_config.describe(model, layers, adapter_name, base.name)
+    config |= {"revision": base.revision, "bias": trained.bias, "modules_to_save": trained.modules}
     found = dict(trained.tensors)
     for name, layer in layers.items():
         for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):

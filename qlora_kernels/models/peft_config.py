@@ -69,12 +69,13 @@ def describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, base
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
         "base_model_name_or_path": base,
+        "revision": None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": _commonest(config.dropout for config in configs.values()),
         "use_rslora": rslora,
-        "bias": "none",  # the caller's to set, as are modules_to_save
+        "bias": "none",  # the caller sets this, modules_to_save and revision
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": None,

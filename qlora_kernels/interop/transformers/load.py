@@ -53,6 +53,7 @@ def load_quantized(
     with readable(folder):
         config = load_config(folder)
         dtype = config_dtype(config) if dtype is None else dtype
+        config._name_or_path = os.path.abspath(folder)  # an adapter's base is looked up there
         model = skeleton(config, dtype)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
     skip, double_quant = settings.get("modules_to_not_convert", skipped(model)), settings.get("double_quant", True)

@@ -14,6 +14,7 @@ from ...errors import InputError, listed, readable
 from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, PIECES, check_range, meta_weight, quantize
 from ...layers.adapters.config import AdapterConfig
 from ...models.dense_layers import is_conv1d, matrix_shape
+from ...models.origin import NAME, REVISION, origin_of_folder
 from ...models.targets import Plan, plan
 from ...storage.atomic_folder import new_folder, write_folder_atomically
 from ...storage.formats import save_json
@@ -98,7 +99,7 @@ def quantize_folder(
         if len(shards) > 1:
             size = sum(conversion.nbytes for conversion in conversions)
             save_json({"metadata": {"total_size": size}, "weight_map": weight_map}, os.path.join(folder, INDEX))
-        quantization = _describe(planned)
+        quantization = _describe(planned, model)
         save_json({**config, "quantization_config": quantization}, os.path.join(folder, "config.json"))
 
     try:
@@ -125,8 +126,9 @@ def _check_source(model: str, config: dict) -> None:
         raise InputError(f"{model} is quantized already (by {method}); a model with dense weights was expected")
 
 
-def _describe(planned: Plan) -> dict[str, object]:
+def _describe(planned: Plan, model: str) -> dict[str, object]:
     """The quantization_config of the new folder's config.json."""
+    origin = origin_of_folder(model)
     return {
         "quant_method": METHOD,
         "version": BASE,
@@ -134,6 +136,8 @@ def _describe(planned: Plan) -> dict[str, object]:
         "block_size": BLOCK_SIZE,
         "nested_block_size": NESTED_BLOCK_SIZE,
         "modules_to_not_convert": sorted(planned.left_alone),
+        NAME: origin.name,  # adapters that are trained on the folder name this as their base
+        REVISION: origin.revision,
     }
 
 
