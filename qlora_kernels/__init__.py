@@ -4,6 +4,7 @@ See README.md, and docs/ for everything else.
 """
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .interop.transformers.load import load_quantized
 from .layers.adapters.config import AdapterConfig
 from .layers.functional import linear
 from .layers.merging import MergeReport
@@ -34,6 +35,7 @@ __all__ = [
     "disable_adapters",
     "linear",
     "load_adapter",
+    "load_quantized",
     "merge_adapters",
     "qlora_layers",
     "quantize",

@@ -12,7 +12,7 @@ from torch import nn
 from ..console.quiet import quiet_transformers
 from ..errors import InputError, readable, sentence
 from ..interop.transformers.folder import METHOD, read_config
-from ..interop.transformers.skeleton import cast_parameters, dtype_argument, load_config, skeleton, skipped
+from ..interop.transformers.skeleton import cast_parameters, dtype_argument, is_causal, load_config, skeleton, skipped
 from ..layers.adapters.config import AdapterConfig
 from ..models.quantize import QuantizeReport, quantize_model
 from ..models.targets import plan, qlora_layers
@@ -49,6 +49,11 @@ class Source:
                     "it to 'qlora-kernels quantize' instead, with the dense model"
                 )
         self._config = None if settings.is_tiny else _load_config(settings.model)
+        if self._config is not None and not is_causal(self._config):
+            raise InputError(
+                f"--model {settings.model} is a {self._config.architectures[0]}; finetune trains models that predict "
+                "the next token. Quantize this one with quantize_model, and train it with a loop of your own"
+            )
         self._tokenizer = None if settings.is_tiny else _load_tokenizer(settings.model)
 
     @property
