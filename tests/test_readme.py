@@ -40,6 +40,20 @@ def tiny_llama():
 
 
 @contextlib.contextmanager
+def a_4_bit_folder():
+    """The folder llama-4bit, as the command before the block leaves it."""
+    pytest.importorskip("transformers")
+    from small.llama import llama
+
+    from qlora_kernels.cli.main import main
+
+    llama().save_pretrained("Llama-3.1-8B")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["quantize", "Llama-3.1-8B", "llama-4bit", "--quiet"]) == 0
+    yield str
+
+
+@contextlib.contextmanager
 def the_cpu():
     yield lambda code: code.replace('"cuda"', '"cpu"')
 
@@ -53,6 +67,7 @@ def as_it_stands():
 STAND_INS = {
     None: as_it_stands,
     "a tiny Llama for the download": tiny_llama,
+    "a 4-bit folder of a tiny Llama": a_4_bit_folder,
     "the CPU for a CUDA device": the_cpu,
 }
 

@@ -30,9 +30,10 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A model from a folder that :func:`quantize_folder` wrote, with fresh adapters; everything else is frozen.
+    """A model from a folder that ``qlora-kernels quantize`` wrote, with fresh adapters; everything else is frozen.
 
-    The model is built without memory for its weights and then loaded, so no dense weight ever exists.
+    The model is built without memory for its weights and then loaded, so no dense weight ever exists. Its class is the
+    one that ``architectures`` in config.json names, or that of a causal language model. It needs transformers.
 
     Args:
         folder: the folder.
@@ -41,7 +42,7 @@ def load_quantized(
         device: where to put the model.
 
     Raises:
-        InputError: for a folder that quantize_folder did not write, or that is damaged or incomplete, or whose
+        InputError: for a folder that the command did not write, or that is damaged or incomplete, or whose
             parameters or constants are not finite.
         ValueError: for adapters that do not fit.
     """
