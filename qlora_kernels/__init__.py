@@ -4,6 +4,7 @@ See README.md, and docs/ for everything else.
 """
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
 from .interop.transformers.load import load_quantized
 from .layers.adapters.config import AdapterConfig
 from .layers.functional import linear
@@ -33,6 +34,7 @@ __all__ = [
     "default_nested_table",
     "dequantize",
     "disable_adapters",
+    "from_bitsandbytes",
     "linear",
     "load_adapter",
     "load_quantized",
@@ -43,6 +45,7 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "to_bitsandbytes",
     "unmerge_adapters",
 ]
 

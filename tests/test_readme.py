@@ -21,7 +21,7 @@ BY_NAME = {str(path.relative_to(ROOT)): path for path in PAGES}
 #: A fenced block: an optional comment with its stand-in, its language, its text.
 FENCE = re.compile(r"^(?:<!-- stand-in: ([^>]+) -->\n)?```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: Blocks that hold nothing to run, or what something else makes: Sphinx's directives, output, commands.
-NOT_RUN = ("text", "console", "{toctree}", "{include}", "{eval-rst}", "{csv-table}", "{command-help}")
+NOT_RUN = ("text", "console", "yaml", "{toctree}", "{include}", "{eval-rst}", "{csv-table}", "{command-help}")
 
 # --------------------------------------------------------------------------------------------------------- blocks
 

@@ -1,4 +1,4 @@
-"""load_quantized: a model from a 4-bit folder."""
+"""load_quantized: a model from a 4-bit folder, this package's or bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ...layers.adapters.config import AdapterConfig
 from ...models.quantize import swap_layers
 from ...models.targets import plan, qlora_layers
 from ...storage.safetensors_stream import DTYPES, Entry, read
+from .bitsandbytes_folder import is_bitsandbytes, put_layers
 from .folder import METHOD, read_config, read_entries
 from .skeleton import config_dtype, load_config, same_parameter, skeleton, skipped
 
@@ -30,7 +31,10 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A model from a folder that ``qlora-kernels quantize`` wrote, with fresh adapters; everything else is frozen.
+    """A model from a 4-bit folder, with fresh adapters; everything else is frozen.
+
+    The folder is one that ``qlora-kernels quantize`` wrote, or one that ``save_pretrained`` wrote for a model in 4 bits
+    by bitsandbytes, in which case its weights decode to bitsandbytes' bits; bitsandbytes itself is not needed.
 
     The model is built without memory for its weights and then loaded, so no dense weight ever exists. Its class is the
     one that ``architectures`` in config.json names, or that of a causal language model. It needs transformers.
@@ -42,14 +46,15 @@ def load_quantized(
         device: where to put the model.
 
     Raises:
-        InputError: for a folder that the command did not write, or that is damaged or incomplete, or whose
-            parameters or constants are not finite.
+        InputError: for another folder, or one that is damaged or incomplete, or whose parameters or constants are not
+            finite; and for a layer of bitsandbytes in blocks of 32, by its name.
         ValueError: for adapters that do not fit.
     """
     folder = os.fspath(folder)
     settings = read_config(folder).get("quantization_config") or {}
-    if settings.get("quant_method") != METHOD:
-        raise InputError(f"{folder} is not a 4-bit folder of 'qlora-kernels quantize'")
+    of_bitsandbytes = is_bitsandbytes(settings, folder)
+    if settings.get("quant_method") != METHOD and not of_bitsandbytes:
+        raise InputError(f"{folder} is not a 4-bit folder of 'qlora-kernels quantize', nor one of bitsandbytes")
     _check_settings(settings, folder)
     with readable(folder):
         config = load_config(folder)
@@ -57,16 +62,32 @@ def load_quantized(
         config._name_or_path = os.path.abspath(folder)  # an adapter's base is looked up there
         model = skeleton(config, dtype)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
+    entries = read_entries(folder)
+    if of_bitsandbytes:
+        adapted, entries = put_layers(model, entries, folder, dtype, adapter, target_modules)
+    else:
+        adapted = _swap_layers(model, settings, folder, adapter, target_modules)
+    _load(model, entries, folder, dtype)
+    layers = dict(qlora_layers(model))
+    for name in adapted:
+        layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
+    return model.to(device)
+
+
+def _swap_layers(
+    model: nn.Module,
+    settings: dict[str, Any],
+    folder: str,
+    adapter: AdapterConfig,
+    target_modules: str | list[str],
+) -> tuple[str, ...]:
+    """Makes the layers of a model on the meta device 4-bit; returns the names of those to adapt."""
     skip, double_quant = settings.get("modules_to_not_convert", skipped(model)), settings.get("double_quant", True)
     with readable(folder):  # what is wrong without adapters, the folder is to blame for
         plan(model, AdapterConfig(rank=0, alpha=1), skip=skip, double_quant=double_quant)
     planned = plan(model, adapter, target_modules, skip, double_quant)
     swap_layers(model, replace(planned, adapted=()))  # adapters come when there is memory to put values in
-    _load(model, read_entries(folder), folder, dtype)
-    layers = dict(qlora_layers(model))
-    for name in planned.adapted:
-        layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
-    return model.to(device)
+    return planned.adapted
 
 
 def _check_settings(settings: dict[str, Any], folder: str) -> None:
