@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import listed
 from ..layers.adapters.config import AdapterConfig
 from ..layers.adapters.named import adapter_options, check_adapter_name, put_adapter, refuse_sharded, set_config
+from ..layers.offloading import offloaded
 from ..layers.packed import is_sharded
 from ..layers.qlinear import QLinear
 from ..ops import dispatcher
@@ -89,18 +90,20 @@ def save_adapter(
     trained = find_trained(model, layers)
     config = peft_config.describe(model, layers, adapter_name, base.name)
     config |= {"revision": base.revision, "bias": trained.bias, "modules_to_save": trained.modules}
-    found = dict(trained.tensors)
+    tensors = {key: _to_save(key, tensor, adapter_name) for key, tensor in trained.tensors.items()}
+    mesh = sharded.mesh_of(layer.lora_A[adapter_name] for layer in layers.values())
     for name, layer in layers.items():
         for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            found[f"base_model.model.{name}.{kind}.weight"] = matrices[adapter_name]
-    tensors = {key: _to_save(key, tensor, adapter_name) for key, tensor in found.items()}
+            key = f"base_model.model.{name}.{kind}.weight"
+            with offloaded(matrices):
+                tensors[key] = _to_save(key, matrices[adapter_name], adapter_name)
 
     def write() -> None:
         os.makedirs(folder, exist_ok=True)
         with exclusive(os.fspath(folder)):  # two saves at once would pair one's weights with the other's configuration
             _write(os.fspath(folder), tensors, config)
 
-    sharded.on_first_process(sharded.mesh_of(found.values()), write)
+    sharded.on_first_process(mesh, write)
 
 
 def _to_save(key: str, tensor: Tensor, adapter_name: str) -> Tensor:

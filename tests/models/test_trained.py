@@ -9,7 +9,7 @@ import pytest
 import torch
 from contract import relative_error
 from safetensors.torch import load_file, save_file
-from small.llama import CONFIG, assert_unchanged, logits, randomize, state, transformers
+from small.llama import CONFIG, IDS, assert_unchanged, logits, randomize, state, transformers
 from torch import nn
 
 from qlora_kernels import load_adapter, qlora_layers, quantize_model, save_adapter
@@ -160,6 +160,34 @@ def test_parameters_keep_their_dtype_and_stay_the_same_objects(tmp_path):
     assert before.dtype == torch.bfloat16
     assert before.requires_grad
     assert torch.equal(before, model.lm_head.weight.bfloat16())
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("family", ["Llama", "Bert", "GPT2"])
+def test_new_heads_are_saved_with_the_adapters(peft, tmp_path, task, family):
+    """With the defaults, rank 16 beside a head of 2."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = getattr(transformers, f"{family}Config")(**sizes, pad_token_id=0)
+    torch.manual_seed(3)
+    dense = getattr(transformers, f"AutoModelFor{task}").from_config(config).eval()
+    model = copy.deepcopy(dense)
+    quantize_model(model, progress=False)
+    base = copy.deepcopy(dense)
+    with torch.no_grad():
+        for name, layer in qlora_layers(model):
+            weight, values = base.get_submodule(name).weight, layer.weight.dequantize()
+            weight.copy_(values.t() if layer.fan_in_fan_out else values)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_adapter(model, tmp_path)
+    head = {"SequenceClassification": ("score", "classifier"), "QuestionAnswering": ("qa_outputs",)}
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    assert len(named) == 1
+    assert named[0] in head.get(task, ("score", "classifier"))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert relative_error(model(IDS)[0], theirs(IDS)[0].double()) < 1e-5
 
 
 class Odd(nn.Module):
