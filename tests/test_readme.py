@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -54,6 +55,24 @@ def a_4_bit_folder():
 
 
 @contextlib.contextmanager
+def tiny_llama_in_4_bits():
+    """The same from a folder, so that from_pretrained quantizes it with bitsandbytes."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    from small.llama import llama
+
+    real = transformers.AutoModelForCausalLM.from_pretrained
+    with tempfile.TemporaryDirectory() as folder:
+        llama().save_pretrained(folder)
+
+        def from_pretrained(name, **options):
+            return real(folder, **options)
+
+        with mock.patch.object(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained):
+            yield str
+
+
+@contextlib.contextmanager
 def the_cpu():
     yield lambda code: code.replace('"cuda"', '"cpu"')
 
@@ -68,6 +87,7 @@ STAND_INS = {
     None: as_it_stands,
     "a tiny Llama for the download": tiny_llama,
     "a 4-bit folder of a tiny Llama": a_4_bit_folder,
+    "a tiny Llama in 4 bits for the download": tiny_llama_in_4_bits,
     "the CPU for a CUDA device": the_cpu,
 }
 

@@ -56,13 +56,14 @@ def load_quantized(
     if settings.get("quant_method") != METHOD and not of_bitsandbytes:
         raise InputError(f"{folder} is not a 4-bit folder of 'qlora-kernels quantize', nor one of bitsandbytes")
     _check_settings(settings, folder)
+    entries = read_entries(folder)
     with readable(folder):
         config = load_config(folder)
         dtype = config_dtype(config) if dtype is None else dtype
         config._name_or_path = os.path.abspath(folder)  # an adapter's base is looked up there
-        model = skeleton(config, dtype)
+        # Every parameter has a tensor in the files, unless it is tied to one that has: there cannot be many more.
+        model = skeleton(config, dtype, most=4 * len(entries) + 1000)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
-    entries = read_entries(folder)
     if of_bitsandbytes:
         adapted, entries = put_layers(model, entries, folder, dtype, adapter, target_modules)
     else:
