@@ -5,7 +5,10 @@ See README.md, and docs/ for everything else.
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
+from .interop.peft import register as _register_peft
 from .interop.transformers.load import load_quantized
+from .interop.transformers.nf4_config import NF4Config
+from .interop.transformers.registration import register as _register
 from .layers.adapters.config import AdapterConfig
 from .layers.functional import linear
 from .layers.merging import MergeReport
@@ -19,11 +22,14 @@ from .native.build_info import version as _version
 from .ops.backends import reference
 from .optim.algorithms import PagedAdamW, PagedLion
 
+_register_peft()
+
 __version__: str
 
 __all__ = [
     "AdapterConfig",
     "MergeReport",
+    "NF4Config",
     "NF4Weight",
     "PagedAdamW",
     "PagedLion",
@@ -48,6 +54,8 @@ __all__ = [
     "to_bitsandbytes",
     "unmerge_adapters",
 ]
+
+_register()
 
 
 def __getattr__(name: str) -> str:

@@ -73,6 +73,16 @@ def tiny_llama_in_4_bits():
 
 
 @contextlib.contextmanager
+def tiny_folder():
+    """The same Llama in a folder, under the name that is asked for."""
+    pytest.importorskip("transformers")
+    from small.llama import llama
+
+    llama().save_pretrained("meta-llama/Llama-3.1-8B")
+    yield str
+
+
+@contextlib.contextmanager
 def the_cpu():
     yield lambda code: code.replace('"cuda"', '"cpu"')
 
@@ -88,6 +98,7 @@ STAND_INS = {
     "a tiny Llama for the download": tiny_llama,
     "a 4-bit folder of a tiny Llama": a_4_bit_folder,
     "a tiny Llama in 4 bits for the download": tiny_llama_in_4_bits,
+    "a tiny Llama's folder for the download": tiny_folder,
     "the CPU for a CUDA device": the_cpu,
 }
 
