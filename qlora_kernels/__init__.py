@@ -6,6 +6,7 @@ See README.md, and docs/ for everything else.
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
 from .interop.peft import register as _register_peft
+from .interop.transformers.load import load_quantized
 from .interop.transformers.nf4_config import NF4Config
 from .interop.transformers.registration import register as _register_transformers
 from .layers.adapters.config import AdapterConfig
@@ -40,6 +41,7 @@ __all__ = [
     "from_bitsandbytes",
     "linear",
     "load_adapter",
+    "load_quantized",
     "merge_adapters",
     "qlora_layers",
     "quantize",
