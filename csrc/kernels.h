@@ -23,6 +23,7 @@ struct WeightView {
     const float* nested_offset;  // [1]
     int64_t n;
     int64_t k;
+    Levels levels = kNf4;  // what the codes mean
 };
 
 struct QuantizeParams {

@@ -38,6 +38,41 @@ constexpr float kLevels[16] = {
 // each weight costs.
 constexpr float kBf16LevelScale = 1.43670654f, kFp16LevelScale = 1.36619186f;
 
+// The 16 values that codes stand for, before a block's constant, and forms of them that kernels look up.
+struct Levels {
+    float value[16];
+    int16_t word[16];  // round(value * word_scale)
+    float word_scale;  // at most 8191, so that 8 products with 15-bit numbers fit into 32 bits
+    float bf16_scale;  // as kBf16LevelScale
+};
+
+// Of all factors up to 8191 this one leaves the least relative error in any level of NF4, 1.4e-4 (8191 leaves 3.2e-4: a
+// level that a whole block has errs in all its weights alike).
+constexpr float kNf4WordScale = 7853.75f;
+
+constexpr Levels levels_from(const float (&values)[16], float word_scale, float bf16_scale) {
+    Levels made = {{}, {}, word_scale, bf16_scale};
+    for (int i = 0; i < 16; ++i) {
+        made.value[i] = values[i];
+        made.word[i] = static_cast<int16_t>(values[i] * word_scale + (values[i] < 0 ? -0.5f : 0.5f));
+    }
+    return made;
+}
+
+constexpr Levels kNf4 = levels_from(kLevels, kNf4WordScale, kBf16LevelScale);
+
+// Other levels, all of them from -1 to 1. bitsandbytes' FP4 has multiples of 1 / 192 with at most two significant bits:
+// with these factors none of them is rounded.
+inline Levels levels_from(const float (&values)[16]) {
+    constexpr float kThirdsWordScale = 41 * 192, kThirdsBf16Scale = 1.5f;
+    const Levels thirds = levels_from(values, kThirdsWordScale, kThirdsBf16Scale);
+    for (int i = 0; i < 16; ++i) {
+        const float exact = values[i] * kThirdsWordScale, error = exact - static_cast<float>(thirds.word[i]);
+        if (error > 1e-3f || error < -1e-3f) return levels_from(values, kNf4WordScale, kBf16LevelScale);
+    }
+    return thirds;
+}
+
 // The code of element i of the flat weight: even elements are in the high nibble.
 static inline int code_at(const uint8_t* packed, int64_t i) {
     const int byte = packed[i >> 1];

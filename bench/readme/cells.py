@@ -21,6 +21,7 @@ from qlora_kernels.bench.contenders.names import (
 from qlora_kernels.bench.points import K, N
 from qlora_kernels.bench.report.bars import BARS_THREADS, Bar, came_later, judge, require_cases
 from qlora_kernels.bench.report.ratios import find_contender, ratio_to_ours, sizes
+from qlora_kernels.bench.report.table import machine_line
 
 COLUMNS = (OURS, DENSE, DENSE_F32, DEQUANTIZED, FUSED, FOREACH, BNB, BNB_EVAL, INT4, GGML, PEFT, PEFT_EVAL)
 
@@ -30,6 +31,14 @@ FORMATS = {
     INT4: "torch's int4 has levels at equal distances, with a bf16 scale and zero for each 64 weights",
     GGML: "ggml's Q4_0 has them with a float16 scale for each 32, and rounds x to int8, 32 numbers at a time",
 }
+
+
+def introduction(result: dict[str, Any], source: str, more: str = "") -> list[str]:
+    """What a table says before its rows: the machine, where the figures are, and what they are."""
+    return [
+        f"{machine_line(result)} ([raw figures]({source})).",
+        f"{more}Median milliseconds; in brackets how many times as long as this package.",
+    ]
 
 
 def grid(cases: list[dict[str, Any]]) -> list[str]:

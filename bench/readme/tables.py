@@ -17,21 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from bench.host import call
-from bench.readme import ranks
-from bench.readme.cells import HEADINGS, bar_rows, cell, escaped, format_notes, grid, three_digits, title_of
+from bench.readme import headlines, ranks
+from bench.readme.cells import (
+    HEADINGS,
+    bar_rows,
+    escaped,
+    format_notes,
+    grid,
+    introduction,
+    three_digits,
+)
 from qlora_kernels.bench.case import OURS
 from qlora_kernels.bench.contenders.names import (
-    BNB,
-    BNB_EVAL,
     COPY,
-    DENSE,
     EQUAL_COPY,
-    FUSED,
-    PEFT,
 )
 from qlora_kernels.bench.operations.finetune import RESULTS as TRAININGS
 from qlora_kernels.bench.operations.gpt2_forward import ADAPTER_H, ADAPTER_L, BASE, MERGED, NO_LORA, UNMERGED
-from qlora_kernels.bench.points import OPTIMIZER, K, N, Point, point_of
+from qlora_kernels.bench.points import OPTIMIZER, K, N
 from qlora_kernels.bench.report import plots, results
 from qlora_kernels.bench.report.bars import OPTIMIZER_BARS, layer_bars
 from qlora_kernels.bench.report.ratios import find_contender, gb_per_s, gflop_per_s, limits_of
@@ -42,28 +45,12 @@ from qlora_kernels.storage.formats import load_json
 
 FOLDER = ROOT / "bench" / "results"
 
-#: What README's table shows. Where another contender is faster, that row stays.
-HEADLINE = (
-    *(Point("linear_forward", n=N, k=K, m=m, rank=0) for m in (1, 16, 512, 2048)),
-    *(Point("linear_step", n=N, k=K, m=m, rank=16) for m in (16, 512)),
-    Point("block_step", m=512, rank=16, model="llama-2-7b"),
-    Point("quantize", "float32", n=N, k=K),
-    Point("adamw_step", "float32", rank=16, model="llama-2-7b"),
-)
-
 
 def documents() -> list[Path]:
     """The files that may hold tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-#: Of README's table: a heading, and whichever of these a case has.
-_HEADLINE_COLUMNS = {
-    "this package": (OURS,),
-    "torch: dense layer, fused AdamW": (DENSE, FUSED),
-    "bitsandbytes, with PEFT where r = 16": (BNB, PEFT),
-    "bitsandbytes, eval-mode layer": (BNB_EVAL,),
-}
 _BEGIN, _END = "<!-- table: ", "<!-- /table -->"
 
 
@@ -102,30 +89,6 @@ def of_every_set(folder: str | Path = FOLDER) -> list[Path]:
 # --------------------------------------------------------------------------------------------------------- tables
 
 
-def headline_table(result: dict[str, Any], source: str) -> str:
-    """README's own: a few rows from training and serving.
-
-    Raises:
-        ValueError: when a case is missing.
-    """
-    known = {point_of(case): case for case in result["cases"]}
-    if lacking := [str(point) for point in HEADLINE if point not in known]:
-        raise ValueError(f"{source} lacks what the table in README shows: {'; '.join(lacking)}")
-    lines = [*_head(result, source, f"Layers have N = K = {N}. "), ""]
-    lines += ["| | " + " | ".join(_HEADLINE_COLUMNS) + " |", "|---" * (len(_HEADLINE_COLUMNS) + 1) + "|"]
-    for point in HEADLINE:
-        case = known[point]
-        shown = {**case, "n": None, "k": None}
-        if point.operation in OPTIMIZER:
-            shown |= {"rank": None, "dtype": "bfloat16"}
-        contenders = [
-            next(filter(None, (find_contender(case, name) for name in names)), None)
-            for names in _HEADLINE_COLUMNS.values()
-        ]
-        lines.append(f"| {title_of(shown)} | " + " | ".join(cell(case, c) for c in contenders) + " |")
-    return "\n".join(lines)
-
-
 def layer_table(result: dict[str, Any], source: str) -> str:
     """The weight that the bars are for: times, rates, bars.
 
@@ -141,7 +104,7 @@ def layer_table(result: dict[str, Any], source: str) -> str:
     ]
     cases = [c for c in cases if c["operation"] != "linear_step" or c["rank"] == 16]
     shown = [{**case, "n": None, "k": None} for case in cases]
-    lines = [*_head(result, source, f"N = {N}, K = {K}. "), "", *grid(shown), "", _layer_notes(result, cases)]
+    lines = [*introduction(result, source, f"N = {N}, K = {K}. "), "", *grid(shown), "", _layer_notes(result, cases)]
     lines += [line for note in format_notes(cases) for line in ("", note)]
     return "\n".join([*lines, "", *bar_rows(result, layer_bars(result))])
 
@@ -158,7 +121,7 @@ def sets_table(results_of: Sequence[tuple[dict[str, Any], str]]) -> str:
         limited = (result["machine"].get("limited") or {}).get("forced")
         how = f"Limited to {limited}, this package and torch alike. " if limited else ""
         shown = [{**case, "n": None, "k": None} for case in cases]
-        lines += [*_head(result, source, f"{how}N = {N}, K = {K}. "), "", *grid(shown), ""]
+        lines += [*introduction(result, source, f"{how}N = {N}, K = {K}. "), "", *grid(shown), ""]
         lines += [line for note in format_notes(cases) for line in (note, "")]
         lines += [*bar_rows(result, layer_bars(result)), ""] if result.get("bars") else []
     return "\n".join(lines).rstrip()
@@ -176,7 +139,7 @@ def optimizer_table(result: dict[str, Any], source: str) -> str:
     if equal:
         notes.append(f"a copy of as many bytes {gb_per_s(equal):.0f} GB/s")
     text = "; ".join(notes) + "." if notes else ""
-    return "\n".join([*_head(result, source), "", *grid(shown), "", text, "", *bar_rows(result, OPTIMIZER_BARS)])
+    return "\n".join([*introduction(result, source), "", *grid(shown), "", text, "", *bar_rows(result, OPTIMIZER_BARS)])
 
 
 def other_table(result: dict[str, Any], source: str) -> str:
@@ -187,7 +150,7 @@ def other_table(result: dict[str, Any], source: str) -> str:
         if case["operation"] not in ("limits", *OPTIMIZER, "finetune", "gpt2_forward", "linear_busy")
         and (case["n"], case["k"]) != (N, K)
     ]
-    lines = [*_head(result, source), "", *grid(cases)]
+    lines = [*introduction(result, source), "", *grid(cases)]
     run = next((case for case in result["cases"] if case["operation"] == "finetune"), None)
     if run is not None and all("failed" not in c for c in run["contenders"]):
         parts = [
@@ -201,13 +164,6 @@ def other_table(result: dict[str, Any], source: str) -> str:
             f"Fine-tuning the tiny model{chosen}, with peak memory beyond the libraries': {'; '.join(parts)}.",
         ]
     return "\n".join(lines)
-
-
-def _head(result: dict[str, Any], source: str, more: str = "") -> list[str]:
-    return [
-        f"{machine_line(result)} ([raw figures]({source})).",
-        f"{more}Median milliseconds; in brackets how many times as long as this package.",
-    ]
 
 
 def _layer_notes(result: dict[str, Any], cases: list[dict[str, Any]]) -> str:
@@ -334,7 +290,13 @@ PAGES = {
     "cpu-*.jsonl": Page(
         "qlora-kernels bench --out bench/results/cpu-NAME.jsonl",
         results.load,
-        {"headline": headline_table, "cpu": layer_table, "cpu-other": other_table, "optimizer": optimizer_table},
+        {
+            "headline": headlines.table,
+            "bitsandbytes": headlines.peer_table,
+            "cpu": layer_table,
+            "cpu-other": other_table,
+            "optimizer": optimizer_table,
+        },
         {f"cpu-{name}.png": functools.partial(_draw, name) for name in ("speed", "memory", "rank")},
     ),
     "second-cpu-*.jsonl": Page(

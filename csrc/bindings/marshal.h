@@ -89,7 +89,7 @@ class Fields {
 inline void bind_weight(py::module_& m) {
     py::class_<qlk::WeightView>(m, "Weight", py::module_local()).def(py::init([](const py::dict& fields) {
         Fields f(fields);
-        const qlk::WeightView weight = {
+        qlk::WeightView weight = {
             f.pointer<const uint8_t>("packed"),
             f.pointer<const float>("absmax"),
             f.pointer<const uint8_t>("absmax_code"),
@@ -99,6 +99,15 @@ inline void bind_weight(py::module_& m) {
             f.integer("n"),
             f.integer("k"),
         };
+        // An address on the host, whichever device the rest is on; 0 for NF4.
+        if (const float* const levels = f.pointer<const float>("levels")) {
+            float values[16];
+            for (int i = 0; i < 16; ++i) {
+                QLK_CHECK(levels[i] >= -1 && levels[i] <= 1, "levels should be from -1 to 1");
+                values[i] = levels[i];
+            }
+            weight.levels = qlk::levels_from(values);
+        }
         f.end();
         return weight;
     }));

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from ..errors import require
 from ..native import extension
 from ..ops import dispatcher
 from ..ops.backends import backend_for, reference
-from ..ops.weight import same_pieces
+from ..ops.weight import own_levels, same_pieces
+from .constants import check_constants
 
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -39,7 +39,8 @@ class NF4Weight:
         absmax: uint8 [ceil(N*K/64)] codes into ``nested_table``, or float32 constants when not double-quantized.
         nested_absmax: float32 [ceil(blocks/256)], or None.
         nested_offset: float32 [1], the mean of the constants, or None.
-        nested_table: float32 [256], or None.
+        nested_table: float32 [256], or None. A weight with other levels than NF4's, such as bitsandbytes' FP4, has
+            them as 16 more entries, [272], and without double quantization as [16].
         shape: (N, K).
         dtype: the default type of :meth:`dequantize`.
 
@@ -75,6 +76,17 @@ class NF4Weight:
     @property
     def double_quant(self) -> bool:
         return self.nested_absmax is not None
+
+    @property
+    def levels(self) -> torch.Tensor:
+        """What the 16 codes stand for, before a block's constant: float32 [16], on the weight's device."""
+        own = own_levels(self.pieces)
+        return reference.levels().to(self.device) if own is None else own
+
+    @property
+    def has_nf4_levels(self) -> bool:
+        """Whether the codes are NormalFloat's, as :func:`quantize` makes them."""
+        return own_levels(self.pieces) is None
 
     @property
     def device(self) -> torch.device:
@@ -405,52 +417,19 @@ def check_range(weight: NF4Weight, name: str) -> None:
         )
 
 
-def check_constants(pieces: Mapping[str, Tensor | None]) -> None:
-    """Checks that the constants of a weight are finite; of its codes, the 4-bit ones are not read.
-
-    Args:
-        pieces: the weight's, in the order of :data:`PIECES`, by the names to use in errors. Without data, as on the
-            meta device, nothing is checked.
-
-    Raises:
-        ValueError: naming the piece.
-    """
-    tensors = [piece for piece in pieces.values() if piece is not None]
-    if not all(map(_has_data, tensors)):
-        return
-    largest: list[float] = []
-    for name, piece in pieces.items():
-        if piece is None or not piece.is_floating_point() or not piece.numel():
-            continue
-        largest.append(torch.stack(torch.aminmax(piece.detach())).abs().max().item())
-        if not math.isfinite(largest[-1]):
-            raise ValueError(f"'{name}' holds NaN or infinity; the constants of a 4-bit weight are finite")
-    if len(largest) < 3:
-        return
-    scale, offset, entry = largest
-    # No constant exceeds this sum; which of them come near it, only the codes say.
-    if scale * entry + offset <= torch.finfo(torch.float32).max:
-        return
-    packed, absmax, nested_absmax, nested_offset, nested_table = tensors
-    decoded = reference.decode_absmax((packed, absmax, nested_absmax, nested_offset, nested_table))
-    if not decoded.isfinite().all():
-        raise ValueError(f"'{list(pieces)[2]}' holds {scale:.5g}, with which the weight's constants overflow float32")
-
-
-def _has_data(tensor: Tensor) -> bool:
-    # Subclasses are DTensors, whose values lie elsewhere too, and the tensors of tracers, which have none.
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not dispatcher.has_mode()
-
-
-def meta_weight(n: int, k: int, double_quant: bool) -> NF4Weight:
-    """The shapes of a quantized weight [n, k], on the meta device."""
+def meta_weight(n: int, k: int, double_quant: bool, nf4_levels: bool = True) -> NF4Weight:
+    """The shapes of a quantized weight [n, k], on the meta device; without ``nf4_levels`` with room for its own."""
+    own = 0 if nf4_levels else 16
     blocks = -(-n * k // BLOCK_SIZE)
     packed = torch.empty((n * k + 1) // 2, dtype=torch.uint8, device="meta")
     shape = torch.Size((n, k))
     if not double_quant:
-        return NF4Weight(packed, torch.empty(blocks, dtype=torch.float32, device="meta"), None, None, None, shape)
+        absmax = torch.empty(blocks, dtype=torch.float32, device="meta")
+        levels = torch.empty(own, dtype=torch.float32, device="meta") if own else None
+        return NF4Weight(packed, absmax, None, None, levels, shape)
     codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
+    sizes = (-(-blocks // NESTED_BLOCK_SIZE), 1, 256 + own)
     nested_absmax, nested_offset, nested_table = (
-        torch.empty(size, dtype=torch.float32, device="meta") for size in (-(-blocks // NESTED_BLOCK_SIZE), 1, 256)
+        torch.empty(size, dtype=torch.float32, device="meta") for size in sizes
     )
     return NF4Weight(packed, codes, nested_absmax, nested_offset, nested_table, shape)

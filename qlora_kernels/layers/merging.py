@@ -17,6 +17,7 @@ from ..formats.nf4 import BLOCK_SIZE, NF4Weight
 from ..ops import dispatcher
 from .adapters.named import Adapters
 from .functional import linear
+from .offloading import is_offloaded, offloaded
 
 _PANEL = 1 << 20  # elements of a panel: 4 MiB of float32, large enough that the cost of a call does not show
 
@@ -61,6 +62,11 @@ def merge(layer: Adapters, probe: Tensor | None) -> MergeReport:
         raise RuntimeError("there is no active adapter to merge")
     if layer._disabled:
         raise RuntimeError("adapters are disabled; merge outside disable_adapters()")
+    if is_offloaded(layer):
+        raise RuntimeError(
+            "accelerate keeps the layer's weight elsewhere between calls, and a merge would be lost; merge before "
+            "dispatching or offloading the model"
+        )
     if layer.weight_packed.is_meta or layer.lora_A[name].is_meta or layer.lora_B[name].is_meta:
         raise RuntimeError("the layer is on the meta device and has no data to merge; load its state dict first")
     for kind, matrix in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
@@ -92,6 +98,11 @@ def unmerge(layer: Adapters) -> None:
 @torch.no_grad()
 def to_linear(layer: Adapters) -> nn.Linear:
     """See :meth:`QLinear.to_linear`."""
+    with offloaded(layer, layer.lora_A, layer.lora_B):
+        return _to_linear(layer)
+
+
+def _to_linear(layer: Adapters) -> nn.Linear:
     dispatcher.require_memory("bias", layer.bias)
     n, k = layer.out_features, layer.in_features
     adapter = None if layer.merged_adapter_name is not None or layer._disabled else layer.active_adapter
@@ -116,9 +127,9 @@ def _requantize(layer: Adapters, before: NF4Weight, name: str) -> NF4Weight:
         packed[begin * k // 2 :][: codes.numel()] = codes
         absmax[begin * k // BLOCK_SIZE :][: constants.numel()] = constants
     ops.check_finite(absmax, absmax, "the merged weight")
-    if not before.double_quant:
+    if before.nested_absmax is None or before.nested_table is None:
         return NF4Weight(packed, absmax, None, None, None, before.shape, before.dtype)
-    table = before.nested_table
+    table = before.nested_table[:256]  # without the levels that the base may have: what is new is NF4
     codes, nested_absmax, nested_offset = ops.quantize_absmax(absmax, table)
     return NF4Weight(packed, codes, nested_absmax, nested_offset, table, before.shape, before.dtype)
 

@@ -21,6 +21,9 @@ class PackedLayer(nn.Module):
     adapter is merged, ``unmerged_*`` hold the base's original tensors and ``merged_adapter`` the adapter's name.
     """
 
+    #: Whether the layer stands for transformers' Conv1D, whose weight is [in, out]; PEFT's files say so.
+    fan_in_fan_out: bool = False
+
     in_features: int
     out_features: int
     bias: nn.Parameter | None

@@ -19,6 +19,7 @@ from .adapters.config import AdapterConfig
 from .adapters.named import Adapters, init_adapter
 from .functional import linear_on
 from .merging import MergeReport, merge, to_linear, unmerge
+from .offloading import offloaded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -230,6 +231,12 @@ class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[..., K] -> [..., N] in x's dtype, or autocast's, as nn.Linear; bias and adapters may have another dtype."""
+        if "_hf_hook" in self.__dict__:
+            with offloaded(self.lora_A, self.lora_B):
+                return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         # Read past __getattr__ where nothing has taken a parameter's place: its searches cost as much as the rest.
         parameters, modules, dtype = self._parameters, self.__dict__["_modules"], x.dtype
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401

@@ -75,7 +75,7 @@ def describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, base
         "lora_dropout": _commonest(config.dropout for config in configs.values()),
         "use_rslora": rslora,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": target_modules(model, list(layers)),

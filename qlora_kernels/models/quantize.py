@@ -14,20 +14,10 @@ from ..layers.adapters.config import AdapterConfig
 from ..layers.packed import frozen_tensors
 from ..layers.qlinear import QLinear
 from ..ops import backends
+from .dense_layers import as_linear, is_conv1d, is_linear_like
+from .heads import DEFAULT_SKIP
+from .places import Places, places_of, put
 from .targets import Plan, plan, qlora_layers
-
-# Where nn.Module keeps hooks on forward and backward. They belong to the place in the model, not to the weight.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
 
 # Double quantization moves a constant by half a step of its table at most, relative to the largest constant: the two
 # largest entries of FP8 E4M3 are 1/14 of the largest apart.
@@ -77,14 +67,17 @@ def quantize_model(
     dropout: float = 0.0,
     rslora: bool = False,
     target_modules: str | Sequence[str] = "all-linear",
-    skip: str | Sequence[str] = ("lm_head",),
+    skip: str | Sequence[str] = DEFAULT_SKIP,
     double_quant: bool = True,
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     progress: bool = True,
     device: str | torch.device | None = None,
 ) -> QuantizeReport:
-    """Swaps a model's nn.Linear layers for QLinear, in place, and freezes everything but the adapters.
+    """Swaps a model's linear layers for QLinear, in place, and freezes everything but the adapters and new heads.
+
+    Linear layers are nn.Linear, and transformers' Conv1D (GPT-2). A head that a task adds to a pretrained trunk, such
+    as a classifier, stays dense and is trained.
 
     Layers are swapped one at a time, so memory peaks at the model plus one layer, unless something else holds on to the
     dense weights. Everything is checked before the first layer is touched. If memory runs out later, or on Ctrl-C,
@@ -98,7 +91,8 @@ def quantize_model(
             components) or a regular expression for the full name. The other layers are quantized all the same. Back
             references and other features that take unbounded time to match are refused.
         skip: layers to leave dense, also by names or by a regular expression. The name of a module in a list stands
-            for all layers in it.
+            for all layers in it. By default the output embeddings of a model of transformers and the heads on top of
+            its trunk stay dense as well.
         adapter_dtype: dtype of the adapters, by default that of each layer; float32 keeps master copies.
         compute_dtype: dtype of bias and adapters, by default that of each dense weight.
         progress: show a bar, when tqdm is installed.
@@ -121,7 +115,7 @@ def quantize_model(
     _check_weights(model, planned, device)
     bytes_before = _bytes(model)
     swap_layers(model, planned, device, progress)
-    _train_adapters_only(model)
+    _choose_what_is_trained(model, planned)
     if device is not None:
         _move(model, device, len(planned.quantized))
     return _report(model, planned, bytes_before)
@@ -136,7 +130,7 @@ def swap_layers(
         RuntimeError: when one fails after others were replaced; an error at the first layer is raised unchanged.
     """
     adapted, adapter = set(planned.adapted), planned.adapter
-    places = _places(model)
+    places = places_of(model, is_linear_like)
     for done, name in enumerate(bar(planned.quantized, show=progress, desc="quantizing", unit="layer")):
         try:
             _swap(
@@ -162,8 +156,11 @@ def swap_layers(
             ) from error
 
 
-def _train_adapters_only(model: nn.Module) -> None:
+def _choose_what_is_trained(model: nn.Module, planned: Plan) -> None:
+    """The adapters, and new heads."""
     model.requires_grad_(False)
+    for name in planned.trained:
+        model.get_submodule(name).requires_grad_(True)
     for _, layer in qlora_layers(model):
         if layer.active_adapter is not None:
             layer.lora_A[layer.active_adapter].requires_grad_(True)
@@ -212,29 +209,16 @@ def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device:
     )
 
 
-def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """For each linear layer's first name, all (parent, key) that hold it: a module may be in several places."""
-    first = {id(module): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if id(child) in first:
-                places.setdefault(first[id(child)], []).append((parent, key))
-    return places
-
-
-def _swap(places: list[tuple[nn.Module, str]], device: str | torch.device | None, **options) -> None:
+def _swap(places: Places, device: str | torch.device | None, **options) -> None:
     """Replaces one layer in all its places; the dense weight is free when this returns."""
     parent, key = places[0]
-    linear = parent._modules[key]
-    assert isinstance(linear, nn.Linear)  # _places lists no others
+    dense = parent._modules[key]
+    assert dense is not None  # places_of lists modules
     if device is not None:
-        linear.to(device)
-    layer = QLinear.from_linear(linear, **options)
-    for hooks in _HOOKS:
-        setattr(layer, hooks, getattr(linear, hooks))
-    for parent, key in places:
-        parent._modules[key] = layer
+        dense.to(device)
+    layer = QLinear.from_linear(as_linear(dense), **options)
+    layer.fan_in_fan_out = is_conv1d(dense)
+    put(layer, places)
 
 
 def _report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:

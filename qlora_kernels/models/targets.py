@@ -13,7 +13,9 @@ from torch import nn
 from ..errors import listed
 from ..layers.adapters.config import AdapterConfig
 from ..layers.qlinear import QLinear
+from .dense_layers import is_conv1d, is_linear_like, matrix_shape
 from .expressions import Steps, ends, expression
+from .heads import DEFAULT_SKIP, heads, new_heads
 
 _QUANTIZABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,6 +28,7 @@ class Plan:
         quantized: names of the layers that become 4-bit.
         adapted: those of them that get an adapter.
         left_alone: linear-like layers that stay unchanged, with the reason.
+        trained: modules that stay dense and are trained with the adapters: new heads.
         adapter: the adapters' configuration; rank 0 for none.
         double_quant: 4.127 bits per weight rather than 4.5.
         adapter_dtype: dtype of the adapters; None for that of their layer.
@@ -39,13 +42,14 @@ class Plan:
     double_quant: bool = True
     adapter_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
+    trained: tuple[str, ...] = ()
 
 
 def plan(
     model: nn.Module,
     adapter: AdapterConfig,
     target_modules: str | Sequence[str] = "all-linear",
-    skip: str | Sequence[str] = ("lm_head",),
+    skip: str | Sequence[str] = DEFAULT_SKIP,
     double_quant: bool = True,
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -59,7 +63,7 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(model, nn.Linear):
+    if is_linear_like(model):
         raise ValueError(
             "the model is itself a linear layer, which has no place to swap it in; use QLinear.from_linear"
         )
@@ -72,7 +76,10 @@ def plan(
     # The constructor checks the dtypes; on meta it allocates nothing.
     QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
     _check_skip(model, skip)
-    quantized, left_alone = _candidates(model, skip)
+    dense = heads(model) if skip == DEFAULT_SKIP else {}
+    trained = tuple(name for name in new_heads(model) if name in dense) if adapter.rank else ()
+    dense |= {name: f"{dense[name]}, trained with the adapters" for name in trained}
+    quantized, left_alone = _candidates(model, skip, dense)
     if not quantized:
         others = listed((f"{name}: {reason}" for name, reason in left_alone.items()), separator="; ") or "none"
         raise ValueError(f"the model has no nn.Linear to quantize; linear-like layers left alone: {others}")
@@ -81,9 +88,11 @@ def plan(
     if not adapter.rank:
         adapted = []
     for name in adapted:
-        n, k = model.get_parameter(f"{name}.weight").shape
+        n, k = matrix_shape(model.get_submodule(name))
         adapter.check(n, k, name)
-    return Plan(tuple(quantized), tuple(adapted), left_alone, adapter, double_quant, adapter_dtype, compute_dtype)
+    return Plan(
+        tuple(quantized), tuple(adapted), left_alone, adapter, double_quant, adapter_dtype, compute_dtype, trained
+    )
 
 
 def qlora_layers(model: nn.Module) -> Iterator[tuple[str, QLinear]]:
@@ -127,7 +136,7 @@ def _check_skip(model: nn.Module, skip: str | Sequence[str]) -> None:
             continue
         if not any(matches(name, pattern) for name in names):
             text = pattern if isinstance(pattern, str) else pattern[0]
-            linear = _ends([name for name, module in model.named_modules() if _linear_like(module)])
+            linear = _ends([name for name, module in model.named_modules() if is_linear_like(module)])
             close = difflib.get_close_matches(text, linear, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"skip: {text!r} matches nothing in the model; {hint}linear layers: {listed(linear)}")
@@ -155,17 +164,23 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield (f"{name}.{key}" if name else key), parameter
 
 
-def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Names of the layers to quantize, and of linear-like layers to leave alone with the reason."""
+def _candidates(
+    model: nn.Module, skip: str | Sequence[str], dense: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Names of the layers to quantize, and of linear-like layers to leave alone with the reason.
+
+    Args:
+        dense: layers to leave alone, with the reason.
+    """
     ties = _ties(model)
     names, left_alone, inside_peft = [], {}, ()
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
             inside_peft = (*inside_peft, f"{name}.")
             left_alone[name] = "a PEFT layer; quantize the model before adding adapters, or use qlora_kernels' own"
-        if not _linear_like(module) or (inside_peft and name.startswith(inside_peft)):
+        if not is_linear_like(module) or (inside_peft and name.startswith(inside_peft)):
             continue
-        reason = _reason(name, module, ties, skip)
+        reason = dense.get(name) or _reason(name, module, ties, skip)
         if reason is None:
             names.append(name)
         else:
@@ -176,20 +191,13 @@ def _candidates(model: nn.Module, skip: str | Sequence[str]) -> tuple[list[str],
     return names, left_alone
 
 
-def _linear_like(module: nn.Module) -> bool:
-    kind = type(module)
-    return isinstance(module, nn.Linear) or (
-        kind.__module__.startswith(("transformers.", "bitsandbytes.")) and kind.__name__ in ("Conv1D", "Linear8bitLt")
-    )
-
-
 def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str | Sequence[str]) -> str | None:
     """Why a linear-like layer is left alone, or None."""
     if _skipped(name, skip):
         return "named in skip"
     if isinstance(module, QLinear):
         return "4-bit already"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not is_conv1d(module):
         return f"unsupported type {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
     weight = module._parameters.get("weight")
     if weight is None:

@@ -8,7 +8,7 @@ each expert's begin. The weights are stacked, as are adapters and biases: each e
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def _readable_offsets(offsets: Tensor, m: int, is_host: bool) -> Tensor:
     dispatcher.require_memory("offsets", offsets)
     offsets = offsets.to(torch.int64).contiguous()
     if is_host:
-        values = offsets.tolist()
+        values = cast(list[int], offsets.tolist())  # pyright: ignore[reportUnknownMemberType]
         if values[0] != 0 or values[-1] != m or any(a > b for a, b in itertools.pairwise(values)):
             raise ValueError(f"offsets should ascend from 0 to M = {m}, the rows of all experts; found {values}")
     return offsets

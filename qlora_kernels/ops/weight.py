@@ -11,7 +11,12 @@ from ..errors import require
 from .dispatcher import are_plain, require_memory
 
 #: packed, absmax, nested_absmax, nested_offset and nested_table; the last three None without double quantization.
+#: A weight with levels of its own has them at the end of nested_table, which without double quantization has only them.
 Pieces = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+#: Entries of nested_table: what the codes of the constants mean.
+_TABLE = 256
+#: What the 16 codes of the weight mean, where it is not NF4.
+_LEVELS = 16
 _NAMES = ("packed", "absmax", "nested_absmax", "nested_offset", "nested_table")
 
 
@@ -66,19 +71,41 @@ def _weight_fits(
     ):
         return False
     if nested_absmax is None or nested_offset is None or nested_table is None:
-        return nested_absmax is nested_offset is nested_table is None and absmax.dtype is torch.float32
+        return (
+            nested_absmax is nested_offset is None
+            and absmax.dtype is torch.float32
+            and (nested_table is None or _are_levels(nested_table, device))
+        )
     return (
         absmax.dtype is torch.uint8
         and nested_absmax.dtype is nested_offset.dtype is nested_table.dtype is torch.float32
         and nested_absmax.numel() == experts * ((blocks + 255) // 256)
         and nested_offset.numel() == experts
-        and nested_table.numel() == 256
+        and nested_table.numel() in (_TABLE, _TABLE + _LEVELS)
         and nested_absmax.device == nested_offset.device == nested_table.device == device
         and nested_absmax.is_contiguous()
         and nested_offset.is_contiguous()
         and nested_table.is_contiguous()
         and not (nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad)
     )
+
+
+def _are_levels(table: Tensor, device: torch.device) -> bool:
+    return (
+        table.dtype is torch.float32
+        and table.numel() == _LEVELS
+        and table.device == device
+        and table.is_contiguous()
+        and not table.requires_grad
+    )
+
+
+def own_levels(pieces: Pieces) -> Tensor | None:
+    """The weight's own levels, float32 [16], on its device; None for NF4."""
+    _, _, nested_absmax, _, table = pieces
+    if table is None or table.numel() == _TABLE:
+        return None
+    return table.flatten()[0 if nested_absmax is None else _TABLE :]
 
 
 def _explain_weight(
@@ -97,17 +124,19 @@ def _explain_weight(
     expected = [("packed", packed, torch.uint8, experts * ((n * k + 1) // 2))]
     if nested_absmax is None or nested_offset is None or nested_table is None:
         require(
-            nested_absmax is nested_offset is nested_table is None,
+            nested_absmax is nested_offset is None,
             ValueError,
             "nested_absmax, nested_offset and nested_table come together: all three, or none",
         )
         expected.append(("absmax", absmax, torch.float32, experts * blocks))
+        if nested_table is not None:
+            expected.append(("nested_table", nested_table, torch.float32, _LEVELS))
     else:
         expected += [
             ("absmax", absmax, torch.uint8, experts * blocks),
             ("nested_absmax", nested_absmax, torch.float32, experts * ((blocks + 255) // 256)),
             ("nested_offset", nested_offset, torch.float32, experts),
-            ("nested_table", nested_table, torch.float32, 256),
+            ("nested_table", nested_table, torch.float32, _TABLE + (_LEVELS if nested_table.numel() > _TABLE else 0)),
         ]
     device, shape = packed.device, f"[{n}, {k}]" if experts == 1 else f"[{experts}, {n}, {k}]"
     for name, piece, dtype, size in expected:
@@ -143,6 +172,11 @@ def _check_memory(pieces: Pieces) -> None:
             raise ValueError(f"{name} is computed when it is read, and has no elements in memory; give {name}.clone()")
 
 
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Address, and a number that changes when an element does; tensors made in inference mode have none."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 def expert_pieces(pieces: Pieces, experts: int, expert: int) -> Pieces:
     """One expert's pieces of a stack's, as views."""
     packed, absmax, nested_absmax, nested_offset, nested_table = (
@@ -176,10 +210,11 @@ class Operand:
         pieces: see :data:`Pieces`.
         n: rows of the weight.
         k: its columns.
-        experts: how many such weights the pieces hold, one behind the other: those of a mixture.
+        experts: how many such weights the pieces hold, one behind the other: those of a mixture. Only nested_table,
+            with levels if there are any, is the same for all.
     """
 
-    __slots__ = ("_checked", "_is_plain", "_native", "device", "experts", "k", "n", "pieces")
+    __slots__ = ("_checked", "_is_plain", "_levels", "_native", "device", "experts", "k", "n", "pieces")
 
     def __init__(self, pieces: Pieces, n: int, k: int, experts: int = 1) -> None:
         for name, piece in zip(_NAMES, pieces, strict=True):
@@ -192,6 +227,8 @@ class Operand:
         self._checked: tuple[int, ...] | None = None
         # The struct for the kernels, its class, and what of _checked it was made from.
         self._native: tuple[Any, Any, tuple[int, ...]] | None = None
+        # The weight's own levels as they were when last read: address and version, and 16 numbers on the host.
+        self._levels: tuple[tuple[int, int], Tensor] | None = None
         self._is_plain = False
 
     def check(self) -> None:
@@ -209,7 +246,7 @@ class Operand:
                 packed.nbytes,
                 absmax.nbytes,
             )
-            if place == self._checked and not absmax.requires_grad:
+            if place == self._checked and not absmax.requires_grad and self._has_levels():
                 return
         else:
             place = (
@@ -224,14 +261,35 @@ class Operand:
                 nested_offset.nbytes,
                 nested_table.nbytes,
             )
-            if place == self._checked and not (
-                nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad
+            if (
+                place == self._checked
+                and not (nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad)
+                and self._has_levels()
             ):
                 return
         check_weight(*self.pieces, self.n, self.k, self.experts)
         _check_memory(self.pieces)
+        self._read_levels()
         self.device = packed.device
         self._checked = place
+
+    def _has_levels(self) -> bool:
+        """Whether the levels are those that were read. Their values count, not only where they lie."""
+        if self._levels is None:
+            table = self.pieces[4]
+            return table is None or table.numel() == _TABLE
+        levels = own_levels(self.pieces)
+        return levels is not None and self._levels[0] == _state(levels)
+
+    def _read_levels(self) -> None:
+        levels = own_levels(self.pieces)
+        if levels is None:
+            self._levels = None
+            return
+        host = levels.detach().to("cpu", copy=True)
+        if not bool((host.abs() <= 1).all()):
+            raise ValueError("the levels of a weight, the last 16 entries of nested_table, should be from -1 to 1")
+        self._levels = (_state(levels), host)
 
     def native(self, kind: Any) -> Any:
         """The weight as the kernels take it, an extension's class Weight; rebuilt when a check has found other
@@ -244,6 +302,7 @@ class Operand:
             return self.native(kind)
         packed, absmax, *nested = checked[: len(checked) // 2]
         nested_absmax, nested_offset, nested_table = nested or (0, 0, 0)
+        levels = 0 if self._levels is None else self._levels[1].data_ptr()  # the class copies them
         made = kind(
             {
                 "packed": packed,
@@ -254,6 +313,7 @@ class Operand:
                 "nested_offset": nested_offset,
                 "n": self.n,
                 "k": self.k,
+                "levels": levels,
             }
         )
         self._native = (made, kind, checked)
@@ -270,7 +330,8 @@ class Operand:
         packed, absmax, nested_absmax, nested_offset, nested_table = self.pieces
         try:
             if nested_absmax is None or nested_offset is None or nested_table is None:
-                return packed._version, absmax._version
+                levels = 0 if nested_table is None else nested_table._version
+                return packed._version, absmax._version, levels
             return (
                 packed._version,
                 absmax._version,

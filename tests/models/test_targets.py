@@ -126,8 +126,6 @@ class Patched(nn.Linear):
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_other_modules_are_left_alone_with_a_reason():
-    from transformers.pytorch_utils import Conv1D
-
     model = nn.ModuleDict(
         {
             "plain": nn.Linear(64, 64),
@@ -135,7 +133,6 @@ def test_other_modules_are_left_alone_with_a_reason():
             "normed": parametrizations.weight_norm(nn.Linear(64, 64)),
             "wide": nn.Linear(64, 64, dtype=torch.float64),
             "empty": nn.Linear(0, 64),
-            "gpt2": Conv1D(64, 64),
             "attention": nn.MultiheadAttention(64, 4),
             "hooked": nn.Linear(64, 64),
             "pruned": nn.Linear(64, 64),
@@ -151,7 +148,6 @@ def test_other_modules_are_left_alone_with_a_reason():
         "normed": "unsupported type torch.nn.utils.parametrize.ParametrizedLinear",
         "wide": "a weight in torch.float64",
         "empty": "an empty weight",
-        "gpt2": "unsupported type transformers.pytorch_utils.Conv1D",
         "attention.out_proj": "unsupported type torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
         "hooked": "its forward has been replaced",
         "pruned": "its weight is computed by a hook (weight_norm",

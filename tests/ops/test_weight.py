@@ -86,6 +86,7 @@ def test_the_struct_for_the_kernels_is_made_once_while_the_pieces_stay(double_qu
         "nested_offset": weight.nested_offset.data_ptr() if double_quant else 0,
         "n": 8,
         "k": 128,
+        "levels": 0,
     }
     kept = weight.packed.data  # so that the exchanged data lies elsewhere
     weight.packed.data = kept.clone()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
-from qlora_kernels import quantize
+from qlora_kernels import NF4Weight, quantize
 from qlora_kernels.native import extension
 
 
@@ -15,6 +16,13 @@ def make_weight(n: int, k: int, double_quant: bool = True, dtype: torch.dtype = 
     """A quantized weight [n, k] whose rows differ in scale."""
     weight = torch.randn(n, k) * torch.logspace(-2, 1, n).unsqueeze(1)
     return quantize(weight.to(dtype), double_quant)
+
+
+def with_levels(weight: NF4Weight, levels: torch.Tensor) -> NF4Weight:
+    """The same codes and constants, but codes that stand for other levels, float32 [16]."""
+    levels = levels.to(weight.device)
+    table = levels.clone() if weight.nested_table is None else torch.cat([weight.nested_table, levels])
+    return replace(weight, nested_table=table)
 
 
 def references(weight, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

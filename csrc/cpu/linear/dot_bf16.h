@@ -33,7 +33,7 @@ struct DotBf16 {
     static constexpr int kStep = 32;
     static constexpr int kVectors = 4;
 
-    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*, Loss&) {
+    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*, float, Loss&) {
         const Words4 words = weight_order(reinterpret_cast<const uint16_t*>(src), count);
         for (int j = 0; j < kVectors; ++j) _mm512_store_si512(dst + j * stride, words.v[j]);
         const __m512i most = _mm512_set1_epi16(static_cast<short>(bits_of(kLargestX) >> 16));
@@ -47,9 +47,9 @@ struct DotBf16 {
 
     // As DotF32's; x: [unit][kVectors][kM][32].
     template <int kM>
-    static QLK_INLINE void products(const uint8_t* codes, const float* absmax, int64_t blocks, const X* x, const float*,
-                                    Vec* acc) {
-        const __m256i sixteen = block_table_bf16(kBf16LevelScale);
+    static QLK_INLINE void products(const Levels& table, const uint8_t* codes, const float* absmax, int64_t blocks,
+                                    const X* x, const float*, Vec* acc) {
+        const __m256i sixteen = block_table_bf16(table, table.bf16_scale);
         constexpr int kSums = kM <= 2 ? 2 : 1;  // short chains of additions, as in dot_f32.h
         const __m512i levels = _mm512_inserti64x4(_mm512_castsi256_si512(sixteen), sixteen, 1);
         Vec total[kM];
@@ -76,7 +76,7 @@ struct DotBf16 {
                 total[m] = vfma(kSums == 2 ? sum[m][0] + sum[m][kSums - 1] : sum[m][0], scale, total[m]);
             }
         }
-        for (int m = 0; m < kM; ++m) acc[m] = vfma(total[m], vset(1.0f / kBf16LevelScale), acc[m]);
+        for (int m = 0; m < kM; ++m) acc[m] = vfma(total[m], vset(1.0f / table.bf16_scale), acc[m]);
     }
 };
 

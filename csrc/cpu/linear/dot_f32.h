@@ -33,7 +33,7 @@ struct DotF32 {
     static constexpr int64_t kUnit = 128;
     using Table = __m512;
     static QLK_INLINE int element(int j, int l) { return 8 * l + (j ^ 1); }
-    static QLK_INLINE Table table() { return _mm512_loadu_ps(kLevels); }
+    static QLK_INLINE Table table(const Levels& levels) { return _mm512_loadu_ps(levels.value); }
 
     // VPERMPS looks at the lowest four bits of an index and ignores the rest.
     struct Decoder {
@@ -51,14 +51,21 @@ struct DotF32 {
     };
 
     // Levels as bytes, for PSHUFB: byte[b] has byte b of each level, counted from its low end.
-    static QLK_INLINE Table table() {
-        Table levels;
-        for (int b = 0; b < 4; ++b) {
-            alignas(16) uint8_t bytes[16];
-            for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(bits_of(kLevels[i]) >> 8 * b);
-            levels.byte[b] = both_halves(bytes);
+    static QLK_INLINE Table table(const Levels& levels) {
+        const __m128i apart = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        __m128i four[4];  // dword b: byte b of four levels
+        for (int i = 0; i < 4; ++i) {
+            const __m128i* const at = reinterpret_cast<const __m128i*>(levels.value + 4 * i);
+            four[i] = _mm_shuffle_epi8(_mm_loadu_si128(at), apart);
         }
-        return levels;
+        const __m128i low[] = {_mm_unpacklo_epi32(four[0], four[1]), _mm_unpacklo_epi32(four[2], four[3])};
+        const __m128i high[] = {_mm_unpackhi_epi32(four[0], four[1]), _mm_unpackhi_epi32(four[2], four[3])};
+        return {{
+            _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(low[0], low[1])),
+            _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(low[0], low[1])),
+            _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(high[0], high[1])),
+            _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(high[0], high[1])),
+        }};
     }
 
     // PUNPCK works on 128 bits at a time.
@@ -78,7 +85,7 @@ struct DotF32 {
 
     // Up to kUnit elements of x, from their natural order to that of the levels; vectors are `stride` elements apart.
     // scale is not used: float32 needs none. Returns whether this path can take these elements.
-    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*, Loss&) {
+    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float*, float, Loss&) {
         float values[kUnit] = {0};
         to_float(src, values, count < kUnit ? count : kUnit);
         bool fits = true;
@@ -92,12 +99,12 @@ struct DotF32 {
     // acc[m] += W's row . x[m] over `blocks` blocks, for kM rows. x: [unit][kVectors][kM][kWidth]. absmax: [blocks],
     // and a zero after them. codes: the row's first byte here.
     template <int kM>
-    static QLK_INLINE void products(const uint8_t* codes, float* absmax, int64_t blocks, const X* x, const float*,
-                                    Vec* acc) {
+    static QLK_INLINE void products(const Levels& weight_levels, const uint8_t* codes, float* absmax, int64_t blocks,
+                                    const X* x, const float*, Vec* acc) {
         constexpr int64_t kUnitBlocks = kUnit / kBlock;
         // Short chains of additions: the next units' instructions wait in a queue of limited size meanwhile.
         constexpr int kSums = kM == 1 ? 4 : kM == 2 ? 2 : 1;
-        const Table levels = table();
+        const Table levels = table(weight_levels);
         Vec total[kM];
         for (int m = 0; m < kM; ++m) total[m] = vset(0.0f);
         for (int64_t b = 0; b < blocks; b += kUnitBlocks) {

@@ -1,8 +1,8 @@
 // Products of one row of W with up to 16 rows of bf16 or fp16 in whole numbers of 16 bits, for few_rows.h, where there
 // is no arithmetic on these types.
 //
-// Formula: x[m] ~ q[m] * scale[m][unit], |q| <= 32767;  level ~ L / 7853.75
-//     acc[m] += sum over a block (L * q[m]) * (absmax * scale[m] / 7853.75)
+// Formula: x[m] ~ q[m] * scale[m][unit], |q| <= 32767;  level ~ L / word_scale
+//     acc[m] += sum over a block (L * q[m]) * (absmax * scale[m] / word_scale)
 //
 // Layout: a unit is what one vector of codes holds: 64 weights (AVX2) or 128. Its four vectors of words: element().
 //
@@ -19,13 +19,8 @@ namespace qlk::cpu::QLK_ISA {
 
 #if defined(__AVX2__)
 
-// Of all factors up to 8191 this one leaves the least relative error in any level, 1.4e-4 (8191 leaves 3.2e-4: a level
-// that a whole block has errs in all its weights alike). 8 products in a sum: 8 * 7854 * 32767 < 2^31.
-constexpr float kLevelScale = 7853.75f, kLargestWord = 32767;
-
-QLK_INLINE int16_t level_word(int i) {
-    return static_cast<int16_t>(kLevels[i] * kLevelScale + (kLevels[i] < 0 ? -0.5f : 0.5f));
-}
+// 8 products in a sum, with levels of 13 bits: 8 * 8191 * 32767 < 2^31.
+constexpr float kLargestWord = 32767;
 
 #if defined(__AVX512F__)
 struct WordVectors {
@@ -34,10 +29,8 @@ struct WordVectors {
     using Table = __m512i;
     static QLK_INLINE int element(int j, int l) { return 4 * l + (j ^ 1); }
     // The levels twice, so that VPERMW ignores all but the lowest four bits of an index.
-    static QLK_INLINE Table table() {
-        alignas(64) int16_t words[32];
-        for (int i = 0; i < 32; ++i) words[i] = level_word(i % 16);
-        return _mm512_load_si512(words);
+    static QLK_INLINE Table table(const Levels& levels) {
+        return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels.word)));
     }
     static QLK_INLINE void look_up(const uint8_t* at, bool whole, const Table& table, Integers (&level)[4]) {
         const __m512i codes = whole ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi32(0xff, at);
@@ -59,13 +52,12 @@ struct WordVectors {
         __m256i low, high;
     };
     static QLK_INLINE int element(int j, int l) { return Nibbles::word_element(j, l); }
-    static QLK_INLINE Table table() {
-        alignas(16) uint8_t low[16], high[16];
-        for (int i = 0; i < 16; ++i) {
-            low[i] = static_cast<uint8_t>(level_word(i));
-            high[i] = static_cast<uint8_t>(level_word(i) >> 8);
-        }
-        return {both_halves(low), both_halves(high)};
+    static QLK_INLINE Table table(const Levels& levels) {
+        const __m128i* const at = reinterpret_cast<const __m128i*>(levels.word);
+        const __m128i first = _mm_loadu_si128(at), second = _mm_loadu_si128(at + 1), mask = _mm_set1_epi16(0xff);
+        const __m128i low = _mm_packus_epi16(_mm_and_si128(first, mask), _mm_and_si128(second, mask));
+        const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+        return {_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
     }
     static QLK_INLINE void look_up(const uint8_t* at, bool, const Table& table, Integers (&level)[4]) {
         const Nibbles nibbles(at);
@@ -108,7 +100,8 @@ struct DotI16 {
     }
 
     // Returns false for elements that have no such form: NaN, infinity, and units of very small or very large numbers.
-    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float* scale, Loss& loss) {
+    static QLK_INLINE bool pack(const T* src, int64_t count, X* dst, int64_t stride, float* scale, float word_scale,
+                                Loss& loss) {
         alignas(64) float values[kUnit] = {0};
         to_float(src, values, count < kUnit ? count : kUnit);
         uint32_t most = 0;
@@ -119,7 +112,7 @@ struct DotI16 {
         const float largest = float_of(most);
         if (most > bits_of(kLargestX) || (most > 0 && largest < 0x1p-60f)) return false;
         const float factor = most > 0 ? kLargestWord / largest : 0.0f, step = largest / kLargestWord;
-        *scale = step / kLevelScale;
+        *scale = step / word_scale;
         X whole[kUnit];
         // Adding 1.5 * 2^23 rounds to a whole number, in the lowest bits.
         for (int i = 0; i < kUnit; ++i) whole[i] = static_cast<X>(bits_of(values[i] * factor + 0x1.8p23f));
@@ -145,10 +138,10 @@ struct DotI16 {
     // acc[m] += W's row . x[m] over `blocks` blocks, for kM rows. x: [unit][4][kM][kStep]; scale: [unit][kM]. absmax:
     // [blocks] and a zero, changed.
     template <int kM>
-    static QLK_INLINE void products(const uint8_t* codes, float* absmax, int64_t blocks, const X* x, const float* scale,
-                                    Vec* acc) {
+    static QLK_INLINE void products(const Levels& levels, const uint8_t* codes, float* absmax, int64_t blocks,
+                                    const X* x, const float* scale, Vec* acc) {
         constexpr int64_t kUnitBlocks = kUnit / kBlock;
-        const WordVectors::Table table = WordVectors::table();
+        const WordVectors::Table table = WordVectors::table(levels);
         Vec total[kM];
         for (int m = 0; m < kM; ++m) total[m] = vset(0.0f);
         for (int64_t b = 0; b < blocks; b += kUnitBlocks) {

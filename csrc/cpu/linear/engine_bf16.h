@@ -74,9 +74,10 @@ struct EngineBf16 {
                     const uint8_t* const codes = w.packed + ((row + i) * w.k + k + p) / 2;
                     const float* const scale = absmax + i * absmax_ld + p / kBlock;
                     _mm_prefetch(reinterpret_cast<const char*>(codes + kDepthForward / 2), _MM_HINT_T0);
-                    words = count == 128
-                                ? lookup128(_mm512_loadu_si512(codes), table_pair(scale, scale + 1, tiny), half)
-                                : lookup128(load_words(codes, count / 4), table_pair(scale, &kNoBlock, tiny), half);
+                    words = count == 128 ? lookup128(_mm512_loadu_si512(codes),
+                                                     table_pair(w.levels, scale, scale + 1, tiny), half)
+                                         : lookup128(load_words(codes, count / 4),
+                                                     table_pair(w.levels, scale, &kNoBlock, tiny), half);
                 } else {
                     alignas(64) Elem line[128];
                     decode_slowly(w, (row + i) * w.k + k + p, count, line);
@@ -165,7 +166,8 @@ struct EngineBf16 {
                                : _mm256_setzero_si256();
                     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
                     words = lookup128(_mm512_permutexvar_epi16(zip, both),
-                                      table_pair(scale + g, second ? scale + absmax_ld + g : &kNoBlock, tiny), half);
+                                      table_pair(w.levels, scale + g, second ? scale + absmax_ld + g : &kNoBlock, tiny),
+                                      half);
                 } else {
                     for (int j = 0; j < 4; ++j) words.v[j] = _mm512_setzero_si512();
                 }

@@ -88,7 +88,7 @@ struct EngineF32 {
                 if (i < rows && w.k % kBlock == 0) {
                     // The panel that follows in this row.
                     __builtin_prefetch(codes + p / 2 + kDepthForward / 2);
-                    lookup_block(codes + p / 2, absmax[i * absmax_ld + p / kBlock], out);
+                    lookup_block(w.levels, codes + p / 2, absmax[i * absmax_ld + p / kBlock], out);
                 } else {
                     decode_slowly(w, begin + p, i < rows ? depth - p : 0, out);
                 }
@@ -138,7 +138,7 @@ struct EngineF32 {
                 const int left = p < depth ? columns - g * kBlock : 0;
                 const BlockAt<float> out{dst + (2 * g * pad + p) * kEdge, 16, pad * kEdge};
                 if (left > 0 && w.k % kBlock == 0) {
-                    lookup_block(codes + 32 * g, absmax[p * absmax_ld + g], out);
+                    lookup_block(w.levels, codes + 32 * g, absmax[p * absmax_ld + g], out);
                 } else {
                     decode_slowly(w, begin + g * kBlock, left, out);
                 }

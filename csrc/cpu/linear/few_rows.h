@@ -138,7 +138,7 @@ class FewRows {
                 const int64_t count = m < rows ? w.k - k : 0;
                 if (!Dot::pack(static_cast<const T*>(p.x) + (m < rows ? m : 0) * w.k + k, count,
                                x_packed + k * kM + m * Dot::kStep, kM * Dot::kStep, x_scale + k / Dot::kUnit * kM + m,
-                               loss))
+                               w.levels.word_scale, loss))
                     return false;
             }
             if (!Dot::acceptable(loss)) return false;
@@ -192,7 +192,7 @@ class FewRows {
                 float* const sums = mine.sums + i * kM * kWidth;
                 Vec acc[kM];
                 for (int m = 0; m < kM; ++m) acc[m] = first > 0 ? vload(sums + m * kWidth) : vset(0.0f);
-                Dot::template products<kM>(w.packed + (row * w.k + first * kBlock) / 2, mine.absmax, blocks,
+                Dot::template products<kM>(w.levels, w.packed + (row * w.k + first * kBlock) / 2, mine.absmax, blocks,
                                            x_packed + first * kBlock * kM, x_scale + first * kBlock / Dot::kUnit * kM,
                                            acc);
                 for (int m = 0; m < kM; ++m) vstore(sums + m * kWidth, acc[m]);

@@ -46,7 +46,7 @@ class PackedRows {
     }
     QLK_INLINE void block(int64_t i, Vec (&values)[kBlockVecs]) const {
         alignas(16) float table[16];
-        block_table<T>(absmax[i], table);
+        block_table<T>(w.levels, absmax[i], table);
 #if defined(QLK_NEON)
         lookup_vectors<T>(codes + i * (kBlock / 2), table, values);
 #else

@@ -19,8 +19,8 @@ struct Words4 {
     __m512i v[4];
 };
 
-// Whether any of these blocks may have subnormal bf16 values, which VCVTNE2PS2BF16 flushes: a constant below 2^-120,
-// and not zero. Asked once for many blocks: asked for each, it cost a tenth of the decoding.
+// Whether any of these blocks may have subnormal bf16 values, which VCVTNE2PS2BF16 flushes: a constant below
+// kSmallConstant, and not zero. Asked once for many blocks: asked for each, it cost a tenth of the decoding.
 QLK_INLINE bool has_tiny(const float* absmax, int64_t count) {
     __mmask16 tiny = 0;
     for (int64_t i = 0; i < count; i += 16) {
@@ -29,19 +29,21 @@ QLK_INLINE bool has_tiny(const float* absmax, int64_t count) {
         const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
         // Minus one, unsigned: zero becomes the largest.
         const __m512i less = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(1));
-        tiny |= _mm512_mask_cmplt_epu32_mask(valid, less, _mm512_set1_epi32((7 << 23) - 1));
+        tiny |=
+            _mm512_mask_cmplt_epu32_mask(valid, less, _mm512_set1_epi32(static_cast<int>(bits_of(kSmallConstant)) - 1));
     }
     return tiny != 0;
 }
 
 // The tables of two blocks, in the low and the high half. tiny: has_tiny() of these blocks or more.
-QLK_INLINE __m512i table_pair(const float* first, const float* second, bool tiny) {
+QLK_INLINE __m512i table_pair(const Levels& levels, const float* first, const float* second, bool tiny) {
     if (__builtin_expect(tiny, 0)) {
-        return _mm512_inserti64x4(_mm512_castsi256_si512(block_table_bf16(*first)), block_table_bf16(*second), 1);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(block_table_bf16(levels, *first)),
+                                  block_table_bf16(levels, *second), 1);
     }
-    const __m512 levels = _mm512_loadu_ps(kLevels);
-    const __m512 low = _mm512_mul_ps(levels, _mm512_set1_ps(*first));
-    const __m512 high = _mm512_mul_ps(levels, _mm512_set1_ps(*second));
+    const __m512 values = _mm512_loadu_ps(levels.value);
+    const __m512 low = _mm512_mul_ps(values, _mm512_set1_ps(*first));
+    const __m512 high = _mm512_mul_ps(values, _mm512_set1_ps(*second));
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 

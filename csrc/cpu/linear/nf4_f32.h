@@ -26,10 +26,10 @@ struct BlockAt {
 };
 
 // 64 weights from 32 bytes.
-QLK_INLINE void lookup_block(const uint8_t* codes, float absmax, const BlockAt<float>& out) {
+QLK_INLINE void lookup_block(const Levels& levels, const uint8_t* codes, float absmax, const BlockAt<float>& out) {
     // Element t of a word is the high nibble of its byte t / 2, or the low one.
 #if defined(__AVX512F__)
-    const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(kLevels), _mm512_set1_ps(absmax));
+    const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(levels.value), _mm512_set1_ps(absmax));
     const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
     __m512i shift = _mm512_inserti64x4(_mm512_set1_epi32(4), _mm256_setzero_si256(), 1);
     for (int v = 0; v < 4; ++v) {
@@ -38,8 +38,8 @@ QLK_INLINE void lookup_block(const uint8_t* codes, float absmax, const BlockAt<f
     }
 #elif defined(__AVX2__)
     const __m256 scale = _mm256_set1_ps(absmax);
-    const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(kLevels), scale);
-    const __m256 high = _mm256_mul_ps(_mm256_loadu_ps(kLevels + 8), scale);
+    const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(levels.value), scale);
+    const __m256 high = _mm256_mul_ps(_mm256_loadu_ps(levels.value + 8), scale);
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
 #pragma GCC unroll 8
     for (int t = 0; t < 8; ++t) {
@@ -52,7 +52,7 @@ QLK_INLINE void lookup_block(const uint8_t* codes, float absmax, const BlockAt<f
     }
 #else
     float table[16];
-    for (int i = 0; i < 16; ++i) table[i] = kLevels[i] * absmax;
+    for (int i = 0; i < 16; ++i) table[i] = levels.value[i] * absmax;
     for (int l = 0; l < 8; ++l) {
         for (int t = 0; t < 8; ++t) {
             const uint8_t byte = codes[4 * l + t / 2];

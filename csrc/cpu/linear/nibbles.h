@@ -31,10 +31,6 @@ QLK_INLINE Vec block_scales(const float* absmax) {
 QLK_INLINE Vec block_scales(const float* absmax) { return vset(*absmax); }
 #endif
 
-QLK_INLINE __m256i both_halves(const uint8_t (&bytes)[16]) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-}
-
 // The 64 nibbles of a block.
 struct Nibbles {
     __m256i high, low;

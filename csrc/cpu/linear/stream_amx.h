@@ -212,13 +212,13 @@ class Stream {
                     // Prefetch the next 16 rows, a line for each line used here. Past the end it does nothing.
                     _mm_prefetch(reinterpret_cast<const char*>(codes + 16 * row_bytes + (c * 16 + i) * 64),
                                  _MM_HINT_T1);
-                    store_row(out + i * 32, lookup128(now, table_pair(scale, scale + 1, tiny), half));
+                    store_row(out + i * 32, lookup128(now, table_pair(w.levels, scale, scale + 1, tiny), half));
                 }
             } else {
                 for (int i = 0; i < rows; ++i) {
                     const float* const scale = mine.absmax + i * row_blocks + 2 * c;
                     const float* const second = w.k - c * 128 >= 128 ? scale + 1 : &kNoBlock;
-                    store_row(out + i * 32, lookup128(load(i, c), table_pair(scale, second, tiny), half));
+                    store_row(out + i * 32, lookup128(load(i, c), table_pair(w.levels, scale, second, tiny), half));
                 }
             }
             if (c >= kLag) multiply_chunk(buffer(mine, c - kLag), x_packed + (c - kLag) * 4 * EngineBf16::kUnit);

@@ -48,13 +48,13 @@ QLK_INLINE void decode_absmax(const WeightView& w, int64_t first, int64_t count,
 
 // The 16 values of a block, rounded through T. table: [16].
 template <class T>
-QLK_INLINE void block_table(float absmax, float* table) {
+QLK_INLINE void block_table(const Levels& levels, float absmax, float* table) {
     float exact[16];
 #if defined(QLK_NEON)
     // GCC would multiply one by one, as it had unrolled the loop before it looked for vectors.
-    for (int i = 0; i < 16; i += kWidth) vstore(exact + i, vload(kLevels + i) * vset(absmax));
+    for (int i = 0; i < 16; i += kWidth) vstore(exact + i, vload(levels.value + i) * vset(absmax));
 #else
-    for (int i = 0; i < 16; ++i) exact[i] = kLevels[i] * absmax;
+    for (int i = 0; i < 16; ++i) exact[i] = levels.value[i] * absmax;
 #endif
     T stored[16];
     from_float(exact, stored, 16);
@@ -110,7 +110,7 @@ inline void decode_flat(const WeightView& w, int64_t begin, int64_t end, float* 
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t block_begin = (first + b) * kBlock;
             const int64_t stop = block_begin + kBlock < end ? block_begin + kBlock : end;
-            block_table<T>(absmax[b], table);
+            block_table<T>(w.levels, absmax[b], table);
             if (begin == block_begin && stop == block_begin + kBlock) {
                 lookup_block(w.packed + begin / 2, table, out);
             } else {

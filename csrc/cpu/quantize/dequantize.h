@@ -20,10 +20,10 @@ namespace qlk::cpu::QLK_ISA {
 #if defined(__AVX2__)
 // A block's 16 values in T, one word each.
 template <class T>
-QLK_INLINE __m256i exact_words(float absmax) {
+QLK_INLINE __m256i exact_words(const Levels& levels, float absmax) {
     float values[16];
     alignas(32) T words[16];
-    for (int i = 0; i < 16; ++i) values[i] = kLevels[i] * absmax;
+    for (int i = 0; i < 16; ++i) values[i] = levels.value[i] * absmax;
     from_float(values, words, 16);
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(words));
 }
@@ -32,31 +32,39 @@ QLK_INLINE bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f80
 
 #if defined(__AVX512F__)
 #if defined(__AVX512BF16__)
+// Any level that is not 0 times this is a normal number, for NF4 and for FP4, whose smallest is 1 / 192.
+constexpr float kSmallConstant = 0x1p-118f;
+
 // The bf16 table of a block. Also exact below 2^-126, where VCVTNEPS2BF16 would flush.
-QLK_INLINE __m256i block_table_bf16(float absmax) {
+QLK_INLINE __m256i block_table_bf16(const Levels& levels, float absmax) {
     const float magnitude = absmax < 0 ? -absmax : absmax;
-    if (__builtin_expect(magnitude < 0x1p-120f, 0)) return exact_words<bf16>(absmax);
-    return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(kLevels), _mm512_set1_ps(absmax)));
+    if (__builtin_expect(magnitude < kSmallConstant, 0)) return exact_words<bf16>(levels, absmax);
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(levels.value), _mm512_set1_ps(absmax)));
 }
-QLK_INLINE __m256i block_words(float absmax, const bf16*) { return block_table_bf16(absmax); }
+QLK_INLINE __m256i block_words(const Levels& levels, float absmax, const bf16*) {
+    return block_table_bf16(levels, absmax);
+}
 #else
-QLK_INLINE __m256i block_words(float absmax, const bf16*) {
-    if (__builtin_expect(!is_finite(absmax), 0)) return exact_words<bf16>(absmax);  // NaN is not rounded like a number
-    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(kLevels), _mm512_set1_ps(absmax)));
+QLK_INLINE __m256i block_words(const Levels& levels, float absmax, const bf16*) {
+    if (__builtin_expect(!is_finite(absmax), 0))
+        return exact_words<bf16>(levels, absmax);  // NaN is not rounded like a number
+    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(levels.value), _mm512_set1_ps(absmax)));
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 #endif
 
-QLK_INLINE __m256i block_words(float absmax, const fp16*) {
-    return _mm512_cvtps_ph(_mm512_mul_ps(_mm512_loadu_ps(kLevels), _mm512_set1_ps(absmax)), _MM_FROUND_TO_NEAREST_INT);
+QLK_INLINE __m256i block_words(const Levels& levels, float absmax, const fp16*) {
+    return _mm512_cvtps_ph(_mm512_mul_ps(_mm512_loadu_ps(levels.value), _mm512_set1_ps(absmax)),
+                           _MM_FROUND_TO_NEAREST_INT);
 }
 
 // A block into T of 16 bits.
 template <class T>
-QLK_INLINE void dequantize_block(const uint8_t* codes, float absmax, T* out) {
-    const __m512i table = _mm512_broadcast_i64x4(block_words(absmax, out)), mask = _mm512_set1_epi32(0x000f000f);
+QLK_INLINE void dequantize_block(const Levels& levels, const uint8_t* codes, float absmax, T* out) {
+    const __m512i table = _mm512_broadcast_i64x4(block_words(levels, absmax, out)),
+                  mask = _mm512_set1_epi32(0x000f000f);
     for (int half = 0; half < 2; ++half) {
         // A byte in each 32-bit lane; its high nibble becomes the first word, its low nibble the second.
         const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * half));
@@ -69,32 +77,32 @@ QLK_INLINE void dequantize_block(const uint8_t* codes, float absmax, T* out) {
 }
 #else
 // In the order that dequantize_block's PSHUFBs are made from: entries 0-3, 8-11, 4-7, 12-15.
-QLK_INLINE __m256i block_words(float absmax, const bf16*) {
+QLK_INLINE __m256i block_words(const Levels& levels, float absmax, const bf16*) {
     const __m256 scale = _mm256_set1_ps(absmax);
     __m256i half[2];
     for (int i = 0; i < 2; ++i) {
-        const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(kLevels + 8 * i), scale));
+        const __m256i bits = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(levels.value + 8 * i), scale));
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
         half[i] = _mm256_srli_epi32(rounded, 16);
     }
     if (__builtin_expect(!is_finite(absmax), 0)) {  // NaN is not rounded like a number
-        return _mm256_permute4x64_epi64(exact_words<bf16>(absmax), 0xd8);
+        return _mm256_permute4x64_epi64(exact_words<bf16>(levels, absmax), 0xd8);
     }
     return _mm256_packus_epi32(half[0], half[1]);
 }
 
-QLK_INLINE __m256i block_words(float absmax, const fp16*) {
-    return _mm256_permute4x64_epi64(exact_words<fp16>(absmax), 0xd8);
+QLK_INLINE __m256i block_words(const Levels& levels, float absmax, const fp16*) {
+    return _mm256_permute4x64_epi64(exact_words<fp16>(levels, absmax), 0xd8);
 }
 
 // A block into T of 16 bits.
 template <class T>
-QLK_INLINE void dequantize_block(const uint8_t* codes, float absmax, T* out) {
+QLK_INLINE void dequantize_block(const Levels& levels, const uint8_t* codes, float absmax, T* out) {
     // In each half of a register the low bytes of its eight words, then the high bytes.
     const __m256i apart =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-    const __m256i bytes = _mm256_shuffle_epi8(block_words(absmax, out), apart);
+    const __m256i bytes = _mm256_shuffle_epi8(block_words(levels, absmax, out), apart);
     const __m128i first = _mm256_castsi256_si128(bytes), second = _mm256_extracti128_si256(bytes, 1);
     const __m256i low = _mm256_broadcastsi128_si256(_mm_unpacklo_epi32(first, second));
     const __m256i high = _mm256_broadcastsi128_si256(_mm_unpackhi_epi32(first, second));
@@ -113,18 +121,18 @@ QLK_INLINE void dequantize_block(const uint8_t* codes, float absmax, T* out) {
 #endif
 #else
 template <class T>
-QLK_INLINE void dequantize_block(const uint8_t* codes, float absmax, T* out) {
+QLK_INLINE void dequantize_block(const Levels& levels, const uint8_t* codes, float absmax, T* out) {
     float table[16];
     float values[kBlock];
-    block_table<T>(absmax, table);
+    block_table<T>(levels, absmax, table);
     lookup_block(codes, table, values);
     from_float(values, out, kBlock);
 }
 #endif
 
-QLK_INLINE void dequantize_block(const uint8_t* codes, float absmax, float* out) {
+QLK_INLINE void dequantize_block(const Levels& levels, const uint8_t* codes, float absmax, float* out) {
     float table[16];
-    block_table<float>(absmax, table);
+    block_table<float>(levels, absmax, table);
     lookup_block(codes, table, out);
 }
 
@@ -138,7 +146,7 @@ inline void dequantize_blocks(const WeightView& w, int64_t first, int64_t blocks
         const int64_t count = blocks - at < kPiece ? blocks - at : kPiece;
         decode_absmax(w, first + at, count, absmax);
         for (int64_t b = 0; b < count; ++b) {
-            dequantize_block(w.packed + (first + at + b) * (kBlock / 2), absmax[b], out + (at + b) * kBlock);
+            dequantize_block(w.levels, w.packed + (first + at + b) * (kBlock / 2), absmax[b], out + (at + b) * kBlock);
         }
     }
 }

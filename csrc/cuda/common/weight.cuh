@@ -21,7 +21,7 @@ struct DeviceWeight {
     static DeviceWeight from(const WeightView& view) {
         DeviceWeight w{view.packed,        view.absmax, view.absmax_code, view.nested_absmax, view.nested_table,
                        view.nested_offset, {}};
-        for (int i = 0; i < 16; ++i) w.levels[i] = kLevels[i];
+        for (int i = 0; i < 16; ++i) w.levels[i] = view.levels.value[i];
         return w;
     }
 };

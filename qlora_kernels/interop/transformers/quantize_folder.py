@@ -13,6 +13,7 @@ from ...console.progress import bar
 from ...errors import InputError, listed, readable
 from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, PIECES, check_range, meta_weight, quantize
 from ...layers.adapters.config import AdapterConfig
+from ...models.dense_layers import is_conv1d, matrix_shape
 from ...models.targets import Plan, plan
 from ...storage.atomic_folder import new_folder, write_folder_atomically
 from ...storage.formats import save_json
@@ -147,6 +148,7 @@ class _Conversion:
     source: Entry
     outputs: dict[str, Entry]
     quantized: bool
+    transposed: bool = False  # the source holds [in, out]
 
     @property
     def nbytes(self) -> int:
@@ -181,14 +183,15 @@ def _conversions(
             continue
         if DTYPES.get(entry.dtype) not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"{model}: {stored} is {entry.dtype}; F32, BF16 and F16 can be quantized")
-        n, k = expected
+        layer = bones.get_submodule(key.removesuffix(".weight"))
+        n, k = matrix_shape(layer)
         weight = meta_weight(n, k, planned.double_quant)
         pieces = {
             f"{key}_{name}": Entry.like(piece)
             for name, piece in zip(PIECES, weight.pieces, strict=True)
             if piece is not None
         }
-        conversions.append(_Conversion(key, entry, pieces, quantized=True))
+        conversions.append(_Conversion(key, entry, pieces, quantized=True, transposed=is_conv1d(layer)))
     return conversions
 
 
@@ -228,7 +231,8 @@ def _write_tensor(writer: Writer, conversion: _Conversion, double_quant: bool) -
         writer.copy(key, conversion.source)
         return
     try:
-        weight = quantize(read(conversion.source), double_quant, name=key)
+        dense = read(conversion.source)
+        weight = quantize(dense.t() if conversion.transposed else dense, double_quant, name=key)
         check_range(weight, key)
     except ValueError as error:
         raise InputError(str(error)) from None

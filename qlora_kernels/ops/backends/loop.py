@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..weight import Operand, expert_pieces
 
 def _experts(weight: Operand, offsets: Tensor) -> Iterator[tuple[int, slice, Operand]]:
     """Each expert with rows: its number, its rows, its weight."""
-    ends = offsets.tolist()
+    ends = cast(list[int], offsets.tolist())  # pyright: ignore[reportUnknownMemberType]
     for e, (begin, end) in enumerate(itertools.pairwise(ends)):
         if end > begin:
             yield e, slice(begin, end), Operand(expert_pieces(weight.pieces, weight.experts, e), weight.n, weight.k)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...native import extension
 from ..lora import LoraTerm
-from ..weight import Operand, Pieces
+from ..weight import Operand, Pieces, own_levels
 from . import loop
 
 refuses_non_finite = True
@@ -42,10 +42,11 @@ def decode_absmax(pieces: Pieces) -> Tensor:
 
 def decode(pieces: Pieces, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """The dense weight [n, k]: round_to_dtype(float32(level) * float32(absmax))."""
-    packed = pieces[0].flatten()
+    packed, own = pieces[0].flatten(), own_levels(pieces)
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: n * k].long()
     scales = decode_absmax(pieces).repeat_interleave(64)[: n * k]
-    return (levels().to(packed.device)[codes] * scales).to(dtype).view(n, k)
+    values = levels().to(packed.device) if own is None else own
+    return (values[codes] * scales).to(dtype).view(n, k)
 
 
 def philox(seed: int, blocks: Tensor) -> Tensor:

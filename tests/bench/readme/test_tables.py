@@ -12,7 +12,7 @@ if not (ROOT / "bench" / "readme" / "tables.py").is_file():
     pytest.skip("the tables come with the source tree only", allow_module_level=True)
 
 from bench import bench_operations  # noqa: E402
-from bench.readme import tables  # noqa: E402
+from bench.readme import headlines, tables  # noqa: E402
 from qlora_kernels.bench.case import OURS, Settings  # noqa: E402
 from qlora_kernels.bench.contenders.names import BNB, DENSE, EQUAL_COPY, PEFT  # noqa: E402
 from qlora_kernels.bench.points import SWEEPS, Point, point_of  # noqa: E402
@@ -102,10 +102,10 @@ def test_a_table_stands_in_one_document(tmp_path, monkeypatch):
 
 
 def test_the_headline_needs_each_of_its_cases(newest):
-    point = tables.HEADLINE[0]
+    point = headlines.HEADLINE[0]
     without = {**newest, "cases": [case for case in newest["cases"] if point_of(case) != point]}
-    with pytest.raises(ValueError, match="lacks what the table in README shows: linear_forward"):
-        tables.headline_table(without, "x.jsonl")
+    with pytest.raises(ValueError, match="lacks what a table shows: linear_forward"):
+        headlines.table(without, "x.jsonl")
 
 
 def changed(run: dict, point: Point, name: str, **contender) -> dict:
@@ -200,7 +200,7 @@ def test_nothing_is_replaced_when_a_plot_cannot_be_drawn(tmp_path, monkeypatch, 
         path = tables.newest(pattern)
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "cpu-memory.png").write_text("old")
-    monkeypatch.setattr(tables, "HEADLINE", tables.HEADLINE[:1])  # which needs none of the cases that are missing
+    monkeypatch.setattr(headlines, "HEADLINE", headlines.HEADLINE[:1])  # which needs none of the cases that are missing
     monkeypatch.setattr(tables, "FOLDER", folder)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables.newest, "__defaults__", ("cpu-*.jsonl", folder))

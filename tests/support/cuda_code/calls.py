@@ -16,7 +16,7 @@ _FIELDS = {
         "scratch device stream"
     ),
 }
-_WEIGHT = "packed absmax absmax_code nested_absmax nested_table nested_offset n k"
+_WEIGHT = "packed absmax absmax_code nested_absmax nested_table nested_offset n k levels"
 
 
 def call_kernels(kernels: Any, operation: str, **fields: Any) -> Any:
