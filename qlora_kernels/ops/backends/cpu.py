@@ -147,10 +147,13 @@ class CPU:
         u = x.new_empty(m, r) if r else None
         if m == 0:
             return y, u
-        A, B, bias = as_dtype(A, x.dtype), as_dtype(B, x.dtype), as_dtype(bias, torch.float32)
+        # Named, so that copies live until the kernels have run.
+        narrow_A, narrow_B, wide_bias = as_dtype(A, x.dtype), as_dtype(B, x.dtype), as_dtype(bias, torch.float32)
         extension = native()
         struct = weight.native(extension.Weight)
-        fields = params.linear_forward(struct, x, A, B, pointer(bias), y, pointer(u), m, r, scaling, 0.0)
+        fields = params.linear_forward(
+            struct, x, narrow_A, narrow_B, pointer(wide_bias), y, pointer(u), m, r, scaling, 0.0
+        )
         _finish_grouped(fields, x, offsets)
         extension.linear_grouped_forward(fields)
         return y, u
