@@ -4,8 +4,11 @@ See README.md, and docs/ for everything else.
 """
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .formats.nf4_stack import NF4Stack, quantize_stack
 from .layers.adapters.config import AdapterConfig
+from .layers.experts import QExperts
 from .layers.functional import linear
+from .layers.grouped import linear_grouped
 from .layers.merging import MergeReport
 from .layers.qlinear import QLinear
 from .models.adapter_files import load_adapter, save_adapter
@@ -22,9 +25,11 @@ __version__: str
 __all__ = [
     "AdapterConfig",
     "MergeReport",
+    "NF4Stack",
     "NF4Weight",
     "PagedAdamW",
     "PagedLion",
+    "QExperts",
     "QLinear",
     "QuantizeReport",
     "__version__",
@@ -33,11 +38,13 @@ __all__ = [
     "dequantize",
     "disable_adapters",
     "linear",
+    "linear_grouped",
     "load_adapter",
     "merge_adapters",
     "qlora_layers",
     "quantize",
     "quantize_model",
+    "quantize_stack",
     "reference",
     "save_adapter",
     "set_adapter",
