@@ -5,6 +5,7 @@ See README.md, and docs/ for everything else.
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .formats.nf4_stack import NF4Stack, quantize_stack
+from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
 from .layers.adapters.config import AdapterConfig
 from .layers.experts import QExperts
 from .layers.functional import linear
@@ -37,6 +38,7 @@ __all__ = [
     "default_nested_table",
     "dequantize",
     "disable_adapters",
+    "from_bitsandbytes",
     "linear",
     "linear_grouped",
     "load_adapter",
@@ -48,6 +50,7 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "to_bitsandbytes",
     "unmerge_adapters",
 ]
 

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +22,7 @@ BY_NAME = {str(path.relative_to(ROOT)): path for path in PAGES}
 #: A fenced block: an optional comment with its stand-in, its language, its text.
 FENCE = re.compile(r"^(?:<!-- stand-in: ([^>]+) -->\n)?```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: Blocks that hold nothing to run, or what something else makes: Sphinx's directives, output, commands.
-NOT_RUN = ("text", "console", "{toctree}", "{include}", "{eval-rst}", "{csv-table}", "{command-help}")
+NOT_RUN = ("text", "console", "yaml", "{toctree}", "{include}", "{eval-rst}", "{csv-table}", "{command-help}")
 
 # --------------------------------------------------------------------------------------------------------- blocks
 
@@ -40,6 +41,24 @@ def tiny_llama():
 
 
 @contextlib.contextmanager
+def tiny_llama_in_4_bits():
+    """The same from a folder, so that from_pretrained quantizes it with bitsandbytes."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    from small.llama import llama
+
+    real = transformers.AutoModelForCausalLM.from_pretrained
+    with tempfile.TemporaryDirectory() as folder:
+        llama().save_pretrained(folder)
+
+        def from_pretrained(name, **options):
+            return real(folder, **options)
+
+        with mock.patch.object(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained):
+            yield str
+
+
+@contextlib.contextmanager
 def the_cpu():
     yield lambda code: code.replace('"cuda"', '"cpu"')
 
@@ -53,6 +72,7 @@ def as_it_stands():
 STAND_INS = {
     None: as_it_stands,
     "a tiny Llama for the download": tiny_llama,
+    "a tiny Llama in 4 bits for the download": tiny_llama_in_4_bits,
     "the CPU for a CUDA device": the_cpu,
 }
 

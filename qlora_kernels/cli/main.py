@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _finetune(namespace: argparse.Namespace, arguments: list[str]) -> int:
-    settings = from_arguments(namespace).resolve()
+    settings = from_arguments(namespace)
     from ..finetune.run import finetune
 
     return finetune(settings, arguments[1:])

@@ -1,12 +1,18 @@
-"""The flags of ``qlora-kernels finetune``, a group at a time. A flag's destination is a field of Options."""
+"""The flags of ``qlora-kernels finetune``, a group at a time. A flag's destination is a field of Options.
+
+A flag that is not given leaves nothing behind, so that a file of settings, and then the defaults, can fill it in.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 from typing import Any
 
-from .options import COMPUTE, OPTIMIZERS, SCHEDULES, Options, flag
+from ..errors import InputError
+from .config import read_config_file
+from .options import COMPUTE, OPTIMIZERS, SCHEDULES, Options, Settings, flag
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
 
@@ -23,9 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_group(_Group(parser.add_argument_group(title)))
 
 
-def from_arguments(namespace: argparse.Namespace) -> Options:
-    """Options from parsed flags."""
-    return Options(**{name: getattr(namespace, name) for name in _DEFAULTS})
+def from_arguments(namespace: argparse.Namespace) -> Settings:
+    """The settings of a run from parsed flags, and from the file that ``--config`` names for those not given.
+
+    Raises:
+        InputError: for a value that cannot be used, or a file that cannot be read.
+    """
+    given = {name: value for name, value in vars(namespace).items() if name in _DEFAULTS}
+    path = getattr(namespace, "config", None)
+    values = {} if path is None else read_config_file(path)
+    try:
+        return Options(**{**values, **given}).resolve()
+    except InputError as error:
+        blamed = [name for name in values if name not in given and re.search(flag(name) + r"(?![\w-])", str(error))]
+        raise InputError(f"--config {path}: {error}" if blamed else str(error)) from None
 
 
 class _Group:
@@ -37,30 +54,45 @@ class _Group:
     def add(self, name: str, help: str, **more: Any) -> None:
         default = _DEFAULTS[name]
         if isinstance(default, bool):
-            more.setdefault("action", "store_true")
+            more.setdefault("action", argparse.BooleanOptionalAction)
         else:
             more.setdefault("type", type(default) if default is not None else str)
             more.setdefault("metavar", {int: "N", float: "X"}.get(more["type"], "PATH"))
             if default is not None:
                 help += f" (default {default})"
-        self.group.add_argument(flag(name), dest=name, default=default, help=help, **more)
+        self.group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=help, **more)
 
 
 def _add_model(group: _Group) -> None:
     group.add(
         "model",
         "'tiny', a byte-level model that is first pretrained on this machine; a Hugging Face folder or id; or a 4-bit "
-        "folder from 'qlora-kernels quantize'",
+        "folder, from 'qlora-kernels quantize' or of bitsandbytes",
         metavar="MODEL",
     )
     group.add(
         "data",
-        "a text file, a folder of text files, or pairs with 'prompt' and 'completion' (JSONL, a JSON array, CSV or "
-        "TSV; loss on completions only); default: the language reference that ships with Python",
+        "a text file, a folder of text files, or rows (JSONL, a JSON array, CSV, TSV, Parquet, or a Hugging Face data "
+        "set's folder) with 'messages' (loss on the assistant's turns), 'prompt' and 'completion' (loss on "
+        "completions), 'instruction' and 'output', or 'text'; default: the language reference that ships with Python",
+    )
+    group.add(
+        "eval_data",
+        "evaluate on this, in any form that --data takes, instead of on a part of the data",
+    )
+    group.add(
+        "chat_template",
+        "a chat template (Jinja) for messages, instead of the tokenizer's",
+        metavar="FILE",
     )
     group.add("out", "folder for the adapter, metrics.json, loss.png and the checkpoint (default runs/MODEL)")
     group.add("cache", "folder that keeps the pretrained tiny model; runs may share it (default: the output folder)")
-    group.add("held_out", "fraction of the data held out for evaluation")
+    group.add(
+        "held_out",
+        "fraction of the data held out for evaluation (default 0.1, or the data set's own split 'validation' or "
+        "'test')",
+        type=float,
+    )
     group.add("eval_tokens", "evaluate on at most this many held-out tokens")
     group.add("device", "device to train on", metavar="DEVICE")
     group.add(
@@ -135,15 +167,28 @@ def _add_adapters(group: _Group) -> None:
         "--no-double-quant",
         dest="double_quant",
         action="store_false",
+        default=argparse.SUPPRESS,
         help="keep the block constants in float32: 4.5 bits per weight instead of 4.127",
     )
 
 
 def _add_run(group: _Group) -> None:
+    group.group.add_argument(
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="take options from a YAML or TOML file, under their names here; those on the command line count more",
+    )
     group.add("compare", "also train LoRA on the 16-bit base, and all weights, for comparison (twice the time)")
     group.add("resume", "go on from the checkpoint in the output folder")
     group.add("save_every", "steps between checkpoints; 0 saves only at the end of a phase and when interrupted")
     group.add("sample_tokens", "length of the generated sample; 0 for none")
+    group.add(
+        "report_to",
+        "also send losses and rates to tensorboard (files in the output folder, under runs), wandb, or both, with a "
+        "comma between, where they are installed",
+        metavar="NAMES",
+    )
     group.add("quiet", "no progress bars and no notes, only the table")
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ..console.progress import bar
-from .data import Pairs, Windows
+from .data import Examples, Windows
 from .train import batch_loss
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: nn.Module, data: Windows | Pairs, batch_size: int, limit: int, device: str, title: str, quiet: bool
+    model: nn.Module, data: Windows | Examples, batch_size: int, limit: int, device: str, title: str, quiet: bool
 ) -> float:
     """Mean cross-entropy in nats per token over the held-out data, up to ``limit`` tokens, in order."""
     model.eval()

@@ -14,14 +14,15 @@ from ..native.bfloat16 import slow_bfloat16
 
 SCHEDULES = ("cosine", "linear", "constant")
 COMPUTE = ("auto", "bfloat16", "float32")
+TRACKERS = ("tensorboard", "wandb")
 OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit", "paged_lion", "adamw")
 
 # Settings that decide the numbers of a run: --resume refuses to go on when one of them has changed.
 _DECISIVE = (
-    "model", "data", "held_out", "seq_len", "steps", "epochs", "batch_size", "grad_accum", "optim", "lr", "full_lr",
-    "warmup", "schedule", "weight_decay", "max_grad_norm", "seed", "rank", "alpha", "lora_dropout", "rslora",
-    "target_modules", "double_quant", "compute", "compare", "device", "eval_tokens", "tiny_hidden", "tiny_layers",
-    "tiny_seq_len", "pretrain_steps",
+    "model", "data", "eval_data", "chat_template", "held_out", "seq_len", "steps", "epochs", "batch_size",
+    "grad_accum", "optim", "lr", "full_lr", "warmup", "schedule", "weight_decay", "max_grad_norm", "seed", "rank",
+    "alpha", "lora_dropout", "rslora", "target_modules", "double_quant", "compute", "compare", "device", "eval_tokens",
+    "tiny_hidden", "tiny_layers", "tiny_seq_len", "pretrain_steps",
 )  # fmt: skip
 
 _AT_LEAST_1 = (
@@ -42,9 +43,11 @@ class Options:
 
     model: str = "tiny"
     data: str | None = None
+    eval_data: str | None = None
+    chat_template: str | None = None
     out: str | None = None
     cache: str | None = None
-    held_out: float = 0.1
+    held_out: float | None = None
     eval_tokens: int = 65536
     seq_len: int | None = None
     steps: int | None = None
@@ -76,6 +79,7 @@ class Options:
     save_every: int = 50
     sample_tokens: int = 200
     quiet: bool = False
+    report_to: str = "none"
     tiny_hidden: int = 256
     tiny_layers: int = 4
     tiny_seq_len: int = 128
@@ -140,11 +144,15 @@ class Settings(Options):
         steps = math.ceil(self.epochs * sequences / (self.batch_size * self.grad_accum))
         return replace(self, steps=max(steps, 1))
 
+    def trackers(self) -> list[str]:
+        """The names in ``report_to``."""
+        return [] if self.report_to == "none" else names_in(self.report_to)
+
     def target_names(self) -> str | list[str]:
         """``target_modules`` as :func:`qlora_kernels.quantize_model` takes it."""
         if self.target_modules == "all-linear":
             return self.target_modules
-        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+        return names_in(self.target_modules)
 
     @property
     def pretraining_lr(self) -> float:
@@ -195,6 +203,11 @@ class Settings(Options):
         ]
 
 
+def names_in(text: str) -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def flag(name: str) -> str:
     """The flag on the command line of an option."""
     return "--" + name.replace("_", "-")
@@ -216,6 +229,10 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value not in choices:
             raise InputError(f"{flag(name)} should be one of {', '.join(choices)}, found {value}")
+    if options.report_to != "none" and not set(names_in(options.report_to) or [""]) <= set(TRACKERS):
+        raise InputError(f"--report-to should be none, or names among {', '.join(TRACKERS)}, found {options.report_to}")
+    if options.eval_data is not None and options.held_out is not None:
+        raise InputError("--eval-data and --held-out both say what to evaluate on; give one of them")
     for name in ("page_file", "page_budget"):
         if options.optim == "adamw" and getattr(options, name) is not None:
             raise InputError(f"{flag(name)} needs a paged optimizer, and --optim is adamw")
@@ -241,5 +258,5 @@ def _check_ranges(options: Options) -> None:
         raise InputError(f"--seed should be at least 0 and less than 2**32, found {options.seed}")
     if not 0 <= options.lora_dropout < 1:
         raise InputError(f"--lora-dropout should be in [0, 1), found {options.lora_dropout}")
-    if not 0 < options.held_out < 1:
+    if options.held_out is not None and not 0 < options.held_out < 1:
         raise InputError(f"--held-out should be a fraction between 0 and 1, found {options.held_out}")

@@ -31,11 +31,12 @@ from .dense_lora import add_lora
 from .evaluate import generate, held_out_loss
 from .memory import PeakMemory
 from .options import Settings
+from .report_to import Reporter, check_trackers
 from .results.outputs import Outputs
 from .results.plot import plot_losses
 from .results.report import TITLES, conclusions, machine, recovery, sizes, table, versions
 from .source import Source, digest, quantize
-from .train import Phase, Trained, Trainer, trainable
+from .train import Phase, Trained, Trainer, prefix, trainable
 
 
 def finetune(settings: Settings, arguments: list[str]) -> int:
@@ -111,6 +112,7 @@ class _Run:
     def go(self) -> None:
         for package in ("transformers", "safetensors", "tqdm", "matplotlib"):  # to fail now, not after the training
             importlib.import_module(package)
+        check_trackers(self.settings)
         with contextlib.ExitStack() as stack:
             exists = os.path.isdir(self.outputs.folder)
             if exists:  # claimed before anything is read, so that the checkpoint stays the one that is read
@@ -125,6 +127,8 @@ class _Run:
             if not exists:
                 stack.enter_context(self.outputs.claimed())
             self.note(settings.about_dtype())
+            self.reporter = Reporter(settings, self.note)
+            stack.callback(self.reporter.end)
             self._phases(resumed)
 
     def _prepare(self) -> None:
@@ -134,17 +138,30 @@ class _Run:
         if settings.compare and self.source.four_bit:
             raise InputError("--compare needs the 16-bit weights, but the model's are 4-bit already")
         self.data = load_data(
-            settings.data, self.source.encode, self.source.end, settings.seq_len, settings.held_out, settings.seed
+            settings.data,
+            self.source.encode,
+            self.source.end,
+            settings.seq_len,
+            settings.held_out,
+            settings.seed,
+            settings.eval_data,
+            self.source.chat,
         )
+        template = self.data.summary.get("chat_template")
+        if settings.chat_template is not None and template is None:
+            raise InputError("--chat-template is for messages, and the data has none")
         self.source.check()
         self.identity = {"data": str(self.data.summary["sha256"]), "activation type": str(self.source.dtype)}
-        self.settings = replace(settings, double_quant=self.source.double_quant).for_data(len(self.data.train))
+        if isinstance(template, dict):
+            self.identity["chat template"] = str(template["sha256"])
+        found = {"double_quant": self.source.double_quant, "held_out": self.data.fraction}
+        self.settings = replace(settings, **found).for_data(len(self.data.train))
 
     def _phases(self, resumed: ckpt.Checkpoint | None) -> None:
         settings = self.settings
         self.results: dict[str, Any] = {} if resumed is None else resumed.results
         self.outputs.sweep()
-        self.trainer = Trainer(settings, self.identity, self.stop, self.results, resumed)
+        self.trainer = Trainer(settings, self.identity, self.stop, self.results, resumed, self.reporter.log)
         if resumed is None and os.path.exists(self.outputs.checkpoint):
             self.note(f"starting from the beginning; --resume would use the checkpoint in {settings.out}")
         if settings.is_tiny:
@@ -152,11 +169,12 @@ class _Run:
         with PeakMemory(settings.device) as libraries:
             pass
         model = self.source.load()
+        self.reporter.begin(model)
         self.identity["base model"] = digest(model)
         if resumed is not None:
             ckpt.check_same_run(resumed, settings, self.identity)
         if not self.source.four_bit and "base16" not in self.results:
-            self.results["base16"] = self._evaluated(model, TITLES["base16"])
+            self.results["base16"] = self._evaluated(model, "base16")
         self._qlora(model)
         del model
         if settings.compare:
@@ -185,7 +203,7 @@ class _Run:
         if "nf4" not in self.results:
             seconds = time.perf_counter() - began
             with disable_adapters(model):
-                self.results["nf4"] = self._evaluated(model, TITLES["nf4"])
+                self.results["nf4"] = self._evaluated(model, "nf4")
                 self.results["nf4"]["sample"] = self._sample(model)
             self.results["nf4"]["quantize_seconds"] = seconds
         self.results["qlora"] = self._trained(model, "qlora", TITLES["qlora"], settings.lr)
@@ -254,8 +272,10 @@ class _Run:
             recompute_activations(model, False)
         if autocast is not None:
             cast_parameters(model, self.source.dtype)  # deployed, and so evaluated, in 16 bits
+        loss = self._loss(model, title)
+        self.reporter.log(trained.steps, {f"eval_{prefix(key)}loss": loss})
         return {
-            "loss": self._loss(model, title),
+            "loss": loss,
             "losses": trained.losses,
             "seconds": trained.seconds,
             "tokens_per_second": trained.tokens_per_second,
@@ -277,10 +297,11 @@ class _Run:
             settings.quiet,
         )
 
-    def _evaluated(self, model: nn.Module, title: str) -> dict[str, Any]:
+    def _evaluated(self, model: nn.Module, key: str) -> dict[str, Any]:
         began = time.perf_counter()
         with PeakMemory(self.settings.device) as memory:
-            loss = self._loss(model, title)
+            loss = self._loss(model, TITLES[key])
+        self.reporter.log(0, {f"eval_{prefix(key)}loss": loss})
         return {"loss": loss, "seconds": time.perf_counter() - began, "peak": memory.peak}
 
     def _sample(self, model: nn.Module) -> str:

@@ -11,13 +11,16 @@ from torch import nn
 
 from ..console.quiet import quiet_transformers
 from ..errors import InputError, readable, sentence
+from ..interop.transformers.bitsandbytes_folder import is_bitsandbytes
 from ..interop.transformers.folder import METHOD, read_config
 from ..interop.transformers.skeleton import cast_parameters, dtype_argument, load_config, skeleton, skipped
 from ..layers.adapters.config import AdapterConfig
 from ..models.quantize import QuantizeReport, quantize_model
 from ..models.targets import plan, qlora_layers
 from ..ops import backends
+from ..storage.regular_file import open_regular
 from . import tiny
+from .data import Chat
 from .dense_lora import share_initial_values
 from .options import Settings
 from .tiny_forward import speed_up
@@ -28,7 +31,7 @@ class Source:
 
     Attributes:
         folder: what transformers loads: a folder or an id; for the tiny model, the folder that pretraining writes.
-        four_bit: whether it is a folder that ``qlora-kernels quantize`` wrote.
+        four_bit: whether it is a folder that ``qlora-kernels quantize`` wrote, or one in 4 bits by bitsandbytes.
         double_quant: whether the run's 4-bit weights are double-quantized; a 4-bit folder decides that itself.
         dtype: the type of activations.
     """
@@ -39,16 +42,22 @@ class Source:
         self.dtype = settings.activation_dtype
         self.folder = tiny.cache_folder(settings) if settings.is_tiny else settings.model
         quantization = {} if settings.is_tiny else _quantization(settings.model)
-        self.four_bit = quantization.get("quant_method") == METHOD
+        of_bitsandbytes = is_bitsandbytes(quantization, f"--model {settings.model}")
+        self.four_bit = of_bitsandbytes or quantization.get("quant_method") == METHOD
         self.double_quant = settings.double_quant
         if self.four_bit:
-            self.double_quant = bool(quantization.get("double_quant", True))
+            key, usual = ("bnb_4bit_use_double_quant", False) if of_bitsandbytes else ("double_quant", True)
+            self.double_quant = bool(quantization.get(key, usual))
             if self.double_quant and not settings.double_quant:
                 raise InputError(
                     f"--no-double-quant comes too late: {settings.model} is 4-bit and double-quantized already; give "
                     "it to 'qlora-kernels quantize' instead, with the dense model"
                 )
+        else:
+            _refuse_quantized(settings.model, quantization)
         self._config = None if settings.is_tiny else _load_config(settings.model)
+        if self._config is not None and not self.four_bit:  # an id has its config elsewhere
+            _refuse_quantized(settings.model, getattr(self._config, "quantization_config", None))
         self._tokenizer = None if settings.is_tiny else _load_tokenizer(settings.model)
 
     @property
@@ -65,6 +74,29 @@ class Source:
         if self._tokenizer is None:
             return bytes(i for i in ids if i < tiny.END).decode("utf-8", errors="replace")
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def chat(self) -> Chat | None:
+        """The chat template: that of ``--chat-template``, or the tokenizer's; None when it has none.
+
+        Raises:
+            InputError: for a file that cannot be read, and a tokenizer that cannot say where a token stands.
+        """
+        settings = self.settings
+        tokenizer = tiny.tokenizer() if self._tokenizer is None else self._tokenizer
+        if settings.chat_template is not None:
+            template, name = _read_template(settings.chat_template), f"--chat-template {settings.chat_template}"
+        elif settings.is_tiny:
+            template, name = tiny.CHAT_TEMPLATE, "the chat template of the tiny model"
+        elif getattr(tokenizer, "chat_template", None):
+            template, name = None, "the tokenizer's chat template"
+        else:
+            return None
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(
+                f"--model {settings.model} has a tokenizer without offsets, so the assistant's tokens cannot be found; "
+                "give pairs of 'prompt' and 'completion' instead of messages"
+            )
+        return Chat(tokenizer, template, name)
 
     def check(self) -> None:
         """Checks targets and ranks on a model without memory, before anything is loaded or written.
@@ -131,6 +163,7 @@ class Source:
             )
 
 
+_LARGEST_TEMPLATE = 1 << 20
 _CANNOT_QUANTIZE = "cannot quantize the model"
 
 
@@ -195,6 +228,21 @@ def digest(model: nn.Module) -> str:
     return result.hexdigest()
 
 
+def _refuse_quantized(model: str, quantization: Any) -> None:
+    """
+    Raises:
+        InputError: for a dense model that is none. transformers would load it with layers of another package.
+    """
+    if not quantization:
+        return
+    values = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = values.get("quant_method")
+    advice = "give the dense model, or a folder that 'qlora-kernels quantize' wrote from it"
+    if method == METHOD or values.get("load_in_4bit") is True:
+        advice = "give the folder that it was downloaded to"
+    raise InputError(f"--model {model} is quantized already, by {str(method)!r:.60}; {advice}")
+
+
 def _load_config(model: str):
     with readable(f"--model {model}"):
         return load_config(model)
@@ -205,6 +253,24 @@ def _load_tokenizer(model: str):
 
     with readable(f"--model {model} has no usable tokenizer"):
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+
+
+def _read_template(path: str) -> str:
+    try:
+        with open_regular(path) as file:
+            content = file.read(_LARGEST_TEMPLATE + 1)
+        if len(content) > _LARGEST_TEMPLATE:
+            raise InputError(
+                f"--chat-template {path} has more than {_LARGEST_TEMPLATE >> 20} MiB, which no template has"
+            )
+        template = content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"--chat-template {path} cannot be read: {error.strerror or sentence(error)}") from None
+    except ValueError as error:  # a folder or a pipe, or bytes that are not UTF-8
+        raise InputError(f"--chat-template {path} cannot be used: {sentence(error)}") from None
+    if not template.strip():
+        raise InputError(f"--chat-template {path} is empty")
+    return template
 
 
 def _check_device(device: str) -> None:

@@ -25,6 +25,20 @@ from .train import Phase, Trainer
 
 END = 256  # id of <|endoftext|>; ids below it are bytes
 _VOCABULARY = 272  # 257, and up to a multiple of 16 for the matrix units
+
+#: The tiny model has seen no conversation; this is for trying out data. An assistant's turn ends as a document does.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- message.role + ": " }}
+    {%- if message.role == "assistant" %}
+        {%- generation %}{{- message.content }}
+        {%- if message.tool_calls %}{{- message.tool_calls | tojson }}{% endif %}{{- eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- message.content + "\\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}{{- raise_exception("it has no place for tools") }}{% endif %}
+{%- if add_generation_prompt %}{{- "assistant: " }}{% endif %}"""
 _BATCH_SIZE = 8
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings", "__pycache__"}
 _LEAST_BYTES = 500_000

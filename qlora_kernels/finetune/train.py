@@ -17,7 +17,7 @@ from ..console.signals import Interrupted, StopSignal
 from ..errors import InputError, sentence
 from ..optim.algorithms import PagedAdamW, PagedLion
 from . import checkpoint as ckpt
-from .data import IGNORED, Batch, Pairs, Windows
+from .data import IGNORED, Batch, Examples, Windows
 from .options import Settings
 
 _LEAST_STEPS = 24  # in a phase with a time limit, however slow the machine
@@ -43,7 +43,7 @@ class Phase:
     name: str
     title: str
     model: nn.Module
-    data: Windows | Pairs
+    data: Windows | Examples
     lr: float
     steps: int
     batch_size: int
@@ -133,6 +133,11 @@ def _autocast(phase: Phase, device: str):
     return torch.autocast(device.split(":")[0], dtype=phase.autocast)
 
 
+def prefix(phase: str) -> str:
+    """What the names of a phase's scalars begin with: nothing for the one that the run is about."""
+    return "" if phase == "qlora" else f"{phase}_"
+
+
 class Trainer:
     """Runs phases, keeps checkpoints.
 
@@ -142,6 +147,7 @@ class Trainer:
         stop: receives signals.
         results: of finished phases, for checkpoints.
         resumed: the checkpoint to go on from, or None.
+        report: called after each step, with its number and scalars by name.
     """
 
     def __init__(
@@ -151,9 +157,10 @@ class Trainer:
         stop: StopSignal,
         results: dict,
         resumed: ckpt.Checkpoint | None = None,
+        report: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     ) -> None:
         self.settings, self.identity, self.stop, self.results = settings, identity, stop, results
-        self.resumed = resumed
+        self.resumed, self.report = resumed, report
 
     def run(self, phase: Phase, note: Callable[[str], None] = print) -> Trained:
         """Trains a phase to its end, from its checkpoint when the run resumes in it.
@@ -201,6 +208,7 @@ class Trainer:
                 if settings.save_every and trained.steps % settings.save_every == 0:
                     self._save(phase, trained, total, parameters, optimizer)
                     saved_at = trained.steps
+                self._report(phase, trained, optimizer.param_groups[0]["lr"])
                 progress.total = total
                 progress.update(1)
                 speed = f"{trained.tokens_per_second:,.0f} tokens/s"
@@ -244,6 +252,10 @@ class Trainer:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return total_loss, sum(batch.inputs.numel() for batch in batches)
+
+    def _report(self, phase: Phase, trained: Trained, rate: float) -> None:
+        scalars = {"loss": trained.losses[-1], "learning_rate": rate, "tokens_per_second": trained.tokens_per_second}
+        self.report(trained.steps, {prefix(phase.name) + name: value for name, value in scalars.items()})
 
     def _save(self, phase: Phase, trained: Trained, total: int, parameters, optimizer) -> None:
         ckpt.save(

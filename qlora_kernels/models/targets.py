@@ -132,6 +132,17 @@ def matches(name: str, patterns: str | Iterable[str], steps: Steps | None = None
     return not {name[end:] for end in ends(name)}.isdisjoint(patterns)
 
 
+def adapted_among(names: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
+    """Which of ``names`` get an adapter; ``target_modules`` as for :func:`qlora_kernels.quantize_model`.
+
+    Raises:
+        ValueError: when a pattern matches none, or is not one.
+        TypeError: for patterns that are neither a string nor a list of strings.
+    """
+    _check_patterns("target_modules", target_modules)
+    return _adapted(list(names), [], {}, target_modules)
+
+
 def _check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
     if isinstance(patterns, str):
         try:

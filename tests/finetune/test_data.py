@@ -15,6 +15,12 @@ from qlora_kernels.errors import InputError
 from qlora_kernels.finetune import data, tiny
 
 
+def records_in(path) -> data.Records:
+    records, own_evaluation = data.read_records(data.Place(str(path)))
+    assert own_evaluation is None
+    return records
+
+
 def test_split_keeps_held_out_paragraphs_out_of_the_training_text():
     repeated = "This paragraph is long enough to count and it stands in many places."
     text = "\n\n".join(f"paragraph {i} has its own words, {i * i}, {i**3}\n\n{repeated}" for i in range(200))
@@ -52,7 +58,8 @@ def test_windows_of_short_streams(length):
 
 
 def test_pairs_count_completions_only():
-    pairs = data.Pairs([([1, 2, 3, 4, 5], 3), ([6, 7], 1)], 16, pad=0, seed=0)
+    examples = [data.Example([1, 2, 3, 4, 5], ((3, 5),)), data.Example([6, 7], ((1, 2),))]
+    pairs = data.Examples(examples, 16, pad=0, seed=0)
     batch = next(pairs.sequential(2, 100))
     assert batch.inputs.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0]]
     assert batch.labels.tolist() == [[-100, -100, 4, 5], [7, -100, -100, -100]]
@@ -64,10 +71,10 @@ def test_jsonl_splits_without_repeating_examples(tmp_path):
     rows = [{"prompt": f"{i % 20} + 1 =", "completion": f" {i % 20 + 1}"} for i in range(100)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     loaded = data.load_data(str(path), tiny.encode, tiny.END, 32, 0.1, 0)
-    held_out = {tuple(ids) for ids, _ in loaded.held_out.examples}
+    held_out = {tuple(example.ids) for example in loaded.held_out.examples}
     assert loaded.train.examples
-    assert not held_out & {tuple(ids) for ids, _ in loaded.train.examples}
-    assert all(ids[-1] == tiny.END for ids, _ in loaded.train.examples)
+    assert not held_out & {tuple(example.ids) for example in loaded.train.examples}
+    assert all(example.ids[-1] == tiny.END for example in loaded.train.examples)
 
 
 def test_pairs_come_from_arrays_and_tables_too(tmp_path):
@@ -82,7 +89,7 @@ def test_pairs_come_from_arrays_and_tables_too(tmp_path):
             writer.writerows(rows)
     limit = csv.field_size_limit()
     for name in ("a.json", "a.csv", "a.TSV"):
-        assert data.read_pairs(str(tmp_path / name)) == pairs, name
+        assert records_in(tmp_path / name).rows == pairs, name
         assert data.load_data(str(tmp_path / name), tiny.encode, tiny.END, 32, 0.5, 0).summary["kind"] == "pairs"
     assert csv.field_size_limit() == limit
 
@@ -99,10 +106,10 @@ def test_pairs_come_from_arrays_and_tables_too(tmp_path):
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.csv", "", "is empty; rows with"),
         ("a.csv", "prompt,completion\n", "is empty; rows with"),
-        ("a.csv", "prompt,answer\na,b\n", "name the columns, 'completion' among them, and has prompt, answer"),
+        ("a.csv", "prompt,answer\na,b\n", "name the columns, .*among them, and has prompt, answer"),
         ("a.csv", "prompt,completion\na\n", "line 2: expected an object"),
         ("a.csv", 'prompt,completion\na,"b\n', "unexpected end of data"),
-        ("a.tsv", "prompt,completion\na,b\n", "'prompt' and 'completion' among them"),
+        ("a.tsv", "prompt,completion\na,b\n", "'prompt' and 'completion', .* among them"),
     ],
 )
 def test_arrays_and_tables_that_hold_no_pairs(tmp_path, name, text, words):
@@ -115,15 +122,16 @@ def test_a_pair_that_is_too_long_keeps_some_of_both(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "p" * 50 + str(i), "completion": "c" * 50}) for i in range(4)))
     loaded = data.load_data(str(path), tiny.encode, tiny.END, 32, 0.25, 0)
-    for ids, prompt in loaded.train.examples:
-        assert len(ids) == 33
-        assert 8 <= prompt <= 24
+    for example in loaded.train.examples:
+        assert len(example.ids) == 33
+        assert 8 <= example.prompt <= 24
+        assert example.spans == ((example.prompt, 33),)
 
 
 def test_a_byte_order_mark_and_half_a_character(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\ud800", "completion": "b"}')
-    assert data.read_pairs(str(path)) == [("a?", "b")]
+    assert records_in(path).rows == [("a?", "b")]
 
 
 def test_byte_tokenizer_agrees_with_plain_bytes():

@@ -1,4 +1,4 @@
-"""Batches that follow from a step's number: windows of a stream of tokens, and prompt/completion pairs."""
+"""Batches that follow from a step's number: windows of a stream of tokens, and single examples."""
 
 from __future__ import annotations
 
@@ -69,24 +69,57 @@ class Windows:
             yield Batch(rest[:, :-1], rest[:, 1:])
 
 
-class Pairs:
-    """Prompt/completion examples, padded on the right, where a causal model does not look; loss on completions."""
+@dataclass(frozen=True)
+class Example:
+    """A sequence of tokens, and which of them count in the loss.
 
-    def __init__(self, examples: list[tuple[list[int], int]], seq_len: int, pad: int, seed: int) -> None:
+    Attributes:
+        ids: token ids.
+        spans: where the tokens that count begin and end, in order and apart; those after a prompt, or the assistant's.
+    """
+
+    ids: list[int]
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def prompt(self) -> int:
+        """The number of tokens before the first that counts."""
+        return self.spans[0][0]
+
+    @property
+    def counted(self) -> int:
+        """The number of tokens that count."""
+        return sum(end - begin for begin, end in self.spans)
+
+    def cut(self, length: int) -> Example:
+        """At most ``length`` tokens around the first that counts: at least half of them after it, where there are."""
+        if len(self.ids) <= length:
+            return self
+        begin = max(min(len(self.ids) - length, self.prompt - length // 2), 0)
+        spans = ((max(first - begin, 0), min(last - begin, length)) for first, last in self.spans)
+        return Example(self.ids[begin : begin + length], tuple(span for span in spans if span[0] < span[1]))
+
+
+class Examples:
+    """Examples, padded on the right, where a causal model does not look."""
+
+    def __init__(self, examples: list[Example], seq_len: int, pad: int, seed: int) -> None:
         self.examples, self.seq_len, self.pad, self.seed = examples, seq_len, pad, seed
         self._epoch: tuple[int, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def _collate(self, rows: list[tuple[list[int], int]]) -> Batch:
-        # ids[:-1] predict ids[1:]; position t predicts token t + 1, so the completion's loss starts at prompt - 1.
-        width = max(len(ids) for ids, _ in rows) - 1
+    def _collate(self, rows: list[Example]) -> Batch:
+        # ids[:-1] predict ids[1:]: the label of token t stands at position t - 1, and the first token has none.
+        width = max(len(example.ids) for example in rows) - 1
         inputs = torch.full((len(rows), width), self.pad, dtype=torch.int64)
         labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
-        for row, (ids, prompt) in enumerate(rows):
-            inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-            labels[row, max(prompt - 1, 0) : len(ids) - 1] = torch.tensor(ids[max(prompt, 1) :])
+        for row, example in enumerate(rows):
+            ids = torch.tensor(example.ids)
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            for begin, end in example.spans:
+                labels[row, max(begin - 1, 0) : end - 1] = ids[max(begin, 1) : end]
         return Batch(inputs, labels)
 
     def batch(self, index: int, size: int) -> Batch:

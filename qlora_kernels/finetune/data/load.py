@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...errors import InputError
-from .batches import Pairs, Windows
-from .read import has_pairs, read_documents, read_pairs
+from .batches import Example, Examples, Windows
+from .chat import Chat
+from .messages import Conversation
+from .read import Place, language_reference
+from .records import Instruction, Records, read_records
 
+HELD_OUT = 0.1  # the fraction to hold out, when there is nothing else to evaluate on and none is given
 _HELD_OUT_CHUNKS = 4
 
 Encode = Callable[[str, bool], list[int]]  # (text, starts a document) -> token ids
@@ -25,12 +30,14 @@ class Data:
     Attributes:
         train, held_out: the sets.
         prompt: the beginning of a held-out text, to generate from.
+        fraction: how much of the data was held out; None when the held-out set is other data.
         summary: sizes, the source, and a digest of all tokens.
     """
 
-    train: Windows | Pairs
-    held_out: Windows | Pairs
+    train: Windows | Examples
+    held_out: Windows | Examples
     prompt: list[int]
+    fraction: float | None
     summary: dict[str, object]
 
 
@@ -74,107 +81,229 @@ def _line_end(text: str, position: int, least: int) -> int:
     return newline + 1 if newline >= 0 else position
 
 
-def load_data(path: str | None, encode: Encode, end: int | None, seq_len: int, held_out: float, seed: int) -> Data:
+def load_data(
+    path: str | None,
+    encode: Encode,
+    end: int | None,
+    seq_len: int,
+    held_out: float | None,
+    seed: int,
+    eval_path: str | None = None,
+    chat: Callable[[], Chat | None] = lambda: None,
+) -> Data:
     """Reads, splits and encodes.
 
     Args:
-        path: see :func:`.read.read_documents`; a file whose name ends in .jsonl, .json, .csv or .tsv holds pairs.
+        path: see :func:`.records.read_records`; None for the language reference that ships with Python.
         encode: text to token ids.
         end: the id that ends a document, if the tokenizer has one.
-        seq_len: tokens in a sequence; longer pairs are cut.
-        held_out: the fraction to hold out.
+        seq_len: tokens in a sequence; longer examples are cut.
+        held_out: the fraction to hold out; None for the data set's own split for evaluation, or a tenth.
         seed: decides the order.
+        eval_path: what to evaluate on instead; as ``path``.
+        chat: makes the chat template, which conversations need.
 
     Raises:
         InputError: for data that cannot be read or is too short.
     """
-    if path is not None and has_pairs(path):
-        return _load_pairs(path, encode, end, seq_len, held_out, seed)
-    return _load_text(path, encode, end, seq_len, held_out, seed)
+    evaluation = None
+    if path is None:
+        training = Records(Place("", "the data"), "text", language_reference())
+    else:
+        training, evaluation = read_records(Place(path))
+    if eval_path is not None:
+        evaluation, _ = read_records(Place(eval_path, "--eval-data"), evaluation=True)
+    elif held_out is not None:  # the user's word counts more than the data set's
+        evaluation = None
+    encoder = _Encoder(encode, end, seq_len, seed, chat)
+    if evaluation is not None:
+        return encoder.two_sets(training, evaluation)
+    fraction = HELD_OUT if held_out is None else held_out
+    return encoder.texts(training, fraction) if _is_text(training) else encoder.examples(training, fraction)
 
 
-def _load_text(path: str | None, encode: Encode, end: int | None, seq_len: int, fraction: float, seed: int) -> Data:
-    documents = read_documents(path)
-    name = "the data" if path is None else f"--data {path}"
-    # The split sees one stream of all documents, so a chunk may cross from one into the next.
-    training, held_out, dropped = split_text("\n\n".join(documents), fraction)
-    train_tokens, held_out_tokens = (_encode_chunks(chunks, encode, end) for chunks in (training, held_out))
-    for title, tokens, least in (("training", train_tokens, seq_len + 1), ("held-out", held_out_tokens, 2)):
-        if len(tokens) < least:
+def _is_text(records: Records) -> bool:
+    return records.kind in ("text", "documents")
+
+
+class _Encoder:
+    """Makes :class:`Data` from records."""
+
+    def __init__(
+        self, encode: Encode, end: int | None, seq_len: int, seed: int, chat: Callable[[], Chat | None]
+    ) -> None:
+        self.encode, self.end, self.seq_len, self.seed = encode, end, seq_len, seed
+        self._make_chat = chat
+        self._chat: Chat | None = None
+        self._tried = False
+        self.cut = 0
+
+    @property
+    def chat(self) -> Chat | None:
+        """Made when it is first asked for: the rows say whether it is needed."""
+        if not self._tried:
+            self._chat, self._tried = self._make_chat(), True
+        return self._chat
+
+    def texts(self, records: Records, fraction: float) -> Data:
+        """Holds out whole documents where rows are documents, and else chunks of the text."""
+        documents, dropped = records.rows, 0
+        if records.kind == "documents" and len(set(documents)) > 1:
+            training, held_out = self._apart(documents, fraction, lambda document: document)
+        else:
+            # The split sees one stream of all documents, so a chunk may cross from one into the next.
+            training, held_out, dropped = split_text("\n\n".join(documents), fraction)
+        tokens = self._tokens(training), self._tokens(held_out)
+        return self._of_tokens(records, *tokens, fraction, {"repeated_characters_dropped": dropped})
+
+    def examples(self, records: Records, fraction: float) -> Data:
+        """Holds out examples, none of which stays in the training set."""
+        examples = self._examples(records)
+        distinct = {tuple(example.ids) for example in examples}
+        if len(distinct) < 2:
             raise InputError(
-                f"{name} is too short: its {title} part has {len(tokens)} tokens, and at least {least} are needed; "
-                "give more text, or a smaller --seq-len"
+                f"{records.place} has {len(distinct)} distinct examples; at least 2 are needed to hold one out"
             )
-    summary = {
-        "source": path or "pydoc_data.topics",
-        "kind": "text",
-        "train_tokens": len(train_tokens),
-        "held_out_tokens": len(held_out_tokens),
-        "repeated_characters_dropped": dropped,
-        "sha256": _digest(train_tokens, held_out_tokens),
-    }
-    prompt = held_out_tokens[: max(min(96, seq_len // 2), 1)].tolist()
-    return Data(Windows(train_tokens, seq_len, seed), Windows(held_out_tokens, seq_len, seed), prompt, summary)
+        training, held_out = self._apart(examples, fraction, lambda example: tuple(example.ids))
+        if not training:
+            raise InputError(
+                f"{records.place}: nothing is left to train on beside the held-out examples; give more lines"
+            )
+        return self._data(records, self._set(training), self._set(held_out), fraction, {})
+
+    def two_sets(self, training: Records, evaluation: Records) -> Data:
+        """Trains on one set and evaluates on the other, each as it is."""
+        sets = []
+        for title, records, least in (("training", training, self.seq_len + 1), ("evaluation", evaluation, 2)):
+            if _is_text(records):
+                tokens = self._tokens(records.rows)
+                _require_tokens(tokens, f"{records.place} is too short: as {title} text it", least)
+                sets.append(Windows(tokens, self.seq_len, self.seed))
+            else:
+                sets.append(self._set(self._examples(records)))
+        facts: dict[str, object] = {"eval_source": evaluation.place.path, "eval_kind": evaluation.kind}
+        if all(isinstance(one, Examples) for one in sets):
+            known = {tuple(example.ids) for example in sets[0].examples}
+            facts["held_out_in_training"] = sum(tuple(example.ids) in known for example in sets[1].examples)
+        return self._data(training, sets[0], sets[1], None, facts)
+
+    def _apart(self, items: list[Any], fraction: float, key: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
+        """Some items, at random, and the others without those equal to one of them."""
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        count = max(int(len(items) * fraction), 1)
+        held_out = [items[i] for i in order[:count]]
+        leaks = {key(item) for item in held_out}
+        return [items[i] for i in order[count:] if key(items[i]) not in leaks], held_out
+
+    def _tokens(self, documents: list[str]) -> torch.Tensor:
+        ids: list[int] = []
+        for document in documents:
+            ids.extend(self.encode(document, True))
+            if self.end is not None:
+                ids.append(self.end)
+        return torch.from_numpy(np.asarray(ids, dtype=np.int32))
+
+    def _of_tokens(
+        self,
+        records: Records,
+        training: torch.Tensor,
+        held_out: torch.Tensor,
+        fraction: float,
+        facts: dict[str, object],
+    ) -> Data:
+        _require_tokens(training, f"{records.place} is too short: its training part", self.seq_len + 1)
+        _require_tokens(held_out, f"{records.place} is too short: its held-out part", 2)
+        windows = [Windows(tokens, self.seq_len, self.seed) for tokens in (training, held_out)]
+        return self._data(records, windows[0], windows[1], fraction, facts)
+
+    def _examples(self, records: Records) -> list[Example]:
+        examples = []
+        for row in records.rows:
+            example = self._example(row, records)
+            if len(example.ids) > self.seq_len + 1:
+                self.cut += 1
+                example = example.cut(self.seq_len + 1)
+            if any(end > max(begin, 1) for begin, end in example.spans):  # the first token is predicted by nothing
+                examples.append(example)
+        if not examples:
+            raise InputError(f"{records.place} has no example with a token to learn")
+        return examples
+
+    def _example(self, row: Any, records: Records) -> Example:
+        if isinstance(row, Instruction):
+            row = row.pair if self.chat is None else row.chat
+        if isinstance(row, Conversation):
+            if self.chat is None:
+                raise InputError(
+                    f"{records.place} holds conversations, and the model's tokenizer has no chat template; give one "
+                    "with --chat-template FILE, such as the chat_template.jinja of the model's chat version"
+                )
+            return self.chat.example(row)
+        prompt, completion = row
+        head = self.encode(prompt, True)
+        ids = head + self.encode(completion, False) + ([self.end] if self.end is not None else [])
+        return Example(ids, ((len(head), len(ids)),))
+
+    def _set(self, examples: list[Example]) -> Examples:
+        return Examples(examples, self.seq_len, self.end if self.end is not None else 0, self.seed)
+
+    def _data(
+        self,
+        records: Records,
+        training: Windows | Examples,
+        held_out: Windows | Examples,
+        fraction: float | None,
+        facts: dict[str, object],
+    ) -> Data:
+        sizes: dict[str, object] = {}
+        for name, one in (("train", training), ("held_out", held_out)):
+            if isinstance(one, Windows):
+                sizes[f"{name}_tokens"] = len(one.tokens)
+            else:
+                sizes[f"{name}_examples"] = len(one.examples)
+                sizes[f"{name}_tokens"] = sum(example.counted for example in one.examples)
+        if isinstance(training, Examples) or isinstance(held_out, Examples):
+            sizes["examples_cut"] = self.cut
+        if self._chat is not None:
+            sizes["chat_template"] = {"source": self._chat.name, "sha256": self._chat.digest}
+        summary = {
+            "source": records.place.path or "pydoc_data.topics",
+            "kind": records.kind,
+            **sizes,
+            **facts,
+            "sha256": _digest(training, held_out),
+        }
+        return Data(training, held_out, _prompt(held_out), fraction, summary)
 
 
-def _encode_chunks(chunks: list[str], encode: Encode, end: int | None) -> torch.Tensor:
-    ids: list[int] = []
-    for chunk in chunks:
-        ids.extend(encode(chunk, True))
-        if end is not None:
-            ids.append(end)
-    return torch.from_numpy(np.asarray(ids, dtype=np.int32))
+def _require_tokens(tokens: torch.Tensor, what: str, least: int) -> None:
+    if len(tokens) < least:
+        raise InputError(
+            f"{what} has {len(tokens)} tokens, and at least {least} are needed; give more text, or a smaller --seq-len"
+        )
 
 
-def _load_pairs(path: str, encode: Encode, end: int | None, seq_len: int, fraction: float, seed: int) -> Data:
-    examples, cut = _encode_pairs(read_pairs(path), encode, end, seq_len)
-    distinct = {tuple(ids) for ids, _ in examples}
-    if len(distinct) < 2:
-        raise InputError(f"--data {path} has {len(distinct)} distinct examples; at least 2 are needed to hold one out")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = max(int(len(examples) * fraction), 1)
-    held_out = [examples[i] for i in order[:count]]
-    leaks = {tuple(ids) for ids, _ in held_out}
-    training = [examples[i] for i in order[count:] if tuple(examples[i][0]) not in leaks]
-    if not training:
-        raise InputError(f"--data {path}: nothing is left to train on beside the held-out examples; give more lines")
-    pad = end if end is not None else 0
-    summary = {
-        "source": path,
-        "kind": "pairs",
-        "train_examples": len(training),
-        "held_out_examples": len(held_out),
-        "train_tokens": sum(len(ids) - prompt for ids, prompt in training),
-        "held_out_tokens": sum(len(ids) - prompt for ids, prompt in held_out),
-        "examples_cut": cut,
-        "sha256": _digest(*(torch.tensor(ids) for ids, _ in training + held_out)),
-    }
-    ids, prompt_length = held_out[0]
-    data = Pairs(training, seq_len, pad, seed), Pairs(held_out, seq_len, pad, seed)
-    return Data(*data, ids[: max(prompt_length, 1)], summary)
+def _prompt(held_out: Windows | Examples) -> list[int]:
+    if isinstance(held_out, Examples):
+        first = held_out.examples[0]
+        return first.ids[: max(first.prompt, 1)]
+    return held_out.tokens[: max(min(96, held_out.seq_len // 2), 1)].tolist()
 
 
-def _encode_pairs(
-    pairs: list[tuple[str, str]], encode: Encode, end: int | None, seq_len: int
-) -> tuple[list[tuple[list[int], int]], int]:
-    """(token ids, length of the prompt) of each pair, and how many had to be cut to ``seq_len`` + 1."""
-    examples, cut = [], 0
-    for prompt, completion in pairs:
-        head = encode(prompt, True)
-        tail = encode(completion, False) + ([end] if end is not None else [])
-        if len(head) + len(tail) > seq_len + 1:
-            cut += 1
-            # Keep the end of the prompt and the beginning of the completion: at least half is completion.
-            head = head[-max(seq_len + 1 - len(tail), (seq_len + 1) // 2) :] if head else head
-            tail = tail[: seq_len + 1 - len(head)]
-        if len(head) + len(tail) >= 2:
-            examples.append((head + tail, len(head)))
-    return examples, cut
-
-
-def _digest(*tensors: torch.Tensor) -> str:
+def _digest(*sets: Windows | Examples) -> str:
+    """Of all tokens, and of which of them count."""
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.to(torch.int32).numpy().tobytes())
+
+    def update(values: Any) -> None:
+        digest.update(np.asarray(values, dtype=np.int32).tobytes())
         digest.update(b"|")
+
+    for one in sets:
+        if isinstance(one, Windows):
+            update(one.tokens)
+        else:
+            for example in one.examples:
+                update(example.ids)
+                update(example.spans)
+        digest.update(b"#")
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Reading text and prompt/completion pairs from files."""
+"""Reading text, and rows with named columns, from files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,39 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InputError, listed, sentence
 from ...storage.regular_file import open_regular
+from .columnar import read_parquet
 
-_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".text", ".tex", ".html", ".c", ".h", ".cpp", ".json", ".csv")
-_PAIR_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".text", ".tex", ".html", ".c", ".h", ".cpp", ".json", ".csv")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+COLUMNS = "'messages', 'prompt' and 'completion', 'instruction' and 'output', or 'text'"
 _AS_TEXT = "to train on the file as text, give it a name that ends in .txt"
+
+Row = tuple[Any, str]  # a row's value, and where it stands, for messages
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or a folder, and the option that named it. As a string, the beginning of a message."""
+
+    path: str
+    flag: str = "--data"
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.path}".rstrip()
+
+    def at(self, path: str) -> Place:
+        """Another path, named by the same option."""
+        return Place(path, self.flag)
+
+
+def suffix(path: str) -> str:
+    """The end of a file's name, in lower case: ".jsonl"."""
+    return os.path.splitext(path)[1].lower()
 
 
 def language_reference() -> list[str]:
@@ -36,111 +61,74 @@ def language_reference() -> list[str]:
     return documents
 
 
-def read_text(path: str) -> str:
+def read_text(place: Place) -> str:
     """A text file in UTF-8, with or without a byte order mark; invalid bytes are replaced.
 
     Raises:
         InputError: when it cannot be read.
     """
-    if not os.path.exists(path):
-        raise InputError(f"--data {path}: no such file or folder")
+    if not os.path.exists(place.path):
+        raise InputError(f"{place}: no such file or folder")
     try:
-        with open_regular(path) as file:
+        with open_regular(place.path) as file:
             return file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
-        raise InputError(f"--data {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{place} cannot be read: {error.strerror}") from None
     except ValueError as error:  # a pipe, say
-        raise InputError(f"--data: {error}; name a file or a folder") from None
+        raise InputError(f"{place.flag}: {error}; name a file or a folder") from None
 
 
-def read_documents(path: str | None) -> list[str]:
-    """The documents of a file, of a folder's text files in sorted order, or the language reference.
+def read_documents(place: Place) -> list[str]:
+    """The documents of a text file, or of a folder's text files in sorted order.
 
     Raises:
         InputError: when there is nothing to read.
     """
-    if path is None:
-        return language_reference()
-    if os.path.isdir(path):
+    if os.path.isdir(place.path):
         files = sorted(
             os.path.join(folder, name)
-            for folder, _, names in os.walk(path)
+            for folder, _, names in os.walk(place.path)
             for name in names
-            if name.lower().endswith(_TEXT_SUFFIXES)
+            if name.lower().endswith(TEXT_SUFFIXES)
         )
         if not files:
-            raise InputError(f"--data {path} is a folder without text files (looked for {' '.join(_TEXT_SUFFIXES)})")
-        documents = [read_text(name) for name in files]
+            raise InputError(
+                f"{place} is a folder without text files (looked for {' '.join(TEXT_SUFFIXES)}), and no data set "
+                f"(looked for {' '.join(ROW_SUFFIXES)})"
+            )
+        documents = [read_text(place.at(name)) for name in files]
     else:
-        documents = [read_text(path)]
+        documents = [read_text(place)]
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise InputError(f"--data {path} is empty; text was expected")
+        raise InputError(f"{place} is empty; text was expected")
     return documents
 
 
-def has_pairs(path: str) -> bool:
-    """Whether a path is of a kind that holds pairs, by its name."""
-    return os.path.splitext(path)[1].lower() in _PAIR_SUFFIXES and not os.path.isdir(path)
+def has_rows(path: str) -> bool:
+    """Whether a path is of a kind that holds rows, by its name."""
+    return suffix(path) in ROW_SUFFIXES and not os.path.isdir(path)
 
 
-def read_pairs(path: str) -> list[tuple[str, str]]:
-    """(prompt, completion) from each row of a file.
+def read_rows(place: Place) -> Iterator[Row]:
+    """Each row of a file, and where it stands.
 
-    A row is a line of a JSONL file, an element of the array in a JSON file, or a record of a CSV or TSV file whose
-    first line names the columns.
+    A row is a line of a JSONL file, an element of the array in a JSON file, a record of a CSV or TSV file whose first
+    line names the columns, or a row of a Parquet file.
 
     Raises:
-        InputError: for a row without these; the sentence says which.
+        InputError: for a file that is none.
     """
-    suffix = os.path.splitext(path)[1].lower()
-    rows = {".json": _array, ".csv": _table, ".tsv": _table}.get(suffix, _lines)
-    pairs = [_pair(row, where) for row, where in rows(path)]
-    if not pairs:
-        raise InputError(f"--data {path} is empty; rows with 'prompt' and 'completion' were expected")
-    return pairs
+    readers = {".json": _array, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
+    return readers.get(suffix(place.path), _lines)(place)
 
 
-def _lines(path: str) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            where = f"--data {path}, line {number}"
-            yield _parsed(line, where), where
+def parsed(text: str, where: str) -> Any:
+    """JSON.
 
-
-def _array(path: str) -> Iterator[tuple[Any, str]]:
-    text = read_text(path)
-    rows = _parsed(text, f"--data {path}") if text.strip() else []
-    if not isinstance(rows, list):
-        raise InputError(
-            f"--data {path}: a JSON array of objects with 'prompt' and 'completion' was expected; {_AS_TEXT}"
-        )
-    for number, row in enumerate(rows, 1):
-        yield row, f"--data {path}, element {number}"
-
-
-def _table(path: str) -> Iterator[tuple[Any, str]]:
-    text = read_text(path)
-    before = csv.field_size_limit(max(len(text), 1))  # 128 KiB unless told: less than a long completion
-    try:
-        delimiter = "\t" if path.lower().endswith(".tsv") else ","
-        records = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-        columns = list(records.fieldnames or []) if text.strip() else ["prompt", "completion"]
-        missing = [name for name in ("prompt", "completion") if name not in columns]
-        if missing:
-            raise InputError(
-                f"--data {path}: its first line should name the columns, {' and '.join(map(repr, missing))} among "
-                f"them, and has {listed(columns)}; {_AS_TEXT}"
-            )
-        for row in records:
-            yield row, f"--data {path}, line {records.line_num}"
-    except csv.Error as error:
-        raise InputError(f"--data {path}: {error}") from None
-    finally:
-        csv.field_size_limit(before)
-
-
-def _parsed(text: str, where: str) -> Any:
+    Raises:
+        InputError: for text that is none.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -151,13 +139,58 @@ def _parsed(text: str, where: str) -> Any:
         raise InputError(f"{where}: {sentence(error)}") from None
 
 
-def _pair(row: Any, where: str) -> tuple[str, str]:
-    prompt, completion = (row.get(key) if isinstance(row, dict) else None for key in ("prompt", "completion"))
-    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
-        raise InputError(f"{where}: expected an object with the strings 'prompt' and 'completion' (not empty)")
-    # JSON can spell half a surrogate pair, which is not a character and which tokenizers refuse.
-    return _without_surrogates(prompt), _without_surrogates(completion)
+def _lines(place: Place) -> Iterator[Row]:
+    for number, line in enumerate(read_text(place).split("\n"), 1):
+        if line.strip():
+            where = f"{place}, line {number}"
+            yield parsed(line, where), where
 
 
-def _without_surrogates(text: str) -> str:
-    return text.encode("utf-8", errors="replace").decode()
+def _array(place: Place) -> Iterator[Row]:
+    text = read_text(place)
+    rows = parsed(text, str(place)) if text.strip() else []
+    if not isinstance(rows, list):
+        raise InputError(f"{place}: a JSON array of objects with {COLUMNS} was expected; {_AS_TEXT}")
+    for number, row in enumerate(rows, 1):
+        yield row, f"{place}, element {number}"
+
+
+def _table(place: Place) -> Iterator[Row]:
+    text = read_text(place)
+    before = csv.field_size_limit(max(len(text), 1))  # 128 KiB unless told: less than a long completion
+    try:
+        delimiter = "\t" if suffix(place.path) == ".tsv" else ","
+        records = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+        columns = list(records.fieldnames or []) if text.strip() else ["text"]
+        if kind_of(columns) is None:
+            raise InputError(
+                f"{place}: its first line should name the columns, {COLUMNS} among them, and has {listed(columns)}; "
+                f"{_AS_TEXT}"
+            )
+        for row in records:
+            yield row, f"{place}, line {records.line_num}"
+    except csv.Error as error:
+        raise InputError(f"{place}: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(place: Place) -> Iterator[Row]:
+    if not os.path.exists(place.path):
+        raise InputError(f"{place}: no such file or folder")
+    for number, row in enumerate(read_parquet(place.path, str(place)), 1):
+        yield row, f"{place}, row {number}"
+
+
+#: Which columns make which kind of rows; the first kind that has all of them counts.
+KINDS = {
+    "messages": (("messages",), ("conversations",), ("conversation",)),
+    "pairs": (("prompt", "completion"),),
+    "instructions": (("instruction", "output"),),
+    "documents": (("text",),),
+}
+
+
+def kind_of(columns: Any) -> str | None:
+    """The kind of rows with these columns, a key of :data:`KINDS`; None for a kind that is not known."""
+    return next((kind for kind, sets in KINDS.items() if any(set(names) <= set(columns) for names in sets)), None)

@@ -1,4 +1,4 @@
-"""load_quantized: a model from a 4-bit folder."""
+"""load_quantized: a model from a 4-bit folder, this package's or bitsandbytes'."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ...layers.adapters.config import AdapterConfig
 from ...models.quantize import swap_layers
 from ...models.targets import plan, qlora_layers
 from ...storage.safetensors_stream import DTYPES, Entry, read
+from .bitsandbytes_folder import is_bitsandbytes, put_layers
 from .folder import METHOD, read_config, read_entries
 from .skeleton import config_dtype, load_config, same_parameter, skeleton, skipped
 
@@ -30,7 +31,10 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A model from a folder that :func:`quantize_folder` wrote, with fresh adapters; everything else is frozen.
+    """A model from a 4-bit folder, with fresh adapters; everything else is frozen.
+
+    The folder is one that :func:`quantize_folder` wrote, or one that ``save_pretrained`` wrote for a model in 4 bits by
+    bitsandbytes, in which case its weights decode to bitsandbytes' bits; bitsandbytes itself is not needed.
 
     The model is built without memory for its weights and then loaded, so no dense weight ever exists.
 
@@ -41,30 +45,48 @@ def load_quantized(
         device: where to put the model.
 
     Raises:
-        InputError: for a folder that quantize_folder did not write, or that is damaged or incomplete, or whose
-            parameters or constants are not finite.
+        InputError: for another folder, or one that is damaged or incomplete, or whose parameters or constants are not
+            finite; and for a layer of bitsandbytes in blocks of 32, by its name.
         ValueError: for adapters that do not fit.
     """
     folder = os.fspath(folder)
     settings = read_config(folder).get("quantization_config") or {}
-    if settings.get("quant_method") != METHOD:
-        raise InputError(f"{folder} is not a 4-bit folder of 'qlora-kernels quantize'")
+    of_bitsandbytes = is_bitsandbytes(settings, folder)
+    if settings.get("quant_method") != METHOD and not of_bitsandbytes:
+        raise InputError(f"{folder} is not a 4-bit folder of 'qlora-kernels quantize', nor one of bitsandbytes")
     _check_settings(settings, folder)
+    entries = read_entries(folder)
     with readable(folder):
         config = load_config(folder)
         dtype = config_dtype(config) if dtype is None else dtype
-        model = skeleton(config, dtype)
+        # Every parameter has a tensor in the files, unless it is tied to one that has: there cannot be many more.
+        model = skeleton(config, dtype, most=4 * len(entries) + 1000)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
+    if of_bitsandbytes:
+        adapted, entries = put_layers(model, entries, folder, dtype, adapter, target_modules)
+    else:
+        adapted = _swap_layers(model, settings, folder, adapter, target_modules)
+    _load(model, entries, folder, dtype)
+    layers = dict(qlora_layers(model))
+    for name in adapted:
+        layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
+    return model.to(device)
+
+
+def _swap_layers(
+    model: nn.Module,
+    settings: dict[str, Any],
+    folder: str,
+    adapter: AdapterConfig,
+    target_modules: str | list[str],
+) -> tuple[str, ...]:
+    """Makes the layers of a model on the meta device 4-bit; returns the names of those to adapt."""
     skip, double_quant = settings.get("modules_to_not_convert", skipped(model)), settings.get("double_quant", True)
     with readable(folder):  # what is wrong without adapters, the folder is to blame for
         plan(model, AdapterConfig(rank=0, alpha=1), skip=skip, double_quant=double_quant)
     planned = plan(model, adapter, target_modules, skip, double_quant)
     swap_layers(model, replace(planned, adapted=()))  # adapters come when there is memory to put values in
-    _load(model, read_entries(folder), folder, dtype)
-    layers = dict(qlora_layers(model))
-    for name in planned.adapted:
-        layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
-    return model.to(device)
+    return planned.adapted
 
 
 def _check_settings(settings: dict[str, Any], folder: str) -> None:

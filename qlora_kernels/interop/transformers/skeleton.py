@@ -64,7 +64,7 @@ def _too_large(count: float) -> InputError:
 
 
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta(most: int | None = None) -> Iterator[None]:
     """A context in which modules are created with their parameters on the meta device, but with real buffers.
 
     Large tensors never have memory, not even for a moment.
@@ -76,13 +76,14 @@ def _parameters_on_meta() -> Iterator[None]:
         InputError: when there are so many, or such large buffers, that a config must be wrong.
     """
     register, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
-    left = _MOST_PARAMETERS
+    most = _MOST_PARAMETERS if most is None else min(most, _MOST_PARAMETERS)
+    left = most
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise InputError(f"its config.json asks for more than {_MOST_PARAMETERS:,} parameters")
+            raise InputError(f"its config.json asks for more than {most:,} parameters")
         # One that is already on meta may be tied to another: it must stay the same object.
         if param is not None and not param.is_meta:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
@@ -109,12 +110,13 @@ def load_config(folder: str) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+def skeleton(config: Any, dtype: torch.dtype | None = None, most: int | None = None) -> nn.Module:
     """A causal language model with its parameters on the meta device.
 
     Args:
         config: a transformers config; a ``quantization_config`` in it is ignored.
         dtype: of the parameters; by default the config's.
+        most: how many parameters it may have, if that is known.
     """
     from transformers import AutoModelForCausalLM
 
@@ -122,7 +124,7 @@ def skeleton(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
         config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     if dtype is None:
         dtype = config_dtype(config)
-    with _parameters_on_meta():
+    with _parameters_on_meta(most):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype_argument(dtype))
     model.tie_weights()
     return model.eval()

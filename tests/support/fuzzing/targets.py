@@ -26,12 +26,13 @@ from torch import nn
 from qlora_kernels import NF4Weight, PagedAdamW, PagedLion, QLinear, load_adapter, quantize, save_adapter
 from qlora_kernels.errors import InputError
 from qlora_kernels.finetune import checkpoint
-from qlora_kernels.finetune.data.read import read_pairs
 from qlora_kernels.finetune.options import Options
 from qlora_kernels.storage import safetensors_stream
 from qlora_kernels.storage.digest import digest
 
+from . import bitsandbytes_folders as b
 from . import mutations as m
+from . import texts
 from . import torch_mutations as t
 from .files import Files
 
@@ -360,6 +361,12 @@ def _four_bit_seeds() -> list[Files]:
     return cases
 
 
+@functools.cache
+def _bitsandbytes_seeds() -> list[Files]:
+    with _scratch():
+        return [case | {"modeling_x.py": _MODULE} for case in b.seeds(_dense_folder())]
+
+
 _CONFIG_KEYS = (
     *("quantization_config", "model_type", "architectures", "dtype", "torch_dtype", "hidden_size", "num_hidden_layers"),
     *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_scaling"),
@@ -593,19 +600,6 @@ def _resume(folder: Path) -> None:
     checkpoint.restore_rng(saved.rng, "cpu")
 
 
-# -------------------------------------------------------------------------------------------------------------- texts
-
-
-def _pair_seeds() -> list[Files]:
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "c\n", "more": [1]}]
-    return [{"pairs.jsonl": b"\n".join(m.dump(row) for row in rows)}, {"pairs.jsonl": m.dump(rows[0])}]
-
-
-def _read_pairs(folder: Path) -> None:
-    for prompt, completion in read_pairs(str(folder / "pairs.jsonl")):
-        (prompt + completion).encode()
-
-
 # ---------------------------------------------------------------------------------------------------------------- all
 
 _OPTIMIZER_KEYS = (
@@ -703,6 +697,22 @@ TARGETS: dict[str, Target] = {
             names=r"\b(model\.|lm_head|quantization_config|modules_to_not_convert)",
         ),
         Target(
+            "bitsandbytes",
+            "load_quantized, on a folder of bitsandbytes' weights",
+            _bitsandbytes_seeds,
+            [
+                (10, b.quant_state),
+                (4, m.json_file("config.json", (*b.CONFIG_KEYS, *_CONFIG_KEYS))),
+                (2, m.raw("config.json", "*.safetensors")),
+                (2, m.safetensors_header("*.safetensors")),
+                (8, m.safetensors_tensors("*.safetensors")),
+                (1, m.no_plain_file("config.json", "model.safetensors")),
+            ],
+            _load_four_bit,
+            (InputError, ValueError),
+            names=r"\b(model\.|lm_head|quantization_config|llm_int8_skip_modules)",
+        ),
+        Target(
             "dense",
             "quantize_folder, on a model's folder",
             _dense_seeds,
@@ -753,13 +763,25 @@ TARGETS: dict[str, Target] = {
         Target(
             "pairs",
             "finetune --data: lines with prompt and completion",
-            _pair_seeds,
+            texts.pair_seeds,
             [
                 (4, m.json_file("pairs.jsonl", ("prompt", "completion"))),
                 (4, m.raw("pairs.jsonl")),
                 (1, m.no_plain_file("pairs.jsonl")),
             ],
-            _read_pairs,
+            texts.read_pairs,
+            (InputError,),
+        ),
+        Target(
+            "messages",
+            "finetune --data: lines with messages, and their tokens",
+            texts.message_seeds,
+            [
+                (8, m.json_file("messages.jsonl", texts.MESSAGE_KEYS)),
+                (3, m.raw("messages.jsonl")),
+                (1, m.no_plain_file("messages.jsonl")),
+            ],
+            texts.read_messages,
             (InputError,),
         ),
     )

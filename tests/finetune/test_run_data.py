@@ -1,0 +1,126 @@
+"""Runs on messages and data sets, from files of options, on models that are quantized already."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from small.runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+
+from qlora_kernels.finetune.train import Trainer
+
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+
+
+def conversations(path, count: int = 12):
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "again"]
+    turns = [
+        [
+            {"role": "user", "content": f"number {words[i % 9]} {words[i // 9]}"},
+            {"role": "assistant", "content": f"{words[i % 9]} jumps over"},
+        ]
+        for i in range(count)
+    ]
+    path.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
+    return str(path)
+
+
+def test_messages_on_the_tiny_model_and_evaluation_on_a_file(run, tmp_path):
+    path, other = conversations(tmp_path / "a.jsonl"), conversations(tmp_path / "b.jsonl", 3)
+    assert run("--data", path, "--eval-data", other) == 0
+    report = metrics(tmp_path / "out")
+    assert report["data"]["kind"] == "messages"
+    assert report["data"]["chat_template"]["source"] == "the chat template of the tiny model"
+    assert (report["data"]["train_examples"], report["data"]["held_out_examples"]) == (12, 3)
+    assert report["data"]["held_out_in_training"] == 3
+    assert report["options"]["eval_data"] == other
+    assert report["options"]["held_out"] is None
+    assert losses(tmp_path / "out")["qlora"][-1] < losses(tmp_path / "out")["qlora"][0]
+
+
+def test_a_template_of_one_s_own_is_part_of_the_run(run, tmp_path, hf_folder, monkeypatch, capsys):
+    path = conversations(tmp_path / "a.jsonl")
+    assert run("--model", hf_folder, "--data", path) == 2
+    assert "no chat template; give one with --chat-template FILE" in capsys.readouterr().err
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATE)
+    given = ("--model", hf_folder, "--data", path, "--chat-template", str(template))
+    original = Trainer._step
+
+    def stepped(self, phase, optimizer, parameters, step, total):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, phase, optimizer, parameters, step, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stepped)
+        assert run(*given) == 130
+    capsys.readouterr()
+    template.write_text(TEMPLATE + "{# #}")  # the tokens are the same
+    assert run(*given, "--resume") == 2
+    assert "this is not the run that was interrupted: the chat template differs" in capsys.readouterr().err
+    template.write_text(TEMPLATE)
+    assert run(*given, "--resume") == 0
+    assert metrics(tmp_path / "out")["data"]["chat_template"]["source"] == f"--chat-template {template}"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "nowhere.jinja cannot be read"),
+        (b"", "is empty"),
+        (b"\xff", "cannot be used"),
+        (b" " * (1 << 20) + b"x", "has more than 1 MiB"),
+        (b"{% for %}", "cannot be applied"),
+    ],
+)
+def test_templates_that_cannot_be_used(run, tmp_path, capsys, content, words):
+    template = tmp_path / "nowhere.jinja"
+    if content is not None:
+        template.write_bytes(content)
+    assert run("--data", conversations(tmp_path / "a.jsonl"), "--chat-template", str(template)) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert str(template) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_without_messages_is_refused(run, tmp_path, capsys):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    assert run("--chat-template", str(tmp_path / "chat.jinja")) == 2
+    assert "--chat-template is for messages, and the data has none" in capsys.readouterr().err
+
+
+def test_a_file_of_options(run, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    rest = [word for word in SMALL if word not in ("--rank", "4", "--quiet")]
+    del rest[rest.index("--save-every")]  # its value went with rank's
+    path.write_text("rank: 2\nsave-every: 0\nquiet: true\nlr: 1e-3\n")
+    assert run("--config", str(path), small=rest) == 0
+    options = metrics(tmp_path / "out")["options"]
+    assert (options["rank"], options["save_every"], options["quiet"], options["lr"]) == (2, 0, True, 1e-3)
+    path.write_text("held-out: 0.2\neval-data: nowhere.txt\n")
+    assert run("--config", str(path), small=rest) == 2
+    assert f"--config {path}: --eval-data and --held-out both say what to evaluate on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("gptq", "is quantized already, by 'gptq'; give the dense model"),
+        (None, "is quantized already, by 'None'; give the dense model"),
+        ("bitsandbytes", "is quantized by bitsandbytes, but not to 4 bits"),
+    ],
+)
+def test_a_model_that_others_quantized(run, tmp_path, hf_folder, capsys, method, words):
+    shutil.copytree(hf_folder, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}))
+    assert run("--model", str(tmp_path / "model")) == 2
+    assert words in capsys.readouterr().err
