@@ -62,9 +62,11 @@ void check_forward(const Experts& c, int threads, SameBits& bits) {
         qlk::LinearForwardParams& p = all.first;
         p.weight = c.first(buffers);
         p.x = buffers.input(c.x);
-        p.lora_a = buffers.input(c.a);
-        p.lora_b = buffers.input(c.b);
-        p.bias = buffers.input(c.bias);
+        if (c.r > 0) {
+            p.lora_a = buffers.input(c.a);
+            p.lora_b = buffers.input(c.b);
+        }
+        if (!c.bias.empty()) p.bias = buffers.input(c.bias);
         p.m = c.offsets.back();
         const size_t y_bytes = p.m * c.n * size_of(c.dtype), u_bytes = p.m * c.r * size_of(c.dtype);
         uint8_t* const y = buffers.output(y_bytes);
@@ -95,8 +97,6 @@ void check_backward(const Experts& c, int threads, SameBits& bits) {
         p.weight = c.first(buffers);
         p.m = c.offsets.back();
         p.dy = buffers.input(c.dy);
-        p.lora_a = buffers.input(c.a);
-        p.lora_b = buffers.input(c.b);
         const int64_t experts = static_cast<int64_t>(c.each.size());
         const size_t dx_bytes = p.m * c.k * size_of(c.dtype);
         const size_t da_bytes = experts * c.r * c.k * sizeof(float), db_bytes = experts * c.n * c.r * sizeof(float);
@@ -105,6 +105,8 @@ void check_backward(const Experts& c, int threads, SameBits& bits) {
         uint8_t* const db = buffers.output(db_bytes);
         p.dx = dx;
         if (c.r > 0) {
+            p.lora_a = buffers.input(c.a);
+            p.lora_b = buffers.input(c.b);
             p.x = buffers.input(c.x);
             p.u = buffers.input(c.u_in);
             p.da = reinterpret_cast<float*>(da);
