@@ -7,7 +7,7 @@ from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
 from .interop.peft import register as _register_peft
 from .interop.transformers.nf4_config import NF4Config
-from .interop.transformers.registration import register as _register
+from .interop.transformers.registration import register as _register_transformers
 from .layers.adapters.config import AdapterConfig
 from .layers.functional import linear
 from .layers.merging import MergeReport
@@ -20,8 +20,6 @@ from .native.build_info import build_info
 from .native.build_info import version as _version
 from .ops.backends import reference
 from .optim.algorithms import PagedAdamW, PagedLion
-
-_register_peft()
 
 __version__: str
 
@@ -53,7 +51,8 @@ __all__ = [
     "unmerge_adapters",
 ]
 
-_register()
+_register_peft()
+_register_transformers()
 
 
 def __getattr__(name: str) -> str:
