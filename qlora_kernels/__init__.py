@@ -6,6 +6,9 @@ See README.md, and docs/ for everything else.
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
 from .formats.nf4_stack import NF4Stack, quantize_stack
 from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
+from .interop.peft import register as _register_peft
+from .interop.transformers.nf4_config import NF4Config
+from .interop.transformers.registration import register as _register_transformers
 from .layers.adapters.config import AdapterConfig
 from .layers.experts import QExperts
 from .layers.functional import linear
@@ -26,6 +29,7 @@ __version__: str
 __all__ = [
     "AdapterConfig",
     "MergeReport",
+    "NF4Config",
     "NF4Stack",
     "NF4Weight",
     "PagedAdamW",
@@ -53,6 +57,9 @@ __all__ = [
     "to_bitsandbytes",
     "unmerge_adapters",
 ]
+
+_register_peft()
+_register_transformers()
 
 
 def __getattr__(name: str) -> str:

@@ -41,6 +41,19 @@ def tiny_llama():
 
 
 @contextlib.contextmanager
+<<<<<<< HEAD
+=======
+def tiny_folder():
+    """The same Llama in a folder, under the name that is asked for."""
+    pytest.importorskip("transformers")
+    from small.llama import llama
+
+    llama().save_pretrained("meta-llama/Llama-3.1-8B")
+    yield str
+
+
+@contextlib.contextmanager
+>>>>>>> work-tf
 def tiny_llama_in_4_bits():
     """The same from a folder, so that from_pretrained quantizes it with bitsandbytes."""
     transformers = pytest.importorskip("transformers")
@@ -56,6 +69,19 @@ def tiny_llama_in_4_bits():
 
         with mock.patch.object(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained):
             yield str
+<<<<<<< HEAD
+
+
+@contextlib.contextmanager
+def tiny_folder():
+    """The same Llama in a folder, under the name that is asked for."""
+    pytest.importorskip("transformers")
+    from small.llama import llama
+
+    llama().save_pretrained("meta-llama/Llama-3.1-8B")
+    yield str
+=======
+>>>>>>> work-tf
 
 
 @contextlib.contextmanager
@@ -72,7 +98,13 @@ def as_it_stands():
 STAND_INS = {
     None: as_it_stands,
     "a tiny Llama for the download": tiny_llama,
+<<<<<<< HEAD
     "a tiny Llama in 4 bits for the download": tiny_llama_in_4_bits,
+    "a tiny Llama's folder for the download": tiny_folder,
+=======
+    "a tiny Llama's folder for the download": tiny_folder,
+    "a tiny Llama in 4 bits for the download": tiny_llama_in_4_bits,
+>>>>>>> work-tf
     "the CPU for a CUDA device": the_cpu,
 }
 

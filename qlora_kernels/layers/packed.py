@@ -52,6 +52,8 @@ class PackedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
+            if isinstance(value, NF4Weight) and same_pieces(value.pieces, self._pieces()):
+                return  # its own, as PEFT assigns it when it unloads adapters
             raise AttributeError(
                 "the weight of a QLinear is 4-bit and cannot be assigned; quantize a dense layer with "
                 "QLinear.from_linear(linear)"

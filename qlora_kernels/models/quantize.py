@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,10 @@ from .targets import Plan, plan
 # Double quantization moves a constant by half a step of its table at most, relative to the largest constant: the two
 # largest entries of FP8 E4M3 are 1/14 of the largest apart.
 _NESTED_ERROR = 1 + 1 / 28
+
+
+#: Called with each model whose layers have become 4-bit, such as to note it where other libraries look.
+after_quantizing: list[Callable[[nn.Module], None]] = []
 
 
 @dataclass
@@ -129,24 +133,33 @@ def quantize_model(
     dtypes = (adapter_dtype, compute_dtype)
     planned = plan(model, adapter, target_modules, skip, double_quant, *dtypes, target_parameters, experts=True)
     _check_weights(model, planned, device)
-    bytes_before = _bytes(model)
+    bytes_before = bytes_of(model)
     swap_layers(model, planned, device, progress)
-    _choose_what_is_trained(model, planned)
+    choose_what_is_trained(model, planned)
     if device is not None:
         _move(model, device, len(planned.quantized))
-    return _report(model, planned, bytes_before)
+    for note in after_quantizing:
+        note(model)
+    return report(model, planned, bytes_before)
 
 
 def swap_layers(
-    model: nn.Module, planned: Plan, device: str | torch.device | None = None, progress: bool = False
+    model: nn.Module,
+    planned: Plan,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    found: Mapping[str, Places] | None = None,
 ) -> None:
     """Replaces the planned layers by QLinear, one at a time.
+
+    Args:
+        found: where the layers are, for callers who replace them one by one.
 
     Raises:
         RuntimeError: when one fails after others were replaced; an error at the first layer is raised unchanged.
     """
     adapted, adapter = set(planned.adapted), planned.adapter
-    places = places_of(model, is_linear_like)
+    places = places_of(model, is_linear_like) if found is None else found
     _swap_all_experts(model, planned, device)
     for done, name in enumerate(bar(planned.quantized, show=progress, desc="quantizing", unit="layer")):
         try:
@@ -180,7 +193,7 @@ def _swap_all_experts(model: nn.Module, planned: Plan, device: str | torch.devic
         swap_experts(places[name], name, set(planned.adapted_experts), planned.adapter, *options)
 
 
-def _choose_what_is_trained(model: nn.Module, planned: Plan) -> None:
+def choose_what_is_trained(model: nn.Module, planned: Plan) -> None:
     """The adapters, and new heads."""
     model.requires_grad_(False)
     for name in planned.trained:
@@ -248,13 +261,13 @@ def _swap(places: Places, device: str | torch.device | None, **options) -> None:
     put(layer, places)
 
 
-def _report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:
+def report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:
     return QuantizeReport(
         quantized=list(planned.quantized),
         adapted=list(planned.adapted),
         left_alone=dict(planned.left_alone),
         bytes_before=bytes_before,
-        bytes_after=_bytes(model),
+        bytes_after=bytes_of(model),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=_count(model),
         experts=[name for name, _ in experts_layers(model)],
@@ -262,7 +275,7 @@ def _report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeRepor
     )
 
 
-def _bytes(model: nn.Module) -> int:
+def bytes_of(model: nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 

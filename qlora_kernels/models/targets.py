@@ -121,6 +121,13 @@ def qlora_layers(model: nn.Module) -> Iterator[tuple[str, QLinear]]:
             yield name, module
 
 
+def not_quantized(model: nn.Module) -> list[str]:
+    """Names of the linear-like layers, and of the stacks of them, that are not 4-bit."""
+    names, left_alone = _candidates(model, (), {})
+    four_bit = dict(qlora_layers(model))
+    return [name for name in (*names, *left_alone) if name not in four_bit]
+
+
 def matches(name: str, patterns: str | Iterable[str], steps: Steps | None = None) -> bool:
     """PEFT's rule: a string is a regular expression for the full name, a list holds full names or their ends.
 

@@ -17,6 +17,7 @@ from ...models.targets import plan, qlora_layers
 from ...storage.safetensors_stream import DTYPES, Entry, read
 from .bitsandbytes_folder import is_bitsandbytes, put_layers
 from .folder import METHOD, read_config, read_entries
+from .mark import mark
 from .skeleton import config_dtype, load_config, same_parameter, skeleton, skipped
 
 
@@ -70,6 +71,7 @@ def load_quantized(
     layers = dict(qlora_layers(model))
     for name in adapted:
         layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
+    mark(model)
     return model.to(device)
 
 
@@ -100,6 +102,11 @@ def _check_settings(settings: dict[str, Any], folder: str) -> None:
             where = f"{os.path.join(folder, 'config.json')}: {key} in quantization_config"
             raise InputError(f"{where} should be {expected}, found {settings[key]!r:.100}")
 
+    if settings.get("adapters") or settings.get("layers"):
+        raise InputError(
+            f"{folder} holds adapters, or layers of several kinds; load it with transformers' from_pretrained after "
+            "'import qlora_kernels'"
+        )
     skip = settings.get("modules_to_not_convert")
     names = isinstance(skip, list) and all(isinstance(name, str) for name in skip)
     require("modules_to_not_convert", names, "a list of names")
