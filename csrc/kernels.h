@@ -174,6 +174,11 @@ void linear_backward(const LinearBackwardParams& params, const int64_t* seed, vo
 // not x's, [r, k] or [n, r]: a copy of a float32 adapter or, in backward, float32 sums for a 16-bit adapter's gradient.
 int64_t linear_scratch(int64_t m, int64_t n, int64_t k, int64_t r, DType dtype, bool wide_a, bool wide_b, bool backward,
                        int device);
+// A constant number of launches, whatever the experts' rows: the device reads the offsets, and clamps them to 0 .. m.
+// Rows that they leave out are not written. Adapters have dtype; biases and gradients are as above.
+void linear_grouped_forward(const GroupedForwardParams& params, const Stream& stream);
+// v: as for linear_backward.
+void linear_grouped_backward(const GroupedBackwardParams& params, void* v, const Stream& stream);
 
 }  // namespace cuda
 }  // namespace qlk

@@ -42,12 +42,14 @@ SHARED = {
     "few_kernel": ("cuda/linear/mma/rows8.cuh", "few_shared(8, 4096)"),
     "middle_kernel": ("cuda/linear/mma/rows64.cuh", "sizeof(<second>::Shared)"),
     "gemm_kernel": ("cuda/linear/mma/tiles.cuh", "sizeof(<second>::Shared)"),
+    "grouped_gemm_kernel": ("cuda/linear/grouped.cuh", "sizeof(<second>::Shared)"),
     "warpgroup_kernel": ("cuda/linear/wgmma/warpgroups.cuh", "warpgroup_shared(<second>::kRows)"),
     "adapter_down_kernel": ("cuda/linear/adapters.cuh", "sizeof(<second>::Shared)"),
     "adapter_gradient_kernel": ("cuda/linear/adapters.cuh", "sizeof(<second>::Shared)"),
     "adapter_sum_kernel": ("cuda/common/parts.cuh", "size_t{0}"),
     "narrow_kernel": ("cuda/linear/narrow.cuh", "size_t{0}"),
     "product_kernel": ("cuda/linear/simt/product.cuh", "sizeof(ProductTraits::Shared)"),
+    "grouped_product_kernel": ("cuda/linear/grouped.cuh", "sizeof(ProductTraits::Shared)"),
     "optimizer_step_kernel": ("cuda/optimizer/optimizer.cuh", "sizeof(OptimizerShared<<second>>)"),
     "optimizer_norm_kernel": ("cuda/optimizer/norm.cuh", "sizeof(OptimizerNormShared)"),
     "absmax_sums_kernel": ("cuda/quantize/quantize_absmax.cuh", "size_t{0}"),
@@ -67,6 +69,10 @@ LOOPS = {
     "warpgroup_kernel": loops.Kind(decode=("PRMT", "=LDS", "FFMA"), weights=32, products=lambda numbers: 4),
     # Of 256 threads each decodes half a block, or with 256 columns (numbers[1]) a whole one.
     "gemm_kernel": loops.Kind(
+        decode=("PRMT", "LOP3", "SHF", "IMAD.SHL", "F2FP", "FMUL"),
+        weights=lambda numbers: numbers[1] // 4,
+    ),
+    "grouped_gemm_kernel": loops.Kind(
         decode=("PRMT", "LOP3", "SHF", "IMAD.SHL", "F2FP", "FMUL"),
         weights=lambda numbers: numbers[1] // 4,
     ),

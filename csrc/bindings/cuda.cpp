@@ -66,6 +66,25 @@ static void linear_backward(const py::dict& arguments) {
     qlk::cuda::linear_backward(params, seed, v, scratch, stream);
 }
 
+static void linear_grouped_forward(const py::dict& arguments) {
+    Fields f(arguments);
+    const qlk::GroupedForwardParams params = grouped_forward_params(f, Device::kCuda);
+    const qlk::cuda::Stream stream = read_stream(f);
+    f.end();
+    py::gil_scoped_release released;
+    qlk::cuda::linear_grouped_forward(params, stream);
+}
+
+static void linear_grouped_backward(const py::dict& arguments) {
+    Fields f(arguments);
+    const qlk::GroupedBackwardParams params = grouped_backward_params(f, Device::kCuda);
+    auto* v = f.pointer<void>("v");
+    const qlk::cuda::Stream stream = read_stream(f);
+    f.end();
+    py::gil_scoped_release released;
+    qlk::cuda::linear_grouped_backward(params, v, stream);
+}
+
 static void bind_arena(py::module_& m) {
     using Released = py::call_guard<py::gil_scoped_release>;
     // begin, end, arrive, leave, staged, stays: see csrc/cuda/optimizer/arena.h.
@@ -113,6 +132,8 @@ void bind_cuda(py::module_ m) {
     m.def("dequantize", &dequantize);
     m.def("linear_forward", &linear_forward);
     m.def("linear_backward", &linear_backward);
+    m.def("linear_grouped_forward", &linear_grouped_forward);
+    m.def("linear_grouped_backward", &linear_grouped_backward);
     m.def("linear_scratch", [](int64_t m, int64_t n, int64_t k, int64_t r, int dtype, bool wide_a, bool wide_b,
                                bool backward, int device) {
         return qlk::cuda::linear_scratch(m, n, k, r, dtype_of(dtype), wide_a, wide_b, backward, device);

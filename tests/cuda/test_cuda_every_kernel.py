@@ -6,6 +6,7 @@ These cases have no order to choose and no share. They are small, and their resu
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 
 import pytest
@@ -15,7 +16,7 @@ from emulated import ROOT, emulated, instances, module
 from engines import on_the_cpu
 from optimizers.runs import net, train
 
-from qlora_kernels import PagedAdamW, PagedLion, default_nested_table, ops, quantize
+from qlora_kernels import PagedAdamW, PagedLion, default_nested_table, ops, quantize, quantize_stack
 
 FORCED = "QLORA_KERNELS_CUDA_KERNEL"
 HALVES = (torch.bfloat16, torch.float16)
@@ -101,6 +102,21 @@ def products_on_float32_units(monkeypatch):
         layer(dtype, 128, 3)
 
 
+def experts(monkeypatch):
+    offsets, n = torch.tensor([0, 3, 3, 5]), 40
+    # A K of no whole blocks is for the float32 units.
+    for dtype, k in itertools.product(DTYPES, (128, 100)):
+        stack = quantize_stack(torch.randn(3, n, k))
+        x, dy, A, B = (torch.randn(*s).to(dtype) for s in ((5, k), (5, n), (3, 4, k), (3, n, 4)))
+
+        def call(stack=stack, x=x, dy=dy, A=A, B=B, k=k):
+            y, u = ops.linear_grouped_forward(x, *stack.pieces, offsets, n, None, A, B, 1.0)
+            rest = (x, u, A, B, 1.0, True, True, True)
+            return y, *ops.linear_grouped_backward(dy, *stack.pieces, offsets, k, *rest)
+
+        assert_same_on_the_cpu(call, 2e-2 if dtype in HALVES else 1e-5)
+
+
 def optimizers(monkeypatch):
     for kind in (PagedAdamW, PagedLion):
         for state_bits in (8, 32):
@@ -122,6 +138,7 @@ CASES = {
     tiles: ("gemm_kernel",),
     adapters_on_tensor_cores: ("narrow_kernel", "adapter_down_kernel", "adapter_gradient_kernel", "adapter_sum_kernel"),
     products_on_float32_units: ("product_kernel",),
+    experts: ("grouped_gemm_kernel", "grouped_product_kernel"),
     optimizers: ("optimizer_norm_kernel", "optimizer_step_kernel"),
 }
 

@@ -12,14 +12,15 @@ using emu::Operands;
 size_t size_of(int64_t count, size_t element) { return static_cast<size_t>(count) * element; }
 size_t size_of(int64_t count, qlk::DType dtype) { return size_of(count, dtype == qlk::DType::kFloat32 ? 4 : 2); }
 
-void weight(Operands& all, const qlk::WeightView& w) {
+void weight(Operands& all, const qlk::WeightView& w, int64_t experts = 1) {
     const int64_t blocks = (w.n * w.k + qlk::kBlock - 1) / qlk::kBlock;
-    all.reads("packed", w.packed, size_of((w.n * w.k + 1) / 2, 1));
-    all.reads("absmax", w.absmax, size_of(blocks, 4));
-    all.reads("absmax_code", w.absmax_code, size_of(blocks, 1));
-    all.reads("nested_absmax", w.nested_absmax, size_of((blocks + qlk::kNestedBlock - 1) / qlk::kNestedBlock, 4));
+    const int64_t groups = (blocks + qlk::kNestedBlock - 1) / qlk::kNestedBlock;
+    all.reads("packed", w.packed, size_of(experts * ((w.n * w.k + 1) / 2), 1));
+    all.reads("absmax", w.absmax, size_of(experts * blocks, 4));
+    all.reads("absmax_code", w.absmax_code, size_of(experts * blocks, 1));
+    all.reads("nested_absmax", w.nested_absmax, size_of(experts * groups, 4));
     all.reads("nested_table", w.nested_table, size_of(256, 4));
-    all.reads("nested_offset", w.nested_offset, 4);
+    all.reads("nested_offset", w.nested_offset, size_of(experts, 4));
 }
 
 void quantize(Operands& all, Fields& f) {
@@ -93,6 +94,42 @@ void linear_backward(Operands& all, Fields& f) {
     layer(all, p, seed, true, f);
 }
 
+// The operands of all experts that forward and backward share.
+template <class Params>
+void stack(Operands& all, const qlk::GroupedParams<Params>& grouped) {
+    const Params& p = grouped.first;
+    const int64_t n = p.weight.n, k = p.weight.k;
+    weight(all, p.weight, grouped.experts);
+    all.reads("offsets", grouped.offsets, size_of(grouped.experts + 1, sizeof(int64_t)));
+    all.reads("x", p.x, size_of(p.m * k, p.dtype));
+    all.reads("lora_a", p.lora_a, size_of(grouped.experts * p.r * k, p.dtype));
+    all.reads("lora_b", p.lora_b, size_of(grouped.experts * n * p.r, p.dtype));
+}
+
+void linear_grouped_forward(Operands& all, Fields& f) {
+    const qlk::GroupedForwardParams grouped = grouped_forward_params(f, Device::kCuda);
+    const qlk::LinearForwardParams& p = grouped.first;
+    const int64_t n = p.weight.n;
+    stack(all, grouped);
+    all.reads("bias", p.bias, size_of(grouped.experts * n, 4));
+    all.reads("narrow_bias", p.narrow_bias, size_of(grouped.experts * n, p.dtype));
+    all.writes("y", p.y, size_of(p.m * n, p.dtype));
+    all.writes("u", p.u, size_of(p.m * p.r, p.dtype));
+}
+
+void linear_grouped_backward(Operands& all, Fields& f) {
+    const qlk::GroupedBackwardParams grouped = grouped_backward_params(f, Device::kCuda);
+    const qlk::LinearBackwardParams& p = grouped.first;
+    const int64_t n = p.weight.n, k = p.weight.k;
+    stack(all, grouped);
+    all.reads("dy", p.dy, size_of(p.m * n, p.dtype));
+    all.reads("u", p.u, size_of(p.m * p.r, p.dtype));
+    all.writes("dx", p.dx, size_of(p.m * k, p.dtype));
+    all.writes("da", p.da, size_of(grouped.experts * p.r * k, 4));
+    all.writes("db", p.db, size_of(grouped.experts * n * p.r, 4));
+    all.writes("v", f.pointer<void>("v"), size_of(p.m * p.r, p.dtype));
+}
+
 // The planes that hold a chunk's states, and the part of its tensors.
 void chunk(Operands& all, const qlk::OptimizerParams& p, int64_t number) {
     const qlk::OptimizerChunk& c = p.chunks[number];
@@ -157,7 +194,8 @@ void wrap(py::module_& m, const char* name, void (*state)(Operands&, Fields&)) {
 void state_operands(py::module_& m) {
     py::module_ plain = m.def_submodule("plain", "The operations without checks of their operands.");
     for (const char* name : {"Weight", "Arena", "quantize", "quantize_absmax", "dequantize", "linear_forward",
-                             "linear_backward", "linear_scratch", "free_memory", "pages_managed", "dynamic_maps"}) {
+                             "linear_backward", "linear_grouped_forward", "linear_grouped_backward", "linear_scratch",
+                             "free_memory", "pages_managed", "dynamic_maps"}) {
         plain.attr(name) = m.attr(name);
     }
     m.attr("made") = py::list();
@@ -166,6 +204,8 @@ void state_operands(py::module_& m) {
     wrap(m, "dequantize", dequantize);
     wrap(m, "linear_forward", linear_forward);
     wrap(m, "linear_backward", linear_backward);
+    wrap(m, "linear_grouped_forward", linear_grouped_forward);
+    wrap(m, "linear_grouped_backward", linear_grouped_backward);
 
     const py::object arena = m.attr("Arena"), step = arena.attr("step");
     arena.attr("step") = py::cpp_function(

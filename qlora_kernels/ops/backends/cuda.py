@@ -12,7 +12,7 @@ from ...native.extension import DTYPE_CODES
 from .. import dispatcher
 from ..lora import NO_LORA, LoraTerm
 from ..weight import Operand
-from . import loop, params
+from . import params
 from .pointers import pointer
 
 
@@ -264,7 +264,28 @@ class CUDA:
         B: Tensor | None,
         scaling: float,
     ) -> tuple[Tensor, Tensor | None]:
-        return loop.forward(self.linear_forward, x, weight, offsets, bias, A, B, scaling)
+        m, r = x.shape[0], 0 if A is None else A.shape[1]
+        # Zeros, for rows that the offsets leave out: the host does not know of them.
+        y = self._like(x, m, weight.n).zero_()
+        u = self._like(x, m, r).zero_() if r else None
+        if m == 0:
+            return y, u
+        # Named, so that copies live until the kernels are launched.
+        narrow_A, narrow_B = _as_dtype(A, x.dtype), _as_dtype(B, x.dtype)
+        bias = None if bias is None else bias.contiguous()
+        narrow = bias is not None and bias.dtype != torch.float32
+        struct, address = weight.native(self.kernels.Weight), pointer(bias)
+        fields = params.linear_forward(
+            struct, x, narrow_A, narrow_B, 0 if narrow else address, y, pointer(u), m, r, scaling, 0.0
+        )
+        fields["dtype"] = DTYPE_CODES[x.dtype]
+        fields["narrow_bias"] = address if narrow else 0
+        fields["wide_a"] = fields["wide_b"] = x.dtype is torch.float32
+        fields["offsets"] = offsets.data_ptr()
+        fields["experts"] = weight.experts
+        fields["device"], fields["stream"] = self.queue(x.device)
+        self.kernels.linear_grouped_forward(fields)
+        return y, u
 
     def linear_grouped_backward(
         self,
@@ -278,4 +299,34 @@ class CUDA:
         scaling: float,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return loop.backward(self.linear_backward, dy, weight, offsets, x, u, A, B, scaling, needs)
+        need_dx, need_dA, need_dB = needs
+        m, r = dy.shape[0], 0 if A is None else A.shape[1]
+        dx = self._like(dy, m, weight.k).zero_() if need_dx else None
+        dA = None if A is None or not need_dA else self._empty(A.shape, torch.float32, A.device)
+        dB = None if B is None or not need_dB else self._empty(B.shape, torch.float32, B.device)
+        if m:
+            v = self._like(dy, m, r) if r and (need_dx or need_dA) else None
+            x, u = x if need_dA else None, u if need_dB else None
+            # Named, so that copies live until the kernels are launched.
+            narrow_A, narrow_B = _as_dtype(A, dy.dtype), _as_dtype(B, dy.dtype)
+            struct, dA_address, dB_address = weight.native(self.kernels.Weight), pointer(dA), pointer(dB)
+            fields = params.linear_backward(
+                struct, dy, x, u, narrow_A, narrow_B, dx, dA_address, dB_address, m, r, scaling, 0.0
+            )
+            fields["dtype"] = DTYPE_CODES[dy.dtype]
+            fields["wide_a"] = fields["wide_b"] = dy.dtype is torch.float32
+            fields["narrow_da"] = fields["narrow_db"] = 0
+            fields["offsets"] = offsets.data_ptr()
+            fields["experts"] = weight.experts
+            fields["v"] = pointer(v)
+            fields["device"], fields["stream"] = self.queue(dy.device)
+            self.kernels.linear_grouped_backward(fields)
+        else:
+            dA, dB = (None if gradient is None else gradient.zero_() for gradient in (dA, dB))
+        dA = None if dA is None or A is None else dA.to(A.dtype)
+        return dx, dA, None if dB is None or B is None else dB.to(B.dtype)
+
+
+def _as_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Contiguous and of this type, as the grouped kernels take adapters."""
+    return None if tensor is None else tensor.to(dtype).contiguous()

@@ -13,7 +13,14 @@ REGISTERS = 65536  # of a multiprocessor; dealt out in steps of 8 a thread
 #: KiB of shared memory that a block may have; 227 where nothing is said (the same table).
 MAX_SHARED = {"75": 64, "80": 163, "86": 99, "87": 163, "89": 99, "120": 99, "121": 99}
 #: Kernels that multiply on tensor cores, which take bf16 from sm_80 on.
-ON_TENSOR_CORES = ("few_kernel", "middle_kernel", "gemm_kernel", "adapter_down_kernel", "adapter_gradient_kernel")
+ON_TENSOR_CORES = (
+    "few_kernel",
+    "middle_kernel",
+    "gemm_kernel",
+    "grouped_gemm_kernel",
+    "adapter_down_kernel",
+    "adapter_gradient_kernel",
+)
 
 
 def number_of(architecture: str) -> str:
@@ -80,6 +87,7 @@ _SUMS = "one block: 128 sums a thread, 16 + 8 operands, and 8 registers of table
 _HALF = 3.9
 _MIDDLE = "one block: its tiles are spread over the card, one for each multiprocessor"
 _GROUPS = "one block: two warpgroups multiply, one brings x"
+_EXPERTS = "one block: two parts, the second of decoded weights, and an expert's addresses"
 _TWO = "two blocks: one multiplies while the other waits"
 
 #: By kernel, where * stands for anything; the first that fits.
@@ -139,6 +147,9 @@ BUDGETS = {
     "gemm_kernel<*, GemmTraits<*, 128, 128, 2, 3>>": Budget(
         256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, 180, _HALF)
     ),
+    "grouped_gemm_kernel<*, GemmTraits<*, 128, 128, 2, 3>>": Budget(
+        256, 92 * 1024, _SUMS + "; for the 99 KiB of sm_86 and sm_89", loop=LoopBudget(64, 180, _HALF)
+    ),
     "gemm_kernel<*, GemmTraits<*, 64, 128, 2, 4>>": Budget(
         256, 80 * 1024, "one block: 64 sums a thread", loop=LoopBudget(32, 165, _HALF)
     ),
@@ -156,6 +167,9 @@ BUDGETS = {
     "product_kernel<InputGradientProduct<*>>": Budget(
         256, 17 * 1024, "one block: two parts, the second of decoded weights"
     ),
+    "grouped_product_kernel<ForwardProduct<*>>": Budget(256, 17 * 1024, _EXPERTS),
+    "grouped_product_kernel<InputGradientProduct<*>>": Budget(256, 17 * 1024, _EXPERTS),
+    "grouped_product_kernel<*>": Budget(512, 17 * 1024, "two blocks: one multiplies while the other loads"),
     "product_kernel<*>": Budget(512, 17 * 1024, "two blocks: one multiplies while the other loads"),
 }
 

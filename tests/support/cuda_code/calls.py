@@ -15,6 +15,14 @@ _FIELDS = {
         "weight dy x u lora_a lora_b dx da db m r scaling dropout dtype wide_a wide_b narrow_da narrow_db seed v "
         "scratch device stream"
     ),
+    "linear_grouped_forward": (
+        "weight x lora_a lora_b bias y u m r scaling dropout dtype narrow_bias wide_a wide_b offsets experts device "
+        "stream"
+    ),
+    "linear_grouped_backward": (
+        "weight dy x u lora_a lora_b dx da db m r scaling dropout dtype wide_a wide_b narrow_da narrow_db offsets "
+        "experts v device stream"
+    ),
 }
 _WEIGHT = "packed absmax absmax_code nested_absmax nested_table nested_offset n k levels"
 

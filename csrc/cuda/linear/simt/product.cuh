@@ -40,22 +40,18 @@ QLK_DEVICE void add(Outputs& to, const Outputs& what) {
     }
 }
 
-// Product says what is multiplied: rows and columns of the result; for each of two parts, the first optional,
-// depth[part] and the elements left(part, i, d) and right(part, d, j, lane_level(lane)), the latter called by whole
-// warps; between(i, j, sum), applied after the first part; store(i, j, sum). k<Left|Right>DepthFirst: the operand's
-// neighbours in memory are neighbours along the depth. Grid: a block for each 64 x 64 outputs.
+// One tile of 64 x 64 outputs. Product says what is multiplied: rows and columns of the result; for each of two parts, the
+// first optional, depth[part] and the elements left(part, i, d) and right(part, d, j, lane_level(lane)), the latter
+// called by whole warps; between(i, j, sum), applied after the first part; store(i, j, sum). k<Left|Right>DepthFirst: the
+// operand's neighbours in memory are neighbours along the depth. level: lane_level(lane).
 template <class Product>
-__global__ void __launch_bounds__(ProductTraits::kThreads, 1) product_kernel(const __grid_constant__ Product p) {
+QLK_DEVICE void product_tile(const Product& p, float level, int64_t first_row, int64_t first_column) {
     using Traits = ProductTraits;
     constexpr int kEach = Traits::kEach, kTile = Traits::kTile, kDepth = Traits::kDepth;
     auto& shared = shared_memory<Traits::Shared>();
     const int self = static_cast<int>(threadIdx.x);
-    const unsigned tiles_across = static_cast<unsigned>((p.columns + kTile - 1) / kTile);
-    const int64_t first_row = static_cast<int64_t>(blockIdx.x / tiles_across) * kTile;
-    const int64_t first_column = static_cast<int64_t>(blockIdx.x % tiles_across) * kTile;
     const int my_row = self / (kTile / kEach) * kEach, my_column = self % (kTile / kEach) * kEach;
 
-    const float level = p.lane_level(self % 32);
     Outputs sum = {};
     for (int part = 0; part < 2; ++part) {
         const int64_t depth = part == 0 ? p.depth[0] : p.depth[1];
@@ -111,6 +107,16 @@ __global__ void __launch_bounds__(ProductTraits::kThreads, 1) product_kernel(con
             }
         }
     }
+}
+
+// Grid: a block for each 64 x 64 outputs.
+template <class Product>
+__global__ void __launch_bounds__(ProductTraits::kThreads, 1) product_kernel(const __grid_constant__ Product p) {
+    constexpr int kTile = ProductTraits::kTile;
+    const unsigned tiles_across = static_cast<unsigned>((p.columns + kTile - 1) / kTile);
+    product_tile(p, p.lane_level(static_cast<int>(threadIdx.x) % 32),
+                 static_cast<int64_t>(blockIdx.x / tiles_across) * kTile,
+                 static_cast<int64_t>(blockIdx.x % tiles_across) * kTile);
 }
 
 }  // namespace qlk::cuda
