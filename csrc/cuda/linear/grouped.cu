@@ -33,9 +33,8 @@ bool gemm(GemmArguments<T> first, const Experts& experts, const Stream& stream) 
         first.left_aligned = lies_on(first.left, 16) && (kBackward ? first.n : first.k) % 8 == 0;
         first.low_aligned = first.r % 8 == 0 && lies_on(first.low_left, 16) && lies_on(first.low_right, 16);
         first.out_aligned = lies_on(first.out, 16) && (kBackward ? first.k : first.n) % 8 == 0;
-        const Card card =
-            Card::capped(compiled_for(grouped_gemm_kernel<bf16, Traits<bf16, false>>, stream.device),
-                         multiprocessors(stream.device), shared_limit(stream.device));
+        const Card card = Card::capped(compiled_for(grouped_gemm_kernel<bf16, Traits<bf16, false>>, stream.device),
+                                       multiprocessors(stream.device), shared_limit(stream.device));
         const DType dtype = std::is_same_v<T, bf16> ? DType::kBFloat16 : DType::kFloat16;
         if (refusal(kGrouped,
                     {first.m, first.n, first.k, dtype, kBackward, lies_on(first.weight.packed, 16), first.left_aligned},

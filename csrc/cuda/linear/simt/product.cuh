@@ -40,10 +40,10 @@ QLK_DEVICE void add(Outputs& to, const Outputs& what) {
     }
 }
 
-// One tile of 64 x 64 outputs. Product says what is multiplied: rows and columns of the result; for each of two parts, the
-// first optional, depth[part] and the elements left(part, i, d) and right(part, d, j, lane_level(lane)), the latter
-// called by whole warps; between(i, j, sum), applied after the first part; store(i, j, sum). k<Left|Right>DepthFirst: the
-// operand's neighbours in memory are neighbours along the depth. level: lane_level(lane).
+// One tile of 64 x 64 outputs. Product says what is multiplied: rows and columns of the result; for each of two parts,
+// the first optional, depth[part] and the elements left(part, i, d) and right(part, d, j, lane_level(lane)), the latter
+// called by whole warps; between(i, j, sum), applied after the first part; store(i, j, sum). k<Left|Right>DepthFirst:
+// the operand's neighbours in memory are neighbours along the depth. level: lane_level(lane).
 template <class Product>
 QLK_DEVICE void product_tile(const Product& p, float level, int64_t first_row, int64_t first_column) {
     using Traits = ProductTraits;
