@@ -16,7 +16,7 @@ from emulated import ROOT, Emulated, emulated, module
 from engines import ORDERS, on_the_cpu
 from optimizers.paging import parameters, steps
 
-from qlora_kernels import PagedAdamW, PagedLion, default_nested_table, linear, ops, quantize
+from qlora_kernels import PagedAdamW, PagedLion, default_nested_table, linear, ops, quantize, quantize_stack
 from qlora_kernels.ops import backends
 
 # ------------------------------------------------------------------------------------------------- samples
@@ -140,6 +140,33 @@ class Layer:
                 ops.linear_forward(x, *pieces, self.n, bias, *low)
 
 
+@dataclass(frozen=True)
+class Experts(Layer):
+    """A call of the layer of three experts, the second without rows."""
+
+    n: int = 40
+    k: int = 128
+    r: int = 4
+
+    def rows(self) -> dict[str, int]:
+        # The last expert's rows are the last ones. Gradients are float32.
+        rows = {name: row for name, row in super().rows().items() if not name.startswith("narrow_d")}
+        gradients = {"da": 4 * self.k, "db": 4 * self.r} if self.backward else {}
+        return {**rows, **gradients, "offsets": 8}
+
+    def __call__(self) -> None:
+        x, dy, u = (torch.randn(self.m, c).to(self.dtype) for c in (self.k, self.n, self.r))
+        A, B = (torch.randn(*s).to(self.dtype) for s in ((3, self.r, self.k), (3, self.n, self.r)))
+        offsets = torch.tensor([0, 2, 2, self.m])
+        with on_the_cpu():
+            pieces = quantize_stack(torch.randn(3, self.n, self.k), self.double_quant).pieces
+        if self.backward:
+            ops.linear_grouped_backward(dy, *pieces, offsets, self.k, x, u, A, B, 1.0, *self.needs)
+        else:
+            bias = None if self.bias is None else torch.randn(3, self.n).to(self.bias)
+            ops.linear_grouped_forward(x, *pieces, offsets, self.n, bias, A, B, 1.0)
+
+
 def optimizer(kind, state_bits: int, norm: bool = False, scaler: bool = False):
     """One step of small bf16 parameters, one of them longer than a chunk."""
 
@@ -232,6 +259,12 @@ FAMILIES = {
         *TILES,
         "narrow.cuh",
         scratch=True,
+    ),
+    "experts": family(Experts(bias=HALF), *TILES, *FLOATS, "grouped.cuh"),
+    "experts, backward": family(Experts("", True, needs=(True, True, True)), *TILES, *FLOATS, "grouped.cuh"),
+    "experts on floats": family(Experts(dtype=FLOAT, bias=FLOAT, double_quant=False), *FLOATS, "grouped.cuh"),
+    "experts on floats, backward": family(
+        Experts("", True, dtype=FLOAT, needs=(True, True, True)), *FLOATS, "grouped.cuh"
     ),
     "quantize": Family(
         quantization,
