@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -67,6 +68,10 @@ LINEAR_SHAPES = (
     ((77, 192), 63, 17, 0.0, ("tiles64", "tiles64")),
     ((136, 320), 120, 3, 0.3, ("tiles128", "tiles128")),
 )
+#: Weights [N, K] of a mixture's experts and the rank of their adapters: tiles with tails, and the float32 units.
+GROUPED_SHAPES = (((136, 192), 16), ((34, 100), 3))
+#: Rows of each: none, several tiles, a few.
+GROUPED_ROWS = (0, 130, 3, 0, 64)
 #: Forces a kernel of the layer's products.
 KERNEL = "QLORA_KERNELS_CUDA_KERNEL"
 #: Seconds between two lines of progress.
@@ -283,6 +288,31 @@ def _linear(shape, m, r, dropout, kernels, dtype, seed) -> Callable[[str], Seque
     return run
 
 
+def _grouped(shape, r, dtype, seed) -> Callable[[str], Sequence[Tensor]]:
+    """linear_grouped_forward, and linear_grouped_backward with all gradients on the u that the CPU gives."""
+    (n, k), experts, m = shape, len(GROUPED_ROWS), sum(GROUPED_ROWS)
+
+    def run(device: str) -> Sequence[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        weights = [_weight(shape, True, seed + e).pieces for e in range(experts)]
+        *pieces, table = (torch.cat(piece) for piece in zip(*weights))
+        offsets = torch.tensor([0, *itertools.accumulate(GROUPED_ROWS)])
+        x, dy, A, B, bias = (
+            torch.randn(*size, generator=generator).to(dtype)
+            for size in ((m, k), (m, n), (experts, r, k), (experts, n, r), (experts, n))
+        )
+        host = (*pieces, table[:256])
+        with cpu_kernels():
+            u = ops.linear_grouped_forward(x, *host, offsets, n, bias, A, B, 0.5)[1]
+        there = [_on(device, t) for t in host]
+        x, dy, A, B, bias, u, offsets = (_on(device, t) for t in (x, dy, A, B, bias, u, offsets))
+        forward = ops.linear_grouped_forward(x, *there, offsets, n, bias, A, B, 0.5)
+        rest = (x, u, A, B, 0.5, True, True, True)
+        return [*forward, *ops.linear_grouped_backward(dy, *there, offsets, k, *rest)]
+
+    return run
+
+
 def _gradients(step: int, dtype: torch.dtype, seed: int, whole: bool, infinite: bool) -> list[Tensor]:
     """Gradients of all parameters: those of one differ in size from the next one's.
 
@@ -390,6 +420,11 @@ def cases() -> Iterator[Case]:
             seed += 1
             tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
             yield Case("linear", name, _linear(shape, m, r, dropout, kernels, dtype, seed), tolerance)
+        for shape, r in GROUPED_SHAPES:
+            seed += 1
+            tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
+            name = f"{kind}, experts of [{shape[0]}, {shape[1]}], rank {r}"
+            yield Case("linear_grouped", name, _grouped(shape, r, dtype, seed), tolerance)
     for count in ABSMAX_COUNTS:
         for irregular in (False, True):
             name = f"{count} constants" + (", an irregular table" if irregular else "")

@@ -53,6 +53,7 @@ def check_all(capsys) -> None:
         "quantize_absmax",
         "dequantize",
         "linear",
+        "linear_grouped",
         "optimizer_step",
         "optimizer_norm",
     }
