@@ -103,13 +103,13 @@ def products_on_float32_units(monkeypatch):
 
 
 def experts(monkeypatch):
-    offsets, n = torch.tensor([0, 3, 3, 5]), 40
-    # A K of no whole blocks is for the float32 units.
-    for dtype, k in itertools.product(DTYPES, (128, 100)):
-        stack = quantize_stack(torch.randn(3, n, k))
-        x, dy, A, B = (torch.randn(*s).to(dtype) for s in ((5, k), (5, n), (3, 4, k), (3, n, 4)))
+    n = 40
+    # Few rows and many; a K of no whole blocks is for the float32 units.
+    for dtype, (k, m) in itertools.product(DTYPES, ((128, 5), (128, 50), (100, 5))):
+        stack, offsets = quantize_stack(torch.randn(3, n, k)), torch.tensor([0, 3, 3, m])
+        x, dy, A, B = (torch.randn(*s).to(dtype) for s in ((m, k), (m, n), (3, 4, k), (3, n, 4)))
 
-        def call(stack=stack, x=x, dy=dy, A=A, B=B, k=k):
+        def call(stack=stack, offsets=offsets, x=x, dy=dy, A=A, B=B, k=k):
             y, u = ops.linear_grouped_forward(x, *stack.pieces, offsets, n, None, A, B, 1.0)
             rest = (x, u, A, B, 1.0, True, True, True)
             return y, *ops.linear_grouped_backward(dy, *stack.pieces, offsets, k, *rest)

@@ -18,8 +18,8 @@ from qlora_kernels.ops.weight import Operand
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 #: Rows of each expert: with and without rows at either end; one with all; several tiles of 64 and 128, and tails;
-#: rows that end on a tile's edge; more experts than rows.
-ROWS = ((0, 3, 130, 0, 1, 66), (0, 0, 193, 0), (128, 64, 0, 128), (1, 0) * 9, (5,))
+#: rows that end on a tile's edge; more experts than rows. Up to 16 rows for each on average tiles have 16.
+ROWS = ((0, 3, 130, 0, 1, 66), (0, 0, 193, 0), (128, 64, 0, 128), (1, 0) * 9, (5, 0, 33, 0, 16))
 
 
 def stack_of(experts: int, n: int, k: int, double_quant: bool = True):
@@ -122,9 +122,10 @@ def test_tensors_not_aligned_to_16_bytes(cuda_engine, dtype):
         assert relative_error(dx, per_expert(offsets, dy.double(), W)) < limit
 
 
-def test_an_expert_has_the_bits_of_a_single_weight(monkeypatch):
-    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", "tiles128x3")
-    n, k, rows = 136, 192, (7, 130, 0, 2)
+@pytest.mark.parametrize(("kernel", "rows"), [("tiles128x3", (7, 130, 0, 2)), ("tiles16", (7, 30, 0, 2))])
+def test_an_expert_has_the_bits_of_a_single_weight(monkeypatch, kernel, rows):
+    monkeypatch.setenv("QLORA_KERNELS_CUDA_KERNEL", kernel)
+    n, k = 136, 192
     stack, offsets, m = stack_of(4, n, k), offsets_of(rows), sum(rows)
     x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
     rest = (None, None, None, None, 1.0)

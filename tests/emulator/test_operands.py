@@ -261,7 +261,7 @@ FAMILIES = {
         scratch=True,
     ),
     "experts": family(Experts(bias=HALF), *TILES, *FLOATS, "grouped.cuh"),
-    "experts, backward": family(Experts("", True, needs=(True, True, True)), *TILES, *FLOATS, "grouped.cuh"),
+    "experts, backward": family(Experts("", True, m=70, needs=(True, True, True)), *TILES, *FLOATS, "grouped.cuh"),
     "experts on floats": family(Experts(dtype=FLOAT, bias=FLOAT, double_quant=False), *FLOATS, "grouped.cuh"),
     "experts on floats, backward": family(
         Experts("", True, dtype=FLOAT, needs=(True, True, True)), *FLOATS, "grouped.cuh"

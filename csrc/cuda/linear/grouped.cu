@@ -8,11 +8,14 @@
 namespace qlk::cuda {
 namespace {
 
-// The tile for all experts. Its shape cannot follow their rows, which the host does not know.
-constexpr Row kGrouped = {"grouped", Family::kTiles, 128, 128, 3, kAnyRows, 80, 75};
+// The tiles, of which the host chooses by the rows that experts have on average: it does not know more.
+constexpr Row kFewRows = {"grouped16", Family::kTiles, 16, 128, 4, kAnyRows, 80, 75};
+constexpr Row kManyRows = {"grouped128", Family::kTiles, 128, 128, 3, kAnyRows, 80, 75};
 
 template <class T, bool kBackward>
-using Traits = GemmTraits<T, kBackward, kGrouped.rows, kGrouped.columns, 2, kGrouped.stages>;
+using FewTiles = GemmTraits<T, kBackward, kFewRows.rows, kFewRows.columns, 1, kFewRows.stages>;
+template <class T, bool kBackward>
+using ManyTiles = GemmTraits<T, kBackward, kManyRows.rows, kManyRows.columns, 2, kManyRows.stages>;
 
 // Tiles of so many rows that all experts may have.
 int64_t tiles_down(const Experts& experts, int rows) { return experts.m / rows + experts.count; }
@@ -25,26 +28,30 @@ void product_launch(const Product& first, const Experts& experts, const Stream& 
            sizeof(ProductTraits::Shared), stream, GroupedProduct<Product>{first, experts});
 }
 
-// Launches the kernel on tensor cores, if it takes the product; returns whether it did.
+template <class T, class Traits>
+void gemm_launch(const GemmArguments<T>& first, const Experts& experts, const Stream& stream) {
+    const int64_t across = over(Traits::kBackward ? first.k : first.n, Traits::kColumns);
+    const int64_t down = tiles_down(experts, Traits::kRows);
+    launch(grouped_gemm_kernel<T, Traits>, down * across, Traits::kThreads, sizeof(typename Traits::Shared), stream,
+           GroupedGemm<T>{first, experts, static_cast<unsigned>(down)});
+}
+
+// Launches a kernel on tensor cores, if one takes the product; returns whether it did.
 template <bool kBackward, class T>
 bool gemm(GemmArguments<T> first, const Experts& experts, const Stream& stream) {
     if constexpr (sizeof(T) == 2) {
-        using Shape = Traits<T, kBackward>;
         first.left_aligned = lies_on(first.left, 16) && (kBackward ? first.n : first.k) % 8 == 0;
         first.low_aligned = first.r % 8 == 0 && lies_on(first.low_left, 16) && lies_on(first.low_right, 16);
         first.out_aligned = lies_on(first.out, 16) && (kBackward ? first.k : first.n) % 8 == 0;
-        const Card card = Card::capped(compiled_for(grouped_gemm_kernel<bf16, Traits<bf16, false>>, stream.device),
+        const Card card = Card::capped(compiled_for(grouped_gemm_kernel<bf16, FewTiles<bf16, false>>, stream.device),
                                        multiprocessors(stream.device), shared_limit(stream.device));
         const DType dtype = std::is_same_v<T, bf16> ? DType::kBFloat16 : DType::kFloat16;
-        if (refusal(kGrouped,
-                    {first.m, first.n, first.k, dtype, kBackward, lies_on(first.weight.packed, 16), first.left_aligned},
-                    card)) {
-            return false;
-        }
-        const int64_t across = over(kBackward ? first.k : first.n, Shape::kColumns);
-        const int64_t down = tiles_down(experts, Shape::kRows);
-        launch(grouped_gemm_kernel<T, Shape>, down * across, Shape::kThreads, sizeof(typename Shape::Shared), stream,
-               GroupedGemm<T>{first, experts, static_cast<unsigned>(down)});
+        const Problem problem{first.m,           first.n, first.k, dtype, kBackward, lies_on(first.weight.packed, 16),
+                              first.left_aligned};
+        const bool few = experts.m <= kFewRows.rows * experts.count || refusal(kManyRows, problem, card);
+        if (refusal(few ? kFewRows : kManyRows, problem, card)) return false;
+        few ? gemm_launch<T, FewTiles<T, kBackward>>(first, experts, stream)
+            : gemm_launch<T, ManyTiles<T, kBackward>>(first, experts, stream);
         return true;
     }
     return false;
