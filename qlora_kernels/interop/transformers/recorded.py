@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,12 +15,20 @@ from torch import nn
 from ...errors import listed
 from ...formats.constants import check_constants
 from ...formats.nf4 import PIECES, meta_weight
+from ...formats.nf4_stack import meta_stack
+from ...layers.adapters.named import Adapters
+from ...layers.experts import QExperts
 from ...layers.qlinear import QLinear
 from ...models.dense_layers import is_linear_like
-from ...models.targets import matches, qlora_layers
+from ...models.experts import adapted_layers, stacked_weights
+from ...models.places import places_of
+from ...models.targets import matches
 from ...storage.safetensors_stream import read_header
 from . import skeleton
+from .expert_stacks import bias_of, expert_modules
 from .nf4_config import NF4Config, adapter_of, dtype_of
+
+T = TypeVar("T")
 
 
 def skipped(model: Any, config: NF4Config) -> str | list[str]:
@@ -61,27 +69,39 @@ def missing_heads(model: Any, files: Sequence[str] | None) -> list[str]:
     return [name for name in heads if not any(key.startswith(f"{name}.") for key in keys)]
 
 
+def experts(model: Any, config: NF4Config) -> tuple[str, ...]:
+    """The modules of experts that a folder holds in 4 bits, by their names in this model.
+
+    Raises:
+        ValueError: for a name that is no such module.
+    """
+    if not config.experts:
+        return ()
+    here = places_of(model, lambda module: bool(stacked_weights(module)))
+    return tuple(_find(model, here, config.experts, "module of experts that can be 4-bit"))
+
+
 def restore(model: nn.Module, config: NF4Config) -> None:
     """Gives the 4-bit layers of a model without memory the weights' formats and the adapters that a folder has.
 
     Raises:
         ValueError: for names that the model does not have, and adapters that do not fit.
     """
-    layers = dict(qlora_layers(model))
+    layers = dict(adapted_layers(model))
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, QLinear)}
     for name, entry in config.layers.items():
-        for layer in _find(model, layers, [name]).values():
-            double_quant = entry.get("double_quant", config.double_quant)
-            weight = meta_weight(layer.out_features, layer.in_features, double_quant, entry.get("nf4_levels", True))
-            layer._set_pieces("weight", weight)
+        for here, layer in _find(model, layers, [name]).items():
+            layer._set_pieces("weight", _meta_weight(here, layer, entry, config))
             dtype = dtype_of(entry)
+            bias = layer.bias if isinstance(layer, QLinear) else bias_of(model, here)
             if dtype is not None:
                 layer._dtype = dtype
-                if layer.bias is not None:
-                    layer.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+                if bias is not None:
+                    bias.data = bias.data.to(dtype)
     active: dict[str, str] = {}
     for group in config.adapters:
         adapter = adapter_of(group)
-        found = layers if "layers" not in group else _find(model, layers, group["layers"])
+        found = linear if "layers" not in group else _find(model, layers, group["layers"])
         for name, layer in found.items():
             adapter.check(layer.out_features, layer.in_features, name)
             options = (adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora)
@@ -93,13 +113,24 @@ def restore(model: nn.Module, config: NF4Config) -> None:
             layer.set_adapter(active.get(name))
 
 
-def _find(model: Any, layers: dict[str, QLinear], names: Iterable[str]) -> dict[str, QLinear]:
+def _meta_weight(name: str, layer: Adapters, entry: Mapping[str, Any], config: NF4Config) -> Any:
+    """A weight without memory, in the format that a folder's entry for the layer says."""
+    double_quant, nf4_levels = entry.get("double_quant", config.double_quant), entry.get("nf4_levels", True)
+    if isinstance(layer, QLinear):
+        return meta_weight(layer.out_features, layer.in_features, double_quant, nf4_levels)
+    assert isinstance(layer, QExperts)
+    if not nf4_levels:
+        raise ValueError(f"quantization_config in config.json: experts ({name}) have NF4's levels only")
+    return meta_stack(layer.num_experts, layer.out_features, layer.in_features, double_quant, layer.dtype)
+
+
+def _find(model: Any, layers: Mapping[str, T], names: Iterable[str], kind: str = "4-bit layer") -> dict[str, T]:
     """The layers with these names.
 
     Raises:
         ValueError: for a name that is not there, unless the model is of another class than the one that was saved.
     """
-    found: dict[str, QLinear] = {}
+    found: dict[str, T] = {}
     for name in names:
         here = next((other for other in _names_here(model, name) if other in layers), None)
         if here is not None:
@@ -107,25 +138,30 @@ def _find(model: Any, layers: dict[str, QLinear], names: Iterable[str]) -> dict[
         elif type(model).__name__ in (getattr(model.config, "architectures", None) or []):
             close = difflib.get_close_matches(name, layers, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"quantization_config in config.json names {name!r:.200}, which is no 4-bit layer{hint}")
+            raise ValueError(f"quantization_config in config.json names {name!r:.200}, which is no {kind}{hint}")
     return found
 
 
 def check_loaded(model: Any) -> None:
     """
     Raises:
-        ValueError: when a tensor of a 4-bit layer was not in the folder, so that it holds what memory held before; for
-            constants, biases and adapters that are not finite.
+        ValueError: when a tensor of a 4-bit layer, or of experts, was not in the folder, so that it holds what
+            memory held before; for constants, biases and adapters that are not finite.
     """
-    layers = dict(qlora_layers(model))
+    layers = dict(adapted_layers(model))
     tensors = {
         f"{name}.{key}": tensor
         for name, layer in layers.items()
         for key, tensor in (*layer.named_parameters(), *layer.named_buffers())
     }
+    modules = expert_modules(model)
+    for name, module in modules.items():  # nothing else would notice that biases are missing
+        tensors |= {f"{name}.{key}": tensor for key, tensor in module.named_parameters(recurse=False)}
+    for name, module in model.named_modules():  # dense experts, if config.json says so and the files do not
+        tensors |= {f"{name}.{key}": module.get_parameter(key) for key in stacked_weights(module)}
     folder = getattr(model, "name_or_path", "") or "the checkpoint"
     # transformers marks each tensor that it has loaded. Those of offloaded layers lie elsewhere.
-    offloaded = tuple(f"{name}." for name, layer in layers.items() if hasattr(layer, "_hf_hook"))
+    offloaded = tuple(f"{name}." for name, layer in (*layers.items(), *modules.items()) if hasattr(layer, "_hf_hook"))
     missing = [
         key
         for key, tensor in tensors.items()
@@ -146,5 +182,9 @@ def check_loaded(model: Any) -> None:
         pieces = zip(PIECES, layer.weight.pieces, strict=True)
         check_constants({f"{name}.weight_{kind}": piece for kind, piece in pieces})
     for key, tensor in tensors.items():
-        if ("lora_" in key or key.endswith(".bias")) and not tensor.is_meta and not torch.isfinite(tensor).all():
+        if (
+            ("lora_" in key or key.endswith((".bias", "_bias")))
+            and not tensor.is_meta
+            and not torch.isfinite(tensor).all()
+        ):
             raise ValueError(f"{folder}: {key} holds NaN or infinity; only finite weights can be used")
