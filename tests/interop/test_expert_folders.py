@@ -11,6 +11,9 @@ from torch import nn
 
 import qlora_kernels
 from qlora_kernels import NF4Config
+from qlora_kernels.errors import InputError
+from qlora_kernels.interop.transformers.load import load_quantized
+from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
 from qlora_kernels.layers.experts import QExpertsModule
 from qlora_kernels.models.experts import adapted_layers, experts_layers
 
@@ -185,3 +188,42 @@ def test_settings_that_do_not_fit(tmp_path):
         path.write_text(json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}}))
         with pytest.raises((ValueError, RuntimeError), match=message):
             load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_folder_is_quantized_by_the_command(tmp_path, kind, double_quant):
+    make(kind).save_pretrained(tmp_path / "dense")
+    report = quantize_folder(tmp_path / "dense", tmp_path / "packed", double_quant=double_quant, progress=False)
+    assert report.experts == 4
+    assert "and 4 stacks of experts in NF4" in str(report)
+    assert not any("experts" in name for name in report.left_alone)
+    model = quantized(kind, double_quant=double_quant)
+    assert_equal(model, load(tmp_path / "packed"))
+    loaded = load_quantized(tmp_path / "packed", rank=0)
+    assert_equal(model, loaded)
+    loaded.save_pretrained(tmp_path / "again")  # names its tensors as older releases did
+    assert_equal(model, load(tmp_path / "again"))
+    assert_equal(model, load_quantized(tmp_path / "again", rank=0))
+
+
+def test_load_quantized_refuses_what_does_not_fit(tmp_path):
+    quantized("Mixtral").save_pretrained(tmp_path)
+    path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config = json.loads(path.read_text())
+    for experts, message in (
+        ("model", "experts in quantization_config should be a list of names"),
+        (["model.layers.7.mlp.experts"], "no module of experts that can be 4-bit"),
+        ([], "which its model does not have"),
+    ):
+        path.write_text(
+            json.dumps({**config, "quantization_config": {**config["quantization_config"], "experts": experts}})
+        )
+        with pytest.raises(InputError, match=message):
+            load_quantized(tmp_path, rank=0)
+    path.write_text(json.dumps(config))
+    tensors = load_file(weights)
+    lost = next(key for key in tensors if key.endswith("experts.down_proj.weight_absmax"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 tensors of its model, first .*down_proj\.weight_absmax"):
+        load_quantized(tmp_path, rank=0)

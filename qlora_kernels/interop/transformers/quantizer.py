@@ -135,7 +135,7 @@ class NF4Quantizer(HfQuantizer):
         else:
             skip = [*skip, *more]
         adapter = AdapterConfig(config.rank, config.alpha, config.dropout, config.rslora)
-        experts = recorded.experts(model, config) if self.pre_quantized else ()
+        experts = recorded.experts(model, config.experts) if self.pre_quantized else ()
         planned = plan(
             model,
             adapter,

@@ -69,16 +69,16 @@ def missing_heads(model: Any, files: Sequence[str] | None) -> list[str]:
     return [name for name in heads if not any(key.startswith(f"{name}.") for key in keys)]
 
 
-def experts(model: Any, config: NF4Config) -> tuple[str, ...]:
+def experts(model: Any, names: Sequence[str]) -> tuple[str, ...]:
     """The modules of experts that a folder holds in 4 bits, by their names in this model.
 
     Raises:
         ValueError: for a name that is no such module.
     """
-    if not config.experts:
+    if not names:
         return ()
     here = places_of(model, lambda module: bool(stacked_weights(module)))
-    return tuple(_find(model, here, config.experts, "module of experts that can be 4-bit"))
+    return tuple(_find(model, here, names, "module of experts that can be 4-bit"))
 
 
 def restore(model: nn.Module, config: NF4Config) -> None:
