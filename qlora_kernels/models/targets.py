@@ -77,8 +77,8 @@ def plan(
     QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
     _check_skip(model, skip)
     dense = heads(model) if skip == DEFAULT_SKIP else {}
-    trained = tuple(name for name in new_heads(model) if name in dense) if adapter.rank else ()
-    dense |= {name: f"{dense[name]}, trained with the adapters" for name in trained}
+    trained = tuple(new_heads(model)) if adapter.rank and skip == DEFAULT_SKIP else ()
+    dense |= {name: f"{dense[name]}, trained with the adapters" for name in trained if name in dense}
     quantized, left_alone = _candidates(model, skip, dense)
     if not quantized:
         others = listed((f"{name}: {reason}" for name, reason in left_alone.items()), separator="; ") or "none"
