@@ -143,6 +143,11 @@ def to_linear4bit(layer: QLinear, name: str, compute_dtype: torch.dtype | None =
     Raises:
         ValueError: for a layer without data, whose tensors are distributed, or that stands for float64.
     """
+    if "_hf_hook" in layer.__dict__:
+        raise ValueError(
+            f"{name} has a hook of accelerate (offload or device_map), which would be lost; call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
     weight = layer.weight
     for piece in weight.pieces:
         if piece is not None and (piece.is_meta or type(piece) not in (Tensor, nn.Parameter)):
