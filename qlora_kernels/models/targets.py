@@ -215,6 +215,8 @@ def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str 
         return "named in skip"
     if isinstance(module, QLinear):
         return "4-bit already"
+    if type(module).__name__ == "Linear4bit":
+        return "4-bit already, by bitsandbytes; convert it with from_bitsandbytes"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"unsupported type {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
     weight = module._parameters.get("weight")
@@ -284,4 +286,4 @@ def _adapted(
 
 def _ends(names: list[str]) -> list[str]:
     """The last components of names, as target_modules takes them; full names where those are numbers."""
-    return list(dict.fromkeys(name if name[-1].isdigit() else name.rpartition(".")[2] for name in names))
+    return list(dict.fromkeys(name if name[-1:].isdigit() else name.rpartition(".")[2] for name in names))

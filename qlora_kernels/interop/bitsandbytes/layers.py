@@ -44,6 +44,8 @@ def read_weight(layer: Linear4bit, name: str) -> NF4Weight:
             "a forward of its own, or a library (accelerate's offload and device_map, say) has replaced it; load the "
             "model on one device, without offload"
         )
+    if "parametrizations" in layer._modules:
+        raise ValueError(f"{name} has parametrizations; call torch.nn.utils.parametrize.remove_parametrizations first")
     weight: Any = layer.weight
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device or offloaded, and has no data; load the model without offload")

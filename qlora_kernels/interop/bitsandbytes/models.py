@@ -56,10 +56,12 @@ def from_bitsandbytes(
         ValueError: for a model without such layers, or with one that cannot be converted, by its name: blocks of 32,
             no weights (offloaded, or not quantized yet), inside a PEFT layer; and for adapters that do not fit.
             The model is unchanged.
-        TypeError: for a dtype that bias or adapters cannot have, and for PEFT's argument names. The model is unchanged.
+        TypeError: for a dtype that bias or adapters cannot have, PEFT's argument names, and something that is no
+            module. The model is unchanged.
     """
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
     kind = linear4bit()
+    _check_module(model)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, kind)}
     if not found:
         others = {
@@ -118,8 +120,12 @@ def to_bitsandbytes(model: Model, *, compute_dtype: torch.dtype | None = None, d
         ValueError: for a model without such layers, or with one that has adapters, has no data, is distributed, lies
             inside a PEFT layer, is kept elsewhere by accelerate, or stands for float64; and for a model of transformers
             with 8-bit layers too. The model is unchanged.
+        TypeError: for something that is no module, and a compute_dtype that is none.
     """
     linear4bit()
+    _check_module(model)
+    if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"compute_dtype should be torch.float32, bfloat16 or float16, found {compute_dtype!r}")
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, QLinear)}
     if not found:
         raise ValueError("the model has no 4-bit layers of qlora_kernels (QLinear) to convert")
@@ -144,6 +150,11 @@ def to_bitsandbytes(model: Model, *, compute_dtype: torch.dtype | None = None, d
     kind = quant_type(next(iter(found.values())).weight)
     mark_bitsandbytes(result, kind, double_quant, dtype)
     return result
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, found {type(model).__name__}")
 
 
 def _refuse_inside_peft(model: nn.Module, found: Mapping[str, nn.Module]) -> None:

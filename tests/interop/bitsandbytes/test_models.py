@@ -179,6 +179,10 @@ def bad_wrapper(model):
     model[3].base_layer = model[3]["base_layer"]
 
 
+def bad_parametrization(model):
+    nn.utils.parametrize.register_parametrization(model[3], "weight", nn.Identity(), unsafe=True)
+
+
 def bad_shape(model):
     model[3].in_features = 64
 
@@ -191,6 +195,7 @@ def bad_shape(model):
         (bad_unquantized, r"^3 is not quantized yet.*\.to\(device\)"),
         (bad_meta, "^3 is on the meta device or offloaded"),
         (bad_wrapper, r"^3\.base_layer is inside an adapter of another library \(3\)"),
+        (bad_parametrization, "^3 has parametrizations; call"),
         (bad_shape, r"^3 has a weight of the shape \[32, 128\], but its features say \[32, 64\]"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -224,6 +229,24 @@ def test_options_that_do_not_fit_leave_the_model_unchanged(options, error, messa
     with pytest.raises(error, match=message):
         from_bitsandbytes(model, **options)
     assert_unchanged(model, before)
+
+
+def test_arguments_that_are_of_no_use():
+    layer = linear4bit(64, 64)
+    with pytest.raises(ValueError, match=r"'q' matches no layer to adapt"):
+        from_bitsandbytes(layer, rank=2, target_modules=["q"])
+    for convert in (from_bitsandbytes, to_bitsandbytes):
+        with pytest.raises(TypeError, match=r"should be a torch\.nn\.Module, found list"):
+            convert([layer])
+    ours = from_bitsandbytes(layer)
+    for dtype in (torch.int8, "bfloat16"):
+        with pytest.raises(TypeError, match=r"compute_dtype should be torch\.float32, bfloat16 or float16, found"):
+            to_bitsandbytes(ours, compute_dtype=dtype)
+
+
+def test_quantize_model_says_how_to_convert_them():
+    with pytest.raises(ValueError, match="4-bit already, by bitsandbytes; convert it with from_bitsandbytes"):
+        quantize_model(nn.Sequential(linear4bit(64, 64)), progress=False)
 
 
 def test_models_without_such_layers():
