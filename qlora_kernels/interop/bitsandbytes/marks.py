@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ...errors import listed
+from ...layers.packed import PackedLayer
+from ...layers.qlinear import QLinear
 from .layers import linear4bit
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
@@ -23,17 +25,29 @@ def _models(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, library.PreTrainedModel)]
 
 
-def refuse_8_bit(model: nn.Module) -> None:
+def refuse_other_layers(model: nn.Module) -> None:
     """
     Raises:
-        ValueError: for a model of transformers with 8-bit layers, whose folder could not say what is what.
+        ValueError: for a model of transformers with 8-bit layers or 4-bit experts, whose folder could not say what is
+            what.
     """
     for one in _models(model):
-        names = [name for name, module in one.named_modules() if type(module).__name__ == "Linear8bitLt"]
-        if names:
+        modules = dict(one.named_modules())
+        eight = [name for name, module in modules.items() if type(module).__name__ == "Linear8bitLt"]
+        if eight:
             raise ValueError(
-                f"{len(names)} layers of {type(one).__name__} are 8-bit layers of bitsandbytes: {listed(names, 3)}. A "
+                f"{len(eight)} layers of {type(one).__name__} are 8-bit layers of bitsandbytes: {listed(eight, 3)}. A "
                 "model of transformers has 4-bit or 8-bit layers, not both. The model is unchanged."
+            )
+        experts = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, PackedLayer) and not isinstance(module, QLinear)
+        ]
+        if experts:
+            raise ValueError(
+                f"{type(one).__name__} has 4-bit experts, for which bitsandbytes has no layer: {listed(experts, 3)}. "
+                "Convert a model whose experts are dense. The model is unchanged."
             )
 
 

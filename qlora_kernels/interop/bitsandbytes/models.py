@@ -17,7 +17,7 @@ from ...models.places import places_of, put, take_hooks
 from ...models.quantize import after_quantizing, choose_what_is_trained
 from ...models.targets import Plan, adapted_among
 from .layers import linear4bit, to_linear4bit, to_qlinear
-from .marks import mark_bitsandbytes, refuse_8_bit, unmark_bitsandbytes
+from .marks import mark_bitsandbytes, refuse_other_layers, unmark_bitsandbytes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -119,7 +119,7 @@ def to_bitsandbytes(model: Model, *, compute_dtype: torch.dtype | None = None, d
         ImportError: when bitsandbytes is not installed.
         ValueError: for a model without such layers, or with one that has adapters, has no data, is distributed, lies
             inside a PEFT layer, is kept elsewhere by accelerate, or stands for float64; and for a model of transformers
-            with 8-bit layers too. The model is unchanged.
+            with 8-bit layers or 4-bit experts too. The model is unchanged.
         TypeError: for something that is no module, and a compute_dtype that is none.
     """
     linear4bit()
@@ -142,7 +142,7 @@ def to_bitsandbytes(model: Model, *, compute_dtype: torch.dtype | None = None, d
             "with save_adapter, for PEFT to load on the result, and pass drop_adapters=True; or fold them into the "
             "weights with merge_adapters. The model is unchanged."
         )
-    refuse_8_bit(model)
+    refuse_other_layers(model)
     layers = {name: to_linear4bit(layer, name or "the layer", compute_dtype) for name, layer in found.items()}
     double_quant = all(layer.weight.double_quant for layer in found.values())
     dtype = compute_dtype or next(iter(found.values())).dtype

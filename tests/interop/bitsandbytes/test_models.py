@@ -325,6 +325,20 @@ def test_8_bit_layers_beside_4_bit_ones(dense):
     assert [(name, id(module)) for name, module in model.named_modules()] == before
 
 
+def test_4_bit_experts_beside_4_bit_layers():
+    """bitsandbytes has no such layers, and transformers could not write them for it."""
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    quantize_model(model, rank=0, progress=False)
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM has 4-bit experts.*layers\.0\.mlp\.experts.*unchanged"):
+        to_bitsandbytes(model)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+
+
 def test_hooks_of_accelerate_are_not_lost():
     hooks = pytest.importorskip("accelerate.hooks")
     model = nn.Sequential(QLinear(64, 32, rank=0))
