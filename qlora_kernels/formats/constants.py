@@ -39,6 +39,8 @@ def check_constants(pieces: Mapping[str, Tensor | None]) -> None:
     if scale * entry + offset <= torch.finfo(torch.float32).max:
         return
     packed, absmax, nested_absmax, nested_offset, nested_table = tensors
+    if nested_offset.numel() > 1:  # a stack's: no sum may overflow, whatever the codes say
+        raise ValueError(f"'{list(pieces)[2]}' holds {scale:.5g}, with which constants may overflow float32")
     decoded = reference.decode_absmax((packed, absmax, nested_absmax, nested_offset, nested_table))
     if not decoded.isfinite().all():
         raise ValueError(f"'{list(pieces)[2]}' holds {scale:.5g}, with which the weight's constants overflow float32")

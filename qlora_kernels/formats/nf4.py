@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class NF4Weight:
     nested_table: torch.Tensor | None
     shape: torch.Size
     dtype: torch.dtype = torch.float32
+
+    # transformers fills parameters without this mark with random numbers, also those of the modules inside a block.
+    _is_hf_initialized: ClassVar[bool] = True
 
     @property
     def pieces(self) -> ops.Pieces:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,9 @@ def merge(layer: Adapters, probe: Tensor | None) -> MergeReport:
             raise ValueError(f"{kind} of adapter '{name}' holds NaN or infinity and cannot be merged")
 
     before = layer.weight
-    after = _requantize(layer, before, name)
+    after = requantize(
+        before, lambda begin, end: _rows(layer, before, name, begin, end, torch.float32), "the merged weight"
+    )
     report = MergeReport(
         _weight_error(layer, before, after, name),
         None if probe is None else _output_error(layer, before, after, name, probe),
@@ -117,16 +119,32 @@ def _to_linear(layer: Adapters) -> nn.Linear:
     return dense.train(layer.training)
 
 
-def _requantize(layer: Adapters, before: NF4Weight, name: str) -> NF4Weight:
-    """base + adapter in NF4. The second level needs all constants at once, the first only a panel of the weight."""
+def dense_layer(weight: NF4Weight, bias: Tensor | None) -> nn.Linear:
+    """An nn.Linear in float32 on copies of a weight and a bias, to compute with."""
+    n, k = weight.shape
+    dense = nn.Linear(k, n, bias=bias is not None, device="meta").requires_grad_(False)
+    dense.weight = nn.Parameter(weight.dequantize(torch.float32), requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(torch.float32, copy=True), requires_grad=False)
+    return dense
+
+
+def requantize(before: NF4Weight, rows: Callable[[int, int], Tensor], name: str) -> NF4Weight:
+    """A weight in NF4 from its rows [begin, end) in float32, with the shape, dtype and second level of another.
+
+    The second level needs all constants at once, the first only a panel of the weight.
+
+    Raises:
+        ValueError: for NaN or infinity; ``name`` is what the message calls the weight.
+    """
     n, k = before.shape
     packed = torch.empty_like(before.packed)
     absmax = torch.empty(before.absmax.numel(), dtype=torch.float32, device=before.device)
     for begin, end in panels(n, k):
-        codes, constants = ops.quantize(_rows(layer, before, name, begin, end, torch.float32), "the merged weight")
+        codes, constants = ops.quantize(rows(begin, end), name)
         packed[begin * k // 2 :][: codes.numel()] = codes
         absmax[begin * k // BLOCK_SIZE :][: constants.numel()] = constants
-    ops.check_finite(absmax, absmax, "the merged weight")
+    ops.check_finite(absmax, absmax, name)
     if before.nested_absmax is None or before.nested_table is None:
         return NF4Weight(packed, absmax, None, None, None, before.shape, before.dtype)
     table = before.nested_table[:256]  # without the levels that the base may have: what is new is NF4

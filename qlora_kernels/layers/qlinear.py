@@ -241,15 +241,15 @@ class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
         parameters, modules, dtype = self._parameters, self.__dict__["_modules"], x.dtype
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         if bias is not None:
-            bias = _fit("bias", bias, dtype)
+            bias = fitted("bias", bias, dtype)
         name, weight = self._active, self._operand()
         if name is None or self._disabled or self._merged is not None:
             return linear_on(x, weight, bias)
         config = self._adapters[name]
         A, B = modules["lora_A"]._parameters.get(name), modules["lora_B"]._parameters.get(name)
         lora = LoraTerm(
-            _fit("lora_A", self.lora_A[name] if A is None else A, dtype),
-            _fit("lora_B", self.lora_B[name] if B is None else B, dtype),
+            fitted("lora_A", self.lora_A[name] if A is None else A, dtype),
+            fitted("lora_B", self.lora_B[name] if B is None else B, dtype),
             config.scaling,
             config.dropout if self.training else 0.0,
         )
@@ -296,7 +296,7 @@ class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
         return text + (f", merged={self._merged!r}" if self._merged is not None else "")
 
 
-def _fit(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def fitted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Bias or adapter as the kernels take it: in x's dtype or in float32."""
     own = tensor.dtype
     return tensor if own is dtype or own is torch.float32 else dispatcher.convert(name, tensor, dtype)

@@ -18,7 +18,7 @@ from bnb_models import decoded, tensors_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Blocks of 64 and of more than a row; a last block that is not full; odd rows and an odd number of weights; and more
 # than 256 blocks, so that there is a second constant of the second level.
-SHAPES = [(64, 64), (5, 30), (7, 33), (1, 64), (65, 4098), (96, 512)]
+SHAPES = [(64, 64), (5, 30), (7, 33), (1, 64), (33, 96), (17, 4098), (32, 4096)]
 NESTED, QUANT_STATE = "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"
 
 

@@ -14,11 +14,11 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dty
 def decoded(packed: torch.Tensor, state: F.QuantState) -> torch.Tensor:
     """What bitsandbytes decodes a weight to.
 
-    Its kernel for CPUs takes a block to end with a row of an even length, and decodes blocks that go on into the next
-    one with wrong constants. Its own implementation in torch, which it calls "default" and which does what its CUDA
-    kernel does, stands in for that kernel there.
+    Where a row's length is no multiple of the block size, its kernel for CPUs gives some weights the constants of other
+    blocks. Its own implementation in torch, which it calls "default", stands
+    in for that kernel there.
     """
-    if state.shape[-1] >= state.blocksize:
+    if state.shape[-1] % state.blocksize == 0:
         return F.dequantize_4bit(packed, state)
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 

@@ -13,6 +13,7 @@ from ...formats.bitsandbytes import quant_type
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
 from ...models.places import places_of, put, take_hooks
+from ...models.quantize import after_quantizing
 from ...models.targets import adapted_among
 from .layers import linear4bit, to_linear4bit, to_qlinear
 from .marks import mark_bitsandbytes, unmark_bitsandbytes
@@ -86,6 +87,8 @@ def from_bitsandbytes(
         model.requires_grad_(False)
     result = _replace(model, layers, found)
     unmark_bitsandbytes(result)
+    for note in after_quantizing:
+        note(result)
     return result
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import InputError, readable
+from ...errors import InputError, sentence
 from ...formats.bitsandbytes import (
     STATE,
     TENSORS,
@@ -79,7 +80,7 @@ def put_layers(
     for name in names:
         if name not in places:
             raise InputError(f"{folder} holds {name}.weight in 4 bits, which is no linear layer of its model")
-        with readable(folder):
+        with _named(folder):
             states[name] = _check(name, entries)
         _check_shape(name, states[name], model.get_submodule(name), folder)
     adapted = adapted_among(names, target_modules) if adapter.rank else []
@@ -87,13 +88,22 @@ def put_layers(
         adapter.check(*states[name].shape, name)
     for name in names:
         own = {key: entries.pop(key) for key in _own(name, entries)}
-        with readable(folder):
+        with _named(folder):
             weight = from_bitsandbytes_state({key: read(entry) for key, entry in own.items()}, f"{name}.weight")
         layer = QLinear.from_nf4(weight, rank=0, dtype=dtype)
         layer.register_parameter("bias", model.get_submodule(name)._parameters.get("bias"))
         layer.fan_in_fan_out = is_conv1d(model.get_submodule(name))
         put(layer.eval(), places[name])
     return adapted, entries
+
+
+@contextlib.contextmanager
+def _named(folder: str) -> Iterator[None]:
+    """Puts the folder in front of what the format says; what is no fault of the files is not caught."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: {sentence(error)}") from None
 
 
 def _quantized(entries: dict[str, Entry]) -> list[str]:

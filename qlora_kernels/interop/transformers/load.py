@@ -17,6 +17,7 @@ from ...models.targets import plan, qlora_layers
 from ...storage.safetensors_stream import DTYPES, Entry, read
 from .bitsandbytes_folder import is_bitsandbytes, put_layers
 from .folder import METHOD, read_config, read_entries
+from .mark import mark
 from .skeleton import config_dtype, load_config, same_parameter, skeleton, skipped
 
 
@@ -33,10 +34,11 @@ def load_quantized(
 ) -> nn.Module:
     """A model from a 4-bit folder, with fresh adapters; everything else is frozen.
 
-    The folder is one that :func:`quantize_folder` wrote, or one that ``save_pretrained`` wrote for a model in 4 bits by
-    bitsandbytes, in which case its weights decode to bitsandbytes' bits; bitsandbytes itself is not needed.
+    The folder is one that ``qlora-kernels quantize`` wrote, or one that ``save_pretrained`` wrote for a model in 4 bits
+    by bitsandbytes, in which case its weights decode to bitsandbytes' bits; bitsandbytes itself is not needed.
 
-    The model is built without memory for its weights and then loaded, so no dense weight ever exists.
+    The model is built without memory for its weights and then loaded, so no dense weight ever exists. Its class is the
+    one that ``architectures`` in config.json names, or that of a causal language model. It needs transformers.
 
     Args:
         folder: the folder.
@@ -55,12 +57,14 @@ def load_quantized(
     if settings.get("quant_method") != METHOD and not of_bitsandbytes:
         raise InputError(f"{folder} is not a 4-bit folder of 'qlora-kernels quantize', nor one of bitsandbytes")
     _check_settings(settings, folder)
+    entries = read_entries(folder)
     with readable(folder):
         config = load_config(folder)
         dtype = config_dtype(config) if dtype is None else dtype
-        model = skeleton(config, dtype)
+        config._name_or_path = os.path.abspath(folder)  # an adapter's base is looked up there
+        # Every parameter has a tensor in the files, unless it is tied to one that has: there cannot be many more.
+        model = skeleton(config, dtype, most=4 * len(entries) + 1000)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
-    entries = read_entries(folder)
     if of_bitsandbytes:
         adapted, entries = put_layers(model, entries, folder, dtype, adapter, target_modules)
     else:
@@ -69,6 +73,7 @@ def load_quantized(
     layers = dict(qlora_layers(model))
     for name in adapted:
         layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
+    mark(model)
     return model.to(device)
 
 
@@ -99,6 +104,11 @@ def _check_settings(settings: dict[str, Any], folder: str) -> None:
             where = f"{os.path.join(folder, 'config.json')}: {key} in quantization_config"
             raise InputError(f"{where} should be {expected}, found {settings[key]!r:.100}")
 
+    if settings.get("adapters") or settings.get("layers"):
+        raise InputError(
+            f"{folder} holds adapters, or layers of several kinds; load it with transformers' from_pretrained after "
+            "'import qlora_kernels'"
+        )
     skip = settings.get("modules_to_not_convert")
     names = isinstance(skip, list) and all(isinstance(name, str) for name in skip)
     require("modules_to_not_convert", names, "a list of names")

@@ -171,6 +171,16 @@ def test_a_folder_that_lies(saved, tmp_path, change, message):
         load_quantized(folder)
 
 
+def test_a_config_with_more_layers_than_the_files_have(saved, tmp_path):
+    """It is refused before they are made, which would take long."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 65536}))
+    with pytest.raises(InputError, match=r"its config\.json asks for more than 1,\d\d\d parameters"):
+        load_quantized(folder)
+
+
 def test_a_truncated_file(saved, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)

@@ -1,0 +1,133 @@
+"""What import qlora_kernels changes in PEFT, and what it says about a model with adapters of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from small.blocks import IDS, Model, quantize, randomize
+from small.llama import llama
+
+from qlora_kernels import qlora_layers, save_adapter
+from qlora_kernels.interop.peft.layer import LoraQLinear
+
+CONFIG = {"target_modules": ["q_proj"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import qlora_kernels; from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training",
+        "from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training; import qlora_kernels",
+    ],
+)
+def test_the_order_of_imports_does_not_matter(imports):
+    code = f"""
+{imports}
+from torch import nn
+model = nn.Sequential(qlora_kernels.QLinear(64, 64, rank=0))
+model = get_peft_model(model, LoraConfig(target_modules=["0"]))
+print(type(model.base_model.model[0]).__name__, prepare_model_for_kbit_training.__wrapped__.__name__)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LoraQLinear prepare_model_for_kbit_training"
+
+
+def test_untrained_adapters_of_the_layers_are_removed_with_a_warning():
+    model = Model()
+    quantize(model)
+    expected = model(IDS)
+    with pytest.warns(UserWarning, match=r"8 layers had untrained adapters .*layers.0.q_proj .*rank=0"):
+        peft_model = get_peft_model(model, LoraConfig(**CONFIG))
+    assert not any(layer.adapters for _, layer in qlora_layers(model))
+    assert torch.allclose(peft_model(IDS), expected, atol=1e-5)
+    trained = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 4
+    assert all("q_proj.lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(**CONFIG), IA3Config(target_modules=["q_proj"], feedforward_modules=[])])
+@pytest.mark.parametrize("merged", [False, True])
+def test_trained_adapters_of_the_layers_are_refused(config, merged):
+    model = Model()
+    quantize(model)
+    randomize(model)
+    if merged:
+        next(qlora_layers(model))[1].merge()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj \('default'\).*save_adapter, quantize .*rank=0"):
+        get_peft_model(model, config)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_way_that_the_refusal_names(tmp_path):
+    torch.manual_seed(0)
+    dense = Model()
+    state = {name: value.clone() for name, value in dense.state_dict().items()}
+    quantize(dense)
+    randomize(dense)
+    save_adapter(dense, tmp_path)
+    again = Model()
+    again.load_state_dict(state)
+    quantize(again, rank=0)
+    peft_model = PeftModel.from_pretrained(again, tmp_path)
+    assert torch.allclose(peft_model(IDS), dense(IDS), atol=1e-5)
+
+
+def test_prepared_for_training():
+    model = llama().to(torch.bfloat16)
+    quantize(model, rank=0)
+    packed = [layer.weight_packed.clone() for _, layer in qlora_layers(model)]
+    model = prepare_model_for_kbit_training(model)
+    assert model.is_gradient_checkpointing
+    assert not hasattr(model, "is_loaded_in_4bit")
+    assert model.lm_head.weight.dtype == torch.float32
+    assert all(
+        torch.equal(layer.weight_packed, one) for (_, layer), one in zip(qlora_layers(model), packed, strict=True)
+    )
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    ids = torch.arange(8).view(1, 8)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    layers = [module for module in model.modules() if isinstance(module, LoraQLinear)]
+    assert layers
+    assert all(layer.lora_B["default"].weight.grad.abs().sum() > 0 for layer in layers)
+
+
+def test_a_quantized_module_to_save_is_refused():
+    model = Model()
+    quantize(model, rank=0, skip=())
+    with pytest.raises(ValueError, match=r"'lm_head' cannot be trained: .*lm_head.*skip=\['lm_head'"):
+        get_peft_model(model, LoraConfig(**CONFIG, modules_to_save=["lm_head"]))
+    assert not any(isinstance(module, LoraQLinear) for module in model.modules())
+
+
+def test_corda_is_refused_before_it_writes_to_the_layers():
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model = Model()
+    quantize(model, rank=0)
+    with pytest.raises(ValueError, match="CorDA needs the dense weights"):
+        preprocess_corda(model, LoraConfig(**CONFIG))
+
+
+def test_prepared_for_compiled_hotswaps():
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    model = Model()
+    quantize(model, rank=0)
+    peft_model = get_peft_model(model, LoraConfig(**CONFIG, r=4)).eval()
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    expected = peft_model(IDS)
+    prepare_model_for_compiled_hotswap(peft_model, target_rank=8)
+    layer = peft_model.base_model.model.layers[0].q_proj
+    assert layer.lora_A["default"].weight.shape == (8, 64)
+    assert isinstance(layer.scaling["default"], torch.Tensor)
+    assert torch.allclose(peft_model(IDS), expected, atol=1e-5)
