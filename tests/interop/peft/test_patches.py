@@ -131,3 +131,12 @@ def test_prepared_for_compiled_hotswaps():
     assert layer.lora_A["default"].weight.shape == (8, 64)
     assert isinstance(layer.scaling["default"], torch.Tensor)
     assert torch.allclose(peft_model(IDS), expected, atol=1e-5)
+
+
+def test_a_models_adapters_are_not_quantized_with_it():
+    model = Model()
+    quantize(model, rank=0, skip=("down", "lm_head"))
+    peft_model = get_peft_model(model, LoraConfig(**CONFIG, r=8))
+    report = quantize(peft_model, rank=0)
+    assert report.quantized == [f"base_model.model.layers.{i}.down" for i in range(2)]
+    assert type(peft_model.base_model.model.layers[0].q_proj.lora_A["default"]) is torch.nn.Linear
