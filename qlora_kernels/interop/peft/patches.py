@@ -131,9 +131,46 @@ def _replace(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]],
     setattr(module, name, replacement)
 
 
+def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PeftModel's constructor: prompt tuning and the like inject nothing, but neither train nor save the base."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_own_adapters(model)
+        original(self, model, *args, **kwargs)
+        drop_own_adapters(model)
+
+    return __init__
+
+
+def _count(original: Callable[..., Any]) -> Callable[..., Any]:
+    """get_nb_trainable_parameters: of a 4-bit layer PEFT would count the bytes, half of the weight's elements."""
+
+    @functools.wraps(original)
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        trainable, total = original(self)
+        for _, layer in qlora_layers(self):
+            total += layer.in_features * layer.out_features
+            total -= sum(piece.numel() for piece in layer.weight.pieces if isinstance(piece, nn.Parameter))
+        return trainable, total
+
+    return get_nb_trainable_parameters
+
+
 def _change_tuners(module: ModuleType) -> None:
     tuner = module.BaseTuner
     tuner.inject_adapter = _inject(tuner.inject_adapter)
+
+
+def _change_model(module: ModuleType) -> None:
+    model = module.PeftModel
+    model.__init__ = _init(model.__init__)
+    model.get_nb_trainable_parameters = _count(model.get_nb_trainable_parameters)
+
+
+def _change_mixed_model(module: ModuleType) -> None:
+    model = module.PeftMixedModel
+    model.get_nb_trainable_parameters = _count(model.get_nb_trainable_parameters)
 
 
 #: What is done to each of PEFT's modules once it is imported.
@@ -141,6 +178,8 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "peft.utils.integrations": lambda module: _replace(module, "dequantize_module_weight", _dense_weight),
     "peft.utils.other": lambda module: _replace(module, "prepare_model_for_kbit_training", _prepare),
     "peft.tuners.tuners_utils": _change_tuners,
+    "peft.peft_model": _change_model,
+    "peft.mixed_model": _change_mixed_model,
     "peft.tuners.lora.model": lambda module: _replace(module, "dispatch_default", _lora_layer),
     "peft.tuners.lora.corda": lambda module: _replace(module, "preprocess_corda", _refuse_corda),
 }

@@ -173,6 +173,11 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     assert torch.equal(layer(x), samples[0])
 
 
+def test_dropping_everything_leaves_the_base():
+    layer, x = proj(adapted(One(), lora_dropout=1.0)).train(), torch.randn(3, 96)
+    assert error(layer(x), reference(layer, x)) < 1e-5
+
+
 @pytest.mark.parametrize("place", ["base_layer", "lora_A", "lora_dropout"])
 def test_hooks_are_called(place, fused):
     layer = proj(adapted(One()))

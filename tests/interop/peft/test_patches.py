@@ -7,7 +7,15 @@ import sys
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from small.blocks import IDS, Model, quantize, randomize
 from small.llama import llama
 
@@ -64,6 +72,34 @@ def test_trained_adapters_of_the_layers_are_refused(config, merged):
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "config", [PromptTuningConfig(num_virtual_tokens=2), AdaptionPromptConfig(adapter_len=2, adapter_layers=1)]
+)
+def test_methods_that_inject_no_layers_do_not_lose_them_either(config):
+    config.task_type = "CAUSAL_LM"
+    model = llama()
+    quantize(model)
+    randomize(model)
+    with pytest.raises(ValueError, match=r"trained adapters of their own.*save_adapter"):
+        get_peft_model(model, config)
+    model = llama()
+    quantize(model)
+    with pytest.warns(UserWarning, match="untrained adapters of their own"):
+        get_peft_model(model, config)
+    assert not any(layer.adapters for _, layer in qlora_layers(model))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_parameters_are_counted_as_those_of_the_dense_model(mixed):
+    counts = []
+    for four_bit in (False, True):
+        model = Model()
+        if four_bit:
+            quantize(model, rank=0)
+        counts.append(get_peft_model(model, LoraConfig(**CONFIG), mixed=mixed).get_nb_trainable_parameters())
+    assert counts[0] == counts[1]
 
 
 def test_the_way_that_the_refusal_names(tmp_path):
