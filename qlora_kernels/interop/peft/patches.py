@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -77,11 +78,28 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         _check_trained(model, getattr(self.peft_config[adapter_name], "modules_to_save", None) or ())
         check_own_adapters(model)
-        result = original(self, model, adapter_name, *args, **kwargs)
+        with _no_targets_inside(self, model):
+            result = original(self, model, adapter_name, *args, **kwargs)
         drop_own_adapters(model)
         return result
 
     return inject_adapter
+
+
+@contextlib.contextmanager
+def _no_targets_inside(tuner: Any, model: nn.Module) -> Iterator[None]:
+    """Within it an expression like ".*q_proj.*" matches no containers of a QLinear's own adapters, as on nn.Linear."""
+    inside = {f"{name}.{child}" for name, layer in qlora_layers(model) for child, _ in layer.named_children()}
+    original = tuner._check_target_module_exists
+
+    def check(config: Any, key: str) -> Any:
+        return False if key in inside else original(config, key)
+
+    tuner.__dict__["_check_target_module_exists"] = check
+    try:
+        yield
+    finally:
+        del tuner.__dict__["_check_target_module_exists"]
 
 
 def _check_trained(model: nn.Module, names: Sequence[str]) -> None:

@@ -104,7 +104,7 @@ def test_a_layer_of_its_own_for_every_base_and_no_other():
     assert torch.isfinite(peft_model(IDS)).all()
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "up"], r"layers\.\d\.(q_proj|up)"])
+@pytest.mark.parametrize("targets", [["q_proj", "up"], r"layers\.\d\.(q_proj|up)", r".*(q_proj|up).*"])
 def test_targets_by_name_and_by_expression(targets):
     model = Model()
     quantize(model, rank=0)
