@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -176,3 +177,21 @@ def test_a_models_adapters_are_not_quantized_with_it():
     report = quantize(peft_model, rank=0)
     assert report.quantized == [f"base_model.model.layers.{i}.down" for i in range(2)]
     assert type(peft_model.base_model.model.layers[0].q_proj.lora_A["default"]) is torch.nn.Linear
+
+
+def test_another_method_is_right_and_its_merge_refused():
+    model = Model()
+    dense = copy.deepcopy(model)
+    quantize(model, rank=0)
+    for name, layer in list(qlora_layers(model)):
+        dense.get_submodule(name).weight.data = layer.weight.dequantize(torch.float32)
+    config = {"target_modules": ["q_proj", "up"], "feedforward_modules": ["up"], "init_ia3_weights": False}
+    outputs = []
+    for base in (dense, model):
+        torch.manual_seed(0)
+        peft_model = get_peft_model(base, IA3Config(**config)).eval()
+        outputs.append(peft_model(IDS))
+    assert torch.allclose(*outputs, atol=1e-5)
+    with pytest.raises(RuntimeError, match="4-bit"):
+        peft_model.merge_adapter()
+    assert torch.equal(peft_model(IDS), outputs[1])
