@@ -41,6 +41,20 @@ def tiny_llama():
 
 
 @contextlib.contextmanager
+def a_4_bit_folder():
+    """The folder llama-4bit, as the command before the block leaves it."""
+    pytest.importorskip("transformers")
+    from small.llama import llama
+
+    from qlora_kernels.cli.main import main
+
+    llama().save_pretrained("Llama-3.1-8B")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["quantize", "Llama-3.1-8B", "llama-4bit", "--quiet"]) == 0
+    yield str
+
+
+@contextlib.contextmanager
 def tiny_llama_in_4_bits():
     """The same from a folder, so that from_pretrained quantizes it with bitsandbytes."""
     transformers = pytest.importorskip("transformers")
@@ -82,6 +96,7 @@ def as_it_stands():
 STAND_INS = {
     None: as_it_stands,
     "a tiny Llama for the download": tiny_llama,
+    "a 4-bit folder of a tiny Llama": a_4_bit_folder,
     "a tiny Llama in 4 bits for the download": tiny_llama_in_4_bits,
     "a tiny Llama's folder for the download": tiny_folder,
     "the CPU for a CUDA device": the_cpu,

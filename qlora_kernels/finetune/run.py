@@ -127,6 +127,9 @@ class _Run:
             if not exists:
                 stack.enter_context(self.outputs.claimed())
             self.note(settings.about_dtype())
+            repeated, held_out = (self.data.summary.get(f"held_out_{key}") for key in ("in_training", "examples"))
+            if repeated:
+                self.note(f"{repeated} of {held_out} examples to evaluate on are in the training data too")
             self.reporter = Reporter(settings, self.note)
             stack.callback(self.reporter.end)
             self._phases(resumed)
@@ -209,9 +212,14 @@ class _Run:
         self.results["qlora"] = self._trained(model, "qlora", TITLES["qlora"], settings.lr)
         self.results["qlora"]["sample"] = self._sample(model)
         with self.stop.deferred():
-            save_adapter(model, self.outputs.adapter, base_model_name_or_path=_base_name(self.source.folder))
+            save_adapter(model, self.outputs.adapter, base_model_name_or_path=self._base_name())
             self._phase_done()
         self.stop.check()
+
+    def _base_name(self) -> str | None:
+        """What to name as the adapter's base; None where the model says it better, with its revision."""
+        own = self.source.four_bit or not os.path.isdir(self.source.folder)
+        return None if own else os.path.abspath(self.source.folder)
 
     def _compare(self) -> None:
         """LoRA on the dense 16-bit base, and full fine-tuning, on the same data in the same order."""
@@ -360,11 +368,6 @@ class _Run:
             print(line)
         written = ", ".join((outputs.metrics, outputs.plot, outputs.adapter))
         print(f"Written: {written}. Took {metrics['seconds_this_call']:.0f} s.")
-
-
-def _base_name(model: str) -> str:
-    """A folder as an absolute path, which the adapter finds from anywhere; an id unchanged."""
-    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def _indent(text: str) -> str:

@@ -13,7 +13,7 @@ from ..console.quiet import quiet_transformers
 from ..errors import InputError, readable, sentence
 from ..interop.transformers.bitsandbytes_folder import is_bitsandbytes
 from ..interop.transformers.folder import METHOD, read_config
-from ..interop.transformers.skeleton import cast_parameters, dtype_argument, load_config, skeleton, skipped
+from ..interop.transformers.skeleton import cast_parameters, dtype_argument, is_causal, load_config, skeleton, skipped
 from ..layers.adapters.config import AdapterConfig
 from ..models.quantize import QuantizeReport, quantize_model
 from ..models.targets import plan, qlora_layers
@@ -58,6 +58,11 @@ class Source:
         self._config = None if settings.is_tiny else _load_config(settings.model)
         if self._config is not None and not self.four_bit:  # an id has its config elsewhere
             _refuse_quantized(settings.model, getattr(self._config, "quantization_config", None))
+        if self._config is not None and not is_causal(self._config):
+            raise InputError(
+                f"--model {settings.model} is a {self._config.architectures[0]}; finetune trains models that predict "
+                "the next token. Quantize this one with quantize_model, and train it with a loop of your own"
+            )
         self._tokenizer = None if settings.is_tiny else _load_tokenizer(settings.model)
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..formats.nf4 import PIECES, NF4Weight
 from ..ops.weight import same_pieces
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class PackedLayer(nn.Module):
@@ -148,6 +152,12 @@ class PackedLayer(nn.Module):
         """The base as it was before the merge."""
         pieces = {name: getattr(self, f"unmerged_{name}") for name in PIECES}
         return NF4Weight(**pieces, shape=self._shape, dtype=self._dtype)
+
+
+def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, as FSDP2 makes of parameters. Before the module is imported none can be."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def frozen_tensors(layer: PackedLayer) -> list[Tensor]:

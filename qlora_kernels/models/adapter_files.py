@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import listed
 from ..layers.adapters.config import AdapterConfig
-from ..layers.adapters.named import adapter_options, check_adapter_name, put_adapter
+from ..layers.adapters.named import adapter_options, check_adapter_name, put_adapter, refuse_sharded, set_config
+from ..layers.offloading import offloaded
+from ..layers.packed import is_sharded
 from ..layers.qlinear import QLinear
 from ..ops import dispatcher
 from ..storage.atomic_file import write_atomically
@@ -21,10 +23,13 @@ from ..storage.formats import load_json, parse_json, save_json, save_safetensors
 from ..storage.lock import exclusive, unchanging
 from ..storage.regular_file import identity_of
 from ..storage.safetensors_stream import DTYPES, Entry, Reader, read_header
-from . import peft_config
+from . import peft_config, sharded
 from .adapters import no_adapter
+from .experts import experts_layers
+from .origin import Origin, origin_of_model
 from .peft_config import CONFIG_NAME
 from .targets import qlora_layers
+from .trained import Values, find_trained, read_values
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -46,44 +51,85 @@ def save_adapter(
 ) -> None:
     """Writes an adapter as PEFT does: ``PeftModel.from_pretrained(dense_model, folder)`` reads it.
 
+    What else asks for gradients is saved with it, as PEFT's modules_to_save and bias: heads, embeddings and norms as
+    whole modules, biases alone where the weight beside them is frozen. Modules that share a trained tensor are saved
+    each with a copy.
+
     After a kill at any moment :func:`load_adapter` finds the old adapter or the new one. The exception is a folder
     that another program wrote: a kill may leave a mixture there, which load_adapter refuses. PEFT has one dropout and
     one kind of scaling for all layers, so the commonest dropout is written, and where only some layers use rslora,
     alphas that give the same scalings.
 
+    Of a model that FSDP2 has sharded every process has to call this: all gather, the first one writes.
+
     Args:
         model: a model with QLinear layers.
         folder: created if it does not exist.
         adapter_name: which adapter; the files do not name it.
-        base_model_name_or_path: what PEFT should load the adapter onto; by default the model's ``name_or_path``.
+        base_model_name_or_path: the dense model that PEFT should load the adapter onto. By default the model's
+            ``name_or_path`` with its revision, or what a 4-bit folder says that it was made from.
 
     Raises:
         KeyError: when no layer has this adapter; the message lists those there are.
-        ValueError: when the model is itself a QLinear, since PEFT has no name for such a layer, and when the adapter
-            holds NaN or infinity.
+        ValueError: when the model is itself a QLinear, since PEFT has no name for such a layer, when a tensor to be
+            saved holds NaN or infinity, and when PEFT's format cannot name a trained module alone.
+        RuntimeError: for a model in FullyShardedDataParallel (FSDP1), and for tensors on the meta device.
         OSError: when the folder cannot be created or written.
+
+    Warns:
+        UserWarning: when the model came from a 4-bit folder that does not name its dense model: pass
+            ``base_model_name_or_path`` then.
     """
     model = _unwrapped(model)
+    _refuse_experts(model, adapter_name)
+    sharded.refuse_flat_parameters(model)
+    sharded.reshard(model)
     everything = _layers(model)
     layers = {name: layer for name, layer in everything.items() if adapter_name in layer.adapters}
     if not layers:
         raise no_adapter(adapter_name, everything.values())
-    if base_model_name_or_path is None:
-        base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    config = peft_config.describe(model, layers, adapter_name, base_model_name_or_path)
-    tensors = {}
+    base = origin_of_model(model) if base_model_name_or_path is None else Origin(base_model_name_or_path)
+    trained = find_trained(model, layers)
+    config = peft_config.describe(model, layers, adapter_name, base.name)
+    config |= {"revision": base.revision, "bias": trained.bias, "modules_to_save": trained.modules}
+    tensors = {key: _to_save(key, tensor, adapter_name) for key, tensor in trained.tensors.items()}
+    mesh = sharded.mesh_of(layer.lora_A[adapter_name] for layer in layers.values())
     for name, layer in layers.items():
         for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            matrix = matrices[adapter_name].detach()
-            dispatcher.require_memory(f"{name}.{kind}.{adapter_name}", matrix)
-            tensors[f"base_model.model.{name}.{kind}.weight"] = matrix.cpu()
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} of adapter {adapter_name!r} holds NaN or infinity and is not saved")
+            key = f"base_model.model.{name}.{kind}.weight"
+            with offloaded(matrices):
+                tensors[key] = _to_save(key, matrices[adapter_name], adapter_name)
 
-    os.makedirs(folder, exist_ok=True)
-    with exclusive(os.fspath(folder)):  # two saves at once would pair one's weights with the other's configuration
-        _write(os.fspath(folder), tensors, config)
+    def write() -> None:
+        os.makedirs(folder, exist_ok=True)
+        with exclusive(os.fspath(folder)):  # two saves at once would pair one's weights with the other's configuration
+            _write(os.fspath(folder), tensors, config)
+
+    sharded.on_first_process(mesh, write)
+
+
+def _to_save(key: str, tensor: Tensor, adapter_name: str) -> Tensor:
+    if tensor.is_meta:
+        raise RuntimeError(f"{key} is on the meta device and has no values to save; bring offloaded weights back first")
+    if not is_sharded(tensor):
+        dispatcher.require_memory(key, tensor)
+    value = sharded.whole(tensor).cpu()
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{key} of adapter {adapter_name!r} holds NaN or infinity and is not saved")
+    return value
+
+
+def _refuse_experts(model: nn.Module, adapter_name: str) -> None:
+    """
+    Raises:
+        NotImplementedError: when experts have this adapter, which would be missing in the file.
+    """
+    names = [name for name, layer in experts_layers(model) if adapter_name in layer.adapters]
+    if names:
+        raise NotImplementedError(
+            f"save_adapter does not write adapters of experts yet, and {listed(names, 3)} have {adapter_name!r}; save "
+            "what is trained with model.state_dict()"
+        )
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> list[str]:
@@ -104,15 +150,19 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     Raises:
         FileNotFoundError: when the folder, or a file in it, does not exist.
         ValueError: for a truncated or foreign file, an adapter that is not plain LoRA, or one for another model (the
-            first layers that do not fit are named); for a folder that other programs keep writing to.
-        RuntimeError: when the adapter to be replaced is merged, or when another is merged and this one would be active.
+            first layers that do not fit are named); for a module that was trained but is 4-bit here; for a folder that
+            other programs keep writing to.
+        RuntimeError: when the adapter to be replaced is merged, or when another is merged and this one would be active;
+            for a model on the meta device, or sharded by FSDP2 with no such adapter; for one in FSDP1.
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
-    layers = _layers(_unwrapped(model))
+    model = _unwrapped(model)
+    layers = _layers(model)
+    _check_memory(model, layers)
     with unchanging(folder):
-        configs, pairs = _read(folder, layers, adapter_name)
+        configs, pairs, values = _read(folder, model, layers, adapter_name)
     active = {layer.active_adapter for layer in layers.values()}
     activate = adapter_name in active or active <= {None}
     for name, layer in layers.items():
@@ -121,16 +171,56 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
             raise RuntimeError(f"adapter '{merged}' is merged into {name}; unmerge it first")
         if adapter_name not in layer.adapters:
             check_adapter_name(layer, adapter_name)
+        _check_shards(layer, name, adapter_name, configs.get(name))
+    others = {other for layer in layers.values() for other in layer.adapters} - {adapter_name}
+    if values and others:
+        raise ValueError(
+            f"{folder}: the adapter brings its own {listed(values.names, 3)}, which the model has only once; delete "
+            f"its other adapters first: {listed(map(repr, sorted(others)))}"
+        )
 
+    values.put()
     for name, layer in layers.items():
         if name in configs:
-            put_adapter(layer, adapter_name, configs[name], pairs[name]["A"], pairs[name]["B"])
+            _put(layer, adapter_name, configs[name], pairs[name])
         elif adapter_name in layer.adapters:
             layer.delete_adapter(adapter_name)
     if activate:
         for layer in layers.values():
             layer.set_adapter(adapter_name if adapter_name in layer.adapters else None)
     return list(configs)
+
+
+def _check_memory(model: nn.Module, layers: Mapping[str, QLinear]) -> None:
+    sharded.refuse_flat_parameters(model)
+    sharded.reshard(model)
+    for name, layer in layers.items():
+        if layer.weight_packed.is_meta:
+            raise RuntimeError(
+                f"{name} is on the meta device, where an adapter's values would be lost; load the adapter when the "
+                "model has its weights (and before they are offloaded)"
+            )
+
+
+def _check_shards(layer: QLinear, name: str, adapter_name: str, config: AdapterConfig | None) -> None:
+    """
+    Raises:
+        RuntimeError: for a layer of FSDP2 that would get other parameters than it has.
+    """
+    own = layer.adapters.get(adapter_name)
+    if (None if own is None else own.rank) != (None if config is None else config.rank):
+        wanted = "is not in the file" if config is None else f"has rank {config.rank} in the file"
+        ours = "does not have it" if own is None else f"has it with rank {own.rank}"
+        refuse_sharded(layer, f"adapter {adapter_name!r} {wanted}, while {name} {ours}: load it")
+
+
+def _put(layer: QLinear, name: str, config: AdapterConfig, pair: Mapping[str, Tensor]) -> None:
+    if not is_sharded(layer.weight_packed):
+        put_adapter(layer, name, config, pair["A"], pair["B"])
+        return
+    sharded.fill(layer.lora_A[name], pair["A"])
+    sharded.fill(layer.lora_B[name], pair["B"])
+    set_config(layer, name, config)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -185,8 +275,11 @@ def _contradicts(path: str, config: Mapping[str, Any]) -> bool:
 _Pairs = dict[str, dict[str, Tensor]]  # {layer: {"A": ..., "B": ...}}
 
 
-def _read(folder: str, layers: Mapping[str, QLinear], adapter_name: str) -> tuple[dict[str, AdapterConfig], _Pairs]:
-    """The configuration and the matrices for each layer, all of one save, after checking that they fit.
+_Found = tuple[dict[str, AdapterConfig], _Pairs, Values]
+
+
+def _read(folder: str, model: nn.Module, layers: Mapping[str, QLinear], adapter_name: str) -> _Found:
+    """The configuration, the matrices and other values, all of one save, after checking that they fit.
 
     The matrices have the layer's dtype and device: nothing that can fail is left for when the model changes.
 
@@ -196,7 +289,7 @@ def _read(folder: str, layers: Mapping[str, QLinear], adapter_name: str) -> tupl
     for _ in range(_ATTEMPTS):
         before = [identity_of(path) for path in paths]
         try:
-            result = _read_once(folder, layers, adapter_name)
+            result = _read_once(folder, model, layers, adapter_name)
         except (OSError, ValueError):
             if [identity_of(path) for path in paths] == before:
                 raise
@@ -206,9 +299,7 @@ def _read(folder: str, layers: Mapping[str, QLinear], adapter_name: str) -> tupl
     raise ValueError(f"{folder} is being written by another program; load it when that is done")
 
 
-def _read_once(
-    folder: str, layers: Mapping[str, QLinear], adapter_name: str
-) -> tuple[dict[str, AdapterConfig], _Pairs]:
+def _read_once(folder: str, model: nn.Module, layers: Mapping[str, QLinear], adapter_name: str) -> _Found:
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
     config = load_json(config_path) if os.path.exists(config_path) else None
     if not os.path.exists(weights_path):
@@ -218,13 +309,16 @@ def _read_once(
     with Reader(weights_path) as file:
         config = _matching_config(config, file.metadata, config_path, weights_path)
         peft_config.check(config, config_path)
-        found = _pair(file.entries, folder)
+        matrices = {key: entry for key, entry in file.entries.items() if _KEY.fullmatch(key)}
+        found = _pair(matrices, folder)
+        others = {key: entry for key, entry in file.entries.items() if key not in matrices}
+        values = read_values(file, others, model, config, weights_path)
         configs = _fit(layers, found, config, folder)
         pairs: _Pairs = {}
         for name in configs:
             options = adapter_options(layers[name], adapter_name)
             pairs[name] = {letter: _finite(file, entry, name, letter, options) for letter, entry in found[name].items()}
-    return configs, pairs
+    return configs, pairs, values
 
 
 def _matching_config(
@@ -251,14 +345,8 @@ def _pair(entries: Mapping[str, Entry], folder: str) -> dict[str, dict[str, Entr
     path = os.path.join(folder, WEIGHTS_NAME)
     pairs: dict[str, dict[str, Entry]] = {}
     names = {key: match.groups() for key in entries if (match := _KEY.fullmatch(key))}
-    foreign = [key for key in entries if key not in names]
     if not entries:
-        raise ValueError(f"{path} holds no tensors")
-    if foreign:
-        raise ValueError(
-            f"{path}: keys should be base_model.model.<layer>.lora_A.weight and lora_B.weight, found "
-            f"{listed(foreign, 3)}"
-        )
+        raise ValueError(f"{path} holds no tensors of an adapter")
     for key, entry in entries.items():
         dtype = DTYPES.get(entry.dtype)
         if len(entry.shape) != 2 or dtype is None or not dtype.is_floating_point:

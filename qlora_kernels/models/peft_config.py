@@ -33,8 +33,6 @@ _DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _UNSUPPORTED = (
     "use_dora",
     "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
     "target_parameters",
     "layer_replication",
     "use_qalora",
@@ -44,6 +42,8 @@ _UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
 )
+
+_BIASES = (None, "none", "lora_only", "all")
 
 # Initialisations that keep the base weights; all others (pissa, olora, loftq, ...) change them.
 _KEEPING_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -69,12 +69,13 @@ def describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, base
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
         "base_model_name_or_path": base,
+        "revision": None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": _commonest(config.dropout for config in configs.values()),
         "use_rslora": rslora,
-        "bias": "none",
+        "bias": "none",  # the caller sets this, modules_to_save and revision
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": None,
@@ -126,6 +127,17 @@ def check(config: Mapping[str, Any], path: str) -> None:
     if not isinstance(config.get("use_rslora"), bool | None):
         raise ValueError(f"{path}: use_rslora should be true or false, found {config['use_rslora']!r}")
     _check_patterns(config, path)
+    _check_saved(config, path)
+
+
+def _check_saved(config: Mapping[str, Any], path: str) -> None:
+    modules, tokens = config.get("modules_to_save"), config.get("trainable_token_indices")
+    if not (modules is None or _is_names(modules)) or "" in (modules or ()):
+        raise ValueError(f"{path}: modules_to_save should be a list of names, found {modules!r}")
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+    for each in lists:
+        if not isinstance(each, list) or not each or not all(_is_number(index, whole=True) for index in each):
+            raise ValueError(f"{path}: trainable_token_indices should be lists of row numbers, found {tokens!r}")
 
 
 def _check_plain_lora(config: Mapping[str, Any], path: str) -> None:
@@ -135,8 +147,8 @@ def _check_plain_lora(config: Mapping[str, Any], path: str) -> None:
     for key in _UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{path}: {key} = {config[key]!r} is not supported; only plain LoRA on linear layers is")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias = {config['bias']!r} is not supported; only 'none' is")
+    if config.get("bias") not in _BIASES:
+        raise ValueError(f"{path}: bias = {config['bias']!r} is not supported; 'none', 'lora_only' and 'all' are")
     init = config.get("init_lora_weights")
     if init not in _KEEPING_INITS:
         raise ValueError(f"{path}: init_lora_weights = {init!r} changes the base weights; convert it to plain LoRA")

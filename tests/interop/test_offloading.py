@@ -59,3 +59,15 @@ def test_an_error_leaves_the_adapters_where_they_were():
     with pytest.raises(ValueError, match="64"):
         layer(torch.randn(2, 63))
     assert layer.lora_A["default"].is_meta
+
+
+@pytest.mark.parametrize("offload", [on_the_host, on_disk, in_parts])
+def test_adapters_are_saved_from_where_they_are_but_not_loaded_there(tmp_path, offload):
+    model = quantized()
+    qk.save_adapter(model, tmp_path / "before")
+    model = offload(model, str(tmp_path / "weights"))
+    qk.save_adapter(model, tmp_path / "after")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("before", "after")]
+    assert files[0] == files[1]
+    with pytest.raises(RuntimeError, match=r"on the meta device, where an adapter's values would be lost"):
+        qk.load_adapter(model, tmp_path / "before")

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import InputError
+from ...models.origin import METHOD as METHOD
 from ...storage.formats import load_json
 from ...storage.safetensors_stream import Entry, read_header
 
-METHOD = "qlora_kernels"  # quant_method in the quantization_config of a folder of ours
 INDEX = "model.safetensors.index.json"
 # Files with weights. All others (tokenizer, licence, chat template) are copied.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")

@@ -34,10 +34,11 @@ def load_quantized(
 ) -> nn.Module:
     """A model from a 4-bit folder, with fresh adapters; everything else is frozen.
 
-    The folder is one that :func:`quantize_folder` wrote, or one that ``save_pretrained`` wrote for a model in 4 bits by
-    bitsandbytes, in which case its weights decode to bitsandbytes' bits; bitsandbytes itself is not needed.
+    The folder is one that ``qlora-kernels quantize`` wrote, or one that ``save_pretrained`` wrote for a model in 4 bits
+    by bitsandbytes, in which case its weights decode to bitsandbytes' bits; bitsandbytes itself is not needed.
 
-    The model is built without memory for its weights and then loaded, so no dense weight ever exists.
+    The model is built without memory for its weights and then loaded, so no dense weight ever exists. Its class is the
+    one that ``architectures`` in config.json names, or that of a causal language model. It needs transformers.
 
     Args:
         folder: the folder.
@@ -60,6 +61,7 @@ def load_quantized(
     with readable(folder):
         config = load_config(folder)
         dtype = config_dtype(config) if dtype is None else dtype
+        config._name_or_path = os.path.abspath(folder)  # an adapter's base is looked up there
         # Every parameter has a tensor in the files, unless it is tied to one that has: there cannot be many more.
         model = skeleton(config, dtype, most=4 * len(entries) + 1000)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,15 @@ from ...errors import InputError, listed, readable
 from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, PIECES, check_range, meta_weight, quantize
 from ...layers.adapters.config import AdapterConfig
 from ...models.dense_layers import is_conv1d, matrix_shape
+from ...models.origin import NAME, REVISION, origin_of_folder
 from ...models.targets import Plan, plan
 from ...storage.atomic_folder import new_folder, write_folder_atomically
 from ...storage.formats import save_json
-from ...storage.safetensors_stream import DTYPES, Entry, Writer, read
+from ...storage.safetensors_stream import DTYPES, Entry, Writer
 from ...version import BASE
 from .folder import INDEX, METHOD, copy_other_files, other_files, read_config, read_entries, refuse_outer_link
-from .skeleton import load_config, same_parameter, skeleton, skipped
+from .skeleton import load_config, skeleton, skipped
+from .stored_names import Source, match_names
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def quantize_folder(
 ) -> FolderReport:
     """Writes a model's folder again, with its linear layers in 4 bits and everything else unchanged.
 
+    Any model of transformers that ``architectures`` in config.json names is taken, encoders and classifiers as well as
+    language models. Output embeddings and heads stay dense. Experts that a model keeps in one parameter stay dense,
+    too, merged where the files have them one by one; the report has their bytes.
+
     A quantized layer's tensors are named as in the state dict that :func:`qlora_kernels.quantize_model` leaves;
     :func:`load_quantized` reads the folder. One weight is in memory at a time. The folder appears whole or not at all.
 
@@ -98,7 +103,7 @@ def quantize_folder(
         if len(shards) > 1:
             size = sum(conversion.nbytes for conversion in conversions)
             save_json({"metadata": {"total_size": size}, "weight_map": weight_map}, os.path.join(folder, INDEX))
-        quantization = _describe(planned)
+        quantization = _describe(planned, model)
         save_json({**config, "quantization_config": quantization}, os.path.join(folder, "config.json"))
 
     try:
@@ -125,8 +130,9 @@ def _check_source(model: str, config: dict) -> None:
         raise InputError(f"{model} is quantized already (by {method}); a model with dense weights was expected")
 
 
-def _describe(planned: Plan) -> dict[str, object]:
+def _describe(planned: Plan, model: str) -> dict[str, object]:
     """The quantization_config of the new folder's config.json."""
+    origin = origin_of_folder(model)
     return {
         "quant_method": METHOD,
         "version": BASE,
@@ -134,6 +140,8 @@ def _describe(planned: Plan) -> dict[str, object]:
         "block_size": BLOCK_SIZE,
         "nested_block_size": NESTED_BLOCK_SIZE,
         "modules_to_not_convert": sorted(planned.left_alone),
+        NAME: origin.name,  # adapters that are trained on the folder name this as their base
+        REVISION: origin.revision,
     }
 
 
@@ -145,7 +153,7 @@ class _Conversion:
     """One tensor of the source, and what it is written as: a copy, or the pieces of a 4-bit weight."""
 
     key: str
-    source: Entry
+    source: Source
     outputs: dict[str, Entry]
     quantized: bool
     transposed: bool = False  # the source holds [in, out]
@@ -160,29 +168,26 @@ def _plan_conversions(model: str, double_quant: bool) -> tuple[Plan, list[_Conve
     entries = read_entries(model)
     with readable(model):
         bones = skeleton(load_config(model))
-    names = _match_names(model, bones, entries)
+    sources = match_names(model, bones, entries)
     with readable(model):
         planned = plan(bones, AdapterConfig(rank=0, alpha=1), skip=skipped(bones), double_quant=double_quant)
-    return planned, _conversions(model, entries, names, bones, planned)
+    return planned, _conversions(model, sources, bones, planned)
 
 
-def _conversions(
-    model: str, entries: dict[str, Entry], names: dict[str, str], bones: nn.Module, planned: Plan
-) -> list[_Conversion]:
+def _conversions(model: str, sources: list[Source], bones: nn.Module, planned: Plan) -> list[_Conversion]:
     """What becomes of each tensor, in the order of the source."""
     quantized = {f"{name}.weight" for name in planned.quantized}
     state = bones.state_dict()
     conversions = []
-    for stored, key in names.items():
-        entry, expected = entries[stored], tuple(state[key].shape)
-        if entry.shape != expected:
-            raise InputError(f"{model}: {stored} is {list(entry.shape)}, but the config says {list(expected)}")
+    for source in sources:
+        key, expected = source.key, tuple(state[source.key].shape)
+        source.check(model, expected)
         if key not in quantized:
-            copy = {key: Entry(entry.dtype, entry.shape, entry.nbytes)}
-            conversions.append(_Conversion(key, entry, copy, quantized=False))
+            copy = {key: Entry(source.dtype, expected, source.nbytes)}
+            conversions.append(_Conversion(key, source, copy, quantized=False))
             continue
-        if DTYPES.get(entry.dtype) not in (torch.float32, torch.bfloat16, torch.float16):
-            raise InputError(f"{model}: {stored} is {entry.dtype}; F32, BF16 and F16 can be quantized")
+        if DTYPES.get(source.dtype) not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(f"{model}: {source.name} is {source.dtype}; F32, BF16 and F16 can be quantized")
         layer = bones.get_submodule(key.removesuffix(".weight"))
         n, k = matrix_shape(layer)
         weight = meta_weight(n, k, planned.double_quant)
@@ -191,7 +196,7 @@ def _conversions(
             for name, piece in zip(PIECES, weight.pieces, strict=True)
             if piece is not None
         }
-        conversions.append(_Conversion(key, entry, pieces, quantized=True, transposed=is_conv1d(layer)))
+        conversions.append(_Conversion(key, source, pieces, quantized=True, transposed=is_conv1d(layer)))
     return conversions
 
 
@@ -228,49 +233,17 @@ def _write_shards(folder: str, shards: list[list[_Conversion]], double_quant: bo
 def _write_tensor(writer: Writer, conversion: _Conversion, double_quant: bool) -> None:
     key = conversion.key
     if not conversion.quantized:
-        writer.copy(key, conversion.source)
+        stored = conversion.source.stored
+        if stored is not None:
+            writer.copy(key, stored)
+        else:
+            writer.write(key, conversion.source.read())
         return
     try:
-        dense = read(conversion.source)
+        dense = conversion.source.read()
         weight = quantize(dense.t() if conversion.transposed else dense, double_quant, name=key)
         check_range(weight, key)
     except ValueError as error:
         raise InputError(str(error)) from None
     for name in conversion.outputs:
         writer.write(name, getattr(weight, name.removeprefix(f"{key}_")))
-
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-def _match_names(model: str, bones: nn.Module, entries: dict[str, Entry]) -> dict[str, str]:
-    """Names in the files -> names in the model. Files may have the prefix of the model's trunk, or lack it.
-
-    Raises:
-        InputError: when the files hold a tensor that the model lacks, or lack one of the model's.
-    """
-    state = bones.state_dict()
-    prefix = f"{getattr(bones, 'base_model_prefix', '')}."
-    ignored = [re.compile(p) for p in (getattr(bones, "_keys_to_ignore_on_load_unexpected", None) or [])]
-    names, unknown = {}, []
-    for stored in entries:
-        key = next((k for k in (stored, prefix + stored, stored.removeprefix(prefix)) if k in state), None)
-        if key is not None:
-            names[stored] = key
-        elif not any(pattern.search(stored) for pattern in ignored) and not stored.endswith("rotary_emb.inv_freq"):
-            unknown.append(stored)
-    if unknown:
-        raise InputError(
-            f"{model} holds {unknown[0]}, which {type(bones).__name__} does not have under that name; load the model "
-            "with transformers and use qlora_kernels.quantize_model instead"
-        )
-    present = set(names.values())
-    missing = [k for k in state if k not in present and not any(same_parameter(bones, k, other) for other in present)]
-    if missing:
-        raise InputError(f"{model} lacks {len(missing)} tensors of {type(bones).__name__}, first {missing[0]}")
-    # One of several tied names is enough; the model ties the others.
-    kept: dict[str, str] = {}
-    for stored, key in names.items():
-        if not any(same_parameter(bones, key, other) for other in kept.values()):
-            kept[stored] = key
-    return kept

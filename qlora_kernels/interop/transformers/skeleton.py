@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...errors import InputError
+from ...models.heads import heads
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -111,23 +112,58 @@ def load_config(folder: str) -> Any:
 
 
 def skeleton(config: Any, dtype: torch.dtype | None = None, most: int | None = None) -> nn.Module:
-    """A causal language model with its parameters on the meta device.
+    """A model with its parameters on the meta device: of the class that its config names, or a causal language model.
 
     Args:
         config: a transformers config; a ``quantization_config`` in it is ignored.
         dtype: of the parameters; by default the config's.
         most: how many parameters it may have, if that is known.
     """
-    from transformers import AutoModelForCausalLM
-
     if getattr(config, "quantization_config", None) is not None:
         config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     if dtype is None:
         dtype = config_dtype(config)
     with _parameters_on_meta(most):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype_argument(dtype))
+        model = _new_model(config, dtype_argument(dtype))
     model.tie_weights()
     return model.eval()
+
+
+def _new_model(config: Any, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    kind = named_class(config)
+    if kind is None:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    return kind._from_config(config, **options)
+
+
+def named_class(config: Any) -> Any:
+    """The class of transformers that a config's ``architectures`` names first, or None."""
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str) or not name.isidentifier():
+        return None
+    try:
+        kind = getattr(transformers, name, None)
+    except (ImportError, RuntimeError):  # for a model that needs another package
+        return None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        return None
+    return kind if kind.config_class is not None and isinstance(config, kind.config_class) else None
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a config's model predicts the next token, as far as ``architectures`` says."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = named_class(config)
+    if kind is None:
+        return True
+    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in (names,) if isinstance(name, str)}
+    return kind.__name__ in known or kind.__name__.endswith(("CausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def config_dtype(config: Any) -> torch.dtype:
@@ -141,10 +177,8 @@ def config_dtype(config: Any) -> torch.dtype:
 
 
 def skipped(model: nn.Module) -> list[str]:
-    """The layers to leave dense: the output embedding, whatever its name."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = None if getter is None else getter()
-    return ["lm_head", *(name for name, module in model.named_modules() if module is head and name != "lm_head")]
+    """The layers to leave dense: the output embedding, whatever its name, and heads on top of the trunk."""
+    return ["lm_head", *(name for name in heads(model) if name != "lm_head")]
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:

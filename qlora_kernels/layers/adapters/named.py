@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import peft_names, require
-from ..packed import PackedLayer
+from ..packed import PackedLayer, is_sharded
 from .config import AdapterConfig
 
 
@@ -79,7 +79,9 @@ class Adapters(PackedLayer):
         Raises:
             ValueError: for a name that is taken, empty, has a '.' in it or is reserved, and for rank < 1, or a value
                 out of range.
+            RuntimeError: for a layer that FSDP2 has sharded.
         """
+        refuse_sharded(self, f"adapter {name!r} cannot be added")
         if name in self._adapters:
             raise ValueError(f"there is an adapter {name!r} already; this layer has: {', '.join(self._adapters)}")
         config = AdapterConfig(rank, alpha, dropout, rslora)
@@ -120,9 +122,10 @@ class Adapters(PackedLayer):
 
         Raises:
             KeyError: for an unknown name.
-            RuntimeError: for the one that is merged.
+            RuntimeError: for the one that is merged, and for a layer that FSDP2 has sharded.
         """
         self._known(name)
+        refuse_sharded(self, f"adapter {name!r} cannot be deleted")
         if name == self._merged:
             raise RuntimeError(f"adapter '{name}' is merged into the base; call unmerge() first")
         del self._adapters[name], self.lora_A[name], self.lora_B[name]
@@ -165,6 +168,16 @@ def check_adapter_name(layer: Adapters, name: str) -> None:
         raise ValueError(f"an adapter's name is a word without '.', and not a reserved one; found {name!r}")
 
 
+def refuse_sharded(layer: Adapters, what: str) -> None:
+    """FSDP2 notes the parameters of a layer when it shards it: it would neither shard nor synchronize new ones.
+
+    Raises:
+        RuntimeError: for a layer that it has sharded.
+    """
+    if is_sharded(layer._parameters.get("weight_packed")):
+        raise RuntimeError(f"the layer is sharded by FSDP2, and {what}; do that before fully_shard")
+
+
 def adapter_options(layer: Adapters, name: str) -> dict[str, Any]:
     """dtype and device for an adapter's matrices: those it has, or those of a new one."""
     if name in layer.adapters:
@@ -179,6 +192,11 @@ def put_adapter(layer: Adapters, name: str, config: AdapterConfig, A: Tensor, B:
     layer._adapters[name] = config
     layer.lora_A[name] = nn.Parameter(A, requires_grad=name == layer._active)
     layer.lora_B[name] = nn.Parameter(B, requires_grad=name == layer._active)
+
+
+def set_config(layer: Adapters, name: str, config: AdapterConfig) -> None:
+    """Gives an adapter other settings of the same rank. Nothing is checked here."""
+    layer._adapters[name] = config
 
 
 def init_adapter(A: Tensor, B: Tensor) -> None:
