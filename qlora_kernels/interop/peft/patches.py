@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch import nn
 from ...errors import listed
 from ...layers.packed import PackedLayer
 from ...layers.qlinear import QLinear
+from ...models.experts import adapted_layers
 from ...models.targets import qlora_layers
 from .own_adapters import check_own_adapters, drop_own_adapters
 
@@ -89,7 +91,7 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _no_targets_inside(tuner: Any, model: nn.Module) -> Iterator[None]:
     """Within it an expression like ".*q_proj.*" matches no containers of a QLinear's own adapters, as on nn.Linear."""
-    inside = {f"{name}.{child}" for name, layer in qlora_layers(model) for child, _ in layer.named_children()}
+    inside = {f"{name}.{child}" for name, layer in adapted_layers(model) for child, _ in layer.named_children()}
     original = tuner._check_target_module_exists
 
     def check(config: Any, key: str) -> Any:
@@ -167,8 +169,8 @@ def _count(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
         trainable, total = original(self)
-        for _, layer in qlora_layers(self):
-            total += layer.in_features * layer.out_features
+        for _, layer in adapted_layers(self):
+            total += math.prod(layer.weight.shape)
             total -= sum(piece.numel() for piece in layer.weight.pieces if isinstance(piece, nn.Parameter))
         return trainable, total
 

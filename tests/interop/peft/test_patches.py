@@ -195,3 +195,28 @@ def test_another_method_is_right_and_its_merge_refused():
     with pytest.raises(RuntimeError, match="4-bit"):
         peft_model.merge_adapter()
     assert torch.equal(peft_model(IDS), outputs[1])
+
+
+def test_adapters_of_experts_are_not_lost_either():
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    config = transformers.MixtralConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, use_cache=False
+    )
+
+    def mixture():
+        model = transformers.MixtralForCausalLM(config)
+        quantize(model, target_parameters=["gate_up_proj"])
+        return model
+
+    model = mixture()
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    torch.nn.init.normal_(experts.lora_B["default"])
+    with pytest.raises(ValueError, match=r"1 layers have trained adapters.*gate_up_proj"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    dense = get_peft_model(transformers.MixtralForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
+    model = mixture()
+    with pytest.warns(UserWarning, match="untrained adapters of their own"):
+        peft_model = get_peft_model(model, LoraConfig(target_modules=r".*q_proj.*"))
+    assert not model.model.layers[0].mlp.experts.gate_up_proj.adapters
+    assert peft_model.get_nb_trainable_parameters() == dense.get_nb_trainable_parameters()
