@@ -59,7 +59,7 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def prepare_model_for_kbit_training(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(model, "is_loaded_in_4bit", False) or next(iter(qlora_layers(model)), None) is None:
+        if getattr(model, "is_loaded_in_4bit", False) or next(iter(adapted_layers(model)), None) is None:
             return original(model, *args, **kwargs)
         before = model.__dict__.get("is_loaded_in_4bit")
         model.__dict__["is_loaded_in_4bit"] = True
@@ -106,7 +106,7 @@ def _no_targets_inside(tuner: Any, model: nn.Module) -> Iterator[None]:
 
 def _check_trained(model: nn.Module, names: Sequence[str]) -> None:
     """Refuses modules_to_save that are 4-bit: only dense modules can be trained themselves."""
-    packed = [name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, QLinear)]
+    packed = [name.removesuffix(".base_layer") for name, module in adapted_layers(model)]
     for name in names:
         inside = [layer for layer in packed if f".{layer}.".find(f".{name}.") >= 0 or layer.endswith(name)]
         if inside:

@@ -214,6 +214,8 @@ def test_adapters_of_experts_are_not_lost_either():
     torch.nn.init.normal_(experts.lora_B["default"])
     with pytest.raises(ValueError, match=r"1 layers have trained adapters.*gate_up_proj"):
         get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'experts' cannot be trained: it is 4-bit"):
+        get_peft_model(mixture(), LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
     dense = get_peft_model(transformers.MixtralForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
     model = mixture()
     with pytest.warns(UserWarning, match="untrained adapters of their own"):
