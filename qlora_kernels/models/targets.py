@@ -215,7 +215,7 @@ def _candidates(
     ties = _ties(model)
     names, left_alone, inside_peft = [], {}, ()
     for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+        if _is_of_peft(module):
             inside_peft = (*inside_peft, f"{name}.")
             left_alone[name] = "a PEFT layer; quantize the model before adding adapters, or use qlora_kernels' own"
         if not is_linear_like(module) or (inside_peft and name.startswith(inside_peft)):
@@ -229,6 +229,11 @@ def _candidates(
         size = stack.numel() * stack.element_size() / 2**20
         left_alone[name] = f"{stack.shape[0]} matrices in one parameter, such as experts; {size:.1f} MiB stay dense"
     return names, left_alone
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is a layer that PEFT has wrapped, by a class of PEFT's or by one derived from it."""
+    return hasattr(module, "base_layer") and any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def _expert_stacks(
