@@ -202,7 +202,7 @@ def test_a_folder_is_quantized_by_the_command(tmp_path, kind, double_quant):
     assert_equal(model, load(tmp_path / "packed"))
     loaded = load_quantized(tmp_path / "packed", rank=0)
     assert_equal(model, loaded)
-    loaded.save_pretrained(tmp_path / "again")  # names its tensors as older releases did
+    loaded.save_pretrained(tmp_path / "again")
     assert_equal(model, load(tmp_path / "again"))
     assert_equal(model, load_quantized(tmp_path / "again", rank=0))
 
@@ -227,3 +227,22 @@ def test_load_quantized_refuses_what_does_not_fit(tmp_path):
     save_file({key: tensor for key, tensor in tensors.items() if key != lost}, weights, {"format": "pt"})
     with pytest.raises(InputError, match=r"lacks 1 tensors of its model, first .*down_proj\.weight_absmax"):
         load_quantized(tmp_path, rank=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainer_resumes(tmp_path, kind):
+    """Trainer loads a checkpoint by the model's own names, and only warns of others."""
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(96, (4, 8)).tolist()]
+
+    def losses(folder, resume=None):
+        model = quantized(kind, 4, target_modules=["q_proj"], target_parameters=BOTH)
+        options = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 0.01}
+        quiet = {"report_to": "none", "disable_tqdm": True}
+        arguments = transformers.TrainingArguments(str(folder), **options, **quiet)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    expected = losses(tmp_path / "first")
+    assert expected[-1] < expected[0]
+    assert losses(tmp_path / "second", str(tmp_path / "first" / "checkpoint-2")) == expected

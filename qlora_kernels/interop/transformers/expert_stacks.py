@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ def bias_of(model: nn.Module, name: str) -> nn.Parameter | None:
 def keep_merged(model: Any) -> None:
     """Tells transformers not to take 4-bit experts apart when it saves.
 
-    A dense model's merged weights are written one expert at a time, as other releases have them. Pieces of a 4-bit
-    stack stay together, under the names that they have in the model, and so do dense experts of other layers that the
-    same rule would take apart; both are found under these names when the folder is loaded.
+    A dense model's merged weights are written one expert at a time, and under the names of older releases. Pieces of a
+    4-bit stack stay together, under the names that they have in the model, and so does what the same rules would change
+    elsewhere. These names are found when the folder is loaded, and are those by which Trainer resumes.
     """
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -39,18 +40,21 @@ def keep_merged(model: Any) -> None:
     if not keys:
         return
     rules = getattr(model, "_weight_conversions", None)
+    prefixes = getattr(loading, "PrefixChange", ())
     if rules is None:  # not loaded, so transformers would take the rules of the model's type, but for its prefixes
-        prefixes = getattr(loading, "PrefixChange", ())
         rules = [rule for rule in get_model_conversion_mapping(model, add_legacy=False) or []]
         rules = [rule for rule in rules if not isinstance(rule, prefixes)]
-    model._weight_conversions = [
-        rule for rule in rules if not (isinstance(rule, loading.WeightConverter) and _reverts(rule, keys))
-    ]
+    model._weight_conversions = [rule for rule in rules if isinstance(rule, prefixes) or not _changes(rule, keys)]
 
 
-def _reverts(rule: Any, keys: list[str]) -> bool:
+def _changes(rule: Any, keys: list[str]) -> bool:
+    """Whether transformers would apply a rule when it saves tensors of these names, and not when it loads them."""
     reverse = rule.reverse_transform()
-    return any(reverse.rename_source_key(key)[1] is not None for key in keys)
+    if not any(reverse.rename_source_key(key)[1] is not None for key in keys):
+        return False
+    if hasattr(rule, "operations"):  # it would take the tensors apart
+        return True
+    return all(copy.deepcopy(rule).rename_source_key(key)[0] == key for key in keys)
 
 
 def mark_as_initialized(experts: QExpertsModule) -> None:

@@ -20,7 +20,6 @@ from .bitsandbytes_folder import is_bitsandbytes, put_layers
 from .folder import METHOD, read_config, read_entries
 from .mark import mark
 from .skeleton import config_dtype, load_config, same_parameter, skeleton, skipped
-from .stored_names import renamed
 
 
 def load_quantized(
@@ -128,7 +127,6 @@ def _load(model: nn.Module, entries: dict[str, Entry], folder: str, dtype: torch
     Parameters get the type ``dtype``; buffers, such as rotary frequencies, keep theirs.
     """
     state = model.state_dict()
-    entries = renamed(model, entries)
     unexpected = sorted(set(entries) - set(state))
     if unexpected:
         raise InputError(f"{folder} holds {unexpected[0]}, which its model does not have")

@@ -131,25 +131,6 @@ def match_names(model: str, bones: nn.Module, entries: Mapping[str, Entry]) -> l
     return list(kept.values())
 
 
-def renamed(bones: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """A 4-bit folder's tensors by their names in the model: ``save_pretrained`` writes those of older releases."""
-    state = bones.state_dict()
-    if all(stored in state for stored in entries):
-        return dict(entries)
-    try:  # transformers 5
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return dict(entries)
-    rules = get_model_conversion_mapping(cast(Any, bones), add_legacy=False)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    found: dict[str, Entry] = {}
-    for stored, entry in entries.items():
-        key = stored if stored in state else rename_source_key(stored, renamings, [])[0]
-        found[key if key in state and key not in entries else stored] = entry
-    return found
-
-
 def _converted(
     bones: nn.Module, unknown: dict[str, Entry], state: Mapping[str, Any], taken: Mapping[str, Source]
 ) -> dict[str, Source]:
