@@ -73,6 +73,10 @@ struct LinearForwardParams {
     // CUDA only:
     const void* narrow_bias = nullptr;    // [n] of dtype, instead of bias
     bool wide_a = false, wide_b = false;  // whether lora_a and lora_b are float32, whatever dtype is
+    // CPU only: columns of y to compute, the first a multiple of 32; end 0: all. u is made in full.
+    int64_t n_begin = 0, n_end = 0;
+
+    int64_t end() const { return n_end > 0 ? n_end : weight.n; }
 };
 
 // dx = dy W + mask(v A), v = scaling / (1 - p) * dy B; da = v^T mask(x); db = dy^T u.
@@ -96,7 +100,25 @@ struct LinearBackwardParams {
     // CUDA only:
     bool wide_a = false, wide_b = false;              // whether lora_a and lora_b are float32, whatever dtype is
     void *narrow_da = nullptr, *narrow_db = nullptr;  // of dtype, instead of da and db
+    // CPU only: columns of dx to compute, the first a multiple of 128; end 0: all.
+    int64_t k_begin = 0, k_end = 0;
+
+    int64_t end() const { return k_end > 0 ? k_end : weight.k; }
 };
+
+// The same products for the experts of a mixture: rows offsets[e] to offsets[e + 1] of x are multiplied by weight e.
+//
+// Params: LinearForwardParams or LinearBackwardParams of expert 0, with m for the rows of all. Every piece of a weight
+// but nested_table, and every adapter, bias and adapter's gradient, is a stack: the next expert's begins where one's
+// ends, so that each expert has blocks of its own. No dropout.
+template <class Params>
+struct GroupedParams {
+    Params first;
+    const int64_t* offsets;  // [experts + 1], ascending, from 0 to m; on the device for CUDA
+    int64_t experts;
+};
+using GroupedForwardParams = GroupedParams<LinearForwardParams>;
+using GroupedBackwardParams = GroupedParams<LinearBackwardParams>;
 
 namespace cpu {
 
@@ -106,6 +128,8 @@ void quantize_absmax(const QuantizeAbsmaxParams& params);
 void dequantize(const DequantizeParams& params);
 void linear_forward(const LinearForwardParams& params);
 void linear_backward(const LinearBackwardParams& params);
+void linear_grouped_forward(const GroupedForwardParams& params);
+void linear_grouped_backward(const GroupedBackwardParams& params);
 // One step of an optimizer; nothing else may use what the params point to meanwhile. If other processes hold gradients
 // of the same model, sum_of_squares[0] is the sum over all processes, added up from the results of optimizer_sums.
 void optimizer_step(const OptimizerParams& params, const double* sum_of_squares = nullptr);

@@ -4,13 +4,16 @@ See README.md, and docs/ for everything else.
 """
 
 from .formats.nf4 import NF4Weight, default_nested_table, dequantize, quantize
+from .formats.nf4_stack import NF4Stack, quantize_stack
 from .interop.bitsandbytes.models import from_bitsandbytes, to_bitsandbytes
 from .interop.peft import register as _register_peft
 from .interop.transformers.load import load_quantized
 from .interop.transformers.nf4_config import NF4Config
 from .interop.transformers.registration import register as _register_transformers
 from .layers.adapters.config import AdapterConfig
+from .layers.experts import QExperts
 from .layers.functional import linear
+from .layers.grouped import linear_grouped
 from .layers.merging import MergeReport
 from .layers.qlinear import QLinear
 from .models.adapter_files import load_adapter, save_adapter
@@ -28,9 +31,11 @@ __all__ = [
     "AdapterConfig",
     "MergeReport",
     "NF4Config",
+    "NF4Stack",
     "NF4Weight",
     "PagedAdamW",
     "PagedLion",
+    "QExperts",
     "QLinear",
     "QuantizeReport",
     "__version__",
@@ -40,12 +45,14 @@ __all__ = [
     "disable_adapters",
     "from_bitsandbytes",
     "linear",
+    "linear_grouped",
     "load_adapter",
     "load_quantized",
     "merge_adapters",
     "qlora_layers",
     "quantize",
     "quantize_model",
+    "quantize_stack",
     "reference",
     "save_adapter",
     "set_adapter",

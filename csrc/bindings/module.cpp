@@ -48,6 +48,20 @@ static void bind_operations(py::module_& m) {
         py::gil_scoped_release released;
         qlk::cpu::linear_backward(params);
     });
+    m.def("linear_grouped_forward", [](const py::dict& fields) {
+        Fields f(fields);
+        const auto params = grouped_forward_params(f, Device::kCpu);
+        f.end();
+        py::gil_scoped_release released;
+        qlk::cpu::linear_grouped_forward(params);
+    });
+    m.def("linear_grouped_backward", [](const py::dict& fields) {
+        Fields f(fields);
+        const auto params = grouped_backward_params(f, Device::kCpu);
+        f.end();
+        py::gil_scoped_release released;
+        qlk::cpu::linear_grouped_backward(params);
+    });
 }
 
 static void bind_optimizer(py::module_& m) {

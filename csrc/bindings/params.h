@@ -95,6 +95,19 @@ inline qlk::LinearBackwardParams linear_backward_params(Fields& f, Device device
     return params;
 }
 
+// A stack's params: those of its first expert, then offsets and experts.
+inline qlk::GroupedForwardParams grouped_forward_params(Fields& f, Device device) {
+    const qlk::LinearForwardParams first = linear_forward_params(f, device);
+    const auto* offsets = f.pointer<const int64_t>("offsets");
+    return {first, offsets, f.integer("experts")};
+}
+
+inline qlk::GroupedBackwardParams grouped_backward_params(Fields& f, Device device) {
+    const qlk::LinearBackwardParams first = linear_backward_params(f, device);
+    const auto* offsets = f.pointer<const int64_t>("offsets");
+    return {first, offsets, f.integer("experts")};
+}
+
 // Reads the whole dict. threads: an argument of its own in Python too.
 inline qlk::OptimizerParams optimizer_params(const py::dict& fields, int threads) {
     Fields f(fields);

@@ -36,6 +36,9 @@ struct Kernels {
 
 // The part of quantize_absmax that all sets share.
 void quantize_absmax(const QuantizeAbsmaxParams& params, NearestCodes nearest);
+// The products of a mixture's experts, by the products of single weights.
+void grouped_forward(const GroupedForwardParams& params, const Kernels& kernels);
+void grouped_backward(const GroupedBackwardParams& params, const Kernels& kernels);
 // The parts of optimizer_step and optimizer_sums that all sets share.
 void optimizer_step(const OptimizerParams& params, const double* sum_of_squares, const Kernels& kernels);
 void optimizer_sums(const OptimizerParams& params, const Kernels& kernels);

@@ -44,6 +44,7 @@ AXES = {
     "linear_dx": ("shapes", "rows", "dtypes"),
     "linear_step": ("shapes", "rows", "ranks", "dtypes"),
     "linear_backward": ("shapes", "rows", "ranks", "dtypes"),
+    "experts": ("rows", "dtypes"),
     "decode": ("models", "ranks", "dtypes"),
     "block_step": ("models", "rows", "ranks", "dtypes"),
     "adamw_step": ("models", "ranks"),

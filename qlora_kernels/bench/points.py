@@ -150,6 +150,12 @@ def _points(operation: str, rows: Sequence[int] = (), ranks: Sequence[int] = (),
                 yield Point(operation, dtype, n, k, m, rank)
 
 
+def _experts(dtype: str = "bfloat16") -> Iterator[Point]:
+    """By tokens."""
+    for m in (1, 16, 512):
+        yield Point("experts", dtype, m=m)
+
+
 OPTIMIZER = ("adamw_step", "adamw_clipped_step", "adamw_8bit_step", "lion_step")
 
 
@@ -215,6 +221,7 @@ def usual(dtype: str = "bfloat16") -> list[Point]:
         *_points("linear_dx", (16, 512), dtype=dtype),
         *_points("linear_step", (16, 512), (RANK,), dtype=dtype),
         *_points("linear_step", (512,), (0, 1, 4, 64, 256), dtype=dtype),
+        *_experts(dtype),
         Point("decode", dtype, m=1, rank=RANK, model="llama-2-7b"),
         Point("block_step", dtype, m=512, rank=RANK, model="llama-2-7b"),
         Point("block_step", dtype, m=64, rank=RANK, model="llama-3-70b"),
@@ -251,7 +258,7 @@ def full(dtype: str = "bfloat16") -> list[Point]:
 
 
 #: Operations that only a CPU has.
-CPU_OPERATIONS = ("linear_busy",)
+CPU_OPERATIONS = ("linear_busy", "experts")
 #: And those that only a card has.
 CARD_OPERATIONS = ("adamw_paged_step", "adamw_budget_step")
 

@@ -32,6 +32,12 @@ def check_constants(pieces: Mapping[str, Tensor | None]) -> None:
         largest.append(torch.stack(torch.aminmax(piece.detach())).abs().max().item())
         if not math.isfinite(largest[-1]):
             raise ValueError(f"'{name}' holds NaN or infinity; the constants of a 4-bit weight are finite")
+        if (
+            name.endswith("nested_table")
+            and piece.numel() in (16, 272)
+            and piece.detach().flatten()[-16:].abs().max() > 1
+        ):
+            raise ValueError(f"the levels of a weight, the last 16 entries of '{name}', should be from -1 to 1")
     if len(tensors) < 5:  # no double quantization
         return
     scale, offset, entry = largest
@@ -39,6 +45,8 @@ def check_constants(pieces: Mapping[str, Tensor | None]) -> None:
     if scale * entry + offset <= torch.finfo(torch.float32).max:
         return
     packed, absmax, nested_absmax, nested_offset, nested_table = tensors
+    if nested_offset.numel() > 1:  # a stack's: no sum may overflow, whatever the codes say
+        raise ValueError(f"'{list(pieces)[2]}' holds {scale:.5g}, with which constants may overflow float32")
     decoded = reference.decode_absmax((packed, absmax, nested_absmax, nested_offset, nested_table))
     if not decoded.isfinite().all():
         raise ValueError(f"'{list(pieces)[2]}' holds {scale:.5g}, with which the weight's constants overflow float32")

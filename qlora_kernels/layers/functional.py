@@ -32,7 +32,8 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("qlora_kernels.linear has no second derivative: its gradients cannot be differentiated")
 
 
-_refuse_second_derivative = cast(Any, _NoSecondDerivative).apply
+#: (dy, gradient): the gradient, which cannot be differentiated by dy.
+refuse_second_derivative = cast(Any, _NoSecondDerivative).apply
 
 
 def _gradients(
@@ -50,7 +51,7 @@ def _gradients(
     with torch.no_grad():
         gradients = _compute_gradients(dy, weight, x, u, lora, needs, bias_dtype)
     if dy.requires_grad:
-        dx, dbias, dA, dB = (None if g is None else _refuse_second_derivative(dy, g) for g in gradients)
+        dx, dbias, dA, dB = (None if g is None else refuse_second_derivative(dy, g) for g in gradients)
         return dx, dbias, dA, dB
     return gradients
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from ..errors import listed
+from ..layers.adapters.named import Adapters
 from ..layers.merging import MergeReport
-from ..layers.qlinear import QLinear
+from .experts import adapted_layers
 from .targets import qlora_layers
 
 
@@ -20,7 +21,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         KeyError: when no layer has it; the message lists those there are.
         RuntimeError: while an adapter is merged. Nothing has changed then.
     """
-    layers = [layer for _, layer in qlora_layers(model)]
+    layers = [layer for _, layer in adapted_layers(model)]
     if not any(name in layer.adapters for layer in layers):
         raise no_adapter(name, layers)
     for layer in layers:
@@ -30,7 +31,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         layer.set_adapter(name if name in layer.adapters else None)
 
 
-def no_adapter(name: str, layers: Iterable[QLinear]) -> KeyError:
+def no_adapter(name: str, layers: Iterable[Adapters]) -> KeyError:
     """The error for an adapter that none of these layers has."""
     known = dict.fromkeys(other for layer in layers for other in layer.adapters)
     return KeyError(f"no adapter {name!r} in this model; it has: {listed(map(repr, known)) or 'none'}")
@@ -44,13 +45,15 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         RuntimeError: while an adapter is merged.
     """
     with contextlib.ExitStack() as stack:
-        for _, layer in qlora_layers(model):
+        for _, layer in adapted_layers(model):
             stack.enter_context(layer.disable_adapters())
         yield
 
 
 def merge_adapters(model: nn.Module) -> dict[str, MergeReport]:
     """Folds the active adapter of every layer that has one into its base: see :meth:`QLinear.merge`.
+
+    Adapters of experts (:class:`QExperts`) are not merged, and stay beside their weights.
 
     Returns:
         A report for each layer, by name.

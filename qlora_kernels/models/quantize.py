@@ -15,9 +15,10 @@ from ..layers.packed import frozen_tensors
 from ..layers.qlinear import QLinear
 from ..ops import backends
 from .dense_layers import as_linear, is_conv1d, is_linear_like
+from .experts import adapted_layers, experts_layers, stacked_weights, swap_experts
 from .heads import DEFAULT_SKIP
 from .places import Places, places_of, put
-from .targets import Plan, plan, qlora_layers
+from .targets import Plan, plan
 
 # Double quantization moves a constant by half a step of its table at most, relative to the largest constant: the two
 # largest entries of FP8 E4M3 are 1/14 of the largest apart.
@@ -35,6 +36,8 @@ class QuantizeReport:
     Attributes:
         quantized: names of the layers that are 4-bit now.
         adapted: those of them that have an adapter.
+        experts: names of a mixture's weights, all experts in one parameter, that are 4-bit now.
+        adapted_experts: those of them that have an adapter for each expert.
         left_alone: linear-like layers that were not touched, with the reason; the printed report names ten.
         bytes_before: bytes of all parameters and buffers of the dense model.
         bytes_after: those of the quantized one.
@@ -49,6 +52,8 @@ class QuantizeReport:
     bytes_after: int = 0
     trainable_parameters: int = 0
     total_parameters: int = 0
+    experts: list[str] = field(default_factory=list)
+    adapted_experts: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
@@ -57,6 +62,12 @@ class QuantizeReport:
             f"{self.bytes_before / 2**20:.1f} MiB before, {self.bytes_after / 2**20:.1f} MiB after",
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters trainable ({share:.2f}%)",
         ]
+        if self.experts:
+            lines.insert(
+                1,
+                f"{len(self.experts)} stacks of experts quantized to NF4, {len(self.adapted_experts)} of them with "
+                "adapters",
+            )
         if self.left_alone:
             lines.append("left alone:")
             lines.append(listed((f"  {name}: {reason}" for name, reason in self.left_alone.items()), separator="\n"))
@@ -77,11 +88,13 @@ def quantize_model(
     compute_dtype: torch.dtype | None = None,
     progress: bool = True,
     device: str | torch.device | None = None,
+    target_parameters: Sequence[str] = (),
 ) -> QuantizeReport:
     """Swaps a model's linear layers for QLinear, in place, and freezes everything but the adapters and new heads.
 
     Linear layers are nn.Linear, and transformers' Conv1D (GPT-2). A head that a task adds to a pretrained trunk, such
-    as a classifier, stays dense and is trained.
+    as a classifier, stays dense and is trained. A mixture's experts that lie in three-dimensional parameters, as in the
+    modules of transformers 5, become :class:`QExperts`; other parameters of this kind are reported.
 
     Layers are swapped one at a time, so memory peaks at the model plus one layer, unless something else holds on to the
     dense weights. Everything is checked before the first layer is touched. If memory runs out later, or on Ctrl-C,
@@ -101,6 +114,8 @@ def quantize_model(
         compute_dtype: dtype of bias and adapters, by default that of each dense weight.
         progress: show a bar, when tqdm is installed.
         device: where to quantize and to leave the whole model; by default each layer stays where it is.
+        target_parameters: weights of experts that get an adapter for each expert, names as in ``target_modules``, for
+            instance ["gate_up_proj", "down_proj"]; none by default, as in PEFT. Such adapters have no dropout.
 
     Returns:
         What was quantized, what was left alone and why, and sizes before and after.
@@ -115,7 +130,8 @@ def quantize_model(
             after the first layer; the message says which layers are already 4-bit.
     """
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
-    planned = plan(model, adapter, target_modules, skip, double_quant, adapter_dtype, compute_dtype)
+    dtypes = (adapter_dtype, compute_dtype)
+    planned = plan(model, adapter, target_modules, skip, double_quant, *dtypes, target_parameters, experts=True)
     _check_weights(model, planned, device)
     bytes_before = bytes_of(model)
     swap_layers(model, planned, device, progress)
@@ -144,6 +160,7 @@ def swap_layers(
     """
     adapted, adapter = set(planned.adapted), planned.adapter
     places = places_of(model, is_linear_like) if found is None else found
+    _swap_all_experts(model, planned, device)
     for done, name in enumerate(bar(planned.quantized, show=progress, desc="quantizing", unit="layer")):
         try:
             _swap(
@@ -169,12 +186,19 @@ def swap_layers(
             ) from error
 
 
+def _swap_all_experts(model: nn.Module, planned: Plan, device: str | torch.device | None) -> None:
+    places = places_of(model, lambda module: bool(stacked_weights(module)))
+    options = (planned.double_quant, planned.adapter_dtype, planned.compute_dtype, device)
+    for name in planned.experts:
+        swap_experts(places[name], name, set(planned.adapted_experts), planned.adapter, *options)
+
+
 def choose_what_is_trained(model: nn.Module, planned: Plan) -> None:
     """The adapters, and new heads."""
     model.requires_grad_(False)
     for name in planned.trained:
         model.get_submodule(name).requires_grad_(True)
-    for _, layer in qlora_layers(model):
+    for _, layer in adapted_layers(model):
         if layer.active_adapter is not None:
             layer.lora_A[layer.active_adapter].requires_grad_(True)
             layer.lora_B[layer.active_adapter].requires_grad_(True)
@@ -194,13 +218,16 @@ def _check_weights(model: nn.Module, planned: Plan, device: str | torch.device |
     """Checks that every planned weight can be quantized, on ``device`` or where it is; changes nothing."""
     if device is not None:
         backends.backend_for(torch.empty(0, device=device))
-    for name in planned.quantized:
+    names = [f"{name}.weight" for name in planned.quantized]
+    for name in planned.experts:
+        names += [f"{name}.{weight}" for weight in stacked_weights(model.get_submodule(name))]
+    for name in names:
         _check_weight(model, name, planned.double_quant, check_device=device is None)
 
 
 def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device: bool) -> None:
     """Checks that a weight can be quantized: kernels for its device, and finite values."""
-    weight = model.get_parameter(f"{name}.weight").detach()
+    weight = model.get_parameter(name).detach()
     if check_device:
         backends.backend_for(weight)
     if weight.is_meta:
@@ -211,13 +238,13 @@ def _check_weight(model: nn.Module, name: str, double_quant: bool, check_device:
         largest, limit = extremes.max().item(), torch.finfo(weight.dtype).max
         if double_quant and largest * _NESTED_ERROR > limit:
             raise ValueError(
-                f"{name}.weight holds {largest:.5g}, so near the largest {weight.dtype}, {limit:.5g}, that double "
+                f"{name} holds {largest:.5g}, so near the largest {weight.dtype}, {limit:.5g}, that double "
                 "quantization could round it to infinity; use double_quant=False. The model is unchanged."
             )
         return
     index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
     raise ValueError(
-        f"{name}.weight holds {weight[index].item()} at index {index}; only finite weights can be quantized. "
+        f"{name} holds {weight[index].item()} at index {index}; only finite weights can be quantized. "
         "The model is unchanged."
     )
 
@@ -243,6 +270,8 @@ def report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport
         bytes_after=bytes_of(model),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=_count(model),
+        experts=[name for name, _ in experts_layers(model)],
+        adapted_experts=list(planned.adapted_experts),
     )
 
 
@@ -252,6 +281,6 @@ def bytes_of(model: nn.Module) -> int:
 
 
 def _count(model: nn.Module) -> int:
-    packed = {id(p) for _, layer in qlora_layers(model) for p in frozen_tensors(layer)}
+    packed = {id(p) for _, layer in adapted_layers(model) for p in frozen_tensors(layer)}
     dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
-    return dense + sum(layer.in_features * layer.out_features for _, layer in qlora_layers(model))
+    return dense + sum(layer.weight.numel() for _, layer in adapted_layers(model))

@@ -12,8 +12,10 @@ from torch import nn
 
 from ..errors import listed
 from ..layers.adapters.config import AdapterConfig
+from ..layers.experts import QExperts
 from ..layers.qlinear import QLinear
 from .dense_layers import is_conv1d, is_linear_like, matrix_shape
+from .experts import stacked_weights, weight_stack
 from .expressions import Steps, ends, expression
 from .heads import DEFAULT_SKIP, heads, new_heads
 
@@ -28,6 +30,8 @@ class Plan:
         quantized: names of the layers that become 4-bit.
         adapted: those of them that get an adapter.
         left_alone: linear-like layers that stay unchanged, with the reason.
+        experts: names of modules of experts whose three-dimensional weights become 4-bit.
+        adapted_experts: names of those weights that get adapters.
         trained: modules that stay dense and are trained with the adapters: new heads.
         adapter: the adapters' configuration; rank 0 for none.
         double_quant: 4.127 bits per weight rather than 4.5.
@@ -43,6 +47,8 @@ class Plan:
     adapter_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     trained: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    adapted_experts: tuple[str, ...] = ()
 
 
 def plan(
@@ -53,10 +59,13 @@ def plan(
     double_quant: bool = True,
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    target_parameters: Sequence[str] = (),
+    experts: bool = False,
 ) -> Plan:
     """Decides what :func:`qlora_kernels.quantize_model` would do, from names and shapes alone.
 
-    No weight is read, so the model may be on the meta device. The arguments are those of quantize_model.
+    No weight is read, so the model may be on the meta device. The arguments are those of quantize_model, and whether to
+    quantize experts too, as it does.
 
     Raises:
         ValueError, TypeError: as quantize_model, but for what weights hold.
@@ -77,10 +86,11 @@ def plan(
     QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
     _check_skip(model, skip)
     dense = heads(model) if skip == DEFAULT_SKIP else {}
-    trained = tuple(name for name in new_heads(model) if name in dense) if adapter.rank else ()
-    dense |= {name: f"{dense[name]}, trained with the adapters" for name in trained}
+    trained = tuple(new_heads(model)) if adapter.rank and skip == DEFAULT_SKIP else ()
+    dense |= {name: f"{dense[name]}, trained with the adapters" for name in trained if name in dense}
     quantized, left_alone = _candidates(model, skip, dense)
-    if not quantized:
+    stacks = _expert_stacks(model, skip, left_alone) if experts else {}
+    if not quantized and not stacks:
         others = listed((f"{name}: {reason}" for name, reason in left_alone.items()), separator="; ") or "none"
         raise ValueError(f"the model has no nn.Linear to quantize; linear-like layers left alone: {others}")
     with_adapters = [name for name, layer in qlora_layers(model) if layer.adapters]
@@ -91,7 +101,16 @@ def plan(
         n, k = matrix_shape(model.get_submodule(name))
         adapter.check(n, k, name)
     return Plan(
-        tuple(quantized), tuple(adapted), left_alone, adapter, double_quant, adapter_dtype, compute_dtype, trained
+        tuple(quantized),
+        tuple(adapted),
+        left_alone,
+        adapter,
+        double_quant,
+        adapter_dtype,
+        compute_dtype,
+        trained,
+        tuple(stacks),
+        _adapted_experts(model, stacks, adapter, target_parameters),
     )
 
 
@@ -174,8 +193,11 @@ def _skipped(name: str, skip: str | Sequence[str]) -> bool:
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Weights of several layers in one parameter: a mixture's experts, as recent models of transformers have them."""
+    adapters: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)):
+        if isinstance(module, QExperts):
+            adapters = (*adapters, f"{name}.")
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Bilinear)) or (adapters and name.startswith(adapters)):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.is_floating_point() and parameter.shape[0] > 1:
@@ -209,12 +231,75 @@ def _candidates(
     return names, left_alone
 
 
+def _expert_stacks(
+    model: nn.Module, skip: str | Sequence[str], left_alone: dict[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """For each module of experts to quantize the names of its weights, which leave ``left_alone``; the others get the
+    reason there."""
+    ties, found = _ties(model), {}
+    for name, module in model.named_modules():
+        weights = [f"{name}.{weight}" if name else weight for weight in stacked_weights(module)]
+        if not weights:
+            continue
+        reason = next(filter(None, (_stack_reason(weight, model, ties, skip) for weight in weights)), None)
+        if reason is None and not name:
+            reason = "the model is itself a module of experts, which has no place to swap it in"
+        if reason is None:
+            found[name] = tuple(weights)
+        for weight in weights:
+            if reason is None:
+                left_alone.pop(weight, None)
+            elif weight in left_alone:
+                left_alone[weight] = f"{reason}; {left_alone[weight]}"
+    return found
+
+
+def _stack_reason(name: str, model: nn.Module, ties: dict[str, list[str]], skip: str | Sequence[str]) -> str | None:
+    """Why the experts of one parameter are left alone, or None."""
+    stack = model.get_parameter(name)
+    if _skipped(name, skip):
+        return "named in skip"
+    if stack.dtype not in _QUANTIZABLE:
+        return f"weights in {stack.dtype}; float32, bfloat16 and float16 can be quantized"
+    return f"tied to {listed(ties[name])}" if name in ties else None
+
+
+def _adapted_experts(
+    model: nn.Module, stacks: Mapping[str, tuple[str, ...]], adapter: AdapterConfig, patterns: Sequence[str]
+) -> tuple[str, ...]:
+    """Which weights of experts get adapters.
+
+    Raises:
+        ValueError: when a pattern matches none of them, or the adapter does not fit.
+        TypeError: for something else than a list of names.
+    """
+    if isinstance(patterns, str):
+        raise TypeError(f"target_parameters should be a list of names, found {patterns!r}")
+    _check_patterns("target_parameters", patterns)
+    names = [weight for weights in stacks.values() for weight in weights]
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"target_parameters: {pattern!r} matches no weights of experts; candidates: {listed(_ends(names))}"
+            )
+    adapted = tuple(name for name in names if matches(name, patterns)) if adapter.rank else ()
+    if adapted and adapter.dropout:
+        raise ValueError(f"adapters of experts ({adapted[0]}) have no dropout, found {adapter.dropout}; use dropout=0")
+    for name in adapted:
+        module, _, weight = name.rpartition(".")
+        _, n, k = weight_stack(model.get_submodule(module), weight).shape
+        adapter.check(n, k, name)
+    return adapted
+
+
 def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str | Sequence[str]) -> str | None:
     """Why a linear-like layer is left alone, or None."""
     if _skipped(name, skip):
         return "named in skip"
     if isinstance(module, QLinear):
         return "4-bit already"
+    if type(module).__name__ == "Linear4bit":
+        return "4-bit already, by bitsandbytes; convert it with from_bitsandbytes"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"unsupported type {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
     weight = module._parameters.get("weight")
@@ -284,4 +369,4 @@ def _adapted(
 
 def _ends(names: list[str]) -> list[str]:
     """The last components of names, as target_modules takes them; full names where those are numbers."""
-    return list(dict.fromkeys(name if name[-1].isdigit() else name.rpartition(".")[2] for name in names))
+    return list(dict.fromkeys(name if name[-1:].isdigit() else name.rpartition(".")[2] for name in names))

@@ -32,16 +32,17 @@ def check_weight(
     nested_table: Tensor | None,
     n: int,
     k: int,
+    experts: int = 1,
 ) -> None:
-    """Checks the pieces of a quantized weight [n, k] against each other.
+    """Checks the pieces of a quantized weight [n, k] against each other; of a stack, those of all ``experts``.
 
     Raises:
         TypeError: when a piece has another dtype than the format's.
         ValueError: when a piece has another size, is on another device, is not contiguous, or is missing.
         RuntimeError: when a piece asks for a gradient.
     """
-    if not _weight_fits(packed, absmax, nested_absmax, nested_offset, nested_table, n, k):
-        _explain_weight(packed, absmax, nested_absmax, nested_offset, nested_table, n, k)
+    if not _weight_fits(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, experts):
+        _explain_weight(packed, absmax, nested_absmax, nested_offset, nested_table, n, k, experts)
 
 
 def _weight_fits(
@@ -52,6 +53,7 @@ def _weight_fits(
     nested_table: Tensor | None,
     n: int,
     k: int,
+    experts: int,
 ) -> bool:
     """Whether the pieces fit. It runs on every call, so it builds no messages."""
     blocks = _blocks(n, k)
@@ -60,9 +62,9 @@ def _weight_fits(
         n > 0
         and k > 0
         and packed.dtype is torch.uint8
-        and packed.numel() == (n * k + 1) // 2
+        and packed.numel() == experts * ((n * k + 1) // 2)
         and packed.is_contiguous()
-        and absmax.numel() == blocks
+        and absmax.numel() == experts * blocks
         and absmax.device == device
         and absmax.is_contiguous()
         and not absmax.requires_grad
@@ -77,11 +79,12 @@ def _weight_fits(
     return (
         absmax.dtype is torch.uint8
         and nested_absmax.dtype is nested_offset.dtype is nested_table.dtype is torch.float32
-        and nested_absmax.numel() == (blocks + 255) // 256
-        and nested_offset.numel() == 1
+        and nested_absmax.numel() == experts * ((blocks + 255) // 256)
+        and nested_offset.numel() == experts
         and nested_table.numel() in (_TABLE, _TABLE + _LEVELS)
         and nested_absmax.device == nested_offset.device == nested_table.device == device
         and nested_absmax.is_contiguous()
+        and nested_offset.is_contiguous()
         and nested_table.is_contiguous()
         and not (nested_absmax.requires_grad or nested_offset.requires_grad or nested_table.requires_grad)
     )
@@ -113,33 +116,34 @@ def _explain_weight(
     nested_table: Tensor | None,
     n: int,
     k: int,
+    experts: int,
 ) -> None:
     """Raises the error for the first thing that is wrong."""
     require(n > 0 and k > 0, ValueError, f"a quantized weight needs N > 0 and K > 0, found [{n}, {k}]")
     blocks = _blocks(n, k)
-    expected = [("packed", packed, torch.uint8, (n * k + 1) // 2)]
+    expected = [("packed", packed, torch.uint8, experts * ((n * k + 1) // 2))]
     if nested_absmax is None or nested_offset is None or nested_table is None:
         require(
             nested_absmax is nested_offset is None,
             ValueError,
             "nested_absmax, nested_offset and nested_table come together: all three, or none",
         )
-        expected.append(("absmax", absmax, torch.float32, blocks))
+        expected.append(("absmax", absmax, torch.float32, experts * blocks))
         if nested_table is not None:
             expected.append(("nested_table", nested_table, torch.float32, _LEVELS))
     else:
         expected += [
-            ("absmax", absmax, torch.uint8, blocks),
-            ("nested_absmax", nested_absmax, torch.float32, (blocks + 255) // 256),
-            ("nested_offset", nested_offset, torch.float32, 1),
+            ("absmax", absmax, torch.uint8, experts * blocks),
+            ("nested_absmax", nested_absmax, torch.float32, experts * ((blocks + 255) // 256)),
+            ("nested_offset", nested_offset, torch.float32, experts),
             ("nested_table", nested_table, torch.float32, _TABLE + (_LEVELS if nested_table.numel() > _TABLE else 0)),
         ]
-    device = packed.device
+    device, shape = packed.device, f"[{n}, {k}]" if experts == 1 else f"[{experts}, {n}, {k}]"
     for name, piece, dtype, size in expected:
         if piece.dtype != dtype:
-            raise TypeError(f"{name} of a weight [{n}, {k}] should be {dtype}, found {piece.dtype}")
+            raise TypeError(f"{name} of a weight {shape} should be {dtype}, found {piece.dtype}")
         if piece.numel() != size:
-            raise ValueError(f"{name} of a weight [{n}, {k}] should have {size} elements, found {piece.numel()}")
+            raise ValueError(f"{name} of a weight {shape} should have {size} elements, found {piece.numel()}")
         if piece.device != device:
             raise ValueError(f"packed is on {device}, but {name} on {piece.device}; move the weight as a whole")
         if not piece.is_contiguous():
@@ -173,6 +177,17 @@ def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
+def expert_pieces(pieces: Pieces, experts: int, expert: int) -> Pieces:
+    """One expert's pieces of a stack's, as views."""
+    packed, absmax, nested_absmax, nested_offset, nested_table = (
+        piece if piece is None or name == "nested_table" else piece.view(experts, -1)[expert]
+        for name, piece in zip(_NAMES, pieces, strict=True)
+    )
+    assert packed is not None
+    assert absmax is not None
+    return packed, absmax, nested_absmax, nested_offset, nested_table
+
+
 def same_pieces(left: Pieces, right: Pieces) -> bool:
     """Whether these are the same tensors: objects, not values."""
     return (
@@ -195,15 +210,17 @@ class Operand:
         pieces: see :data:`Pieces`.
         n: rows of the weight.
         k: its columns.
+        experts: how many such weights the pieces hold, one behind the other: those of a mixture. Only nested_table,
+            with levels if there are any, is the same for all.
     """
 
-    __slots__ = ("_checked", "_is_plain", "_levels", "_native", "device", "k", "n", "pieces")
+    __slots__ = ("_checked", "_is_plain", "_levels", "_native", "device", "experts", "k", "n", "pieces")
 
-    def __init__(self, pieces: Pieces, n: int, k: int) -> None:
+    def __init__(self, pieces: Pieces, n: int, k: int, experts: int = 1) -> None:
         for name, piece in zip(_NAMES, pieces, strict=True):
             if not isinstance(piece, Tensor) and (piece is not None or name in ("packed", "absmax")):
                 raise TypeError(f"{name} of a quantized weight should be a tensor, found {type(piece).__name__}")
-        self.pieces, self.n, self.k = pieces, n, k
+        self.pieces, self.n, self.k, self.experts = pieces, n, k, experts
         #: Where the pieces lie.
         self.device = pieces[0].device
         # The pieces' addresses, then their bytes, that a check has found to be right.
@@ -250,7 +267,7 @@ class Operand:
                 and self._has_levels()
             ):
                 return
-        check_weight(*self.pieces, self.n, self.k)
+        check_weight(*self.pieces, self.n, self.k, self.experts)
         _check_memory(self.pieces)
         self._read_levels()
         self.device = packed.device

@@ -97,6 +97,7 @@ int main() {
     if (isas != std::vector<std::string>{"neon", "portable"}) fail("available here: %s", qlk::cpu::isas_available());
     check_few_rows(isas);
     check_large(isas);
+    check_grouped(isas);
     check_special_constants(isas);
     check_dequantize(isas);
     check_quantize(isas);

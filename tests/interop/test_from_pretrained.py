@@ -301,7 +301,8 @@ def test_registered_whatever_is_imported_first(first):
         "from transformers.quantizers import auto\n"
         "import inspect\n"
         "assert 'AwqConfig' in inspect.getsource(auto)\n"
-        "assert not any('qlora' in type(finder).__module__ for finder in sys.meta_path)\n"
+        "from qlora_kernels.interop import import_hooks\n"
+        "assert 'transformers.quantizers.auto' not in import_hooks._waiting\n"
         "assert auto.AUTO_QUANTIZER_MAPPING['qlora_kernels'].__name__ == 'NF4Quantizer'\n"
         "print(auto.AUTO_QUANTIZATION_CONFIG_MAPPING['qlora_kernels'] is qlora_kernels.NF4Config)\n"
     )

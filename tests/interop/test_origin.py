@@ -77,6 +77,8 @@ def test_a_model_that_was_quantized_in_memory(dense, tmp_path):
     quantize_model(model, 2, progress=False)
     save_adapter(model, tmp_path / "a")
     assert named(tmp_path / "a") == (str(dense), None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense)
     model.name_or_path, model.config._commit_hash = "some/base", COMMIT  # as one that came from the hub
+    quantize_model(model, 2, progress=False)
     save_adapter(model, tmp_path / "b")
     assert named(tmp_path / "b") == ("some/base", COMMIT)

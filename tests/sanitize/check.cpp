@@ -13,7 +13,7 @@ char* arena_scratch(size_t bytes, int threads);
 
 // Replaces it for the kernels: scratch memory is fresh NaNs, and an access past its end is a fault.
 char* scratch(size_t bytes, int threads) {
-    static std::unique_ptr<Guarded> area;
+    thread_local std::unique_ptr<Guarded> area;  // as the real one has an arena for each calling thread
     if (bytes > kScratchPerThread * static_cast<size_t>(threads)) {
         std::fprintf(stderr, "%zu bytes of scratch for %d threads are more than 8 MiB each\n", bytes, threads);
         std::abort();

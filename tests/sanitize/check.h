@@ -120,6 +120,8 @@ void check_linear(const LinearShape& shape, const std::vector<std::string>& isas
 void check_linears(const std::vector<std::string>& isas);
 // part: 0 for all shapes, 1 or 2 for half of them.
 void check_large_linears(const std::vector<std::string>& isas, int part);
+// A mixture's experts; some without rows, one with most of them.
+void check_grouped(const std::vector<std::string>& isas);
 void check_dequantize(const std::vector<std::string>& isas);
 void check_quantize(const std::vector<std::string>& isas);
 void check_quantize_absmax(const std::vector<std::string>& isas);

@@ -31,6 +31,7 @@ int main(int count, char** arguments) {
         check_quantize_absmax(isas);
         check_quantize(isas);
         check_dequantize(isas);
+        check_grouped(isas);
         check_linears(isas);
     }
     check_large_linears(isas, part);

@@ -1,4 +1,5 @@
 // Picks the instruction set at run time, at every call.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -171,6 +172,19 @@ int linear_threads(int threads, const WeightView& w, int64_t m) {
     return worthwhile(threads, w.n * w.k / 16 * (16 + m), 1 << 17);
 }
 
+int64_t experts_with_rows(const int64_t* offsets, int64_t experts) {
+    int64_t count = 0;
+    for (int64_t e = 0; e < experts; ++e) count += offsets[e + 1] > offsets[e];
+    return count;
+}
+
+// As many experts as one weight.
+WeightView stack_of(const WeightView& first, int64_t experts) {
+    WeightView all = first;
+    all.n *= experts;
+    return all;
+}
+
 }  // namespace
 
 int64_t quantize(const QuantizeParams& params) {
@@ -207,6 +221,26 @@ void linear_backward(const LinearBackwardParams& params) {
     p.threads = linear_threads(p.threads, p.weight, p.m);
     if (p.dx) fresh_output(p.dx, p.m * p.weight.k * size_of(p.dtype));
     select().linear_backward(p);
+}
+
+void linear_grouped_forward(const GroupedForwardParams& params) {
+    GroupedForwardParams all = params;
+    LinearForwardParams& p = all.first;
+    if (p.m == 0) return;
+    const int64_t experts = experts_with_rows(all.offsets, all.experts);
+    p.threads = linear_threads(p.threads, stack_of(p.weight, experts), p.m / experts);
+    streamed_weight(stack_of(p.weight, all.experts));
+    fresh_output(p.y, p.m * p.weight.n * size_of(p.dtype));
+    grouped_forward(all, select());
+}
+
+void linear_grouped_backward(const GroupedBackwardParams& params) {
+    GroupedBackwardParams all = params;
+    LinearBackwardParams& p = all.first;
+    const int64_t experts = std::max<int64_t>(1, experts_with_rows(all.offsets, all.experts));
+    p.threads = linear_threads(p.threads, stack_of(p.weight, experts), p.m / experts);
+    if (p.dx) fresh_output(p.dx, p.m * p.weight.k * size_of(p.dtype));
+    grouped_backward(all, select());
 }
 
 static OptimizerParams with_worthwhile_threads(OptimizerParams p) {

@@ -38,8 +38,9 @@ class Backward {
         piecewise = fit < lesser(round_up(p.m, kEdge), kMinSuperblock);
         rows_max = superblock_rows(p.m, piecewise ? rows_that_fit((r_pad + p.r) * kSize, p.threads) : fit);
         // Columns of dx in a task: C at most 1 MiB, and enough tasks for all threads.
-        columns = lesser(round_up(w.k, kPanel), greater(kPanel, (1 << 18) / rows_max / kPanel * kPanel));
-        while (columns > kPanel && w.k < 2 * p.threads * columns) columns -= kPanel;
+        const int64_t all = p.end() - p.k_begin;
+        columns = lesser(round_up(all, kPanel), greater(kPanel, (1 << 18) / rows_max / kPanel * kPanel));
+        while (columns > kPanel && all < 2 * p.threads * columns) columns -= kPanel;
         r_round = round_up(greater(p.r, 1), kPanel);
         m_pad = E::pad_plain(rows_max);
     }
@@ -109,8 +110,8 @@ class Backward {
             }
             if (p.dx) {
 #pragma omp for schedule(dynamic)
-                for (int64_t k0 = 0; k0 < w.k; k0 += columns) {
-                    input_gradient(mine, dy, {k0, lesser(columns, w.k - k0), m0, rows, m_blocks});
+                for (int64_t k0 = p.k_begin; k0 < p.end(); k0 += columns) {
+                    input_gradient(mine, dy, {k0, lesser(columns, p.end() - k0), m0, rows, m_blocks});
                 }
             }
             if (p.da) {

@@ -96,7 +96,7 @@ class FewRows {
         carve_shared(area);
         if (!pack()) return false;
         std::memset(u_wide, 0, kM * r_pad * sizeof(float));
-        Pieces ranks(p.r, p.threads), pieces((w.n + kPiece - 1) / kPiece, p.threads);
+        Pieces ranks(p.r, p.threads), pieces((p.end() - p.n_begin + kPiece - 1) / kPiece, p.threads);
 #pragma omp parallel num_threads(p.threads)
         {
             const int thread = omp_get_thread_num();
@@ -107,8 +107,9 @@ class FewRows {
 #pragma omp barrier
             }
             for (int64_t i; (i = pieces.take(thread)) >= 0;) {
-                const int64_t end = (i + 1) * kPiece < w.n ? (i + 1) * kPiece : w.n;
-                for (int64_t n = i * kPiece; n < end; n += kTogether) {
+                const int64_t begin = p.n_begin + i * kPiece;
+                const int64_t end = begin + kPiece < p.end() ? begin + kPiece : p.end();
+                for (int64_t n = begin; n < end; n += kTogether) {
                     together(mine, n, static_cast<int>(end - n < kTogether ? end - n : kTogether));
                 }
             }

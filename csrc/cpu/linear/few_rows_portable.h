@@ -187,7 +187,7 @@ struct FewRows {
 template <class T>
 inline bool few_rows_portable(const LinearForwardParams& p) {
     constexpr bool kConverts = !std::is_same_v<T, float>;
-    const int64_t m = p.m, n = p.weight.n, k = p.weight.k;
+    const int64_t m = p.m, n = p.end(), k = p.weight.k;
     if (m > kMostFewRows || k % kBlock != 0 || (p.r > 0 && p.dropout > 0)) return false;
     Carver sizes(nullptr);
     sizes.take<float>(kConverts ? m * k : 0);
@@ -213,7 +213,7 @@ inline bool few_rows_portable(const LinearForwardParams& p) {
             for (int64_t r = 0; r < p.r; r += kRanks) task.low_rank(r, kRanks < p.r - r ? kRanks : p.r - r);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < n; row += kRows) task.outputs(row, kRows < n - row ? kRows : n - row);
+        for (int64_t row = p.n_begin; row < n; row += kRows) task.outputs(row, kRows < n - row ? kRows : n - row);
     }
     return true;
 }

@@ -38,7 +38,7 @@ class Forward {
         piecewise = fit < lesser(round_up(p.m, kEdge), kMinSuperblock);
         rows_max = superblock_rows(p.m, piecewise ? rows_that_fit(r_pad * kSize, p.threads) : fit);
         // C of a task is at most 1 MiB.
-        n_block = block_of_columns(w.n, lesser(piecewise ? 512 : 256, (1 << 18) / rows_max / kEdge * kEdge),
+        n_block = block_of_columns(p.end() - p.n_begin, lesser(piecewise ? 512 : 256, (1 << 18) / rows_max / kEdge * kEdge),
                                    piecewise ? 512 : 32, p.threads);
         row_blocks = w.k % kBlock == 0 ? w.k / kBlock : 0;
         span_blocks = lesser(row_blocks, kSpan / kBlock);
@@ -97,8 +97,8 @@ class Forward {
             }
             if (p.r > 0) low_rank(mine, m0, rows, m_blocks);
 #pragma omp for schedule(dynamic)
-            for (int64_t n0 = 0; n0 < w.n; n0 += n_block)
-                products(mine, n0, lesser(n_block, w.n - n0), m0, rows, m_blocks);
+            for (int64_t n0 = p.n_begin; n0 < p.end(); n0 += n_block)
+                products(mine, n0, lesser(n_block, p.end() - n0), m0, rows, m_blocks);
             E::end_thread();
         }
     }

@@ -51,7 +51,7 @@ class Stream {
             }
             if (p.r > 0) low_rank(mine);
 #pragma omp for schedule(dynamic, 2)
-            for (int64_t n = 0; n < w.n; n += 16) rows16(mine, n);
+            for (int64_t n = p.n_begin; n < p.end(); n += 16) rows16(mine, n);
             EngineBf16::end_thread();
         }
         return true;
@@ -183,7 +183,7 @@ class Stream {
 
     // Columns [n, n + 16) of y: as many rows of W.
     void rows16(const Thread& mine, int64_t n) const {
-        const int rows = static_cast<int>(std_min(16, w.n - n));
+        const int rows = static_cast<int>(std_min(16, p.end() - n));
         const int64_t row_blocks = w.k / kBlock, row_bytes = w.k / 2;
         decode_absmax(w, n * row_blocks, rows * row_blocks, mine.absmax);
         const bool tiny = has_tiny(mine.absmax, rows * row_blocks);

@@ -30,6 +30,8 @@ FOREACH = "torch foreach"
 EQUAL_COPY = "copy of as many bytes"
 #: On a card: quantize() without that look.
 KERNEL = "qlora_kernels, kernel alone"
+#: A mixture's experts one after another, each a layer of its own.
+LOOP = "qlora_kernels, a loop over layers"
 #: The same work without the adapter: the difference is what the adapter costs.
 NO_ADAPTER = "qlora_kernels, no adapter"
 OURS_8BIT = "qlora_kernels, 8-bit states"

@@ -10,7 +10,7 @@ from ..case import Case, Settings
 from ..contenders.weights import Lab
 from ..points import Point
 from ..timing.measure import start
-from . import block_step, decode, dequantize, gpt2_forward, limits, optimizer, paging, quantize
+from . import block_step, decode, dequantize, experts, gpt2_forward, limits, optimizer, paging, quantize
 from .finetune import FinetuneMeasurement
 from .linear import backward, busy, dx, forward, step
 from .rank_study import RankStudy
@@ -26,6 +26,7 @@ CASES: dict[str, Callable[[Lab], Case]] = {
     "linear_backward": backward.case,
     "linear_step": step.case,
     "decode": decode.case,
+    "experts": experts.case,
     "block_step": block_step.case,
     "gpt2_forward": gpt2_forward.case,
     "adamw_step": optimizer.adamw,

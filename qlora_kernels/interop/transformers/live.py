@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from ...errors import listed
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
+from ...models.origin import Origin, origin_of_model
 from ...models.targets import not_quantized, qlora_layers
 from .nf4_config import NF4Config, dtype_name
 
@@ -23,12 +25,21 @@ def describe(model: nn.Module) -> NF4Config:
     layers = dict(qlora_layers(model))
     double_quant = Counter(layer.weight.double_quant for layer in layers.values()).most_common(1)[0][0]
     dtype = getattr(model, "dtype", None)
+    origin = _origin(model)
     return NF4Config(
         double_quant,
         modules_to_not_convert=sorted(not_quantized(model)),
         layers=_exceptions(layers, double_quant, dtype),
         adapters=_groups(layers, dtype),
+        base_model_name_or_path=origin.name,
+        base_model_revision=origin.revision,
     )
+
+
+def _origin(model: nn.Module) -> Origin:
+    with warnings.catch_warnings():  # that it is unknown, save_adapter says where it matters
+        warnings.simplefilter("ignore")
+        return origin_of_model(model)
 
 
 def check_savable(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from ...errors import peft_names
 from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from ...layers.adapters.config import AdapterConfig
+from ...models.origin import NAME, REVISION
 from ...version import BASE
 from .folder import METHOD
 
@@ -85,6 +86,9 @@ class NF4Config:
         self.adapters: list[dict[str, Any]] = settings.get("adapters", [])
         #: Layers whose weight or bias differs from the others'.
         self.layers: dict[str, dict[str, Any]] = settings.get("layers", {})
+        #: The dense model that the weights came from, which adapters name as their base, and its commit.
+        self.base_model_name_or_path: str | None = settings.get(NAME)
+        self.base_model_revision: str | None = settings.get(REVISION)
 
     @classmethod
     def from_dict(
@@ -116,6 +120,8 @@ class NF4Config:
             described["layers"] = self.layers
         if self.adapters:
             described["adapters"] = self.adapters
+        if self.base_model_name_or_path is not None:
+            described |= {NAME: self.base_model_name_or_path, REVISION: self.base_model_revision}
         return copy.deepcopy(described)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def _check_stored(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError, TypeError: naming the key.
     """
-    known = ("quant_method", "version", "block_size", "nested_block_size", "adapters", "layers")
+    known = ("quant_method", "version", "block_size", "nested_block_size", "adapters", "layers", NAME, REVISION)
     unknown = [key for key in settings if key not in known]
     if unknown:
         version = settings.get("version", BASE)
@@ -182,6 +188,9 @@ def _check_stored(settings: Mapping[str, Any]) -> None:
     for key, value in (("quant_method", METHOD), ("block_size", BLOCK_SIZE), ("nested_block_size", NESTED_BLOCK_SIZE)):
         if settings.get(key, value) != value:
             raise ValueError(f"{key} in quantization_config should be {value}, found {settings[key]!r:.100}")
+    for key in (NAME, REVISION):
+        if not isinstance(settings.get(key), str | None):
+            raise TypeError(f"{key} in quantization_config should be a string, found {settings[key]!r:.100}")
     layers, groups = settings.get("layers", {}), settings.get("adapters", [])
     if not isinstance(layers, dict):
         raise TypeError(f"layers in quantization_config should be a JSON object, found {layers!r:.100}")

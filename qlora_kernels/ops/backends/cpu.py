@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -129,6 +131,70 @@ class CPU:
         if lora is None:
             return dx, None, None
         return dx, None if dA is None else dA.to(lora.A.dtype), None if dB is None else dB.to(lora.B.dtype)
+
+    def linear_grouped_forward(
+        self,
+        x: Tensor,
+        weight: Operand,
+        offsets: Tensor,
+        bias: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        m, r = x.shape[0], 0 if A is None else A.shape[1]
+        y = x.new_empty(m, weight.n)
+        u = x.new_empty(m, r) if r else None
+        if m == 0:
+            return y, u
+        # Named, so that copies live until the kernels have run.
+        narrow_A, narrow_B, wide_bias = as_dtype(A, x.dtype), as_dtype(B, x.dtype), as_dtype(bias, torch.float32)
+        extension = native()
+        struct = weight.native(extension.Weight)
+        fields = params.linear_forward(
+            struct, x, narrow_A, narrow_B, pointer(wide_bias), y, pointer(u), m, r, scaling, 0.0
+        )
+        _finish_grouped(fields, x, offsets)
+        extension.linear_grouped_forward(fields)
+        return y, u
+
+    def linear_grouped_backward(
+        self,
+        dy: Tensor,
+        weight: Operand,
+        offsets: Tensor,
+        x: Tensor | None,
+        u: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        scaling: float,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        need_dx, need_dA, need_dB = needs
+        m, r = dy.shape[0], 0 if A is None else A.shape[1]
+        dx = dy.new_empty(m, weight.k) if need_dx else None
+        dA = None if A is None or not need_dA else torch.empty_like(A, dtype=torch.float32).contiguous()
+        dB = None if B is None or not need_dB else torch.empty_like(B, dtype=torch.float32).contiguous()
+        narrow_A, narrow_B = as_dtype(A, dy.dtype), as_dtype(B, dy.dtype)
+        x, u = x if need_dA else None, u if need_dB else None
+        extension = native()
+        struct = weight.native(extension.Weight)
+        fields = params.linear_backward(
+            struct, dy, x, u, narrow_A, narrow_B, dx, pointer(dA), pointer(dB), m, r, scaling, 0.0
+        )
+        _finish_grouped(fields, dy, offsets)
+        extension.linear_grouped_backward(fields)
+        dA = None if dA is None or A is None else dA.to(A.dtype)
+        return dx, dA, None if dB is None or B is None else dB.to(B.dtype)
+
+
+def _finish_grouped(fields: dict[str, Any], x: Tensor, offsets: Tensor) -> None:
+    """Appends the CPU's own fields, and the stack's."""
+    fields["seed"] = 0
+    fields["dtype"] = DTYPE_CODES[x.dtype]
+    fields["threads"] = torch.get_num_threads()
+    fields["offsets"] = offsets.data_ptr()
+    fields["experts"] = offsets.shape[0] - 1
 
 
 def _low_rank(lora: LoraTerm | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, float, float, int]:

@@ -12,7 +12,7 @@ from ...native.extension import DTYPE_CODES
 from .. import dispatcher
 from ..lora import NO_LORA, LoraTerm
 from ..weight import Operand
-from . import params
+from . import loop, params
 from .pointers import pointer
 
 
@@ -251,3 +251,31 @@ class CUDA:
         fields["stream"] = stream
         self.kernels.linear_backward(fields)
         return dx, dA, dB
+
+    # ------------------------------------------------------------------------------------- a mixture's experts
+
+    def linear_grouped_forward(
+        self,
+        x: Tensor,
+        weight: Operand,
+        offsets: Tensor,
+        bias: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        return loop.forward(self.linear_forward, x, weight, offsets, bias, A, B, scaling)
+
+    def linear_grouped_backward(
+        self,
+        dy: Tensor,
+        weight: Operand,
+        offsets: Tensor,
+        x: Tensor | None,
+        u: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        scaling: float,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return loop.backward(self.linear_backward, dy, weight, offsets, x, u, A, B, scaling, needs)

@@ -68,3 +68,34 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dx [..., K], dA [r, K] and dB [N, r], None where ``needs`` does not ask for them."""
         ...
+
+    def linear_grouped_forward(
+        self,
+        x: Tensor,
+        weight: Operand,
+        offsets: Tensor,
+        bias: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [M, N], and u [M, r] or None without adapters, for experts with rows ``offsets[e]`` to ``offsets[e + 1]``.
+
+        offsets: int64 [experts + 1]; of a host, checked. A [experts, r, K], B [experts, N, r], bias [experts, N].
+        """
+        ...
+
+    def linear_grouped_backward(
+        self,
+        dy: Tensor,
+        weight: Operand,
+        offsets: Tensor,
+        x: Tensor | None,
+        u: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        scaling: float,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dx [M, K], dA [experts, r, K] and dB [experts, N, r], None where ``needs`` does not ask for them."""
+        ...

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...native import extension
 from ..lora import LoraTerm
 from ..weight import Operand, Pieces, own_levels
+from . import loop
 
 refuses_non_finite = True
 is_host = True
@@ -136,3 +137,29 @@ def linear_backward(
         if needs[2] and u is not None:
             dB = (rows.T @ u).to(lora.B.dtype)
     return None if dx is None else dx.view(*dy.shape[:-1], weight.k), dA, dB
+
+
+def linear_grouped_forward(
+    x: Tensor,
+    weight: Operand,
+    offsets: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor | None]:
+    return loop.forward(linear_forward, x, weight, offsets, bias, A, B, scaling)
+
+
+def linear_grouped_backward(
+    dy: Tensor,
+    weight: Operand,
+    offsets: Tensor,
+    x: Tensor | None,
+    u: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return loop.backward(linear_backward, dy, weight, offsets, x, u, A, B, scaling, needs)

@@ -30,6 +30,7 @@ POINTS = (
     Point("linear_step", m=20, rank=0, **WEIGHT),
     Point("linear_step", m=20, rank=1, **WEIGHT),
     Point("linear_step", m=20, rank=4, **WEIGHT),
+    Point("experts", m=3, **WEIGHT),
     Point("decode", m=1, rank=4, model="tiny"),
     Point("block_step", m=16, rank=4, model="tiny"),
     *(Point(name, "float32", rank=4, model="tiny") for name in OPTIMIZER),
