@@ -18,6 +18,7 @@ from ...errors import listed
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
 from ...models.dense_layers import is_linear_like
+from ...models.experts import adapted_layers
 from ...models.heads import DEFAULT_SKIP, heads, new_heads
 from ...models.places import Places, places_of
 from ...models.quantize import QuantizeReport, bytes_of, choose_what_is_trained, report, swap_layers
@@ -202,7 +203,7 @@ class NF4Quantizer(HfQuantizer):
         if self.pre_quantized:
             recorded.check_loaded(model)
             recorded.check_dense(model, loading.files)
-        if not any(qlora_layers(model)):
+        if not any(adapted_layers(model)):
             folder = getattr(model, "name_or_path", "") or "the checkpoint"
             raise ValueError(
                 f"{folder} holds the weight of none of the layers to quantize, such as {loading.planned.quantized[0]}; "
