@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...errors import listed
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
 from ...models.dense_layers import is_linear_like
+from ...models.experts import adapted_layers
 from ...models.heads import DEFAULT_SKIP, heads, new_heads
 from ...models.places import Places, places_of
 from ...models.quantize import QuantizeReport, bytes_of, choose_what_is_trained, report, swap_layers
@@ -133,7 +135,7 @@ class NF4Quantizer(HfQuantizer):
         planned = plan(
             model, adapter, config.target_modules, skip, config.double_quant, adapter_dtype=config.adapter_dtype
         )
-        self._loading = _Loading(model, planned, new, waiting=not self.pre_quantized)
+        self._loading = _Loading(model, planned, new, kwargs.get("checkpoint_files"), waiting=not self.pre_quantized)
         if self.pre_quantized:
             swap_layers(model, replace(planned, adapted=()))
             recorded.restore(model, config)
@@ -200,6 +202,13 @@ class NF4Quantizer(HfQuantizer):
                 raise ValueError(f"{name}.weight should be {list(shape)}, found {list(found)} in the checkpoint")
         if self.pre_quantized:
             recorded.check_loaded(model)
+            recorded.check_dense(model, loading.files)
+        if not any(adapted_layers(model)):
+            folder = getattr(model, "name_or_path", "") or "the checkpoint"
+            raise ValueError(
+                f"{folder} holds the weight of none of the layers to quantize, such as {loading.planned.quantized[0]}; "
+                "its tensors have other names or shapes than the model's"
+            )
         new = [p for p in model.parameters() if not getattr(p, "_is_hf_initialized", False) and p.is_floating_point()]
         _add_adapters(model, loading.planned, self.config)
         adapted = any(layer.adapters for _, layer in qlora_layers(model))
@@ -240,6 +249,7 @@ class _Loading:
     Attributes:
         planned: what becomes of each layer.
         new_heads: layers outside the trunk that the checkpoint does not hold.
+        files: the checkpoint's.
         places: where each layer is.
         waiting: layers whose dense weight has not come yet.
         misfits: layers for which a weight of another shape came, with the right shape.
@@ -247,8 +257,10 @@ class _Loading:
         bytes_before: of the dense model.
     """
 
-    def __init__(self, model: nn.Module, planned: Plan, new_heads: list[str], waiting: bool) -> None:
-        self.planned, self.new_heads = planned, new_heads
+    def __init__(
+        self, model: nn.Module, planned: Plan, new_heads: list[str], files: Sequence[str] | None, waiting: bool
+    ) -> None:
+        self.planned, self.new_heads, self.files = planned, new_heads, files
         self.places: dict[str, Places] = places_of(model, is_linear_like)
         self.waiting = set(planned.quantized) if waiting else set()
         self.misfits: dict[str, torch.Size] = {}
