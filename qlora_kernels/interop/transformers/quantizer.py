@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -147,7 +148,7 @@ class NF4Quantizer(HfQuantizer):
         )
         if self.pre_quantized:
             planned = replace(planned, experts=experts)
-        self._loading = _Loading(model, planned, new, waiting=not self.pre_quantized)
+        self._loading = _Loading(model, planned, new, kwargs.get("checkpoint_files"), waiting=not self.pre_quantized)
         if self.pre_quantized:
             swap_layers(model, replace(planned, adapted=()))
             recorded.restore(model, config)
@@ -238,6 +239,14 @@ class NF4Quantizer(HfQuantizer):
                 raise ValueError(f"{name} should be {list(shape)}, found {list(found)} in the checkpoint")
         if self.pre_quantized:
             recorded.check_loaded(model)
+            recorded.check_dense(model, loading.files)
+        if not any(adapted_layers(model)):
+            folder = getattr(model, "name_or_path", "") or "the checkpoint"
+            named = (*loading.planned.quantized, *loading.planned.experts)[0]
+            raise ValueError(
+                f"{folder} holds the weight of none of the layers to quantize, such as {named}; "
+                "its tensors have other names or shapes than the model's"
+            )
         loading.stacks.check_complete(model)
         new = [p for p in model.parameters() if not getattr(p, "_is_hf_initialized", False) and p.is_floating_point()]
         _add_adapters(model, loading.planned, self.config)
@@ -279,6 +288,7 @@ class _Loading:
     Attributes:
         planned: what becomes of each layer.
         new_heads: layers outside the trunk that the checkpoint does not hold.
+        files: the checkpoint's.
         places: where each layer is.
         waiting: layers whose dense weight has not come yet.
         stacks: a mixture's experts that have not come yet.
@@ -287,8 +297,10 @@ class _Loading:
         bytes_before: of the dense model.
     """
 
-    def __init__(self, model: nn.Module, planned: Plan, new_heads: list[str], waiting: bool) -> None:
-        self.planned, self.new_heads = planned, new_heads
+    def __init__(
+        self, model: nn.Module, planned: Plan, new_heads: list[str], files: Sequence[str] | None, waiting: bool
+    ) -> None:
+        self.planned, self.new_heads, self.files = planned, new_heads, files
         self.places: dict[str, Places] = places_of(model, is_linear_like)
         self.waiting = set(planned.quantized) if waiting else set()
         self.stacks = Stacks(model, planned.experts if waiting else ())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -65,8 +66,12 @@ def missing_heads(model: Any, files: Sequence[str] | None) -> list[str]:
     ]
     if not heads:
         return []
-    keys = [key for path in files for key in read_header(path)[0]]
+    keys = _keys(files)
     return [name for name in heads if not any(key.startswith(f"{name}.") for key in keys)]
+
+
+def _keys(files: Sequence[str]) -> list[str]:
+    return [key for path in files for key in read_header(path)[0]]
 
 
 def experts(model: Any, names: Sequence[str]) -> tuple[str, ...]:
@@ -188,3 +193,35 @@ def check_loaded(model: Any) -> None:
             and not torch.isfinite(tensor).all()
         ):
             raise ValueError(f"{folder}: {key} holds NaN or infinity; only finite weights can be used")
+
+
+def check_dense(model: Any, files: Sequence[str] | None) -> None:
+    """Refuses a 4-bit folder without the weights of its dense parts, which would be random numbers.
+
+    A model of another class than the saved one may have new parts, such as a head, and so may one for which
+    transformers was told to ignore mismatched sizes: those tensors are there.
+
+    Raises:
+        ValueError: naming what is missing, and layers that are 4-bit in the files and dense by config.json.
+    """
+    new = [key for key, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+    if not new or not files or not all(path.endswith(".safetensors") for path in files):
+        return
+    keys = set(_keys(files))
+    folder = getattr(model, "name_or_path", "") or "the checkpoint"
+    four_bit = [key for key in new if any(f"{other}_packed" in keys for other in _names_here(model, key))]
+    if four_bit:
+        raise ValueError(
+            f"{folder} holds {listed(four_bit, 3)} in 4 bits, but modules_to_not_convert in config.json names it as "
+            "dense"
+        )
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or []):
+        return
+    optional = "|".join(f"(?:{pattern})" for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    missing = [
+        key for key in new if keys.isdisjoint(_names_here(model, key)) and not (optional and re.search(optional, key))
+    ]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors of its dense parts: {listed(missing, 3)}; it is damaged"
+        )
