@@ -3,18 +3,15 @@
 import sys
 from pathlib import Path
 
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from qlora_kernels import PagedAdamW, quantize_model, save_adapter
+from qlora_kernels import NF4Config, PagedAdamW, save_adapter
 
 
 def main(model_name: str, text_file: str, adapter: str, steps: int = 100, length: int = 256) -> list[float]:
-    model = AutoModelForCausalLM.from_pretrained(model_name)
+    model = AutoModelForCausalLM.from_pretrained(model_name, quantization_config=NF4Config(rank=16, alpha=32))
     tokens = AutoTokenizer.from_pretrained(model_name)(Path(text_file).read_text()).input_ids
-    quantize_model(model, rank=16, alpha=32)
     pieces = [tokens[begin : begin + length] for begin in range(0, len(tokens) - length + 1, length)]
-    optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, state_bits=8)
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -27,8 +24,7 @@ def main(model_name: str, text_file: str, adapter: str, steps: int = 100, length
             report_to="none",
         ),
         train_dataset=[{"input_ids": piece, "labels": piece} for piece in pieces],
-        # Trainer takes an optimizer with its schedule: here a linear decay to zero.
-        optimizers=(optimizer, LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))),
+        optimizer_cls_and_kwargs=(PagedAdamW, {"lr": 2e-4, "state_bits": 8}),
     )
     trainer.train()
     save_adapter(model, adapter)

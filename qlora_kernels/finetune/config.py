@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import typing
+from collections import Counter
 from dataclasses import fields
 from typing import Any
 
@@ -43,7 +44,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     for key, entry in value.items():
         name, entry = _named(key, entry, where)
         if name in found:
-            raise InputError(f"{where}: {key} is given twice")
+            raise InputError(f"{where}: {key!s:.60} is given twice")
         found[name] = None if entry is None else _typed(key, name, entry, types[name], where)
     return {name: entry for name, entry in found.items() if entry is not None}
 
@@ -98,9 +99,9 @@ def _yaml(text: str, where: str) -> Any:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
-            twice = next((key for key in keys if keys.count(key) > 1), None)
-            if twice is not None:
-                raise InputError(f"{where}: {twice} is given twice")
+            twice = [key for key, count in Counter(keys).items() if count > 1]
+            if twice:
+                raise InputError(f"{where}: {twice[0]!s:.60} is given twice")
             return super().construct_mapping(node, deep)
 
     try:

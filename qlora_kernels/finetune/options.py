@@ -138,10 +138,17 @@ class Settings(Options):
     full_lr: float = 0.0
 
     def for_data(self, sequences: int) -> Settings:
-        """The same with the number of steps, once it is known how many sequences the training data has."""
+        """The same with the number of steps, once it is known how many sequences the training data has.
+
+        Raises:
+            InputError: for more passes than a float can count.
+        """
         if self.steps is not None or self.epochs is None:
             return self
-        steps = math.ceil(self.epochs * sequences / (self.batch_size * self.grad_accum))
+        passes = self.epochs * sequences / (self.batch_size * self.grad_accum)
+        if math.isinf(passes):
+            raise InputError(f"--epochs should be fewer, found {self.epochs}")
+        steps = math.ceil(passes)
         return replace(self, steps=max(steps, 1))
 
     def trackers(self) -> list[str]:

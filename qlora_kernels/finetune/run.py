@@ -127,6 +127,9 @@ class _Run:
             if not exists:
                 stack.enter_context(self.outputs.claimed())
             self.note(settings.about_dtype())
+            repeated, held_out = (self.data.summary.get(f"held_out_{key}") for key in ("in_training", "examples"))
+            if repeated:
+                self.note(f"{repeated} of {held_out} examples to evaluate on are in the training data too")
             self.reporter = Reporter(settings, self.note)
             stack.callback(self.reporter.end)
             self._phases(resumed)

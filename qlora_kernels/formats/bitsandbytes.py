@@ -224,7 +224,10 @@ def from_bitsandbytes_state(tensors: Mapping[str, Tensor], key: str = "weight") 
         return (tensors[own].dtype, tensors[own].numel()) if own in tensors else None
 
     check_tensors(state, key, found)
-    pieces = {piece: tensors[f"{key}.{piece}"].detach().flatten() for piece in state.expected()}
+    pieces = {piece: tensors[f"{key}.{piece}"].detach() for piece in state.expected()}
+    if _is_transposed(state, pieces["absmax"]):
+        pieces["absmax"] = pieces["absmax"].t()
+    pieces = {piece: value.flatten() for piece, value in pieces.items()}
     packed = tensors[key].detach().contiguous().view(-1).view(torch.uint8)
     constants = _constants(state, pieces)
     levels = _own_levels(state, pieces["quant_map"], key)
@@ -238,6 +241,16 @@ def from_bitsandbytes_state(tensors: Mapping[str, Tensor], key: str = "weight") 
         return NF4Weight.from_state_dict(present, dtype=state.dtype)
     except ValueError as error:
         raise ValueError(f"'{key}': {error}") from None
+
+
+def _is_transposed(state: State, absmax: Tensor) -> bool:
+    """Whether constants lie as [K/blocksize, N] rather than in a row.
+
+    On a CPU with AVX512-BF16 bitsandbytes lays them out so in eval mode, and when it brings a layer's codes back into
+    order, as ``state_dict()`` makes it, it leaves them there. It would itself decode them in the wrong order.
+    """
+    n, k = state.shape
+    return not state.double_quant and absmax.shape == (k // state.blocksize, n) and k % state.blocksize == 0
 
 
 def _own_levels(state: State, levels: Tensor, key: str) -> Tensor | None:

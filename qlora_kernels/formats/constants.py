@@ -32,6 +32,12 @@ def check_constants(pieces: Mapping[str, Tensor | None]) -> None:
         largest.append(torch.stack(torch.aminmax(piece.detach())).abs().max().item())
         if not math.isfinite(largest[-1]):
             raise ValueError(f"'{name}' holds NaN or infinity; the constants of a 4-bit weight are finite")
+        if (
+            name.endswith("nested_table")
+            and piece.numel() in (16, 272)
+            and piece.detach().flatten()[-16:].abs().max() > 1
+        ):
+            raise ValueError(f"the levels of a weight, the last 16 entries of '{name}', should be from -1 to 1")
     if len(tensors) < 5:  # no double quantization
         return
     scale, offset, entry = largest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ def problems(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: 
     misfits = _check_tensors(layer, state, prefix, assign)
     if misfits:
         return misfits
-    misfits = _check_pieces(layer, state, f"{prefix}weight_") + _check_trained(layer, state, prefix)
-    if f"{prefix}merged_adapter" not in state:
+    merged = f"{prefix}merged_adapter" in state
+    misfits = _check_pieces(layer, state, f"{prefix}weight_", merged) + _check_trained(layer, state, prefix)
+    if not merged:
         return misfits
     misfits += _check_pieces(layer, state, f"{prefix}unmerged_", required=True)
     name = _merged_name(state[f"{prefix}merged_adapter"])
@@ -63,15 +65,21 @@ def match_merged_state(layer: Adapters, state: Mapping[str, Tensor], prefix: str
         return
     code = state.get(f"{prefix}merged_adapter")
     if code is None:
+        if layer.merged_adapter_name is not None and not layer._unmerged_weight().has_nf4_levels:
+            layer._set_pieces("weight", layer._unmerged_weight())  # there is room for its levels
         layer._set_pieces("unmerged", None)
         layer._set_merged(None)
         return
-    weight, name = layer.weight, _merged_name(code)
+    name = _merged_name(code)
+    weight = layer.weight if layer.merged_adapter_name is None else layer._unmerged_weight()
     room = {
         key: None if piece is None else torch.empty_like(piece)
         for key, piece in zip(PIECES, weight.pieces, strict=True)
     }
     layer._set_pieces("unmerged", replace(weight, **room))
+    if not layer.weight.has_nf4_levels:
+        table = None if weight.nested_absmax is None else torch.empty_like(cast(Tensor, weight.nested_table)[:256])
+        layer._set_pieces("weight", replace(weight, nested_table=table))
     layer._set_merged(None)
     layer.set_adapter(name)
     layer._set_merged(name)
@@ -138,8 +146,19 @@ def _check_trained(layer: Adapters, state: Mapping[str, Tensor], prefix: str) ->
     return misfits
 
 
-def _check_pieces(layer: Adapters, state: Mapping[str, Tensor], prefix: str, required: bool = False) -> list[str]:
-    own = {name: getattr(layer, f"weight_{name}") for name in PIECES}
+def _check_pieces(
+    layer: Adapters, state: Mapping[str, Tensor], prefix: str, merged: bool = False, required: bool = False
+) -> list[str]:
+    """
+    Args:
+        merged: the pieces are of a base with an adapter in it, which has NF4's levels whatever the base has.
+        required: they have to be there.
+    """
+    base = layer.weight if layer.merged_adapter_name is None else layer._unmerged_weight()
+    own: dict[str, Tensor | None] = {name: piece for name, piece in zip(PIECES, base.pieces, strict=True)}
+    if merged and not base.has_nf4_levels:
+        table = own["nested_table"]
+        own["nested_table"] = None if base.nested_absmax is None or table is None else table[:256]
     present = [name for name in PIECES if prefix + name in state]
     if not present and not required:
         return []  # strict loading reports what is missing

@@ -13,6 +13,7 @@ from ..errors import listed, peft_names, sentence
 from ..layers.adapters.config import AdapterConfig
 from ..layers.packed import frozen_tensors
 from ..layers.qlinear import QLinear
+from ..native.heap import freed
 from ..ops import backends
 from .dense_layers import as_linear, is_conv1d, is_linear_like
 from .experts import adapted_layers, experts_layers, stacked_weights, swap_experts
@@ -259,6 +260,10 @@ def _swap(places: Places, device: str | torch.device | None, **options) -> None:
     layer = QLinear.from_linear(as_linear(dense), **options)
     layer.fan_in_fan_out = is_conv1d(dense)
     put(layer, places)
+    weight = dense.get_parameter("weight")
+    size = weight.nbytes if weight.device.type == "cpu" else 0
+    del dense, weight
+    freed(size)
 
 
 def report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport:

@@ -86,8 +86,8 @@ def plan(
     QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
     _check_skip(model, skip)
     dense = heads(model) if skip == DEFAULT_SKIP else {}
-    trained = tuple(name for name in new_heads(model) if name in dense) if adapter.rank else ()
-    dense |= {name: f"{dense[name]}, trained with the adapters" for name in trained}
+    trained = tuple(new_heads(model)) if adapter.rank and skip == DEFAULT_SKIP else ()
+    dense |= {name: f"{dense[name]}, trained with the adapters" for name in trained if name in dense}
     quantized, left_alone = _candidates(model, skip, dense)
     stacks = _expert_stacks(model, skip, left_alone) if experts else {}
     if not quantized and not stacks:
@@ -215,7 +215,7 @@ def _candidates(
     ties = _ties(model)
     names, left_alone, inside_peft = [], {}, ()
     for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+        if _is_of_peft(module):
             inside_peft = (*inside_peft, f"{name}.")
             left_alone[name] = "a PEFT layer; quantize the model before adding adapters, or use qlora_kernels' own"
         if not is_linear_like(module) or (inside_peft and name.startswith(inside_peft)):
@@ -229,6 +229,11 @@ def _candidates(
         size = stack.numel() * stack.element_size() / 2**20
         left_alone[name] = f"{stack.shape[0]} matrices in one parameter, such as experts; {size:.1f} MiB stay dense"
     return names, left_alone
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is a layer that PEFT has wrapped, by a class of PEFT's or by one derived from it."""
+    return hasattr(module, "base_layer") and any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def _expert_stacks(
@@ -298,6 +303,8 @@ def _reason(name: str, module: nn.Module, ties: dict[str, list[str]], skip: str 
         return "named in skip"
     if isinstance(module, QLinear):
         return "4-bit already"
+    if type(module).__name__ == "Linear4bit":
+        return "4-bit already, by bitsandbytes; convert it with from_bitsandbytes"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"unsupported type {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
     weight = module._parameters.get("weight")
@@ -367,4 +374,4 @@ def _adapted(
 
 def _ends(names: list[str]) -> list[str]:
     """The last components of names, as target_modules takes them; full names where those are numbers."""
-    return list(dict.fromkeys(name if name[-1].isdigit() else name.rpartition(".")[2] for name in names))
+    return list(dict.fromkeys(name if name[-1:].isdigit() else name.rpartition(".")[2] for name in names))

@@ -70,6 +70,25 @@ def test_trainer(tmp_path, model_and_text):
     assert_an_adapter_of_the_model(tmp_path / "adapter", model_and_text[0])
 
 
+def test_peft_adapters(tmp_path, model_and_text):
+    losses = example("peft_adapters").main(*model_and_text, str(tmp_path / "adapter"), steps=30, length=64)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert_an_adapter_of_the_model(tmp_path / "adapter", model_and_text[0])
+
+
+def test_bitsandbytes_checkpoint(tmp_path, model_and_text):
+    from_pretrained = transformers.LlamaForCausalLM.from_pretrained
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    theirs = from_pretrained(model_and_text[0], quantization_config=config, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert example("bitsandbytes_checkpoint").main(str(tmp_path / "theirs"), str(tmp_path / "ours")) == 0
+    tokens = torch.arange(16).unsqueeze(0)
+    with torch.no_grad():
+        ours = from_pretrained(tmp_path / "ours")(tokens).logits
+        # In eval mode bitsandbytes would round its constants to bfloat16 first.
+        torch.testing.assert_close(ours, theirs.train()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_page_file(tmp_path, capsys):
     first, second = example("page_file").main(str(tmp_path / "states"))
     assert second < first < nn.functional.cross_entropy(torch.zeros(1, 256), torch.zeros(1, dtype=torch.long)).item()

@@ -147,6 +147,38 @@ def test_templates_of_models(tmp_path, name):
     assert [text[:1] for text in texts[0]] == ["4", "6"]
 
 
+@pytest.mark.parametrize("thought", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_an_answer_may_begin_as_the_thought_that_a_header_opens(tmp_path, thought):
+    template = CHATML.replace("assistant\n{% endif %}", f"assistant\n{thought}{{% endif %}}")
+    answers = ["<b>4</b>", "", "<think>\nno\n</think>6"]
+    turns = [{"role": role, "content": text} for text in answers for role, text in (("user", "?"), ("assistant", text))]
+    (row,) = rows_of(tmp_path, {"messages": turns})
+    promised = len("<think>\n") if thought == "<think>\n" else 0  # the header has these tokens, of the last answer too
+    assert learned(template, row) == [f"{answer}<|im_end|>\n" for answer in (*answers[:2], answers[2][promised:])]
+
+
+@pytest.mark.parametrize("prompt", ["{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", ""])
+@pytest.mark.parametrize("answer", ["Hello", "x", "x y", ""])
+def test_what_stands_before_a_first_message_of_the_assistant_does_not_count(tmp_path, prompt, answer):
+    template = "<|im_start|>system\nYou are good.<|im_end|>\n" + CHATML[: CHATML.index("{% if add_gen")] + prompt
+    (row,) = rows_of(tmp_path, {"messages": [{"role": "assistant", "content": answer}, *TWO_TURNS[1:]]})
+    assert learned(template, row)[0] == f"{answer}<|im_end|>\n"
+
+
+def test_a_call_may_be_the_first_message(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {}}]}
+    (row,) = rows_of(tmp_path, {"messages": [call, *TWO_TURNS[1:]]})
+    assert learned(CHATML, row)[0].startswith('[{"type": "function"')
+
+
+def test_half_surrogate_pairs_are_replaced_wherever_they_stand(tmp_path):
+    half = "\ud800"
+    turn = {"role": "assistant", "content": f"a{half}", "tool_calls": [{"name": f"f{half}", "arguments": {half: half}}]}
+    (row,) = rows_of(tmp_path, {"messages": [TWO_TURNS[1], turn], "tools": [{"name": half}]})
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    assert learned(template, row)[0].startswith('a?[{"type": "function", "function": {"name": "f?"')
+
+
 def test_a_template_may_end_with_space(tmp_path):
     (row,) = rows_of(tmp_path, {"messages": TWO_TURNS})
     assert learned(CHATML + " \n\n", row) == ["4 ☃<|im_end|>", "6<|im_end|>\n \n"]
@@ -240,6 +272,9 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"function": 1}]}]}, "message 2: a call of a tool"),
         ({"messages": [USER, {**ANSWER, "function_call": {}}]}, "give the call in 'tool_calls'"),
         ({"messages": [{"from": "alien", "value": "a"}]}, "message 1: 'from' should be one of"),
+        ({"messages": [{"from": "gpt", "value": "a", "weight": 0.5}]}, "message 1: 'weight' should be 0 or 1"),
+        ({"messages": [{"from": "gpt", "value": "a", "weight": "0"}]}, "message 1: 'weight' .* found '0'"),
+        ({"messages": [{"from": "function_call", "value": '{"name": "f"}', "weight": 0}]}, "no message of the"),
         ({"messages": [USER, ANSWER], "tools": 5}, "'tools' should be a list"),
         ({"question": "a", "answer": "b"}, "expected an object with 'messages'.*found the keys question, answer"),
     ],

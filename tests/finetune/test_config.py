@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,20 @@ def test_files_that_cannot_be_used(tmp_path, name, text, words):
     with pytest.raises(InputError, match=words) as caught:
         settings("--config", written(tmp_path, text, name))
     assert name in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_file_of_many_names_is_refused_at_once(tmp_path):
+    path = written(tmp_path, "".join(f"k{i}: 1\n" for i in range(20_000)))
+    import yaml
+
+    parsing = time.process_time()
+    yaml.safe_load(Path(path).read_text())
+    parsing = time.process_time() - parsing
+    began = time.process_time()
+    with pytest.raises(InputError, match="'k0' is not an option"):
+        read_config_file(path)
+    assert time.process_time() - began < 3 * parsing
 
 
 def test_an_error_of_the_command_line_does_not_blame_the_file(tmp_path):

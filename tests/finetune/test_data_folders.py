@@ -68,6 +68,31 @@ def test_splits_that_datasets_saved(tmp_path):
     assert given.fraction == 0.5
 
 
+def test_a_file_of_a_saved_data_set_holds_rows_too(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(pairs(6)).save_to_disk(str(tmp_path / "set"))
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    loaded = load(file)
+    assert texts(loaded.train) | texts(loaded.held_out) == both(pairs(6))
+    (tmp_path / "other.arrow").write_bytes(b"words " * 100)
+    with pytest.raises(InputError, match=r"other\.arrow cannot be read"):
+        load(tmp_path / "other.arrow")
+
+
+def test_evaluation_on_a_data_set_without_a_split_to_train_on(tmp_path):
+    path = lines(tmp_path / "a.jsonl", pairs(6))
+    for name, rows in (("test", pairs(2, 10)), ("validation", pairs(3, 20))):
+        lines(tmp_path / "set" / f"{name}.jsonl", rows)
+    assert texts(load(path, str(tmp_path / "set")).held_out) == both(pairs(3, 20))
+    (tmp_path / "set" / "validation.jsonl").unlink()
+    assert texts(load(path, str(tmp_path / "set")).held_out) == both(pairs(2, 10))
+    alone = load(tmp_path / "set")  # the only split: to train on, and a part of it held out
+    assert not texts(alone.train) & texts(alone.held_out)
+    (tmp_path / "set" / "notes.txt").write_text("words " * 100)
+    with pytest.raises(InputError, match=r"holds a data set \(test.jsonl\) and text files \(notes.txt\)"):
+        load(path, str(tmp_path / "set"))
+
+
 def test_parquet_as_the_hub_stores_it(tmp_path):
     pytest.importorskip("pyarrow")
     import pyarrow

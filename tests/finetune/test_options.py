@@ -49,6 +49,11 @@ def test_resolving_fills_every_default_and_changes_nothing_given():
             value.rank = 5
 
 
+def test_epochs_beyond_counting_are_refused():
+    with pytest.raises(InputError, match=r"--epochs should be fewer, found 1e\+308"):
+        Options(epochs=1e308).resolve().for_data(20)
+
+
 def test_epochs_become_steps_when_the_data_is_known():
     settings = Options(epochs=1.5, batch_size=4, grad_accum=2).resolve()
     assert settings.steps is None

@@ -44,6 +44,13 @@ def test_messages_on_the_tiny_model_and_evaluation_on_a_file(run, tmp_path):
     assert losses(tmp_path / "out")["qlora"][-1] < losses(tmp_path / "out")["qlora"][0]
 
 
+def test_evaluation_on_what_was_trained_on_is_pointed_out(run, tmp_path, capsys):
+    path, other = conversations(tmp_path / "a.jsonl"), conversations(tmp_path / "b.jsonl", 3)
+    loud = [word for word in SMALL if word != "--quiet"]
+    assert run("--data", path, "--eval-data", other, small=loud) == 0
+    assert "3 of 3 examples to evaluate on are in the training data too" in capsys.readouterr().out
+
+
 def test_a_template_of_one_s_own_is_part_of_the_run(run, tmp_path, hf_folder, monkeypatch, capsys):
     path = conversations(tmp_path / "a.jsonl")
     assert run("--model", hf_folder, "--data", path) == 2

@@ -41,6 +41,16 @@ def test_weights_decode_to_the_same_bits(blocksize, double_quant, kind):
             assert torch.equal(bits(weight.dequantize() + 0), bits(decoded(packed, state) + 0)), (shape, dtype)
 
 
+def test_constants_that_bitsandbytes_left_in_columns():
+    """A state dict taken after a forward pass in eval mode, on a CPU with AVX512-BF16, has them so."""
+    packed, state = F.quantize_4bit(torch.randn(64, 256, dtype=torch.bfloat16), compress_statistics=False)
+    tensors = tensors_of(packed, state)
+    tensors["weight.absmax"] = state.absmax.bfloat16()
+    expected = from_bitsandbytes_state(tensors).dequantize()
+    tensors["weight.absmax"] = state.absmax.view(64, 4).t().bfloat16().contiguous()
+    assert torch.equal(from_bitsandbytes_state(tensors).dequantize(), expected)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_there_and_back(double_quant, kind):

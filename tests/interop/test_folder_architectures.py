@@ -16,6 +16,7 @@ from qlora_kernels import load_adapter, load_quantized, qlora_layers, save_adapt
 from qlora_kernels.cli.main import main
 from qlora_kernels.errors import InputError
 from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
+from qlora_kernels.models.experts import experts_layers
 
 transformers = pytest.importorskip("transformers")
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -70,6 +71,9 @@ def with_dequantized_weights(dense, model):
             weight = dense.get_submodule(name).weight
             values = layer.weight.dequantize()
             weight.copy_(values if isinstance(dense.get_submodule(name), nn.Linear) else values.t())
+        for name, layer in experts_layers(model):
+            weights, module = layer.weight.dequantize(), dense.get_submodule(name.rpartition(".")[0])
+            dense.get_parameter(name).copy_(weights.transpose(1, 2) if module.is_transposed else weights)
     return dense
 
 
@@ -82,13 +86,13 @@ def test_a_folder_of_any_architecture(tmp_path, name):
     layers = dict(qlora_layers(model))
     assert len(layers) == report.layers
     assert relative_error(output(model), output(with_dequantized_weights(dense, model)).double()) < 1e-5
-    quantized = {f"{layer}.weight" for layer in layers}
+    stacks = [name for name, _ in experts_layers(model)]
+    quantized = {*(f"{layer}.weight" for layer in layers), *stacks}
     for key, value in dense.state_dict().items():
         if key not in quantized:
             assert torch.equal(value, model.state_dict()[key]), key
-    experts = [reason for key, reason in report.left_alone.items() if ".experts." in key]
-    assert len(experts) == (4 if "mlp.experts" in str(dense.state_dict().keys()) else 0)
-    assert all("MiB stay dense" in reason for reason in experts)
+    assert not any(".experts." in key for key in report.left_alone)
+    assert report.experts == len(stacks) == (4 if "mlp.experts" in str(dense.state_dict().keys()) else 0)
 
 
 def test_heads_stay_dense(tmp_path):

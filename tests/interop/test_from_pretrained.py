@@ -151,6 +151,35 @@ def test_missing_tensors_are_an_error(tmp_path, key):
         load(folder)
 
 
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
+def test_missing_dense_parts_are_an_error(tmp_path, key):
+    folder = saved(fresh(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[key]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 tensors of its dense parts: {key}"):
+        load(folder)
+
+
+def test_a_layer_is_not_dense_by_the_config_and_4bit_in_the_files(tmp_path):
+    folder = saved(fresh(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].append("q_proj")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for kind in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight.* in 4 bits, but modules_to_not"):
+            kind.from_pretrained(folder)
+
+
+def test_another_number_of_labels_makes_a_new_head(tmp_path):
+    """ignore_mismatched_sizes asks for it: the head is in the files, in another shape."""
+    model = AutoModelForSequenceClassification.from_config(transformers.LlamaConfig(**CONFIG.to_dict(), num_labels=3))
+    folder = saved(quantize_model(model, 2, progress=False) and model, tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True)
+    assert loaded.score.weight.shape == (5, 64)
+    assert loaded.score.weight.requires_grad
+
+
 @pytest.mark.parametrize("ignore", [False, True])
 def test_wrong_shapes_are_an_error(tmp_path, ignore):
     folder = saved(fresh(), tmp_path)

@@ -137,6 +137,16 @@ def test_a_missing_weight_stays_dense_and_is_told(tmp_path):
     assert len(list(qlora_layers(loaded))) == 13
 
 
+def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
+    folder = dense(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {f"other.{key}": value for key, value in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"holds the weight of none of the layers to quantize"):
+        load(folder)
+
+
 def test_a_typo_in_skip_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'down_proj'"):
         load(dense(tmp_path), NF4Config(skip=["down_prj"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,53 @@ def test_loading_an_unmerged_state_ends_the_merge():
     made.merge()
     made.load_state_dict({key: value for key, value in state.items() if key.startswith("lora")}, strict=False)
     assert made.merged_adapter_name == "default"  # adapters alone say nothing about the base
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_merge_of_a_base_with_other_levels_travels_whole(double_quant):
+    """The merged weight has NF4's levels, so there are fewer entries in its table."""
+    made = other_levels(double_quant)
+    x = torch.randn(3, 100)
+    y = made(x)
+    state = {key: value.clone() for key, value in made.state_dict().items()}
+    made.merge()
+    merged_y, merged_state = made(x), {key: value.clone() for key, value in made.state_dict().items()}
+    for assign in (False, True):
+        other = other_levels(double_quant)
+        other.load_state_dict(merged_state, assign=assign)
+        assert torch.equal(other(x), merged_y)
+        other.load_state_dict(merged_state, assign=assign)  # merged into merged
+        assert torch.equal(other(x), merged_y)
+        other.unmerge()
+        assert torch.equal(other(x), y)
+        other.merge()
+        other.load_state_dict(state, assign=assign)
+        assert other.merged_adapter_name is None
+        assert torch.equal(other(x), y)
+    with pytest.raises(RuntimeError, match="unmerged_nested_table"):
+        layer(double_quant=double_quant).load_state_dict(merged_state)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_levels_out_of_range_are_not_loaded(double_quant):
+    made = other_levels(double_quant)
+    state = {key: value.clone() for key, value in made.state_dict().items()}
+    for value in (1.5, torch.nan):
+        state["weight_nested_table"][-1] = value
+        y = made(torch.ones(1, 100))
+        with pytest.raises(RuntimeError, match=r"weight_nested_table'(, should be from -1 to 1| holds NaN)"):
+            made.load_state_dict(state)
+        assert torch.equal(made(torch.ones(1, 100)), y)
+
+
+def other_levels(double_quant):
+    """A layer whose weight has levels of its own."""
+    weight = layer(double_quant=double_quant).weight
+    levels = torch.linspace(-1, 1, 16)
+    table = levels if weight.nested_table is None else torch.cat([weight.nested_table, levels])
+    made = QLinear.from_nf4(replace(weight, nested_table=table), rank=4)
+    nn.init.normal_(made.lora_B["default"])
+    return made
 
 
 def test_loading_a_merge_of_an_adapter_that_is_not_there_is_refused():

@@ -201,8 +201,7 @@ def test_unknown_experts_stay_dense_and_are_reported():
     assert report.left_alone == {"w1": "4 matrices in one parameter, such as experts; 0.1 MiB stay dense"}
 
 
-def test_folders_keep_experts_dense():
-    """A plan without ``experts`` is what the format on disk knows."""
+def test_a_plan_without_experts_leaves_them_dense():
     planned = plan(make("Mixtral"), qlora_kernels.AdapterConfig(rank=0, alpha=1))
     assert planned.experts == ()
     assert sum("stay dense" in reason for reason in planned.left_alone.values()) == 2

@@ -48,6 +48,61 @@ def test_a_new_head_stays_dense_and_is_trained(kind, config, names):
     assert model.get_submodule(names[0]).weight.grad.abs().sum() > 0
 
 
+WHISPER = transformers.WhisperConfig(
+    vocab_size=64, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+    decoder_attention_heads=2, encoder_ffn_dim=128, decoder_ffn_dim=128, classifier_proj_size=32,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+)  # fmt: skip
+CLIP = transformers.CLIPConfig(
+    vision_config={**SIZES, "image_size": 32, "patch_size": 16}, text_config=SIZES, num_labels=20
+)
+T5 = transformers.T5Config(vocab_size=64, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2)
+SIDE_BY_SIDE = [
+    (transformers.WhisperForAudioClassification, WHISPER, ["projector", "classifier"]),
+    (transformers.CLIPForImageClassification, CLIP, ["classifier"]),
+    (transformers.T5ForQuestionAnswering, T5, ["qa_outputs"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "names"), SIDE_BY_SIDE, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_new_head_of_a_model_that_has_no_trunk_of_the_usual_name(kind, config, names):
+    model = kind(config)
+    report = quantize_model(model, progress=False)
+    assert list(report.left_alone) == names
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora" not in name}
+    assert {name.rpartition(".")[0] for name in trained} == set(names)
+
+
+def test_layers_without_a_trunk_that_are_no_heads():
+    projections = {"text_projection", "visual_projection"}
+    assert projections <= set(quantize_model(transformers.CLIPModel(CLIP), progress=False).quantized)
+    model = transformers.T5ForConditionalGeneration(T5)
+    assert list(heads(model)) == ["lm_head"]
+    assert new_heads(model) == []
+
+
+def test_norms_and_convolutions_of_a_new_head_are_trained():
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=1, depths=[1], sr_ratios=[1], hidden_sizes=[64], num_attention_heads=[2], mlp_ratios=[2],
+        patch_sizes=[7], strides=[4], decoder_hidden_size=32,
+    )  # fmt: skip
+    model = transformers.SegformerForSemanticSegmentation(config)
+    quantize_model(model, progress=False)
+    assert all(parameter.requires_grad for parameter in model.decode_head.parameters())
+    assert not any(p.requires_grad for name, p in model.segformer.named_parameters() if "lora" not in name)
+
+
+def test_a_4_bit_head_is_not_trained_itself():
+    model = transformers.BertForSequenceClassification(BERT)
+    quantize_model(model, rank=2, skip=["pooler"], progress=False)
+    model.classifier.add_adapter("other", 1)
+    assert new_heads(model) == []
+    model.bert.pooler.dense = torch.nn.Linear(64, 64)
+    quantize_model(model, rank=2, progress=False)
+    assert not model.classifier.weight_packed.requires_grad
+    assert not model.classifier.lora_A["other"].requires_grad
+
+
 def test_a_language_models_head_stays_dense_and_frozen():
     for model in (transformers.LlamaForCausalLM(LLAMA), transformers.BertForMaskedLM(BERT)):
         report = quantize_model(model, progress=False)

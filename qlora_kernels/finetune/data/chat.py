@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import InputError, sentence
 from .batches import Example
-from .messages import Conversation, Message
+from .messages import Conversation, Message, text
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LEFT_OUT = ("system", "developer", "tool", "function")  # roles that templates are known to pass over
@@ -28,8 +28,8 @@ class Chat:
     def __init__(self, tokenizer: Any, template: str | None, name: str) -> None:
         self.tokenizer, self.template, self.name = tokenizer, template, name
         own = tokenizer.chat_template if template is None else template
-        text = own if isinstance(own, str) else json.dumps(own, sort_keys=True, default=str)
-        self.digest = hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()
+        own = own if isinstance(own, str) else json.dumps(own, sort_keys=True, default=str)
+        self.digest = hashlib.sha256(own.encode("utf-8", errors="replace")).hexdigest()
 
     def example(self, conversation: Conversation) -> Example:
         """A conversation's tokens. Those of the messages ``learned`` count.
@@ -76,7 +76,7 @@ class Chat:
         if not count:
             return ""
         messages = conversation.messages[:count]
-        return self._apply(conversation, messages, tokenize=False, add_generation_prompt=prompt)
+        return text(self._apply(conversation, messages, tokenize=False, add_generation_prompt=prompt))
 
     def _by_markers(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         made = self._apply(
@@ -97,9 +97,13 @@ class Chat:
         # A template may end the whole with a line break, or the token that ends a document.
         ends = (after, after.rstrip(), after.removesuffix(self.tokenizer.eos_token or ""))
         after = next((end for end in ends if whole.startswith(end)), after)
-        # A header may promise more than a past turn shows, such as a tag that opens a thought.
-        begin = next((i for i, (a, b) in enumerate(zip(header, after)) if a != b), min(len(header), len(after)))
         least = len(header) if after.startswith(header) else len(self._text(conversation, number))
+        begin = _common(header, after)
+        if not header or begin < len(header):
+            # The first message has no header to compare with. And a header may promise more than a past turn shows,
+            # such as a tag that opens a thought, with whose first characters an answer may begin too.
+            shared = self._shared(conversation, number, after)
+            begin = min(begin, max(shared, least)) if header else shared
         if begin < least or not whole.startswith(after):
             raise InputError(
                 f"{conversation.where}: {self.name} writes earlier messages differently once more follow, so the "
@@ -108,6 +112,17 @@ class Chat:
                 'assistant but the last one "weight": 0'
             )
         return begin, len(after)
+
+    def _shared(self, conversation: Conversation, number: int, after: str) -> int:
+        """How much of the text up to a message stays when the message says something else: not what it says itself."""
+        content = "y" if conversation.messages[number]["content"].lstrip().startswith("x") else "x"
+        other = {"role": "assistant", "content": content}
+        try:
+            messages = [*conversation.messages[:number], other]
+            shared = _common(self._text(replace(conversation, messages=messages), number + 1), after)
+        except InputError:  # the template wants more of a message
+            shared = len(after)
+        return shared if shared < len(after) or number else 0
 
     def _check_nothing_left_out(self, conversation: Conversation, whole: str) -> None:
         """Templates pass over what they do not know, and the model would learn from half a conversation."""
@@ -140,6 +155,11 @@ class Chat:
             return self._text(other, len(other.messages)) != whole
         except InputError:  # the template has looked at what is other
             return True
+
+
+def _common(one: str, other: str) -> int:
+    """The number of characters that two texts begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _renamed(call: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from ...errors import InputError, listed
 from ...storage.formats import load_json
-from .columnar import read_arrow
 from .read import ROW_SUFFIXES, TEXT_SUFFIXES, Place, Row, read_rows, suffix
 
 # Names of splits as the hub knows them, between characters that are neither letters nor digits.
@@ -39,12 +38,7 @@ class Split:
     def rows(self) -> Iterator[Row]:
         """Each row, and where it stands."""
         for file in self.files:
-            place = self.place.at(file)
-            if suffix(file) == ".arrow":
-                for number, row in enumerate(read_arrow(file, str(place)), 1):
-                    yield row, f"{place}, row {number}"
-            else:
-                yield from read_rows(place)
+            yield from read_rows(self.place.at(file))
 
 
 def splits_of(place: Place) -> dict[str, Split] | None:
@@ -75,11 +69,9 @@ def training_split(place: Place, splits: dict[str, Split]) -> Split:
     raise InputError(f"{place} has no split 'train', only {listed(splits)}; name one of its files or folders")
 
 
-def evaluation_split(splits: dict[str, Split]) -> tuple[str, Split] | None:
-    """The split to evaluate on beside "train", and its name; None when there is none."""
-    if "train" not in splits:
-        return None
-    return next(((name, splits[name]) for name in _EVALUATION if name in splits), None)
+def evaluation_split(splits: dict[str, Split]) -> Split | None:
+    """The split to evaluate on: "validation", or else "test"; None when there is neither."""
+    return next((splits[name] for name in _EVALUATION if name in splits), None)
 
 
 def _json(place: Place, name: str):
@@ -130,7 +122,7 @@ def _stored(place: Place) -> dict[str, Split] | None:
             rows.append(name)
         elif suffix(name) in _TEXTS:
             texts.append(name)
-    named = [name for name in rows if suffix(name) in _ALONE_ENOUGH and _split(name) == "train"]
+    named = [name for name in rows if suffix(name) in _ALONE_ENOUGH and _split(name) is not None]
     if texts and named:
         raise InputError(f"{place} holds a data set ({named[0]}) and text files ({texts[0]}); name one of them")
     if not rows or texts:

@@ -95,6 +95,9 @@ def _message(value: Any, where: str, number: int) -> Message:
         raise InputError(f"{where}: expected an object with 'role' and 'content', or 'from' and 'value'")
     # A column of a data set has all keys in every row.
     message = {key: entry for key, entry in value.items() if entry is not None}
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise InputError(f"{where}: 'weight' should be 0 or 1, found {weight!r:.60}")
     if "role" not in message and "from" in message:
         return _of_sharegpt(message, where)
     role, calls = message.get("role"), message.get("tool_calls")
@@ -106,9 +109,6 @@ def _message(value: Any, where: str, number: int) -> Message:
         message["tool_calls"] = _calls(calls, where)
         if not message["tool_calls"]:
             del message["tool_calls"]
-    weight = message.get("weight", 1)
-    if weight not in (0, 1):
-        raise InputError(f"{where}: 'weight' should be 0 or 1, found {weight!r:.60}")
     message["content"] = _content(message.get("content"), where, "tool_calls" in message)
     return message
 
@@ -118,10 +118,10 @@ def _of_sharegpt(message: Message, where: str) -> Message:
     if role is None:
         raise InputError(f"{where}: 'from' should be one of {listed(_SHAREGPT, 20)}, found {message['from']!r:.60}")
     value = message.get("value")
+    weight = {"weight": message["weight"]} if "weight" in message else {}
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls([value], where)}
-    result = {"role": role, "content": _content(value, where, False)}
-    return result | ({"weight": message["weight"]} if message.get("weight") in (0, 1) else {})
+        return {"role": "assistant", "content": "", "tool_calls": _calls([value], where), **weight}
+    return {"role": role, "content": _content(value, where, False), **weight}
 
 
 def _content(value: Any, where: str, calls: bool) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import InputError, listed, sentence
 from ...storage.regular_file import open_regular
-from .columnar import read_parquet
+from .columnar import read_arrow, read_parquet
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".text", ".tex", ".html", ".c", ".h", ".cpp", ".json", ".csv")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -107,19 +107,19 @@ def read_documents(place: Place) -> list[str]:
 
 def has_rows(path: str) -> bool:
     """Whether a path is of a kind that holds rows, by its name."""
-    return suffix(path) in ROW_SUFFIXES and not os.path.isdir(path)
+    return suffix(path) in (*ROW_SUFFIXES, ".arrow") and not os.path.isdir(path)
 
 
 def read_rows(place: Place) -> Iterator[Row]:
     """Each row of a file, and where it stands.
 
     A row is a line of a JSONL file, an element of the array in a JSON file, a record of a CSV or TSV file whose first
-    line names the columns, or a row of a Parquet file.
+    line names the columns, or a row of a Parquet file, or of an Arrow file in a folder that ``datasets`` saved.
 
     Raises:
         InputError: for a file that is none.
     """
-    readers = {".json": _array, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
+    readers = {".json": _array, ".csv": _table, ".tsv": _table, ".parquet": _parquet, ".arrow": _arrow}
     return readers.get(suffix(place.path), _lines)(place)
 
 
@@ -179,6 +179,11 @@ def _parquet(place: Place) -> Iterator[Row]:
     if not os.path.exists(place.path):
         raise InputError(f"{place}: no such file or folder")
     for number, row in enumerate(read_parquet(place.path, str(place)), 1):
+        yield row, f"{place}, row {number}"
+
+
+def _arrow(place: Place) -> Iterator[Row]:
+    for number, row in enumerate(read_arrow(place.path, str(place)), 1):
         yield row, f"{place}, row {number}"
 
 

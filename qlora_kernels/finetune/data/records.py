@@ -43,7 +43,7 @@ def read_records(place: Place, evaluation: bool = False) -> tuple[Records, Recor
 
     Args:
         place: a text file; a file of rows, by the end of its name; a folder of text files; or a data set's folder.
-        evaluation: read a folder only for evaluation: its split for that, or else the only one.
+        evaluation: read a folder only for evaluation: its split for that, or else "train" or the only one.
 
     Raises:
         InputError: for data that cannot be read.
@@ -54,10 +54,10 @@ def read_records(place: Place, evaluation: bool = False) -> tuple[Records, Recor
             return Records(place, "text", read_documents(place)), None
         held_out = evaluation_split(splits)
         if evaluation:
-            chosen = held_out[1] if held_out is not None else training_split(place, splits)
-            return _records(place, chosen.rows()), None
-        training = _records(place, training_split(place, splits).rows())
-        return training, None if held_out is None else _records(place, held_out[1].rows())
+            return _records(place, (held_out or training_split(place, splits)).rows()), None
+        chosen = training_split(place, splits)
+        training = _records(place, chosen.rows())
+        return training, None if held_out in (None, chosen) else _records(place, held_out.rows())
     if has_rows(place.path):
         return _records(place, read_rows(place)), None
     return Records(place, "text", read_documents(place)), None

@@ -44,6 +44,8 @@ def read_weight(layer: Linear4bit, name: str) -> NF4Weight:
             "a forward of its own, or a library (accelerate's offload and device_map, say) has replaced it; load the "
             "model on one device, without offload"
         )
+    if "parametrizations" in layer._modules:
+        raise ValueError(f"{name} has parametrizations; call torch.nn.utils.parametrize.remove_parametrizations first")
     weight: Any = layer.weight
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device or offloaded, and has no data; load the model without offload")
@@ -143,6 +145,11 @@ def to_linear4bit(layer: QLinear, name: str, compute_dtype: torch.dtype | None =
     Raises:
         ValueError: for a layer without data, whose tensors are distributed, or that stands for float64.
     """
+    if "_hf_hook" in layer.__dict__:
+        raise ValueError(
+            f"{name} has a hook of accelerate (offload or device_map), which would be lost; call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
     weight = layer.weight
     for piece in weight.pieces:
         if piece is not None and (piece.is_meta or type(piece) not in (Tensor, nn.Parameter)):

@@ -12,11 +12,12 @@ from ...errors import listed, peft_names
 from ...formats.bitsandbytes import quant_type
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
+from ...models.heads import new_heads
 from ...models.places import places_of, put, take_hooks
-from ...models.quantize import after_quantizing
-from ...models.targets import adapted_among
+from ...models.quantize import after_quantizing, choose_what_is_trained
+from ...models.targets import Plan, adapted_among
 from .layers import linear4bit, to_linear4bit, to_qlinear
-from .marks import mark_bitsandbytes, unmark_bitsandbytes
+from .marks import mark_bitsandbytes, refuse_other_layers, unmark_bitsandbytes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +43,8 @@ def from_bitsandbytes(
     Args:
         model: any module, or a Linear4bit itself.
         rank, alpha, dropout, rslora, target_modules, adapter_dtype: as for :func:`quantize_model`. With rank 0, by
-            default, there are no adapters, and what asks for a gradient stays so; with adapters, all else is frozen.
+            default, there are no adapters, and what asks for a gradient stays so; with adapters, all else is frozen but
+            dense new heads and the adapters of layers that are here already, as quantize_model has it.
         compute_dtype: dtype of bias and adapters; by default a bias keeps its own, and adapters have that of the dense
             weight. Products are computed in the dtype of x, or autocast's.
 
@@ -54,10 +56,12 @@ def from_bitsandbytes(
         ValueError: for a model without such layers, or with one that cannot be converted, by its name: blocks of 32,
             no weights (offloaded, or not quantized yet), inside a PEFT layer; and for adapters that do not fit.
             The model is unchanged.
-        TypeError: for a dtype that bias or adapters cannot have, and for PEFT's argument names. The model is unchanged.
+        TypeError: for a dtype that bias or adapters cannot have, PEFT's argument names, and something that is no
+            module. The model is unchanged.
     """
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
     kind = linear4bit()
+    _check_module(model)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, kind)}
     if not found:
         others = {
@@ -83,9 +87,10 @@ def from_bitsandbytes(
         )
         for name, layer in found.items()
     }
-    if rank:
-        model.requires_grad_(False)
+    new = tuple(new_heads(model)) if rank else ()
     result = _replace(model, layers, found)
+    if rank:
+        choose_what_is_trained(result, Plan((), (), {}, adapter, trained=new))
     unmark_bitsandbytes(result)
     for note in after_quantizing:
         note(result)
@@ -113,9 +118,14 @@ def to_bitsandbytes(model: Model, *, compute_dtype: torch.dtype | None = None, d
     Raises:
         ImportError: when bitsandbytes is not installed.
         ValueError: for a model without such layers, or with one that has adapters, has no data, is distributed, lies
-            inside a PEFT layer, or stands for float64. The model is unchanged.
+            inside a PEFT layer, is kept elsewhere by accelerate, or stands for float64; and for a model of transformers
+            with 8-bit layers or 4-bit experts too. The model is unchanged.
+        TypeError: for something that is no module, and a compute_dtype that is none.
     """
     linear4bit()
+    _check_module(model)
+    if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"compute_dtype should be torch.float32, bfloat16 or float16, found {compute_dtype!r}")
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, QLinear)}
     if not found:
         raise ValueError("the model has no 4-bit layers of qlora_kernels (QLinear) to convert")
@@ -132,13 +142,19 @@ def to_bitsandbytes(model: Model, *, compute_dtype: torch.dtype | None = None, d
             "with save_adapter, for PEFT to load on the result, and pass drop_adapters=True; or fold them into the "
             "weights with merge_adapters. The model is unchanged."
         )
+    refuse_other_layers(model)
     layers = {name: to_linear4bit(layer, name or "the layer", compute_dtype) for name, layer in found.items()}
     double_quant = all(layer.weight.double_quant for layer in found.values())
     dtype = compute_dtype or next(iter(found.values())).dtype
     result = _replace(model, layers, found)
     kind = quant_type(next(iter(found.values())).weight)
-    mark_bitsandbytes(result, set(layers), kind, double_quant, dtype)
+    mark_bitsandbytes(result, kind, double_quant, dtype)
     return result
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, found {type(model).__name__}")
 
 
 def _refuse_inside_peft(model: nn.Module, found: Mapping[str, nn.Module]) -> None:

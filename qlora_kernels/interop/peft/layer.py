@@ -57,6 +57,13 @@ def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def _is_plain_dropout(module: nn.Module | None) -> bool:
+    """Whether the fused operation can stand for it, which scales by 1 / (1 - p): everything dropped is PEFT's way."""
+    if isinstance(module, nn.Dropout):
+        return module.p < 1.0 and _is_bare(module, nn.Dropout)
+    return isinstance(module, nn.Identity) and _is_bare(module, nn.Identity)
+
+
 class LoraQLinear(LoraLinear):
     """LoRA on a 4-bit base, as PEFT's own layer in everything but this:
 
@@ -109,8 +116,7 @@ class LoraQLinear(LoraLinear):
             and _is_bare(cast(nn.Module, B), nn.Linear)
             and cast(Any, A).bias is None
             and cast(Any, B).bias is None
-            and isinstance(dropout, (nn.Identity, nn.Dropout))
-            and _is_bare(dropout, nn.Dropout if isinstance(dropout, nn.Dropout) else nn.Identity)
+            and _is_plain_dropout(dropout)
         )
 
     def _fused(self, x: Tensor, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""QLinear's own adapters in a model that PEFT is to manage: PEFT neither selects nor saves them."""
+"""The own adapters of QLinear and QExperts in a model that PEFT is to manage: PEFT neither selects nor saves them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import warnings
 from torch import nn
 
 from ...errors import listed
-from ...layers.qlinear import QLinear
-from ...models.targets import qlora_layers
+from ...layers.adapters.named import Adapters
+from ...models.experts import adapted_layers
 
 
 def check_own_adapters(model: nn.Module) -> None:
@@ -17,7 +17,7 @@ def check_own_adapters(model: nn.Module) -> None:
     Raises:
         ValueError: names the layers and says what to do. Nothing has changed.
     """
-    used = [_place(name, layer) for name, layer in qlora_layers(model) if not _all_fresh(layer)]
+    used = [_place(name, layer) for name, layer in adapted_layers(model) if not _all_fresh(layer)]
     if used:
         raise ValueError(
             f"{len(used)} layers have trained adapters of their own, which PEFT would not save: {listed(used, 3)}. "
@@ -29,7 +29,7 @@ def check_own_adapters(model: nn.Module) -> None:
 def drop_own_adapters(model: nn.Module) -> None:
     """Deletes adapters that add nothing (B is zero), with a warning: quantize_model makes them by default."""
     dropped: list[str] = []
-    for name, layer in qlora_layers(model):
+    for name, layer in adapted_layers(model):
         if layer.adapters:
             dropped.append(_place(name, layer))
             for adapter in layer.adapters:
@@ -42,12 +42,12 @@ def drop_own_adapters(model: nn.Module) -> None:
         )
 
 
-def _place(name: str, layer: QLinear) -> str:
+def _place(name: str, layer: Adapters) -> str:
     adapters = listed(map(repr, layer.adapters), 3)
     return f"{name.removesuffix('.base_layer') or 'the model itself'} ({adapters})"
 
 
-def _all_fresh(layer: QLinear) -> bool:
+def _all_fresh(layer: Adapters) -> bool:
     if layer.merged_adapter_name is not None:
         return False
     matrices = [layer.lora_B[name] for name in layer.adapters]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 from ...errors import listed
 from ...layers.packed import PackedLayer
 from ...layers.qlinear import QLinear
+from ...models.experts import adapted_layers
 from ...models.targets import qlora_layers
 from .own_adapters import check_own_adapters, drop_own_adapters
 
@@ -56,7 +59,7 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def prepare_model_for_kbit_training(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(model, "is_loaded_in_4bit", False) or next(iter(qlora_layers(model)), None) is None:
+        if getattr(model, "is_loaded_in_4bit", False) or next(iter(adapted_layers(model)), None) is None:
             return original(model, *args, **kwargs)
         before = model.__dict__.get("is_loaded_in_4bit")
         model.__dict__["is_loaded_in_4bit"] = True
@@ -77,16 +80,33 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         _check_trained(model, getattr(self.peft_config[adapter_name], "modules_to_save", None) or ())
         check_own_adapters(model)
-        result = original(self, model, adapter_name, *args, **kwargs)
+        with _no_targets_inside(self, model):
+            result = original(self, model, adapter_name, *args, **kwargs)
         drop_own_adapters(model)
         return result
 
     return inject_adapter
 
 
+@contextlib.contextmanager
+def _no_targets_inside(tuner: Any, model: nn.Module) -> Iterator[None]:
+    """Within it an expression like ".*q_proj.*" matches no containers of a QLinear's own adapters, as on nn.Linear."""
+    inside = {f"{name}.{child}" for name, layer in adapted_layers(model) for child, _ in layer.named_children()}
+    original = tuner._check_target_module_exists
+
+    def check(config: Any, key: str) -> Any:
+        return False if key in inside else original(config, key)
+
+    tuner.__dict__["_check_target_module_exists"] = check
+    try:
+        yield
+    finally:
+        del tuner.__dict__["_check_target_module_exists"]
+
+
 def _check_trained(model: nn.Module, names: Sequence[str]) -> None:
     """Refuses modules_to_save that are 4-bit: only dense modules can be trained themselves."""
-    packed = [name.removesuffix(".base_layer") for name, module in model.named_modules() if isinstance(module, QLinear)]
+    packed = [name.removesuffix(".base_layer") for name, module in adapted_layers(model)]
     for name in names:
         inside = [layer for layer in packed if f".{layer}.".find(f".{name}.") >= 0 or layer.endswith(name)]
         if inside:
@@ -131,9 +151,46 @@ def _replace(module: ModuleType, name: str, wrap: Callable[[Callable[..., Any]],
     setattr(module, name, replacement)
 
 
+def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PeftModel's constructor: prompt tuning and the like inject nothing, but neither train nor save the base."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_own_adapters(model)
+        original(self, model, *args, **kwargs)
+        drop_own_adapters(model)
+
+    return __init__
+
+
+def _count(original: Callable[..., Any]) -> Callable[..., Any]:
+    """get_nb_trainable_parameters: of a 4-bit layer PEFT would count the bytes, half of the weight's elements."""
+
+    @functools.wraps(original)
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        trainable, total = original(self)
+        for _, layer in adapted_layers(self):
+            total += math.prod(layer.weight.shape)
+            total -= sum(piece.numel() for piece in layer.weight.pieces if isinstance(piece, nn.Parameter))
+        return trainable, total
+
+    return get_nb_trainable_parameters
+
+
 def _change_tuners(module: ModuleType) -> None:
     tuner = module.BaseTuner
     tuner.inject_adapter = _inject(tuner.inject_adapter)
+
+
+def _change_model(module: ModuleType) -> None:
+    model = module.PeftModel
+    model.__init__ = _init(model.__init__)
+    model.get_nb_trainable_parameters = _count(model.get_nb_trainable_parameters)
+
+
+def _change_mixed_model(module: ModuleType) -> None:
+    model = module.PeftMixedModel
+    model.get_nb_trainable_parameters = _count(model.get_nb_trainable_parameters)
 
 
 #: What is done to each of PEFT's modules once it is imported.
@@ -141,6 +198,8 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "peft.utils.integrations": lambda module: _replace(module, "dequantize_module_weight", _dense_weight),
     "peft.utils.other": lambda module: _replace(module, "prepare_model_for_kbit_training", _prepare),
     "peft.tuners.tuners_utils": _change_tuners,
+    "peft.peft_model": _change_model,
+    "peft.mixed_model": _change_mixed_model,
     "peft.tuners.lora.model": lambda module: _replace(module, "dispatch_default", _lora_layer),
     "peft.tuners.lora.corda": lambda module: _replace(module, "preprocess_corda", _refuse_corda),
 }

@@ -71,7 +71,7 @@ def put_layers(
         InputError: when the files do not fit the model or the format; the sentence names the layer.
         ValueError: for adapters that do not fit.
     """
-    entries = _rename(model, entries)
+    entries = _rename(model, entries, folder)
     places = places_of(model, is_linear_like)
     names = _quantized(entries)
     if not names:
@@ -149,8 +149,12 @@ def _check_shape(name: str, state: State, layer: nn.Module, folder: str) -> None
         raise InputError(f"{folder}: {name}.weight should be {list(expected)}, but its quant_state says {state.shape}")
 
 
-def _rename(model: nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The tensors by their names in the model: files may have the prefix of the model's trunk, or lack it."""
+def _rename(model: nn.Module, entries: dict[str, Entry], folder: str) -> dict[str, Entry]:
+    """The tensors by their names in the model: files may have the prefix of the model's trunk, or lack it.
+
+    Raises:
+        InputError: for two tensors of one name.
+    """
     state = model.state_dict()
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     renamed: dict[str, Entry] = {}
@@ -159,5 +163,8 @@ def _rename(model: nn.Module, entries: dict[str, Entry]) -> dict[str, Entry]:
         weight, dot, rest = stored.partition(".weight.")
         key = f"{weight}.weight" if dot else stored
         key = next((k for k in (key, prefix + key, key.removeprefix(prefix)) if k in state), key)
-        renamed[f"{key}.{rest}" if dot else key] = entry
+        key = f"{key}.{rest}" if dot else key
+        if key in renamed:
+            raise InputError(f"{folder} holds {key} twice, with and without the prefix '{prefix}'")
+        renamed[key] = entry
     return renamed

@@ -15,6 +15,7 @@ from ...layers.adapters.config import AdapterConfig
 from ...models.quantize import swap_layers
 from ...models.targets import plan, qlora_layers
 from ...storage.safetensors_stream import DTYPES, Entry, read
+from . import recorded
 from .bitsandbytes_folder import is_bitsandbytes, put_layers
 from .folder import METHOD, read_config, read_entries
 from .mark import mark
@@ -87,8 +88,10 @@ def _swap_layers(
     """Makes the layers of a model on the meta device 4-bit; returns the names of those to adapt."""
     skip, double_quant = settings.get("modules_to_not_convert", skipped(model)), settings.get("double_quant", True)
     with readable(folder):  # what is wrong without adapters, the folder is to blame for
-        plan(model, AdapterConfig(rank=0, alpha=1), skip=skip, double_quant=double_quant)
-    planned = plan(model, adapter, target_modules, skip, double_quant)
+        experts = recorded.experts(model, settings.get("experts", []))
+        plan(model, AdapterConfig(rank=0, alpha=1), skip=skip, double_quant=double_quant, experts=bool(experts))
+    planned = plan(model, adapter, target_modules, skip, double_quant, experts=bool(experts))
+    planned = replace(planned, experts=experts)
     swap_layers(model, replace(planned, adapted=()))  # adapters come when there is memory to put values in
     return planned.adapted
 
@@ -109,9 +112,10 @@ def _check_settings(settings: dict[str, Any], folder: str) -> None:
             f"{folder} holds adapters, or layers of several kinds; load it with transformers' from_pretrained after "
             "'import qlora_kernels'"
         )
-    skip = settings.get("modules_to_not_convert")
-    names = isinstance(skip, list) and all(isinstance(name, str) for name in skip)
-    require("modules_to_not_convert", names, "a list of names")
+    for key in ("modules_to_not_convert", "experts"):
+        value = settings.get(key)
+        names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        require(key, names, "a list of names")
     require("double_quant", isinstance(settings.get("double_quant"), bool), "true or false")
     for key, size in (("block_size", BLOCK_SIZE), ("nested_block_size", NESTED_BLOCK_SIZE)):
         require(key, settings.get(key) == size, str(size))

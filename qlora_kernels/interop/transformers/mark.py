@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...models.targets import qlora_layers
+from ...models.experts import adapted_layers
 from .live import describe
 
 
@@ -51,5 +51,5 @@ def _give_own_config(model: Any) -> None:
 def _outermost(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
     """The modules of a kind that hold 4-bit layers, and lie in no other of that kind."""
     if isinstance(model, kind):
-        return [model] if any(qlora_layers(model)) else []
+        return [model] if any(adapted_layers(model)) else []
     return [found for child in model.children() for found in _outermost(child, kind)]

@@ -32,7 +32,8 @@ _GROUP_NEEDS = ("name", "rank", "alpha")
 class NF4Config:
     """How to load a transformers model in 4 bits: ``from_pretrained(model, quantization_config=NF4Config())``.
 
-    The linear layers become :class:`QLinear`, each as its weight comes from the disk, and everything is frozen but new
+    The linear layers become :class:`QLinear`, and a mixture's experts :class:`QExperts`, each as its weight comes from
+    the disk, and everything is frozen but new
     adapters and parts that the checkpoint does not hold, such as a new head. A 4-bit folder needs no argument: the same
     settings lie in the ``quantization_config`` of its config.json, which ``save_pretrained`` and
     ``qlora-kernels quantize`` write. An argument may add adapters to it.
@@ -86,6 +87,8 @@ class NF4Config:
         self.adapters: list[dict[str, Any]] = settings.get("adapters", [])
         #: Layers whose weight or bias differs from the others'.
         self.layers: dict[str, dict[str, Any]] = settings.get("layers", {})
+        #: The modules of a mixture's experts that a folder holds in 4 bits.
+        self.experts: list[str] = settings.get("experts", [])
         #: The dense model that the weights came from, which adapters name as their base, and its commit.
         self.base_model_name_or_path: str | None = settings.get(NAME)
         self.base_model_revision: str | None = settings.get(REVISION)
@@ -118,6 +121,8 @@ class NF4Config:
             described["modules_to_not_convert"] = self.modules_to_not_convert
         if self.layers:
             described["layers"] = self.layers
+        if self.experts:
+            described["experts"] = self.experts
         if self.adapters:
             described["adapters"] = self.adapters
         if self.base_model_name_or_path is not None:
@@ -179,7 +184,8 @@ def _check_stored(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError, TypeError: naming the key.
     """
-    known = ("quant_method", "version", "block_size", "nested_block_size", "adapters", "layers", NAME, REVISION)
+    sizes = ("block_size", "nested_block_size")
+    known = ("quant_method", "version", *sizes, "adapters", "layers", "experts", NAME, REVISION)
     unknown = [key for key in settings if key not in known]
     if unknown:
         version = settings.get("version", BASE)
@@ -192,6 +198,9 @@ def _check_stored(settings: Mapping[str, Any]) -> None:
         if not isinstance(settings.get(key), str | None):
             raise TypeError(f"{key} in quantization_config should be a string, found {settings[key]!r:.100}")
     layers, groups = settings.get("layers", {}), settings.get("adapters", [])
+    experts = settings.get("experts", [])
+    if not isinstance(experts, list) or not all(isinstance(name, str) for name in experts):
+        raise TypeError(f"experts in quantization_config should be a list of names, found {experts!r:.100}")
     if not isinstance(layers, dict):
         raise TypeError(f"layers in quantization_config should be a JSON object, found {layers!r:.100}")
     for name, entry in layers.items():

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...console.progress import bar
 from ...errors import InputError, listed, readable
-from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, PIECES, check_range, meta_weight, quantize
+from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, PIECES, NF4Weight, check_range, meta_weight, quantize
+from ...formats.nf4_stack import meta_stack, quantize_stack
 from ...layers.adapters.config import AdapterConfig
 from ...models.dense_layers import is_conv1d, matrix_shape
+from ...models.experts import stacked_weights, weight_stack
 from ...models.origin import NAME, REVISION, origin_of_folder
 from ...models.targets import Plan, plan
 from ...storage.atomic_folder import new_folder, write_folder_atomically
@@ -35,6 +38,7 @@ class FolderReport:
         left_alone: linear layers that stayed dense, with the reason; the printed report names ten.
         bytes_before, bytes_after: of all tensors.
         files: safetensors files written.
+        experts: a mixture's weights, all experts in one parameter, in 4 bits.
     """
 
     folder: str
@@ -44,10 +48,12 @@ class FolderReport:
     bytes_before: int
     bytes_after: int
     files: int
+    experts: int = 0
 
     def __str__(self) -> str:
+        experts = f"and {self.experts} stacks of experts " if self.experts else ""
         lines = [
-            f"{self.folder}: {self.layers} linear layers in NF4, {self.copied} other tensors copied, "
+            f"{self.folder}: {self.layers} linear layers {experts}in NF4, {self.copied} other tensors copied, "
             f"{self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB "
             f"in {self.files} file{'s' if self.files != 1 else ''}"
         ]
@@ -65,14 +71,15 @@ def quantize_folder(
     max_shard_size: int = 2 * 10**9,
     progress: bool = True,
 ) -> FolderReport:
-    """Writes a model's folder again, with its linear layers in 4 bits and everything else unchanged.
+    """Writes a model's folder again, with its linear layers and experts in 4 bits and everything else unchanged.
 
     Any model of transformers that ``architectures`` in config.json names is taken, encoders and classifiers as well as
-    language models. Output embeddings and heads stay dense. Experts that a model keeps in one parameter stay dense,
-    too, merged where the files have them one by one; the report has their bytes.
+    language models. Output embeddings and heads stay dense. Experts that a model keeps in one parameter are
+    merged where the files have them one by one; of kinds that cannot be 4-bit the report has the bytes.
 
     A quantized layer's tensors are named as in the state dict that :func:`qlora_kernels.quantize_model` leaves;
-    :func:`load_quantized` reads the folder. One weight is in memory at a time. The folder appears whole or not at all.
+    :func:`load_quantized` reads the folder. One weight, or stack of experts, is in memory at a time.
+    The folder appears whole or not at all.
 
     Args:
         model: folder with config.json and safetensors, in one file or in shards with an index.
@@ -114,6 +121,7 @@ def quantize_folder(
     return FolderReport(
         folder=out,
         layers=len(planned.quantized),
+        experts=sum(conversion.stack is not None for conversion in conversions),
         copied=sum(not conversion.quantized for conversion in conversions),
         left_alone=dict(planned.left_alone),
         bytes_before=sum(conversion.source.nbytes for conversion in conversions),
@@ -133,7 +141,9 @@ def _check_source(model: str, config: dict) -> None:
 def _describe(planned: Plan, model: str) -> dict[str, object]:
     """The quantization_config of the new folder's config.json."""
     origin = origin_of_folder(model)
+    experts = {"experts": list(planned.experts)} if planned.experts else {}
     return {
+        **experts,
         "quant_method": METHOD,
         "version": BASE,
         "double_quant": planned.double_quant,
@@ -157,6 +167,7 @@ class _Conversion:
     outputs: dict[str, Entry]
     quantized: bool
     transposed: bool = False  # the source holds [in, out]
+    stack: torch.Size | None = None  # [E, N, K] of experts
 
     @property
     def nbytes(self) -> int:
@@ -170,24 +181,30 @@ def _plan_conversions(model: str, double_quant: bool) -> tuple[Plan, list[_Conve
         bones = skeleton(load_config(model))
     sources = match_names(model, bones, entries)
     with readable(model):
-        planned = plan(bones, AdapterConfig(rank=0, alpha=1), skip=skipped(bones), double_quant=double_quant)
+        planned = plan(
+            bones, AdapterConfig(rank=0, alpha=1), skip=skipped(bones), double_quant=double_quant, experts=True
+        )
     return planned, _conversions(model, sources, bones, planned)
 
 
 def _conversions(model: str, sources: list[Source], bones: nn.Module, planned: Plan) -> list[_Conversion]:
     """What becomes of each tensor, in the order of the source."""
     quantized = {f"{name}.weight" for name in planned.quantized}
+    stacks = {f"{n}.{weight}" for n in planned.experts for weight in stacked_weights(bones.get_submodule(n))}
     state = bones.state_dict()
     conversions = []
     for source in sources:
         key, expected = source.key, tuple(state[source.key].shape)
         source.check(model, expected)
-        if key not in quantized:
+        if key not in quantized and key not in stacks:
             copy = {key: Entry(source.dtype, expected, source.nbytes)}
             conversions.append(_Conversion(key, source, copy, quantized=False))
             continue
         if DTYPES.get(source.dtype) not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"{model}: {source.name} is {source.dtype}; F32, BF16 and F16 can be quantized")
+        if key in stacks:
+            conversions.append(_conversion_of_experts(source, bones, planned.double_quant))
+            continue
         layer = bones.get_submodule(key.removesuffix(".weight"))
         n, k = matrix_shape(layer)
         weight = meta_weight(n, k, planned.double_quant)
@@ -198,6 +215,20 @@ def _conversions(model: str, sources: list[Source], bones: nn.Module, planned: P
         }
         conversions.append(_Conversion(key, source, pieces, quantized=True, transposed=is_conv1d(layer)))
     return conversions
+
+
+def _conversion_of_experts(source: Source, bones: nn.Module, double_quant: bool) -> _Conversion:
+    module, _, name = source.key.rpartition(".")
+    experts: Any = bones.get_submodule(module)
+    shape = weight_stack(experts, name).shape
+    n_experts, n, k = shape
+    pieces = {
+        f"{source.key}.weight_{kind}": Entry.like(piece)
+        for kind, piece in zip(PIECES, meta_stack(n_experts, n, k, double_quant).pieces, strict=True)
+        if piece is not None
+    }
+    transposed = bool(experts.is_transposed)
+    return _Conversion(source.key, source, pieces, quantized=True, transposed=transposed, stack=shape)
 
 
 def _shards(conversions: list[_Conversion], limit: int) -> list[list[_Conversion]]:
@@ -241,9 +272,11 @@ def _write_tensor(writer: Writer, conversion: _Conversion, double_quant: bool) -
         return
     try:
         dense = conversion.source.read()
-        weight = quantize(dense.t() if conversion.transposed else dense, double_quant, name=key)
-        check_range(weight, key)
+        dense = dense.transpose(-2, -1) if conversion.transposed else dense
+        weight = (quantize if conversion.stack is None else quantize_stack)(dense, double_quant, name=key)
+        if isinstance(weight, NF4Weight):
+            check_range(weight, key)
     except ValueError as error:
         raise InputError(str(error)) from None
     for name in conversion.outputs:
-        writer.write(name, getattr(weight, name.removeprefix(f"{key}_")))
+        writer.write(name, getattr(weight, name.removeprefix(key)[1:].removeprefix("weight_")))

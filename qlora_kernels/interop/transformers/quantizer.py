@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +18,13 @@ from ...errors import listed
 from ...layers.adapters.config import AdapterConfig
 from ...layers.qlinear import QLinear
 from ...models.dense_layers import is_linear_like
+from ...models.experts import adapted_layers
 from ...models.heads import DEFAULT_SKIP, heads, new_heads
 from ...models.places import Places, places_of
 from ...models.quantize import QuantizeReport, bytes_of, choose_what_is_trained, report, swap_layers
 from ...models.targets import Plan, plan, qlora_layers
 from . import recorded
+from .expert_stacks import Stacks, expert_modules, keep_merged, mark_as_initialized
 from .live import check_savable, describe
 from .nf4_config import NF4Config
 
@@ -76,7 +79,9 @@ class NF4Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         name, _, kind = param_name.rpartition(".")
-        return self._loading is not None and kind == "weight" and name in self._loading.waiting
+        if self._loading is None:
+            return False
+        return (kind == "weight" and name in self._loading.waiting) or param_name in self._loading.stacks.waiting
 
     def get_quantize_ops(self) -> Any:
         from .on_the_fly import QuantizeWeight
@@ -103,11 +108,12 @@ class NF4Quantizer(HfQuantizer):
         """Called by save_pretrained before it writes: the config gets the settings that the model has now."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # transformers saves PEFT's adapters alone
-        if not any(qlora_layers(model)):  # all have become dense again
+        if not any(adapted_layers(model)):  # all have become dense again
             self.remove_quantization_config(model)
             return None, {}
         check_savable(model)
         self._note(model)
+        keep_merged(model)
         return None, {}
 
     def _note(self, model: Any) -> None:
@@ -130,15 +136,26 @@ class NF4Quantizer(HfQuantizer):
         else:
             skip = [*skip, *more]
         adapter = AdapterConfig(config.rank, config.alpha, config.dropout, config.rslora)
+        experts = recorded.experts(model, config.experts) if self.pre_quantized else ()
         planned = plan(
-            model, adapter, config.target_modules, skip, config.double_quant, adapter_dtype=config.adapter_dtype
+            model,
+            adapter,
+            config.target_modules,
+            skip,
+            config.double_quant,
+            adapter_dtype=config.adapter_dtype,
+            experts=bool(experts) or not self.pre_quantized,
         )
-        self._loading = _Loading(model, planned, new, waiting=not self.pre_quantized)
+        if self.pre_quantized:
+            planned = replace(planned, experts=experts)
+        self._loading = _Loading(model, planned, new, kwargs.get("checkpoint_files"), waiting=not self.pre_quantized)
         if self.pre_quantized:
             swap_layers(model, replace(planned, adapted=()))
             recorded.restore(model, config)
             for _, layer in qlora_layers(model):
                 _mark_as_initialized(layer)
+            for experts_module in expert_modules(model).values():
+                mark_as_initialized(experts_module)
         return model
 
     # ------------------------------------------------------------------------------------------- while loading
@@ -154,11 +171,13 @@ class NF4Quantizer(HfQuantizer):
         """
         loading = self._loading
         assert loading is not None  # only called while a model is loaded
+        if name in loading.stacks.waiting:
+            return self._quantize_experts(model, loading, name, weight)
         parent, key = loading.places[name][0]
         linear: Any = parent._modules[key]
         if linear.weight.shape != weight.shape:
             loading.waiting.discard(name)
-            loading.misfits[name] = linear.weight.shape
+            loading.misfits[f"{name}.weight"] = linear.weight.shape
             return False
         if loading.error is not None:  # raised when transformers has done its part
             return True
@@ -166,7 +185,9 @@ class NF4Quantizer(HfQuantizer):
         linear._parameters["bias"] = None
         linear.weight = nn.Parameter(weight, requires_grad=False)
         try:
-            swap_layers(model, replace(loading.planned, quantized=(name,), adapted=()), found=loading.places)
+            swap_layers(
+                model, replace(loading.planned, quantized=(name,), adapted=(), experts=()), found=loading.places
+            )
         except (ValueError, TypeError, RuntimeError) as error:
             loading.error = error
             linear.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
@@ -177,6 +198,20 @@ class NF4Quantizer(HfQuantizer):
         layer._parameters["bias"] = bias
         _mark_as_initialized(layer)
         loading.waiting.discard(name)
+        return True
+
+    def _quantize_experts(self, model: nn.Module, loading: _Loading, name: str, weights: torch.Tensor) -> bool:
+        """The same for a mixture's weights, in one parameter of a module of experts."""
+        expected = model.get_parameter(name).shape
+        if weights.shape != expected:
+            loading.stacks.waiting.discard(name)
+            loading.misfits[name] = expected
+            return False
+        if loading.error is None:
+            try:
+                loading.stacks.quantize(model, name, weights, self.config.double_quant)
+            except (ValueError, TypeError, RuntimeError) as error:
+                loading.error = error
         return True
 
     # ------------------------------------------------------------------------------------------- after loading
@@ -191,18 +226,31 @@ class NF4Quantizer(HfQuantizer):
             weight = model.get_parameter(f"{name}.weight")
             if getattr(weight, "_is_hf_initialized", False) and not weight.is_meta:
                 self.quantize(model, name, weight.detach())  # loaded with other weights, by an operation of the model's
+        for name in sorted(loading.stacks.waiting):
+            weight = model.get_parameter(name)
+            if getattr(weight, "_is_hf_initialized", False) and not weight.is_meta:
+                self.quantize(model, name, weight.detach())
         self._loading = None
         if loading.error is not None:
             raise loading.error
         for name, shape in loading.misfits.items():  # transformers 5.0 sets weights of any shape
-            found = model.get_parameter(f"{name}.weight").shape
+            found = model.get_parameter(name).shape
             if found != shape:
-                raise ValueError(f"{name}.weight should be {list(shape)}, found {list(found)} in the checkpoint")
+                raise ValueError(f"{name} should be {list(shape)}, found {list(found)} in the checkpoint")
         if self.pre_quantized:
             recorded.check_loaded(model)
+            recorded.check_dense(model, loading.files)
+        if not any(adapted_layers(model)):
+            folder = getattr(model, "name_or_path", "") or "the checkpoint"
+            named = (*loading.planned.quantized, *loading.planned.experts)[0]
+            raise ValueError(
+                f"{folder} holds the weight of none of the layers to quantize, such as {named}; "
+                "its tensors have other names or shapes than the model's"
+            )
+        loading.stacks.check_complete(model)
         new = [p for p in model.parameters() if not getattr(p, "_is_hf_initialized", False) and p.is_floating_point()]
         _add_adapters(model, loading.planned, self.config)
-        adapted = any(layer.adapters for _, layer in qlora_layers(model))
+        adapted = any(layer.adapters for _, layer in adapted_layers(model))
         choose_what_is_trained(model, replace(loading.planned, trained=_dense_heads(model) if adapted else ()))
         for parameter in new:  # no checkpoint holds them
             parameter.requires_grad_(True)
@@ -240,17 +288,22 @@ class _Loading:
     Attributes:
         planned: what becomes of each layer.
         new_heads: layers outside the trunk that the checkpoint does not hold.
+        files: the checkpoint's.
         places: where each layer is.
         waiting: layers whose dense weight has not come yet.
-        misfits: layers for which a weight of another shape came, with the right shape.
+        stacks: a mixture's experts that have not come yet.
+        misfits: weights that came with another shape, with the right one.
         error: the first weight's that could not be quantized.
         bytes_before: of the dense model.
     """
 
-    def __init__(self, model: nn.Module, planned: Plan, new_heads: list[str], waiting: bool) -> None:
-        self.planned, self.new_heads = planned, new_heads
+    def __init__(
+        self, model: nn.Module, planned: Plan, new_heads: list[str], files: Sequence[str] | None, waiting: bool
+    ) -> None:
+        self.planned, self.new_heads, self.files = planned, new_heads, files
         self.places: dict[str, Places] = places_of(model, is_linear_like)
         self.waiting = set(planned.quantized) if waiting else set()
+        self.stacks = Stacks(model, planned.experts if waiting else ())
         self.misfits: dict[str, torch.Size] = {}
         self.error: Exception | None = None
         self.bytes_before = bytes_of(model)
@@ -300,7 +353,7 @@ def _dense_bytes(model: nn.Module) -> dict[str, int]:
     """The bytes of each module's own parameters where they are not 4-bit; shared ones count once."""
     sizes: dict[str, int] = {}
     seen: set[int] = set()
-    inside = {id(module) for _, layer in qlora_layers(model) for module in layer.modules()}
+    inside = {id(module) for _, layer in adapted_layers(model) for module in layer.modules()}
     for name, module in model.named_modules():
         if id(module) in inside:
             continue

@@ -181,6 +181,16 @@ def test_a_config_with_more_layers_than_the_files_have(saved, tmp_path):
         load_quantized(folder)
 
 
+def test_a_tensor_that_is_there_twice(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    state = load_file(folder / "model.safetensors")
+    state |= {key.removeprefix("model."): value.clone() for key, value in state.items() if key.startswith(LAYER)}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"holds {LAYER}\.weight.* twice, with and without the prefix 'model\.'"):
+        load_quantized(folder)
+
+
 def test_a_truncated_file(saved, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -79,6 +80,16 @@ def test_a_layer_that_has_run_in_eval_mode():
     assert now.dtype == torch.bfloat16
 
 
+def test_a_layer_that_has_run_in_eval_mode_and_was_saved():
+    """On such a CPU its constants are then in another order, which bitsandbytes does not know any more."""
+    layer = linear4bit(64, 256, compress_statistics=False).eval()
+    expected = decoded(layer.weight.data, layer.weight.quant_state)
+    with torch.no_grad():
+        layer(torch.randn(2, 256, dtype=torch.bfloat16))
+    layer.state_dict()
+    torch.testing.assert_close(from_bitsandbytes(layer).weight.dequantize(), expected, rtol=1 / 64, atol=0)
+
+
 def test_a_model_keeps_hooks_places_and_modes():
     model = net()
     model.append(model[1])
@@ -125,6 +136,27 @@ def test_adapters():
     assert torch.equal(decoded(plain[1].weight.data, plain[1].weight.quant_state), base)
 
 
+def test_adapters_that_are_there_stay_trained():
+    model = net()
+    model[1] = from_bitsandbytes(model[1], rank=2)
+    from_bitsandbytes(model, rank=4)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [f"{i}.lora_{kind}.default" for i in (1, 3) for kind in "AB"]
+
+
+@pytest.mark.parametrize("config", [{"hidden_size": 64}, types.MappingProxyType({}), None])
+def test_a_config_that_is_not_of_transformers_stays(config):
+    class Saved(nn.Sequential):
+        def save_pretrained(self, folder):
+            pass
+
+    model = Saved(linear4bit(64, 64))
+    model.config = config
+    assert type(from_bitsandbytes(model)[0]) is QLinear
+    assert type(to_bitsandbytes(model)[0]) is bnb.nn.Linear4bit
+    assert model.config is config
+
+
 def bad_forward(model):
     model[3].forward = lambda x: x
 
@@ -147,6 +179,10 @@ def bad_wrapper(model):
     model[3].base_layer = model[3]["base_layer"]
 
 
+def bad_parametrization(model):
+    nn.utils.parametrize.register_parametrization(model[3], "weight", nn.Identity(), unsafe=True)
+
+
 def bad_shape(model):
     model[3].in_features = 64
 
@@ -159,6 +195,7 @@ def bad_shape(model):
         (bad_unquantized, r"^3 is not quantized yet.*\.to\(device\)"),
         (bad_meta, "^3 is on the meta device or offloaded"),
         (bad_wrapper, r"^3\.base_layer is inside an adapter of another library \(3\)"),
+        (bad_parametrization, "^3 has parametrizations; call"),
         (bad_shape, r"^3 has a weight of the shape \[32, 128\], but its features say \[32, 64\]"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -192,6 +229,24 @@ def test_options_that_do_not_fit_leave_the_model_unchanged(options, error, messa
     with pytest.raises(error, match=message):
         from_bitsandbytes(model, **options)
     assert_unchanged(model, before)
+
+
+def test_arguments_that_are_of_no_use():
+    layer = linear4bit(64, 64)
+    with pytest.raises(ValueError, match=r"'q' matches no layer to adapt"):
+        from_bitsandbytes(layer, rank=2, target_modules=["q"])
+    for convert in (from_bitsandbytes, to_bitsandbytes):
+        with pytest.raises(TypeError, match=r"should be a torch\.nn\.Module, found list"):
+            convert([layer])
+    ours = from_bitsandbytes(layer)
+    for dtype in (torch.int8, "bfloat16"):
+        with pytest.raises(TypeError, match=r"compute_dtype should be torch\.float32, bfloat16 or float16, found"):
+            to_bitsandbytes(ours, compute_dtype=dtype)
+
+
+def test_quantize_model_says_how_to_convert_them():
+    with pytest.raises(ValueError, match="4-bit already, by bitsandbytes; convert it with from_bitsandbytes"):
+        quantize_model(nn.Sequential(linear4bit(64, 64)), progress=False)
 
 
 def test_models_without_such_layers():
@@ -230,6 +285,68 @@ def test_a_transformers_model_there_and_back(dense, tmp_path):
     assert type(again.model.layers[0].mlp.up_proj) is bnb.nn.Linear4bit
     assert type(again.lm_head) is nn.Linear
     assert torch.equal(logits(again), expected)
+
+
+def test_a_model_inside_another_module(dense, tmp_path):
+    """Such as PEFT's."""
+    peft = pytest.importorskip("peft")
+    model = in_4_bits(dense)
+    expected = logits(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
+    to_bitsandbytes(from_bitsandbytes(wrapped))
+    assert model.is_quantized
+    assert model.config.quantization_config.llm_int8_skip_modules == ["lm_head"]
+    wrapped.unload().save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), expected)
+
+
+def test_a_new_head_is_trained_with_the_adapters(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    options = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"])
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=options)
+    from_bitsandbytes(model, rank=2)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora" not in name} == {"classifier.weight", "classifier.bias"}
+
+
+def test_8_bit_layers_beside_4_bit_ones(dense):
+    """transformers could not load what save_pretrained writes of such a model."""
+    model = in_4_bits(dense)
+    model.model.layers[0].mlp.up_proj = bnb.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False)
+    from_bitsandbytes(model)
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(
+        ValueError, match=r"1 layers of LlamaForCausalLM are 8-bit .*layers\.0\.mlp\.up_proj.*unchanged"
+    ):
+        to_bitsandbytes(model)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+
+
+def test_4_bit_experts_beside_4_bit_layers():
+    """bitsandbytes has no such layers, and transformers could not write them for it."""
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    quantize_model(model, rank=0, progress=False)
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM has 4-bit experts.*layers\.0\.mlp\.experts.*unchanged"):
+        to_bitsandbytes(model)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+
+
+def test_hooks_of_accelerate_are_not_lost():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = nn.Sequential(QLinear(64, 32, rank=0))
+    hooks.add_hook_to_module(model[0], hooks.AlignDevicesHook("cpu"))
+    with pytest.raises(ValueError, match=r"^0 has a hook of accelerate.*remove_hook_from_submodules"):
+        to_bitsandbytes(model)
+    hooks.remove_hook_from_submodules(model)
+    assert type(to_bitsandbytes(model)[0]) is bnb.nn.Linear4bit
 
 
 def test_a_model_quantized_here_is_loaded_there(dense, tmp_path):

@@ -104,7 +104,7 @@ def test_a_layer_of_its_own_for_every_base_and_no_other():
     assert torch.isfinite(peft_model(IDS)).all()
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "up"], r"layers\.\d\.(q_proj|up)"])
+@pytest.mark.parametrize("targets", [["q_proj", "up"], r"layers\.\d\.(q_proj|up)", r".*(q_proj|up).*"])
 def test_targets_by_name_and_by_expression(targets):
     model = Model()
     quantize(model, rank=0)
@@ -171,6 +171,11 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     assert error(samples.mean(0), expected) < 0.1
     torch.manual_seed(0)
     assert torch.equal(layer(x), samples[0])
+
+
+def test_dropping_everything_leaves_the_base():
+    layer, x = proj(adapted(One(), lora_dropout=1.0)).train(), torch.randn(3, 96)
+    assert error(layer(x), reference(layer, x)) < 1e-5
 
 
 @pytest.mark.parametrize("place", ["base_layer", "lora_A", "lora_dropout"])

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from small.blocks import IDS, Model, quantize, randomize
 from small.llama import llama
 
@@ -64,6 +73,34 @@ def test_trained_adapters_of_the_layers_are_refused(config, merged):
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "config", [PromptTuningConfig(num_virtual_tokens=2), AdaptionPromptConfig(adapter_len=2, adapter_layers=1)]
+)
+def test_methods_that_inject_no_layers_do_not_lose_them_either(config):
+    config.task_type = "CAUSAL_LM"
+    model = llama()
+    quantize(model)
+    randomize(model)
+    with pytest.raises(ValueError, match=r"trained adapters of their own.*save_adapter"):
+        get_peft_model(model, config)
+    model = llama()
+    quantize(model)
+    with pytest.warns(UserWarning, match="untrained adapters of their own"):
+        get_peft_model(model, config)
+    assert not any(layer.adapters for _, layer in qlora_layers(model))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_parameters_are_counted_as_those_of_the_dense_model(mixed):
+    counts = []
+    for four_bit in (False, True):
+        model = Model()
+        if four_bit:
+            quantize(model, rank=0)
+        counts.append(get_peft_model(model, LoraConfig(**CONFIG), mixed=mixed).get_nb_trainable_parameters())
+    assert counts[0] == counts[1]
 
 
 def test_the_way_that_the_refusal_names(tmp_path):
@@ -131,3 +168,57 @@ def test_prepared_for_compiled_hotswaps():
     assert layer.lora_A["default"].weight.shape == (8, 64)
     assert isinstance(layer.scaling["default"], torch.Tensor)
     assert torch.allclose(peft_model(IDS), expected, atol=1e-5)
+
+
+def test_a_models_adapters_are_not_quantized_with_it():
+    model = Model()
+    quantize(model, rank=0, skip=("down", "lm_head"))
+    peft_model = get_peft_model(model, LoraConfig(**CONFIG, r=8))
+    report = quantize(peft_model, rank=0)
+    assert report.quantized == [f"base_model.model.layers.{i}.down" for i in range(2)]
+    assert type(peft_model.base_model.model.layers[0].q_proj.lora_A["default"]) is torch.nn.Linear
+
+
+def test_another_method_is_right_and_its_merge_refused():
+    model = Model()
+    dense = copy.deepcopy(model)
+    quantize(model, rank=0)
+    for name, layer in list(qlora_layers(model)):
+        dense.get_submodule(name).weight.data = layer.weight.dequantize(torch.float32)
+    config = {"target_modules": ["q_proj", "up"], "feedforward_modules": ["up"], "init_ia3_weights": False}
+    outputs = []
+    for base in (dense, model):
+        torch.manual_seed(0)
+        peft_model = get_peft_model(base, IA3Config(**config)).eval()
+        outputs.append(peft_model(IDS))
+    assert torch.allclose(*outputs, atol=1e-5)
+    with pytest.raises(RuntimeError, match="4-bit"):
+        peft_model.merge_adapter()
+    assert torch.equal(peft_model(IDS), outputs[1])
+
+
+def test_adapters_of_experts_are_not_lost_either():
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    config = transformers.MixtralConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, use_cache=False
+    )
+
+    def mixture():
+        model = transformers.MixtralForCausalLM(config)
+        quantize(model, target_parameters=["gate_up_proj"])
+        return model
+
+    model = mixture()
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    torch.nn.init.normal_(experts.lora_B["default"])
+    with pytest.raises(ValueError, match=r"1 layers have trained adapters.*gate_up_proj"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'experts' cannot be trained: it is 4-bit"):
+        get_peft_model(mixture(), LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
+    dense = get_peft_model(transformers.MixtralForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
+    model = mixture()
+    with pytest.warns(UserWarning, match="untrained adapters of their own"):
+        peft_model = get_peft_model(model, LoraConfig(target_modules=r".*q_proj.*"))
+    assert not model.model.layers[0].mlp.experts.gate_up_proj.adapters
+    assert peft_model.get_nb_trainable_parameters() == dense.get_nb_trainable_parameters()

@@ -1,6 +1,6 @@
 """Runs PEFT's own tests of LoRA with the linear layers of their models in 4 bits.
 
-    python -m bench.studies.peft_suite FOLDER --out bench/results/peft-suite.json
+    python -m bench.interop.peft_suite FOLDER --out bench/results/peft-suite.json
 
 FOLDER holds PEFT's tests, as its source distribution does (pip download --no-deps --no-binary :all: peft). They run
 twice: as they are, and with each nn.Linear of a model that a test defines replaced by a QLinear of rank 0, except where
@@ -161,7 +161,7 @@ def main() -> None:
         results: list[dict[str, Any]] = []
         for run in ("dense", "quantized"):
             out = Path(temporary, f"{run}.json")
-            command = [sys.executable, "-m", "bench.studies.peft_suite", str(tests), "--run", run, "--out", str(out)]
+            command = [sys.executable, "-m", "bench.interop.peft_suite", str(tests), "--run", run, "--out", str(out)]
             subprocess.run(command, check=True)
             results.append(json.loads(out.read_text()))
     Path(options.out).write_text(json.dumps(summary(*results), indent=1) + "\n")
