@@ -38,8 +38,9 @@ class Forward {
         piecewise = fit < lesser(round_up(p.m, kEdge), kMinSuperblock);
         rows_max = superblock_rows(p.m, piecewise ? rows_that_fit(r_pad * kSize, p.threads) : fit);
         // C of a task is at most 1 MiB.
-        n_block = block_of_columns(p.end() - p.n_begin, lesser(piecewise ? 512 : 256, (1 << 18) / rows_max / kEdge * kEdge),
-                                   piecewise ? 512 : 32, p.threads);
+        n_block =
+            block_of_columns(p.end() - p.n_begin, lesser(piecewise ? 512 : 256, (1 << 18) / rows_max / kEdge * kEdge),
+                             piecewise ? 512 : 32, p.threads);
         row_blocks = w.k % kBlock == 0 ? w.k / kBlock : 0;
         span_blocks = lesser(row_blocks, kSpan / kBlock);
     }
