@@ -140,7 +140,10 @@ class QExpertsModule(nn.Module):
                 self.register_parameter(name, parameter)
         for name, buffer in experts._buffers.items():
             self.register_buffer(name, buffer, name not in experts._non_persistent_buffers_set)
-        for name, module in (*experts._modules.items(), *stacks.items()):
+        # In the order of the parameters, which names PEFT's adapters in files.
+        order = list(experts._parameters)
+        ordered = sorted(stacks.items(), key=lambda each: order.index(each[0]) if each[0] in order else len(order))
+        for name, module in (*experts._modules.items(), *ordered):
             self.add_module(name, module)
         self.train(experts.training)
 

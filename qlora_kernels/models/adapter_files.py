@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import listed
 from ..layers.adapters.config import AdapterConfig
-from ..layers.adapters.named import adapter_options, check_adapter_name, put_adapter, refuse_sharded, set_config
+from ..layers.adapters.named import (
+    Adapters,
+    adapter_options,
+    check_adapter_name,
+    put_adapter,
+    refuse_sharded,
+    set_config,
+)
+from ..layers.experts import QExperts
 from ..layers.offloading import offloaded
 from ..layers.packed import is_sharded
 from ..layers.qlinear import QLinear
@@ -23,13 +31,12 @@ from ..storage.formats import load_json, parse_json, save_json, save_safetensors
 from ..storage.lock import exclusive, unchanging
 from ..storage.regular_file import identity_of
 from ..storage.safetensors_stream import DTYPES, Entry, Reader, read_header
-from . import peft_config, sharded
+from . import expert_adapter_files, peft_config, sharded
 from .adapters import no_adapter
-from .experts import experts_layers
+from .experts import adapted_layers
 from .origin import Origin, origin_of_model
 from .peft_config import CONFIG_NAME
-from .targets import qlora_layers
-from .trained import Values, find_trained, read_values
+from .trained import PREFIX, Values, find_trained, read_values
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -51,6 +58,9 @@ def save_adapter(
 ) -> None:
     """Writes an adapter as PEFT does: ``PeftModel.from_pretrained(dense_model, folder)`` reads it.
 
+    Adapters of experts (:class:`QExperts`) are written as PEFT's ``target_parameters``, with those of linear layers.
+    PEFT takes no dropout where an adapter covers experts, so its linear layers' dropout is written as 0 then.
+
     What else asks for gradients is saved with it, as PEFT's modules_to_save and bias: heads, embeddings and norms as
     whole modules, biases alone where the weight beside them is frozen. Modules that share a trained tensor are saved
     each with a copy.
@@ -63,7 +73,7 @@ def save_adapter(
     Of a model that FSDP2 has sharded every process has to call this: all gather, the first one writes.
 
     Args:
-        model: a model with QLinear layers.
+        model: a model with QLinear or QExperts layers.
         folder: created if it does not exist.
         adapter_name: which adapter; the files do not name it.
         base_model_name_or_path: the dense model that PEFT should load the adapter onto. By default the model's
@@ -71,8 +81,9 @@ def save_adapter(
 
     Raises:
         KeyError: when no layer has this adapter; the message lists those there are.
-        ValueError: when the model is itself a QLinear, since PEFT has no name for such a layer, when a tensor to be
-            saved holds NaN or infinity, and when PEFT's format cannot name a trained module alone.
+        ValueError: when the model is itself a QLinear or its experts, since PEFT has no name for such a layer, when a
+            tensor to be saved holds NaN or infinity, and when PEFT's format cannot name a trained module, or a stack of
+            experts, alone.
         RuntimeError: for a model in FullyShardedDataParallel (FSDP1), and for tensors on the meta device.
         OSError: when the folder cannot be created or written.
 
@@ -81,7 +92,6 @@ def save_adapter(
             ``base_model_name_or_path`` then.
     """
     model = _unwrapped(model)
-    _refuse_experts(model, adapter_name)
     sharded.refuse_flat_parameters(model)
     sharded.reshard(model)
     everything = _layers(model)
@@ -92,13 +102,21 @@ def save_adapter(
     trained = find_trained(model, layers)
     config = peft_config.describe(model, layers, adapter_name, base.name)
     config |= {"revision": base.revision, "bias": trained.bias, "modules_to_save": trained.modules}
-    tensors = {key: _to_save(key, tensor, adapter_name) for key, tensor in trained.tensors.items()}
+    experts = [name for name, layer in layers.items() if isinstance(layer, QExperts)]
+    if experts:
+        config["target_parameters"] = expert_adapter_files.target_parameters(model, experts)
+    places = expert_adapter_files.places(experts)
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in trained.tensors.items():
+        key = expert_adapter_files.beside(key, experts, PREFIX)
+        tensors[key] = _to_save(key, tensor, adapter_name)
     mesh = sharded.mesh_of(layer.lora_A[adapter_name] for layer in layers.values())
     for name, layer in layers.items():
-        for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            key = f"base_model.model.{name}.{kind}.weight"
+        for letter, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
+            key = f"{PREFIX}{places.get(name, name)}.lora_{letter}.weight"
             with offloaded(matrices):
-                tensors[key] = _to_save(key, matrices[adapter_name], adapter_name)
+                matrix = _to_save(key, matrices[adapter_name], adapter_name)
+            tensors[key] = expert_adapter_files.to_file(letter, matrix)
 
     def write() -> None:
         os.makedirs(folder, exist_ok=True)
@@ -119,33 +137,20 @@ def _to_save(key: str, tensor: Tensor, adapter_name: str) -> Tensor:
     return value
 
 
-def _refuse_experts(model: nn.Module, adapter_name: str) -> None:
-    """
-    Raises:
-        NotImplementedError: when experts have this adapter, which would be missing in the file.
-    """
-    names = [name for name, layer in experts_layers(model) if adapter_name in layer.adapters]
-    if names:
-        raise NotImplementedError(
-            f"save_adapter does not write adapters of experts yet, and {listed(names, 3)} have {adapter_name!r}; save "
-            "what is trained with model.state_dict()"
-        )
-
-
 def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> list[str]:
-    """Reads an adapter that :func:`save_adapter` or PEFT wrote, into a model with QLinear layers.
+    """Reads an adapter that :func:`save_adapter` or PEFT wrote, into a model with QLinear or QExperts layers.
 
     An adapter of the same name is replaced, whatever its rank; layers that the file does not cover lose it. The new
     one is active if the old one was, or if the model has no active adapter; otherwise call
     :func:`qlora_kernels.set_adapter`. Everything is checked before anything changes.
 
     Args:
-        model: a model with QLinear layers.
+        model: a model with QLinear or QExperts layers.
         folder: with adapter_config.json and adapter_model.safetensors.
         adapter_name: what to call it.
 
     Returns:
-        The names of the layers it went into.
+        The names of the layers it went into; of experts the names of their weights.
 
     Raises:
         FileNotFoundError: when the folder, or a file in it, does not exist.
@@ -191,7 +196,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     return list(configs)
 
 
-def _check_memory(model: nn.Module, layers: Mapping[str, QLinear]) -> None:
+def _check_memory(model: nn.Module, layers: Mapping[str, Adapters]) -> None:
     sharded.refuse_flat_parameters(model)
     sharded.reshard(model)
     for name, layer in layers.items():
@@ -202,7 +207,7 @@ def _check_memory(model: nn.Module, layers: Mapping[str, QLinear]) -> None:
             )
 
 
-def _check_shards(layer: QLinear, name: str, adapter_name: str, config: AdapterConfig | None) -> None:
+def _check_shards(layer: Adapters, name: str, adapter_name: str, config: AdapterConfig | None) -> None:
     """
     Raises:
         RuntimeError: for a layer of FSDP2 that would get other parameters than it has.
@@ -214,7 +219,7 @@ def _check_shards(layer: QLinear, name: str, adapter_name: str, config: AdapterC
         refuse_sharded(layer, f"adapter {adapter_name!r} {wanted}, while {name} {ours}: load it")
 
 
-def _put(layer: QLinear, name: str, config: AdapterConfig, pair: Mapping[str, Tensor]) -> None:
+def _put(layer: Adapters, name: str, config: AdapterConfig, pair: Mapping[str, Tensor]) -> None:
     if not is_sharded(layer.weight_packed):
         put_adapter(layer, name, config, pair["A"], pair["B"])
         return
@@ -229,10 +234,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _layers(model: nn.Module) -> dict[str, QLinear]:
-    if isinstance(model, QLinear):
-        raise ValueError("the model is itself a QLinear; PEFT's format has names only for layers within a model")
-    layers = {peft_config.WRAPPERS.sub("", name): layer for name, layer in qlora_layers(model)}
+def _layers(model: nn.Module) -> dict[str, Adapters]:
+    if isinstance(model, (QLinear, QExperts)):
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}; PEFT's format has names only for layers within a model"
+        )
+    layers = {peft_config.WRAPPERS.sub("", name): layer for name, layer in adapted_layers(model)}
     if not layers:
         raise ValueError("the model has no QLinear layers; quantize it with quantize_model first")
     return layers
@@ -278,7 +285,7 @@ _Pairs = dict[str, dict[str, Tensor]]  # {layer: {"A": ..., "B": ...}}
 _Found = tuple[dict[str, AdapterConfig], _Pairs, Values]
 
 
-def _read(folder: str, model: nn.Module, layers: Mapping[str, QLinear], adapter_name: str) -> _Found:
+def _read(folder: str, model: nn.Module, layers: Mapping[str, Adapters], adapter_name: str) -> _Found:
     """The configuration, the matrices and other values, all of one save, after checking that they fit.
 
     The matrices have the layer's dtype and device: nothing that can fail is left for when the model changes.
@@ -299,7 +306,7 @@ def _read(folder: str, model: nn.Module, layers: Mapping[str, QLinear], adapter_
     raise ValueError(f"{folder} is being written by another program; load it when that is done")
 
 
-def _read_once(folder: str, model: nn.Module, layers: Mapping[str, QLinear], adapter_name: str) -> _Found:
+def _read_once(folder: str, model: nn.Module, layers: Mapping[str, Adapters], adapter_name: str) -> _Found:
     config_path, weights_path = os.path.join(folder, CONFIG_NAME), os.path.join(folder, WEIGHTS_NAME)
     config = load_json(config_path) if os.path.exists(config_path) else None
     if not os.path.exists(weights_path):
@@ -310,14 +317,20 @@ def _read_once(folder: str, model: nn.Module, layers: Mapping[str, QLinear], ada
         config = _matching_config(config, file.metadata, config_path, weights_path)
         peft_config.check(config, config_path)
         matrices = {key: entry for key, entry in file.entries.items() if _KEY.fullmatch(key)}
-        found = _pair(matrices, folder)
+        takers = expert_adapter_files.takers(model, layers, config, folder)
+        found = _by_layer(_pair(matrices, folder), takers, folder)
         others = {key: entry for key, entry in file.entries.items() if key not in matrices}
         values = read_values(file, others, model, config, weights_path)
         configs = _fit(layers, found, config, folder)
         pairs: _Pairs = {}
         for name in configs:
             options = adapter_options(layers[name], adapter_name)
-            pairs[name] = {letter: _finite(file, entry, name, letter, options) for letter, entry in found[name].items()}
+            pairs[name] = {
+                letter: expert_adapter_files.from_file(
+                    layers[name], letter, _finite(file, entry, name, letter, options)
+                )
+                for letter, entry in found[name].items()
+            }
     return configs, pairs, values
 
 
@@ -378,23 +391,31 @@ def _finite(file: Reader, entry: Entry, layer: str, letter: str, options: Mappin
     return tensor
 
 
+def _by_layer(
+    pairs: Mapping[str, dict[str, Entry]], takers: Mapping[str, str], folder: str
+) -> dict[str, dict[str, Entry]]:
+    """The matrices under the names of the layers that take them."""
+    unknown = [name for name in pairs if name not in takers]
+    if unknown:
+        experts = " or experts that target_parameters covers" if any("experts" in name for name in unknown) else ""
+        raise ValueError(
+            f"{folder}: an adapter for another model: {listed(unknown, 3)} {'are' if len(unknown) > 1 else 'is'} not "
+            f"among its QLinear layers{experts}, such as {listed(takers.values(), 2) or 'none'}"
+        )
+    return {takers[name]: pair for name, pair in pairs.items()}
+
+
 def _fit(
-    layers: Mapping[str, QLinear], pairs: Mapping[str, dict[str, Entry]], config: Mapping[str, Any], folder: str
+    layers: Mapping[str, Adapters], pairs: Mapping[str, dict[str, Entry]], config: Mapping[str, Any], folder: str
 ) -> dict[str, AdapterConfig]:
     """The adapter's configuration for each of its layers, after checking that all of them fit the model."""
-    unknown = [name for name in pairs if name not in layers]
-    if unknown:
-        raise ValueError(
-            f"{folder}: an adapter for another model: {listed(unknown, 3)} "
-            f"{'are' if len(unknown) > 1 else 'is'} not among its QLinear layers, such as {listed(layers, 2)}"
-        )
     configs, misfits, steps = {}, [], peft_config.steps(folder)
     ranks = peft_config.Values(config.get("rank_pattern"), config["r"], steps)
     alphas = peft_config.Values(config.get("alpha_pattern"), config["lora_alpha"], steps)
     for name, pair in pairs.items():
         rank, alpha = ranks.for_layer(name), alphas.for_layer(name)
         layer = layers[name]
-        wanted = ([rank, layer.in_features], [layer.out_features, rank])
+        wanted = expert_adapter_files.shapes(layer, rank)
         shapes = (list(pair["A"].shape), list(pair["B"].shape))
         if wanted != shapes:
             misfits.append(f"{name} takes A {wanted[0]} and B {wanted[1]}, found {shapes[0]} and {shapes[1]}")
@@ -406,10 +427,13 @@ def _fit(
     if misfits:
         raise ValueError(f"{folder}: an adapter for another model, or of another rank: {listed(misfits, 3)}")
     targets = peft_config.Targets(config, steps)
-    uncovered = [name for name in layers if name not in pairs and targets.has(name)]
-    if uncovered:
-        raise ValueError(
-            f"{folder}: an adapter for another model, or an incomplete one: target_modules covers "
-            f"{listed(uncovered, 3)}, but {WEIGHTS_NAME} does not"
-        )
+    linear = [name for name, layer in layers.items() if isinstance(layer, QLinear) and targets.has(name)]
+    stacks = expert_adapter_files.stacks(layers, config)
+    for key, names in (("target_modules", linear), ("target_parameters", stacks)):
+        uncovered = [name for name in names if name not in pairs]
+        if uncovered:
+            raise ValueError(
+                f"{folder}: an adapter for another model, or an incomplete one: {key} covers {listed(uncovered, 3)}, "
+                f"but {WEIGHTS_NAME} does not"
+            )
     return configs

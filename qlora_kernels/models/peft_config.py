@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.adapters.named import Adapters
 from ..layers.qlinear import QLinear
 from .expressions import Expression, Steps, ends
 from .targets import matches
@@ -27,13 +28,12 @@ _MOST_CHARACTERS = 1_000_000
 _MOST_STEPS = 20_000_000
 
 # The keys that decide how the weights are used; a difference in any other is harmless.
-_DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_DECISIVE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters")
 
 # Features of LoRA in PEFT that change more than A and B; each is off when its value is false or absent.
 _UNSUPPORTED = (
     "use_dora",
     "lora_bias",
-    "target_parameters",
     "layer_replication",
     "use_qalora",
     "use_bdlora",
@@ -49,7 +49,7 @@ _BIASES = (None, "none", "lora_only", "all")
 _KEEPING_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, base: str | None) -> dict[str, Any]:
+def describe(model: nn.Module, layers: Mapping[str, Adapters], adapter: str, base: str | None) -> dict[str, Any]:
     """The contents of adapter_config.json.
 
     Args:
@@ -57,8 +57,16 @@ def describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, base
         layers: those that have the adapter.
         adapter: its name here.
         base: what PEFT should load it onto.
+
+    Raises:
+        ValueError: for layers that PEFT cannot have in one adapter.
     """
     configs = {name: layer.adapters[adapter] for name, layer in layers.items()}
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, QLinear)}
+    experts = len(linear) < len(layers)
+    transposed = any(layer.fan_in_fan_out for layer in linear.values())
+    if experts and transposed:
+        raise ValueError(f"PEFT has no adapter for both transformers' Conv1D and experts, as {adapter!r} is")
     # PEFT has one kind of scaling for all layers. Where layers differ, alpha gives the same scaling without rslora.
     mixed = len({config.rslora for config in configs.values()}) > 1
     rslora = not mixed and all(config.rslora for config in configs.values())
@@ -73,13 +81,14 @@ def describe(model: nn.Module, layers: Mapping[str, QLinear], adapter: str, base
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": _commonest(config.dropout for config in configs.values()),
+        # PEFT takes no dropout for the whole adapter where it covers experts.
+        "lora_dropout": 0.0 if experts else _commonest(config.dropout for config in configs.values()),
         "use_rslora": rslora,
-        "bias": "none",  # the caller sets this, modules_to_save and revision
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "bias": "none",  # the caller sets this, modules_to_save, target_parameters and revision
+        "fan_in_fan_out": transposed,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": target_modules(model, list(layers)),
+        "target_modules": target_modules(model, list(linear)),
         # PEFT matches a key, a regular expression, from any dot on; ^ makes it this one layer.
         "rank_pattern": {f"^{re.escape(n)}": c.rank for n, c in configs.items() if c.rank != rank},
         "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
@@ -127,7 +136,18 @@ def check(config: Mapping[str, Any], path: str) -> None:
     if not isinstance(config.get("use_rslora"), bool | None):
         raise ValueError(f"{path}: use_rslora should be true or false, found {config['use_rslora']!r}")
     _check_patterns(config, path)
+    _check_parameters(config, path)
     _check_saved(config, path)
+
+
+def _check_parameters(config: Mapping[str, Any], path: str) -> None:
+    names = config.get("target_parameters")
+    if not (names is None or _is_names(names)):
+        raise ValueError(f"{path}: target_parameters should be a list of names, found {names!r}")
+    if names and config.get("lora_dropout"):
+        raise ValueError(
+            f"{path}: adapters of parameters have no dropout, but lora_dropout is {config['lora_dropout']}; set it to 0"
+        )
 
 
 def _check_saved(config: Mapping[str, Any], path: str) -> None:
@@ -146,7 +166,7 @@ def _check_plain_lora(config: Mapping[str, Any], path: str) -> None:
         raise ValueError(f"{path}: peft_type should be LORA, found {kind}")
     for key in _UNSUPPORTED:
         if config.get(key):
-            raise ValueError(f"{path}: {key} = {config[key]!r} is not supported; only plain LoRA on linear layers is")
+            raise ValueError(f"{path}: {key} = {config[key]!r} is not supported; only plain LoRA is")
     if config.get("bias") not in _BIASES:
         raise ValueError(f"{path}: bias = {config['bias']!r} is not supported; 'none', 'lora_only' and 'all' are")
     init = config.get("init_lora_weights")

@@ -6,6 +6,7 @@ PEFT names whole modules (``modules_to_save``) and biases (``bias``). A module's
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from .peft_config import WRAPPERS
 
 PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer."
+_WRAPPED = re.compile(r"\.(base_layer\.)+")  # more than one around a module of experts
 _TOKENS = "token_adapter.trainable_tokens_delta"
 
 
@@ -239,7 +241,7 @@ def read_values(
     dense = Dense(model)
     values = Values(dense)
     for key, entry in entries.items():
-        name = key.removeprefix(PREFIX).replace(_BASE_LAYER, ".")
+        name = _WRAPPED.sub(".", key.removeprefix(PREFIX))
         if name.endswith(f".{_TOKENS}"):
             _put_tokens(values, name.removesuffix(f".{_TOKENS}"), file.read(entry), config, key, where)
             continue

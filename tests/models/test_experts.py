@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from small.mixtures import BOTH, KINDS, decoded, make, quantized
 from torch import nn
 
 import qlora_kernels
@@ -14,47 +15,10 @@ from qlora_kernels.layers.experts import QExperts, QExpertsModule
 from qlora_kernels.models.experts import experts_layers
 from qlora_kernels.models.targets import plan
 
-transformers = pytest.importorskip("transformers")
-
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "head_dim": 16,
-}
-# gpt-oss has transposed weights, biases, and gate and up interleaved.
-KINDS = {
-    "Mixtral": {"num_local_experts": 4},
-    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
-BOTH = ["gate_up_proj", "down_proj"]
-
-
-def make(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**COMMON, **KINDS[kind])
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):  # zero at the start
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def quantized(model: nn.Module, rank: int = 0, **options) -> tuple[nn.Module, qlora_kernels.QuantizeReport]:
-    model = copy.deepcopy(model)
-    return model, qlora_kernels.quantize_model(model, rank=rank, progress=False, **options)
-
 
 def dense_twin(model: nn.Module, packed: nn.Module) -> nn.Module:
     """The model with the weights that ``packed`` decodes to, the adapters of its experts added to them."""
-    twin = copy.deepcopy(model)
-    for name, layer in qlora_kernels.qlora_layers(packed):
-        twin.get_submodule(name).weight.data = layer.weight.dequantize()
+    twin = decoded(model, packed)
     for name, layer in experts_layers(packed):
         weights = layer.weight.dequantize()
         if layer.active_adapter is not None:
@@ -221,10 +185,3 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match=r"experts.down_proj holds inf at index \(2, 1, 0\)"):
         qlora_kernels.quantize_model(model, progress=False)
     assert not any(isinstance(module, (QExperts, qlora_kernels.QLinear)) for module in model.modules())
-
-
-def test_adapters_of_experts_are_not_left_out_of_a_file(tmp_path):
-    packed, _ = quantized(make("Mixtral"), 4, target_parameters=BOTH)
-    with pytest.raises(NotImplementedError, match="does not write adapters of experts"):
-        qlora_kernels.save_adapter(packed, tmp_path)
-    assert not list(tmp_path.iterdir())
