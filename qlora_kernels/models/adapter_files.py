@@ -397,10 +397,9 @@ def _by_layer(
     """The matrices under the names of the layers that take them."""
     unknown = [name for name in pairs if name not in takers]
     if unknown:
-        experts = " or experts that target_parameters covers" if any("experts" in name for name in unknown) else ""
         raise ValueError(
             f"{folder}: an adapter for another model: {listed(unknown, 3)} {'are' if len(unknown) > 1 else 'is'} not "
-            f"among its QLinear layers{experts}, such as {listed(takers.values(), 2) or 'none'}"
+            f"among its QLinear layers{expert_adapter_files.hint(unknown)}, such as {listed(takers, 2) or 'none'}"
         )
     return {takers[name]: pair for name, pair in pairs.items()}
 

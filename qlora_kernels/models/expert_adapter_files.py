@@ -12,6 +12,7 @@ column. That holds for experts stored as [E, K, N], too. (peft/tuners/lora/layer
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from .peft_config import WRAPPERS
 from .targets import matches
 
 _WRAPPED = ".base_layer"
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def target_parameters(model: nn.Module, experts: Sequence[str]) -> list[str]:
@@ -73,7 +75,7 @@ def beside(key: str, experts: Iterable[str], prefix: str) -> str:
 
 def stacks(layers: Mapping[str, Adapters], config: Mapping[str, Any]) -> list[str]:
     """The stacks of experts that a configuration's target_parameters mean, in the model's order."""
-    patterns = config.get("target_parameters") or ()
+    patterns = frozenset(config.get("target_parameters") or ())
     return [name for name, layer in layers.items() if isinstance(layer, QExperts) and matches(name, patterns)]
 
 
@@ -83,7 +85,7 @@ def takers(model: nn.Module, layers: Mapping[str, Adapters], config: Mapping[str
     Raises:
         ValueError: when it means other parameters beside a stack, which would shift the names.
     """
-    patterns = config.get("target_parameters") or ()
+    patterns = frozenset(config.get("target_parameters") or ())
     for name, module in model.named_modules():
         if isinstance(module, QExpertsModule):
             own = [WRAPPERS.sub("", f"{name}.{key}") for key, value in module._parameters.items() if value is not None]
@@ -95,6 +97,17 @@ def takers(model: nn.Module, layers: Mapping[str, Adapters], config: Mapping[str
                 )
     linear = {name: name for name, layer in layers.items() if not isinstance(layer, QExperts)}
     return linear | {place: name for name, place in places(stacks(layers, config)).items()}
+
+
+def hint(unknown: Iterable[str]) -> str:
+    """What to add to an error about modules in a file that the model does not have."""
+    unknown = list(unknown)
+    if any(_ONE_EXPERT.search(name) for name in unknown):
+        return (
+            " (an adapter from transformers 4, with matrices for each expert alone: load it with PEFT onto the dense "
+            "model under transformers 5, and save it again)"
+        )
+    return " or the experts that target_parameters covers" if any("experts" in name for name in unknown) else ""
 
 
 def shapes(layer: Adapters, rank: int) -> tuple[list[int], list[int]]:

@@ -124,6 +124,29 @@ def test_we_read_what_peft_writes(peft, tmp_path, kind, options):
     assert_peft_computes_the_same(peft, tmp_path, model, packed)
 
 
+def test_an_adapter_from_transformers_4_comes_by_way_of_peft(peft, tmp_path):
+    model, packed = make("Mixtral"), quantized(make("Mixtral"))[0]
+    tensors = {}
+    for e in range(4):
+        for key, (n, k) in {"w1": (96, 64), "w2": (64, 96), "w3": (96, 64)}.items():
+            name = f"base_model.model.model.layers.0.block_sparse_moe.experts.{e}.{key}"
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = torch.randn(4, k), torch.randn(n, 4)
+    save_file(tensors, tmp_path / WEIGHTS)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 1,
+        "target_modules": ["w1", "w2", "w3"],
+    }
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"an adapter from transformers 4, .*load it with PEFT onto the dense model"):
+        load_adapter(packed, tmp_path)
+    peft.PeftModel.from_pretrained(decoded(model, packed), tmp_path).save_pretrained(tmp_path / "new")
+    assert load_adapter(packed, tmp_path / "new") == [f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"]
+    assert_peft_computes_the_same(peft, tmp_path, model, packed)
+
+
 def test_biases_that_were_trained_come_along(peft, tmp_path):
     model, packed = adapted("GptOss")
     experts = packed.get_submodule(EXPERTS)
@@ -135,6 +158,21 @@ def test_biases_that_were_trained_come_along(peft, tmp_path):
     other, _ = quantized(model)
     load_adapter(other, tmp_path)
     assert torch.equal(logits(other), logits(packed))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": BOTH},
+        {"target_modules": ["q_proj", "w1", "w2", "w3"]},
+    ],
+)
+def test_peft_does_not_leave_out_4_bit_experts(peft, options):
+    packed, _ = quantized(make("Mixtral"))
+    with pytest.raises(
+        ValueError, match=r"target_parameters covers 4-bit experts \(model.*gate_up_proj, .*load_adapter"
+    ):
+        peft.get_peft_model(packed, peft.LoraConfig(**options))
 
 
 # ------------------------------------------------------------------------------------------- files and adapters
@@ -248,7 +286,7 @@ BAD = {
     "none named": (_config(target_parameters=None), r"experts\.base_layer, .*experts are not among its QLinear layers"),
     "one named": (
         _config(target_parameters=BOTH[1:]),
-        r"experts\.base_layer is not among its QLinear layers or expert",
+        r"experts\.base_layer is not among its QLinear layers or the exp",
     ),
     "a bias": (
         _config(target_parameters=["down_proj_bias"]),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 from torch import nn
 
 from ...errors import listed
 from ...layers.adapters.named import Adapters
-from ...models.experts import adapted_layers
+from ...models.experts import adapted_layers, experts_layers
+from ...models.targets import matches
 
 
 def check_own_adapters(model: nn.Module) -> None:
@@ -22,7 +24,22 @@ def check_own_adapters(model: nn.Module) -> None:
         raise ValueError(
             f"{len(used)} layers have trained adapters of their own, which PEFT would not save: {listed(used, 3)}. "
             "Save them with qlora_kernels.save_adapter, quantize the model with rank=0, and load them with "
-            "PeftModel.from_pretrained(model, folder)"
+            "PeftModel.from_pretrained(model, folder); those of experts with qlora_kernels.load_adapter alone"
+        )
+
+
+def check_parameters(model: nn.Module, patterns: Collection[str]) -> None:
+    """Refuses target_parameters for 4-bit experts: PEFT finds no parameter, and would leave them out with a warning.
+
+    Raises:
+        ValueError: names the experts and says what to do.
+    """
+    covered = [name for name, _ in experts_layers(model) if matches(name.replace(".base_layer.", "."), patterns)]
+    if covered:
+        raise ValueError(
+            f"target_parameters covers 4-bit experts ({listed(covered, 3)}), on which PEFT can put no adapter. For "
+            "adapters to train use quantize_model(model, target_parameters=[...]), for a saved one "
+            "qlora_kernels.load_adapter(model, folder); without target_parameters PEFT adapts the linear layers alone"
         )
 
 

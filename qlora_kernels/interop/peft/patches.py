@@ -18,7 +18,7 @@ from ...layers.packed import PackedLayer
 from ...layers.qlinear import QLinear
 from ...models.experts import adapted_layers
 from ...models.targets import qlora_layers
-from .own_adapters import check_own_adapters, drop_own_adapters
+from .own_adapters import check_own_adapters, check_parameters, drop_own_adapters
 
 
 def _base_of(layer: nn.Module) -> nn.Module:
@@ -78,10 +78,14 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        _check_trained(model, getattr(self.peft_config[adapter_name], "modules_to_save", None) or ())
+        config = self.peft_config[adapter_name]
+        _check_trained(model, getattr(config, "modules_to_save", None) or ())
+        check_parameters(model, getattr(config, "target_parameters", None) or ())
         check_own_adapters(model)
         with _no_targets_inside(self, model):
             result = original(self, model, adapter_name, *args, **kwargs)
+        # PEFT turns names of transformers 4, such as w1, into target_parameters on the way.
+        check_parameters(model, getattr(config, "target_parameters", None) or ())
         drop_own_adapters(model)
         return result
 
