@@ -20,7 +20,7 @@ import torch
 from bench.card import kernels
 
 #: The families: each takes the cases whose kernel and name begin so.
-FAMILIES = ("quantize", "dequantize", "linear bfloat16", "linear float", "optimizer")
+FAMILIES = ("quantize", "dequantize", "linear bfloat16", "linear float", "linear_grouped", "optimizer")
 #: The exit code after a fault that the card does not recover from.
 LOST = 3
 

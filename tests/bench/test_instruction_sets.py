@@ -130,7 +130,7 @@ def test_operations_of_a_cpu_are_left_out_on_a_card():
     points = [Point("quantize"), Point("linear_busy", n=64, k=64, m=1)]
     assert options.on_device(points, "cpu") == points
     assert options.on_device(points, "cuda") == points[:1]
-    with pytest.raises(InputError, match="linear_busy can only be measured on a CPU"):
+    with pytest.raises(InputError, match="linear_busy, experts can only be measured on a CPU"):
         options.on_device(points[1:], "cuda")
 
 

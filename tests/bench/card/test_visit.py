@@ -320,4 +320,4 @@ def test_the_families_are_side_by_side(tmp_path, monkeypatch):
         visit_steps.run_kernels(tmp_path, 9.0, lambda found: None)
     [(wanted, at_once)] = seen
     assert [one.name for one in wanted] == list(cases.FAMILIES)
-    assert at_once == len(wanted) == 5
+    assert at_once == len(wanted) == 6

@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
@@ -117,6 +118,18 @@ def _bend(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return changed.reshape(tensor.shape)
 
 
+def _without_addresses(content: bytes) -> bytes:
+    """The same file with other names for storages: torch's old format names them by where they lie in memory."""
+    if content.startswith(b"PK"):
+        return content
+    names: dict[bytes, bytes] = {}
+
+    def renamed(match: re.Match[bytes]) -> bytes:
+        return names.setdefault(match[0], str(len(names) + 1).rjust(len(match[0]), "9").encode())
+
+    return re.sub(rb"(?<=\x00\x00\x00)[1-9][0-9]{11,14}(?=[q\x94r])", renamed, content)
+
+
 def torch_value(name: str, sign: Callable[[dict[str, Any]], dict[str, Any]], keys: Sequence[str]) -> Mutation:
     """Another value in a file of torch, with a valid digest: ``sign`` puts it there."""
 
@@ -139,7 +152,7 @@ def torch_value(name: str, sign: Callable[[dict[str, Any]], dict[str, Any]], key
             return ""
         if buffer.tell() > 1 << 20:
             return ""
-        files[name] = buffer.getvalue()
+        files[name] = _without_addresses(buffer.getvalue())
         return f"{name}: {note}" if note else ""
 
     return mutate
