@@ -13,7 +13,7 @@ import torch
 from emulated import Emulated, emulated, module
 from optimizers.paging import parameters, steps
 
-from qlora_kernels import PagedAdamW, linear, quantize
+from qlora_kernels import PagedAdamW, linear, linear_grouped, quantize, quantize_stack
 from qlora_kernels.ops import backends
 
 WITHOUT_GUARD = {
@@ -66,6 +66,15 @@ def products():
             linear(x, weight, lora_A=A, lora_B=B, dropout=0.25).sum().backward()
 
 
+def products_of_experts():
+    stack = quantize_stack(torch.randn(3, 16, 128))
+    offsets = torch.tensor([0, 5, 5, 70])
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(70, 128).to(dtype).requires_grad_()
+        A, B = (torch.randn(s).to(dtype).requires_grad_() for s in ((3, 16, 128), (3, 16, 16)))
+        linear_grouped(x, stack, offsets, lora_A=A, lora_B=B).sum().backward()
+
+
 def optimizer():
     params = parameters(sizes=(9_000, 300))
     paged = PagedAdamW(params, max_grad_norm=1.0)
@@ -87,6 +96,7 @@ CALLS = {
     "quantization": (quantization, {}),
     "dequantization": (dequantization, {}),
     "products": (products, {}),
+    "products of experts": (products_of_experts, {}),
     "optimizer": (optimizer, {}),
     "optimizer without managed memory": (optimizer, {"managed": False}),
     "arena that does not fit": (arena_that_does_not_fit, {"managed_limit": 1}),
