@@ -129,7 +129,7 @@ def check(which: str, found: dict) -> None:
     if which == "first":
         kernels = found["kernels"]
         assert kernels["right"] == kernels["cases"] > 200
-        assert len(kernels["families"]) == 5
+        assert len(kernels["families"]) == 6
         assert kernels["again"] == 0
         for name in ("linear", "quantization", "optimizer"):
             assert found[name]["stand_in"]
