@@ -16,11 +16,11 @@ from ..errors import require
 from ..formats.nf4_stack import NF4Stack
 from . import state_dict as loading
 from .adapters.config import AdapterConfig
-from .adapters.named import Adapters, check_adapter_name, init_adapter, put_adapter
+from .adapters.named import check_adapter_name, init_adapter, put_adapter
 from .grouped import grouped_on
 
 
-class QExperts(Adapters):
+class QExperts(loading.CheckedLoading):
     """The weights [E, N, K] of E experts in 4-bit NormalFloat, frozen, with named low-rank adapters for each expert.
 
     It takes the place of a three-dimensional parameter, and its tensors are registered as QLinear's are: bytes as
@@ -82,27 +82,6 @@ class QExperts(Adapters):
             return grouped_on(x, pieces, self._shape, offsets, bias, None, None, 1.0)
         A, B, scaling = self.lora_A[name], self.lora_B[name], self._adapters[name].scaling
         return grouped_on(x, pieces, self._shape, offsets, bias, A, B, scaling)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        problems = loading.problems(self, state_dict, prefix, assign)
-        if problems:
-            error_msgs.extend(problems)
-            loading.keep(self, state_dict, prefix)
-            return
-        if assign:
-            loading.make_contiguous(state_dict, prefix)
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        cast(Any, super())._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return (

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from ..formats.nf4 import NF4Weight, check_range, meta_weight, quantize
 from ..ops import LoraTerm, dispatcher
 from . import state_dict as loading
 from .adapters.config import AdapterConfig
-from .adapters.named import Adapters, init_adapter
+from .adapters.named import init_adapter
 from .functional import linear_on
 from .merging import MergeReport, merge, to_linear, unmerge
 from .offloading import offloaded
@@ -25,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # nn.Linear's weight is a tensor, and its forward calls x "input".
-class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+class QLinear(loading.CheckedLoading, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """y = x W^T + bias + scaling * (dropout(x) A^T) B^T with W in 4-bit NormalFloat, frozen.
 
     Passes for an nn.Linear (``isinstance``, ``in_features``, ``out_features``, ``bias``), but has no dense weight:
@@ -204,28 +203,6 @@ class QLinear(Adapters, nn.Linear):  # pyright: ignore[reportIncompatibleVariabl
             nn.init.uniform_(self.bias, -bound, bound)
         for name in self._adapters:
             init_adapter(self.lora_A[name], self.lora_B[name])
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        problems = loading.problems(self, state_dict, prefix, assign)
-        if problems:
-            error_msgs.extend(problems)
-            loading.keep(self, state_dict, prefix)
-            return
-        if assign:
-            loading.make_contiguous(state_dict, prefix)
-        loading.match_merged_state(self, state_dict, prefix)
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        cast(Any, super())._load_from_state_dict(state_dict, prefix, *rest)
 
     # ------------------------------------------------------------------------------------------------- the product
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -190,3 +190,29 @@ def _check_pieces(
         except ValueError as error:
             misfits.append(f"{error}.")
     return misfits
+
+
+class CheckedLoading(Adapters):
+    """A layer that takes a state dict whole or not at all: what does not fit is told before anything changes."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        misfits = problems(self, state_dict, prefix, assign)
+        if misfits:
+            error_msgs.extend(misfits)
+            keep(self, state_dict, prefix)
+            return
+        if assign:
+            make_contiguous(state_dict, prefix)
+        match_merged_state(self, state_dict, prefix)
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        cast(Any, super())._load_from_state_dict(state_dict, prefix, *rest)
