@@ -150,8 +150,8 @@ def _points(operation: str, rows: Sequence[int] = (), ranks: Sequence[int] = (),
                 yield Point(operation, dtype, n, k, m, rank)
 
 
-def _experts(dtype: str = "bfloat16") -> Iterator[Point]:
-    """By tokens."""
+def mixtures(dtype: str = "bfloat16") -> Iterator[Point]:
+    """A mixture's experts, by tokens."""
     for m in (1, 16, 512):
         yield Point("experts", dtype, m=m)
 
@@ -189,6 +189,7 @@ def cpu_bars(dtype: str = "bfloat16") -> list[Point]:
         *_linear((1, 4, 16, 64, 512, 2048), (0,), shapes, dtype),
         *_points("linear_busy", (1,), shapes=shapes, dtype=dtype),
         *_points("linear_step", (16, 512), (RANK,), shapes, dtype),
+        *mixtures(dtype),
         *_optimizer(OPTIMIZER[:3]),
     ]
 
@@ -221,7 +222,7 @@ def usual(dtype: str = "bfloat16") -> list[Point]:
         *_points("linear_dx", (16, 512), dtype=dtype),
         *_points("linear_step", (16, 512), (RANK,), dtype=dtype),
         *_points("linear_step", (512,), (0, 1, 4, 64, 256), dtype=dtype),
-        *_experts(dtype),
+        *mixtures(dtype),
         Point("decode", dtype, m=1, rank=RANK, model="llama-2-7b"),
         Point("block_step", dtype, m=512, rank=RANK, model="llama-2-7b"),
         Point("block_step", dtype, m=64, rank=RANK, model="llama-3-70b"),

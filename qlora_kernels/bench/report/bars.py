@@ -26,7 +26,7 @@ from ..contenders.names import (
     NO_ADAPTER,
     PEFT,
 )
-from ..points import DTYPES, RANK, WIDE, K, N, Point, point_of
+from ..points import DTYPES, RANK, WIDE, K, N, Point, mixtures, point_of
 from .ratios import find_contender, gb_per_s, limits_of, ratio_to_ours
 from .results import BARS_SINCE
 
@@ -150,7 +150,8 @@ def _layer_bars(dense: float, bnb: float, ggml: tuple[float, ...]) -> tuple[Bar,
             Bar(Point("dequantize", n=n, k=K), BNB, 4),
         )
 
-    return (*_wide_and_square(at), Bar(Point("quantize", "float32", n=N, k=K), BNB, 20))
+    experts = (Bar(point, BNB, 3) for point in mixtures())
+    return (*_wide_and_square(at), Bar(Point("quantize", "float32", n=N, k=K), BNB, 20), *experts)
 
 
 #: By instruction set, best first.

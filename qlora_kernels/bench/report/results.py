@@ -19,7 +19,7 @@ from ..timing.machine import describe_commit, describe_machine, describe_version
 
 FORMAT = 2
 #: Raised when cases or contenders come to the bars: results from before need not have them.
-BARS_SINCE = 2
+BARS_SINCE = 3
 
 _NAME, _TEXT, _WHOLE, _NUMBER = (str,), (str, type(None)), (int, type(None)), (int, float, type(None))
 #: What the tables and the comparison take from the parts of a result, with the types that it may have.
