@@ -95,7 +95,11 @@ class Lab:
     @cached_property
     def ours(self) -> list[NF4Weight]:
         first = qlora_kernels.quantize(self.source).to(self.dtype)
-        return self.copied(first, first.nbytes, clone_weight)
+        weights = self.copied(first, first.nbytes, clone_weight)
+        row = self.rows(1, first.shape[1])
+        for weight in weights:  # on a CPU, a weight's first use moves it to huge pages
+            qlora_kernels.linear(row, weight)
+        return weights
 
     @cached_property
     def dense(self) -> list[Tensor]:
