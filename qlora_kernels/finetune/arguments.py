@@ -58,7 +58,7 @@ class _Group:
         else:
             more.setdefault("type", type(default) if default is not None else str)
             more.setdefault("metavar", {int: "N", float: "X"}.get(more["type"], "PATH"))
-            if default is not None:
+            if default not in (None, ""):
                 help += f" (default {default})"
         self.group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=help, **more)
 
@@ -161,6 +161,12 @@ def _add_adapters(group: _Group) -> None:
     group.add(
         "target_modules",
         "comma-separated names of the layers that get adapters; all are quantized",
+        metavar="NAMES",
+    )
+    group.add(
+        "target_parameters",
+        "comma-separated names of a mixture's weights, such as gate_up_proj,down_proj, that get an adapter for each "
+        "expert (default: none)",
         metavar="NAMES",
     )
     group.group.add_argument(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..layers.qlinear import QLinear
+from ..layers.adapters.named import Adapters
 
 
 def initial_A(name: str, rank: int, columns: int, seed: int) -> torch.Tensor:
@@ -49,12 +49,15 @@ def add_lora(
         model.set_submodule(name, DenseLoRA(linear, rank, scaling, dropout, A))
 
 
-def share_initial_values(layers: dict[str, QLinear], seed: int) -> None:
-    """Gives the adapters of QLinear layers the initial values that :func:`add_lora` uses."""
+def share_initial_values(layers: dict[str, Adapters], seed: int) -> None:
+    """Gives the adapters of 4-bit layers the initial values that :func:`add_lora` uses, and those of each expert their
+    own."""
     with torch.no_grad():
         for name, layer in layers.items():
             adapter = layer.active_adapter
             assert adapter is not None
             A = layer.lora_A[adapter]
-            A.copy_(initial_A(name, A.shape[0], A.shape[1], seed))
+            each = [(name, A)] if A.dim() == 2 else [(f"{name}.{expert}", a) for expert, a in enumerate(A)]
+            for own_name, a in each:
+                a.copy_(initial_A(own_name, a.shape[0], a.shape[1], seed))
             layer.lora_B[adapter].zero_()

@@ -21,8 +21,8 @@ OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit", "paged_lion", "adamw")
 _DECISIVE = (
     "model", "data", "eval_data", "chat_template", "held_out", "seq_len", "steps", "epochs", "batch_size",
     "grad_accum", "optim", "lr", "full_lr", "warmup", "schedule", "weight_decay", "max_grad_norm", "seed", "rank",
-    "alpha", "lora_dropout", "rslora", "target_modules", "double_quant", "compute", "compare", "device", "eval_tokens",
-    "tiny_hidden", "tiny_layers", "tiny_seq_len", "pretrain_steps",
+    "alpha", "lora_dropout", "rslora", "target_modules", "target_parameters", "double_quant", "compute", "compare",
+    "device", "eval_tokens", "tiny_hidden", "tiny_layers", "tiny_seq_len", "pretrain_steps",
 )  # fmt: skip
 
 _AT_LEAST_1 = (
@@ -71,6 +71,7 @@ class Options:
     lora_dropout: float = 0.0
     rslora: bool = False
     target_modules: str = "all-linear"
+    target_parameters: str = ""
     double_quant: bool = True
     compute: str = "auto"
     compare: bool = False
@@ -161,6 +162,10 @@ class Settings(Options):
             return self.target_modules
         return names_in(self.target_modules)
 
+    def target_experts(self) -> list[str]:
+        """``target_parameters`` as :func:`qlora_kernels.quantize_model` takes it."""
+        return names_in(self.target_parameters)
+
     @property
     def pretraining_lr(self) -> float:
         # By trial, with initial weights of tiny.config's size: 650 steps at 1e-3 left a lower held-out loss than at
@@ -202,12 +207,17 @@ class Settings(Options):
     def differences(self, earlier: dict[str, Any]) -> list[str]:
         """How the decisive settings differ from those of an earlier run, a phrase each."""
         # Checkpoints without an optimizer's name are from when there was only torch's.
-        now, earlier = self.decisive(), {"optim": "adamw", **earlier}
+        # Nor did they have adapters of experts.
+        now, earlier = self.decisive(), {"optim": "adamw", "target_parameters": "", **earlier}
         return [
-            f"{flag(name)} was {earlier[name]} and is {now[name]}"
+            f"{flag(name)} was {_shown(earlier[name])} and is {_shown(now[name])}"
             for name in _DECISIVE
             if name in earlier and earlier[name] != now[name]
         ]
+
+
+def _shown(value: Any) -> Any:
+    return "none" if value == "" else value
 
 
 def names_in(text: str) -> list[str]:
@@ -238,6 +248,8 @@ def check(options: Options) -> None:
             raise InputError(f"{flag(name)} should be one of {', '.join(choices)}, found {value}")
     if options.report_to != "none" and not set(names_in(options.report_to) or [""]) <= set(TRACKERS):
         raise InputError(f"--report-to should be none, or names among {', '.join(TRACKERS)}, found {options.report_to}")
+    if options.compare and names_in(options.target_parameters):
+        raise InputError("--compare has no adapters of experts on the 16-bit base; leave out --target-parameters")
     if options.eval_data is not None and options.held_out is not None:
         raise InputError("--eval-data and --held-out both say what to evaluate on; give one of them")
     for name in ("page_file", "page_budget"):

@@ -15,7 +15,8 @@ from ..interop.transformers.bitsandbytes_folder import is_bitsandbytes
 from ..interop.transformers.folder import METHOD, read_config
 from ..interop.transformers.skeleton import cast_parameters, dtype_argument, is_causal, load_config, skeleton, skipped
 from ..layers.adapters.config import AdapterConfig
-from ..models.quantize import QuantizeReport, quantize_model
+from ..models.experts import adapted_layers, experts_layers
+from ..models.quantize import QuantizeReport, bytes_of, count_parameters, quantize_model
 from ..models.targets import plan, qlora_layers
 from ..ops import backends
 from ..storage.regular_file import open_regular
@@ -42,7 +43,7 @@ class Source:
         self.dtype = settings.activation_dtype
         self.folder = tiny.cache_folder(settings) if settings.is_tiny else settings.model
         quantization = {} if settings.is_tiny else _quantization(settings.model)
-        of_bitsandbytes = is_bitsandbytes(quantization, f"--model {settings.model}")
+        self._of_bitsandbytes = of_bitsandbytes = is_bitsandbytes(quantization, f"--model {settings.model}")
         self.four_bit = of_bitsandbytes or quantization.get("quant_method") == METHOD
         self.double_quant = settings.double_quant
         if self.four_bit:
@@ -118,7 +119,14 @@ class Source:
                 f"--seq-len {self.settings.seq_len} is more than the {longest} tokens that the model takes"
             )
         with readable(_CANNOT_QUANTIZE):
-            plan(model, adapter_config(self.settings), self.settings.target_names(), skipped(model))
+            plan(
+                model,
+                adapter_config(self.settings),
+                self.settings.target_names(),
+                skipped(model),
+                target_parameters=self.settings.target_experts(),
+                experts=not self._of_bitsandbytes,
+            )
 
     def load(self) -> nn.Module:
         """A dense model with 16-bit weights, ready for activations of ``dtype``; or a 4-bit one with fresh adapters.
@@ -165,6 +173,7 @@ class Source:
                 adapter_dtype=torch.float32,
                 dtype=self.dtype,
                 device=settings.device,
+                target_parameters=settings.target_experts(),
             )
 
 
@@ -185,8 +194,8 @@ def quantize(model: nn.Module, settings: Settings) -> QuantizeReport:
     """
     already = any(True for _ in qlora_layers(model))
     report = _already_quantized(model) if already else _quantize(model, settings)
-    layers = dict(qlora_layers(model))
-    share_initial_values({name: layers[name] for name in report.adapted}, settings.seed)
+    layers = dict(adapted_layers(model))
+    share_initial_values({name: layers[name] for name in (*report.adapted, *report.adapted_experts)}, settings.seed)
     return report
 
 
@@ -203,20 +212,21 @@ def _quantize(model: nn.Module, settings: Settings) -> QuantizeReport:
             double_quant=settings.double_quant,
             adapter_dtype=torch.float32,
             progress=False,
+            target_parameters=settings.target_experts(),
         )
 
 
 def _already_quantized(model: nn.Module) -> QuantizeReport:
-    layers = dict(qlora_layers(model))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    layers, stacks, size = dict(qlora_layers(model)), dict(experts_layers(model)), bytes_of(model)
     return QuantizeReport(
         quantized=list(layers),
         adapted=[name for name, layer in layers.items() if layer.active_adapter is not None],
         bytes_before=size,
         bytes_after=size,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(layer.weight.numel() for layer in layers.values())
-        + sum(p.numel() for p in model.parameters() if p.is_floating_point()),
+        total_parameters=count_parameters(model),
+        experts=list(stacks),
+        adapted_experts=[name for name, layer in stacks.items() if layer.active_adapter is not None],
     )
 
 

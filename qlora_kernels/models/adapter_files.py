@@ -32,7 +32,7 @@ from ..storage.lock import exclusive, unchanging
 from ..storage.regular_file import identity_of
 from ..storage.safetensors_stream import DTYPES, Entry, Reader, read_header
 from . import expert_adapter_files, peft_config, sharded
-from .adapters import no_adapter
+from .adapters import no_adapter, peft_hint
 from .experts import adapted_layers
 from .origin import Origin, origin_of_model
 from .peft_config import CONFIG_NAME
@@ -97,7 +97,7 @@ def save_adapter(
     everything = _layers(model)
     layers = {name: layer for name, layer in everything.items() if adapter_name in layer.adapters}
     if not layers:
-        raise no_adapter(adapter_name, everything.values())
+        raise no_adapter(adapter_name, everything.values(), peft_hint(model, "model.save_pretrained(folder)"))
     base = origin_of_model(model) if base_model_name_or_path is None else Origin(base_model_name_or_path)
     trained = find_trained(model, layers)
     config = peft_config.describe(model, layers, adapter_name, base.name)

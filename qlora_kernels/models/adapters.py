@@ -11,7 +11,7 @@ from ..errors import listed
 from ..layers.adapters.named import Adapters
 from ..layers.merging import MergeReport
 from .experts import adapted_layers
-from .targets import qlora_layers
+from .targets import is_of_peft, qlora_layers
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -23,7 +23,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if not any(name in layer.adapters for layer in layers):
-        raise no_adapter(name, layers)
+        raise no_adapter(name, layers, peft_hint(model, "model.set_adapter(name)"))
     for layer in layers:
         if layer.merged_adapter_name not in (None, name):
             raise RuntimeError(f"adapter '{layer.merged_adapter_name}' is merged into the base; unmerge it first")
@@ -31,10 +31,16 @@ def set_adapter(model: nn.Module, name: str) -> None:
         layer.set_adapter(name if name in layer.adapters else None)
 
 
-def no_adapter(name: str, layers: Iterable[Adapters]) -> KeyError:
+def no_adapter(name: str, layers: Iterable[Adapters], hint: str = "") -> KeyError:
     """The error for an adapter that none of these layers has."""
     known = dict.fromkeys(other for layer in layers for other in layer.adapters)
-    return KeyError(f"no adapter {name!r} in this model; it has: {listed(map(repr, known)) or 'none'}")
+    return KeyError(f"no adapter {name!r} in this model; it has: {listed(map(repr, known)) or 'none'}{hint}")
+
+
+def peft_hint(model: nn.Module, instead: str) -> str:
+    """What to add to an error about the adapters of a model in which PEFT has some; empty where it has none."""
+    name = next((name for name, module in model.named_modules() if is_of_peft(module)), None)
+    return "" if name is None else f"; PEFT manages the adapters of {name} and others: use {instead}"
 
 
 @contextlib.contextmanager
@@ -43,7 +49,11 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     Raises:
         RuntimeError: while an adapter is merged.
+        ValueError: when PEFT has adapters in the model.
     """
+    hint = peft_hint(model, "'with model.disable_adapter():'")
+    if hint:
+        raise ValueError(f"disable_adapters is for the adapters of this package's layers{hint}")
     with contextlib.ExitStack() as stack:
         for _, layer in adapted_layers(model):
             stack.enter_context(layer.disable_adapters())
@@ -72,7 +82,8 @@ def merge_adapters(model: nn.Module) -> dict[str, MergeReport]:
             layers[name].unmerge()
         raise
     if not reports:
-        raise RuntimeError("no layer of this model has an active adapter to merge")
+        hint = peft_hint(model, "model.merge_adapter()")
+        raise RuntimeError(f"no layer of this model has an active adapter to merge{hint}")
     return reports
 
 

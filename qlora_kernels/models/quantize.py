@@ -274,7 +274,7 @@ def report(model: nn.Module, planned: Plan, bytes_before: int) -> QuantizeReport
         bytes_before=bytes_before,
         bytes_after=bytes_of(model),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=_count(model),
+        total_parameters=count_parameters(model),
         experts=[name for name, _ in experts_layers(model)],
         adapted_experts=list(planned.adapted_experts),
     )
@@ -285,7 +285,8 @@ def bytes_of(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def _count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Elements of all parameters, a 4-bit weight counting as N * K."""
     packed = {id(p) for _, layer in adapted_layers(model) for p in frozen_tensors(layer)}
     dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
     return dense + sum(layer.weight.numel() for _, layer in adapted_layers(model))

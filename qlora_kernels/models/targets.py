@@ -215,7 +215,7 @@ def _candidates(
     ties = _ties(model)
     names, left_alone, inside_peft = [], {}, ()
     for name, module in model.named_modules():
-        if _is_of_peft(module):
+        if is_of_peft(module):
             inside_peft = (*inside_peft, f"{name}.")
             left_alone[name] = "a PEFT layer; quantize the model before adding adapters, or use qlora_kernels' own"
         if not is_linear_like(module) or (inside_peft and name.startswith(inside_peft)):
@@ -231,7 +231,7 @@ def _candidates(
     return names, left_alone
 
 
-def _is_of_peft(module: nn.Module) -> bool:
+def is_of_peft(module: nn.Module) -> bool:
     """Whether a module is a layer that PEFT has wrapped, by a class of PEFT's or by one derived from it."""
     return hasattr(module, "base_layer") and any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
@@ -284,9 +284,8 @@ def _adapted_experts(
     names = [weight for weights in stacks.values() for weight in weights]
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
-            raise ValueError(
-                f"target_parameters: {pattern!r} matches no weights of experts; candidates: {listed(_ends(names))}"
-            )
+            others = f"; candidates: {listed(_ends(names))}" if names else ", and the model has none that can be 4-bit"
+            raise ValueError(f"target_parameters: {pattern!r} matches no weights of experts{others}")
     adapted = tuple(name for name in names if matches(name, patterns)) if adapter.rank else ()
     if adapted and adapter.dropout:
         raise ValueError(f"adapters of experts ({adapted[0]}) have no dropout, found {adapter.dropout}; use dropout=0")

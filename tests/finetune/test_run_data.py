@@ -11,7 +11,15 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from small.runs import SMALL, cache_fixture, hf_folder_fixture, losses, metrics, run_fixture  # noqa: F401 - fixtures
+from small.runs import (  # noqa: F401 - fixtures
+    SMALL,
+    cache_fixture,
+    hf_folder_fixture,
+    losses,
+    metrics,
+    mixture_folder_fixture,
+    run_fixture,
+)
 
 from qlora_kernels.finetune.train import Trainer
 
@@ -102,6 +110,60 @@ def test_a_template_without_messages_is_refused(run, tmp_path, capsys):
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     assert run("--chat-template", str(tmp_path / "chat.jinja")) == 2
     assert "--chat-template is for messages, and the data has none" in capsys.readouterr().err
+
+
+EXPERTS = ("--target-modules", "q_proj", "--target-parameters", "gate_up_proj,down_proj")
+
+
+def test_the_experts_of_a_mixture(run, tmp_path, mixture_folder, monkeypatch):
+    """An adapter for each, from a dense folder and from a 4-bit one, from the same values; and both can be resumed."""
+    from qlora_kernels.interop.transformers.quantize_folder import quantize_folder
+
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog again number " * 60)
+    packed = str(tmp_path / "packed")
+    quantize_folder(mixture_folder, packed, progress=False)
+    given = ("--data", str(tmp_path / "a.txt"), *EXPERTS)
+    for folder, out in ((mixture_folder, "dense"), (packed, "four")):
+        assert run("--model", folder, *given, out=out) == 0
+        report = metrics(tmp_path / out)
+        assert (report["size"]["quantized_layers"], report["size"]["adapted_layers"]) == (6, 3)
+        assert report["size"]["quantized_weights"] == 4 * 64 * 64 + 4 * 3 * 64 * 128
+        config = json.loads((tmp_path / out / "adapter" / "adapter_config.json").read_text())
+        assert config["target_parameters"] == ["down_proj", "gate_up_proj"]
+    expected = losses(tmp_path / "dense")["qlora"]
+    assert losses(tmp_path / "four")["qlora"] == expected
+    assert expected[-1] < expected[0]
+    original = Trainer._step
+
+    def stepped(self, phase, optimizer, parameters, step, total):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, phase, optimizer, parameters, step, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stepped)
+        assert run("--model", mixture_folder, *given) == 130
+    assert run("--model", mixture_folder, *given, "--resume") == 0
+    assert losses(tmp_path / "out")["qlora"] == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--target-parameters", "w1"), "'w1' matches no weights of experts; candidates: gate_up_proj, down_proj"),
+        ((*EXPERTS, "--lora-dropout", "0.1"), "have no dropout, found 0.1"),
+        ((*EXPERTS, "--compare"), "--compare has no adapters of experts on the 16-bit base"),
+    ],
+)
+def test_experts_that_cannot_be_adapted(run, tmp_path, mixture_folder, capsys, more, words):
+    assert run("--model", mixture_folder, *more) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_experts(run, tmp_path, hf_folder, capsys):
+    assert run("--model", hf_folder, "--target-parameters", "down_proj") == 2
+    assert "matches no weights of experts, and the model has none" in capsys.readouterr().err
 
 
 def test_a_file_of_options(run, tmp_path, capsys):

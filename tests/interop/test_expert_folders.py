@@ -141,6 +141,49 @@ def test_a_dense_folder_is_quantized_while_it_is_loaded(tmp_path, kind, double_q
     assert_equal(model, load(tmp_path / "packed"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_added_while_a_folder_is_loaded(tmp_path, kind):
+    """From a dense folder and from a 4-bit one, the same as by quantize_model."""
+    make(kind).save_pretrained(tmp_path / "dense")
+    quantized(kind).save_pretrained(tmp_path / "packed")
+    options = {"rank": 4, "alpha": 8, "rslora": True, "target_modules": ["q_proj"], "target_parameters": BOTH[:1]}
+    model = quantized(kind, **options)
+    on_the_fly = load(tmp_path / "dense", quantization_config=NF4Config(**options))
+    assert on_the_fly.hf_quantizer.report.adapted_experts == [
+        name for name, layer in experts_layers(model) if layer.adapters
+    ]
+    for loaded in (
+        on_the_fly,
+        load(tmp_path / "packed", quantization_config=NF4Config(**options)),
+        load_quantized(tmp_path / "packed", **options),
+    ):
+        assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+        adapters = {key: tensor for key, tensor in model.state_dict().items() if "lora_" in key}
+        assert any("experts" in key for key in adapters)
+        loaded.load_state_dict(adapters, strict=False)
+        assert_equal(model, loaded)
+
+
+def test_adapters_of_experts_that_cannot_be(tmp_path):
+    make("Mixtral").save_pretrained(tmp_path / "dense")
+    quantized("Mixtral").save_pretrained(tmp_path / "packed")
+    quantized("Mixtral", 2, target_modules=["q_proj"], target_parameters=BOTH).save_pretrained(tmp_path / "adapted")
+    with pytest.raises(TypeError, match="target_parameters should be a list of names, found 'down_proj'"):
+        NF4Config(rank=2, target_parameters="down_proj")
+    for folder in (tmp_path / "dense", tmp_path / "packed"):
+        for options, words in (
+            ({"target_parameters": ["w1"]}, "'w1' matches no weights of experts; candidates: gate_up_proj, down_proj"),
+            ({"target_parameters": BOTH, "dropout": 0.1}, "have no dropout, found 0.1"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                load(folder, quantization_config=NF4Config(rank=2, **options))
+    with pytest.raises(ValueError, match="matches no weights of experts"):
+        load_quantized(tmp_path / "packed", target_parameters=["w1"])
+    config = NF4Config(rank=2, target_modules=["k_proj"], target_parameters=BOTH)
+    with pytest.raises(ValueError, match=r"has adapters already, such as 'default' of .*experts\.gate_up_proj"):
+        load(tmp_path / "adapted", quantization_config=config)
+
+
 def test_skipped_experts_stay_dense_while_they_are_loaded(tmp_path):
     make("Mixtral").save_pretrained(tmp_path)
     loaded = load(tmp_path, quantization_config=NF4Config(skip=["layers.1.mlp.experts", "lm_head"]))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...models.experts import adapted_layers
 from ...models.quantize import QuantizeReport
-from ...models.targets import qlora_layers
 from ...native.build_info import build_info, version
 
 #: The rows of the table in order: key of the result, title.
@@ -30,14 +30,14 @@ def sizes(model: nn.Module, report: QuantizeReport) -> dict[str, Any]:
 
     Adapters are not counted; the 256-entry table that all layers share is counted once.
     """
-    layers = dict(qlora_layers(model))
+    layers = dict(adapted_layers(model))
     weights = sum(layer.weight.numel() for layer in layers.values())
     packed = sum(layer.weight.nbytes for layer in layers.values())
     counted = tuple(f"{name}.{prefix}" for name in layers for prefix in ("weight_", "lora_A.", "lora_B."))
     others = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(counted))
     return {
-        "quantized_layers": len(report.quantized),
-        "adapted_layers": len(report.adapted),
+        "quantized_layers": len(report.quantized) + len(report.experts),
+        "adapted_layers": len(report.adapted) + len(report.adapted_experts),
         "left_alone": report.left_alone,
         "quantized_weights": weights,
         "other_parameters": others,

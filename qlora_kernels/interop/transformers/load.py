@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError, readable
+from ...errors import InputError, readable, require
 from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from ...layers.adapters.config import AdapterConfig
+from ...models.experts import adapted_layers
 from ...models.quantize import swap_layers
-from ...models.targets import plan, qlora_layers
+from ...models.targets import plan
 from ...storage.safetensors_stream import DTYPES, Entry, read
 from . import recorded
 from .bitsandbytes_folder import is_bitsandbytes, put_layers
@@ -32,6 +34,7 @@ def load_quantized(
     adapter_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    target_parameters: Sequence[str] = (),
 ) -> nn.Module:
     """A model from a 4-bit folder, with fresh adapters; everything else is frozen.
 
@@ -43,7 +46,8 @@ def load_quantized(
 
     Args:
         folder: the folder.
-        rank, alpha, dropout, rslora, target_modules, adapter_dtype: as for :func:`qlora_kernels.quantize_model`.
+        rank, alpha, dropout, rslora, target_modules, adapter_dtype, target_parameters: as for
+            :func:`qlora_kernels.quantize_model`. Folders of bitsandbytes have no 4-bit experts.
         dtype: of everything that is not 4-bit; by default the config's.
         device: where to put the model.
 
@@ -67,11 +71,14 @@ def load_quantized(
         model = skeleton(config, dtype, most=4 * len(entries) + 1000)
     adapter = AdapterConfig(rank, alpha, dropout, rslora)
     if of_bitsandbytes:
+        require(
+            not target_parameters, ValueError, f"target_parameters: bitsandbytes leaves experts dense, as in {folder}"
+        )
         adapted, entries = put_layers(model, entries, folder, dtype, adapter, target_modules)
     else:
-        adapted = _swap_layers(model, settings, folder, adapter, target_modules)
+        adapted = _swap_layers(model, settings, folder, adapter, target_modules, target_parameters)
     _load(model, entries, folder, dtype)
-    layers = dict(qlora_layers(model))
+    layers = dict(adapted_layers(model))
     for name in adapted:
         layers[name].add_adapter("default", rank, alpha, dropout, rslora, dtype=adapter_dtype or dtype)
     mark(model)
@@ -84,16 +91,25 @@ def _swap_layers(
     folder: str,
     adapter: AdapterConfig,
     target_modules: str | list[str],
+    target_parameters: Sequence[str],
 ) -> tuple[str, ...]:
     """Makes the layers of a model on the meta device 4-bit; returns the names of those to adapt."""
     skip, double_quant = settings.get("modules_to_not_convert", skipped(model)), settings.get("double_quant", True)
     with readable(folder):  # what is wrong without adapters, the folder is to blame for
         experts = recorded.experts(model, settings.get("experts", []))
         plan(model, AdapterConfig(rank=0, alpha=1), skip=skip, double_quant=double_quant, experts=bool(experts))
-    planned = plan(model, adapter, target_modules, skip, double_quant, experts=bool(experts))
-    planned = replace(planned, experts=experts)
-    swap_layers(model, replace(planned, adapted=()))  # adapters come when there is memory to put values in
-    return planned.adapted
+    planned = plan(
+        model,
+        adapter,
+        target_modules,
+        skip,
+        double_quant,
+        target_parameters=target_parameters,
+        experts=bool(experts),
+    )
+    # Adapters come when there is memory to put values in.
+    swap_layers(model, replace(planned, experts=experts, adapted=(), adapted_experts=()))
+    return (*planned.adapted, *planned.adapted_experts)
 
 
 def _check_settings(settings: dict[str, Any], folder: str) -> None:

@@ -33,17 +33,16 @@ class NF4Config:
     """How to load a transformers model in 4 bits: ``from_pretrained(model, quantization_config=NF4Config())``.
 
     The linear layers become :class:`QLinear`, and a mixture's experts :class:`QExperts`, each as its weight comes from
-    the disk, and everything is frozen but new
-    adapters and parts that the checkpoint does not hold, such as a new head. A 4-bit folder needs no argument: the same
-    settings lie in the ``quantization_config`` of its config.json, which ``save_pretrained`` and
-    ``qlora-kernels quantize`` write. An argument may add adapters to it.
+    the disk. Everything is frozen but new adapters and parts that the checkpoint does not hold, such as a new head. A
+    4-bit folder needs no argument: the same settings lie in the ``quantization_config`` of its config.json, which
+    ``save_pretrained`` and ``qlora-kernels quantize`` write. An argument may add adapters to it.
 
     Args:
         double_quant: 4.127 bits per weight rather than 4.5.
         skip: layers to leave dense, as for :func:`quantize_model`; by default the output embedding. Tied layers are
             always left dense.
         rank: of a new adapter "default" on each layer; 0, the default, adds none.
-        alpha, dropout, rslora, target_modules: of the new adapters, as for :func:`quantize_model`.
+        alpha, dropout, rslora, target_modules, target_parameters: of the new adapters, as for :func:`quantize_model`.
         adapter_dtype: of the new adapters, by default that of the model; float32 keeps master copies.
         modules_to_not_convert: another name of ``skip``, which config.json uses.
         settings: others from a folder's config.json.
@@ -67,6 +66,7 @@ class NF4Config:
         target_modules: str | Sequence[str] = "all-linear",
         adapter_dtype: torch.dtype | None = None,
         *,
+        target_parameters: Sequence[str] = (),
         modules_to_not_convert: str | Sequence[str] | None = None,
         **settings: Any,
     ) -> None:
@@ -82,6 +82,9 @@ class NF4Config:
         self.modules_to_not_convert = _names("skip", modules_to_not_convert if skip is None else skip)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.target_modules = _names("target_modules", target_modules)
+        if isinstance(target_parameters, str):
+            raise TypeError(f"target_parameters should be a list of names, found {target_parameters!r:.100}")
+        self.target_parameters = _names("target_parameters", target_parameters)
         self.adapter_dtype = adapter_dtype
         #: The adapters that a folder holds: groups of layers with the same settings.
         self.adapters: list[dict[str, Any]] = settings.get("adapters", [])
@@ -137,7 +140,7 @@ class NF4Config:
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What an argument of from_pretrained may add to a folder's own settings: new adapters."""
-        names = ("rank", "alpha", "dropout", "rslora", "target_modules", "adapter_dtype")
+        names = ("rank", "alpha", "dropout", "rslora", "target_modules", "target_parameters", "adapter_dtype")
         return {name: getattr(self, name) for name in names} if self.rank else {}
 
     def update(self, **kwargs: Any) -> dict[str, Any]:

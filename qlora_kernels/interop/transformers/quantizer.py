@@ -144,13 +144,14 @@ class NF4Quantizer(HfQuantizer):
             skip,
             config.double_quant,
             adapter_dtype=config.adapter_dtype,
+            target_parameters=config.target_parameters,
             experts=bool(experts) or not self.pre_quantized,
         )
         if self.pre_quantized:
             planned = replace(planned, experts=experts)
         self._loading = _Loading(model, planned, new, kwargs.get("checkpoint_files"), waiting=not self.pre_quantized)
         if self.pre_quantized:
-            swap_layers(model, replace(planned, adapted=()))
+            swap_layers(model, replace(planned, adapted=(), adapted_experts=()))
             recorded.restore(model, config)
             for _, layer in qlora_layers(model):
                 _mark_as_initialized(layer)
@@ -333,8 +334,8 @@ def _add_adapters(model: nn.Module, planned: Plan, config: NF4Config) -> None:
     Raises:
         ValueError: when the layers have adapters already, or no memory of their own (offloading).
     """
-    layers = dict(qlora_layers(model))
-    names = [name for name in planned.adapted if name in layers]
+    layers = dict(adapted_layers(model))
+    names = [name for name in (*planned.adapted, *planned.adapted_experts) if name in layers]
     for name in names:
         if layers[name].adapters:
             raise ValueError(

@@ -20,7 +20,7 @@ from peft import (
 from small.blocks import IDS, Model, quantize, randomize
 from small.llama import llama
 
-from qlora_kernels import qlora_layers, save_adapter
+from qlora_kernels import disable_adapters, merge_adapters, qlora_layers, save_adapter, set_adapter
 from qlora_kernels.interop.peft.layer import LoraQLinear
 
 CONFIG = {"target_modules": ["q_proj"]}
@@ -73,6 +73,24 @@ def test_trained_adapters_of_the_layers_are_refused(config, merged):
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_functions_for_the_layers_own_adapters_point_to_peft_s(tmp_path):
+    model = Model()
+    quantize(model, rank=0)
+    with disable_adapters(model):  # none is there, which is no error
+        pass
+    peft_model = get_peft_model(model, LoraConfig(**CONFIG))
+    hint = r"PEFT manages the adapters of .*layers\.0\.q_proj and others: use "
+    with pytest.raises(ValueError, match=hint + r"'with model\.disable_adapter\(\):'"), disable_adapters(peft_model):
+        pass
+    with pytest.raises(KeyError, match=hint + r"model\.set_adapter"):
+        set_adapter(peft_model, "default")
+    with pytest.raises(KeyError, match=hint + r"model\.save_pretrained"):
+        save_adapter(peft_model, tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match=hint + r"model\.merge_adapter"):
+        merge_adapters(peft_model)
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize(

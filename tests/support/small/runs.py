@@ -60,25 +60,36 @@ def base_in(folder):
 @pytest.fixture(scope="session", name="hf_folder")
 def hf_folder_fixture(tmp_path_factory) -> str:
     """A Llama with one layer and a tokenizer of words."""
+    return _model_folder(tmp_path_factory, "Llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session", name="mixture_folder")
+def mixture_folder_fixture(tmp_path_factory) -> str:
+    """A Mixtral with one layer of four experts, and the same tokenizer."""
+    return _model_folder(tmp_path_factory, "Mixtral", num_local_experts=4)
+
+
+def _model_folder(tmp_path_factory, kind: str, **more) -> str:
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = str(tmp_path_factory.mktemp("hf") / "model")
     words = [*("<unk>", "</s>", "the", "quick", "brown", "fox", "number"), *("jumps", "over", "lazy", "dog", "again")]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=32,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=1,
         num_attention_heads=1,
         num_key_value_heads=1,
-        tie_word_embeddings=True,
         eos_token_id=1,
         bos_token_id=None,
+        **more,
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16().save_pretrained(folder)
     return folder
