@@ -103,9 +103,10 @@ class QExpertsModule(nn.Module):
     """
 
     num_experts: int
-    has_gate: bool
     has_bias: bool
-    has_post_expert_norm: bool
+    # Of later releases: transformers notes the first from 5.3 on, and the second only then.
+    has_gate: bool = True
+    has_post_expert_norm: bool = False
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
 

@@ -5,6 +5,7 @@ the innermost. Its matrices are stored under the module's name with ``.base_laye
 the parameter itself is not named: which ones a file covers, only ``target_parameters`` says. The matrices of all
 experts are flattened into two: A is [E*r, K], expert by expert, and B is [N, r*E], in which an expert has every E-th
 column. That holds for experts stored as [E, K, N], too. (peft/tuners/lora/layer.py, ParamWrapper, of PEFT 0.21.)
+PEFT before 0.19 took [E, N, K] for [E, K, N], so its A and B for those do not mean the same.
 """
 
 # Uses private attributes of modules.
@@ -83,11 +84,19 @@ def takers(model: nn.Module, layers: Mapping[str, Adapters], config: Mapping[str
     """{module's name in the file: layer} for all linear layers, and the experts that target_parameters mean.
 
     Raises:
-        ValueError: when it means other parameters beside a stack, which would shift the names.
+        ValueError: when it means other parameters beside a stack, which would shift the names; for a file from before
+            PEFT 0.19.
     """
     patterns = frozenset(config.get("target_parameters") or ())
+    covered, old = set(stacks(layers, config)), _before_0_19(config)
     for name, module in model.named_modules():
         if isinstance(module, QExpertsModule):
+            children = {WRAPPERS.sub("", f"{name}.{key}") for key, _ in module.named_children()}
+            if old and not getattr(module, "is_transposed", False) and not covered.isdisjoint(children):
+                raise ValueError(
+                    f"{folder}: PEFT {old} wrote adapters of experts in another layout; load them with that release, "
+                    "merge them into the dense model, and quantize it"
+                )
             own = [WRAPPERS.sub("", f"{name}.{key}") for key, value in module._parameters.items() if value is not None]
             others = [other for other in own if matches(other, patterns)]
             if others:
@@ -97,6 +106,15 @@ def takers(model: nn.Module, layers: Mapping[str, Adapters], config: Mapping[str
                 )
     linear = {name: name for name, layer in layers.items() if not isinstance(layer, QExperts)}
     return linear | {place: name for name, place in places(stacks(layers, config)).items()}
+
+
+def _before_0_19(config: Mapping[str, Any]) -> str:
+    """The PEFT that wrote a configuration, if it is older than 0.19; empty for another one, and for save_adapter's."""
+    version = config.get("peft_version")
+    if version is None:  # noted from 0.18 on; PEFT writes all of its options, and save_adapter few
+        return "0.17" if "megatron_config" in config else ""
+    match = re.match(r"(\d+)\.(\d+)", str(version))
+    return match[0] if match and (int(match[1]), int(match[2])) < (0, 19) else ""
 
 
 def hint(unknown: Iterable[str]) -> str:

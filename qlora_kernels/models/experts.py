@@ -17,16 +17,17 @@ from ..layers.experts import QExperts, QExpertsModule
 from ..layers.qlinear import QLinear
 from .places import Places, put
 
-# What transformers (5.0 on) notes in a module of experts, for its own implementations of them.
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts")
+# What transformers (5.0 on) notes in a module of experts, for its own implementations of them; later ones note more.
+_FLAGS = ("has_bias", "is_transposed", "num_experts")
 
 
 def stacked_weights(experts: nn.Module) -> tuple[str, ...]:
     """Names of the three-dimensional weights of a module of experts that QExpertsModule can replace; else none."""
     if not all(hasattr(experts, flag) for flag in _FLAGS) or getattr(experts, "_is_expert_parallel", False):
         return ()
-    names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
-    if experts.has_gate and not hasattr(type(experts), "_apply_gate"):
+    has_gate = getattr(experts, "has_gate", True)
+    names = ("gate_up_proj" if has_gate else "up_proj", "down_proj")
+    if has_gate and not hasattr(type(experts), "_apply_gate"):
         return ()
     # A hook that computes the weight, or a forward of its own, would be lost.
     weights = [experts._parameters.get(name) for name in names]

@@ -322,6 +322,30 @@ def test_files_that_do_not_fit_change_nothing(tmp_path, case):
     assert_same(packed, before)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "refused"),
+    [
+        ("Mixtral", {"peft_version": "0.18.1"}, "PEFT 0.18 wrote"),
+        ("Mixtral", {"megatron_config": None}, "PEFT 0.17 wrote"),
+        ("Mixtral", {"peft_version": "0.19.0.dev0@UNKNOWN", "megatron_config": None}, None),
+        ("Mixtral", {"peft_version": "1.0"}, None),
+        ("GptOss", {"peft_version": "0.18.1"}, None),  # transposed weights never had another layout
+    ],
+)
+def test_the_layout_of_early_releases_is_refused(tmp_path, kind, changes, refused):
+    """Where weights are square, the shapes would not tell."""
+    _, packed = adapted(kind)
+    save_adapter(packed, tmp_path)
+    _config(**changes)(tmp_path)
+    before = state(packed)
+    if refused is None:
+        load_adapter(packed, tmp_path)
+    else:
+        with pytest.raises(ValueError, match=refused):
+            load_adapter(packed, tmp_path)
+    assert_same(packed, before)
+
+
 def test_an_edited_list_of_parameters_is_noticed(tmp_path):
     _, packed = adapted()
     save_adapter(packed, tmp_path)

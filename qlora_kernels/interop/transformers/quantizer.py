@@ -234,8 +234,9 @@ class NF4Quantizer(HfQuantizer):
         self._loading = None
         if loading.error is not None:
             raise loading.error
-        for name, shape in loading.misfits.items():  # transformers 5.0 sets weights of any shape
-            found = model.get_parameter(name).shape
+        found_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for name, shape in {**loading.shapes, **loading.misfits}.items():  # transformers before 5.23 sets any shape
+            found = found_shapes.get(name, shape)
             if found != shape:
                 raise ValueError(f"{name} should be {list(shape)}, found {list(found)} in the checkpoint")
         if self.pre_quantized:
@@ -293,6 +294,7 @@ class _Loading:
         places: where each layer is.
         waiting: layers whose dense weight has not come yet.
         stacks: a mixture's experts that have not come yet.
+        shapes: of the dense model's parameters.
         misfits: weights that came with another shape, with the right one.
         error: the first weight's that could not be quantized.
         bytes_before: of the dense model.
@@ -305,6 +307,7 @@ class _Loading:
         self.places: dict[str, Places] = places_of(model, is_linear_like)
         self.waiting = set(planned.quantized) if waiting else set()
         self.stacks = Stacks(model, planned.experts if waiting else ())
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.misfits: dict[str, torch.Size] = {}
         self.error: Exception | None = None
         self.bytes_before = bytes_of(model)

@@ -84,7 +84,8 @@ class Source:
             converter.add_tensor(self.key, entry.file, pattern, functools.partial(read, entry))
         with readable(f"the tensors that make up {self.key}"):
             made = converter.convert(self.key, model=self.model, config=cast(Any, self.model).config)
-        value = made.get(self.key)
+        # transformers 5.0 returns the tensors and its own notes of errors.
+        value = (made[0] if isinstance(made, tuple) else made).get(self.key)
         value = value[0] if isinstance(value, list) else value
         expected = tuple(self.model.get_parameter(self.key).shape)
         if not isinstance(value, Tensor) or tuple(value.shape) != expected or value.dtype != DTYPES.get(self.dtype):
