@@ -5,13 +5,16 @@ Slow, and it does form the dense weight. The module is a backend like the others
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from ...native import extension
 from ..lora import LoraTerm
-from ..weight import Operand, Pieces, own_levels
-from . import loop
+from ..weight import Operand, Pieces, expert_pieces, own_levels
 
 refuses_non_finite = True
 is_host = True
@@ -139,6 +142,14 @@ def linear_backward(
     return None if dx is None else dx.view(*dy.shape[:-1], weight.k), dA, dB
 
 
+def _experts(weight: Operand, offsets: Tensor) -> Iterator[tuple[int, slice, Operand]]:
+    """Each expert with rows: its number, its rows, its weight. The host reads the offsets."""
+    ends = cast(list[int], offsets.tolist())  # pyright: ignore[reportUnknownMemberType]
+    for e, (begin, end) in enumerate(itertools.pairwise(ends)):
+        if end > begin:
+            yield e, slice(begin, end), Operand(expert_pieces(weight.pieces, weight.experts, e), weight.n, weight.k)
+
+
 def linear_grouped_forward(
     x: Tensor,
     weight: Operand,
@@ -148,7 +159,14 @@ def linear_grouped_forward(
     B: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor | None]:
-    return loop.forward(linear_forward, x, weight, offsets, bias, A, B, scaling)
+    y = x.new_zeros(x.shape[0], weight.n)
+    u = None if A is None else x.new_zeros(x.shape[0], A.shape[1])
+    for e, rows, one in _experts(weight, offsets):
+        lora = None if A is None or B is None else LoraTerm(A[e], B[e], scaling)
+        y[rows], part = linear_forward(x[rows], one, None if bias is None else bias[e], lora, True)
+        if u is not None and part is not None:
+            u[rows] = part
+    return y, u
 
 
 def linear_grouped_backward(
@@ -162,4 +180,13 @@ def linear_grouped_backward(
     scaling: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return loop.backward(linear_backward, dy, weight, offsets, x, u, A, B, scaling, needs)
+    dx = dy.new_zeros(dy.shape[0], weight.k) if needs[0] else None
+    dA = torch.zeros_like(A) if needs[1] and A is not None else None
+    dB = torch.zeros_like(B) if needs[2] and B is not None else None
+    for e, rows, one in _experts(weight, offsets):
+        lora = None if A is None or B is None else LoraTerm(A[e], B[e], scaling)
+        saved = (None if x is None else x[rows], None if u is None else u[rows])
+        for all_of_them, part in zip((dx, dA, dB), linear_backward(dy[rows], one, *saved, lora, needs), strict=True):
+            if all_of_them is not None and part is not None:
+                all_of_them[rows if all_of_them is dx else e] = part
+    return dx, dA, dB
