@@ -153,7 +153,7 @@ def _typed(key: str, name: str, value: Any, kind: Any, where: str) -> Any:
     elif bool in kinds:
         converted, expected = value if isinstance(value, bool) else None, "true or false"
     else:
-        listed = name in _LISTS and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+        listed = name in _LISTS and isinstance(value, list) and all(isinstance(v, str) for v in value)
         converted = ",".join(value) if listed else value if isinstance(value, str) else None
         expected = "text or a list of texts" if name in _LISTS else "text"
         if not isinstance(value, (list, dict)):

@@ -31,6 +31,7 @@ _AT_LEAST_1 = (
 _POSITIVE = ("steps", "epochs", "lr", "full_lr", "alpha", "page_budget", "train_seconds", "pretrain_seconds")
 _FINITE = ("epochs", "lr", "full_lr", "alpha", "warmup", "weight_decay")
 _NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm", "save_every", "sample_tokens")
+_NAMES = ("target_modules", "target_parameters")
 _CHOICES = {"schedule": SCHEDULES, "compute": COMPUTE, "optim": OPTIMIZERS}
 
 
@@ -212,12 +213,17 @@ class Settings(Options):
         return [
             f"{flag(name)} was {_shown(earlier[name])} and is {_shown(now[name])}"
             for name in _DECISIVE
-            if name in earlier and earlier[name] != now[name]
+            if name in earlier and _meaning(name, earlier[name]) != _meaning(name, now[name])
         ]
 
 
 def _shown(value: Any) -> Any:
     return "none" if value == "" else value
+
+
+def _meaning(name: str, value: Any) -> Any:
+    """What a value says: names in whatever order, with or without spaces between them."""
+    return set(names_in(value)) if name in _NAMES and isinstance(value, str) else value
 
 
 def names_in(text: str) -> list[str]:

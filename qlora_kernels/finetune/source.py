@@ -192,7 +192,7 @@ def quantize(model: nn.Module, settings: Settings) -> QuantizeReport:
     Raises:
         InputError: for target modules that match nothing, a rank larger than a layer, non-finite weights.
     """
-    already = any(True for _ in qlora_layers(model))
+    already = any(True for _ in adapted_layers(model))
     report = _already_quantized(model) if already else _quantize(model, settings)
     layers = dict(adapted_layers(model))
     share_initial_values({name: layers[name] for name in (*report.adapted, *report.adapted_experts)}, settings.seed)

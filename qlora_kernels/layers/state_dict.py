@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..formats.nf4 import PIECES, check_constants
+from ..formats.nf4 import PIECES, NF4Weight, check_constants
 from ..ops import dispatcher
 from .adapters.named import Adapters
 
@@ -30,6 +30,8 @@ def problems(layer: Adapters, state: Mapping[str, Tensor], prefix: str, assign: 
     if misfits:
         return misfits
     merged = f"{prefix}merged_adapter" in state
+    if merged and not isinstance(layer.weight, NF4Weight):
+        return [f'"{prefix}merged_adapter" is for a linear layer; adapters of experts are not merged.']
     misfits = _check_pieces(layer, state, f"{prefix}weight_", merged) + _check_trained(layer, state, prefix)
     if not merged:
         return misfits

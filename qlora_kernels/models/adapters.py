@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import listed
 from ..layers.adapters.named import Adapters
+from ..layers.experts import QExperts
 from ..layers.merging import MergeReport
 from .experts import adapted_layers
 from .targets import is_of_peft, qlora_layers
@@ -40,21 +41,30 @@ def no_adapter(name: str, layers: Iterable[Adapters], hint: str = "") -> KeyErro
 def peft_hint(model: nn.Module, instead: str) -> str:
     """What to add to an error about the adapters of a model in which PEFT has some; empty where it has none."""
     name = next((name for name, module in model.named_modules() if is_of_peft(module)), None)
-    return "" if name is None else f"; PEFT manages the adapters of {name} and others: use {instead}"
+    if name is None:
+        return ""
+    return (
+        f"; PEFT manages the adapters of {name or 'the model'}: use {instead} of the model that get_peft_model returned"
+    )
 
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is its base alone. Contexts may be nested.
+    """Within this context the model is its base alone, without PEFT's adapters too. Contexts may be nested.
 
     Raises:
         RuntimeError: while an adapter is merged.
-        ValueError: when PEFT has adapters in the model.
+        ValueError: when PEFT has adapters in the model, and the model is only a part of what ``get_peft_model``
+            returned.
     """
-    hint = peft_hint(model, "'with model.disable_adapter():'")
-    if hint:
-        raise ValueError(f"disable_adapters is for the adapters of this package's layers{hint}")
+    hint = peft_hint(model, "disable_adapters, or 'with model.disable_adapter():',")
+    disable_peft = getattr(model, "disable_adapter", None)
+    if hint and not callable(disable_peft):
+        raise ValueError(f"disable_adapters cannot reach all adapters from here{hint}")
     with contextlib.ExitStack() as stack:
+        if hint:
+            assert disable_peft is not None
+            stack.enter_context(disable_peft())
         for _, layer in adapted_layers(model):
             stack.enter_context(layer.disable_adapters())
         yield
@@ -83,6 +93,8 @@ def merge_adapters(model: nn.Module) -> dict[str, MergeReport]:
         raise
     if not reports:
         hint = peft_hint(model, "model.merge_adapter()")
+        if any(isinstance(layer, QExperts) and layer.active_adapter is not None for _, layer in adapted_layers(model)):
+            hint += "; adapters of experts are not merged"
         raise RuntimeError(f"no layer of this model has an active adapter to merge{hint}")
     return reports
 

@@ -60,12 +60,12 @@ def plan(
     adapter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     target_parameters: Sequence[str] = (),
-    experts: bool = False,
+    experts: bool | Sequence[str] = False,
 ) -> Plan:
     """Decides what :func:`qlora_kernels.quantize_model` would do, from names and shapes alone.
 
     No weight is read, so the model may be on the meta device. The arguments are those of quantize_model, and whether to
-    quantize experts too, as it does.
+    quantize experts too, as it does, or which modules of them.
 
     Raises:
         ValueError, TypeError: as quantize_model, but for what weights hold.
@@ -80,8 +80,8 @@ def plan(
     lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
     if lazy:
         raise ValueError(f"{lazy[0]} has no shape yet (a lazy module); run a batch through the model first")
-    for argument, patterns in (("skip", skip), ("target_modules", target_modules)):
-        _check_patterns(argument, patterns)
+    skip, target_modules = checked_patterns("skip", skip), checked_patterns("target_modules", target_modules)
+    target_parameters = checked_names("target_parameters", target_parameters)
     # The constructor checks the dtypes; on meta it allocates nothing.
     QLinear(1, 1, rank=0, adapter_dtype=adapter_dtype, device="meta", dtype=compute_dtype)
     _check_skip(model, skip)
@@ -89,7 +89,7 @@ def plan(
     trained = tuple(new_heads(model)) if adapter.rank and skip == DEFAULT_SKIP else ()
     dense |= {name: f"{dense[name]}, trained with the adapters" for name in trained if name in dense}
     quantized, left_alone = _candidates(model, skip, dense)
-    stacks = _expert_stacks(model, skip, left_alone) if experts else {}
+    stacks = _expert_stacks(model, skip, left_alone, None if experts is True else experts) if experts else {}
     if not quantized and not stacks:
         others = listed((f"{name}: {reason}" for name, reason in left_alone.items()), separator="; ") or "none"
         raise ValueError(f"the model has no nn.Linear to quantize; linear-like layers left alone: {others}")
@@ -146,18 +146,35 @@ def adapted_among(names: Sequence[str], target_modules: str | Sequence[str]) -> 
         ValueError: when a pattern matches none, or is not one.
         TypeError: for patterns that are neither a string nor a list of strings.
     """
-    _check_patterns("target_modules", target_modules)
-    return _adapted(list(names), [], {}, target_modules)
+    return _adapted(list(names), [], {}, checked_patterns("target_modules", target_modules))
 
 
-def _check_patterns(argument: str, patterns: str | Sequence[str]) -> None:
-    if isinstance(patterns, str):
-        try:
-            expression(patterns)
-        except ValueError as error:
-            raise ValueError(f"{argument}: {error}") from None
-    elif not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{argument} should be a regular expression or a list of names, found {patterns!r}")
+def checked_patterns(argument: str, patterns: str | Sequence[str]) -> str | Sequence[str]:
+    """Patterns as they are; what can be gone through only once as a list.
+
+    Raises:
+        ValueError: for an expression that is not one.
+        TypeError: for something else than a string and strings.
+    """
+    if not isinstance(patterns, str):
+        return checked_names(argument, patterns, "a regular expression or a list of names")
+    try:
+        expression(patterns)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
+    return patterns
+
+
+def checked_names(argument: str, names: Sequence[str], expected: str = "a list of names") -> Sequence[str]:
+    """The same for names alone.
+
+    Raises:
+        TypeError: for something else than strings.
+    """
+    several = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else None
+    if several is None or not all(isinstance(name, str) for name in several):
+        raise TypeError(f"{argument} should be {expected}, found {names!r:.200}")
+    return names if isinstance(names, Sequence) else several
 
 
 def _check_skip(model: nn.Module, skip: str | Sequence[str]) -> None:
@@ -237,14 +254,18 @@ def is_of_peft(module: nn.Module) -> bool:
 
 
 def _expert_stacks(
-    model: nn.Module, skip: str | Sequence[str], left_alone: dict[str, str]
+    model: nn.Module, skip: str | Sequence[str], left_alone: dict[str, str], only: Sequence[str] | None
 ) -> dict[str, tuple[str, ...]]:
     """For each module of experts to quantize the names of its weights, which leave ``left_alone``; the others get the
-    reason there."""
+    reason there.
+
+    Args:
+        only: the modules that count; None for all.
+    """
     ties, found = _ties(model), {}
     for name, module in model.named_modules():
         weights = [f"{name}.{weight}" if name else weight for weight in stacked_weights(module)]
-        if not weights:
+        if not weights or (only is not None and name not in only):
             continue
         reason = next(filter(None, (_stack_reason(weight, model, ties, skip) for weight in weights)), None)
         if reason is None and not name:
@@ -276,15 +297,14 @@ def _adapted_experts(
 
     Raises:
         ValueError: when a pattern matches none of them, or the adapter does not fit.
-        TypeError: for something else than a list of names.
     """
-    if isinstance(patterns, str):
-        raise TypeError(f"target_parameters should be a list of names, found {patterns!r}")
-    _check_patterns("target_parameters", patterns)
     names = [weight for weights in stacks.values() for weight in weights]
     for pattern in patterns:
         if not any(matches(name, [pattern]) for name in names):
-            others = f"; candidates: {listed(_ends(names))}" if names else ", and the model has none that can be 4-bit"
+            others = f"; candidates: {listed(_ends(names))}"
+            if not names:
+                done = any(isinstance(module, QExperts) for module in model.modules())
+                others = "; they are 4-bit already" if done else ", and the model has none that can be 4-bit"
             raise ValueError(f"target_parameters: {pattern!r} matches no weights of experts{others}")
     adapted = tuple(name for name in names if matches(name, patterns)) if adapter.rank else ()
     if adapted and adapter.dropout:

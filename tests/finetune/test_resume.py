@@ -88,6 +88,11 @@ def test_a_checkpoint_without_an_optimizer_s_name_is_of_torch_s():
     earlier = {key: value for key, value in options.decisive().items() if key != "optim"}
     assert options.differences(earlier) == ["--optim was adamw and is paged_adamw"]
     assert replace(options, optim="adamw").differences(earlier) == []
+    # Nor did they have adapters of experts; and names are the same in any order.
+    spaced = replace(options, optim="adamw", target_modules="v_proj, q_proj", target_parameters=" ")
+    assert spaced.differences({**earlier, "target_modules": "q_proj,v_proj"}) == []
+    experts = replace(options, optim="adamw", target_parameters="down_proj")
+    assert experts.differences(earlier) == ["--target-parameters was none and is down_proj"]
 
 
 @pytest.mark.parametrize("save_every", ["2", "0"])

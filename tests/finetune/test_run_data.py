@@ -161,6 +161,25 @@ def test_experts_that_cannot_be_adapted(run, tmp_path, mixture_folder, capsys, m
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_4_bit_folder_keeps_dense_stays_dense(run, tmp_path, mixture_folder):
+    import shutil
+
+    import transformers
+
+    from qlora_kernels import quantize_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(mixture_folder)
+    quantize_model(model, rank=0, skip=["self_attn", "lm_head"], progress=False)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{mixture_folder}/{name}", tmp_path / "model")
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog again number " * 60)
+    given = ("--model", str(tmp_path / "model"), "--data", str(tmp_path / "a.txt"), "--target-parameters", "down_proj")
+    assert run(*given) == 0
+    size = metrics(tmp_path / "out")["size"]
+    assert (size["quantized_layers"], size["adapted_layers"]) == (2, 1)
+
+
 def test_a_model_without_experts(run, tmp_path, hf_folder, capsys):
     assert run("--model", hf_folder, "--target-parameters", "down_proj") == 2
     assert "matches no weights of experts, and the model has none" in capsys.readouterr().err

@@ -179,9 +179,34 @@ def test_adapters_of_experts_that_cannot_be(tmp_path):
                 load(folder, quantization_config=NF4Config(rank=2, **options))
     with pytest.raises(ValueError, match="matches no weights of experts"):
         load_quantized(tmp_path / "packed", target_parameters=["w1"])
+    with pytest.raises(TypeError, match="target_parameters should be a list of names, found None"):
+        NF4Config(rank=2, target_parameters=None)
+    with pytest.raises(ValueError, match="'down_proj' matches no weights of experts; they are 4-bit already"):
+        quantized("Mixtral", skip=["q_proj", "lm_head"]).save_pretrained(tmp_path / "some")
+        qlora_kernels.quantize_model(load(tmp_path / "some"), 2, target_parameters=["down_proj"], progress=False)
     config = NF4Config(rank=2, target_modules=["k_proj"], target_parameters=BOTH)
     with pytest.raises(ValueError, match=r"has adapters already, such as 'default' of .*experts\.gate_up_proj"):
         load(tmp_path / "adapted", quantization_config=config)
+
+
+def test_adapters_for_experts_that_a_folder_has_not_in_4_bits(tmp_path):
+    """Whatever its list of dense parts says."""
+    quantized("Mixtral", skip=["lm_head", "model.layers.1.mlp.experts"]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["lm_head"]
+    path.write_text(json.dumps(config))
+    name = "model.layers.1.mlp.experts.down_proj"
+    with pytest.raises(ValueError, match="matches no weights of experts; candidates: gate_up_proj, down_proj"):
+        load(tmp_path, quantization_config=NF4Config(rank=2, target_parameters=[name]))
+    with pytest.raises(ValueError, match="matches no weights of experts; candidates: gate_up_proj, down_proj"):
+        load_quantized(tmp_path, rank=2, target_parameters=[name])
+
+
+def test_load_quantized_says_who_reads_dense_experts(tmp_path):
+    quantized("Mixtral", skip=["lm_head", "experts"]).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="from_pretrained of transformers reads folders with dense experts"):
+        load_quantized(tmp_path, rank=0)
 
 
 def test_skipped_experts_stay_dense_while_they_are_loaded(tmp_path):

@@ -118,6 +118,7 @@ def test_a_state_dict_of_other_experts_is_refused():
         ({"weight_absmax": before["weight_absmax"].float()}, "should be torch.uint8"),
         ({"weight_nested_absmax": before["weight_nested_absmax"] * float("nan")}, "NaN or infinity"),
         ({"weight": torch.zeros(4, 64, 96)}, "dense weight"),
+        ({"merged_adapter": torch.tensor(list(b"default"), dtype=torch.uint8)}, "adapters of experts are not merged"),
     ):
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(before | change)
@@ -169,6 +170,14 @@ def test_a_plan_without_experts_leaves_them_dense():
     planned = plan(make("Mixtral"), qlora_kernels.AdapterConfig(rank=0, alpha=1))
     assert planned.experts == ()
     assert sum("stay dense" in reason for reason in planned.left_alone.values()) == 2
+
+
+def test_patterns_that_can_be_gone_through_only_once():
+    once = {"target_modules": ["q_proj"], "skip": ["v_proj", "lm_head"], "target_parameters": BOTH}
+    _, expected = quantized(make("Mixtral"), 2, **once)
+    _, report = quantized(make("Mixtral"), 2, **{name: iter(patterns) for name, patterns in once.items()})
+    assert report == expected
+    assert len(report.adapted_experts) == 2
 
 
 def test_arguments_that_do_not_fit():

@@ -105,7 +105,7 @@ def _swap_layers(
         skip,
         double_quant,
         target_parameters=target_parameters,
-        experts=bool(experts),
+        experts=experts,
     )
     # Adapters come when there is memory to put values in.
     swap_layers(model, replace(planned, experts=experts, adapted=(), adapted_experts=()))
@@ -145,7 +145,10 @@ def _load(model: nn.Module, entries: dict[str, Entry], folder: str, dtype: torch
     state = model.state_dict()
     unexpected = sorted(set(entries) - set(state))
     if unexpected:
-        raise InputError(f"{folder} holds {unexpected[0]}, which its model does not have")
+        hint = (
+            "; from_pretrained of transformers reads folders with dense experts" if "experts" in unexpected[0] else ""
+        )
+        raise InputError(f"{folder} holds {unexpected[0]}, which its model does not have{hint}")
     types = dict.fromkeys(dict(model.named_parameters(remove_duplicate=False)), dtype)
     values = {key: _read(key, entry, state[key], types.get(key), folder) for key, entry in entries.items()}
     missing = sorted(set(state) - set(values))

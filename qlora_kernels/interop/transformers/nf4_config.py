@@ -17,6 +17,7 @@ from ...errors import peft_names
 from ...formats.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from ...layers.adapters.config import AdapterConfig
 from ...models.origin import NAME, REVISION
+from ...models.targets import checked_names
 from ...version import BASE
 from .folder import METHOD
 
@@ -82,9 +83,7 @@ class NF4Config:
         self.modules_to_not_convert = _names("skip", modules_to_not_convert if skip is None else skip)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.target_modules = _names("target_modules", target_modules)
-        if isinstance(target_parameters, str):
-            raise TypeError(f"target_parameters should be a list of names, found {target_parameters!r:.100}")
-        self.target_parameters = _names("target_parameters", target_parameters)
+        self.target_parameters = list(checked_names("target_parameters", target_parameters))
         self.adapter_dtype = adapter_dtype
         #: The adapters that a folder holds: groups of layers with the same settings.
         self.adapters: list[dict[str, Any]] = settings.get("adapters", [])

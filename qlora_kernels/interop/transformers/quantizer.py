@@ -145,7 +145,7 @@ class NF4Quantizer(HfQuantizer):
             config.double_quant,
             adapter_dtype=config.adapter_dtype,
             target_parameters=config.target_parameters,
-            experts=bool(experts) or not self.pre_quantized,
+            experts=experts if self.pre_quantized else True,
         )
         if self.pre_quantized:
             planned = replace(planned, experts=experts)

@@ -79,10 +79,15 @@ def test_functions_for_the_layers_own_adapters_point_to_peft_s(tmp_path):
     model = Model()
     quantize(model, rank=0)
     with disable_adapters(model):  # none is there, which is no error
-        pass
-    peft_model = get_peft_model(model, LoraConfig(**CONFIG))
-    hint = r"PEFT manages the adapters of .*layers\.0\.q_proj and others: use "
-    with pytest.raises(ValueError, match=hint + r"'with model\.disable_adapter\(\):'"), disable_adapters(peft_model):
+        base = model(IDS)
+    peft_model = get_peft_model(model, LoraConfig(**CONFIG, init_lora_weights=False))
+    expected = peft_model(IDS)
+    assert not torch.equal(expected, base)
+    with disable_adapters(peft_model), disable_adapters(peft_model):
+        assert torch.equal(peft_model(IDS), base)
+    assert torch.equal(peft_model(IDS), expected)
+    hint = r"PEFT manages the adapters of .*layers\.0\.q_proj: use "
+    with pytest.raises(ValueError, match=hint + "disable_adapters"), disable_adapters(model):
         pass
     with pytest.raises(KeyError, match=hint + r"model\.set_adapter"):
         set_adapter(peft_model, "default")
