@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 from torch import nn
 
@@ -63,8 +64,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         raise ValueError(f"disable_adapters cannot reach all adapters from here{hint}")
     with contextlib.ExitStack() as stack:
         if hint:
-            assert disable_peft is not None
-            stack.enter_context(disable_peft())
+            stack.enter_context(cast(Any, disable_peft)())
         for _, layer in adapted_layers(model):
             stack.enter_context(layer.disable_adapters())
         yield
