@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from engines import ORDERS
-from quick_run.choice import Case, case_of, left_out
+from quick_run.choice import DIVISOR, Case, case_of, left_out
 from quick_run.collecting import builds_nothing
 
 HERE = Path(__file__).resolve().parent
@@ -75,6 +75,13 @@ def test_a_case_is_read_from_its_item(request, isa, size, landing, order):
     assert read.function.endswith("test_quick_run.py::test_a_case_is_read_from_its_item")
     assert (read.order, read.isa, read.share) == ("forward", isa, 5)
     assert read.values.replace("-", "") == "3random"
+
+
+@pytest.mark.share(3)
+def test_a_run_may_take_a_part_of_each_test(request, monkeypatch):
+    assert case_of(request.node).share == 3
+    monkeypatch.setenv(DIVISOR, "2")
+    assert case_of(request.node).share == 6
 
 
 @pytest.mark.parametrize("kernels", [*(f"emulated-{order}" for order in ORDERS), "cuda"])

@@ -1,7 +1,7 @@
 """Checks the check: if any one barrier, wait or fence is removed from a kernel, a test on the emulator has to fail. So
 does one if a launcher no longer makes its device current, or device_guard.h leaves out a call.
 
-    python tests/emulator/remove_barriers.py [--changed-since COMMIT] [FILE ...]
+    python tests/emulator/remove_barriers.py [--changed-since COMMIT] [--share N] [FILE ...]
 
 The emulator is built once, from a copy of the sources in which each statement asks whether it is the one to leave out:
 an environment variable says which. Then, for each of them, tests run until one fails. A statement that survives is
@@ -31,7 +31,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
+
+from quick_run.choice import day  # noqa: E402
 
 #: Statements that order something: calls of these, on a line of their own, perhaps before a comment.
 ORDERING = re.compile(
@@ -143,6 +145,17 @@ inline bool removed(int place) {{ return place == removed_place; }}
 """
 
 
+def chosen(barriers: list[Place], share: int, day: int, new: set[str]) -> list[Place]:
+    """One in ``share``, by the day; and all that lie in new files."""
+    return [place for i, place in enumerate(barriers) if (i + day) % share == 0 or str(place.path) in new]
+
+
+def recently_changed() -> set[str]:
+    """Sources that a commit of the last day has touched; in a clone without history, all."""
+    command = ["git", "log", "--since=1 day ago", "--format=", "--name-only", "--", "csrc/cuda", str(GUARDS)]
+    return set(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split())
+
+
 def make_removable(barriers: list[Place], copy: Path) -> None:
     """Changes a copy of the sources so that each of these statements asks whether it is removed."""
     for number, place in enumerate(barriers):
@@ -242,7 +255,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="sources in csrc/cuda, device_guard.h; all by default")
     parser.add_argument("--changed-since", metavar="COMMIT", help="only files that differ from that commit")
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="one in N, others each day; all in new files")
     options = parser.parse_args()
+    if options.share < 1:
+        parser.error(f"--share should be at least 1, found {options.share}")
     torch.set_num_threads(1)
     os.chdir(ROOT)
     from tqdm import tqdm
@@ -259,6 +275,9 @@ def main() -> int:
         files = [f for f in files if str(f) in changed]
     barriers = places(files)
     print(f"{len(barriers)} barriers, waits, fences and guards in {len(files)} files")
+    if options.share > 1:
+        barriers = chosen(barriers, options.share, day(), recently_changed())
+        print(f"{len(barriers)} of them today")
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
