@@ -24,6 +24,7 @@ from .native.build_info import build_info
 from .native.build_info import version as _version
 from .ops.backends import reference
 from .optim.algorithms import PagedAdamW, PagedLion
+from .optim.lora_plus import lora_plus_groups
 
 __version__: str
 
@@ -48,6 +49,7 @@ __all__ = [
     "linear_grouped",
     "load_adapter",
     "load_quantized",
+    "lora_plus_groups",
     "merge_adapters",
     "qlora_layers",
     "quantize",
