@@ -15,11 +15,8 @@ from ..storage.regular_file import open_regular
 from .options import Options
 
 _LARGEST = 1 << 20
-_LISTS = (
-    "target_modules",
-    "target_parameters",
-    "report_to",
-)  # options of names with commas between, which a file may give as a list
+# Options of names with commas between, which a file may give as a list.
+_LISTS = ("target_modules", "target_parameters", "report_to")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 

@@ -39,6 +39,18 @@ def conversations(path, count: int = 12):
     return str(path)
 
 
+def interrupt(patch) -> None:
+    """Ctrl-C at the third step of a run."""
+    original = Trainer._step
+
+    def stepped(self, phase, optimizer, parameters, step, total):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, phase, optimizer, parameters, step, total)
+
+    patch.setattr(Trainer, "_step", stepped)
+
+
 def test_messages_on_the_tiny_model_and_evaluation_on_a_file(run, tmp_path):
     path, other = conversations(tmp_path / "a.jsonl"), conversations(tmp_path / "b.jsonl", 3)
     assert run("--data", path, "--eval-data", other) == 0
@@ -66,15 +78,8 @@ def test_a_template_of_one_s_own_is_part_of_the_run(run, tmp_path, hf_folder, mo
     template = tmp_path / "chat.jinja"
     template.write_text(TEMPLATE)
     given = ("--model", hf_folder, "--data", path, "--chat-template", str(template))
-    original = Trainer._step
-
-    def stepped(self, phase, optimizer, parameters, step, total):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, phase, optimizer, parameters, step, total)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stepped)
+        interrupt(patch)
         assert run(*given) == 130
     capsys.readouterr()
     template.write_text(TEMPLATE + "{# #}")  # the tokens are the same
@@ -133,15 +138,8 @@ def test_the_experts_of_a_mixture(run, tmp_path, mixture_folder, monkeypatch):
     expected = losses(tmp_path / "dense")["qlora"]
     assert losses(tmp_path / "four")["qlora"] == expected
     assert expected[-1] < expected[0]
-    original = Trainer._step
-
-    def stepped(self, phase, optimizer, parameters, step, total):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, phase, optimizer, parameters, step, total)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stepped)
+        interrupt(patch)
         assert run("--model", mixture_folder, *given) == 130
     assert run("--model", mixture_folder, *given, "--resume") == 0
     assert losses(tmp_path / "out")["qlora"] == expected
